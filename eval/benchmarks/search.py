@@ -202,7 +202,7 @@ def difference(one: Sequence[float], two: Sequence[float]) -> float:
 
 def measure_warm(model: Any, precise: Any) -> dict[str, Any]:
     """Search after a prompt that grew by one interaction, compared with a search without a prefix cache."""
-    found, goals = {}, {}
+    found, goals, same = {}, {}, []
     for length in HISTORIES:
         spent: dict[str, list[float]] = {OURS: [], COLD: []}
         for _ in range(WARM_ROUNDS):
@@ -210,15 +210,16 @@ def measure_warm(model: Any, precise: Any) -> dict[str, Any]:
             for name, seconds in ((OURS, fast), (COLD, slow)):
                 spent[name].append(seconds)
         (warm, _), (cold, _) = warm_and_cold(precise, length)
-        assert warm.items == cold.items, "the same list in float32"
+        same.append(warm.items == cold.items)
         found[str(length)] = {name: summary(values) for name, values in spent.items()}
         goals[str(length)] = faster(found[str(length)], COLD, OURS, 3.0) | {
             "what": f"times faster than with nothing kept, after a prompt of {length} tokens"
         }
+    assert all(same), "the same lists in float32"
     return {
         "what": f"One user, one new event of {EVENT} tokens, 10,000 codes of 4 tokens, {FEW} beams.",
         "seconds": found,
-        "same_lists_in_float32": True,
+        "same_lists_in_float32": all(same),
         "goals": goals,
     }
 

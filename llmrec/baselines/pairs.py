@@ -23,7 +23,7 @@ from llmrec.baselines.transitions import (
 )
 from llmrec.baselines.validation import mean_ndcgs
 from llmrec.errors import require
-from llmrec.models.text_encoder import TunedEncoder, batches_of, find_encoder, fitting
+from llmrec.models.text_encoder import TunedEncoder, batches_of, find_encoder, refuse_other_split
 from llmrec.recipe.schema import Positive
 from llmrec.types import Request
 
@@ -173,7 +173,7 @@ class TransitionsTuned(TransitionsText):
     def _tuned(self, data: SplitDataset, steps: Steps) -> TunedEncoder:
         torch, config = require("torch", "train"), self._config
         refuse_unpretrained(self.name, config.encoder, "transitions-text")
-        fitting(config.encoder, data)
+        refuse_other_split(config.encoder, data)
         own = texts_of([data.dataset.items[item] for item in steps.catalogue.ids])
         text = [own[place] for place in config.order(len(own))]
         encoder = TunedEncoder(find_encoder(config.encoder)[0], text, blocks=config.blocks)

@@ -212,12 +212,19 @@ def text_embedder(name: str) -> Embedder:
 
 
 def fitting(name: str, data: SplitDataset) -> Embedder:
-    """Return the embedder for a split, after checking that the encoder was not trained on held-out interactions.
+    """Return the embedder for a split, after `refuse_other_split`."""
+    refuse_other_split(name, data)
+    return text_embedder(name)
+
+
+def refuse_other_split(name: str, data: SplitDataset) -> None:
+    """Check that an encoder was not trained on held-out interactions.
 
     Raises:
         DataError: If the encoder was fine-tuned on other training interactions, which may include held-out ones.
     """
-    if learned_from(name) not in (None, digest_frame(data.train)):
+    learned = learned_from(name)
+    if learned is not None and learned != digest_frame(data.train):
         raise DataError(
             f"the text encoder {name} was fine-tuned on other interactions than the training split of "
             f"{data.dataset.name}, which may include held-out interactions; fine-tune it again with `llmrec "
@@ -226,7 +233,6 @@ def fitting(name: str, data: SplitDataset) -> Embedder:
             at=name,
             column="encoder",
         )
-    return text_embedder(name)
 
 
 def learned_from(name: str) -> str | None:

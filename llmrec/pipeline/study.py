@@ -404,7 +404,7 @@ def _lists(recipe: Recipe, family: str, data: SplitDataset, seed: int) -> Lists 
 
 
 def vectors_of(items: Mapping[str, Item], encoder: str, data: SplitDataset) -> ItemVectors:
-    """Return the text vectors of items; the text encoder is loaded on first use, unless `fitting` refuses it."""
+    """Return the text vectors of items; the text encoder is loaded on first use, after `refuse_other_split`."""
 
     def embed(entries: Sequence[Item]) -> NDArray[np.floating]:
         fields = dict.fromkeys(name for item in entries for name in item.fields)

@@ -262,6 +262,19 @@ def test_a_setting_is_read_back_from_its_name() -> None:
     assert setting_of(forms.Tried("logit", "logit", 0.1)) is None
 
 
+def test_without_what_the_members_know_a_ranker_finds_nothing() -> None:
+    """The members' scores of each target and of a random candidate are swapped."""
+    rng = np.random.default_rng(3)
+    cells = _switched(rng)
+    weights = ranker(cells, setting=Setting("lambdarank", 40))
+    assert cells.truth is not None
+    others, raw = cells.starts[:-1] + rng.integers(0, ITEMS, CASES), cells.raw.copy()
+    raw[:, cells.truth], raw[:, others] = cells.raw[:, others], cells.raw[:, cells.truth]
+    before, after = (known.ndcg(weights.scores(known)) for known in (cells, replace(cells, raw=raw)))
+    chance = (1 / np.log2(np.arange(2, 12))).sum() / ITEMS
+    assert after.mean() == pytest.approx(chance, abs=0.03) and before.mean() > chance + 0.2
+
+
 def test_features_are_those_of_training_and_a_planted_leak_is_found() -> None:
     """Features of a split do not change with what is held out; popularity that counts held-out events does."""
     data = load_split(DataSection(source="made-reviews"), 0)

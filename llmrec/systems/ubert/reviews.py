@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from llmrec.errors import DataError, require
-from llmrec.models.text_encoder import OpenEncoder, find_encoder, fitting, open_encoder, states_of
+from llmrec.models.text_encoder import OpenEncoder, find_encoder, open_encoder, refuse_other_split, states_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -155,7 +155,7 @@ class Frozen:
             DataError: If it was fine-tuned on another split.
             ModelError: If it is missing, or cannot be opened.
         """
-        fitting(name, data)
+        refuse_other_split(name, data)
         self._encoder: OpenEncoder = open_encoder(find_encoder(name)[0])
         self._most = min(most + 2, self._encoder.limit)
 
