@@ -57,7 +57,12 @@ PLANTED = [
     ("docs/quickstart.md", "| 0.647 |", "| 0.747 |", "docs/quickstart.md: is not what its generator writes"),
     ("README.md", "## Examples", "It is 12 % better.\n\n## Examples", "12 % has no source"),
     ("docs/generative-and-semantic-ids.md", "hour:test/rows", "hour:test/pairs", "leads to nothing"),
-    ("eval/PERFORMANCE.md", "**16.1x**", "**18.1x**", "eval/PERFORMANCE.md: is not what its generator writes"),
+    (
+        "eval/PERFORMANCE.md",
+        "x** faster than `generate`",
+        "9x** faster than `generate`",
+        "eval/PERFORMANCE.md: is not what its generator writes",
+    ),
     ("eval/LEADERBOARD.md", "| Popularity |", "| Popular |", "eval/LEADERBOARD.md: is not what its generator writes"),
     ("eval/NEGATIVE_RESULTS.md", "worse", "better", "eval/NEGATIVE_RESULTS.md: is not what its generator writes"),
     ("eval/two-stages.md", "0.", "1.", "eval/two-stages.md: is not what its generator writes"),
