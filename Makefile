@@ -9,6 +9,8 @@ ARGS ?=
 BIN := .venv/bin
 # Benchmarks read them from the environment.
 export ARGS
+# Packages are installed without bytecode; without this, each process would compile what it imports.
+unexport PYTHONDONTWRITEBYTECODE
 
 ifndef PYTHON
 PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3; do \

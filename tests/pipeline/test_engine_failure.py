@@ -40,10 +40,10 @@ tasks:
   direct: {strategies: [label, list], weight: 0}
   sequential: {weight: 0}
 eval:
-  {arms: [zero-shot, few-shot], users: 6, batch: 4, bootstrap: 50, candidates: {count: 5}, fusion: {model_users: 20}}
+  {arms: [zero-shot], users: 6, batch: 4, bootstrap: 50, candidates: {count: 5}, fusion: {model_users: 20}}
 """
 # Rows of the two engines; on a CPU titles are scored by transformers, whichever engine the recipe names.
-VLLM_ROWS, HF_ROWS = 4, 2
+VLLM_ROWS, HF_ROWS = 2, 1
 
 
 class Standing(FakeBackend):
@@ -81,7 +81,8 @@ class Dying(Standing):
 @pytest.fixture
 def put(monkeypatch: pytest.MonkeyPatch) -> Callable[[type[FakeBackend]], None]:
     """Return what puts a class in the place of vLLM."""
-    monkeypatch.setattr(engines, "installed", lambda name: True)
+    for module in ("llmrec.pipeline.engines", "llmrec.pipeline.preflight", "llmrec.answer.checks"):
+        monkeypatch.setattr(f"{module}.installed", lambda name: True)
     monkeypatch.setattr(engines, "versions", lambda: {"llmrec": "0", "vllm": "0.32.0+cpu"})
     Failing.starts = 0
 
