@@ -39,6 +39,7 @@ def test_a_result_needs_every_part() -> None:
     for part, without in (
         ("command", {**whole, "command": ""}),
         ("commit", {**whole, "commit": ""}),
+        ("commit", {**whole, "commit": "abc+"}),
         ("version", {**whole, "versions": {}}),
         ("machine", {**whole, "machine": {}}),
         ("duration", {**whole, "duration": None}),
@@ -57,7 +58,7 @@ def test_no_result_holds_prompts_texts_or_titles_of_other_people() -> None:
 
 
 @pytest.mark.parametrize("suite", COLUMNS)
-def test_an_ensemble_is_compared_with_the_best_single_model_on_validation_or_the_page_says_so(suite: str) -> None:
+def test_an_ensemble_is_compared_with_the_best_tuned_model_on_validation_or_the_page_says_so(suite: str) -> None:
     result = results()[suite]
     page = (ROOT / "eval" / f"{suite}.md").read_text(encoding="utf-8")
     for table in result["tables"]:
@@ -75,7 +76,7 @@ def test_an_ensemble_is_compared_with_the_best_single_model_on_validation_or_the
                 if row["trials"] and READS.index(row["reads"]) <= most
             }
             best = min(reached, key=lambda key: reached[key])
-            said = f"`{pair['a']}` is compared with `{pair['b']}`, which is not the best single model on validation"
+            said = f"`{pair['a']}` is compared with `{pair['b']}`, which is not the best tuned model on validation"
             heading = {"excluded": "## Seen items filtered\n", "included": "## Seen items not filtered\n"}.get(
                 name, "## "
             )

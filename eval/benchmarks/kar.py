@@ -9,7 +9,8 @@ examples, in every variant. Fits are stored under ``runs/kar``, by tables and co
 ``--data ml100k`` reads FOLDER/ml100k_profiles in the same way: MovieLens-100K under its split u1, with profiles and
 texts on films by gpt-4o-mini.
 
-The effect of the language model is the difference to features from the same interactions without it.
+The effect of the language model is the difference to the best features from the same interactions without it, which are
+latent factors. Differences in within-user AUC account for users and seeds together.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -42,10 +43,9 @@ from llmrec.data.hashing import hash64
 from llmrec.data.sets.table import load
 from llmrec.data.split import SplitDataset, request_id
 from llmrec.durable import replacing, write_json
+from llmrec.evaluate.compare import Contrast, Standing, planned
 from llmrec.fingerprint import digest_of, fingerprint
 from llmrec.metrics.probability import auc, gauc, log_loss
-from llmrec.metrics.significance import decide, enough
-from llmrec.metrics.stats import paired_of
 from llmrec.recipe.schema import DataSection
 from llmrec.registry import BASELINES
 from llmrec.types import Case, Event, Item, Probability, Request
@@ -61,15 +61,12 @@ ARMS: Mapping[str, tuple[tuple[str, ...], Mapping[str, Any]]] = {
 }
 """Stores and network parameters, by variant."""
 PAIRS = (
+    ("language model", "factors of the same events"),
     ("language model", "same events, no language model"),
     ("language model", "host"),
-    ("language model, shuffled", "host"),
-    ("factors of the same events", "host"),
-    ("same events, no language model", "host"),
 )
 HOSTS = ("deepfm", "dcn", "din")
 LAST, BEST, WORST = 40, 10, 10
-K = TypeVar("K")
 WINDOW = 20
 
 
@@ -388,44 +385,17 @@ def _pairs(
     truth: NDArray[np.float64],
     users: Sequence[str],
 ) -> list[dict[str, Any]]:
-    planned = [(host, *pair) for host in hosts for pair in PAIRS if all((host, arm) in said for arm in pair)]
-    decided = within(said, [((host, one), (host, other)) for host, one, other in planned], truth, users)
+    # As `compare` wants them: a minus sign, also of 0, where the truth is no.
+    signed = {key: np.stack(values) * np.where(truth > 0, 1.0, -1.0) for key, values in said.items()}
+
+    def standing(host: str, arm: str) -> Standing:
+        return Standing(arm, 0.0, signed[host, arm])
+
+    family = [(host, *pair) for host in hosts for pair in PAIRS if all((host, arm) in said for arm in pair)]
+    contrasts = [Contrast("GAUC", standing(host, one), standing(host, other), users) for host, one, other in family]
     return [
-        {"host": host, "a": one, "b": other, **found}
-        for (host, one, other), found in zip(planned, decided, strict=True)
-    ]
-
-
-def within(
-    said: Mapping[K, Sequence[NDArray[np.float64]]],
-    planned: Sequence[tuple[K, K]],
-    truth: NDArray[np.float64],
-    users: Sequence[str],
-) -> list[dict[str, Any]]:
-    """Return planned comparisons of AUC within users, corrected together by Holm's method.
-
-    Seeds are averaged before a difference is taken; users are resampled.
-
-    Args:
-        said: Probabilities of all cases by name and seed.
-        planned: Pairs of names; the difference is first − second.
-        truth: Labels of the cases.
-        users: Users of the cases.
-    """
-    of = {key: np.mean([gauc(v, truth, users).values for v in values], axis=0) for key, values in said.items()}
-    found, counts = [], []
-    for one, other in planned:
-        values = of[one] - of[other]
-        values = values[np.isfinite(values)]
-        counts.append(len(values))
-
-        def mean(rows: NDArray[np.intp], values: NDArray[np.float64] = values) -> NDArray[np.float64]:
-            return np.asarray(values[rows].mean(axis=1))
-
-        found.append(paired_of(mean, len(values), resamples=enough(2000, len(planned)), seed=0))
-    return [
-        {"metric": "within-user AUC", "users": count, **asdict(decision)}
-        for count, decision in zip(counts, decide(found), strict=True)
+        {"host": host, **pair.as_json(), "metric": "within-user AUC"}
+        for (host, *_), pair in zip(family, planned(contrasts, resamples=2000), strict=True)
     ]
 
 

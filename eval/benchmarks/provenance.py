@@ -25,7 +25,8 @@ def provenance() -> dict[str, Any]:
 
 _PARTS: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
     "command": lambda result: result.get("command"),
-    "commit": lambda result: result.get("commit"),
+    # A plus sign marks uncommitted changes.
+    "commit": lambda result: result.get("commit") and not str(result["commit"]).endswith("+"),
     "duration": lambda result: result.get("duration") or result.get("seconds"),
     "machine": lambda result: result.get("machine"),
     "version": lambda result: result.get("llmrec") or result.get("versions", {}).get("llmrec"),

@@ -255,7 +255,7 @@ def _opponents(result: BenchmarkResult, table: BenchmarkTable) -> list[Markup]:
             names = ", ".join(code(name) for name in sorted(best))
             lines.append(
                 Markup(
-                    f"{code(pair.a)} is compared with {code(pair.b)}, which is not the best single model on "
+                    f"{code(pair.a)} is compared with {code(pair.b)}, which is not the best tuned model on "
                     f"validation; that is {names}."
                 )
             )
