@@ -89,7 +89,8 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
         return Adapting if table is BACKENDS and name == "vllm" else looked_up(table, name, what)
 
     def choose(gpu: bool) -> None:
-        monkeypatch.setattr(engines, "installed", lambda name: True)
+        for module in ("llmrec.pipeline.engines", "llmrec.answer.checks"):
+            monkeypatch.setattr(f"{module}.installed", lambda name: True)
         monkeypatch.setattr(engines, "versions", lambda: {"llmrec": "0", "vllm": "0.32.0+cpu"})
         monkeypatch.setattr(engines, "lookup", lookup)
         monkeypatch.setattr(engines, "_on_gpu", lambda model: gpu)
