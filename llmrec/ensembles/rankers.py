@@ -371,7 +371,7 @@ class ListEnsemble(Ensemble):
             strange = np.array([[not part.has(item) for item in candidates] for part in self.parts])
             # Exclude them before features are computed relative to the other candidates.
             last = np.logical_and.reduce(strange) & (not strange.all())
-            known, unknown = ([candidates[n] for n in np.flatnonzero(which)] for which in (~last, last))
+            known, unknown = ([candidates[n] for n in np.flatnonzero(which).tolist()] for which in (~last, last))
             # A single member ranks all items, as it does without an ensemble.
             top = len(known) if self.fitted.form == "alone" else TOP
             own = [item[index] for item in given]

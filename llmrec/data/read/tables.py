@@ -329,11 +329,12 @@ def _exploded(table: Table, name: str) -> Table:
     result = opened(table.name, {name: pc.list_flatten(column)})
     inner = in_polars(result.columns).with_columns(pl.col(pl.String).fill_null(""))
     frame = pl.concat([table.frame[rows], inner], how="horizontal")
+    places = rows.tolist()
     return replace(
         table,
         frame=frame,
-        lines=array("q", map(table.line, rows)),
-        rows=array("q", (table.rows[row] for row in rows) if table.rows is not None else rows),
+        lines=array("q", map(table.line, places)),
+        rows=array("q", (table.rows[row] for row in places) if table.rows is not None else places),
         lists=result.lists,
         unusable={**table.unusable, **result.unusable},
     )
