@@ -64,6 +64,7 @@ PAIRS = (
     ("language model", "factors of the same events"),
     ("language model", "same events, no language model"),
     ("language model", "host"),
+    ("factors of the same events", "host"),
 )
 HOSTS = ("deepfm", "dcn", "din")
 LAST, BEST, WORST = 40, 10, 10
