@@ -113,6 +113,7 @@ def test_another_result_is_found_and_written(checkout: Path) -> None:
         assert re.sub(r"\+\.00\d\d (?=\[)", "", now) == re.sub(r"\+\.00\d\d (?=\[)", "", text)
 
 
+@pytest.mark.slow
 def test_the_command_says_what_is_wrong_and_puts_it_right(
     checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -291,6 +292,7 @@ def test_what_is_excepted_needs_no_source_and_is_not_counted() -> None:
     assert not page.unbound and not page.faults
 
 
+@pytest.mark.slow
 def test_a_recipe_that_has_changed_makes_the_table_stale(checkout: Path) -> None:
     plant(checkout, "recipes/quickstart.yaml", "steps: 240", "steps: 250")
     (fault,) = faults(checkout)

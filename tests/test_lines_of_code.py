@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 KNOWN = code.definition(ROOT)
 RESULT = json.loads((ROOT / code.RESULT).read_text(encoding="utf-8"))
 # A minute or more of training each.
-LONG = {"tuned", "sasrec", "language_model", "encoder"}
+LONG = {"tuned", "sasrec", "language_model", "encoder", "export", "cold", "intervals"}
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ CONTROLS, JOINED = "sequential/baseline/fusion with texts", "sequential/tuned/fu
 BASELINES = ["popularity", "item-knn(history=5)", "markov-1", "markov", "content"]
 
 
-@pytest.fixture(scope="module", params=["trained_run", "ranker_run"])
+@pytest.fixture(scope="module", params=["trained_run", pytest.param("ranker_run", marks=pytest.mark.slow)])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with a linear ensemble, and one with a learned ranker."""
     return shutil.copytree(request.getfixturevalue(request.param), tmp_path_factory.mktemp("run") / "r")

@@ -112,7 +112,7 @@ class Steps:
     def step(self) -> None: ...
 
 
-@pytest.mark.parametrize("block", [16, 3, 1])
+@pytest.mark.parametrize("block", [16, pytest.param(3, marks=pytest.mark.slow), 1])
 def test_scores_of_prefills_equal_transformers(llama_folder: Path, block: int) -> None:
     backend, made = backend_over(llama_folder, block)
     hf = load_hf(llama_folder)

@@ -205,7 +205,7 @@ def test_a_worker_ranks_the_bytes_of_one_process_with_one_engine(
     assert merge_rank(asked.target)["sha256"] == whole["sha256"] == sha256_of(asked.target)
 
 
-@pytest.mark.parametrize("fixture", ["trained_run", "ranker_run"])
+@pytest.mark.parametrize("fixture", ["trained_run", pytest.param("ranker_run", marks=pytest.mark.slow)])
 def test_a_worker_ranks_by_an_ensemble(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fixture: str
 ) -> None:

@@ -109,6 +109,7 @@ def test_noise_gains_nothing(seed: int) -> None:
     assert result[1].mean() == pytest.approx(chance, abs=3 * result[1].std() / CASES**0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_useful_member_beside_noise_is_not_made_worse(seed: int) -> None:
     rng = np.random.default_rng(seed)

@@ -51,6 +51,7 @@ def test_a_backend_is_near(verb: str, tmp_path: Path, llama_folder: Path, monkey
     assert seen and max(map(len, seen)) < MOST, max(seen, key=len)
 
 
+@pytest.mark.slow
 def test_a_forward_pass_is_near(tmp_path: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     transformers = pytest.importorskip("transformers", reason="the train extra is not installed")
     seen: list[list[str]] = []

@@ -63,6 +63,7 @@ def test_rows_of_one_history_are_written_in_their_order_too(llama_folder: Path, 
         assert tokens(encoder, turns)[: len(row.ids)] == list(row.ids)
 
 
+@pytest.mark.slow
 def test_a_row_that_training_cuts_ends_before_the_cut(llama_folder: Path, tmp_path: Path) -> None:
     done, messages, plan, encoder = written(llama_folder, tmp_path / "rows.jsonl", "train.max_row_tokens=256")
     rows = [row for step in plan.steps for row in step.rows]

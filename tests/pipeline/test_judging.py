@@ -51,6 +51,7 @@ def test_a_model_in_training_is_measured_beside_classic_recommenders(llama_folde
     assert judged["controls"]["random"] == pytest.approx(0.5897, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_the_judge_reads_no_more_tokens_at_a_time_than_the_recipe_says(
     llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -89,6 +90,7 @@ def test_reports_draw_the_curve_beside_what_classic_recommenders_reach(llama_fol
     assert "| Step | This model |" in text and "| markov-1 |" in text
 
 
+@pytest.mark.slow
 def test_looking_changes_nothing_of_what_is_learned(llama_folder: Path, tmp_path: Path) -> None:
     looked = _train(llama_folder, tmp_path / "looked", "train.steps=3")
     plain = pipeline.train(recipe(llama_folder, "train.steps=3", "train.valid_every=1"), tmp_path / "plain", quiet=True)
@@ -113,6 +115,7 @@ def test_the_adapter_of_the_best_look_is_kept(
     assert _train(llama_folder, tmp_path / "last")["adapter_sha256"] != best["adapter_sha256"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_keeps_what_an_uninterrupted_one_keeps(
     llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -215,6 +215,7 @@ def stage_one(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_another_run(stage_one: Path, llama_folder: Path, tmp_path: Path) -> None:
     """With a learning rate of nothing, what comes out is what went in: the first stage's model, not the base."""
     still = recipe(llama_folder, *OWN, f"train.start={stage_one}", "train.learning_rate=1e-30")

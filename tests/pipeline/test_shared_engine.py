@@ -134,6 +134,7 @@ def test_a_run_asks_base_and_adapter_through_one_engine_on_a_gpu(
     assert len(Adapting.started) == 2
 
 
+@pytest.mark.slow
 def test_transformers_answer_for_an_adapter_that_the_engine_breaks_at(
     device: Callable[[bool], None], page: Path, tmp_path: Path
 ) -> None:

@@ -246,7 +246,7 @@ OF_ONE_QUESTION = {"strategy": (0, 3), "stop": (3, 0), "max tokens": (3, 0)}
 
 @pytest.mark.parametrize(
     "field",
-    [pytest.param(name, marks=() if name in ("adapter", "model") else pytest.mark.slow) for name in FIELDS],
+    [pytest.param(name, marks=() if name == "model" else pytest.mark.slow) for name in FIELDS],
 )
 def test_no_field_gives_a_stale_hit(field: str, model: Path, qwen_folder: Path, tmp_path: Path) -> None:
     base, store = Asked(folder=model), AnswerStore(tmp_path / "answers.sqlite")

@@ -40,6 +40,7 @@ def rows_of(model: Path, folder: Path, *more: str) -> dict[str, Any]:
     return {row["predictor"]: row for row in rows if row["arm"] != "baseline"}
 
 
+@pytest.mark.slow
 def test_a_run_with_every_strategy(llama_folder: Path, tmp_path: Path) -> None:
     rows = rows_of(llama_folder, tmp_path / "run")
     assert set(rows) == {*DIRECT, "likelihood", "likelihood-prior"}

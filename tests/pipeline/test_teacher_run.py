@@ -98,6 +98,7 @@ def test_no_run_teaches_itself(teacher: Path) -> None:
         pipeline.run(recipe(32, **{"train.teacher.run": str(teacher)}), teacher, quiet=True)
 
 
+@pytest.mark.slow
 def test_a_teacher_that_is_gone_takes_no_finished_training_with_it(teacher: Path, tmp_path: Path) -> None:
     moved = shutil.copytree(teacher, tmp_path / "moved")
     taught = {"train.teacher.run": str(moved), "train.steps": 1}

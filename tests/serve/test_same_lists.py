@@ -141,6 +141,7 @@ def test_a_model_gives_one_list_of_candidates(url: str, rec: Loaded, run: Path, 
     )
 
 
+@pytest.mark.slow
 def test_a_service_answers_with_the_models_of_several_runs(run: Path, rec: Loaded, tmp_path: Path) -> None:
     other = shutil.copytree(run, tmp_path / "other")
     models, store = ("tuned", str(other)), str(tmp_path / "store.sqlite")
@@ -185,6 +186,7 @@ def test_a_classic_model_gives_one_list_of_candidates(url: str, rec: Loaded, mod
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "fuse"),
     [
@@ -286,6 +288,7 @@ def test_every_user_is_given_the_list_that_the_service_gives(
     (agree_nearly if model in ("tuned", "fusion with models") else agree)(in_rec, in_table)
 
 
+@pytest.mark.slow
 def test_the_base_of_a_run_answers_beside_the_tuned_model(run: Path) -> None:
     asked = questions(3, candidates=5)
     with llmrec.load(str(run), backend="hf", dtype="float32", models=("tuned", "untuned")) as rec:

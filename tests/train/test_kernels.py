@@ -34,7 +34,7 @@ TREE = {"width": 96, "packing": "tree"}
 # --------------------------------------------------------------------------- recomputed layers
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 @pytest.mark.parametrize(
     "method", ["lora", pytest.param("qlora", marks=pytest.mark.slow), pytest.param("full", marks=pytest.mark.slow)]
 )
@@ -66,7 +66,7 @@ def counted(model: Any) -> list[int]:
     return counts
 
 
-@pytest.mark.parametrize("top", [1, 2])
+@pytest.mark.parametrize("top", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_only_layers_with_a_backward_pass_are_computed_again(
     top: int, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,9 +243,9 @@ def test_kernels_that_cannot_run_are_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize(
     "name",
-    # Slow are those that differ from another one in their kernel alone, or in where their state lies.
+    # Slow are those that differ from another one in their kernel alone, or in where their state lies, and the default.
     [
-        pytest.param(name, marks=pytest.mark.slow if name == "adamw_torch" or "paged" in name else ())
+        pytest.param(name, marks=pytest.mark.slow if name.startswith("adamw_torch") or "paged" in name else ())
         for name in OPTIMISERS
     ],
 )

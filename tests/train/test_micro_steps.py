@@ -47,11 +47,11 @@ def test_parts_hold_every_row_and_no_more_tokens_than_asked() -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.slow),
         {"width": 96, "packing": "tree"},
-        {"method": "full"},
+        pytest.param({"method": "full"}, marks=pytest.mark.slow),
         {"exits": True, "distill": 0.5},
-        {"gradient_checkpointing": True, "lora": {"rank": 4, "top_layers": 1}},
+        pytest.param({"gradient_checkpointing": True, "lora": {"rank": 4, "top_layers": 1}}, marks=pytest.mark.slow),
     ],
 )
 def test_the_parts_of_a_step_are_the_whole_step(
@@ -63,6 +63,7 @@ def test_the_parts_of_a_step_are_the_whole_step(
     assert_equal(one, two, 5 * EQUAL)
 
 
+@pytest.mark.slow
 def test_a_step_in_one_part_follows_one_in_several(
     llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

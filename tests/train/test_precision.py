@@ -87,7 +87,7 @@ def figures(out: Path) -> list[dict[str, float]]:
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.slow),
         {"width": 96, "packing": "tree", "micro_tokens": 64},
         pytest.param({"method": "full"}, marks=pytest.mark.slow),
         pytest.param({"method": "qlora"}, marks=pytest.mark.slow),

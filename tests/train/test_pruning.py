@@ -79,7 +79,7 @@ def test_what_is_exported_has_the_zeros_of_training(method: str, llama_folder: P
         assert torch.allclose(trained, plain(input_ids=ids).logits, atol=0.05 * float(trained.abs().max()))
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_masks_are_frozen_after_the_end_and_a_resumed_run_keeps_them(
     method: str, llama_folder: Path, tmp_path: Path
 ) -> None:

@@ -243,7 +243,9 @@ def run(folder: Path, out: Path, *, alpha: float = 0.5, frozen: bool = False, **
     return done, model, head
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(
+    "alpha", [pytest.param(0.0, marks=pytest.mark.slow), 0.5, pytest.param(1.0, marks=pytest.mark.slow)]
+)
 def test_it_learns_whatever_the_loss(llama_folder: Path, tmp_path: Path, alpha: float) -> None:
     done, _, _ = run(llama_folder, tmp_path, alpha=alpha, steps=40, learning_rate=5e-3)
     valid = [record["valid_loss"]["rating"] for record in done.log if record["valid_loss"]]

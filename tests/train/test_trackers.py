@@ -145,6 +145,7 @@ def tensorboard(told: Said) -> types.ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_losses_and_figures_go_to_every_tracker_once(said: Said, llama_folder: Path, tmp_path: Path) -> None:
     names, out = ["tensorboard", "wandb", "mlflow", "trackio"], tmp_path / "films"
     done = llmrec.run(recipe(llama_folder, names), out=out, data=ROWS, quiet=True)
