@@ -20,7 +20,7 @@ from jinja2 import Environment
 from llmrec.progress import QUIET
 
 # A busy machine is no failure of a property.
-settings.register_profile("llmrec", deadline=None, max_examples=100 if os.environ.get("LLMREC_SLOW") == "1" else 25)
+settings.register_profile("llmrec", deadline=None, max_examples=100 if os.environ.get("LLMREC_SLOW") == "1" else 10)
 settings.load_profile("llmrec")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

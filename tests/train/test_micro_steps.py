@@ -79,6 +79,7 @@ def test_a_step_in_one_part_follows_one_in_several(
     assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_parts_of_rows_with_weights_divide_by_all_of_them(
     llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
