@@ -19,7 +19,7 @@ from llmrec.models.wheels import WHEELS
 ROOT = Path(__file__).parent.parent
 KNOWN = code.definition(ROOT)
 RESULT = json.loads((ROOT / code.RESULT).read_text(encoding="utf-8"))
-# A minute or more of training each.
+# A minute or more of training each, or steps that other tests take.
 LONG = {"tuned", "sasrec", "language_model", "encoder", "export", "cold", "intervals"}
 
 

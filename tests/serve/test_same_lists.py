@@ -189,10 +189,7 @@ def test_a_classic_model_gives_one_list_of_candidates(url: str, rec: Loaded, mod
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "fuse"),
-    [
-        ("fusion with texts", "baselines"),
-        pytest.param("fusion with models", "model", marks=pytest.mark.slow),
-    ],
+    [("fusion with texts", "baselines"), ("fusion with models", "model")],
 )
 def test_a_learned_ranker_gives_one_list(ranker_run: Path, tmp_path: Path, model: str, fuse: str) -> None:
     run, drawn = shutil.copytree(ranker_run, tmp_path / "r"), random.Random(5)

@@ -95,7 +95,7 @@ def test_a_second_run_trains_nothing_and_a_changed_head_is_noticed(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_export_has_the_head(ran: pipeline.Run, llama_folder: Path, tmp_path: Path, dtype: str) -> None:
     pipeline.run(recipe(llama_folder), ran.folder, quiet=True)
     export(ran.folder, tmp_path / "model", check_users=0, dtype=dtype)
