@@ -106,8 +106,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in engines)
 
 
-def pytest_collection_finish() -> None:
-    """Leave what imports and collection made out of every later search for garbage: it is millions of objects."""
+@pytest.fixture(scope="module", autouse=True)
+def _left_alone() -> None:
+    """Leave what imports made until now out of every later search for garbage: it is millions of objects."""
     gc.collect()
     gc.freeze()
 
