@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +42,7 @@ def test_effect_and_verdict_are_those_of_the_comparison(
     assert page(tmp_path, {**PAIR, **changed}) == expected
 
 
-def test_a_verdict_is_only_ever_weakened_and_with_a_reason(tmp_path: Path) -> None:
-    weaker = {"verdict": negative.NO_DIFFERENCE, "why": "one seed decides"}
-    assert "| no significant difference (one seed decides) |" in page(tmp_path / "a", PAIR, **weaker)
-    for name, wrong in (("b", {"verdict": negative.NO_DIFFERENCE}), ("c", {**weaker, "verdict": "better"})):
-        with pytest.raises(PointerError, match=re.escape("a verdict can only be replaced by")):
-            page(tmp_path / name, PAIR, **wrong)
+def test_a_pointer_to_nothing_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(PointerError, match="no entry has a=z"):
         page(tmp_path / "d", PAIR, at="made:pairs[a=z]")
 

@@ -29,12 +29,11 @@ from llmrec.baselines.item_texts import latent, texts_of
 from llmrec.baselines.neural import info_nce
 from llmrec.baselines.pairs import (
     FREQUENT,
-    WARM_UP,
+    PairEpoch,
     Pairs,
     SimilarToLatest,
     TransitionsTuned,
     TransitionsTunedConfig,
-    read_texts,
 )
 from llmrec.baselines.transitions import Steps, counted, normalised
 from llmrec.baselines.validation import mean_ndcgs, ranking_cases
@@ -132,46 +131,29 @@ class Judge:
         }
 
 
-class Trainer:
-    """Fine-tunes an encoder on pairs of items."""
+class Trainer(PairEpoch):
+    """Fine-tunes an encoder on pairs of items as a variant says."""
 
     def __init__(self, variant: Variant, encoder: TunedEncoder, steps: Steps, config: TransitionsTunedConfig) -> None:
-        self._variant, self._encoder, self._config = variant, encoder, config
-        self._pairs = Pairs.of(steps, config.apart, config.nearby)
-        frequencies = np.bincount(self._pairs.then, weights=self._pairs.weights, minlength=len(steps.popular))
-        self._frequencies = np.log(np.maximum(frequencies, 1e-12))
+        super().__init__(encoder, Pairs.of(steps, config.apart, config.nearby), config, np.random.default_rng(0))
+        self._variant = variant
         self._weights = normalised(steps, config) if variant.distilled else None
-        self._rng = np.random.default_rng(0)
         self._near: NDArray[np.int64] | None = None
-        self._optimiser = torch.optim.AdamW(
-            encoder.blocks.parameters(), lr=variant.learning_rate, weight_decay=config.weight_decay
-        )
 
-    def step(self, step: int) -> float:
-        """Take an optimiser step, and return its loss in nats."""
-        variant, batch = self._variant, self._config.batch
-        rate = variant.learning_rate * min(1.0, step / WARM_UP) * (1 - (step - 1) / variant.steps)
-        for group in self._optimiser.param_groups:
-            group["lr"] = rate
-        if variant.hard and (step - 1) % EVERY == 0:
-            vectors = self._encoder.every()
-            self._near = (vectors @ vectors.T).fill_diagonal_(-1).topk(variant.hard).indices.numpy()
-        drawn = self._rng.choice(len(self._pairs.first), batch, p=self._pairs.weights)
-        first, then = self._pairs.first[drawn], self._pairs.then[drawn]
-        others = [] if self._near is None else [self._near[first, self._rng.integers(0, variant.hard, batch)]]
-        loss = self._loss(first, np.concatenate([then, *others]))
-        self._optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        self._optimiser.step()
-        return float(loss.detach())
+    def __call__(self, optimiser: torch.optim.Optimizer) -> float:
+        """Find the hard negatives of these steps, take them, and return their mean loss in nats."""
+        if self._variant.hard:
+            vectors = self.encoder.every()
+            self._near = (vectors @ vectors.T).fill_diagonal_(-1).topk(self._variant.hard).indices.numpy()
+        return super().__call__(optimiser)
 
-    def _loss(self, first: NDArray[np.int64], candidates: NDArray[np.int64]) -> Any:
-        rows, places = np.unique(np.concatenate([first, candidates]), return_inverse=True)
-        vectors = read_texts(self._encoder, rows)[torch.from_numpy(places)]
-        logits = vectors[: len(first)] @ vectors[len(first) :].T / self._config.temperature
+    def loss(self, first: NDArray[np.int64], then: NDArray[np.int64]) -> Any:
+        """Return the loss of the pairs of a batch in nats, a tensor with gradients."""
+        hard = [] if self._near is None else [self._near[first, self.rng.integers(0, self._variant.hard, len(first))]]
+        candidates = np.concatenate([then, *hard])
         # Only targets are drawn by their frequency; additional negatives are not.
-        often = np.where(np.arange(len(candidates)) < len(first), self._frequencies[candidates], 0.0)
-        logits = logits - FREQUENT * torch.from_numpy(often).float()
+        often = np.where(np.arange(len(candidates)) < len(first), self.often[candidates], 0.0)
+        logits = self.similarities(first, candidates) - FREQUENT * torch.from_numpy(often).float()
         same = first[:, None] == candidates[None, :]
         if self._weights is not None:
             # The drawn pair keeps a positive target even if its weight is 0.
@@ -180,7 +162,7 @@ class Trainer:
             target = target / target.sum(1, keepdim=True)
             logits = logits.masked_fill(torch.from_numpy(same), -1e9)
             return -(target * torch.log_softmax(logits, dim=1)).sum(1).mean()
-        known = same | (self._pairs.seen[first][:, candidates].toarray() > 0)
+        known = same | (self.pairs.seen[first][:, candidates].toarray() > 0)
         known[np.arange(len(first)), np.arange(len(first))] = False
         return info_nce(logits, torch.from_numpy(known))
 
@@ -202,22 +184,23 @@ def curve(variant: Variant, data: SplitDataset, parameters: Mapping[str, Any]) -
     pretrained = encoder.every().numpy()
     seconds = time.monotonic() - begin
     yield {"users": judge.users, "step": 0, "seconds": seconds, "tuned": judge(pretrained)}
-    trainer, losses = Trainer(variant, encoder, steps, config), []
-    for step in range(1, variant.steps + 1):
+    looks = variant.steps // EVERY
+    settings = {"steps": EVERY, "epochs": max(1, looks), "learning_rate": variant.learning_rate}
+    trainer = Trainer(variant, encoder, steps, config.model_copy(update=settings))
+    optimiser = torch.optim.AdamW(encoder.blocks.parameters(), weight_decay=config.weight_decay)
+    for look in range(1, looks + 1):
         begin = time.monotonic()
-        losses.append(trainer.step(step))
+        loss = trainer(optimiser)
         seconds += time.monotonic() - begin
-        if step % EVERY == 0:
-            vectors = encoder.every().numpy()
-            both = np.concatenate([vectors, pretrained], axis=1) / np.sqrt(2, dtype=np.float32)
-            yield {
-                "step": step,
-                "seconds": seconds,
-                "loss": float(np.mean(losses)),
-                "tuned": judge(vectors),
-                "concatenated": judge(both),
-            }
-            losses = []
+        vectors = encoder.every().numpy()
+        both = np.concatenate([vectors, pretrained], axis=1) / np.sqrt(2, dtype=np.float32)
+        yield {
+            "step": look * EVERY,
+            "seconds": seconds,
+            "loss": loss,
+            "tuned": judge(vectors),
+            "concatenated": judge(both),
+        }
 
 
 def finished(target: Path) -> dict[str, Any]:

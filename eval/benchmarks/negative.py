@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from eval.benchmarks.figures.pointers import PointerError, Results
+from eval.benchmarks.figures.pointers import Results
 from llmrec.chat.opening import MANAGERS
 from llmrec.registry import lower
 from llmrec.report.table import grid
@@ -23,7 +23,6 @@ from llmrec.report.wording import SEEDS, USERS, outcome
 
 SOURCE = "eval/negative_results.yaml"
 PAGE = "eval/NEGATIVE_RESULTS.md"
-NO_DIFFERENCE = outcome("not shown")
 _HEAD = f"""# Negative results
 
 The table lists ideas that were measured and did not help. `make figures` writes it from `{SOURCE}` and `eval/results/`.
@@ -48,8 +47,6 @@ class Tested:
         at: Pointer to the comparison.
         metric: Its metric, if the comparison does not name it.
         exploratory: Whether it has one training seed, if the result does not record that.
-        verdict: `NO_DIFFERENCE` instead of the verdict of the comparison.
-        why: Reason for replacing the verdict.
     """
 
     data: str
@@ -57,15 +54,13 @@ class Tested:
     at: str
     metric: str = ""
     exploratory: bool = False
-    verdict: str = ""
-    why: str = ""
 
 
 def write(root: Path) -> str:
     """Return the page.
 
     Raises:
-        PointerError: If a pointer does not lead to a comparison, or a verdict is replaced without a reason.
+        PointerError: If a pointer does not lead to a comparison.
     """
     results = Results(root)
     small = exploratory(root / "eval" / "results")
@@ -77,7 +72,7 @@ def write(root: Path) -> str:
             pair = results.entry(tested.at)
             metric = tested.metric or pair.get("metric", "")
             star = r" \*" if tested.exploratory or file in small else ""
-            cells = [tested.data, tested.compared, metric, _effect(pair), f"{_verdict(tested, pair, metric)}{star}"]
+            cells = [tested.data, tested.compared, metric, _effect(pair), f"{_verdict(pair, metric)}{star}"]
             rows.append([idea["idea"], *cells, _link(root, file)])
     header = ["idea", "data", "compared", "metric", "effect", "verdict", "result"]
     return "\n".join([_HEAD, grid(header, rows, len(header)), ""])
@@ -96,19 +91,13 @@ def _signed(value: float, places: int) -> str:
     return f"{sign}{digits}"
 
 
-def _verdict(tested: Tested, pair: dict[str, Any], metric: str) -> str:
-    if tested.verdict:
-        if tested.verdict != NO_DIFFERENCE or not tested.why:
-            raise PointerError(
-                f"{SOURCE}, {tested.at}: a verdict can only be replaced by {NO_DIFFERENCE!r}, with a reason"
-            )
-        return f"{NO_DIFFERENCE} ({tested.why})"
+def _verdict(pair: dict[str, Any], metric: str) -> str:
     if pair.get("verdict"):
         return outcome(pair["verdict"])
     if pair.get("p") is None:
         return "not tested"
     if pair["p"] > 0.05:
-        return NO_DIFFERENCE
+        return outcome("not shown")
     return outcome("shown" if (pair["value"] < 0) == lower(metric) else "contradicted")
 
 

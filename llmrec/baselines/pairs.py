@@ -188,7 +188,7 @@ class TransitionsTuned(TransitionsText):
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
-            learn = _Epoch(encoder, pairs, config, np.random.default_rng(self._seed))
+            learn = PairEpoch(encoder, pairs, config, np.random.default_rng(self._seed))
             until_least(
                 _Learner(torch.nn.ModuleDict({"encoder": encoder.blocks}), self.name),
                 evaluate if cases else None,
@@ -214,44 +214,48 @@ class TransitionsTuned(TransitionsText):
         self._model = Steps(steps.catalogue, steps.gaps, steps.popular, nearest(vectors, NEIGHBOURS), vectors)
 
 
-class _Epoch:
-    """Trains on sampled pairs for one epoch."""
+class PairEpoch:
+    """Trains a text encoder on sampled pairs for one epoch; the learning rate decays over ``config.epochs`` of them."""
 
     def __init__(
         self, encoder: TunedEncoder, pairs: Pairs, config: TransitionsTunedConfig, rng: np.random.Generator
     ) -> None:
-        self._encoder, self._pairs, self._config, self._rng = encoder, pairs, config, rng
-        items = pairs.seen.shape[0]
-        often = np.bincount(pairs.then, weights=pairs.weights, minlength=items)
-        self._often = np.log(np.maximum(often, 1e-12))
+        self.encoder, self.pairs, self.config, self.rng = encoder, pairs, config, rng
+        often = np.bincount(pairs.then, weights=pairs.weights, minlength=pairs.seen.shape[0])
+        self.often = np.log(np.maximum(often, 1e-12))
         self._done = 0
 
     def __call__(self, optimiser: torch.optim.Optimizer) -> float:
         """Train for one epoch, and return the mean loss in nats."""
-        config, total = self._config, 0.0
+        config, total = self.config, 0.0
         for _ in range(config.steps):
             rate = min(1.0, (self._done + 1) / WARM_UP) * (1 - self._done / (config.epochs * config.steps))
             for group in optimiser.param_groups:
                 group["lr"] = config.learning_rate * rate
-            drawn = self._rng.choice(len(self._pairs.first), config.batch, p=self._pairs.weights)
+            drawn = self.rng.choice(len(self.pairs.first), config.batch, p=self.pairs.weights)
             optimiser.zero_grad(set_to_none=True)
-            loss = self._loss(self._pairs.first[drawn], self._pairs.then[drawn])
+            loss = self.loss(self.pairs.first[drawn], self.pairs.then[drawn])
             loss.backward()
             optimiser.step()
             total += float(loss.detach())
             self._done += 1
         return total / config.steps
 
-    def _loss(self, first: NDArray[np.int64], then: NDArray[np.int64]) -> Any:
+    def loss(self, first: NDArray[np.int64], then: NDArray[np.int64]) -> Any:
+        """Return the loss of the pairs of a batch in nats, a tensor with gradients."""
         torch = require("torch", "train")
-        rows, places = np.unique(np.concatenate([first, then]), return_inverse=True)
-        vectors = read_texts(self._encoder, rows)[torch.from_numpy(places)]
-        logits = vectors[: len(first)] @ vectors[len(first) :].T / self._config.temperature
-        against = torch.from_numpy(self._pairs.unknown(first, then))
-        return info_nce(logits - FREQUENT * torch.from_numpy(self._often[then]).float(), ~against)
+        logits = self.similarities(first, then) - FREQUENT * torch.from_numpy(self.often[then]).float()
+        return info_nce(logits, ~torch.from_numpy(self.pairs.unknown(first, then)))
+
+    def similarities(self, first: NDArray[np.int64], others: NDArray[np.int64]) -> Any:
+        """Return similarities divided by the temperature, with gradients, shape (len(first), len(others))."""
+        torch = require("torch", "train")
+        rows, places = np.unique(np.concatenate([first, others]), return_inverse=True)
+        vectors = _read_texts(self.encoder, rows)[torch.from_numpy(places)]
+        return vectors[: len(first)] @ vectors[len(first) :].T / self.config.temperature
 
 
-def read_texts(encoder: TunedEncoder, rows: NDArray[np.int64]) -> Any:
+def _read_texts(encoder: TunedEncoder, rows: NDArray[np.int64]) -> Any:
     """Encode texts in groups of similar length, with gradients; returns vectors of shape (n, d)."""
     torch = require("torch", "train")
     groups = batches_of([encoder.length(int(row)) for row in rows])
