@@ -70,7 +70,7 @@ def ranked(tmp_path_factory: pytest.TempPathFactory) -> pipeline.Run:
     return pipeline.run(recipe, folder / "r", quiet=True)
 
 
-@pytest.fixture(scope="module", params=["linear", "ranked"])
+@pytest.fixture(scope="module", params=[pytest.param("linear", marks=pytest.mark.slow), "ranked"])
 def run(request: pytest.FixtureRequest) -> pipeline.Run:
     made: pipeline.Run = request.getfixturevalue(request.param)
     forms = {row["fusion"]["form"] for row in made.results["rows"] if row.get("fusion")}

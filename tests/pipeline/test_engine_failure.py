@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 from llmrec.answer.checks import decided
 from llmrec.answer.language_model import LanguageModel
@@ -18,7 +17,6 @@ from llmrec.answer.opening import open_models
 from llmrec.answer.options import RecommenderOptions
 from llmrec.answer.rank.run import rank_file
 from llmrec.backends.fake import FakeBackend
-from llmrec.cli.main import app
 from llmrec.errors import EngineFailure
 from llmrec.pipeline import engines
 from llmrec.pipeline import run as pipeline
@@ -172,6 +170,7 @@ def test_rows_of_an_engine_that_was_asked_for_are_marked_and_completed_later(
     assert {name.split("/")[0] for name in missing} == {"direct"} and len(missing) > VLLM_ROWS
     assert set(engines_of(results).values()) == {"hf"} and len(engines_of(results)) == HF_ROWS
     assert f"{len(missing)} of {len(missing) + len(results['rows'])} models were not evaluated" in str(caught.value)
+    assert "\n" not in str(caught.value)
     report = {file.suffix: file.read_text("utf-8") for file in (folder / "report").iterdir()}
     for text in report.values():
         assert text.count("not evaluated") >= len(missing)
@@ -182,13 +181,6 @@ def test_rows_of_an_engine_that_was_asked_for_are_marked_and_completed_later(
     answered = list(engines_of(done.results).values())
     assert (answered.count("hf"), len(answered)) == (HF_ROWS, HF_ROWS + VLLM_ROWS)
     assert missing.keys() <= {row["id"] for row in done.results["rows"]}
-
-
-def test_the_command_ends_with_one_line(put: Callable[[type[FakeBackend]], None], page: Path, tmp_path: Path) -> None:
-    put(Failing)
-    done = CliRunner().invoke(app, ["run", str(page), "eval.backend=vllm", "--out", str(tmp_path / "r"), "-q"])
-    assert isinstance(done.exception, EngineFailure)
-    assert "\n" not in str(done.exception) and "eval.backend=hf" in str(done.exception)
 
 
 def test_without_any_engine_the_classic_recommenders_are_reported(

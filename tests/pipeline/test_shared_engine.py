@@ -106,32 +106,34 @@ def page(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def test_a_run_asks_base_and_adapter_through_one_engine_on_a_gpu(
-    device: Callable[[bool], None], page: Path, llama_folder: Path, tmp_path: Path
-) -> None:
-    base = llama_folder.name
-    for name, gpu, more, started in (
-        ("gpu", True, (), [(base, 1)]),
+@pytest.mark.parametrize(
+    ("gpu", "more"),
+    [
+        (True, ()),
         # Slower on a CPU than merged weights.
-        ("cpu", False, (), [(base, 0), ("merged", 0)]),
+        pytest.param(False, (), marks=pytest.mark.slow),
         # Not supported by vLLM.
-        ("dora", True, ("train.lora.dora=true",), [(base, 0), ("merged", 0)]),
-    ):
-        device(gpu)
-        Adapting.started, Adapting.asked = [], []
-        made = pipeline.run(load_recipe(str(page), more), tmp_path / name, quiet=True)
-        assert Adapting.started == started, name
-        assert set(Adapting.asked) == ({"", "gpu"} if name == "gpu" else {""})
-        assert {row["arm"] for row in made.results["rows"]} >= {"zero-shot", "few-shot", "tuned"}
-        assert Adapting.open == 0
+        pytest.param(True, ("train.lora.dora=true",), marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_asks_base_and_adapter_through_one_engine_on_a_gpu(
+    device: Callable[[bool], None], page: Path, llama_folder: Path, tmp_path: Path, gpu: bool, more: tuple[str, ...]
+) -> None:
+    base, shared = llama_folder.name, gpu and not more
+    device(gpu)
+    made = pipeline.run(load_recipe(str(page), more), tmp_path / "r", quiet=True)
+    assert Adapting.started == ([(base, 1)] if shared else [(base, 0), ("merged", 0)])
+    assert set(Adapting.asked) == ({"", "r"} if shared else {""})
+    assert {row["arm"] for row in made.results["rows"]} >= {"zero-shot", "few-shot", "tuned"}
+    assert Adapting.open == 0
     # Nothing is started again, and the answers of the one are not those of the other.
-    Adapting.started = []
-    device(True)
-    pipeline.run(load_recipe(str(page)), tmp_path / "gpu", quiet=True)
-    assert Adapting.started == []
-    device(False)
-    pipeline.run(load_recipe(str(page)), tmp_path / "gpu", quiet=True)
-    assert len(Adapting.started) == 2
+    pipeline.run(load_recipe(str(page), more), tmp_path / "r", quiet=True)
+    assert len(Adapting.started) == (1 if shared else 2)
+    if shared:
+        Adapting.started = []
+        device(False)
+        pipeline.run(load_recipe(str(page)), tmp_path / "r", quiet=True)
+        assert len(Adapting.started) == 2
 
 
 @pytest.mark.slow
@@ -176,17 +178,17 @@ def test_a_service_opens_one_engine_for_the_model_of_a_run_and_its_base(
     assert len({model.signature for model in models.opened.values()}) == len(models.opened)
 
 
+def tuned(page: Path, folder: Path, *more: str) -> None:
+    pipeline.run(load_recipe(str(page), ("eval.arms=[tuned]", "eval.backend=hf", *more)), folder, quiet=True)
+
+
 @pytest.fixture(scope="module")
 def runs(page: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with runs of one base and catalogue: ``a``, ``b`` with other templates and seeds, and ``dora``."""
+    """A folder with runs of one base and catalogue: ``a``, and ``b`` with other templates and seeds."""
     folder = tmp_path_factory.mktemp("runs")
-    for name, more in (
-        ("a", ()),
-        ("b", ("tasks.direct.templates=[after-history]", "tasks.direct.strategies=[list]", "seed=3", "train.steps=3")),
-        ("dora", ("train.lora.dora=true",)),
-    ):
-        recipe = load_recipe(str(page), ("eval.arms=[tuned]", "eval.backend=hf", *more))
-        pipeline.run(recipe, folder / name, quiet=True)
+    other = ("tasks.direct.templates=[after-history]", "tasks.direct.strategies=[list]", "seed=3", "train.steps=3")
+    for name, more in (("a", ()), ("b", other)):
+        tuned(page, folder / name, *more)
     # A window is part of an engine.
     short = shutil.copytree(folder / "b", folder / "short") / "merged" / bundle.FILE
     write_checked(short, {**checked(short.read_bytes()), "max_length": 300})
@@ -195,9 +197,10 @@ def runs(page: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_a_service_opens_one_engine_for_the_models_of_several_runs(
-    device: Callable[[bool], None], runs: Path, llama_folder: Path
+    device: Callable[[bool], None], page: Path, runs: Path, llama_folder: Path
 ) -> None:
     base = llama_folder.name
+    tuned(page, runs / "dora", "train.lora.dora=true")
     for gpu, names, started in (
         (True, ("tuned", "b"), [(base, 2)]),
         (True, ("untuned", "b", "tuned"), [(base, 2)]),
