@@ -25,7 +25,8 @@ SOURCE = "eval/negative_results.yaml"
 PAGE = "eval/NEGATIVE_RESULTS.md"
 _HEAD = f"""# Negative results
 
-The table lists ideas that were measured and did not help. `make figures` writes it from `{SOURCE}` and `eval/results/`.
+The table lists ideas that did not help on at least one data set. `make figures` writes it from
+`{SOURCE}` and `eval/results/`.
 
 - The column *effect* is the difference A − B of the *compared* models on the same users, with its interval. Planned
   comparisons are Holm-corrected, and their intervals exclude 0 exactly if p is at most .05. Other comparisons have an
