@@ -171,6 +171,7 @@ def _users(tokenizer_name: str, family: str, template: str, fill: str) -> range:
     return range((one * len(known) + other) // 2 % share, USERS, share)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_shows_every_payload(family: str) -> None:
     """Else the tests below would prove little."""
