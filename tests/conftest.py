@@ -113,6 +113,11 @@ def _left_alone() -> None:
     gc.freeze()
 
 
+def pytest_sessionfinish() -> None:
+    """Let the interpreter collect what was left alone; else libraries report it as leaked when the process ends."""
+    gc.unfreeze()
+
+
 _compile = cache(Environment.compile)
 
 
