@@ -11,13 +11,13 @@ from pathlib import Path
 
 import polars as pl
 
+from llmrec.data.split import SplitDataset
 from llmrec.pipeline.study import load_tables
 from llmrec.recipe.load import load_stored
 
 
-def main(run: Path, folder: Path) -> None:
-    """Write the split of the run's data."""
-    data = load_tables(load_stored(run))[0]
+def write_parts(data: SplitDataset, folder: Path) -> None:
+    """Write a split."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, part in (("train", data.train), ("valid", data.valid), ("test", data.test)):
         rows = part.select("user_id", "item_id", position=pl.int_range(pl.len()).over("user_id"))
@@ -29,4 +29,4 @@ def main(run: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    write_parts(load_tables(load_stored(Path(sys.argv[1])))[0], Path(sys.argv[2]))

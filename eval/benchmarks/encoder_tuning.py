@@ -185,7 +185,7 @@ def curve(variant: Variant, data: SplitDataset, parameters: Mapping[str, Any]) -
     seconds = time.monotonic() - begin
     yield {"users": judge.users, "step": 0, "seconds": seconds, "tuned": judge(pretrained)}
     looks = variant.steps // EVERY
-    settings = {"steps": EVERY, "epochs": max(1, looks), "learning_rate": variant.learning_rate}
+    settings = {"steps": EVERY, "epochs": looks, "learning_rate": variant.learning_rate}
     trainer = Trainer(variant, encoder, steps, config.model_copy(update=settings))
     optimiser = torch.optim.AdamW(encoder.blocks.parameters(), weight_decay=config.weight_decay)
     for look in range(1, looks + 1):

@@ -21,6 +21,7 @@ import numpy as np
 import polars as pl
 
 import llmrec
+from eval.benchmarks.auto_split import write_parts
 from eval.benchmarks.provenance import provenance
 from llmrec.baselines.sasrec import SASRec
 from llmrec.baselines.validation import mean_ndcgs, ranking_cases
@@ -36,16 +37,6 @@ K, SEED, ROWS = 10, 0, 1000
 # The others hold all logits of a batch at once: glibc would return this memory to the system after each step, and half
 # of their time would pass with getting it back.
 KEEPING = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
-
-
-def write_parts(data: SplitDataset, folder: Path) -> None:
-    """Write the split for other libraries, and the truth for `llmrec score`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, name in enumerate(("train", "valid", "test")):
-        rows = getattr(data, name).select("user_id", "item_id", position=pl.int_range(pl.len()).over("user_id"))
-        # Held-out interactions come after the known ones.
-        rows.with_columns(pl.col("position") + 1_000_000 * number).write_csv(folder / f"{name}.csv")
-    data.test.select("user_id", "item_id").write_csv(folder / "truth.csv")
 
 
 def own(data: SplitDataset, folder: Path, seconds: float, dropout: float) -> dict[str, Any]:

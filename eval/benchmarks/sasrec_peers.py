@@ -22,9 +22,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from auto_peer import K, dataset, lists, ndcg
 
 DIM, LAYERS, HEADS, LENGTH, RATE = 64, 2, 2, 50, 1e-3
-K, PATIENCE, VALIDATED, SEED = 10, 10, 10_000, 0
+PATIENCE, VALIDATED, SEED = 10, 10_000, 0
 PARTS = ("train", "valid", "test")
 
 
@@ -49,22 +50,10 @@ def until_spent(
     return {"seconds": round(time.monotonic() - began, 1), "epochs": len(curve), "valid": best, "curve": curve}
 
 
-def ndcg(found: pd.DataFrame, truth: pd.DataFrame) -> float:
-    """Mean NDCG@10 with one relevant item per user; users without the item in their list count 0."""
-    hits = found.merge(truth, on=["user_id", "item_id"])
-    return float((1 / np.log2(hits["rank"] + 1)).sum() / truth["user_id"].nunique())
-
-
 def rectools(frames: dict[str, pd.DataFrame], seconds: float, dropout: float) -> tuple[dict[str, Any], pd.DataFrame]:
     """Train SASRec of RecTools."""
     from pytorch_lightning import Trainer, seed_everything
-    from rectools.dataset import Dataset
     from rectools.models import SASRecModel
-
-    def dataset(*names: str) -> Any:
-        frame = pd.concat([frames[name] for name in names], ignore_index=True)
-        frame["datetime"] = pd.Timestamp("2020-01-01") + pd.to_timedelta(frame.pop("position"), unit="s")
-        return Dataset.construct(frame.assign(weight=1.0))
 
     def quiet() -> Trainer:
         return Trainer(
@@ -77,7 +66,7 @@ def rectools(frames: dict[str, pd.DataFrame], seconds: float, dropout: float) ->
         )
 
     seed_everything(SEED)
-    known, truth = dataset("train"), frames["valid"].head(VALIDATED)
+    known, truth = dataset(frames["train"]), frames["valid"].head(VALIDATED)
     model = SASRecModel(
         n_factors=DIM,
         n_blocks=LAYERS,
@@ -92,13 +81,12 @@ def rectools(frames: dict[str, pd.DataFrame], seconds: float, dropout: float) ->
     def learn(_: int) -> None:
         model.fit_partial(known, min_epochs=1, max_epochs=1)
 
-    def lists(users: Any, data: Any) -> pd.DataFrame:
-        return model.recommend(users=users, dataset=data, k=K, filter_viewed=True)[["user_id", "item_id", "rank"]]
-
     result = until_spent(
-        seconds, learn, lambda: ndcg(lists(truth["user_id"].unique(), known), truth), lambda: model.torch_model
+        seconds, learn, lambda: ndcg(lists(model, known, truth["user_id"].unique()), truth), lambda: model.torch_model
     )
-    return result, lists(frames["test"]["user_id"].unique(), dataset("train", "valid"))
+    everything = dataset(frames["train"], frames["valid"])
+    found = lists(model, everything, frames["test"]["user_id"].unique())
+    return result, found[["user_id", "item_id", "rank"]]
 
 
 def recbole(frames: dict[str, pd.DataFrame], seconds: float, dropout: float) -> tuple[dict[str, Any], pd.DataFrame]:

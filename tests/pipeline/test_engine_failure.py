@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from llmrec.answer.checks import decided
 from llmrec.answer.language_model import LanguageModel
@@ -17,6 +18,7 @@ from llmrec.answer.opening import open_models
 from llmrec.answer.options import RecommenderOptions
 from llmrec.answer.rank.run import rank_file
 from llmrec.backends.fake import FakeBackend
+from llmrec.cli.main import app
 from llmrec.errors import EngineFailure
 from llmrec.pipeline import engines
 from llmrec.pipeline import run as pipeline
@@ -181,6 +183,14 @@ def test_rows_of_an_engine_that_was_asked_for_are_marked_and_completed_later(
     answered = list(engines_of(done.results).values())
     assert (answered.count("hf"), len(answered)) == (HF_ROWS, HF_ROWS + VLLM_ROWS)
     assert missing.keys() <= {row["id"] for row in done.results["rows"]}
+
+
+@pytest.mark.slow
+def test_the_command_ends_with_one_line(put: Callable[[type[FakeBackend]], None], page: Path, tmp_path: Path) -> None:
+    put(Failing)
+    done = CliRunner().invoke(app, ["run", str(page), "eval.backend=vllm", "--out", str(tmp_path / "r"), "-q"])
+    assert isinstance(done.exception, EngineFailure)
+    assert "\n" not in str(done.exception) and "eval.backend=hf" in str(done.exception)
 
 
 def test_without_any_engine_the_classic_recommenders_are_reported(
