@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Role = Literal["system", "user", "assistant"]
 SegmentKind = Literal["text", "item", "target", "given"]
 SplitName = Literal["train", "valid", "test"]
-Capability = Literal["generate", "score", "embed", "search", "rate"]
+Capability = Literal["generate", "score", "search", "rate"]
 
 # --------------------------------------------------------------------------- data
 
@@ -342,7 +342,7 @@ class HeadBackend(Protocol):
 
 @runtime_checkable
 class Backend(Protocol):
-    """A language model engine with four methods; ``capabilities`` lists the supported ones."""
+    """A language model engine that generates, scores and searches; ``capabilities`` lists the supported ones."""
 
     name: str
     capabilities: frozenset[Capability]
@@ -381,14 +381,6 @@ class Backend(Protocol):
             BackendError: If the backend does not search.
         """
         raise _lacks(self.name, "does not support the strategy 'search'; use eval.backend=hf or vllm")
-
-    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Return one vector per text, shape (n, d).
-
-        Raises:
-            BackendError: If the backend has no text vectors.
-        """
-        raise _lacks(self.name, "does not compute embeddings; use the hf backend")
 
     def close(self) -> None:
         """Release the engine; repeated calls have no effect."""

@@ -72,7 +72,7 @@ PLANTED = [
         "significantly better",
         "the text says 'significantly better'",
     ),
-    ("docs/baselines-and-ensembles.md", "than `transitions-tuned`", "than `markov`", "the text compares with markov"),
+    ("docs/should-you-use-an-llm.md", "than `transitions-tuned`", "than `markov`", "the text compares with markov"),
     (
         "docs/should-you-use-an-llm.md",
         "| [yes/no](../eval/ml1m-ctr.md);",
@@ -107,7 +107,7 @@ def test_another_result_is_found_and_written(checkout: Path) -> None:
     pages = {name: (checkout / name).read_text(encoding="utf-8") for name in named(checkout)}
     assert len([fault for fault in faults(checkout) if "narrow:" in fault]) == 1
     assert write(checkout) == ["docs/experimental.md", "eval/NEGATIVE_RESULTS.md", "eval/narrow.md"]
-    assert faults(checkout) == write(checkout) == []
+    assert faults(checkout) == []
     for name, text in pages.items():
         now = (checkout / name).read_text(encoding="utf-8")
         assert re.sub(r"\+\.00\d\d (?=\[)", "", now) == re.sub(r"\+\.00\d\d (?=\[)", "", text)

@@ -1,1 +1,1 @@
-"""Inference engines, which generate, score, search and embed; `encode` tokenises their prompts."""
+"""Inference engines, which generate, score and search; `encode` tokenises their prompts."""

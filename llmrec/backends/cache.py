@@ -27,8 +27,7 @@ from llmrec.progress import count_answers
 from llmrec.types import Backend, Capability, Completion, Cost, HeadBackend, Prompt, Read, Scores, SearchResult
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+    pass
 
 
 # The SQLite table of answers: each row has a checksum; damaged rows are set aside and computed again.
@@ -495,10 +494,6 @@ class CachedBackend:
             with questions.replaced_on_failure():
                 questions.keep(indices, engine.rate([prompts[i] for i in indices]))
         return [Read(**answer) for answer in questions.answers]
-
-    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Return text vectors, which are not cached."""
-        return self.start().embed(texts)
 
     def close(self) -> None:
         """Close the engine, if it was started."""

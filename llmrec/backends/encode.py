@@ -45,13 +45,11 @@ class TokenRow:
     Attributes:
         ids: Token ids.
         labels: Token ids where there is loss, -100 elsewhere.
-        lines: The beginnings of the lines of a list, if requested.
         weight: The weight of each of its targets in a step's loss.
     """
 
     ids: tuple[int, ...]
     labels: tuple[int, ...]
-    lines: tuple[int, ...] = ()
     weight: float = 1.0
 
     @property

@@ -6,12 +6,10 @@ import hashlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from llmrec.types import Capability, Completion, Prompt, Scores, SearchResult
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    pass
 
 
 class FakeBackend:
@@ -23,7 +21,7 @@ class FakeBackend:
     """
 
     name = "fake"
-    capabilities: frozenset[Capability] = frozenset({"generate", "score", "embed", "search"})
+    capabilities: frozenset[Capability] = frozenset({"generate", "score", "search"})
 
     def __init__(
         self,
@@ -88,10 +86,6 @@ class FakeBackend:
                 )
             )
         return results
-
-    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Return a vector of 16 dimensions per text, derived from its hash."""
-        return np.array([[_unit(text, str(k)) for k in range(16)] for text in texts], dtype=np.float32)
 
     def close(self) -> None:
         """Do nothing, since there is nothing to free."""

@@ -50,7 +50,7 @@ MOST = 2000
 """Maximum number of allowed calls in a turn, the default of `ModelManager`."""
 _FAMILY = "chat"
 # Recipe keys that do not apply here.
-_NEVER = ("preference", "judge", "reward", "examples", "start", "teacher", "band")
+_NEVER = ("preference", "judge", "reward", "examples", "start", "teacher")
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from scipy.special import gammaln
 from llmrec.errors import LlmrecError
 
 if TYPE_CHECKING:
-    from numpy.typing import ArrayLike, NDArray
+    from numpy.typing import NDArray
 
 
 # --------------------------------------------------------------------------- matching
@@ -139,26 +139,6 @@ def place(ranked: Pairs, targets: NDArray[np.int64]) -> tuple[NDArray[np.int64],
     greater, tied = np.diff(begins), np.zeros(n, dtype=np.int64)
     greater[owner], tied[owner] = starts[block] - begins[owner], sizes[block]
     return greater, tied
-
-
-def numbered(ids: ArrayLike, known: ArrayLike) -> NDArray[np.int64]:
-    """Replace ids by their indices in a sorted list of ids; fastest if equal ids are adjacent.
-
-    Args:
-        ids: Ids, such as the user of every row, shape (m,).
-        known: Sorted distinct ids, including all of ``ids``.
-
-    Raises:
-        ValueError: If an id is unknown.
-    """
-    values, among = np.asarray(ids), np.asarray(known)
-    starts = _changes(values)
-    if not len(starts):
-        return np.empty(0, dtype=np.int64)
-    places = np.searchsorted(among, values[starts])
-    if not len(among) or (among[np.minimum(places, len(among) - 1)] != values[starts]).any():
-        raise ValueError("an id is unknown")
-    return np.repeat(places, np.diff(np.append(starts, len(values)))).astype(np.int64, copy=False)
 
 
 # --------------------------------------------------------------------------- helpers
@@ -379,32 +359,6 @@ def reciprocal_rank(judged: Judged, k: int | None = None) -> NDArray[np.float64]
     values = np.zeros(len(judged.total))
     values[judged.request[first]] = item
     return values
-
-
-def auc(judged: Judged, pool: ArrayLike) -> NDArray[np.float64]:
-    """Compute AUC of each request: how often a relevant item ranks above an irrelevant one, ties counting half.
-
-    Args:
-        judged: See `judge`.
-        pool: Number of rankable items, including relevant ones, shape (n,) or one number. Items missing from a ranking
-            count as tied below all ranked items.
-
-    Returns:
-        Values in [0, 1], shape (n,); NaN for a request with one class only.
-    """
-    size = np.broadcast_to(np.asarray(pool, dtype=np.int64), judged.total.shape)
-    others = size - judged.total
-    every = np.arange(len(judged.request))
-    result = _sum(judged, every, judged.relevant.astype(np.float64))
-    if (judged.ranked + (judged.total - result) > size).any():
-        raise ValueError("a request has more ranked or relevant items than candidates")
-    above = judged.greater - judged.before
-    lost = _sum(judged, every, judged.relevant * (above + (judged.tied - judged.relevant) / 2))
-    ranked_others = judged.ranked - result
-    lost += (judged.total - result) * (ranked_others + (others - ranked_others) / 2)
-    pairs = (judged.total * others).astype(np.float64)
-    share: NDArray[np.float64] = np.divide(lost, pairs, out=np.full(len(pairs), np.nan), where=pairs > 0)
-    return 1.0 - share
 
 
 # --------------------------------------------------------------------------- helpers

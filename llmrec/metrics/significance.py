@@ -388,20 +388,6 @@ def holm_levels(p_values: Sequence[float], alpha: float = ALPHA) -> list[float]:
     return [float(value) for value in levels]
 
 
-def at_most(p_values: Sequence[float]) -> list[float]:
-    """Return the largest possible p-values before Holm's adjustment, given the adjusted p-values.
-
-    They are exact if adjusted values are strictly increasing and below 1. Equal adjusted values get the bound of the
-    last of them. Correcting the bounds again in a larger family is conservative.
-
-    Raises:
-        ValueError: If a p-value is outside [0, 1].
-    """
-    p, order = _ordered(p_values)
-    left = p.size - np.searchsorted(p[order], p, side="right") + 1
-    return [float(value) for value in np.where(p < 1, p / left, 1.0)]
-
-
 def enough(resamples: int, comparisons: int) -> int:
     """Return the number of resamples needed for the confidence intervals.
 

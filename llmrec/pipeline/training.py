@@ -115,7 +115,6 @@ def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Pl
         batch_tokens=section.batch_tokens,
         seed=study.training_seed,
         width=width,
-        band=section.band,
         lists=listwise.size if listwise is not None else None,
     )
     for family, lost in dropped.items():

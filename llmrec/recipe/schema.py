@@ -1046,11 +1046,6 @@ class TrainSection(Section):
         "none",
         description="`none`: pad examples. `tree`: pack examples without padding, and compute shared prefixes once.",
     )
-    band: Positive | None = Field(
-        None,
-        description="`packing: tree`, list templates: number of preceding lines that a token attends to (sliding "
-        "window). Unset: all.",
-    )
     learning_rate: Rate = Field(5e-4, description="Peak learning rate.")
     schedule: Literal["linear", "cosine", "constant_with_warmup", "inverse_sqrt"] = Field(
         "linear",
@@ -1118,8 +1113,6 @@ class TrainSection(Section):
 
     @model_validator(mode="after")
     def _keys_agree(self) -> Self:
-        if self.band is not None and self.packing != "tree":
-            raise ValueError("train.band: this key requires packed examples; set train.packing=tree")
         if self.distill and not self.exits:
             raise ValueError(
                 "train.distill: distillation requires losses at earlier layers; set train.exits=true, or drop "

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, islice
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from llmrec.backends.encode import IGNORED, Encoder, TokenRow, pieces
@@ -80,7 +80,6 @@ def plan(
     batch_tokens: int,
     seed: int,
     width: int | None = None,
-    band: int | None = None,
     lists: int | None = None,
     behind: int = 0,
 ) -> Steps:
@@ -92,14 +91,13 @@ def plan(
         batch_tokens: Padded tokens per step. A longer row is a separate step.
         seed: Seed of the order of steps.
         width: Pack rows into sequences of this number of columns. None: rows of similar length are padded.
-        band: Number of preceding lines that a token of a packed list sees. None: all.
         lists: Number of consecutive rows that are the candidates of one list, the chosen one first, in one packed
             sequence; targets of the others get weight 0. None: rows are independent.
         behind: Tokens appended to each row for its rollouts.
     """
     rng = random.Random(seed)
     table = RowTable()
-    planned = Steps(table, band)
+    planned = Steps(table)
     while len(planned) < steps:
         buffer: list[TokenRow] = []
         packed: list[Bin] = []
@@ -121,7 +119,7 @@ def plan(
         elif width is None:
             cut = _cut(sorted(buffer, key=lambda row: len(row.ids)), batch_tokens, behind)
         else:
-            packed = bins(buffer, min(width, batch_tokens), band)
+            packed = bins(buffer, min(width, batch_tokens))
             cut = _cut_packed(sorted(packed, key=lambda each: each.columns), batch_tokens)
         rng.shuffle(cut)
         numbers = {id(row): first + n for n, row in enumerate(buffer)}
@@ -167,28 +165,15 @@ def _spans(lengths: Sequence[int], batch_tokens: int) -> list[tuple[int, int]]:
     return [*spans, (start, len(lengths))]
 
 
-def fit_row(example: Example, encoder: Encoder, limit: int, *, lines: bool = False) -> TokenRow | None:
+def fit_row(example: Example, encoder: Encoder, limit: int) -> TokenRow | None:
     """Tokenise an example and truncate it to ``limit`` tokens; None if no target is left.
 
-    The remaining targets see the same context as before. With ``lines`` a list example also records where its lines
-    begin.
+    The remaining targets see the same context as before.
     """
     row = encoder.row(example)
-    starts = tuple(start for start in _lines(example, encoder, len(row.ids)) if start < limit) if lines else ()
-    if starts or len(row.ids) > limit:
-        row = TokenRow(row.ids[:limit], row.labels[:limit], starts)
+    if len(row.ids) > limit:
+        row = TokenRow(row.ids[:limit], row.labels[:limit])
     return row if row.targets else None
-
-
-def _lines(example: Example, encoder: Encoder, length: int) -> list[int]:
-    """Return the index of the first token of each line in a list example."""
-    if example.ends_turn:
-        return []
-    texts = pieces(example.answer)
-    lengths = [len(encoder.piece(text)) for text in texts]
-    starts = accumulate(lengths, initial=length - sum(lengths))
-    ended = [True, *(text.endswith("\n") for text in texts)]
-    return [start for start, text, fresh in zip(starts, texts, ended, strict=False) if fresh and text.strip("\n")]
 
 
 def padded(rows: Sequence[TokenRow], pad: int) -> tuple[list[list[int]], list[list[int]]]:
@@ -226,7 +211,7 @@ class Classes:
             result = self._place(row.labels[start:end], last=end == len(row.ids))
             if result is not None:
                 labels[start] = result
-        made = TokenRow(row.ids, tuple(labels), row.lines)
+        made = TokenRow(row.ids, tuple(labels))
         return made if made.targets else None
 
     def counts(self, rows: Iterable[TokenRow]) -> list[int]:

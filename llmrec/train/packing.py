@@ -6,11 +6,6 @@ k <= q < end of k. The mask is built from these numbers when a step is computed,
 not see each other. Where rows diverge, the token after a column is not the next column, so targets are pairs of a
 column and the token after it, one for each label of each row: a shared token with loss in two rows counts twice, as
 without packing. Such masks are known from decoding (tree attention in SpecInfer, arXiv 2305.09781).
-
-With a *band* (sliding-window attention) a token of a list sees its question and a few preceding lines, the number that
-evaluation shows, for rows of any length (Dynamic Target Isolation, arXiv 2503.01001). A line is then seen up to some
-later token of its row, so its columns end earlier; such rows share only their question. A band limits each layer, not
-the information flow: in deeper layers the visible lines contain information on lines before them.
 """
 
 from __future__ import annotations
@@ -34,7 +29,6 @@ class Bin:
 
     rows: tuple[TokenRow, ...]
     columns: int
-    band: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +38,7 @@ class Packed:
     Attributes:
         ids: Token of each column, shape (columns,).
         places: The position id of each column, its number of ancestors; shape (columns,).
-        ends: Where the subtree of each column ends, or the part of it that sees the column; shape (columns,).
+        ends: Where the subtree of each column ends, shape (columns,).
         after: The column that each target follows, shape (targets,).
         wanted: The target token, shape (targets,).
         weights: The weight of each target, float32, shape (targets,).
@@ -75,31 +69,27 @@ class Stacked(Packed):
     """
 
 
-def tree(rows: Sequence[TokenRow], band: int | None = None) -> Packed:
+def tree(rows: Sequence[TokenRow]) -> Packed:
     """Arrange tokenised examples as one packed sequence.
 
     Tokens from the last target of a row on are omitted, since nothing is predicted from them.
 
     Args:
         rows: Rows with targets.
-        band: Number of preceding lines that a token of a list sees; None: all. Needs rows with `lines`.
     """
-    bodies = _sorted_bodies(rows, band)
+    bodies = _sorted_bodies(rows)
     size = sum(len(body.ids) for body in bodies)
     ids, places, ends = (np.zeros(size, dtype=np.int64) for _ in range(3))
     after, wanted, weights = [], [], []
     owners = np.repeat(np.arange(len(bodies)), [len(body.targets) for body in bodies])
     path, columns = np.zeros(0, dtype=np.int64), 0
     for n, body in enumerate(bodies):
-        shared = _shared(bodies[n - 1], body) if n else 0
+        shared = alike(bodies[n - 1].ids, body.ids) if n else 0
         grown = columns + len(body.ids) - shared
         ids[columns:grown] = body.ids[shared:]
         places[columns:grown] = np.arange(shared, len(body.ids))
         path = np.concatenate([path[:shared], np.arange(columns, grown)])
         ends[path] = grown
-        if len(body.until):
-            # No other row has columns after the question, so positions in the row equal columns.
-            ends[path[body.alone :]] = np.append(path, grown)[body.until]
         after.append(path[body.targets - 1])
         wanted.append(body.labels[body.targets])
         weights.append(np.full(len(body.targets), body.row.weight, dtype=np.float32))
@@ -124,20 +114,20 @@ def stack(packed: Sequence[Packed], pad: int) -> Stacked:
     return Stacked(ids, places, ends, after, wanted, weights, owners)
 
 
-def bins(rows: Sequence[TokenRow], width: int, band: int | None = None) -> list[Bin]:
+def bins(rows: Sequence[TokenRow], width: int) -> list[Bin]:
     """Distribute rows over packed sequences of at most ``width`` columns (first-fit decreasing).
 
     Rows that share at least half of the shorter one stay together as far as ``width`` allows. A row longer than
-    ``width`` gets its own sequence. ``band`` is that of `tree`.
+    ``width`` gets its own sequence.
     """
-    groups = sorted(_groups(rows, width, band), key=lambda group: -group.columns)
+    groups = sorted(_groups(rows, width), key=lambda group: -group.columns)
     filled: list[list[_Group]] = []
     room: list[int] = []
     for group in groups:
         first = group.bodies[0]
         for n, others in enumerate(filled):
             # A prefix that is already in the sequence, such as a system message, takes no additional columns.
-            shared = max(_shared(first, other.bodies[0]) for other in others)
+            shared = max(alike(first.ids, other.bodies[0].ids) for other in others)
             if group.columns - shared <= room[n]:
                 others.append(group)
                 room[n] -= group.columns - shared
@@ -145,12 +135,12 @@ def bins(rows: Sequence[TokenRow], width: int, band: int | None = None) -> list[
         else:
             filled.append([group])
             room.append(width - group.columns)
-    return [_bin([body for group in groups for body in group.bodies], band) for groups in filled]
+    return [_bin([body for group in groups for body in group.bodies]) for groups in filled]
 
 
 def one_bin(rows: Sequence[TokenRow]) -> Bin:
     """Put all rows in one packed sequence, regardless of its width."""
-    return _bin(_sorted_bodies(rows, None), None)
+    return _bin(_sorted_bodies(rows))
 
 
 def alike(one: Ints, two: Ints) -> int:
@@ -169,16 +159,12 @@ class _Body(NamedTuple):
         ids: The tokens that are read.
         labels: All labels.
         targets: Positions of targets; the first token is never one.
-        alone: The length of the prefix that it may share: with a band, up to its first line.
-        until: For each later token, the first position in the row that does not see it; empty without a band.
     """
 
     row: TokenRow
     ids: Ints
     labels: Ints
     targets: Ints
-    alone: int
-    until: Ints
 
 
 class _Group(NamedTuple):
@@ -188,50 +174,27 @@ class _Group(NamedTuple):
     columns: int
 
 
-def _sorted_bodies(rows: Sequence[TokenRow], band: int | None) -> list[_Body]:
+def _sorted_bodies(rows: Sequence[TokenRow]) -> list[_Body]:
     """Sort rows by their tokens, so that neighbouring rows share long prefixes."""
     bodies = []
     for row in rows:
         labels = np.array(row.labels, dtype=np.int64)
         targets = np.flatnonzero(labels[1:] != IGNORED) + 1
         read = int(targets[-1]) if len(targets) else 0
-        until = _until(row, read, band)
-        alone = row.lines[0] if len(until) else read
-        bodies.append(_Body(row, np.array(row.ids[:read], dtype=np.int64), labels, targets, alone, until))
+        bodies.append(_Body(row, np.array(row.ids[:read], dtype=np.int64), labels, targets))
     return sorted(bodies, key=_order)
 
 
-def _until(row: TokenRow, read: int, band: int | None) -> Ints:
-    """Return, for every token, the first position that does not attend to it; empty if all do.
-
-    The last token of a line predicts the first of the next one, so its window is that of the next line.
-    """
-    if band is None or len(row.lines) <= band + 1:
-        return np.zeros(0, dtype=np.int64)
-    starts = np.array(row.lines, dtype=np.int64)
-    hidden = np.full(len(starts), read)
-    hidden[: len(starts) - band - 1] = starts[band + 1 :] - 1
-    lengths = np.diff(np.minimum(np.append(starts, read), read))
-    return np.repeat(np.minimum(hidden, read), lengths)
+def _order(body: _Body) -> list[int]:
+    return body.ids.tolist()
 
 
-def _shared(one: _Body, two: _Body) -> int:
-    """Return the number of columns that two rows can share."""
-    if bool(len(one.until)) != bool(len(two.until)):
-        return 0
-    return min(alike(one.ids, two.ids), one.alone, two.alone)
-
-
-def _order(body: _Body) -> tuple[bool, list[int]]:
-    return len(body.until) > 0, body.ids.tolist()
-
-
-def _groups(rows: Sequence[TokenRow], width: int, band: int | None) -> list[_Group]:
+def _groups(rows: Sequence[TokenRow], width: int) -> list[_Group]:
     groups: list[_Group] = []
-    for body in _sorted_bodies(rows, band):
+    for body in _sorted_bodies(rows):
         if groups:
             bodies, columns = groups[-1]
-            shared = _shared(bodies[-1], body)
+            shared = alike(bodies[-1].ids, body.ids)
             grown = columns + len(body.ids) - shared
             if 2 * shared >= min(len(bodies[-1].ids), len(body.ids)) and grown <= width:
                 groups[-1] = _Group([*bodies, body], grown)
@@ -240,7 +203,7 @@ def _groups(rows: Sequence[TokenRow], width: int, band: int | None) -> list[_Gro
     return groups
 
 
-def _bin(bodies: Sequence[_Body], band: int | None) -> Bin:
+def _bin(bodies: Sequence[_Body]) -> Bin:
     ordered = sorted(bodies, key=_order)
-    shared = sum(_shared(one, two) for one, two in pairwise(ordered))
-    return Bin(tuple(body.row for body in ordered), sum(len(body.ids) for body in ordered) - shared, band)
+    shared = sum(alike(one.ids, two.ids) for one, two in pairwise(ordered))
+    return Bin(tuple(body.row for body in ordered), sum(len(body.ids) for body in ordered) - shared)

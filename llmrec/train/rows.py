@@ -36,9 +36,9 @@ class TextRow(TokenRow):
     example: Example | None = None
 
 
-def _fitted(example: Example, encoder: Encoder, limit: int, *, lines: bool, texts: bool) -> TokenRow | None:
-    row = fit_row(example, encoder, limit, lines=lines)
-    return row if row is None or not texts else TextRow(row.ids, row.labels, row.lines, example=example)
+def _fitted(example: Example, encoder: Encoder, limit: int, *, texts: bool) -> TokenRow | None:
+    row = fit_row(example, encoder, limit)
+    return row if row is None or not texts else TextRow(row.ids, row.labels, example=example)
 
 
 # Draws the examples of a user together, so that tasks whose question follows the history can share the history.
@@ -66,7 +66,6 @@ def branching_rows(
     *,
     limit: int,
     seed: int,
-    lines: bool = False,
     texts: bool = False,
 ) -> Iterator[tuple[str, TokenRow | None]]:
     """Yield tasks and tokenised examples endlessly, with all examples of a user together.
@@ -81,7 +80,6 @@ def branching_rows(
         encoder: The tokenizer, which also counts tokens.
         limit: Maximum length; a longer row is truncated, or None if no target is left.
         seed: The run's seed.
-        lines: Whether list rows record where their lines begin.
         texts: Whether rows are `TextRow`.
 
     Raises:
@@ -101,7 +99,7 @@ def branching_rows(
                 example = tasks[family].branch(number, user)
                 if example is None:
                     continue
-                row = _fitted(example, encoder, limit, lines=lines, texts=texts)
+                row = _fitted(example, encoder, limit, texts=texts)
                 served[family] += max(1, len(row.ids)) if row else 1
                 bar = min(bar, served[family] / weights[family])
                 yield family, row
@@ -461,9 +459,9 @@ def streams(
     result = {family: zip(repeat(family), _own(sources, family, encoder, texts)) for family in alone}
     weights = {family: shares[family] for family in alone}
     if together:
-        name, lines = " and ".join(sorted(tasks)), section.band is not None
+        name = " and ".join(sorted(tasks))
         result[name] = branching_rows(
-            tasks, shares, sources.users, encoder, limit=section.max_row_tokens, seed=seed, lines=lines, texts=texts
+            tasks, shares, sources.users, encoder, limit=section.max_row_tokens, seed=seed, texts=texts
         )
         weights[name] = sum(shares[family] for family in tasks)
     return result, weights
@@ -478,11 +476,10 @@ def _own(sources: Sources, family: str, encoder: Encoder, texts: bool) -> Iterat
     if sources.paired:
         made = (target_rows(example, encoder, limit) for example in sources.examples(family))
         return (row for rows in made for row in (*rows, *([] if rows else [None])))
-    # Starts of lines are only known from text, and fixed examples contain only text.
-    if isinstance(task, Drawing) and section.band is None and section.examples is None and not texts:
+    # Fixed examples contain only text.
+    if isinstance(task, Drawing) and section.examples is None and not texts:
         return iter(RowStream(task, encoder, limit=limit, seed=sources.seed))
-    lines = section.band is not None
-    return (_fitted(example, encoder, limit, lines=lines, texts=texts) for example in sources.examples(family))
+    return (_fitted(example, encoder, limit, texts=texts) for example in sources.examples(family))
 
 
 def followed(examples: Iterable[Example], encoder: Encoder, limit: int, *, paired: bool) -> list[TokenRow]:

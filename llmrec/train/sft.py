@@ -496,10 +496,8 @@ def _batch(
 
 
 def _laid(model: torch.nn.Module, step: Step, pad: int) -> dict[str, torch.Tensor]:
-    if step.bins:
-        laid = asdict(stack([tree(item.rows, item.band) for item in step.bins], pad))
-    else:
-        laid = laid_out(model, step.rows, pad)
+    packed = [tree(item.rows) for item in step.bins]
+    laid = asdict(stack(packed, pad)) if packed else laid_out(model, step.rows, pad)
     return {name: torch.tensor(values) for name, values in laid.items()}
 
 

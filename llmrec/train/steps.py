@@ -79,9 +79,8 @@ class RowTable:
     def __init__(self) -> None:
         self._ids, self._learned = array("i"), bytearray()
         self._ends = array("q", [0])
-        # Only for examples that have them: labels that differ from the tokens, and starts of lines.
+        # Only for examples whose labels differ from the tokens.
         self._labels: dict[int, array[int]] = {}
-        self._lines: dict[int, array[int]] = {}
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -93,8 +92,6 @@ class RowTable:
         learned = encoded != IGNORED
         if not np.array_equal(encoded[learned], np.frombuffer(ids, dtype=np.int32)[learned]):
             self._labels[len(self)] = labels
-        if row.lines:
-            self._lines[len(self)] = array("i", row.lines)
         self._ids.extend(ids)
         self._learned += learned.tobytes()
         self._ends.append(len(self._ids))
@@ -107,7 +104,7 @@ class RowTable:
         if labels is None:
             learned = np.frombuffer(self._learned[start:end], dtype=np.bool_)
             labels = np.where(learned, np.frombuffer(ids, dtype=np.int32), IGNORED).tolist()
-        return TokenRow(tuple(ids), tuple(labels), tuple(self._lines.get(number, ())), weight)
+        return TokenRow(tuple(ids), tuple(labels), weight)
 
     def tokens(self, number: int) -> int:
         """Return the number of tokens of an example."""
@@ -142,9 +139,8 @@ class Steps(Sequence[Step]):
         table: All rows in the order in which they were drawn, a few more than the steps use.
     """
 
-    def __init__(self, table: RowTable, band: int | None = None) -> None:
-        """Create an empty plan; see `llmrec.train.packing.tree` for ``band``."""
-        self.table, self._band = table, band
+    def __init__(self, table: RowTable) -> None:
+        self.table = table
         self._weights: Sequence[float] = ()
         # Example indices of consecutive steps; rows and columns of each bin; ends of steps in both.
         self._order, self._ends = array("i"), array("q", [0])
@@ -190,7 +186,7 @@ class Steps(Sequence[Step]):
         own = slice(self._bin_ends[n], self._bin_ends[n + 1])
         ends = list(accumulate(self._sizes[own], initial=0))
         bins = zip(pairwise(ends), self._columns[own], strict=True)
-        return Step(rows, tuple(Bin(rows[start:end], columns, self._band) for (start, end), columns in bins))
+        return Step(rows, tuple(Bin(rows[start:end], columns) for (start, end), columns in bins))
 
 
 @dataclass(frozen=True)

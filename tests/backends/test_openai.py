@@ -368,8 +368,6 @@ def test_what_it_does_not_do_is_refused() -> None:
         backend = OpenAIBackend(section(server.url))
         with raises(BackendError, Facts("unsupported", column="eval.backend", says="eval.backend=hf")):
             backend.search([question("a")], ["b"], k=1, width=1)
-        with raises(BackendError, Facts("unsupported", column="eval.backend", says="the hf backend")):
-            backend.embed(["a"])
         assert backend.generate([], max_tokens=4) == []
         backend.close()
 

@@ -12,7 +12,7 @@ import pytest
 from llmrec.backends.encode import Encoder
 from llmrec.backends.fake import FakeBackend
 from llmrec.backends.server.backend import OpenAIBackend
-from llmrec.errors import BackendError, DataError
+from llmrec.errors import DataError
 from llmrec.types import Backend, Message, Prompt, Segment
 from tests.conftest import make_tokenizer
 from tests.facts import Facts, raises
@@ -88,7 +88,7 @@ def backend(request: pytest.FixtureRequest, llama_folder: Path) -> Backend:
 
 def test_satisfies_the_protocol(backend: Backend) -> None:
     assert isinstance(backend, Backend)
-    assert backend.capabilities <= {"generate", "score", "embed", "search", "rate"}
+    assert backend.capabilities <= {"generate", "score", "search", "rate"}
 
 
 def test_scores_come_in_order_one_per_candidate(backend: Backend) -> None:
@@ -112,19 +112,6 @@ def test_generates_in_order_and_within_the_limit(backend: Backend) -> None:
     assert all(done.finish_reason in ("stop", "length") for done in found)
     assert "\n" not in found[0].text
     assert [done.text for done in found] == [done.text for done in backend.generate(PROMPTS, max_tokens=6)]
-
-
-def test_embeds_or_says_that_it_does_not(backend: Backend) -> None:
-    if "embed" in backend.capabilities:
-        vectors = backend.embed(["Heat", "Fargo", "Heat"])
-        assert vectors.shape[0] == 3
-        assert vectors[0].tolist() == vectors[2].tolist() != vectors[1].tolist()
-        # Padding beside a longer text changes nothing.
-        alone = backend.embed(["Heat"])[0]
-        assert backend.embed(["The kitchen is quiet and easy to clean", "Heat"])[1] == pytest.approx(alone, abs=1e-5)
-    else:
-        with raises(BackendError, Facts("unsupported", column="eval.backend", says="hf")):
-            backend.embed(["Heat"])
 
 
 # --------------------------------------------------------------------------- exactness

@@ -52,14 +52,13 @@ def backend_on(device: str, folder: Path) -> Backend:
 
 
 @pytest.mark.gpu
-def test_scores_and_vectors_are_those_of_a_cpu(llama_folder: Path) -> None:
+def test_scores_are_those_of_a_cpu(llama_folder: Path) -> None:
     from tests.contracts.test_backends import PROMPTS
 
     cpu, cuda = (backend_on(device, llama_folder) for device in DEVICES)
     asked = PROMPTS, [TITLES] * len(PROMPTS)
     for one, two in zip(cpu.score(*asked), cuda.score(*asked), strict=True):
         assert two.logprobs == pytest.approx(one.logprobs, abs=1e-3)
-    assert np.allclose(cpu.embed(TITLES), cuda.embed(TITLES), atol=1e-3)
 
 
 @pytest.mark.gpu

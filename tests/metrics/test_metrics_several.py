@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from llmrec.errors import LlmrecError
 from llmrec.metrics import multi_target, ranking
-from llmrec.metrics.multi_target import Judged, Pairs, judge, numbered, place
+from llmrec.metrics.multi_target import Judged, Pairs, judge, place
 from tests.facts import Facts, raises
 
 
@@ -43,7 +43,6 @@ def test_two_relevant_items_without_ties() -> None:
     ideal = 1 + 1 / math.log2(3)
     assert multi_target.ndcg(judged, 10)[0] == pytest.approx((1 / math.log2(3) + 1 / math.log2(5)) / ideal)
     # Of the four pairs of a relevant and another item, 13 loses both and 11 loses one.
-    assert multi_target.auc(judged, 4)[0] == pytest.approx(1 / 4)
 
 
 def test_a_tied_block_with_two_relevant_items() -> None:
@@ -56,7 +55,6 @@ def test_a_tied_block_with_two_relevant_items() -> None:
     orders = [(1 / 3 + 2 / 4) / 2, (1 / 2 + 2 / 4) / 2, (1 / 2 + 2 / 3) / 2]
     assert multi_target.average_precision(judged)[0] == pytest.approx(np.mean(orders))
     # 2 and 3 tie with each other: half; 0 is above both.
-    assert multi_target.auc(judged, 4)[0] == pytest.approx((0 + 0 + 0.5 + 0.5) / 4)
 
 
 def test_graded_gains() -> None:
@@ -82,8 +80,6 @@ def test_requests_do_not_touch_each_other() -> None:
         multi_target.average_precision,
     ):
         assert metric(judged, 3)[[1, 3]].tolist() == [0.0, 0.0]
-    assert multi_target.auc(judged, 2)[[0, 2]].tolist() == [0.0, 1.0]
-    assert np.isnan(multi_target.auc(judged, [2, 2, 2, 1])[[1, 3]]).all()  # no relevant item; no other item
 
 
 def test_nothing_ranked_and_nothing_relevant() -> None:
@@ -98,13 +94,6 @@ def test_nothing_ranked_and_nothing_relevant() -> None:
         ):
             assert metric(judged, 5).tolist() == [0.0, 0.0]
         assert multi_target.reciprocal_rank(judged).tolist() == [0.0, 0.0]
-
-
-def test_what_is_not_ranked_ties_below_what_is() -> None:
-    judged = _one({0: 1.0}, {1: 1.0})  # pool of 4: 1, 2 and 3 are left out
-    assert multi_target.auc(judged, 4)[0] == pytest.approx((0 + 0.5 + 0.5) / 3)
-    with pytest.raises(ValueError, match="more ranked or relevant items"):
-        multi_target.auc(judged, 1)
 
 
 # ------------------------------------------------------------------ errors
@@ -135,14 +124,6 @@ def test_malformed_tables_are_errors() -> None:
 def test_infinite_scores_are_ranked() -> None:
     judged = _one({0: math.inf, 1: -math.inf, 2: 0.0}, {2: 1.0})
     assert multi_target.reciprocal_rank(judged)[0] == 0.5
-
-
-def test_ids_become_places() -> None:
-    assert numbered(np.array([7, 7, 3, 9, 7]), np.array([3, 7, 9])).tolist() == [1, 1, 0, 2, 1]
-    assert numbered(np.array([]), np.array([])).tolist() == []
-    for ids in ([4], [99]):
-        with pytest.raises(ValueError, match="known"):
-            numbered(np.array(ids), np.array([3, 7, 9]))
 
 
 # ------------------------------------------------------------------ properties
@@ -197,19 +178,6 @@ def test_the_expectation_equals_all_orders_of_the_tied_blocks(
     assert multi_target.reciprocal_rank(judged)[0] == pytest.approx(np.mean([one["mrr"] for one in whole]), abs=1e-12)
 
 
-@given(gains=_GAINS, data=st.data())
-def test_auc_equals_counting_pairs(gains: list[float], data: st.DataObject) -> None:
-    scores = data.draw(st.lists(st.integers(0, 2), min_size=len(gains), max_size=len(gains)))
-    yes = [score for score, gain in zip(scores, gains, strict=True) if gain]
-    no = [score for score, gain in zip(scores, gains, strict=True) if not gain]
-    judged = _one(dict(enumerate(map(float, scores))), {item: gain for item, gain in enumerate(gains) if gain})
-    found = multi_target.auc(judged, len(gains))[0]
-    if yes and no:
-        assert found == pytest.approx(np.mean([(a > b) + (a == b) / 2 for a in yes for b in no]), abs=1e-12)
-    else:
-        assert math.isnan(found)
-
-
 def _random(rng: np.random.Generator, n: int, *, levels: int) -> tuple[Pairs, Pairs]:
     """Make n requests with rankings of up to 40 items and up to 8 relevant ones, of which some are not ranked."""
     ranked, relevant = [], []
@@ -238,7 +206,6 @@ def test_users_items_and_rows_may_be_renamed_and_reordered(seed: int, levels: in
             values = metric(before, k)
             assert ((values >= 0) & (values <= 1)).all()
             assert metric(after, k)[users] == pytest.approx(values, abs=1e-12)
-    assert multi_target.auc(after, 50)[users] == pytest.approx(multi_target.auc(before, 50), abs=1e-12)
 
 
 @given(scores=st.lists(st.integers(0, 4), min_size=3, max_size=10), k=st.integers(1, 10), data=st.data())
@@ -252,7 +219,6 @@ def test_swapping_a_relevant_item_upwards_never_lowers_a_metric(scores: list[int
     low, high = _one(before, wanted), _one(after, wanted)
     for name, metric in _METRICS.items():
         assert metric(high, k)[0] >= metric(low, k)[0] - 1e-12, name
-    assert multi_target.auc(high, len(scores))[0] >= multi_target.auc(low, len(scores))[0] - 1e-12
 
 
 def test_one_target_is_the_same_in_both_forms() -> None:
@@ -266,9 +232,6 @@ def test_one_target_is_the_same_in_both_forms() -> None:
             for name in ("hit_rate", "precision", "ndcg", "average_precision", "reciprocal_rank"):
                 one = getattr(ranking, name)(greater, tied, k)
                 assert getattr(multi_target, name)(judged, k) == pytest.approx(one, abs=1e-12), name
-        full = np.where(tied > 0, ranking.auc(greater, np.maximum(tied, 1), 50), 0)
-        ranked_all = (tied > 0) & (judged.ranked == 50)
-        assert multi_target.auc(judged, 50)[ranked_all] == pytest.approx(full[ranked_all])
 
 
 def test_blocks_of_thousands_keep_their_precision() -> None:

@@ -76,7 +76,6 @@ CONTEXT: Mapping[str, dict[str, Any]] = {
     "tasks.ctr.balance": {"tasks": {"alignment": None}, "data": {"split": {"kind": "last_share", "test": 0.6}}},
     "train.soft": {"train": {"method": "prompt"}},
     "train.mixture_limit": {"train": {"mixture": "proportional"}},
-    "train.band": {"train": {"packing": "tree"}},
     "train.distill": {"train": {"exits": True}},
     "train.teacher": {"train": {"teacher": {"run": "runs/teacher"}}},
     "train.preference.label_smoothing": {"train": {"start": "runs/sft", "preference": {"loss": "dpo", "negatives": 1}}},

@@ -224,7 +224,7 @@ def test_a_calibrated_judge_keeps_failures_and_order() -> None:
 
 def test_a_backend_that_cannot_is_refused_at_the_door() -> None:
     class Mute(FakeBackend):
-        capabilities = frozenset({"embed"})  # type: ignore[assignment]
+        capabilities = frozenset({"rate"})  # type: ignore[assignment]
 
     for judge in (YesNoJudge, ParsedYesNoJudge):
         with raises(BackendError, Facts("unsupported", column="eval.backend", says="'fake'")):

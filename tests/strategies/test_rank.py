@@ -138,7 +138,7 @@ def test_progress_counts_every_request() -> None:
 
 def test_refusals() -> None:
     class Mute(FakeBackend):
-        capabilities = frozenset({"embed"})  # type: ignore[assignment]
+        capabilities = frozenset({"rate"})  # type: ignore[assignment]
 
     with raises(
         BackendError,

@@ -73,7 +73,7 @@ def planned(folder: Path, steps: int, count: int) -> tuple[Steps, list[TokenRow]
 
 
 def packed_of(step: Step) -> dict[str, Any]:
-    laid = stack([tree(each.rows, each.band) for each in step.bins], 0)
+    laid = stack([tree(each.rows) for each in step.bins], 0)
     return {name: torch.from_numpy(each) for name, each in asdict(laid).items()}
 
 

@@ -295,13 +295,6 @@ def test_packing_is_refused_by_name(base: Path, tmp_path: Path) -> None:
         sft.train(model, encoder, planned, {}, train, folder=tmp_path, seed=0, quiet=True)
 
 
-def test_vectors_come_from_the_encoder(base: Path) -> None:
-    backend = HFBackend(load_model(str(base), section(base)), encoder_of(base))
-    vectors = backend.embed(["Film 1", "Film 2", "Film 1"])
-    assert vectors.shape == (3, 32)
-    assert vectors[0].tolist() == vectors[2].tolist() != vectors[1].tolist()
-
-
 def test_an_example_without_targets_gives_no_row(base: Path) -> None:
     message = Message("user", (Segment("text", "x"),))
     answer = (Segment("item", "x"),)

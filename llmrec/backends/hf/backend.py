@@ -33,7 +33,6 @@ from llmrec.types import Capability, Completion, Prompt, Read, Scores, SearchRes
 
 if TYPE_CHECKING:
     import torch
-    from numpy.typing import NDArray
     from transformers import PretrainedConfig
 
 
@@ -132,7 +131,7 @@ class HFBackend:
     """
 
     name = "hf"
-    capabilities: frozenset[Capability] = frozenset({"generate", "score", "embed", "search", "rate"})
+    capabilities: frozenset[Capability] = frozenset({"generate", "score", "search", "rate"})
 
     def __init__(
         self,
@@ -283,25 +282,6 @@ class HFBackend:
             count_answers(len(batch))
         return [read for read in result if read is not None]
 
-    @_told_if_full
-    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Return the mean of the last hidden states over the tokens of each text, shape (n, hidden size)."""
-        torch = self._torch
-        vectors = np.zeros((len(texts), self.model.config.get_text_config().hidden_size), dtype=np.float32)
-        encoded = [self.encoder.piece(text) for text in texts]
-        for batch in self._batches([len(ids) for ids in encoded]):
-            # padded on the right, so that positions do not depend on the batch
-            ids, mask = self._padded([encoded[i] for i in batch], right=True)
-            with torch.inference_mode():
-                if self._paired:
-                    hidden = self.model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
-                else:
-                    output = self.model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
-                    hidden = output.hidden_states[-1]
-            weights = mask[:, :, None]
-            vectors[batch] = ((hidden.float() * weights).sum(1) / weights.sum(1).clamp(min=1)).cpu().numpy()
-        return vectors
-
     def close(self) -> None:
         """Free the model, and log how many scored answers could not use an early exit."""
         if self.exits is not None and self.exits.whole:
@@ -380,14 +360,14 @@ class HFBackend:
             for row, ids in zip(output, prompts, strict=True)
         ]
 
-    def _padded(self, prompts: Sequence[Sequence[int]], *, right: bool = False) -> tuple[Any, Any]:
-        """Return prompts padded on the left, or on the right (always for an encoder), with their mask."""
+    def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Any, Any]:
+        """Return prompts padded on the left, or on the right for an encoder, with their mask."""
         torch, longest = self._torch, max(map(len, prompts))
         rows = torch.full((len(prompts), longest), self.encoder.tokenizer.pad_token_id, device=self.model.device)
         mask = torch.zeros_like(rows)
         for row, ids in enumerate(prompts):
             # A decoder continues at the end of the prompt; an encoder counts positions from its beginning.
-            place = slice(0, len(ids)) if right or self._paired else slice(longest - len(ids), longest)
+            place = slice(0, len(ids)) if self._paired else slice(longest - len(ids), longest)
             rows[row, place] = torch.tensor(ids, device=rows.device)
             mask[row, place] = 1
         return rows, mask
