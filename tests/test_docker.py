@@ -315,30 +315,3 @@ def test_commands_of_the_page_name_what_exists(compose: dict[str, Any]) -> None:
         assert (ROOT / path).exists(), path
     used = set(re.findall(r"\bLLMREC_[A-Z_]+", text))
     assert used <= set(re.findall(r"\bLLMREC_[A-Z_]+", (DOCKER / "compose.yaml").read_text(encoding="utf-8")))
-
-
-def tool(name: str) -> str:
-    beside = Path(sys.executable).parent / name
-    found = str(beside) if beside.exists() else shutil.which(name)
-    if found is None:
-        pytest.skip(f"{name} is not installed")
-    return found
-
-
-def test_hadolint_is_content(tmp_path: Path) -> None:
-    done = subprocess.run([tool("hadolint"), *map(str, [*FILES, SERVE])], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, "")
-    # It does complain where there is reason to.
-    bad = tmp_path / "Dockerfile"
-    bad.write_text("FROM python\nRUN apt-get install gcc\n", encoding="utf-8")
-    assert subprocess.run([tool("hadolint"), str(bad)], capture_output=True, check=False).returncode != 0
-
-
-def test_compose_file_fits_its_schema(tmp_path: Path) -> None:
-    command = [tool("check-jsonschema"), "--builtin-schema", "vendor.compose-spec"]
-    files = [str(DOCKER / "compose.yaml"), str(DOCKER / "compose.serve.yaml")]
-    done = subprocess.run([*command, *files], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
-    bad = tmp_path / "compose.yaml"
-    bad.write_text("services: {cpu: {imagge: a}}\n", encoding="utf-8")
-    assert subprocess.run([*command, str(bad)], capture_output=True, check=False).returncode != 0

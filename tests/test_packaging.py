@@ -137,17 +137,7 @@ def test_source_distribution_builds_and_holds_what_a_wheel_is_made_of(tmp_path: 
     assert not [name for name in held if name.startswith((".venv", "runs/", ".git/"))]
 
 
-def test_citation_and_workflows_are_valid_and_name_the_version() -> None:
-    check = [sys.executable, "-m", "check_jsonschema", "--builtin-schema"]
-    for schema, file in (
-        ("citation-file-format", "CITATION.cff"),
-        ("github-workflows", ".github/workflows/publish.yml"),
-        ("github-workflows", ".github/workflows/site.yml"),
-    ):
-        done = subprocess.run(
-            [*check, f"vendor.{schema}", str(ROOT / file)], capture_output=True, text=True, check=False, timeout=60
-        )
-        assert done.returncode == 0, done.stdout
+def test_the_citation_names_the_version_and_one_job_publishes() -> None:
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert (cited["version"], cited["license"]) == (llmrec.__version__, "Apache-2.0")
     jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "publish.yml").read_text(encoding="utf-8"))["jobs"]

@@ -23,7 +23,7 @@ from llmrec.display import Displayed, Summary
 from llmrec.durable import Json, write_json, write_text
 from llmrec.ensembles.retrieving import MOST
 from llmrec.ensembles.weights import LEAST_CASES
-from llmrec.errors import DataError, EngineFailure, ModelError, installed
+from llmrec.errors import DataError, EngineFailure, installed
 from llmrec.pipeline import bundle as bundles
 from llmrec.pipeline.resume import LOCK, locked
 from llmrec.pipeline.run import Run, run
@@ -40,7 +40,7 @@ from llmrec.start.columns import asked
 from llmrec.start.init import init, name_of
 from llmrec.start.options import AutoOptions
 from llmrec.start.page import SCHEMA
-from llmrec.start.plan import BATCH_TOKENS, TRAIN_SPEED
+from llmrec.start.plan import BATCH_TOKENS, TRAIN_SPEED, installed_encoder
 from llmrec.tasks.family import missing_controls
 
 # --------------------------------------------------------------------------- the language model
@@ -252,7 +252,6 @@ def _looked_at(options: AutoOptions, state: Path, say: Callable[[str], None]) ->
 
 STATE = "auto"
 """Folder of a run with the trials, the best recipe so far, and the outcome of each recommender."""
-_ENCODER = "all-MiniLM-L6-v2"
 _RESERVED = FusionSection().reserved
 # The final run has more users than a trial, and its audit fits each recommender again on other held-out data.
 _FINISH = 2.0
@@ -369,7 +368,7 @@ def build(
             f"{split.dataset.interactions['user_id'].n_unique():,} users, {len(split.dataset.items):,} items"
         )
         texts = has_texts(split.dataset)
-        encoder = _encoder() if texts else None
+        encoder = installed_encoder() if texts else None
         torch = importlib.util.find_spec("torch") is not None
         parts = parts_for(split.dataset, encoder, texts=texts, torch=torch, budget=options.seconds)
         planned = NONE if options.classic else plan(options.seconds, titles=texts, device=_device())
@@ -460,19 +459,6 @@ def _device() -> str | None:
     from llmrec.recipe.schema import ModelSection
 
     return device(ModelSection())
-
-
-def _encoder() -> str | None:
-    """Return the text encoder; None if its weights or libraries are not available."""
-    if importlib.util.find_spec("transformers") is None:
-        return None
-    from llmrec.models.text_encoder import text_embedder
-
-    try:
-        text_embedder(_ENCODER)
-    except ModelError:
-        return None
-    return _ENCODER
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,7 @@ import polars as pl
 from llmrec.data.dataset import Dataset, core
 from llmrec.data.read.words import noun_of
 from llmrec.data.stats import BASKETS
+from llmrec.errors import ModelError
 from llmrec.start.columns import Roles
 
 FAMILIES = ("rating", "sequential", "direct", "explanation")
@@ -23,6 +25,11 @@ _LEAST_BASKETS = 10
 # Measured on two cores with SmolLM2-135M in bf16: `make quickstart` trains 900 tokens per second; scoring and
 # generation speeds.
 TRAIN_SPEED, _SCORE_SPEED, _ASK_SPEED, _DECODE_SPEED = 900.0, 1600.0, 3000.0, 700.0
+# Texts per second that MiniLM encodes.
+_ENCODE_SPEED = 150.0
+_ENCODER = "all-MiniLM-L6-v2"
+# Minimum share of rows with a title, for baselines that read titles.
+_TITLED = 0.5
 _START = {"vllm": 60.0, "hf": 20.0}
 _OTHER_SECONDS = 40.0
 BUDGET_SECONDS = 600.0
@@ -89,6 +96,7 @@ class Plan:
         arms: The evaluated model settings.
         steps: Optimiser steps.
         backend: The backend.
+        encoder: The text encoder of the baselines; None without titles, or if there is no encoder.
         seconds: Estimate by stage, on two common CPU cores.
         facts: The statistics behind the decisions.
     """
@@ -104,6 +112,7 @@ class Plan:
     steps: int
     backend: str
     facts: Facts
+    encoder: str | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -321,8 +330,22 @@ def decide(events: Events, names: tuple[str, ...], *, whole: bool, backend: str)
         steps=120,
         backend=backend,
         facts=facts,
+        encoder=installed_encoder() if facts.with_title > _TITLED else None,
     )
     return estimated(plan)
+
+
+def installed_encoder() -> str | None:
+    """Return the text encoder of `init` and `auto`; None if its weights or libraries are not available."""
+    if importlib.util.find_spec("transformers") is None:
+        return None
+    from llmrec.models.text_encoder import text_embedder
+
+    try:
+        text_embedder(_ENCODER)
+    except ModelError:
+        return None
+    return _ENCODER
 
 
 def _split(facts: Facts) -> str:
@@ -441,4 +464,5 @@ def _seconds(plan: Plan) -> dict[str, float]:
         "evaluation": evaluation,
         # With backend auto, vLLM is used if it is installed.
         "starts": _START.get(plan.backend, _START["vllm"]) + _OTHER_SECONDS,
+        **({"item texts": facts.items / _ENCODE_SPEED} if plan.encoder else {}),
     }

@@ -54,7 +54,7 @@ ALL = tuple(
 )
 RANKING = tuple(name for name in family_of("sequential").baselines if name in ALL)
 # What reads the review that a request shows.
-READING = ("text-ridge", "first-sentence")
+REVIEWED = ("text-ridge", "first-sentence")
 RATERS = dict.fromkeys([*family_of("rating").baselines, *family_of("stars").baselines])
 RATING = tuple(name for name in RATERS if name in ALL)
 TEXT = tuple(dict.fromkeys([*family_of("explanation").baselines, *family_of("review").baselines]))
@@ -170,7 +170,7 @@ def _requests(name: str, data: SplitDataset) -> list[Request]:
             candidates = dict.fromkeys([*others[:5], held.item_id, *others[5:]])
             requests.append(replace(base, candidates=tuple(candidates) if place % 3 else None))
         else:
-            context = {"review": f"A {WORDS[place % 6]} {WORDS[place % 5]} thing. Odd!"} if name in READING else {}
+            context = {"review": f"A {WORDS[place % 6]} {WORDS[place % 5]} thing. Odd!"} if name in REVIEWED else {}
             requests.append(replace(base, item=held.item_id, context=context))
     assert len(requests) >= 7
     return requests

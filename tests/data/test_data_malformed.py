@@ -159,6 +159,7 @@ def _flaw(message: str) -> str:
 # --------------------------------------------------------------------------- what must be refused
 
 
+@pytest.mark.slow
 def test_there_are_enough_files_of_enough_sorts() -> None:
     told = [(case.name, case.fault) for reader in readers() for case in chosen(reader)]
     names, faults = [name for name, _ in told], {re.sub(r"\b[0-9]+\b", "N", fault) for _, fault in told}

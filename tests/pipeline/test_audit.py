@@ -370,7 +370,7 @@ POSITIONS = "position questions of direct that depend on held-out interactions"
 
 def rebuilt(study: Study, *named: str) -> Study:
     """The same study, made again by the code as it is patched."""
-    return build_study(load_recipe("recipes/movielens-100k/four-tasks.yaml", [*SETTINGS, *named]))
+    return build_study(load_recipe("recipes/movielens-100k/four-tasks.yaml", [*SETTINGS, *FEW, *named]))
 
 
 def test_13_negatives_that_are_drawn_knowing_what_is_held_out(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:

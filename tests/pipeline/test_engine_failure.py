@@ -40,7 +40,7 @@ tasks:
   direct: {strategies: [label, list], weight: 0}
   sequential: {weight: 0}
 eval:
-  {arms: [zero-shot], users: 6, batch: 4, bootstrap: 50, candidates: {count: 5}, fusion: {model_users: 20}}
+  {arms: [zero-shot], users: 6, batch: 4, bootstrap: 50, candidates: {count: 5}}
 """
 # Rows of the two engines; on a CPU titles are scored by transformers, whichever engine the recipe names.
 VLLM_ROWS, HF_ROWS = 2, 1
@@ -154,7 +154,7 @@ def test_rows_of_an_engine_that_was_asked_for_are_marked_and_completed_later(
     put: Callable[[type[FakeBackend]], None], page: Path, tmp_path: Path
 ) -> None:
     put(Failing)
-    folder = tmp_path / "r"
+    folder, asked = tmp_path / "r", recipe(page, "eval.backend=vllm", "eval.fusion.model_users=20")
     with raises(
         EngineFailure,
         Facts(
@@ -163,7 +163,7 @@ def test_rows_of_an_engine_that_was_asked_for_are_marked_and_completed_later(
             says=("0.1 GiB are free; set eval.backend=hf.", str(folder / "report" / "index.html"), "the same command"),
         ),
     ) as caught:
-        pipeline.run(recipe(page, "eval.backend=vllm"), folder, quiet=True)
+        pipeline.run(asked, folder, quiet=True)
     assert Failing.starts == 1
     results = json.loads((folder / "results.json").read_bytes())
     missing = {row["id"]: row["reason"] for row in results["unevaluated"]}
@@ -178,7 +178,7 @@ def test_rows_of_an_engine_that_was_asked_for_are_marked_and_completed_later(
         assert text.count("not evaluated") >= len(missing)
     assert len(csv_text(results).splitlines()) == len(report[".csv"].splitlines())
     put(Standing)
-    done = pipeline.run(recipe(page, "eval.backend=vllm"), folder, quiet=True)
+    done = pipeline.run(asked, folder, quiet=True)
     assert "unevaluated" not in done.results
     answered = list(engines_of(done.results).values())
     assert (answered.count("hf"), len(answered)) == (HF_ROWS, HF_ROWS + VLLM_ROWS)

@@ -47,11 +47,6 @@ def test_a_run_trains_searches_and_reports(ran: Run) -> None:
     assert json.loads((ran.folder / "merged" / "config.json").read_text())["is_encoder_decoder"]
 
 
-def test_a_second_run_reuses_it(ran: Run) -> None:
-    again = run(Recipe(**RECIPE), ran.folder, quiet=True)
-    assert again.results["training"] == ran.results["training"]
-
-
 def test_rank_answers_with_the_best_of_the_catalogue(ran: Run, tmp_path: Path) -> None:
     session = open_session(Recipe(**RECIPE), ran.folder, quiet=True)
     items = sorted(session.study.data.dataset.items)

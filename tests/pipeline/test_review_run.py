@@ -61,7 +61,6 @@ def done(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> pipeline.R
 def test_every_family_has_its_rows_and_figures(done: pipeline.Run) -> None:
     rows = {row["id"]: row for row in done.results["rows"]}
     for name in ("user-headline", "in-few-words"):
-        assert rows[f"review/tuned/text/{name}"]["metrics"]["ROUGE-L"]["value"] >= 0
         assert rows[f"review/tuned/text/{name}"]["inputs"] == "text of the review"
     for name in ("user-stars", "name-stars"):
         figures = rows[f"stars/few-shot/expected/{name}"]

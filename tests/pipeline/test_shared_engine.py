@@ -157,27 +157,6 @@ def test_transformers_answer_for_an_adapter_that_the_engine_breaks_at(
     assert len(Adapting.started) == 2 and Adapting.open == 0
 
 
-def test_a_service_opens_one_engine_for_the_model_of_a_run_and_its_base(
-    device: Callable[[bool], None], page: Path, llama_folder: Path, tmp_path: Path
-) -> None:
-    device(True)
-    pipeline.run(load_recipe(str(page)), tmp_path / "r", quiet=True)
-    for names, started in (
-        (("tuned", "untuned"), [(llama_folder.name, 1)]),
-        # Merged weights need no adapter.
-        (("tuned",), [("merged", 0)]),
-    ):
-        Adapting.started, Adapting.asked = [], []
-        models = open_models(RecommenderOptions(model=str(tmp_path / "r"), backend="vllm"), names)
-        for name in (*names, *names):
-            (found,) = models.answer(Question(model=name), [REQUEST])
-            assert len(found.answer.items) == 3  # type: ignore[union-attr]
-        assert Adapting.started == started and Adapting.open == 1
-        models.close()
-        assert Adapting.open == 0
-    assert len({model.signature for model in models.opened.values()}) == len(models.opened)
-
-
 def tuned(page: Path, folder: Path, *more: str) -> None:
     pipeline.run(load_recipe(str(page), ("eval.arms=[tuned]", "eval.backend=hf", *more)), folder, quiet=True)
 
@@ -193,6 +172,26 @@ def runs(page: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     short = shutil.copytree(folder / "b", folder / "short") / "merged" / bundle.FILE
     write_checked(short, {**checked(short.read_bytes()), "max_length": 300})
     return folder
+
+
+def test_a_service_opens_one_engine_for_the_model_of_a_run_and_its_base(
+    device: Callable[[bool], None], runs: Path, llama_folder: Path
+) -> None:
+    device(True)
+    for names, started in (
+        (("tuned", "untuned"), [(llama_folder.name, 1)]),
+        # Merged weights need no adapter.
+        (("tuned",), [("merged", 0)]),
+    ):
+        Adapting.started, Adapting.asked = [], []
+        models = open_models(RecommenderOptions(model=str(runs / "a"), backend="vllm"), names)
+        for name in (*names, *names):
+            (found,) = models.answer(Question(model=name), [REQUEST])
+            assert len(found.answer.items) == 3  # type: ignore[union-attr]
+        assert Adapting.started == started and Adapting.open == 1
+        models.close()
+        assert Adapting.open == 0
+    assert len({model.signature for model in models.opened.values()}) == len(models.opened)
 
 
 @pytest.mark.slow

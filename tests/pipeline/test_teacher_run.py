@@ -47,7 +47,9 @@ def recipe(width: int, **changes: Any) -> Recipe:
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pipeline.run(recipe(32), tmp_path_factory.mktemp("teacher") / "run", quiet=True).folder
+    folder = tmp_path_factory.mktemp("teacher") / "run"
+    pipeline.train(recipe(32), folder, quiet=True)
+    return folder
 
 
 def test_a_narrower_model_learns_from_a_finished_run(teacher: Path, tmp_path: Path) -> None:

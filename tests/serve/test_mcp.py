@@ -265,7 +265,7 @@ def test_keys_are_asked_for(served: Served) -> None:
         assert found.status_code == 401 and found.headers["www-authenticate"] == "Bearer"
         assert found.json()["error"]["kind"] == "missing-key"
     for mode in MODES:
-        with pytest.raises((Exception, BaseExceptionGroup)):
+        with pytest.RaisesGroup(MCPError, allow_unwrapped=True, flatten_subgroups=True):
             talk(served.keyed_url, lambda client: client.list_tools(), mode=mode)
         tools = talk(served.keyed_url, lambda client: client.list_tools(), mode=mode, **served.bearer()).tools
         assert len(tools) == len(TOOLS)

@@ -90,7 +90,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
 def try_few(monkeypatch: pytest.MonkeyPatch) -> None:
     """See `few`."""
     monkeypatch.setattr(autos, "parts_for", lambda dataset, encoder, **more: FEW)
-    monkeypatch.setattr(autos, "_encoder", lambda: None)
+    monkeypatch.setattr(autos, "installed_encoder", lambda: None)
     monkeypatch.setattr(autos, "_LEAST_FINISH", 1.0)
 
 

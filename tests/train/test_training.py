@@ -61,28 +61,6 @@ def test_it_learns_and_follows_validation(folder: str, request: pytest.FixtureRe
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
-def test_a_killed_run_resumes_to_the_same_weights(llama_folder: Path, tmp_path: Path) -> None:
-    whole, _ = run(llama_folder, tmp_path / "whole")
-    run(llama_folder, tmp_path / "cut")
-    for later in ("checkpoint-12",):
-        for file in (tmp_path / "cut" / "checkpoints" / later).iterdir():
-            file.unlink()
-    resumed, _ = run(llama_folder, tmp_path / "cut")
-    assert resumed.adapter_sha256 == whole.adapter_sha256
-    assert [r["step"] for r in resumed.log] == [r["step"] for r in whole.log]
-
-
-def test_merged_weights_answer_like_the_adapter(llama_folder: Path, tmp_path: Path) -> None:
-    section = ModelSection(name=str(llama_folder), dtype="float32")
-    _, model = run(llama_folder, tmp_path)
-    lora.merge(str(llama_folder), section, tmp_path / "adapter", tmp_path / "merged")
-    merged = load_model(str(tmp_path / "merged"), section)
-    ids = torch.tensor([[5, 9, 30, 12, 44]])
-    with torch.no_grad():
-        assert torch.allclose(model.eval()(input_ids=ids).logits, merged(input_ids=ids).logits, atol=1e-3)
-    assert not list((tmp_path / "merged").glob("*.bin"))
-
-
 @pytest.mark.parametrize(
     ("faulty", "column", "says"),
     [
