@@ -163,7 +163,6 @@ BASELINES = extended(
         "llm-sequence": BaselineEntry("llmrec.baselines.llm_sequence:LLMSequence", _RANKED, needs="torch"),
         "sasrec": BaselineEntry("llmrec.baselines.sasrec:SASRec", _RANKED, needs="torch"),
         "transitions-tuned": BaselineEntry("llmrec.baselines.pairs:TransitionsTuned", _RANKED, needs="torch"),
-        "text-matcher": BaselineEntry("llmrec.baselines.matcher:TextMatcher", _RANKED, needs="torch"),
         "global-mean": BaselineEntry("llmrec.baselines.rating:GlobalMean", _RATED),
         "user-mean": BaselineEntry("llmrec.baselines.rating:UserMean", _RATED),
         "item-mean": BaselineEntry("llmrec.baselines.rating:ItemMean", _RATED),

@@ -536,9 +536,7 @@ def _epoch(
 # --------------------------------------------------------------------------- losses
 
 
-def over_all(
-    vectors: Any, table: Any, targets: torch.Tensor, *, half: bool = False, hidden: Any = None
-) -> tuple[float, Any, Any]:
+def over_all(vectors: Any, table: Any, targets: torch.Tensor, *, half: bool = False) -> tuple[float, Any, Any]:
     """Return the mean cross-entropy over all items, with its gradients.
 
     Each block of logits is converted in place to its gradient, (softmax - one-hot) / n, and then freed, so memory does
@@ -549,8 +547,6 @@ def over_all(
         table: Item vectors, shape (items, d).
         targets: Item indices, shape (n,).
         half: Multiply in bfloat16; the softmax stays in the precision of ``vectors``.
-        hidden: Items left out of the softmax unless they are the target, shape (n, k), repetitions allowed; None: no
-            items.
     """
     torch = require("torch", "baselines")
     of_vectors, of_table, total = torch.empty_like(vectors), torch.zeros_like(table), 0.0
@@ -560,9 +556,6 @@ def over_all(
     for start in range(0, len(vectors), block):
         rows, wanted = left[start : start + block], targets[start : start + block, None]
         logits = (rows @ right.T).to(vectors.dtype)
-        if hidden is not None:
-            own = logits.gather(-1, wanted)
-            logits.scatter_(-1, hidden[start : start + block], -math.inf).scatter_(-1, wanted, own)
         share = torch.softmax(logits, dim=-1)
         picked = share.gather(-1, wanted)
         total -= float(picked.clamp_min(1e-38).log().sum())

@@ -25,7 +25,7 @@ def tune_encoder(options: TuneEncoderOptions) -> None:
     """Fine-tune a text encoder on a recipe's interactions.
 
     The encoder learns which items follow each other in the training data. Use the folder wherever a recipe names a text
-    encoder, with the same data and seed: `transitions-text`, `content`, `text-matcher`, semantic IDs and item tokens.
+    encoder, with the same data and seed: `transitions-text`, `content`, semantic IDs and item tokens.
 
     Example:
         llmrec tune-encoder recipes/quickstart.yaml --out encoder

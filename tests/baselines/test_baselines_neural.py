@@ -187,22 +187,6 @@ def test_the_full_loss_and_its_gradients_are_those_of_cross_entropy(
     assert torch.allclose(of_table, table.grad, atol=1e-12)
 
 
-def test_hidden_items_are_no_part_of_the_softmax_unless_they_are_the_target() -> None:
-    vectors, table, targets = _vectors(11, 30)
-    hidden = torch.randint(0, 30, (11, 4), generator=torch.Generator().manual_seed(1))
-    hidden[3, 0] = targets[3]
-    loss, of_vectors, of_table = neural.over_all(vectors, table, targets, hidden=hidden)
-    vectors.requires_grad_(True)
-    table.requires_grad_(True)
-    out = torch.zeros(11, 30, dtype=torch.bool).scatter_(1, hidden, True)
-    out[torch.arange(11), targets] = False
-    expected = torch.nn.functional.cross_entropy((vectors @ table.T).masked_fill(out, -math.inf), targets)
-    expected.backward()
-    assert loss == pytest.approx(float(expected.detach()), abs=1e-12)
-    assert torch.allclose(of_vectors, vectors.grad, atol=1e-12)
-    assert torch.allclose(of_table, table.grad, atol=1e-12)
-
-
 def test_products_in_bfloat16_give_the_same_loss_and_gradients_but_for_their_rounding() -> None:
     vectors, table, targets = (each.float() if each.is_floating_point() else each for each in _vectors(64, 300, dim=32))
     loss, *gradients = neural.over_all(vectors, table, targets)

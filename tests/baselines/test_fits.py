@@ -30,7 +30,6 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "bpr": {"factors": 8, "iterations": 5},
     "sasrec": NEURAL,
     "gru4rec": {**NEURAL, "patience": None},
-    "text-matcher": NEURAL,
     "unisrec": {**NEURAL, "ids": True},
 }
 

@@ -103,7 +103,7 @@ def test_training_lists_hold_the_event_and_come_from_a_retriever_that_has_not_se
     assert all(len(items) == 8 for items in lists.held().values()) and lists.held()
 
 
-@pytest.mark.parametrize("name", ["sasrec", "gru4rec", "transitions-tuned", "state-tower", "text-matcher"])
+@pytest.mark.parametrize("name", ["sasrec", "gru4rec", "transitions-tuned", "state-tower"])
 def test_a_retriever_that_stops_by_validation_makes_no_training_lists(name: str) -> None:
     section = CandidateSection(kind="retrieved", retriever=name, count=8)
     with raises(RecipeError, Facts("unsupported", column="eval.candidates.retriever", says="choose another retriever")):

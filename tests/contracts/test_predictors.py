@@ -60,7 +60,7 @@ RATING = tuple(name for name in RATERS if name in ALL)
 TEXT = tuple(dict.fromkeys([*family_of("explanation").baselines, *family_of("review").baselines]))
 JUDGING = tuple(name for name in family_of("ctr").baselines if name in ALL)
 # Their validation split chooses when to stop.
-STOPPING = {"sasrec", "gru4rec", "transitions-tuned", "text-matcher", "unisrec", *HOSTS}
+STOPPING = {"sasrec", "gru4rec", "transitions-tuned", "unisrec", *HOSTS}
 # Small and short, so that the suite stays quick; everything else runs with its defaults.
 SETTINGS: dict[str, dict[str, Any]] = {
     "als": {"factors": 8, "iterations": 4},
@@ -68,19 +68,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sasrec": {"dim": 8, "epochs": 2, "patience": 1, "quiet": True},
     "gru4rec": {"dim": 8, "epochs": 2, "patience": 1, "quiet": True},
     "transitions-tuned": {"steps": 5, "batch": 16, "epochs": 2, "patience": 1, "learning_rate": 1e-2, "quiet": True},
-    "text-matcher": {"dim": 8, "epochs": 2, "patience": 1, "quiet": True},
     "unisrec": {"dim": 8, "experts": 2, "layers": 1, "epochs": 2, "patience": 1, "quiet": True},
     **{name: {"dim": 4, "hidden": "8", "epochs": 2, "patience": 1} for name in HOSTS},
     "mf": {"rounds": 5},
     "svd": {"epochs": 5},
 }
 # Their last step is a dense product in single precision, whose last bits depend on how many rows it has.
-DENSE = {"als", "bpr", "content", "sasrec", "gru4rec", "text-matcher", "unisrec"}
+DENSE = {"als", "bpr", "content", "sasrec", "gru4rec", "unisrec"}
 READING = {
     "content",
     "transitions-text",
     "transitions-tuned",
-    "text-matcher",
     "unisrec",
 }  # they know items by their texts
 # They tune a text encoder.

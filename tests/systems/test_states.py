@@ -168,7 +168,7 @@ def test_models_that_cannot_be_read_so_are_refused(folder: Path, tmp_path: Path)
     (tuned / BUNDLE).write_text("{}", encoding="utf-8")
     with raises(ModelError, Facts("leak", column="encoder")):
         fitted(tuned)
-    with raises(RecipeError, Facts("bad-value", column="encoder", says="use the baseline text-matcher")):
+    with raises(RecipeError, Facts("bad-value", column="encoder", says="use the baseline transitions-text")):
         fitted("lsa")
     with raises(ModelError, Facts("bad-value", column="layers", says="the 2 layers")):
         fitted(folder, layers=3)

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from pydantic import Field
 
-from llmrec.baselines.base import AboveZero, Catalogue, Log
-from llmrec.baselines.item_texts import WHITENINGS, Turned, refuse_unpretrained, texts_of, unit
-from llmrec.baselines.matcher import TextTowers, Towers, TowersConfig, turn
-from llmrec.baselines.neural import info_nce, pieces_of
+from llmrec.baselines.base import AboveZero, Catalogue, Log, ScoredBaseline, counts
+from llmrec.baselines.item_texts import WHITENINGS, Turned, WhitenedConfig, refuse_unpretrained, texts_of, unit
+from llmrec.baselines.neural import (
+    NeuralConfig,
+    info_nce,
+    pieces_of,
+    put_back,
+    stop_cases,
+    stopped_by,
+    until_best,
+    weights_of,
+)
 from llmrec.errors import require
-from llmrec.recipe.schema import Depth, Positive
+from llmrec.recipe.schema import Depth, Positive, Width
+from llmrec.results import Reads
 from llmrec.systems.m6.end_states import EndStates, end_states
+from llmrec.types import Request
 
 if TYPE_CHECKING:
     import torch
@@ -25,11 +35,22 @@ if TYPE_CHECKING:
 
 # Maximum number of tokens of a title, and of an item text.
 _TITLE, _TEXT = 32, 128
+# Number of validation cases for early stopping.
+_STOP_CASES = 5_000
 
 
-class StateTowerConfig(TowersConfig):
+class StateTowerConfig(WhitenedConfig, NeuralConfig):
     """Parameters of `StateTower`."""
 
+    dim: Width = Field(128, description="Dimension of user and item vectors.")
+    dropout: float = Field(0.2, ge=0, lt=1, description="Dropout rate.")
+    learning_rate: AboveZero = Field(2e-3, description="Learning rate of Adam.")
+    weight_decay: float = Field(0.01, ge=0, description="Decoupled weight decay (AdamW).")
+    epochs: Positive = Field(30, description="Maximum number of epochs.")
+    patience: Positive | None = Field(
+        3,
+        description="Early stopping: epochs without a better validation NDCG@10. `null`: run all epochs.",
+    )
     encoder: str = Field("SmolLM2-135M-Instruct", description="Causal language model: name or folder.")
     layers: Depth | None = Field(
         None,
@@ -47,7 +68,47 @@ class StateTowerConfig(TowersConfig):
     )
 
 
-class StateTower(TextTowers[StateTowerConfig]):
+@dataclass
+class Towers:
+    """Normalised states of all items, shape (items, d), and the trained network."""
+
+    catalogue: Catalogue
+    vectors: Any
+    popular: NDArray[np.float64]
+    network: Any
+    #: Computes user vectors, shape (n, dim), from histories.
+    of_users: Callable[[Sequence[NDArray[np.int64]]], Any]
+    config: StateTowerConfig
+    name: str = "state-tower"
+
+    @property
+    def items(self) -> tuple[str, ...]:
+        """Ids of all items, in column order."""
+        return self.catalogue.ids
+
+    def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
+        """Return the scores of all items after each history, shape (n, items); popularity for an empty history."""
+        torch = require("torch", "baselines")
+        histories = [self.catalogue.history(request)[-self.config.max_len :] for request in requests]
+        self.network.eval()
+        with torch.no_grad():
+            result = (self.query(histories) @ self.item_vectors(self.vectors).T).numpy()
+        result[[index for index, history in enumerate(histories) if not len(history)]] = self.popular
+        return np.asarray(result)
+
+    def item_vectors(self, vectors: Any) -> Any:
+        """Return the normalised output vectors of items, shape (n, dim)."""
+        nn = require("torch", "baselines").nn.functional
+        dropped = nn.dropout(vectors, self.config.dropout, self.network.training)
+        return nn.normalize(self.network["item"](dropped), dim=-1)
+
+    def query(self, histories: Sequence[NDArray[np.int64]]) -> Any:
+        """Return the user vectors, of length 1 / temperature, shape (n, dim)."""
+        normalize = require("torch", "baselines").nn.functional.normalize
+        return normalize(self.of_users(histories), dim=1) / self.config.temperature
+
+
+class StateTower(ScoredBaseline[StateTowerConfig, Towers]):
     """Predicts the next item from a language model's hidden states after the history and after each item's text.
 
     As in M6-Rec (Cui et al., arXiv 2205.08084, on retrieval), the state after a textual history and the state after an
@@ -62,6 +123,9 @@ class StateTower(TextTowers[StateTowerConfig]):
 
     name = "state-tower"
     Config = StateTowerConfig
+    stochastic = True
+    READS: ClassVar[Reads] = "texts"
+    SCORES = "logits"
     GRID: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "whitening": WHITENINGS,
         "corrected": (False, True),
@@ -83,21 +147,44 @@ class StateTower(TextTowers[StateTowerConfig]):
             ModelError: If the model is missing, not causal, or was fine-tuned by llmrec.
             MissingExtra: If torch or transformers is not installed.
         """
-        refuse_unpretrained(self.name, self._config.encoder, "text-matcher")
+        torch, config = require("torch", "baselines"), self._config
+        refuse_unpretrained(self.name, config.encoder, "transitions-text")
         self._open(data)
-        super().learn(data)
+        catalogue = Catalogue.of(data)
+        texts = Turned.of(self._vectors(data, catalogue.ids))
+        vectors = torch.from_numpy(texts.whitened(config.whitening).astype(np.float32))
+        events = Log.of(data, catalogue)
+        cases = stop_cases(data, config, _STOP_CASES)
+        rows, rng = self._rows(events), np.random.default_rng(self._seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._seed)
+            model = self._towers(catalogue, vectors, counts(events, catalogue))
+            until_best(model, cases, config, lambda optimiser: self._epoch(model, rows, optimiser, rng))
+        self.looked_at = stopped_by(cases)
+        self._model = model
         self._known.clear()
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Return the fitted state as arrays."""
         centre, whitening = self._lens
-        return super().state() | {"lens.centre": centre, "lens.whitening": whitening}
+        lens = {"lens.centre": centre, "lens.whitening": whitening}
+        return {"vectors": self._fitted.vectors.detach().numpy(), **weights_of(self._fitted.network), **lens}
 
     def restore(self, data: SplitDataset, state: Mapping[str, NDArray[Any]]) -> None:
         """Restore the fitted projections from `state`."""
+        torch = require("torch", "baselines")
         self._open(data)
         self._lens = state["lens.centre"], state["lens.whitening"]
-        super().restore(data, state)
+        catalogue = Catalogue.of(data)
+        with torch.random.fork_rng(devices=[]):
+            vectors = torch.from_numpy(state["vectors"])
+            self._model = self._towers(catalogue, vectors, counts(Log.of(data, catalogue), catalogue))
+        put_back(self._model.network, state)
+        self.looked_at = stopped_by(stop_cases(data, self._config, _STOP_CASES))
+
+    def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
+        """Return the logits of all items after each history, shape (n, items)."""
+        return self._fitted.scores(requests)
 
     def _open(self, data: SplitDataset) -> None:
         order, items = self._config.order(len(data.dataset.items)), data.dataset.items
@@ -112,6 +199,7 @@ class StateTower(TextTowers[StateTowerConfig]):
         return end_states(self._config.encoder, half=self._config.half, layers=self._config.layers)
 
     def _vectors(self, data: SplitDataset, ids: Sequence[str]) -> NDArray[np.floating[Any]]:
+        """Return the states after the texts of items, before whitening, shape (n, d)."""
         texts = texts_of([data.dataset.items[item] for item in ids])
         rows = [[texts[place]] for place in self._config.order(len(ids))]
         return unit(np.concatenate(self.reader.after(f"One of the {self._noun}:", rows, most=_TEXT)))
@@ -146,25 +234,23 @@ class StateTower(TextTowers[StateTowerConfig]):
         result = dict(zip(new, read, strict=True)) | {b"": np.zeros(self.reader.width, dtype=np.float32)}
         return np.stack([result[key] if key in result else self._known[key] for key in keys])
 
-    def _build(self, width: int) -> Any:
-        nn, dim = require("torch", "baselines").nn, self._config.dim
-        network = nn.ModuleDict(
-            {"user": nn.Linear(self._lens[1].shape[1], dim, bias=False), "item": nn.Linear(width, dim, bias=False)}
-        )
-        turn(network, ["user"])
-        turn(network, ["item"])
-        return network
-
     def _towers(self, catalogue: Catalogue, vectors: Any, popular: NDArray[np.float64]) -> Towers:
-        model = super()._towers(catalogue, vectors, popular)
-        with require("torch", "baselines").no_grad():
-            model.network["scale"].requires_grad_(False)[0].fill_(-math.log(self._config.temperature))
-        return model
+        nn, (centre, whitening), dim = require("torch", "baselines").nn, self._lens, self._config.dim
+        network = nn.ModuleDict(
+            {
+                "user": nn.Linear(whitening.shape[1], dim, bias=False),
+                "item": nn.Linear(vectors.shape[1], dim, bias=False),
+            }
+        )
+        for layer in network.values():
+            nn.init.orthogonal_(layer.weight)
 
-    def _query(self, network: torch.nn.Module, vectors: Any, histories: Sequence[NDArray[np.int64]]) -> Any:
-        torch, (centre, whitening) = require("torch", "baselines"), self._lens
-        states = torch.from_numpy(unit((self.states(histories) - centre) @ whitening))
-        return network["user"](torch.nn.functional.dropout(states, self._config.dropout, network.training))
+        def query(histories: Sequence[NDArray[np.int64]]) -> Any:
+            torch = require("torch", "baselines")
+            states = torch.from_numpy(unit((self.states(histories) - centre) @ whitening))
+            return network["user"](torch.nn.functional.dropout(states, self._config.dropout, network.training))
+
+        return Towers(catalogue, vectors, popular / popular.max(initial=1.0), network, query, self._config, self.name)
 
     def _epoch(
         self,
@@ -173,6 +259,7 @@ class StateTower(TextTowers[StateTowerConfig]):
         optimiser: torch.optim.Optimizer,
         rng: np.random.Generator,
     ) -> float:
+        """Train for one epoch, and return the mean loss."""
         torch, config = require("torch", "baselines"), self._config
         targets = np.array([row[-1] for row in rows])
         share = np.bincount(targets, minlength=len(model.catalogue.ids)) / max(1, len(rows))
