@@ -257,10 +257,9 @@ def test_every_optimiser_learns_and_resumes(
     settings: dict[str, Any] = {"optim": name, "steps": 8, "learning_rate": 1e-2, "save_every": 4}
     losses, _ = trained(monkeypatch, llama_folder, tmp_path / "whole", **settings)
     assert losses[-1] < 0.8 * losses[0]
-    trained(monkeypatch, llama_folder, tmp_path / "cut", **settings)
-    for file in (tmp_path / "cut" / "checkpoints" / "checkpoint-8").iterdir():
+    for file in (tmp_path / "whole" / "checkpoints" / "checkpoint-8").iterdir():
         file.unlink()
-    again, _ = trained(monkeypatch, llama_folder, tmp_path / "cut", **settings)
+    again, _ = trained(monkeypatch, llama_folder, tmp_path / "whole", **settings)
     assert again == pytest.approx(losses, rel=1e-6)
 
 

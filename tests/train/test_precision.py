@@ -130,13 +130,13 @@ def test_a_resumed_run_keeps_the_scale(
 ) -> None:
     turing(2.0**40)
     settings: dict[str, Any] = {"steps": 4, "dtype": "float16", "save_every": 2}
-    trained(monkeypatch, llama_folder, tmp_path / "whole", **settings)
-    trained(monkeypatch, llama_folder, tmp_path / "cut", **settings)
-    for file in (tmp_path / "cut" / "checkpoints" / "checkpoint-4").iterdir():
+    trained(monkeypatch, llama_folder, tmp_path, **settings)
+    whole = figures(tmp_path)
+    for file in (tmp_path / "checkpoints" / "checkpoint-4").iterdir():
         file.unlink()
-    trained(monkeypatch, llama_folder, tmp_path / "cut", **settings)
-    assert figures(tmp_path / "cut") == figures(tmp_path / "whole")
-    assert newest(tmp_path / "cut" / "checkpoints") is not None
+    trained(monkeypatch, llama_folder, tmp_path, **settings)
+    assert figures(tmp_path) == whole
+    assert newest(tmp_path / "checkpoints") is not None
 
 
 def test_scaled_gradients_are_not_sharded() -> None:

@@ -274,13 +274,12 @@ def test_frozen_trains_the_head_alone(llama_folder: Path, tmp_path: Path) -> Non
 def test_a_killed_run_resumes_to_the_same_head(llama_folder: Path, tmp_path: Path, method: str) -> None:
     settings = {"method": method, "learning_rate": 1e-3 if method == "full" else 1e-2}
     whole, _, head = run(llama_folder, tmp_path / "whole", **settings)
-    run(llama_folder, tmp_path / "cut", **settings)
-    for file in (tmp_path / "cut" / "checkpoints" / "checkpoint-12").iterdir():
+    for file in (tmp_path / "whole" / "checkpoints" / "checkpoint-12").iterdir():
         file.unlink()
-    resumed, _, again = run(llama_folder, tmp_path / "cut", **settings)
+    resumed, _, again = run(llama_folder, tmp_path / "whole", **settings)
     assert resumed.adapter_sha256 == whole.adapter_sha256
     assert torch.equal(head.linear.weight, again.linear.weight) and torch.equal(head.linear.bias, again.linear.bias)
-    kept = load_head(tmp_path / "cut" / "checkpoints" / "checkpoint-12")
+    kept = load_head(tmp_path / "whole" / "checkpoints" / "checkpoint-12")
     assert kept is not None and torch.equal(kept.linear.weight, head.linear.weight)
 
 
