@@ -129,10 +129,9 @@ def _tasks(plan: Plan) -> dict[str, str]:
     ratings = "list-with-fields" if facts.field_tokens else "list-ratings"
     baselines = ""
     if plan.encoder:
-        # On validation users of five data sets, a weight of 2 is better than the default, or equal.
         baselines = (
             ",\n    baselines: [random, popularity, item-knn, markov-1, markov, transitions,\n"
-            f"      {{name: transitions-text, encoder: {plan.encoder}, text: 2.0}}]"
+            f"      {{name: transitions-text, encoder: {plan.encoder}}}]"
         )
     return {
         "rating": f"{{weight: 5, templates: [{ratings}], window: {window(plan, tokens=tokens)}}}",
