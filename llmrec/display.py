@@ -98,8 +98,12 @@ def flat(text: str) -> str:
 
 def short(text: str, longest: int = 120) -> str:
     """Return untrusted text as one line, truncated if it is long."""
-    line = flat(text)
-    return line if len(line) <= longest else f"{line[: longest - 1]}…"
+    return shortened(flat(text), longest)
+
+
+def shortened(text: str, limit: int) -> str:
+    """Return a text truncated to a maximum length."""
+    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def listed(names: Iterable[str], most: int = 8) -> str:

@@ -167,12 +167,13 @@ def read_json(path: Path, fix: str, parse: Callable[[bytes], Any] = loads) -> di
     return result
 
 
-def sha256_of(file: Path) -> str:
-    """Return the SHA-256 of a file's content, in hexadecimal."""
+def sha256_of(*files: Path) -> str:
+    """Return the SHA-256 of the content of files, one after the other, in hexadecimal."""
     digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
+    for file in files:
+        with file.open("rb") as stream:
+            while chunk := stream.read(_CHUNK):
+                digest.update(chunk)
     return digest.hexdigest()
 
 

@@ -18,6 +18,7 @@ from hypothesis import settings
 from jinja2 import Environment
 
 from llmrec.progress import QUIET
+from llmrec.recipe.schema import ModelSection
 
 # A busy machine is no failure of a property.
 settings.register_profile("llmrec", deadline=None, max_examples=100 if os.environ.get("LLMREC_SLOW") == "1" else 10)
@@ -197,6 +198,11 @@ def make_model(folder: Path, kind: str = "llama", *, layers: int = 2, seed: int 
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def section(folder: Path | str, dtype: Any = "float32") -> ModelSection:
+    """Return the section of a model in a folder."""
+    return ModelSection(name=str(folder), dtype=dtype)
 
 
 def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:

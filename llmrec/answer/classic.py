@@ -38,7 +38,6 @@ NOTHING_LEFT = "no item of the catalogue is left to rank"
 _RETRIEVED = 50
 # Retriever for requests whose history has no known item.
 _FALLBACK = "popularity"
-_NAMED = 3
 
 
 class Naming:
@@ -335,7 +334,7 @@ class Retriever:
         order = shuffled(retrieved, request.id, self._seed)
         notes = list(request.notes)
         if unknown:
-            notes.append(f"retrieval: ignored items missing in the run's data: {_some(unknown)}")
+            notes.append(f"retrieval: ignored items missing in the run's data: {some(unknown)}")
         if cold:
             notes.append("retrieval: no known item in the history, so the most popular items are the candidates")
         items = tuple(self._items.get(item) or self._data.dataset.items[item] for item in order)
@@ -387,8 +386,3 @@ def answered(
 def _unread(answer: Answer, request: RankRequest) -> Unparsed:
     reason = answer.reason if isinstance(answer, Unparsed) else f"expected a ranking, got {type(answer).__name__}"
     return Unparsed(request_id=request.id, reason=reason)
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(repr(name[:60]) for name in names[:_NAMED])
-    return shown if len(names) <= _NAMED else f"{shown} and {len(names) - _NAMED} more"

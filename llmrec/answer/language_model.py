@@ -48,8 +48,8 @@ from llmrec.backends.vllm.backend import prepare_environment
 from llmrec.baselines.retrieve import check_retriever
 from llmrec.data.assemble import digest_items, read_items
 from llmrec.data.dataset import Dataset
-from llmrec.data.read.limits import shortened
 from llmrec.data.requests import LEFT_ASIDE, PastEvent, RankRequest, identity, unknown_id
+from llmrec.display import shortened
 from llmrec.errors import DataError, LlmrecError, ModelError, RecipeError
 from llmrec.guard import TEXT_LIMIT, clean
 from llmrec.models.load import load_tokenizer, quiet_libraries, weights_stamp

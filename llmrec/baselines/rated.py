@@ -89,19 +89,19 @@ def ratings(data: SplitDataset, name: str) -> Ratings:
 
 
 def ridge_biases(
-    known: Ratings, user_penalty: float, item_penalty: float, *, tolerance: float = 1e-10, rounds: int = 1000
+    known: Ratings, user_penalty: float, item_penalty: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Solve for user and item biases in turn, until no user bias changes by more than ``tolerance``."""
+    """Solve for user and item biases in turn, until no user bias changes by more than 1e-10."""
     residual = known.values - known.mean
     user_weight = np.bincount(known.users) + user_penalty
     item_weight = np.bincount(known.items) + item_penalty
     of_users, of_items = np.zeros(len(user_weight)), np.zeros(len(item_weight))
-    for _ in range(rounds):
+    for _ in range(1000):
         of_items = np.bincount(known.items, weights=residual - of_users[known.users]) / item_weight
         moved = np.bincount(known.users, weights=residual - of_items[known.items]) / user_weight
         step = float(np.abs(moved - of_users).max())
         of_users = moved
-        if step < tolerance:
+        if step < 1e-10:
             break
     return of_users, of_items
 

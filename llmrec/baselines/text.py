@@ -165,23 +165,14 @@ class NearestText(Baseline[NoParameters, _Library]):
         return [_write(request, _nearest(request, library)) for request in requests]
 
 
-class FirstSentence(Baseline[NoParameters, str]):
+class FirstSentence(FrequentText):
     """Returns the first sentence of the review in the request; without a review, the most frequent training text.
 
     The first sentence of a text is the usual baseline for summaries (Nenkova, AAAI 2005).
     """
 
     name = "first-sentence"
-    Config = NoParameters
     READS = "texts"
-
-    def learn(self, data: SplitDataset) -> None:
-        """Find the most frequent training text, for requests without a review.
-
-        Raises:
-            DataError: If the training interactions carry no texts.
-        """
-        self._model = _frequent(data, self.name)
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Return the first sentence of the review for every request."""

@@ -92,7 +92,7 @@ class Line:
     members: Sequence[str] = ()
 
 
-def recipe_rows(benchmark: Benchmark, out: Path, say: Callable[[str], None], *, quiet: bool = False) -> Iterator[Made]:
+def recipe_rows(benchmark: Benchmark, out: Path, say: Callable[[str], None]) -> Iterator[Made]:
     """Run everything that is missing, and yield the results after each run.
 
     A killed benchmark resumes at the interrupted run, as any run does.
@@ -101,7 +101,6 @@ def recipe_rows(benchmark: Benchmark, out: Path, say: Callable[[str], None], *, 
         benchmark: From `llmrec.recipe.load.load_benchmark`.
         out: Folder of the run folders.
         say: Called with a line on each finished run.
-        quiet: Show no progress bars.
 
     Raises:
         RecipeError: If a recipe, a grid or a pair cannot be used.
@@ -110,7 +109,7 @@ def recipe_rows(benchmark: Benchmark, out: Path, say: Callable[[str], None], *, 
     lines: dict[tuple[Shared, str], Line] = {}
     spent = 0.0
     for number, (point, recipe) in enumerate(todo, start=1):
-        done = pipeline.run(recipe, out / point.folder, quiet=quiet)
+        done = pipeline.run(recipe, out / point.folder)
         spent += float(done.results["seconds"])
         for line in _lines(point, done, several=_several(recipe)):
             _add(lines, line)

@@ -21,9 +21,7 @@ from llmrec.recipe.load import load_benchmark, load_chat, load_recipe, load_suit
 log = logging.getLogger(__name__)
 
 
-def run_benchmark(
-    page: Page, *, out: Path, results: Path, say: Callable[[str], None] = log.info, quiet: bool = False
-) -> Ran:
+def run_benchmark(page: Page, *, out: Path, results: Path, say: Callable[[str], None] = log.info) -> Ran:
     """Run everything that is missing, compare the models, and write the result with its pages.
 
     Args:
@@ -31,7 +29,6 @@ def run_benchmark(
         out: Folder of finished rows, from which a killed benchmark resumes.
         results: Folder for ``<name>.json``; pages are written to its parent folder.
         say: Called with a line on each finished row.
-        quiet: Show no progress bars of runs.
 
     Raises:
         RecipeError: If a key of the page, or a component that it names, cannot be used.
@@ -41,17 +38,17 @@ def run_benchmark(
     if note := of_another(results / f"{name_of(page)}.json", "hash", recipe_hash(page)):
         say(note)
     # Intermediate results are also written, so that an interrupted benchmark of recipes has a page.
-    for made in _rows(page, out, say, quiet=quiet):
+    for made in _rows(page, out, say):
         ran = write(page, made, results, time.monotonic() - begin)
     assert ran is not None
     return ran
 
 
-def _rows(page: Page, out: Path, say: Callable[[str], None], *, quiet: bool) -> Iterator[Made]:
+def _rows(page: Page, out: Path, say: Callable[[str], None]) -> Iterator[Made]:
     if isinstance(page, Suite):
         return suite_rows(page, out, say)
     if isinstance(page, Benchmark):
-        return recipe_rows(page, out, say, quiet=quiet)
+        return recipe_rows(page, out, say)
     return conversation_rows(page, out, say)
 
 

@@ -112,11 +112,6 @@ ENDINGS = (Show, Ask, ShowProfile, Forget, Say)
 _READER: TypeAdapter[Call] = TypeAdapter(Call)
 
 
-def schema() -> dict[str, object]:
-    """Return the JSON schema of all tool calls."""
-    return _READER.json_schema()
-
-
 def written(call: Call) -> str:
     """Return a tool call as one line of JSON."""
     return json.dumps(call.model_dump(), ensure_ascii=False)

@@ -205,9 +205,5 @@ def eased(profile: tuple[Wish, ...]) -> tuple[tuple[Wish, ...], Wish | None]:
         return profile, None
     out = min(groups, key=lambda group: (group[0].source != "inferred", group[0].turn))
     keys = {wish.key for wish in out}
-    return tuple(replace_hard(wish) if wish.key in keys and wish.asks else wish for wish in profile), out[0]
-
-
-def replace_hard(wish: Wish) -> Wish:
-    """Return a hard preference as a soft one."""
-    return wish.model_copy(update={"hard": False})
+    soft = {"hard": False}
+    return tuple(w.model_copy(update=soft) if w.key in keys and w.asks else w for w in profile), out[0]

@@ -38,10 +38,6 @@ class Turn(BaseModel):
         return Turn(user=said, calls=reply.calls, items=reply.items, text=reply.text)
 
 
-BREAK = Turn(user=None)
-"""The separator of two conversations."""
-
-
 def write(file: Path, turns: Sequence[Turn]) -> None:
     """Write a transcript atomically."""
     write_text(file, "".join(json.dumps(turn.model_dump(), ensure_ascii=False) + "\n" for turn in turns))

@@ -17,6 +17,7 @@ from typing import Literal
 
 import psutil
 
+from llmrec.display import listed
 from llmrec.errors import RecipeError
 from llmrec.pipeline.resume import LOCK
 from llmrec.recipe.pages import read_page
@@ -94,7 +95,7 @@ def check_pickles(folders: Iterable[Path]) -> Iterator[Finding]:
         return
     yield Finding(
         "pickled weights",
-        _listed(files),
+        listed(map(str, files), _SHOWN),
         "llmrec does not load them, but other programs may and then run code in them: convert the weights to "
         "safetensors, and remove these files",
     )
@@ -104,7 +105,7 @@ def check_modes(what: str, exposed: Sequence[Path], count: int, mode: str) -> It
     """Check for files or folders that other users than the owner may read."""
     if exposed:
         names = " ".join(map(str, exposed[:_SHOWN])) + (" ..." if len(exposed) > _SHOWN else "")
-        yield Finding(what, f"others may read {_listed(exposed)}", f"chmod {mode} {names}")
+        yield Finding(what, f"others may read {listed(map(str, exposed), _SHOWN)}", f"chmod {mode} {names}")
     else:
         yield Finding(what, f"{count} checked, none readable by other users" if count else "none here")
 
@@ -129,7 +130,7 @@ def check_pages(pages: Sequence[Page]) -> Iterator[Finding]:
     if holding:
         yield Finding(
             "keys in recipes",
-            _listed(holding),
+            listed(map(str, holding), _SHOWN),
             "remove the key and replace it at the provider; set eval.server.key_env to an environment variable",
         )
     else:
@@ -138,7 +139,7 @@ def check_pages(pages: Sequence[Page]) -> Iterator[Finding]:
     if trusting:
         yield Finding(
             "trust_remote_code",
-            f"on in {_listed(trusting)}",
+            f"on in {listed(map(str, trusting), _SHOWN)}",
             "code of the model runs with your permissions: review the code and pin model.revision, or remove the "
             "setting",
         )
@@ -175,11 +176,6 @@ def _option(words: Sequence[str], name: str) -> str | None:
         if word.startswith(name + "="):
             return word.partition("=")[2]
     return None
-
-
-def _listed(paths: Sequence[Path]) -> str:
-    more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
-    return ", ".join(map(str, paths[:_SHOWN])) + more
 
 
 # --------------------------------------------------------------------------- collecting files

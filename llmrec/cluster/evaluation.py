@@ -18,7 +18,7 @@ from llmrec.pipeline.resume import RUN, locked
 from llmrec.pipeline.run import ANSWERS, Run, Session, Trained, open_session, run
 from llmrec.pipeline.shards import SHARD, answers_key, ask, done_before, finish, gathered, shard_folder
 from llmrec.pipeline.study import folder_of
-from llmrec.recipe.load import STORED, Overrides, as_recipe, load_stored
+from llmrec.recipe.load import STORED, as_recipe, load_stored
 from llmrec.recipe.schema import Recipe
 from llmrec.records import Shard
 from llmrec.terminal import works_in
@@ -34,7 +34,6 @@ def evaluate_shard(
     out: Path | None,
     shard: Shard,
     *,
-    overrides: Overrides = (),
     quiet: bool = False,
     report: Callable[[float], None] = lambda _: None,
 ) -> Path:
@@ -44,7 +43,6 @@ def evaluate_shard(
         recipe: See `llmrec.pipeline.run.run`.
         out: The run folder, with the fine-tuned model if the recipe evaluates one; ``runs/<name>`` by default.
         shard: The shard: whole batches of the cases of each row.
-        overrides: Changed keys.
         quiet: Show no progress bars.
         report: Called with the finished fraction.
 
@@ -54,7 +52,7 @@ def evaluate_shard(
     Raises:
         LlmrecError: If the recipe has no language model, its fine-tuned model is missing, or an engine fails.
     """
-    recipe = as_recipe(recipe, overrides)
+    recipe = as_recipe(recipe)
     home = folder_of(recipe, out)
     refuse_without_model(recipe)
     folder = shard_folder(home, shard)

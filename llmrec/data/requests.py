@@ -17,6 +17,7 @@ from itertools import pairwise
 from typing import TypeGuard
 
 from llmrec.data.read.limits import ID_LIMIT
+from llmrec.display import listed, shortened
 from llmrec.errors import DataError, did_you_mean
 from llmrec.guard import TITLE_LIMIT, clean
 from llmrec.types import Event, Item
@@ -415,8 +416,7 @@ def _too_long(text: str) -> bool:
 
 def some(names: Sequence[str]) -> str:
     """Return the first few names as one text."""
-    shown = ", ".join(repr(name if len(name) <= 60 else name[:59] + "…") for name in names[:_NAMED])
-    return shown if len(names) <= _NAMED else f"{shown} and {len(names) - _NAMED} more"
+    return listed([repr(shortened(name, 60)) for name in names], _NAMED)
 
 
 @lru_cache(maxsize=1024)  # all rows of a table have the same keys

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from llmrec.data.dataset import Dataset
 from llmrec.data.hashing import hash64
-from llmrec.data.read.codes import Names, all_different, codes, in_codes_of, pairs
+from llmrec.data.read.codes import Names, codes, different, in_codes_of, pairs
 from llmrec.errors import DataError
 from llmrec.recipe.schema import Split
 
@@ -46,7 +46,7 @@ class Rows:
     def latest(self) -> NDArray[np.int64]:
         """Indices of the latest interaction of each (user, item) pair, oldest first."""
         keys = pairs(self.frame["user_id"], self.frame["item_id"])
-        if all_different(keys):
+        if different(keys) == len(keys):
             return np.arange(len(keys))
         _, first = np.unique(keys[::-1], return_index=True)
         return np.sort(len(keys) - 1 - first)

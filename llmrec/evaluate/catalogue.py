@@ -129,7 +129,6 @@ def evaluate_catalogue(
     *,
     seen: Sequence[Seen] = BOTH,
     background: Background | None = None,
-    batch: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Evaluated]:
     """Evaluate a model by ranking the whole catalogue; returns results like `evaluate`.
@@ -140,7 +139,6 @@ def evaluate_catalogue(
         protocol: See `EvalProtocol`; its candidates become ``full``, and its users, if None, their number.
         seen: Which conventions to evaluate.
         background: Inputs of list metrics, see `llmrec.evaluate.lists`; None omits these metrics.
-        batch: See `rank_catalogue`.
         progress: See `rank_catalogue`.
 
     Returns:
@@ -157,9 +155,7 @@ def evaluate_catalogue(
         )
     protocol = whole(protocol, cases)
     start = time.monotonic()
-    result = rank_catalogue(
-        scorer, cases, cutoffs=protocol.cutoffs, seen=seen, batch=batch, seed=protocol.seed, progress=progress
-    )
+    result = rank_catalogue(scorer, cases, cutoffs=protocol.cutoffs, seen=seen, seed=protocol.seed, progress=progress)
     seconds = time.monotonic() - start
     return {
         item: _evaluated(scorer.items, cases, protocol, item, place, seconds, background)

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from llmrec import __version__
 from llmrec.data.lists import Entities, Lists, Order, Truth, Unit, read_lists, read_truth
+from llmrec.data.requests import some
 from llmrec.display import Displayed, Summary, listed
 from llmrec.entries import MetricEntry
 from llmrec.errors import DataError, RecipeError, did_you_mean
@@ -25,8 +26,6 @@ from llmrec.recipe.shared import CUTOFFS, RESAMPLES
 from llmrec.records import Record
 from llmrec.registry import METRICS, attribute
 from llmrec.results import Metric, Pair
-
-_SHOWN = 3
 
 
 class ScoredLists(Record):
@@ -263,8 +262,8 @@ def _judged(lists: Lists, truth: Truth, keys: pl.Series, how: Judging) -> tuple[
         raise DataError.at(
             lists.name,
             "mismatch",
-            f": none of its {lists.unit}s ({_some(sorted(strangers))}) is in {truth.name} "
-            f"({_some(keys.to_list())}); check that both files use the same ids",
+            f": none of its {lists.unit}s ({some(sorted(strangers))}) is in {truth.name} "
+            f"({some(keys.to_list())}); check that both files use the same ids",
             "user",
         )
     judged = matched(lists, truth, keys, graded=how.graded)
@@ -307,8 +306,3 @@ def _figure(name: str, values: NDArray[np.float64], owners: Sequence[str], how: 
         version=__version__,
     )
     return mean_figure(name, values, owners, protocol, signed)
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(repr(name[:40]) for name in names[:_SHOWN])
-    return shown if len(names) <= _SHOWN else f"{shown}, ..."

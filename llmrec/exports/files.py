@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -253,7 +254,7 @@ def _sweep(target: Path) -> None:
     if not target.parent.is_dir():
         return
     for kind in ("old", "tmp"):
-        for left in sorted(target.parent.glob(f"{_plain(target.name)}.llmrec-{kind}-*")):
+        for left in sorted(target.parent.glob(f"{glob.escape(target.name)}.llmrec-{kind}-*")):
             owner = left.name.rpartition("-")[2]
             if not owner.isdigit() or _alive(int(owner)):
                 continue
@@ -272,10 +273,6 @@ def _alive(process: int) -> bool:
 
 def _beside(target: Path, kind: str) -> Path:
     return target.with_name(f"{target.name}.llmrec-{kind}-{os.getpid()}")
-
-
-def _plain(name: str) -> str:
-    return "".join(f"[{character}]" if character in "*?[" else character for character in name)
 
 
 def _unwritable(target: Path, error: OSError) -> LlmrecError:

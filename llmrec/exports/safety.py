@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import math
 import os
 import re
@@ -194,7 +195,7 @@ def push(folder: Path, name: str, files: Sequence[str], *, private: bool) -> str
             api.upload_folder(
                 repo_id=name,
                 folder_path=folder,
-                allow_patterns=[_literally(file) for file in files],
+                allow_patterns=[glob.escape(file) for file in files],
                 commit_message="Export by llmrec",
             )
     except LlmrecError:
@@ -209,8 +210,3 @@ def push(folder: Path, name: str, files: Sequence[str], *, private: bool) -> str
             f"the upload to {name} failed: {reason[:300]}. {fix}", kind="unreachable", column="--push"
         ) from error
     return address
-
-
-def _literally(name: str) -> str:
-    """Return a pattern that matches exactly one file name."""
-    return "".join(f"[{character}]" if character in "*?[" else character for character in name)

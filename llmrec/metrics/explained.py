@@ -59,7 +59,6 @@ class Library:
         starts: Start of each text's pieces, and the end, shape (n + 1,).
         holders: Texts that have a piece among their rarest ones, concatenated over pieces.
         held: Start of each piece's holders, and the end, shape (pieces + 1,).
-        threshold: Minimum similarity of a copy.
     """
 
     texts: tuple[Words, ...]
@@ -69,7 +68,6 @@ class Library:
     starts: NDArray[np.int64]
     holders: NDArray[np.int64]
     held: NDArray[np.int64]
-    threshold: float
 
 
 def words_of(text: str) -> Words:
@@ -77,14 +75,8 @@ def words_of(text: str) -> Words:
     return tuple(_WORD.findall(text.lower()))
 
 
-def library(texts: Iterable[str], *, threshold: float = COPIED) -> Library:
-    """Index training texts, both whole and sentence by sentence.
-
-    Raises:
-        ValueError: If the threshold is not above 0 and at most 1.
-    """
-    if not 0 < threshold <= 1:
-        raise ValueError(f"the threshold for a copied text must be above 0 and at most 1, not {threshold}")
+def library(texts: Iterable[str]) -> Library:
+    """Index training texts, both whole and sentence by sentence."""
     units = [words_of(unit) for text in texts for unit in _units(text)]
     known = tuple(dict.fromkeys(unit for unit in units if unit))
     results = [piece for unit in known for piece in _pieces(unit)]
@@ -96,7 +88,7 @@ def library(texts: Iterable[str], *, threshold: float = COPIED) -> Library:
     owner = np.repeat(np.arange(len(known)), lengths)
     pieces = np.array([number[piece] for piece in results], dtype=np.int64)
     pieces = pieces[np.lexsort((pieces, owner))]
-    rare = np.arange(len(pieces)) - starts[owner] < _prefixes(lengths, threshold)[owner]
+    rare = np.arange(len(pieces)) - starts[owner] < _prefixes(lengths)[owner]
     order = np.argsort(pieces[rare], kind="stable")
     counts = np.bincount(pieces[rare], minlength=len(number))
     return Library(
@@ -107,7 +99,6 @@ def library(texts: Iterable[str], *, threshold: float = COPIED) -> Library:
         starts=starts,
         holders=owner[rare][order],
         held=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-        threshold=threshold,
     )
 
 
@@ -123,11 +114,6 @@ def copied(texts: Sequence[str], known: Library) -> NDArray[np.bool_]:
     cut = [words_of(text) for text in texts]
     result = {words: _is_copy(words, known) for words in set(cut)}
     return np.array([result[words] for words in cut], dtype=np.bool_)
-
-
-def alike(a: Words, b: Words) -> float:
-    """Return the ROUGE-L F-measure of two word sequences, in [0, 1]; 0 if one of them is empty."""
-    return 2 * _common(a, b) / (len(a) + len(b)) if a and b else 0.0
 
 
 # --------------------------------------------------------------------------- helpers
@@ -147,12 +133,12 @@ def _pieces(words: Words) -> list[tuple[str, int]]:
     return pieces
 
 
-def _prefixes(lengths: NDArray[np.int64], threshold: float) -> NDArray[np.int64]:
+def _prefixes(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return how many of the rarest words of a text must be indexed to find all similar texts.
 
     The shortest text that can be similar to one of n words has ``n t / (2 - t)`` words, all of them shared.
     """
-    shared = np.ceil(lengths * threshold / (2 - threshold) - _EPS).astype(np.int64)
+    shared = np.ceil(lengths * COPIED / (2 - COPIED) - _EPS).astype(np.int64)
     prefixes: NDArray[np.int64] = lengths - np.maximum(shared, 1) + 1
     return prefixes
 
@@ -160,15 +146,15 @@ def _prefixes(lengths: NDArray[np.int64], threshold: float) -> NDArray[np.int64]
 def _is_copy(words: Words, known: Library) -> bool:
     if not words or words in known.same:
         return bool(words)
-    size, threshold = len(words), known.threshold
+    size = len(words)
     # Words that occur in no training text are the rarest.
     own = sorted(known.number.get(piece, -1) for piece in _pieces(words))
-    rare = [piece for piece in own[: int(_prefixes(np.array([size]), threshold)[0])] if piece >= 0]
+    rare = [piece for piece in own[: int(_prefixes(np.array([size]))[0])] if piece >= 0]
     if not rare:
         return False
     texts = np.unique(np.concatenate([known.holders[known.held[piece] : known.held[piece + 1]] for piece in rare]))
     lengths = known.starts[texts + 1] - known.starts[texts]
-    least = threshold * (size + lengths) / 2 - _EPS
+    least = COPIED * (size + lengths) / 2 - _EPS
     texts, lengths, least = (item[np.minimum(size, lengths) >= least] for item in (texts, lengths, least))
     if not len(texts):
         return False
@@ -428,7 +414,7 @@ def named(texts: Sequence[str], users: Sequence[str], items: Sequence[str], feat
 
 def copy_rate(texts: Sequence[str], background: Background) -> Taken:
     """CopyRate: see `copies`."""
-    return Taken(result=copies(texts, background), how=f"rouge-l-{background.texts.threshold:g}")
+    return Taken(result=copies(texts, background), how=f"rouge-l-{COPIED:g}")
 
 
 def match_rate(named: Named, owners: Sequence[str]) -> Taken:

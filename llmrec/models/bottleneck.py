@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmrec.errors import ModelError, require
-from llmrec.models.tensors import damaged
+from llmrec.models.tensors import base_of, damaged
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +36,7 @@ def attach(model: torch.nn.Module, rank: int, *, seed: int) -> None:
     torch = require("torch", "train")
     drawn = torch.Generator().manual_seed(seed)
     for part in _parts(model):
-        width = _base(model).config.get_text_config().hidden_size
+        width = base_of(model).config.get_text_config().hidden_size
         adapter = torch.nn.Module()
         for name, rows, columns in (("down", width, rank), ("up", rank, width)):
             weight = torch.randn((rows, columns), generator=drawn) / math.sqrt(rows)
@@ -45,7 +45,7 @@ def attach(model: torch.nn.Module, rank: int, *, seed: int) -> None:
         adapter.register_parameter("scale", torch.nn.Parameter(torch.zeros(())))
         setattr(part, _NAME, adapter.to(next(part.parameters()).device))
         part.register_forward_hook(_add)
-    base = _base(model)
+    base = base_of(model)
     # The original files of the model remain readable for other programs that use transformers.
     base._keys_to_ignore_on_save = {*(base._keys_to_ignore_on_save or ()), *_tensors(base)}
 
@@ -100,22 +100,18 @@ def load(model: torch.nn.Module, folder: Path) -> None:
 
 def _tensors(model: torch.nn.Module) -> dict[str, Any]:
     """Return the adapter parameters by their names in the base model."""
-    return {name: item for name, item in _base(model).named_parameters() if f".{_NAME}." in name}
+    return {name: item for name, item in base_of(model).named_parameters() if f".{_NAME}." in name}
 
 
 def _parts(model: torch.nn.Module) -> list[Any]:
     """Return the feed-forward block of every layer."""
-    layers = getattr(_base(model).get_decoder(), "layers", None)
+    layers = getattr(base_of(model).get_decoder(), "layers", None)
     parts = [getattr(layer, "mlp", None) for layer in layers or ()]
     if not parts or any(part is None or hasattr(part, "experts") for part in parts):
         raise ModelError(
-            f"train.method: a {_base(model).config.model_type} does not have one plain feed-forward block per layer, "
+            f"train.method: a {base_of(model).config.model_type} does not have one plain feed-forward block per layer, "
             "which bottleneck adapters need; set train.method=option",
             kind="unsupported",
             column="train.method",
         )
     return parts
-
-
-def _base(model: torch.nn.Module) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

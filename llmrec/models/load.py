@@ -416,6 +416,11 @@ def weights_stamp(folder: str) -> str:
     return digest.hexdigest()[:32]
 
 
+def weights_sha256(folder: Path) -> str:
+    """Return the SHA-256 over the safetensors files of a folder in name order, as recorded by training."""
+    return sha256_of(*sorted(folder.glob("*.safetensors")))
+
+
 def content_sha256(file: Path) -> str:
     """Return the SHA-256 of a file; cached as long as the file does not change."""
     target = file.resolve()

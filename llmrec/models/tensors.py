@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmrec.display import listed
 from llmrec.errors import ModelError
 from llmrec.models.traits import is_paired
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_SHOWN = 3
 # Causal masks, positions and rotary frequencies, which old versions of transformers stored with the weights.
 _COMPUTED = re.compile(r"\.(attn|attention)\.(masked_)?bias$|(^|\.)position_ids$|\brotary_emb\.inv_freq$")
 
@@ -52,7 +52,7 @@ def load_whole(auto: Any, folder: str | Path, *, unread: Sequence[str] = (), **o
     if missing or shaped or extra:
         extra = sorted([*extra, *ignored])
         parts = {"missing": missing, "of another shape": shaped, "without a place": extra}
-        faults = "; ".join(f"{what}: {_named(names)}" for what, names in parts.items() if names)
+        faults = "; ".join(f"{what}: {listed(names, 3)}" for what, names in parts.items() if names)
         raise ModelError(
             f"the weights in {folder} do not match config.json ({type(model).__name__}): {faults}. Restore "
             "config.json and the safetensors files from one save_pretrained folder, or choose another model",
@@ -61,7 +61,7 @@ def load_whole(auto: Any, folder: str | Path, *, unread: Sequence[str] = (), **o
             column="model.name",
         )
     if ignored:
-        log.warning("%s: ignoring tensors that %s does not have: %s", folder, type(model).__name__, _named(ignored))
+        log.warning("%s: ignoring tensors that %s does not have: %s", folder, type(model).__name__, listed(ignored, 3))
     return model
 
 
@@ -84,9 +84,9 @@ def _left_over(model: torch.nn.Module, names: Collection[str]) -> tuple[list[str
     return beside, extra
 
 
-def _named(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+def base_of(model: torch.nn.Module) -> Any:
+    """Return the base model of an adapted model; other models are returned unchanged."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def damaged(what: str, at: Path, error: Exception) -> ModelError:

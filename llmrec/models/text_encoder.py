@@ -288,10 +288,10 @@ class Embedder:
         return {"stamp": self.stamp, "dtype": DTYPE, "batch_tokens": str(BATCH_TOKENS)}
 
 
-def _by_chance(texts: Sequence[str], width: int = 64) -> NDArray[np.float32]:
-    """Return a pseudorandom direction for each text, derived from its hash, shape (n, width)."""
+def _by_chance(texts: Sequence[str]) -> NDArray[np.float32]:
+    """Return a pseudorandom direction for each text, derived from its hash, shape (n, 64)."""
     hashed = hash64("chance", 0, texts)
-    rows = np.stack([np.random.default_rng(int(seed)).standard_normal(width) for seed in hashed])
+    rows = np.stack([np.random.default_rng(int(seed)).standard_normal(64) for seed in hashed])
     result: NDArray[np.float32] = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
     return result
 

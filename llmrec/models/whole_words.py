@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from llmrec.errors import ModelError, RecipeError, require
 from llmrec.guard import is_item_token
-from llmrec.models.tensors import damaged
+from llmrec.models.tensors import base_of, damaged
 from llmrec.models.traits import is_paired
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def attach(model: torch.nn.Module, table: Any, kinds: Sequence[int]) -> None:
     Raises:
         RecipeError: If the model is not an encoder-decoder.
     """
-    torch, base = require("torch", "train"), _base(model)
+    torch, base = require("torch", "train"), base_of(model)
     if not is_paired(base.config):
         refuse_words(f"a model of type {base.config.model_type}")
     encoder = base.get_encoder()
@@ -151,15 +151,15 @@ def new_table(model: torch.nn.Module, size: int, *, seed: int) -> Any:
     For T5 that is 1, as for P5's table. It is small compared with trained token embeddings, so the first steps do not
     destroy the knowledge of a pretrained model.
     """
-    torch, config = require("torch", "train"), _base(model).config
+    torch, config = require("torch", "train"), base_of(model).config
     spread = getattr(config, "initializer_factor", None) or getattr(config, "init_std", 1.0)
-    width = _base(model).get_encoder().get_input_embeddings().weight.shape[1]
+    width = base_of(model).get_encoder().get_input_embeddings().weight.shape[1]
     return torch.randn((size, width), generator=torch.Generator().manual_seed(seed)) * spread
 
 
 def words_of(model: torch.nn.Module) -> Any:
     """Return the whole-word embeddings of a model as ``torch.nn.Embedding``; None if it has none."""
-    base = _base(model)
+    base = base_of(model)
     return getattr(base.get_encoder(), _NAME, None) if is_paired(base.config) else None
 
 
@@ -187,7 +187,7 @@ def load_words(model: torch.nn.Module, folder: Path) -> None:
         table, kinds = result["table"], result["kinds"].tolist()
     except (OSError, ValueError, KeyError, errors.SafetensorError) as error:
         raise damaged(f"the whole-word embeddings in {folder} cannot be read", folder, error) from error
-    shape = tuple(_base(model).get_encoder().get_input_embeddings().weight.shape)
+    shape = tuple(base_of(model).get_encoder().get_input_embeddings().weight.shape)
     if (len(kinds), table.shape[-1]) != shape or table.dim() != 2:
         raise ModelError(
             f"the whole-word embeddings in {folder} are for {len(kinds)} tokens of width {table.shape[-1]}, and the "
@@ -202,7 +202,3 @@ def copy_words(source: Path, target: Path) -> None:
     """Copy the file with whole-word embeddings, if there is one."""
     if (source / WEIGHTS).is_file():
         shutil.copyfile(source / WEIGHTS, target / WEIGHTS)
-
-
-def _base(model: torch.nn.Module) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

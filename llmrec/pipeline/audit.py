@@ -229,7 +229,7 @@ def _memory(study: Study) -> Check:
 
 _HASHES, _BANDS = 64, 16
 _CROWD = 50
-_SOLVED = 4
+_SOLVED, _TITLES = 4, 200
 _ROUNDS = 20
 
 
@@ -346,7 +346,7 @@ def _signature(
     return lowest
 
 
-def duplicate_items(data: SplitDataset, threshold: float = 0.85) -> Check:
+def duplicate_items(data: SplitDataset) -> Check:
     """Report items with equal or nearly equal titles, which a model cannot distinguish."""
     items = sorted(data.dataset.items)
     keys = [title_key(data.dataset.items[item].title) for item in items]
@@ -355,7 +355,7 @@ def duplicate_items(data: SplitDataset, threshold: float = 0.85) -> Check:
         equal[key].append(item)
     twins = sum(len(group) for group in equal.values() if len(group) > 1)
     shingles = [frozenset(key[i : i + 3] for i in range(max(1, len(key) - 2))) for key in keys]
-    near = [(a, b, s) for a, b, s in near_duplicates(shingles, threshold) if keys[a] != keys[b]]
+    near = [(a, b, s) for a, b, s in near_duplicates(shingles, 0.85) if keys[a] != keys[b]]
     examples = tuple(
         f"{data.dataset.items[items[a]].title!r} and {data.dataset.items[items[b]].title!r}" for a, b, _ in near[:5]
     )
@@ -389,7 +389,7 @@ def duplicate_users(data: SplitDataset, split: str, threshold: float = 0.9) -> C
 # --------------------------------------------------------------------------- memorisation
 
 
-def memorisation(backend: Backend, data: SplitDataset, *, seed: int, titles: int = 200) -> Check:
+def memorisation(backend: Backend, data: SplitDataset, *, seed: int) -> Check:
     """Measure whether a model can complete catalogue titles from their first half (memorisation).
 
     Each prompt shows a few whole titles and the first words of another; a completion is correct if its letters and
@@ -401,14 +401,13 @@ def memorisation(backend: Backend, data: SplitDataset, *, seed: int, titles: int
         backend: The untuned model.
         data: The dataset with the catalogue.
         seed: Draws the titles.
-        titles: The number of titles to complete.
     """
     name = f"memorisation of {data.dataset.name}"
     halves = _halves(data)
     if len(halves) < 2 * _SOLVED:
         return Check(name, "not tested: fewer than 8 titles have at least three words")
     rng = keyed("memorisation", seed, data.dataset.name)
-    chosen = rng.sample(halves, min(titles, len(halves)))
+    chosen = rng.sample(halves, min(_TITLES, len(halves)))
     tails = [tail for _, tail in chosen]
     mixed = tails[1:] + tails[:1]
     template = load_templates("probe")["recite"]

@@ -84,7 +84,7 @@ def index(recipe: Recipe, out: Path | None = None, *, items: Sequence[str] = ())
             at=recipe.name,
             column="index",
         )
-    data = indexed_data(recipe)
+    data = load_tables(recipe)[0]
     begin = time.monotonic()
     built = build_index(recipe.index, data, seed=recipe.seed)
     seconds = time.monotonic() - begin
@@ -101,11 +101,6 @@ def _holds_more(folder: Path) -> bool:
     """Whether a folder has other files than an index, which a new index would remove."""
     result = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     return (folder.exists() and not folder.is_dir()) or bool(result - _FILES) or bool(result and not _digest(folder))
-
-
-def indexed_data(recipe: Recipe) -> SplitDataset:
-    """Return the main data of a recipe, as used to build its index."""
-    return load_tables(recipe)[0]
 
 
 def write_run(study: Study, folder: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from llmrec.backends.encode import Encoder
 from llmrec.data.sets.table import located
 from llmrec.durable import checked, loads
 from llmrec.errors import DataError, LlmrecError, RecipeError
-from llmrec.models.load import load_tokenizer, weights_stamp
+from llmrec.models.load import load_tokenizer, weights_sha256, weights_stamp
 from llmrec.pipeline.evaluation import ResultRow, row_of
 from llmrec.pipeline.indexing import stored_index
 from llmrec.pipeline.study import Study
@@ -79,16 +78,6 @@ def open_run(run: Path) -> Source:
             at=run / "adapter",
         )
     return Source(run, recipe, record, _sound(run / "merged", record))
-
-
-def weights_sha256(folder: Path) -> str:
-    """Return the SHA-256 over the safetensors files of a folder in name order, as recorded by training."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            while chunk := stream.read(2**20):
-                digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _sound(merged: Path, record: Mapping[str, Any]) -> str | None:

@@ -15,7 +15,7 @@ from llmrec.baselines.parameters import hashes_of
 from llmrec.durable import replacing, write_checked, write_text
 from llmrec.errors import LlmrecError, RecipeError, require
 from llmrec.fingerprint import code_digest, fingerprint, modules_of
-from llmrec.models.load import device, load_config, release_memory, weights_stamp
+from llmrec.models.load import device, load_config, release_memory, weights_sha256, weights_stamp
 from llmrec.models.memory import TRAINING, check_memory, reporting_full_memory
 from llmrec.models.rating_head import RatingHead, copy_head
 from llmrec.models.soft_prompt import METHODS, TIED, copy_soft
@@ -37,7 +37,6 @@ from llmrec.pipeline.objectives import (
 from llmrec.pipeline.rejecting import BEAM, close
 from llmrec.pipeline.resume import Budget, read_stage
 from llmrec.pipeline.row_specs import asking_of
-from llmrec.pipeline.runs import weights_sha256
 from llmrec.pipeline.study import Study, fused_finder
 from llmrec.recipe.schema import Recipe
 from llmrec.records import Training as TrainingRecord

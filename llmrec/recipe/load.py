@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from llmrec import plugins
+from llmrec.display import shortened
 from llmrec.durable import Json
 from llmrec.errors import ErrorKind, LlmrecError, Place, RecipeError, did_you_mean
 from llmrec.plugins import KINDS
@@ -286,8 +287,8 @@ def _find(path: Path, home: str) -> Path:
         beside = [str(page) for page in results if get_close_matches(path.stem, [page.stem], cutoff=0.7)]
     close = did_you_mean(str(path), [*beside, *names])
     raise RecipeError(
-        f"file {_shortened(str(path))} does not exist{close}; give an existing file, or a recipe of llmrec such as "
-        "recipes/quickstart.yaml",
+        f"file {shortened(str(path), _SHOWN)} does not exist{close}; give an existing file, or a recipe of llmrec such "
+        "as recipes/quickstart.yaml",
         kind="missing-file",
         at=path,
     )
@@ -305,7 +306,7 @@ def _override(values: dict[str, Json], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise RecipeError(
-            f"override {_shortened(repr(override))} is not of the form key=value, such as train.steps=20",
+            f"override {shortened(repr(override), _SHOWN)} is not of the form key=value, such as train.steps=20",
             kind="syntax",
             column=key.strip() or override[:80],
         )
@@ -371,7 +372,7 @@ def _overriding(path: KeyPath, overrides: Sequence[str]) -> str:
     for override in overrides:
         key = override.partition("=")[0].strip()
         if mine == key or mine.startswith(key + "."):
-            return f"override of {key}" if _may_be_secret(path) else f"override {_shortened(repr(override))}"
+            return f"override of {key}" if _may_be_secret(path) else f"override {shortened(repr(override), _SHOWN)}"
     return ""
 
 
@@ -405,11 +406,7 @@ def _problem(path: KeyPath, detail: Any, page: type[BaseModel]) -> str:
         return message
     if _may_be_secret(path):
         return f"{key}: {message[:1].lower()}{message[1:]}"
-    return f"{key}: {message[:1].lower()}{message[1:]}, got {_shortened(repr(detail['input']))}"
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
+    return f"{key}: {message[:1].lower()}{message[1:]}, got {shortened(repr(detail['input']), _SHOWN)}"
 
 
 def _may_be_secret(path: KeyPath) -> bool:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
@@ -40,8 +39,6 @@ from llmrec.serve.store import ServiceStore, StoredEvent
 from llmrec.types import Event, Item
 
 _T = TypeVar("_T")
-
-log = logging.getLogger(__name__)
 
 _READERS = 4
 _THREADS = 8

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 from llmrec.errors import RecipeError
-from llmrec.models.tensors import damaged
+from llmrec.models.tensors import base_of, damaged
 from llmrec.recipe.schema import PruneSection
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def attach(model: torch.nn.Module) -> None:
     Raises:
         RecipeError: If it has no linear layers.
     """
-    base = _base(model)
+    base = base_of(model)
     results = list(_linears(base))
     if not results:
         raise RecipeError(
@@ -231,7 +231,7 @@ def _own(layer: torch.nn.Module) -> Any:
 
 def _masked(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield the layers that `attach` prepared, with their names in the base model."""
-    yield from ((name, layer) for name, layer in _base(model).named_modules() if hasattr(layer, _MASK))
+    yield from ((name, layer) for name, layer in base_of(model).named_modules() if hasattr(layer, _MASK))
 
 
 def _linears(base: torch.nn.Module) -> Iterator[tuple[str, Any]]:
@@ -244,7 +244,3 @@ def _linears(base: torch.nn.Module) -> Iterator[tuple[str, Any]]:
             inside = f"{name}."
         if isinstance(_own(module), torch.nn.Linear):
             yield name, module
-
-
-def _base(model: torch.nn.Module) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +22,7 @@ from llmrec.durable import replacing, seal
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.machine import has_cuda
 from llmrec.models import bottleneck
+from llmrec.models.load import weights_sha256
 from llmrec.models.rating_head import RatingHead, save_head
 from llmrec.models.soft_prompt import SoftPrompt
 from llmrec.models.traits import is_paired, takes_block_mask
@@ -45,8 +44,6 @@ from llmrec.train.trackers import callbacks, chosen, trackio_project
 from llmrec.train.whole_words import restore_words
 from llmrec.train.world import SHARDED, World, here, kind_asked, refuse_other, refuse_sharding, through
 from llmrec.train.world import told as tell_world
-
-log = logging.getLogger(__name__)
 
 # Marks the batch of a process without examples, whose loss has weight 0.
 _IDLE = "idle"
@@ -434,14 +431,6 @@ def check_packing(model: torch.nn.Module, instead: str = "train.packing=none") -
             kind="unsupported",
             column=instead.partition("=")[0],
         )
-
-
-def weights_sha256(folder: Path) -> str:
-    """Return the SHA-256 over the safetensors files of a folder, in name order."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
 
 
 def _checkpoint(folder: Path, world: World, *, sharded: bool) -> Path | None:

@@ -111,7 +111,11 @@ class Killed(BaseException):
     """What an in-process kill raises: nothing in the package catches it."""
 
 
-def dying(parts: int, how: Callable[[], None]) -> Callable[[Path, Sequence[Ranked]], None]:
+def die() -> None:
+    raise Killed
+
+
+def dying(parts: int, how: Callable[[], None] = die) -> Callable[[Path, Sequence[Ranked]], None]:
     """Return a `write_part` that writes so many parts and then dies."""
     done: list[Path] = []
 

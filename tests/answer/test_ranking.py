@@ -33,7 +33,7 @@ from llmrec.cli import main as cli
 from llmrec.data.requests import RankRequest, read_request
 from llmrec.errors import DataError, LlmrecError, RecipeError
 from llmrec.index.table import ItemIndex
-from llmrec.models.load import load_model, load_tokenizer, resolve
+from llmrec.models.load import resolve
 from llmrec.pipeline import bundle
 from llmrec.recipe.schema import ModelSection, RatingSection, TasksSection
 from llmrec.tasks.direct import reader_of
@@ -56,13 +56,6 @@ from tests.facts import Facts, raises
 CONTINUE = Asking("sequential", "continue-list", "likelihood")
 LABEL = Asking("direct", "after-history", "label")
 LIST = Asking("direct", "after-history", "list")
-
-
-@pytest.fixture(scope="module")
-def tools(llama_folder: Path) -> tuple[bundle.Bundle, HFBackend, Encoder]:
-    found = bundle.read(str(llama_folder), ModelSection(name=str(llama_folder), dtype="float32"))
-    encoder = Encoder(load_tokenizer(found.folder, found.model), max_length=found.model.max_length)
-    return found, HFBackend(load_model(found.folder, found.model), encoder), encoder
 
 
 @pytest.fixture
@@ -401,10 +394,6 @@ def test_a_run_brings_its_items_words_and_templates(tuned: Path, tmp_path: Path)
 COUNT = 11
 
 
-def die() -> None:
-    raise Killed
-
-
 def uninterrupted(model: Path, folder: Path, name: str, **changes: Any) -> bytes:
     """Rank requests with a broken one and a repeated id, which a later part must still know of."""
     found: list[Any] = records(COUNT)
@@ -441,7 +430,7 @@ def test_other_formats_too(
     chosen = options(llama_folder, tmp_path / "in.jsonl", tmp_path / name, items=tmp_path / "items.csv")
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(run, "write_part", dying(after, die))
+        patch.setattr(run, "write_part", dying(after))
         rank_file(chosen)
     # A part that was damaged while it waited is made again.
     (chosen.parts / "part-00000000.jsonl").write_text("{}\n", encoding="utf-8")
@@ -486,7 +475,7 @@ def test_parts_of_other_models_and_options_are_not_used(
     for n, (model, change) in enumerate(changes):
         target = tmp_path / str(n) / "out.jsonl"
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(run, "write_part", dying(2, die))
+            patch.setattr(run, "write_part", dying(2))
             rank_file(options(llama_folder, path, target, items=items))
         caplog.clear()
         with caplog.at_level(logging.WARNING):

@@ -168,7 +168,7 @@ def test_every_format_holds_them(
     # This one is killed before its second part is stored: answers that were given then are remembered.
     other = replace(plain, out=tmp_path / name)
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(run, "write_part", dying(1, die))
+        patch.setattr(run, "write_part", dying(1))
         rank_file(other)
     assert rank_file(other)["from_earlier_run"] == 3
     if name.endswith("csv"):
@@ -186,7 +186,3 @@ def test_a_whole_catalogue_is_written_about_too(llama_folder: Path, tmp_path: Pa
     )
     assert rank_file(chosen)["rationale"]["forwards"] > 0
     assert len(lines(chosen.out)[0]["rationale"]) == 2
-
-
-def die() -> None:
-    raise Killed

@@ -154,7 +154,7 @@ def test_a_file_of_histories_is_ranked_and_says_how(
     # Killed and run again it is the same to the byte, and another k or recommender is another job.
     killed = options(run, path, tmp_path / "out.jsonl", retrieve="item-knn", k=4, task="direct")
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(rank_files, "write_part", dying(1, die))
+        patch.setattr(rank_files, "write_part", dying(1))
         rank_file(killed)
     assert rank_file(killed)["from_earlier_run"] == 3
     assert killed.out.read_bytes() == clean.out.read_bytes()
@@ -164,10 +164,6 @@ def test_a_file_of_histories_is_ranked_and_says_how(
             rank_file(options(run, path, killed.out, task="direct", **{"retrieve": "item-knn", "k": 4} | change))["key"]
         )
     assert len(keys) == 3
-
-
-def die() -> None:
-    raise Killed
 
 
 def test_what_cannot_retrieve_says_so(llama_folder: Path, run: Path, tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def test_a_killed_shard_goes_on_and_is_not_merged_before(
     whole = rank_file(replace(chosen, out=tmp_path / "whole.jsonl"))
     rank_shard(chosen, Shard(1, 2))
     with monkeypatch.context() as patch:
-        patch.setattr(run, "write_part", dying(1, lambda: (_ for _ in ()).throw(Killed)))
+        patch.setattr(run, "write_part", dying(1))
         with pytest.raises(Killed):
             rank_shard(chosen, Shard(2, 2))
     with raises(LlmrecError, Facts("missing-file", "2-of-2", says="shard.json")):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -13,9 +12,7 @@ from llmrec.answer.strategy import Asking, choose_way
 from llmrec.backends.encode import Encoder
 from llmrec.backends.hf.backend import HFBackend
 from llmrec.data.requests import RankRequest, read_request
-from llmrec.models.load import load_model, load_tokenizer
 from llmrec.pipeline import bundle
-from llmrec.recipe.schema import ModelSection
 from llmrec.types import Ranking, Unparsed
 from tests.answer.rank_cases import TITLES, records
 
@@ -26,13 +23,6 @@ STRATEGIES = (
     "likelihood-prior",
 )
 SMALL = ("window", "setwise", "pointwise-yes")
-
-
-@pytest.fixture(scope="module")
-def tools(llama_folder: Path) -> tuple[bundle.Bundle, HFBackend, Encoder]:
-    found = bundle.read(str(llama_folder), ModelSection(name=str(llama_folder), dtype="float32"))
-    encoder = Encoder(load_tokenizer(found.folder, found.model), max_length=found.model.max_length)
-    return found, HFBackend(load_model(found.folder, found.model), encoder), encoder
 
 
 def way_of(name: str) -> Asking:

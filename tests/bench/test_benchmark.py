@@ -73,7 +73,7 @@ def test_rows_stand_beside_each_other_with_their_cost(tmp_path: Path) -> None:
     )  # fmt: skip
     told: list[str] = []
     made = run_benchmark(
-        load_benchmark(page), out=tmp_path / "runs", results=tmp_path / "eval" / "results", say=told.append, quiet=True
+        load_benchmark(page), out=tmp_path / "runs", results=tmp_path / "eval" / "results", say=told.append
     ).files
     results = json.loads(made["results"].read_text(encoding="utf-8"))
     assert len(told) == 5 and {table["task"] for table in results["tables"]} == {"direct", "rating"}
@@ -121,7 +121,7 @@ def test_what_was_done_before_a_kill_is_there(tmp_path: Path) -> None:
 
     page = load_benchmark(write(tmp_path, RUNS))
     with pytest.raises(KeyboardInterrupt):
-        run_benchmark(page, out=tmp_path / "runs", results=tmp_path / "eval" / "results", say=killed, quiet=True)
+        run_benchmark(page, out=tmp_path / "runs", results=tmp_path / "eval" / "results", say=killed)
     results = json.loads((tmp_path / "eval" / "results" / "small.json").read_text(encoding="utf-8"))
     assert results["missing"] == 1
     assert "1 runs are missing" in (tmp_path / "eval" / "small.md").read_text(encoding="utf-8")
@@ -131,7 +131,7 @@ def test_settings_of_one_run_are_rows_of_their_own(tmp_path: Path) -> None:
     both = '  - {name: both, overrides: ["eval.arms=[zero-shot, few-shot]"]}\n'
     names = [f"label · after-history · both · {arm}" for arm in ("zero-shot", "few-shot")]
     page = load_benchmark(write(tmp_path, both, f"pairs: [{json.dumps(names, ensure_ascii=False)}]\n"))
-    made = run_benchmark(page, out=tmp_path / "runs", results=tmp_path / "results", quiet=True).files
+    made = run_benchmark(page, out=tmp_path / "runs", results=tmp_path / "results").files
     results = json.loads(made["results"].read_text(encoding="utf-8"))
     rows = {row["name"]: row for row in results["rows"] if row["arm"] != "baseline"}
     assert all(rows[name]["arm"] == arm for name, arm in zip(names, ("zero-shot", "few-shot"), strict=True))
@@ -141,11 +141,11 @@ def test_settings_of_one_run_are_rows_of_their_own(tmp_path: Path) -> None:
 
 def test_a_second_call_reuses_every_run(tmp_path: Path) -> None:
     page = load_benchmark(write(tmp_path, "  - {name: zero-shot}\n"))
-    first = run_benchmark(page, out=tmp_path / "runs", results=tmp_path / "results", quiet=True).files
+    first = run_benchmark(page, out=tmp_path / "runs", results=tmp_path / "results").files
     before = json.loads(first["results"].read_text(encoding="utf-8"))
     rows = sorted((tmp_path / "runs" / "zero-shot" / "rows").iterdir())
     stamps = [row.stat().st_mtime_ns for row in rows]
-    second = run_benchmark(page, out=tmp_path / "runs", results=tmp_path / "results", quiet=True).files
+    second = run_benchmark(page, out=tmp_path / "runs", results=tmp_path / "results").files
     assert [row.stat().st_mtime_ns for row in rows] == stamps
     assert json.loads(second["results"].read_text(encoding="utf-8"))["rows"] == before["rows"]
 
@@ -190,14 +190,14 @@ def test_a_pair_with_an_unknown_model_is_an_error_before_anything_runs(tmp_path:
     with raises(RecipeError, expected):
         check_page("benchmark", str(page), [])
     with raises(RecipeError, expected):
-        run_benchmark(load_benchmark(page), out=tmp_path / "runs", results=tmp_path / "eval" / "results", quiet=True)
+        run_benchmark(load_benchmark(page), out=tmp_path / "runs", results=tmp_path / "eval" / "results")
     assert not (tmp_path / "runs").exists() and not (tmp_path / "eval").exists()
 
 
 def test_a_pair_whose_models_are_in_no_common_table_is_named(tmp_path: Path) -> None:
     page = load_benchmark(write(tmp_path, "  - {name: zero-shot}\n", 'pairs: [["markov", "global-mean"]]\n'))
     with raises(RecipeError, Facts("mismatch", column="pairs", says="no table contains both")):
-        run_benchmark(page, out=tmp_path / "runs", results=tmp_path / "eval" / "results", quiet=True)
+        run_benchmark(page, out=tmp_path / "runs", results=tmp_path / "eval" / "results")
     assert json.loads((tmp_path / "eval" / "results" / "small.json").read_text(encoding="utf-8"))["missing"] == 0
 
 
@@ -217,9 +217,7 @@ def test_a_figure_that_is_not_defined_stands_in_the_table_and_in_no_picture(tmp_
     text = (tmp_path / "recipe.yaml").read_text(encoding="utf-8")
     head, tail = text.split("tasks:")[0], text.partition("\neval:")[2]
     (tmp_path / "recipe.yaml").write_text(f"{head}tasks: {{ctr: {{liked: 4}}}}\neval:{tail}", encoding="utf-8")
-    made = run_benchmark(
-        load_benchmark(page), out=tmp_path / "runs", results=tmp_path / "eval" / "results", quiet=True
-    ).files
+    made = run_benchmark(load_benchmark(page), out=tmp_path / "runs", results=tmp_path / "eval" / "results").files
     rows = json.loads(made["results"].read_text(encoding="utf-8"))["rows"]
     assert [row["tables"]["ctr"]["metrics"]["AUC"]["value"] for row in rows] == [None] * 5
     assert set(made) == {"results", "page"} and "yes-no" in made["page"].read_text(encoding="utf-8")
@@ -263,9 +261,7 @@ def test_comparisons_of_runs_that_are_still_to_come_count_in_the_family(tmp_path
 def test_runs_of_different_cases_do_not_share_a_table(tmp_path: Path) -> None:
     runs = "  - {name: few, overrides: [eval.users=10]}\n  - {name: many}\n"
     with raises(RecipeError, Facts("mismatch", says="eval.users")):
-        run_benchmark(
-            load_benchmark(write(tmp_path, runs)), out=tmp_path / "runs", results=tmp_path / "results", quiet=True
-        )
+        run_benchmark(load_benchmark(write(tmp_path, runs)), out=tmp_path / "runs", results=tmp_path / "results")
 
 
 @pytest.mark.parametrize(
@@ -286,7 +282,7 @@ def test_runs_of_different_cases_do_not_share_a_table(tmp_path: Path) -> None:
 )
 def test_mistakes_are_found_before_anything_runs(runs: str, facts: Facts, tmp_path: Path) -> None:
     with raises(RecipeError, facts):
-        run_benchmark(load_benchmark(write(tmp_path, runs)), out=tmp_path / "runs", results=tmp_path, quiet=True)
+        run_benchmark(load_benchmark(write(tmp_path, runs)), out=tmp_path / "runs", results=tmp_path)
     assert not (tmp_path / "runs").exists()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmrec.chat.calls import COUNTS, Call, Forget, Show, ends, legal, read_call, schema, written
+from llmrec.chat.calls import COUNTS, Call, Forget, Show, ends, legal, read_call, written
 from llmrec.chat.managers import ModelManager
 from llmrec.chat.state import ITEM, Line, State, Wish
 from llmrec.decode.beam import Fed, Floats, Wanted, beam
@@ -172,8 +171,8 @@ def injections() -> list[str]:
     return [_SHAPES[n % 5].format(f"{_TELLS[n % 3]} no. {n}") for n in range(500)]
 
 
-def test_injections_change_no_schema_and_leak_no_system_text(backend: Any) -> None:
-    told, plain = json.dumps(schema()), items()
+def test_injections_add_no_tool_and_leak_no_system_text(backend: Any) -> None:
+    plain = items()
     manager = ModelManager(backend)
     secret = [line for line in manager.template.system.splitlines() if len(line) > 20]
     assert secret
@@ -197,4 +196,4 @@ def test_injections_change_no_schema_and_leak_no_system_text(backend: Any) -> No
             # What a model reads of it is data: no control token of its tokenizer is in it but the chat format's own.
             asked = conversation(manager, known).answer(state, text)
             assert not any(line in asked.text for line in secret) and set(asked.items) <= set(known)
-            assert all(call.tool in tools for call in asked.calls) and json.dumps(schema()) == told
+            assert all(call.tool in tools for call in asked.calls)

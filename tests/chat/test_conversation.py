@@ -373,7 +373,7 @@ def test_a_transcript_replays_and_says_what_differs(tmp_path: Path) -> None:
     file = tmp_path / "talk.jsonl"
     lines = ("a comedy, not horror", "more please", "why the first?", "bye")
     turns = [transcripts.Turn.of(line, reply) for line, reply in zip(lines, said(conversation(), *lines), strict=True)]
-    transcripts.write(file, [*turns, transcripts.BREAK, *turns])
+    transcripts.write(file, [*turns, transcripts.Turn(user=None), *turns])
     assert list(transcripts.differences(transcripts.read(file), conversation())) == []
     assert list(transcripts.differences(transcripts.read(file), conversation(RuleManager(k=3))))
     changed = turns[0].model_copy(update={"items": ("f00",)})

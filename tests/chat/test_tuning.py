@@ -15,7 +15,7 @@ from llmrec.chat.calls import Call, Explain, Rank, Say, Search, Show, read_call,
 from llmrec.chat.conversation import Conversation
 from llmrec.chat.managers import ModelManager, model_input
 from llmrec.chat.simulator import OTHER, USUAL, dialogues, transcript
-from llmrec.chat.transcripts import BREAK, Turn
+from llmrec.chat.transcripts import Turn
 from llmrec.chat.tuning import Agreement, UsualManager, agreement, example, known, leading, parted, refuse, taught
 from llmrec.errors import DataError, RecipeError
 from llmrec.index.titles import title_key
@@ -25,6 +25,7 @@ from tests.chat.shelf import conversation
 from tests.facts import Facts, raises
 
 SHOWN = (Rank(), Show(k=5, ask="genres"))
+BREAK = Turn(user=None)
 ASKED: tuple[Call, ...] = (Explain(item=2), Say(what="explained"))
 
 

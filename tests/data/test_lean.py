@@ -15,7 +15,7 @@ import pyarrow as pa
 import pytest
 
 from llmrec.data.read import table as reader
-from llmrec.data.read.codes import Names, all_different, coded, codes, in_codes_of, pairs, stacked
+from llmrec.data.read.codes import Names, coded, codes, different, in_codes_of, pairs, stacked
 from llmrec.data.read.columns import Kind, Unusual
 from llmrec.data.read.delimited import Delimited
 from llmrec.data.read.table import read_table
@@ -297,7 +297,7 @@ def test_pairs_are_equal_where_both_ids_are() -> None:
     users, items = pl.Series(["a", "a", "b", "a"]), pl.Series(["x", "y", "x", "x"])
     found = pairs(users, items)
     assert found[0] == found[3] and len(np.unique(found)) == 3
-    assert not all_different(found) and all_different(found[:3])
+    assert different(found) == different(found[:3]) == 3
     frame = pl.DataFrame({"user_id": coded(users), "item_id": coded(items)})
     other = in_codes_of(pl.DataFrame({"user_id": ["b", "c"], "item_id": ["x", "x"]}), frame)
     assert pairs(other["user_id"], other["item_id"]).tolist() == [found[2]]

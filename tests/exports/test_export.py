@@ -38,7 +38,7 @@ from llmrec.recipe.schema import ModelSection, Recipe
 from llmrec.report import page as pages
 from llmrec.resources import resource
 from tests.answer import rank_cases
-from tests.conftest import make_model
+from tests.conftest import make_model, section
 from tests.exports.fake_hub import Hub, serving
 from tests.facts import Facts, raises
 
@@ -103,10 +103,6 @@ def _noted(opened: list[int], *args: Any, **options: Any) -> HFBackend:
 def logits(model: Any) -> Any:
     with torch.no_grad():
         return model.eval()(input_ids=torch.tensor(IDS)).logits
-
-
-def section(folder: Path, dtype: str = "float32") -> ModelSection:
-    return ModelSection(name=str(folder), dtype=dtype)  # type: ignore[arg-type]
 
 
 # --------------------------------------------------------------------------- what is in the folder

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
+from unittest import mock
 
 import numpy as np
 import polars as pl
@@ -17,10 +18,11 @@ from llmrec.data.dataset import Dataset, Review
 from llmrec.data.split import SplitDataset, split
 from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.predictor import background_of, evaluate
+from llmrec.metrics import explained
 from llmrec.metrics.explained import (
-    COPIED,
     Background,
-    alike,
+    Words,
+    _common,
     background,
     copied,
     feature_coverage,
@@ -180,6 +182,10 @@ def test_words_that_repeat_count_as_often_as_they_stand() -> None:
     assert alike(words_of("very good very good very"), words_of("very very very very good")) == pytest.approx(0.6)
 
 
+def alike(a: Words, b: Words) -> float:
+    return 2 * _common(a, b) / (len(a) + len(b)) if a and b else 0.0
+
+
 def test_likeness_by_hand() -> None:
     assert alike(("a", "b", "c", "d"), ("b", "x", "d")) == pytest.approx(2 * 2 / 7)
     assert alike(("a",), ()) == 0.0
@@ -195,17 +201,12 @@ _TEXT = st.lists(st.sampled_from("abcdefg"), max_size=14).map(" ".join)
     threshold=st.sampled_from([0.5, 0.75, 0.9, 1.0]),
 )
 def test_the_index_finds_what_all_pairs_find(training: list[str], texts: list[str], threshold: float) -> None:
-    shelf = library(training, threshold=threshold)
     best = [max((alike(words_of(text), words_of(other)) for other in training), default=0.0) for text in texts]
-    assert copied(texts, shelf).tolist() == [each >= threshold - 1e-9 for each in best]
-    # Nothing hangs on the order of the training texts.
-    assert copied(texts, library(training[::-1], threshold=threshold)).tolist() == copied(texts, shelf).tolist()
-
-
-def test_a_threshold_is_a_share() -> None:
-    for threshold in (0.0, 1.1):
-        with pytest.raises(ValueError, match="threshold for a copied text"):
-            library(["x"], threshold=threshold)
+    with mock.patch.object(explained, "COPIED", threshold):
+        found = copied(texts, library(training)).tolist()
+        assert found == [each >= threshold - 1e-9 for each in best]
+        # Nothing hangs on the order of the training texts.
+        assert copied(texts, library(training[::-1])).tolist() == found
 
 
 # --------------------------------------------------------------------------- in an evaluation
@@ -334,7 +335,3 @@ def test_the_rest_of_a_review_supports_features_and_can_be_copied() -> None:
     assert held_against.features is not None
     assert held_against.features.vocabulary == {("hinge",)} and held_against.features.of_item[pair[1]] == {("hinge",)}
     assert background_of(replace(data, **own)).features.of_item[pair[1]] == frozenset()  # type: ignore[union-attr]
-
-
-def test_the_threshold_is_written_once() -> None:
-    assert library(["x"]).threshold == COPIED

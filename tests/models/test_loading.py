@@ -15,9 +15,9 @@ from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditional
 from llmrec.errors import ModelError
 from llmrec.models.load import check_weights, load_model
 from llmrec.models.text_encoder import encode_texts
-from llmrec.recipe.schema import ModelSection, TrainSection
+from llmrec.recipe.schema import TrainSection
 from llmrec.train.lora import load_trainable
-from tests.conftest import make_tokenizer
+from tests.conftest import make_tokenizer, section
 from tests.facts import Facts, raises
 
 
@@ -34,10 +34,6 @@ def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> 
 
 def rename(tensors: dict[str, torch.Tensor]) -> None:
     tensors["model.layers.0.mlp.top.weight"] = tensors.pop("model.layers.0.mlp.up_proj.weight")
-
-
-def section(folder: Path) -> ModelSection:
-    return ModelSection(name=str(folder), dtype="float32")
 
 
 @pytest.fixture

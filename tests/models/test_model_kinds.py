@@ -21,7 +21,7 @@ from llmrec.train import lora, sft
 from llmrec.train.batches import paired_inputs, plan, target_rows
 from llmrec.train.loss import paired_loss
 from llmrec.types import Example, Message, Prompt, Segment
-from tests.conftest import make_model, make_tokenizer
+from tests.conftest import make_model, make_tokenizer, section
 from tests.facts import Facts, raises
 from tests.train.test_item_tokens import INDEX, TITLES
 from tests.train.test_item_tokens import examples as lists
@@ -133,10 +133,6 @@ def paired(kind: str, folder: Path) -> Path:
     made.save_pretrained(folder / kind)
     make_tokenizer().save_pretrained(folder / kind)
     return folder / kind
-
-
-def section(folder: Path) -> ModelSection:
-    return ModelSection(name=str(folder), dtype="float32")
 
 
 def loss_on_words(model: Any, known: int) -> float:

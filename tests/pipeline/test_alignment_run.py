@@ -24,6 +24,7 @@ from llmrec.recipe.schema import Recipe
 from llmrec.tasks.alignment import AlignmentTask
 from llmrec.types import Case, Example, Segment
 from tests.facts import Facts, raises
+from tests.pipeline.test_audit import Tampered
 
 pytest.importorskip("trl", reason="the train extra is not installed")
 
@@ -191,14 +192,6 @@ def test_rows_can_start_from_the_vectors_of_a_recommender(llama_folder: Path, tm
 
 
 # --------------------------------------------------------------------------- planted leaks
-
-
-class Tampered:
-    def __init__(self, task: Any, **methods: Any) -> None:
-        self._task, self._methods = task, methods
-
-    def __getattr__(self, name: str) -> Any:
-        return self._methods.get(name) or getattr(self._task, name)
 
 
 def leaking(study: Study, **methods: Any) -> list[str]:

@@ -84,7 +84,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_says_so_in_every_form_and_compares_only_what_is_defined(folder: Path) -> None:
-    done = run(load_recipe(str(folder / "recipe.yaml")), folder / "out", quiet=True)
+    done = run(load_recipe(str(folder / "recipe.yaml")), folder / "out")
     assert {line["task"] for line in done.results["comparisons"]} == {"rating"}
     undefined = {
         (row["task"], name, figure["undefined"])
@@ -115,9 +115,7 @@ def test_a_benchmark_says_so_and_compares_nothing(folder: Path) -> None:
         f"benchmark: small\nrecipe: {folder / 'recipe.yaml'}\nbootstrap: 100\nruns: [{{name: only}}]\n",
         encoding="utf-8",
     )
-    made = run_benchmark(
-        load_benchmark(str(page)), out=folder / "bench", results=folder / "eval" / "results", say=str, quiet=True
-    )
+    made = run_benchmark(load_benchmark(str(page)), out=folder / "bench", results=folder / "eval" / "results", say=str)
     results = json.loads((folder / "eval" / "results" / "small.json").read_text(encoding="utf-8"))
     assert not [pair for pair in (*results["comparisons"], *results["pairs"]) if pair["table"] == "ctr"]
     text = (folder / "eval" / "small.md").read_text(encoding="utf-8")

@@ -20,9 +20,9 @@ from llmrec.models.load import load_tokenizer
 from llmrec.models.plain import is_plain_decoder, plain_tokenizer
 from llmrec.pipeline import preflight
 from llmrec.recipe.load import as_recipe
-from llmrec.recipe.schema import ModelSection
 from llmrec.types import Message, Prompt, Segment
 from tests import shop
+from tests.conftest import section
 
 # Commands in one process, and then the modules that none of them should need.
 SCRIPT = """
@@ -63,10 +63,6 @@ def test_init_and_check_import_neither_torch_nor_transformers(tmp_path: Path, ll
 
 
 # --------------------------------------------------------------------------- the same tokenizer
-
-
-def section(folder: Path) -> ModelSection:
-    return ModelSection(name=str(folder), dtype="float32")
 
 
 def both(folder: Path) -> tuple[Encoder, Encoder]:

@@ -14,12 +14,12 @@ from llmrec.errors import RecipeError
 from llmrec.models import exits
 from llmrec.models.load import load_model, load_tokenizer
 from llmrec.recipe.load import load_recipe
-from llmrec.recipe.schema import LoraSection, ModelSection, TrainSection
+from llmrec.recipe.schema import LoraSection, TrainSection
 from llmrec.train import lora, sft
 from llmrec.train.batches import plan
 from llmrec.train.loss import ExitLoss, label_loss
 from llmrec.types import Message, Prompt, Segment
-from tests.conftest import make_model
+from tests.conftest import make_model, section
 from tests.facts import Facts, raises
 from tests.train.test_training import examples
 
@@ -29,10 +29,6 @@ LAYERS = 4
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("deep"), layers=LAYERS)
-
-
-def section(folder: Path) -> ModelSection:
-    return ModelSection(name=str(folder), dtype="float32")
 
 
 def opened(folder: Path) -> tuple[Any, Encoder]:

@@ -17,12 +17,12 @@ from llmrec.errors import ModelError
 from llmrec.index.table import ItemIndex, token
 from llmrec.models.item_tokens import add_item_tokens, extended
 from llmrec.models.load import load_model, load_tokenizer
-from llmrec.recipe.schema import LoraSection, ModelSection, TrainSection
+from llmrec.recipe.schema import LoraSection, TrainSection
 from llmrec.train import lora, sft
 from llmrec.train.batches import plan
 from llmrec.train.loss import ItemLoss, label_loss
 from llmrec.types import Code, Example, Message, Prompt, Segment
-from tests.conftest import make_model, make_tokenizer
+from tests.conftest import make_model, make_tokenizer, section
 from tests.facts import Facts, raises
 
 FILMS = ("Toy Story", "Heat", "Fargo", "Casino", "Alien", "Brazil", "Jaws", "Rocky", "Heat Story")
@@ -33,10 +33,6 @@ INDEX = ItemIndex(
     tokens=tuple(token(level, number) for level in range(2) for number in range(4)),
 )
 QUESTION = (Message("user", (Segment("text", "Continue the list"),)),)
-
-
-def section(folder: Path, dtype: Any = "float32") -> ModelSection:
-    return ModelSection(name=str(folder), dtype=dtype)
 
 
 def untied(folder: Path) -> Path:

@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from llmrec.models import streaming
 from llmrec.models.load import load_model
 from llmrec.models.tensors import marked_as_tied
-from llmrec.recipe.schema import LoraSection, ModelSection, PruneSection, TrainSection
+from llmrec.recipe.schema import LoraSection, PruneSection, TrainSection
 from llmrec.train import lora
 from llmrec.train import pruning as magnitude
+from tests.conftest import section
 from tests.models.test_model_kinds import PAIRED, paired, shape
 
 pytestmark = [
@@ -67,10 +68,6 @@ def base_of(kind: str, folder: Path, stored: torch.dtype = torch.bfloat16) -> Pa
             parameter.add_(torch.randn_like(parameter) * 0.3)
     model.to(stored).save_pretrained(folder / kind)
     return folder / kind
-
-
-def section(folder: Path, dtype: str = "float32") -> ModelSection:
-    return ModelSection(name=str(folder), dtype=dtype)
 
 
 def adapter_of(base: Path, folder: Path, *, tokens: tuple[int, ...] = (), **settings: Any) -> Path:

@@ -21,6 +21,7 @@ from llmrec.train.batches import plan
 from llmrec.train.heads import HeadLoss, attach, measure
 from llmrec.train.loss import label_loss
 from llmrec.train.steps import Step
+from tests.conftest import section
 from tests.train.test_item_tokens import INDEX, TITLES
 from tests.train.test_item_tokens import examples as lists
 from tests.train.test_training import examples as ratings
@@ -37,10 +38,6 @@ def folders(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     grown = tmp_path_factory.mktemp("grown") / "base"
     extended(str(llama_folder), section(llama_folder), INDEX, TITLES, grown, words=True, seed=0)
     return {"plain": llama_folder, "item tokens": grown}
-
-
-def section(folder: Path) -> ModelSection:
-    return ModelSection(name=str(folder), dtype="float32")
 
 
 class Case:

@@ -20,19 +20,16 @@ from llmrec.pipeline.objectives import labels_of
 from llmrec.pipeline.study import Study, build_study
 from llmrec.pipeline.training import plan_training
 from llmrec.recipe.load import load_recipe
-from llmrec.recipe.schema import ModelSection, SoftSection, TrainSection
+from llmrec.recipe.schema import SoftSection, TrainSection
 from llmrec.train import heads as rating_head
 from llmrec.train import lora, sft
 from llmrec.train.batches import Labels, plan
 from llmrec.train.loss import label_loss
 from llmrec.types import Example, Message, Prompt, Segment
+from tests.conftest import section
 from tests.facts import Facts, raises
 
 PROMPTS = 4
-
-
-def section(folder: Path) -> ModelSection:
-    return ModelSection(name=str(folder), dtype="float32")
 
 
 def question(film: str) -> tuple[Message, ...]:

@@ -14,15 +14,11 @@ from llmrec.models.load import load_model
 from llmrec.recipe.schema import LoraSection, ModelSection, PruneSection, TrainSection
 from llmrec.train import lora
 from llmrec.train import pruning as magnitude
-from tests.conftest import make_model
+from tests.conftest import make_model, section
 from tests.facts import Facts, raises
 from tests.train.test_training import run
 
 PRUNE = {"sparsity": 0.8, "end": 0.5, "every": 2}
-
-
-def section(folder: Path) -> ModelSection:
-    return ModelSection(name=str(folder), dtype="float32")
 
 
 def export(folder: Path, out: Path, method: str) -> dict[str, torch.Tensor]:

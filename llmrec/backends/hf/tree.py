@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from llmrec.decode.beam import Fed, Floats, TreeEngine, Wanted
 from llmrec.errors import require
-from llmrec.models.traits import chosen_logprobs, is_paired, plain_head
+from llmrec.models.traits import cache_bytes, chosen_logprobs, is_paired, plain_head
 
 if TYPE_CHECKING:
     import torch
@@ -469,11 +469,7 @@ class PrefixReader:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._torch, self._model = require("torch", "train"), model
-        config = model.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        token = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
-        self._room = max(1, _KEPT // token)
+        self._room = max(1, _KEPT // cache_bytes(model.config, model.dtype.itemsize))
         self._known: list[_Read] = []
         self.read = 0
 

@@ -131,11 +131,6 @@ def different(numbers: NDArray[np.uint64]) -> int:
     return int((ordered[1:] != ordered[:-1]).sum()) + bool(len(ordered))
 
 
-def all_different(numbers: NDArray[np.uint64]) -> bool:
-    """Whether all values are different."""
-    return different(numbers) == len(numbers)
-
-
 def in_codes_of(frame: pl.DataFrame, other: pl.DataFrame) -> pl.DataFrame:
     """Convert the ids of a data frame to the codes of another, and drop rows with unknown ids."""
     names = ("user_id", "item_id")

@@ -21,9 +21,10 @@ import pyarrow.csv as pa_csv
 
 from llmrec.data.read.columns import Column, Kind, NoNumbers, table_of
 from llmrec.data.read.files import Source
-from llmrec.data.read.limits import enumerated, reason, shortened, shown
+from llmrec.data.read.limits import enumerated, reason, shown
 from llmrec.data.read.tables import Table, check_columns, column_names
 from llmrec.data.read.text import LONGEST, Form, Piece, Pieces, decoded, first_encoding, in_arrow, numbered_lines
+from llmrec.display import shortened
 from llmrec.errors import DataError, Place
 from llmrec.terminal import logger
 

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from llmrec.display import shortened
 from llmrec.errors import DataError, ErrorKind, Place
 
 MAX_BYTES = 8 * 2**30
@@ -81,11 +82,6 @@ def shown(value: object) -> str:
     if isinstance(value, str) and len(value) > 80:
         value = value[:80] + "…"
     return shortened(repr(value), 100)
-
-
-def shortened(text: str, limit: int) -> str:
-    """Return a text truncated to a maximum length."""
-    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def enumerated(names: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from llmrec.data.read.limits import shortened
+from llmrec.display import shortened
 from llmrec.errors import DataError
 
 EACH = "[]"
