@@ -73,9 +73,6 @@ def tree(rows: Sequence[TokenRow]) -> Packed:
     """Arrange tokenised examples as one packed sequence.
 
     Tokens from the last target of a row on are omitted, since nothing is predicted from them.
-
-    Args:
-        rows: Rows with targets.
     """
     bodies = _sorted_bodies(rows)
     size = sum(len(body.ids) for body in bodies)
@@ -186,7 +183,8 @@ def _sorted_bodies(rows: Sequence[TokenRow]) -> list[_Body]:
 
 
 def _order(body: _Body) -> list[int]:
-    return body.ids.tolist()
+    tokens: list[int] = body.ids.tolist()
+    return tokens
 
 
 def _groups(rows: Sequence[TokenRow], width: int) -> list[_Group]:
