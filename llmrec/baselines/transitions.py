@@ -115,7 +115,7 @@ class Transitions(ScoredBaseline[TransitionsConfig, Steps]):
 class TransitionsTextConfig(TransitionsConfig, TextsConfig):
     """Parameters of `TransitionsText`."""
 
-    # On validation users of five data sets, 2 is better than 0.3 with MiniLM, or equal; on sparse data, 8 is better still.
+    # On validation users of five data sets, 2 is better than 0.3 with MiniLM, or equal; on sparse data, 8 is better.
     text: float = Field(2.0, ge=0, description="Weight of text similarity to the latest items.")
     sharpness: float = Field(8.0, gt=0, description="Exponent of text similarities before normalisation.")
     text_history: Positive = Field(3, description="Number of latest interactions to use for text similarity.")
