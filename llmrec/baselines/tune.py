@@ -57,20 +57,24 @@ def points(grid: Grid) -> list[Point]:
     return [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
 
 
-def explore(grid: Grid, start: Mapping[str, Any], tables: Sequence[str], judge: Judge) -> None:
+def explore(
+    grid: Grid, start: Mapping[str, Any], tables: Sequence[str], judge: Judge, *, most: int | None = None
+) -> None:
     """Evaluate hyperparameter settings until the best one for each table is found.
 
-    All settings of a grid of at most `SMALL` settings are tried. In a larger grid, coordinate search moves one
-    parameter at a time along its values while the metric improves, until a round over all parameters changes nothing.
-    Values that are not numbers have no order and are all tried.
+    All settings of a grid of at most `SMALL` settings, and of at most ``most``, are tried. In a larger grid,
+    coordinate search moves one parameter at a time along its values while the metric improves, until a round over all
+    parameters changes nothing. Values that are not numbers have no order and are all tried.
 
     Args:
         grid: Values by parameter; numbers ascending.
         start: The first setting of the search in a large grid; a value missing from the grid is added to it.
         tables: The tables for which settings are evaluated. Each has a separate search, in this order.
         judge: Evaluates a setting; called each time the search reaches it.
+        most: The maximum number of settings that ``judge`` accepts; None: unlimited.
     """
-    every = points(grid) if _size(grid) <= SMALL else []
+    # A grid that is only tried in part would leave out values of its first parameters.
+    every = points(grid) if _size(grid) <= min(SMALL, most or SMALL) else []
     for point in every:
         if judge(point) is None:
             return
@@ -258,7 +262,7 @@ def tune(
     single = {key: values[0] for key, values in declared.items() if len(values) == 1}
     defaults = config_of(name, single, f"grid of {name}").model_dump()
     search = _Search(name, data, seed, metric, measure, kept, made.FITS, list(known))
-    explore(declared, defaults, tables, search.judge)
+    explore(declared, defaults, tables, search.judge, most=made.FITS)
     choices = {}
     for table in tables:
         best = search.best(table)

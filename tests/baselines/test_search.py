@@ -72,6 +72,12 @@ def test_it_ends_with_the_last_fit_that_is_allowed() -> None:
     assert len(judge.seen) == 5
 
 
+def test_a_small_grid_that_is_too_large_for_the_limit_is_climbed() -> None:
+    judge = _Judge(4, t=lambda p: -abs(p["a"] - 2) - abs(p["b"] - 3))
+    explore({"a": (1, 2, 3), "b": (1, 2, 3, 4)}, {"a": 2, "b": 2}, ["t"], judge, most=4)
+    assert judge.best("t") == str({"a": 2, "b": 3})
+
+
 def test_where_the_search_begins_is_taken_into_the_ladder() -> None:
     assert ladder((1, 3, 5), 4) == (1, 3, 4, 5) and ladder((1, 3), 3) == (1, 3)
     assert ladder(("x", "y"), None) == ("x", "y", None)
