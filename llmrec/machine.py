@@ -15,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -263,6 +264,11 @@ def processor(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> Processor:
 def cores() -> list[int]:
     """Return the cores available to this process; empty if unknown."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
+def keep_to(cores: Sequence[int]) -> None:
+    """Bind this process to cores."""
+    os.sched_setaffinity(0, cores)
 
 
 def memory(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> Memory:

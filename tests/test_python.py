@@ -133,7 +133,7 @@ def test_auto_takes_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(autos, "done", lambda file, key: [trial])
     monkeypatch.setattr(autos._Search, "first", first)
     monkeypatch.setattr(autos._Search, "rest", lambda search: None)
-    monkeypatch.setattr(autos, "_encoder", lambda: None)
+    monkeypatch.setattr(autos, "installed_encoder", lambda: None)
     for _ in range(2):
         made = llmrec.auto(
             FRAME.drop("title"), FRAME.select("item", "title").unique(), classic=True, out=tmp_path / "r"

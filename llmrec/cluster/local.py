@@ -183,7 +183,7 @@ def _main(folder: str, token: str, count: str, cores: str, log: str, *numbers: s
     processes.end_with_parent()
     if cores:
         # vLLM binds a thread to each core that it may use
-        os.sched_setaffinity(0, [int(core) for core in cores.split(",")])
+        machine.keep_to([int(core) for core in cores.split(",")])
     work(Path(folder), token, int(count), f"this machine ({log})", [int(number) for number in numbers])
 
 

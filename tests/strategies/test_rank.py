@@ -142,7 +142,7 @@ def test_refusals() -> None:
 
     with raises(
         BackendError,
-        Facts("unsupported", column="eval.backend", says=("'fake' does not support score", "supports embed")),
+        Facts("unsupported", column="eval.backend", says=("'fake' does not support score", "supports rate")),
     ):
         LikelihoodRanker(asker(Mute()))
     with raises(LlmrecError, Facts("missing-value", column="candidates")):

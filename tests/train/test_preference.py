@@ -161,7 +161,7 @@ class Case:
         return self
 
     def packed(self) -> dict[str, Any]:
-        laid = stack([tree(each.rows, each.band) for each in self.steps[0].bins], 0)
+        laid = stack([tree(each.rows) for each in self.steps[0].bins], 0)
         return {name: torch.from_numpy(each) for name, each in asdict(laid).items()}
 
     def run(self, out: Path) -> Any:

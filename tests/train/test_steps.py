@@ -21,8 +21,7 @@ def rows(draw: st.DrawFn) -> TokenRow:
     """A row whose labels are its tokens, or classes, or nothing."""
     ids = draw(st.lists(TOKENS, min_size=1, max_size=12))
     labels = [draw(st.sampled_from((IGNORED, token, 3))) for token in ids]
-    lines = draw(st.lists(st.integers(0, len(ids)), max_size=3))
-    return TokenRow(tuple(ids), tuple(labels), tuple(lines))
+    return TokenRow(tuple(ids), tuple(labels))
 
 
 @given(st.lists(rows(), max_size=8))
@@ -41,8 +40,8 @@ def test_steps_come_out_as_they_went_in() -> None:
     for row in (one, two, three):
         table.add(row)
     numbers = {id(row): n for n, row in enumerate((one, two, three))}
-    given_steps = [Step((three, one), (Bin((three,), 2, 4), Bin((one,), 2, 4))), Step((two,), (Bin((two,), 2, 4),))]
-    steps = Steps(table, band=4)
+    given_steps = [Step((three, one), (Bin((three,), 2), Bin((one,), 2))), Step((two,), (Bin((two,), 2),))]
+    steps = Steps(table)
     for step in given_steps:
         steps.add(step, numbers)
     assert list(steps) == given_steps
