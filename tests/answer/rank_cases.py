@@ -5,9 +5,6 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-import os
-import signal
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llmrec.answer.rank import run
 from llmrec.answer.rank.options import RankOptions
 from llmrec.data.ranked import Ranked, write_part
 from llmrec.pipeline import bundle
@@ -111,38 +107,14 @@ class Killed(BaseException):
     """What an in-process kill raises: nothing in the package catches it."""
 
 
-def die() -> None:
-    raise Killed
-
-
-def dying(parts: int, how: Callable[[], None] = die) -> Callable[[Path, Sequence[Ranked]], None]:
+def dying(parts: int) -> Callable[[Path, Sequence[Ranked]], None]:
     """Return a `write_part` that writes so many parts and then dies."""
     done: list[Path] = []
 
     def write(path: Path, found: Sequence[Ranked]) -> None:
         if len(done) == parts:
-            how()
+            raise Killed
         write_part(path, found)
         done.append(path)
 
     return write
-
-
-def _die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-if __name__ == "__main__":
-    run.PART = int(sys.argv[4])
-    run.write_part = dying(int(sys.argv[5]), _die)
-    run.rank_file(options(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), items=Path(sys.argv[6])))
-
-
-def toy_run(model: Path, folder: Path) -> Path:
-    """Make a run whose model answers every verb."""
-    folder.mkdir()
-    run = make_run(model, folder)
-    recipe = load_recipe(str(run / "recipe.yaml"), ["tasks.ctr={}"])
-    bundle.write(build_study(recipe), run / "merged")
-    (run / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
-    return run

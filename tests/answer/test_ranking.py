@@ -6,8 +6,6 @@ import json
 import logging
 import random
 import re
-import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -402,24 +400,6 @@ def uninterrupted(model: Path, folder: Path, name: str, **changes: Any) -> bytes
     target = folder / "clean" / name
     rank_file(options(model, path, target, items=items_csv(folder), **changes))
     return target.read_bytes()
-
-
-@pytest.mark.slow
-def test_a_killed_process_goes_on_to_the_same_bytes(llama_folder: Path, tmp_path: Path, small_parts: None) -> None:
-    clean = uninterrupted(llama_folder, tmp_path, "out.jsonl")
-    target = tmp_path / "out.jsonl"
-    script = Path(__file__).with_name("rank_cases.py")
-    arguments = [llama_folder, tmp_path / "in.jsonl", target, "3", "2", tmp_path / "items.csv"]
-    done = subprocess.run([sys.executable, script, *map(str, arguments)], timeout=120, check=False, capture_output=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-    parts = target.with_name("out.jsonl.parts")
-    assert len(list(parts.glob("part-*.jsonl"))) == 2 and not target.exists()
-    summary = rank_file(options(llama_folder, tmp_path / "in.jsonl", target, items=tmp_path / "items.csv"))
-    assert target.read_bytes() == clean
-    assert summary["from_earlier_run"] == 6 and summary["lines"] == COUNT
-    assert [each["line"] for each in summary["failures"]] == [5, 10]
-    assert "first used in line 2" in summary["failures"][1]["error"]
-    assert not parts.exists()
 
 
 @pytest.mark.parametrize(("name", "after"), [("out.csv", 1), ("out.parquet", 3)])

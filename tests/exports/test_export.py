@@ -8,7 +8,6 @@ import logging
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -493,23 +492,6 @@ def test_an_existing_folder_is_replaced_by_force_alone(run: Path, tmp_path: Path
         with raises(LlmrecError, Facts("exists", place, says=("`llmrec export`", "remove this folder, or"))):
             write(run, place, force=True)
     assert (tmp_path / "out" / "mine.txt").is_file() and (run / "train.json").is_file()
-
-
-@pytest.mark.slow
-def test_a_killed_export_leaves_nothing_under_the_name_and_goes_on(run: Path, tmp_path: Path) -> None:
-    code = (
-        "import os, signal, sys\n"
-        "from llmrec.exports import card_facts, export\n"
-        "card_facts.build = lambda *args: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "export.export(sys.argv[1], sys.argv[2], check_users=0)\n"
-    )
-    out = tmp_path / "out"
-    done = subprocess.run([sys.executable, "-c", code, str(run), str(out)], timeout=120, check=False)
-    assert done.returncode == -signal.SIGKILL
-    (left,) = tmp_path.glob("out*")
-    assert left.name.startswith("out.llmrec-tmp-") and (left / "model.safetensors").is_file()
-    write(run, out)
-    assert verify(out) and list(tmp_path.glob("out*")) == [out]
 
 
 def test_leftovers_of_living_processes_stay(tmp_path: Path) -> None:
