@@ -118,3 +118,13 @@ def dying(parts: int) -> Callable[[Path, Sequence[Ranked]], None]:
         done.append(path)
 
     return write
+
+
+def toy_run(model: Path, folder: Path) -> Path:
+    """Make a run whose model answers every verb."""
+    folder.mkdir()
+    run = make_run(model, folder)
+    recipe = load_recipe(str(run / "recipe.yaml"), ["tasks.ctr={}"])
+    bundle.write(build_study(recipe), run / "merged")
+    (run / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
+    return run
