@@ -19,16 +19,12 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypedDict, TypeVar, runtime_checkable
 
 from llmrec.durable import replacing, sha256_of
 from llmrec.errors import BackendError, EngineFailure
 from llmrec.progress import count_answers
 from llmrec.types import Backend, Capability, Completion, Cost, HeadBackend, Prompt, Read, Scores, SearchResult
-
-if TYPE_CHECKING:
-    pass
-
 
 # The SQLite table of answers: each row has a checksum; damaged rows are set aside and computed again.
 

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from llmrec.types import Capability, Completion, Prompt, Scores, SearchResult
-
-if TYPE_CHECKING:
-    pass
 
 
 class FakeBackend:

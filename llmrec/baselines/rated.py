@@ -28,6 +28,8 @@ RECENCIES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.5, 2.0, 3.0)
 
 # Prior strength of a decayed mean, in ratings.
 _PRIOR = 2.0
+# When ridge biases count as solved, and after how many rounds at most.
+_TOLERANCE, _ROUNDS = 1e-10, 1000
 
 
 class RecencyConfig(Section):
@@ -91,17 +93,17 @@ def ratings(data: SplitDataset, name: str) -> Ratings:
 def ridge_biases(
     known: Ratings, user_penalty: float, item_penalty: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Solve for user and item biases in turn, until no user bias changes by more than 1e-10."""
+    """Solve for user and item biases in turn, until no user bias changes by more than `_TOLERANCE`."""
     residual = known.values - known.mean
     user_weight = np.bincount(known.users) + user_penalty
     item_weight = np.bincount(known.items) + item_penalty
     of_users, of_items = np.zeros(len(user_weight)), np.zeros(len(item_weight))
-    for _ in range(1000):
+    for _ in range(_ROUNDS):
         of_items = np.bincount(known.items, weights=residual - of_users[known.users]) / item_weight
         moved = np.bincount(known.users, weights=residual - of_items[known.items]) / user_weight
         step = float(np.abs(moved - of_users).max())
         of_users = moved
-        if step < 1e-10:
+        if step < _TOLERANCE:
             break
     return of_users, of_items
 

@@ -40,7 +40,7 @@ from llmrec.start.columns import asked
 from llmrec.start.init import init, name_of
 from llmrec.start.options import AutoOptions
 from llmrec.start.page import SCHEMA
-from llmrec.start.plan import BATCH_TOKENS, TRAIN_SPEED, installed_encoder
+from llmrec.start.plan import BATCH_TOKENS, TITLED, TRAIN_SPEED, installed_encoder
 from llmrec.tasks.family import missing_controls
 
 # --------------------------------------------------------------------------- the language model
@@ -147,10 +147,6 @@ def judged(results: Results) -> Judged:
 # --------------------------------------------------------------------------- members of the ensemble
 
 
-# Share of items that must have a title for titles to be used.
-_TITLED = 0.5
-
-
 @dataclass(frozen=True)
 class Part:
     """A recommender that may become a member of the ensemble.
@@ -200,7 +196,7 @@ def parts_for(dataset: Dataset, encoder: str | None, *, texts: bool, torch: bool
 def has_texts(dataset: Dataset) -> bool:
     """Whether most items have a title that is not their id."""
     titled = sum(item.title not in ("", name) for name, item in dataset.items.items())
-    return titled > _TITLED * len(dataset.items)
+    return titled > TITLED * len(dataset.items)
 
 
 # --------------------------------------------------------------------------- the data

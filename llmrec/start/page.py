@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from llmrec.cli.console import minutes
 from llmrec.data.read.tables import NONE
-from llmrec.recipe.schema import Columns
+from llmrec.recipe.schema import Columns, SequentialSection
 from llmrec.start.plan import BATCH_TOKENS, ROW_TOKENS, Plan, answer_tokens, shown_history, window
 from llmrec.start.profile import shown
 
@@ -129,10 +129,9 @@ def _tasks(plan: Plan) -> dict[str, str]:
     ratings = "list-with-fields" if facts.field_tokens else "list-ratings"
     baselines = ""
     if plan.encoder:
-        baselines = (
-            ",\n    baselines: [random, popularity, item-knn, markov-1, markov, transitions,\n"
-            f"      {{name: transitions-text, encoder: {plan.encoder}}}]"
-        )
+        usual = ", ".join(baseline.name for baseline in SequentialSection().baselines)
+        text = f"{{name: transitions-text, encoder: {plan.encoder}}}"
+        baselines = f",\n    baselines: [{usual}, transitions,\n      {text}]"
     return {
         "rating": f"{{weight: 5, templates: [{ratings}], window: {window(plan, tokens=tokens)}}}",
         "sequential": (

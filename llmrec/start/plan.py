@@ -28,11 +28,11 @@ TRAIN_SPEED, _SCORE_SPEED, _ASK_SPEED, _DECODE_SPEED = 900.0, 1600.0, 3000.0, 70
 # Texts per second that MiniLM encodes.
 _ENCODE_SPEED = 150.0
 _ENCODER = "all-MiniLM-L6-v2"
-# Minimum share of rows with a title, for baselines that read titles.
-_TITLED = 0.5
 _START = {"vllm": 60.0, "hf": 20.0}
 _OTHER_SECONDS = 40.0
 BUDGET_SECONDS = 600.0
+TITLED = 0.5
+"""Share of rows or items with a title, above which baselines read titles."""
 BATCH_TOKENS = 1536
 ROW_TOKENS = 384
 
@@ -330,7 +330,7 @@ def decide(events: Events, names: tuple[str, ...], *, whole: bool, backend: str)
         steps=120,
         backend=backend,
         facts=facts,
-        encoder=installed_encoder() if facts.with_title > _TITLED else None,
+        encoder=installed_encoder() if facts.with_title > TITLED else None,
     )
     return estimated(plan)
 
