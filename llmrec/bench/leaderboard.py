@@ -44,11 +44,13 @@ class Column(Page):
         suite: The suite with its results.
         title: Its name on the leaderboard.
         table: The table of the suite; empty for its first.
+        further: Suites of the same requests, whose other models are added.
     """
 
     suite: str
     title: str
     table: str = ""
+    further: tuple[str, ...] = ()
 
 
 class Group(Page):
@@ -64,10 +66,12 @@ class Model(Page):
     Attributes:
         title: Its name on the leaderboard.
         pretrained: Its pretrained network and the number of its weights; empty without one.
+        type: Its type; empty if its results tell.
     """
 
     title: str
     pretrained: str = ""
+    type: Type | Literal[""] = ""
 
 
 class Board(Page):
@@ -97,6 +101,7 @@ class Cell:
         high: The upper limit; see ``low``.
         best: Whether the best model of the data set is not shown to be better.
         rank: Rank among the models of the data set, 1 for the best.
+        page: The page with the result, if it is not that of the column.
     """
 
     value: float
@@ -104,6 +109,7 @@ class Cell:
     high: float | None
     best: bool
     rank: int
+    page: str = ""
 
 
 @dataclass(frozen=True)
@@ -194,17 +200,17 @@ def matrices(board: Board, results: Sequence[BenchmarkResult], references: Mappi
         columns = tuple(column for column in group.columns if column.suite in known)
         if not columns:
             continue
-        found = [_column(column, known[column.suite]) for column in columns]
+        found = [_column(column, known) for column in columns]
         lines = list(_lines(board, found))
-        metric = found[0][1].metric
+        metric = found[0].table.metric
         lines.sort(key=lambda line: _order(line, metric))
-        published = _published(board, [(result, table.name) for result, table in found], references, metric)
+        published = _published(board, found, references, metric)
         yield Matrix(group.title, metric, columns, tuple(lines), published)
 
 
 def missing(board: Board, results: Sequence[BenchmarkResult]) -> list[str]:
     """Return the models that have results but are not mentioned in the leaderboard settings."""
-    suites = {column.suite for group in board.groups for column in group.columns}
+    suites = {name for group in board.groups for column in group.columns for name in (column.suite, *column.further)}
     rows = {row.name for result in results if result.benchmark in suites for row in result.rows}
     return sorted(rows - set(board.models) - set(board.left_out))
 
@@ -231,54 +237,88 @@ def short_grid(matrix: Matrix, folder: str) -> str:
         folder: The folder of the benchmarks' pages, as links begin.
     """
     head = ["Model", *_heads(matrix, folder), "Type"]
-    lines = [[cell(line.model.title), *map(_shown, line.cells), line.type] for line in matrix.lines]
+    lines = [
+        [cell(line.model.title), *(_shown(entry, folder) for entry in line.cells), line.type] for line in matrix.lines
+    ]
     return grid(head, lines, 1, len(head) - 1)
 
 
 # --------------------------------------------------------------------------- one table
 
 
-def _column(column: Column, result: BenchmarkResult) -> tuple[BenchmarkResult, BenchmarkTable]:
-    return result, next((table for table in result.tables if table.name == column.table), result.tables[0])
+@dataclass(frozen=True)
+class _Source:
+    """The results of a column, with models of further suites; ``pages`` has the pages of these models by name."""
+
+    result: BenchmarkResult
+    table: BenchmarkTable
+    pages: Mapping[str, str]
 
 
-def _lines(board: Board, columns: Sequence[tuple[BenchmarkResult, BenchmarkTable]]) -> Iterator[Line]:
-    standings = [_cells(board, result, table) for result, table in columns]
-    controls = {row.name for result, _ in columns for row in result.rows if _type(row) == "control"}
+def _column(column: Column, known: Mapping[str, BenchmarkResult]) -> _Source:
+    """Return the results of a column.
+
+    Raises:
+        DataError: If a further suite has other data or another protocol, or its best model is one of those to add.
+    """
+    result, pages = known[column.suite], {}
+    table = next((table for table in result.tables if table.name == column.table), result.tables[0])
+    for other in (known[name] for name in column.further if name in known):
+        own = other.standings(table)
+        rows = [row for row, _ in own if all(row.name != entry.name for entry in result.rows)]
+        protocols = {figures.metrics[table.metric].signature for _, figures in [*own, *result.standings(table)]}
+        if result.data != other.data or len(protocols) > 1 or own[0][0] in rows:
+            raise DataError(
+                f"{SETTINGS}: the models of {other.benchmark} cannot be added to those of {result.benchmark}, because "
+                "it has another protocol or other data, or its best model is not in both; run them in one suite",
+                kind="mismatch",
+                at=other.benchmark,
+            )
+        names = {row.name for row in rows}
+        more = [pair for pair in other.comparisons if pair.table == table.name and pair.b in names]
+        result = result.model_copy(update={"rows": (*result.rows, *rows), "comparisons": (*result.comparisons, *more)})
+        pages |= dict.fromkeys(names, f"{other.benchmark}.md")
+    return _Source(result, table, pages)
+
+
+def _lines(board: Board, columns: Sequence[_Source]) -> Iterator[Line]:
+    standings = [_cells(board, column) for column in columns]
+    controls = {row.name for column in columns for row in column.result.rows if _type(row) == "control"}
     complete = {name for name in standings[0] if all(name in cells for cells in standings)} - controls
     for name in dict.fromkeys(name for cells in standings for name in cells):
-        rows = [row for result, _ in columns for row in result.rows if row.name == name]
+        rows = [(column.result, row) for column in columns for row in column.result.rows if row.name == name]
         cells = tuple(standing.get(name) for standing in standings)
         ranks = [_rank_among(standing, complete, name) for standing in standings] if name in complete else []
         yield Line(
             name,
             board.models[name],
-            _type(rows[0]),
-            _mean([_training(row) for row in rows]),
-            _mean([_answer(result, row) for result, _ in columns for row in result.rows if row.name == name]),
+            board.models[name].type or _type(rows[0][1]),
+            _mean([_training(row) for _, row in rows]),
+            _mean([_answer(result, row) for result, row in rows]),
             cells,
             float(np.mean(ranks)) if len(ranks) > 1 else None,
         )
 
 
-def _cells(board: Board, result: BenchmarkResult, table: BenchmarkTable) -> dict[str, Cell]:
+def _cells(board: Board, column: _Source) -> dict[str, Cell]:
     """Return the results on a data set by model, best first."""
+    table = column.table
     # The best model is compared with all others; models to which it is not significantly superior count as equal.
     beaten = {
         pair.b
-        for pair in result.comparisons
+        for pair in column.result.comparisons
         if pair.table == table.name and pair.low is not None and pair.high is not None and pair.low * pair.high > 0
     }
     # An ensemble that uses a single member is counted as that member.
     entries = [
         (row, own.metrics[table.metric])
-        for row, own in result.standings(table)
+        for row, own in column.result.standings(table)
         if row.name in board.models and not (own.fusion and own.fusion.form == "alone")
     ]
-    figures = [(row, figure) for row, figure in entries if figure.value is not None]
+    figures = [(row.name, figure) for row, figure in entries if figure.value is not None]
     return {
-        row.name: Cell(figure.value or 0.0, figure.low, figure.high, row.name not in beaten, rank)
-        for rank, (row, figure) in enumerate(figures, 1)
+        name: Cell(figure.value or 0.0, figure.low, figure.high, name not in beaten, rank, column.pages.get(name, ""))
+        for rank, (name, figure) in enumerate(figures, 1)
     }
 
 
@@ -325,7 +365,7 @@ def _order(line: Line, metric: str) -> tuple[bool, float, bool, float]:
 
 
 def _published(
-    board: Board, columns: Sequence[tuple[BenchmarkResult, str]], references: Mapping[str, Reference], metric: str
+    board: Board, columns: Sequence[_Source], references: Mapping[str, Reference], metric: str
 ) -> tuple[tuple[str, str, tuple[float | None, ...]], ...]:
     """Return the best published systems on each data set, with sources and results.
 
@@ -333,8 +373,9 @@ def _published(
     """
     systems: dict[str, dict[int, Published]] = {}
     ranks: dict[str, int] = {}
-    for number, (result, table) in enumerate(columns):
-        rows = [row for row in published_beside(result, references, table) if metric in row.values]
+    for number, column in enumerate(columns):
+        rows = published_beside(column.result, references, column.table.name)
+        rows = [row for row in rows if metric in row.values]
         rows = [row for row in rows if row.system not in board.left_out]
         best: dict[str, Published] = {}
         for row in sorted(rows, key=lambda row: place(row.values[metric], metric)):
@@ -375,10 +416,11 @@ def _heads(matrix: Matrix, folder: str = "") -> list[str]:
     return [f"[{cell(column.title)}]({folder}{column.suite}.md)" for column in matrix.columns]
 
 
-def _shown(entry: Cell | None) -> str:
+def _shown(entry: Cell | None, folder: str = "") -> str:
     if entry is None:
         return DASH
-    return f"**{entry.value:.4f}**" if entry.best else f"{entry.value:.4f}"
+    text = f"**{entry.value:.4f}**" if entry.best else f"{entry.value:.4f}"
+    return f"[{text}]({folder}{entry.page})" if entry.page else text
 
 
 def _time(seconds: float | None) -> str:

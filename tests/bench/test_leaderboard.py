@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -302,6 +303,30 @@ def test_an_ensemble_that_is_one_member_is_no_model_of_its_own(tmp_path: Path) -
         text, (table,) = _board(tmp_path, SETTINGS, films)
         assert ("Item-kNN" in text) == shown
         assert [row["type"] for row in table["rows"] if row["model"] == "Item-kNN"] == ["ensemble"] * shown
+
+
+def test_a_column_takes_models_of_further_suites_on_the_same_requests(tmp_path: Path) -> None:
+    films, later = made_suite(), made_suite() | {"benchmark": "later"}
+    films["rows"] = [row for row in films["rows"] if row["name"] != "item-knn"]
+    settings = copy.deepcopy(SETTINGS)
+    settings["groups"][0]["columns"] = [
+        {"suite": "films", "title": "Films", "table": "excluded", "further": ["later", "not-run-yet"]}
+    ]
+    settings["models"]["item-knn"]["type"] = "language model"
+    text, (table,) = _board(tmp_path, settings, films, later)
+    lines = {row["model"]: (row["type"], row["cells"][0]["best"]) for row in table["rows"]}
+    assert lines["Item-kNN"] == ("language model", False) and "| [0.1170](later.md) |" in text
+    assert "| **0.1560** |" in text  # a model of both has the result of the data set's own page
+    board = leaderboard.load_board(tmp_path)
+    assert board is not None and leaderboard.missing(board, read_results(tmp_path / "results")) == []
+    for change in (
+        lambda suite: suite["data"].update(items=5),
+        lambda suite: suite["rows"][3].update(name="new, and the best of its file"),
+    ):
+        other = copy.deepcopy(later)
+        change(other)
+        with raises(DataError, Facts("mismatch", "later", says="run them in one suite")):
+            _board(tmp_path, settings, films, other)
 
 
 def test_rows_without_a_description_are_named(tmp_path: Path) -> None:
