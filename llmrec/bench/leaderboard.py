@@ -261,7 +261,7 @@ def _column(column: Column, known: Mapping[str, BenchmarkResult]) -> _Source:
     Raises:
         DataError: If a further suite has other data or another protocol, or its best model is one of those to add.
     """
-    result, pages = known[column.suite], {}
+    result, pages = known[column.suite], dict[str, str]()
     table = next((table for table in result.tables if table.name == column.table), result.tables[0])
     for other in (known[name] for name in column.further if name in known):
         own = other.standings(table)
