@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmrec.durable import loads, write_json
 from llmrec.errors import require
-from llmrec.models.tensors import damaged
+from llmrec.models.tensors import base_of, damaged
 
 if TYPE_CHECKING:
     import torch
@@ -182,11 +182,9 @@ def last_states(model: torch.nn.Module, ids: Any, mask: torch.Tensor) -> Any:
         mask: 1 on tokens and 0 on padding, same shape.
     """
     torch = require("torch", "train")
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     # Positions start at the beginning of the text, after padding on the left.
     places = (mask.cumsum(-1) - 1).clamp(min=0)
-    states = base.get_decoder()(
-        input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False
-    ).last_hidden_state
+    decoder = base_of(model).get_decoder()
+    states = decoder(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False).last_hidden_state
     columns = torch.arange(ids.shape[1], device=ids.device)
     return states[torch.arange(len(ids), device=ids.device), (mask * columns).argmax(-1)]

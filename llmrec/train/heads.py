@@ -18,11 +18,12 @@ from llmrec.models.exits import check as check_exits
 from llmrec.models.load import device, dtype, load_model
 from llmrec.models.rating_head import WEIGHTS, HeadShape, RatingHead, new_head, standardise
 from llmrec.models.soft_prompt import SoftPrompt
+from llmrec.models.tensors import base_of
 from llmrec.models.traits import is_paired, plain_head
 from llmrec.recipe.schema import ModelSection, TeacherSection, TrainSection
 from llmrec.tasks.rating import Scale
 from llmrec.train.batches import padded
-from llmrec.train.loss import ExitLoss, ItemLoss, StateLoss, TaughtLoss, label_loss
+from llmrec.train.loss import ExitLoss, HeadlessLoss, ItemLoss, StateLoss, TaughtLoss, label_loss
 from llmrec.train.steps import Step
 
 _NAME = "rating_head"
@@ -239,15 +240,15 @@ def state_loss(
     Raises:
         ModelError: If ``train.exits`` is set and the model does not support early exits.
     """
-    by: StateLoss | None = taught if head is None else HeadLoss(head)
+    classes: HeadlessLoss | None = None if head is None else HeadLoss(head)
     if soft is not None and soft.tied:
-        by = OptionLoss(rows_of(model), len(soft.labels))
-    if section.softmax == "items" and by is None:
-        by = ItemLoss(tuple(sorted(items)))
+        classes = OptionLoss(rows_of(model), len(soft.labels))
     if section.exits:
-        check_exits(model.get_base_model() if hasattr(model, "get_base_model") else model, "train.exits")
-        by = ExitLoss(by, section.distill)
-    return by
+        check_exits(base_of(model), "train.exits")
+        return ExitLoss(classes, section.distill)
+    if section.softmax == "items" and classes is None and taught is None:
+        return ItemLoss(tuple(sorted(items)))
+    return classes or taught
 
 
 def open_teacher(folder: str, model: ModelSection, section: TeacherSection, vocabulary: int) -> TaughtLoss:

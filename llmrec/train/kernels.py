@@ -12,6 +12,7 @@ import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llmrec.errors import RecipeError, require
+from llmrec.models.tensors import base_of
 from llmrec.recipe.schema import TrainSection
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ def faster_layers(model: torch.nn.Module, section: TrainSection) -> Iterator[Non
     Raises:
         RecipeError: If Liger has no kernels for this kind of model.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     defined = vars(sys.modules[type(base).__module__])
     before = dict(defined)
     try:
