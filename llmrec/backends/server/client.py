@@ -27,9 +27,10 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
+from llmrec.backends.cache import StoredLedger
 from llmrec.durable import Json
 from llmrec.errors import BackendError, EngineFailure, require
 from llmrec.guard import clean, neutralise
@@ -44,18 +45,6 @@ _MILLION = 1_000_000
 _MOST = 2**32
 
 
-class Ledger(Protocol):
-    """Stores the usage of a server when the process ends."""
-
-    def spent(self) -> Cost:
-        """Return the usage recorded so far."""
-        ...
-
-    def spend(self, cost: Cost) -> None:
-        """Record additional usage."""
-        ...
-
-
 class Spending:
     """The usage of a server by this process and earlier ones.
 
@@ -66,7 +55,7 @@ class Spending:
         ledger: Records usage beyond the process; None: this process only.
     """
 
-    def __init__(self, section: ServerSection, ledger: Ledger | None) -> None:
+    def __init__(self, section: ServerSection, ledger: StoredLedger | None) -> None:
         self._section, self._ledger = section, ledger
         self._lock = threading.Lock()
         self._total = ledger.spent() if ledger is not None else Cost()

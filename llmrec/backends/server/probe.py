@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import itemgetter
 from typing import Any, TypeVar
 
 from llmrec.backends.encode import Encoder
@@ -55,12 +56,7 @@ def choices(value: Any, count: int) -> list[Mapping[str, Any]]:
     places = [choice.get("index", 0 if len(result) == 1 else None) for choice in result]
     if len(result) != count or set(places) != set(range(count)):
         raise ValueError(f"expected {count} choices, received choices with the indices {places}")
-    ordered: list[Mapping[str, Any]] = [choice for _, choice in sorted(zip(places, result, strict=True), key=_place)]
-    return ordered
-
-
-def _place(pair: tuple[int, Any]) -> int:
-    return pair[0]
+    return [choice for _, choice in sorted(zip(places, result, strict=True), key=itemgetter(0))]
 
 
 def completion(value: Any, *, stop: str | None, chat: bool) -> Completion:
