@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from llmrec.backends.encode import Encoder
@@ -14,7 +14,7 @@ from llmrec.types import Prompt, SearchResult
 
 
 def search(
-    make: Callable[[], TreeEngine],
+    reader: TreeEngine,
     encoder: Encoder,
     prompts: Sequence[Prompt],
     texts: Sequence[str],
@@ -29,7 +29,7 @@ def search(
     """Search a catalogue with a tree engine; implements `Backend.search`.
 
     Args:
-        make: Creates the engine; called once.
+        reader: The tree engine.
         encoder: Converts prompts and texts to token ids.
         prompts: See `Backend.search`.
         texts: See there.
@@ -54,7 +54,7 @@ def search(
                 kind="too-large",
                 column="model.max_length",
             )
-    reader, value = make(), [SearchResult(items=(), scores=(), certified=False, width=0)] * len(prompts)
+    value = [SearchResult(items=(), scores=(), certified=False, width=0)] * len(prompts)
     for stop, catalogue in catalogues.items():
         chosen = [n for n, prompt in enumerate(prompts) if prompt.stop == stop]
         for rows in _batches(chosen, encoded, catalogue, max(k, width), batch_tokens):

@@ -27,8 +27,6 @@ from llmrec.recipe.schema import IndexSection, RQVAEIndex, SemanticIndex
 from llmrec.types import Item
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from llmrec.data.split import SplitDataset
 
 
