@@ -127,11 +127,7 @@ class AnswerStore:
         self._tried(book)
 
     def join(self, other: Path) -> None:
-        """Copy missing answers and recorded usage from another store.
-
-        Args:
-            other: A database that no process writes to; it is not changed.
-        """
+        """Copy missing answers and recorded usage from another store, which no process writes to; it is not changed."""
         name = f"joined {sha256_of(other)}"
         mark = (name, 0, 0)
 
@@ -187,11 +183,7 @@ class AnswerStore:
         return connection
 
     def _tried(self, work: Callable[[_Run], _T]) -> _T:
-        """Run a database operation; if the database is damaged, set it aside and repeat on the intact rows.
-
-        Raises:
-            BackendError: If the operation fails for another reason.
-        """
+        """Run a database operation; if the database is damaged, set it aside and repeat on the intact rows."""
         try:
             return work((self._connection or self._open()).execute)
         except sqlite3.ProgrammingError:
@@ -351,14 +343,10 @@ class Offer(NamedTuple):
 
 
 class CachedBackend:
-    """A backend that caches the answers of an engine.
+    """A backend that caches the answers of an engine; without a store, it only starts the engine when needed.
 
-    Args:
-        store: The stored answers; None disables the cache.
-        identity: See `Offer`.
-        kind: See `Offer`.
-        start: Starts the engine; called at most once, and never if every answer is cached.
-        instead: Returns a replacement for an engine that failed, or None if there is none.
+    The engine is described by an `Offer`; it is started at most once, and never if every answer is cached. ``instead``
+    returns a replacement for an engine that failed, or None if there is none.
     """
 
     def __init__(

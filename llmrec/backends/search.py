@@ -28,17 +28,8 @@ def search(
 ) -> list[SearchResult]:
     """Search a catalogue with a tree engine; implements `Backend.search`.
 
-    Args:
-        reader: The tree engine.
-        encoder: Converts prompts and texts to token ids.
-        prompts: See `Backend.search`.
-        texts: See there.
-        k: See there.
-        width: See there.
-        excluded: See there.
-        exact: See there.
-        engine: Name of the route.
-        batch_tokens: Maximum number of tokens of prompts that are searched together, including padding and beams.
+    Prompts are searched together up to ``batch_tokens`` tokens, including padding and beams. ``engine`` names the
+    route.
 
     Raises:
         BackendError: If a prompt leaves no room for the longest text.

@@ -83,11 +83,8 @@ def new_head(shape: HeadShape, counts: Sequence[int]) -> RatingHead:
     """Create a head that initially predicts the average training rating for every hidden state.
 
     Its weights are 0 and its biases the log shares of the classes with add-one smoothing, or the mean rating. So
-    training starts at the mean and nothing is random.
-
-    Args:
-        shape: Shape of the head.
-        counts: Frequency of each value of the scale as a training target.
+    training starts at the mean and nothing is random. ``counts`` has the frequency of each value of the scale in
+    training.
     """
     torch = require("torch", "train")
     linear = _linear(shape)

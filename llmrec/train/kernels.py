@@ -33,14 +33,10 @@ def recompute(model: torch.nn.Module) -> None:
 
 @contextmanager
 def faster_layers(model: torch.nn.Module, section: TrainSection) -> Iterator[None]:
-    """Use the layer kernels that the recipe selects.
+    """Use the layer kernels that the recipe selects, for a model on its device.
 
     Liger replaces functions of the module in transformers that defines the model; they are restored at the end, since
     other models of the process may be on a CPU.
-
-    Args:
-        model: A model on its device, with or without PEFT adapters.
-        section: The training settings.
 
     Raises:
         RecipeError: If Liger has no kernels for this kind of model.

@@ -223,10 +223,7 @@ def rows_loss(model: torch.nn.Module, inputs: Mapping[str, Any], by: StateLoss |
 def packed_loss(model: torch.nn.Module, packed: Mapping[str, Any], by: StateLoss | None = None) -> tuple[Any, float]:
     """Return the summed cross-entropy over the targets of packed sequences and their total weight; see `label_loss`.
 
-    Args:
-        model: A causal language model that takes block masks, with or without PEFT adapters.
-        packed: The fields of a `llmrec.train.packing.Stacked` as tensors, by name.
-        by: See `label_loss`.
+    ``packed`` has the fields of a `llmrec.train.packing.Stacked` as tensors, by name. The model takes block masks.
     """
     after, wanted = packed["after"], packed["wanted"]
     return _loss_at(
@@ -235,13 +232,7 @@ def packed_loss(model: torch.nn.Module, packed: Mapping[str, Any], by: StateLoss
 
 
 def weight_of(inputs: Mapping[str, Any], by: StateLoss | None = None, *, paired: bool = False) -> float:
-    """Return the total weight of the targets: the divisor of the summed loss.
-
-    Args:
-        inputs: Inputs of `rows_loss` or `packed_loss`.
-        by: See there.
-        paired: Whether the model is an encoder-decoder.
-    """
+    """Return the total weight of the targets: the divisor of the summed loss of `rows_loss` or `packed_loss`."""
     wanted = inputs["wanted"] if "wanted" in inputs else inputs["labels"][:, 0 if paired else 1 :]
     learned = wanted != IGNORED
     weights = inputs.get("weights") if _takes_weights(by) else None
@@ -474,9 +465,7 @@ def of_rows(packed: Mapping[str, Any], values: Any) -> torch.Tensor:
 def softmax_loss(scores: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     """Return the summed cross-entropy of the chosen candidates.
 
-    Args:
-        scores: Shape (lists, candidates).
-        chosen: Index of the chosen one, shape (lists,).
+    Scores have the shape (lists, candidates), and indices of the chosen ones (lists,).
     """
     return torch.nn.functional.cross_entropy(scores, chosen, reduction="sum")
 
@@ -486,11 +475,7 @@ def lambda_loss(scores: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
 
     Every other candidate adds log2(1 + exp(s_other - s_chosen)), weighted by the difference in NDCG if both were
     swapped, |1 / log2(1 + rank of the chosen) - 1 / log2(1 + rank of the other)|, in the current order of the scores.
-    Ties keep their listed order.
-
-    Args:
-        scores: Shape (lists, candidates).
-        chosen: Index of the chosen one, shape (lists,).
+    Ties keep their listed order. See `softmax_loss` for the shapes.
     """
     order = scores.detach().argsort(dim=1, descending=True, stable=True)
     ranks = torch.empty_like(order).scatter_(1, order, torch.arange(1, scores.shape[1] + 1).to(order).expand_as(order))

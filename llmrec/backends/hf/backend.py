@@ -71,12 +71,7 @@ class Listening:
 
 
 class Counting:
-    """Tracks the progress of a batch, for which transformers passes one token per prompt at a time.
-
-    Args:
-        prompts: Number of prompts.
-        max_tokens: Maximum number of tokens per text.
-    """
+    """Tracks the progress of a batch, for which transformers passes one token per prompt at a time."""
 
     def __init__(self, prompts: int, max_tokens: int) -> None:
         self._prompts, self._share = prompts, prompts / max_tokens

@@ -77,10 +77,8 @@ def padded(texts: Sequence[Sequence[int]], pad: int, device: Any, *, left: bool 
 def states_of(model: torch.nn.Module, ids: torch.Tensor, **inputs: Any) -> Any:
     """Return the input of the head, shape (rows, columns, d).
 
-    Args:
-        model: The model.
-        ids: Token ids, of an encoder-decoder those of its decoder, shape (rows, columns).
-        inputs: Further inputs of its decoder, such as masks, or the encoder's states.
+    The ids are of shape (rows, columns), of an encoder-decoder those of its decoder, which gets the further inputs:
+    masks, or the encoder's states.
     """
     scale = output_scale(model.config) if is_paired(model.config) else 1.0
     states = model.get_decoder()(input_ids=ids, use_cache=False, **inputs).last_hidden_state
@@ -607,16 +605,7 @@ class Candidates:
 def read_through(
     engine: TreeEngine, prompts: Sequence[Sequence[int]], candidates: Sequence[Sequence[tuple[int, ...]]]
 ) -> list[list[float]]:
-    """Score candidates after each prompt with a tree engine, for all prompts at once.
-
-    Args:
-        engine: Reads them.
-        prompts: Token ids, n of them.
-        candidates: The tokens of each prompt's candidates, n lists.
-
-    Returns:
-        The log-probability of each candidate, n lists.
-    """
+    """Return the log-probabilities of candidates after each prompt, computed for all prompts at once."""
     trees = [Candidates.of(tails) for tails in candidates]
     # Prompts have the first indices, followed by all fed tokens.
     begins = np.cumsum([len(prompts), *(len(tree.tokens) for tree in trees)])

@@ -202,13 +202,7 @@ class Fleet:
         server.until, server.rest, server.tried = 0.0, FIRST_REST, False
 
     def failed(self, server: Server, fault: str, wait: float | None = None) -> None:
-        """Record a failure, and skip the server after too many.
-
-        Args:
-            server: The server.
-            fault: The fault, for the log.
-            wait: Seconds from the server's Retry-After.
-        """
+        """Record a failure, and skip the server after too many, or for the ``wait`` seconds of its Retry-After."""
         server.faults += 1
         if len(self._servers) == 1 or (server.until and not server.tried):
             return
@@ -272,10 +266,6 @@ class _Again(Exception):
 
 class Wire:
     """A client of one server, or of several servers with the same model.
-
-    Args:
-        section: Address, key, time-outs, attempts.
-        spending: Where usage is counted, and which stops requests.
 
     Raises:
         BackendError: If the environment variable of the key is not set.
@@ -492,12 +482,7 @@ def _replaced(value: Any, old: str, new: str) -> Any:
 
 
 def retry_after(value: str | None, now: float) -> float | None:
-    """Return the seconds in a ``Retry-After`` header, given as number or date; None if it is missing.
-
-    Args:
-        value: The header.
-        now: Seconds since 1970.
-    """
+    """Return the seconds in a ``Retry-After`` header, a number or date; None if it is missing. ``now``: since 1970."""
     if value is None:
         return None
     try:

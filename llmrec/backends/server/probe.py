@@ -62,12 +62,8 @@ def choices(value: Any, count: int) -> list[Mapping[str, Any]]:
 def completion(value: Any, *, stop: str | None, chat: bool) -> Completion:
     """Parse a generated text, without a reasoning block and up to the stop text.
 
-    An unfinished reasoning block is an empty answer with finish reason ``length``. Without usage, counts are 0.
-
-    Args:
-        value: The answer.
-        stop: The text that ends the answer; in a chat, line breaks before the answer do not.
-        chat: Whether the answer is a chat message.
+    An unfinished reasoning block is an empty answer with finish reason ``length``. Without usage, counts are 0. Line
+    breaks before the answer of a chat do not end it.
     """
     (choice,) = choices(value, 1)
     thought = False
@@ -123,9 +119,7 @@ def named_labels(value: Any, ids: Sequence[int]) -> tuple[float, ...]:
 def top_labels(value: Any, spellings: Sequence[Sequence[str]]) -> Labelled:
     """Parse the log-probabilities of labels among the most likely first tokens of a completion.
 
-    Args:
-        value: The answer.
-        spellings: How servers may write each label's token, the most reliable first.
+    The spellings are how servers may write each label's token, the most reliable first.
     """
     result = first(value)
     return by_name(result, [next((name for name in names if name in result), names[0]) for names in spellings])
@@ -165,13 +159,7 @@ def by_name(found: Mapping[str, float], names: Sequence[str]) -> Labelled:
 
 
 def tail_sums(value: Any, start: int, tails: Sequence[Sequence[int]]) -> list[float]:
-    """Sum the log-probabilities of each candidate's tokens, from echoed prompts.
-
-    Args:
-        value: An answer with one choice a candidate.
-        start: Tokens of the prompt.
-        tails: Tokens of each candidate.
-    """
+    """Sum the log-probabilities of each candidate's tokens after ``start`` tokens of the echoed prompt."""
     sums = []
     for choice, tail in zip(choices(value, len(tails)), tails, strict=True):
         rows = choice["logprobs"]["token_logprobs"]

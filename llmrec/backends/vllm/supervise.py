@@ -119,12 +119,7 @@ class _Sample:
 
 
 class Vigil:
-    """Decides from a series of checks whether an engine is lost; independent of vLLM and clocks.
-
-    Args:
-        limits: When to give up.
-        now: Seconds on a monotonic clock.
-    """
+    """Decides from a series of checks whether an engine is lost; independent of vLLM and clocks."""
 
     def __init__(self, limits: Limits, now: float) -> None:
         self._limits = limits
@@ -209,11 +204,7 @@ class Progress:
 
 
 class Watch:
-    """Starts, watches and ends the processes of an engine.
-
-    Args:
-        limits: When an engine is given up.
-    """
+    """Starts, watches and ends the processes of an engine."""
 
     def __init__(self, limits: Limits | None = None) -> None:
         self.limits = limits or Limits()
