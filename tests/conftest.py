@@ -205,6 +205,21 @@ def section(folder: Path | str, dtype: Any = "float32") -> ModelSection:
     return ModelSection(name=str(folder), dtype=dtype)
 
 
+def opened(folder: Path | str) -> tuple[Any, Any]:
+    """Return the model in a folder, and its encoder."""
+    from llmrec.models.load import load_model
+
+    return load_model(str(folder), section(folder)), encoder_of(folder)
+
+
+def encoder_of(folder: Path | str, max_length: int = 256) -> Any:
+    """Return the encoder of the model in a folder."""
+    from llmrec.backends.encode import Encoder
+    from llmrec.models.load import load_tokenizer
+
+    return Encoder(load_tokenizer(str(folder), section(folder)), max_length=max_length)
+
+
 def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
     """Return a folder that the processes of a session share: the first to ask makes it, the others wait."""
     base = factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else factory.getbasetemp()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from llmrec.backends.encode import Encoder
@@ -14,7 +14,7 @@ from llmrec.types import Prompt, SearchResult
 
 
 def search(
-    make: Callable[[], TreeEngine],
+    reader: TreeEngine,
     encoder: Encoder,
     prompts: Sequence[Prompt],
     texts: Sequence[str],
@@ -28,17 +28,8 @@ def search(
 ) -> list[SearchResult]:
     """Search a catalogue with a tree engine; implements `Backend.search`.
 
-    Args:
-        make: Creates the engine; called once.
-        encoder: Converts prompts and texts to token ids.
-        prompts: See `Backend.search`.
-        texts: See there.
-        k: See there.
-        width: See there.
-        excluded: See there.
-        exact: See there.
-        engine: Name of the route.
-        batch_tokens: Maximum number of tokens of prompts that are searched together, including padding and beams.
+    Prompts are searched together up to ``batch_tokens`` tokens, including padding and beams. ``engine`` names the
+    route.
 
     Raises:
         BackendError: If a prompt leaves no room for the longest text.
@@ -54,7 +45,7 @@ def search(
                 kind="too-large",
                 column="model.max_length",
             )
-    reader, value = make(), [SearchResult(items=(), scores=(), certified=False, width=0)] * len(prompts)
+    value = [SearchResult(items=(), scores=(), certified=False, width=0)] * len(prompts)
     for stop, catalogue in catalogues.items():
         chosen = [n for n, prompt in enumerate(prompts) if prompt.stop == stop]
         for rows in _batches(chosen, encoded, catalogue, max(k, width), batch_tokens):

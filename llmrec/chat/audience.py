@@ -100,14 +100,9 @@ def _data_user(user: str, target: str, known: Sequence[tuple[str, bool]], past: 
 def talks(
     conversation: Conversation, every: Sequence[DataUser], seed: int, turns: int, knows: Sequence[str] = ()
 ) -> Iterator[tuple[DataUser, Held]]:
-    """Yield each user with a simulated conversation.
+    """Yield each user with a simulated conversation; their messages depend only on the questions of the manager.
 
-    Args:
-        conversation: The conversation under test.
-        every: The users, whose messages depend only on the questions of the manager.
-        seed: The seed of topics and wording.
-        turns: The maximum number of turns.
-        knows: Fields that the users know; empty: all.
+    ``knows`` limits the fields that users know; empty: all.
     """
     facts = conversation.tools.facts
     for number, guest in enumerate(every):

@@ -74,12 +74,7 @@ class Conversation:
     reader: Reader | None
 
     def answer(self, state: State, text: str, called: Callable[[Call], None] = lambda call: None) -> Reply:
-        """Reply to a user message.
-
-        Args:
-            state: The state before the message.
-            text: The user message.
-            called: Called after every call.
+        """Reply to a user message in a state; ``called`` is called after every call.
 
         Raises:
             LlmrecError: If an engine fails.

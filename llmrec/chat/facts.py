@@ -6,7 +6,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -18,6 +18,8 @@ from llmrec.types import Item
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+_T = TypeVar("_T")
 
 _NUMBER = re.compile(r"-?\d{1,9}")
 # Fields whose values have more words on average, or are unique to an item, are texts.
@@ -158,6 +160,15 @@ class Facts:
             for held in self._held.values()
         ]
         return np.stack([table[row].mean(axis=0) if row else np.zeros(table.shape[1]) for row in rows])
+
+
+def fused(*orders: Sequence[_T]) -> dict[_T, float]:
+    """Return the scores of reciprocal rank fusion of several rankings, best first each."""
+    worth: dict[_T, float] = defaultdict(float)
+    for order in orders:
+        for place, entry in enumerate(order):
+            worth[entry] += 1 / (_RANK + place)
+    return worth
 
 
 def _closed(items: Iterable[Item]) -> dict[str, tuple[str, ...]]:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from llmrec.chat.facts import Facts
+from llmrec.chat.facts import Facts, fused
 from llmrec.chat.state import ITEM, State, Wish, alternatives
 from llmrec.guard import cut
 from llmrec.prompts.template import Template, load_templates
@@ -24,8 +24,6 @@ MOST = 10
 """Maximum number of items that are judged for a list: each needs a separate prompt."""
 # Limits of a prompt: messages, preferences, fields, and characters of each.
 _LINES, _WISHES, _FIELDS, _LETTERS = 3, 12, 8, 160
-# Constant of reciprocal rank fusion, as in `llmrec.chat.facts.Facts.search`.
-_RANK = 60
 
 
 @dataclass(frozen=True)
@@ -82,10 +80,9 @@ def expected(logprobs: Sequence[float]) -> float:
 
 def joined(items: Sequence[str], scores: Sequence[float]) -> list[str]:
     """Combine the order of items with their scores by reciprocal rank fusion; ties keep the order."""
-    by = sorted(range(len(items)), key=lambda place: -scores[place])
-    place_of = {place: rank for rank, place in enumerate(by)}
-    worth = [1 / (_RANK + place) + 1 / (_RANK + place_of[place]) for place in range(len(items))]
-    return [items[place] for place in sorted(range(len(items)), key=lambda place: -worth[place])]
+    places = range(len(items))
+    worth = fused(places, sorted(places, key=lambda place: -scores[place]))
+    return [items[place] for place in sorted(places, key=lambda place: -worth[place])]
 
 
 @dataclass(frozen=True)

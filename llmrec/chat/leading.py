@@ -27,13 +27,9 @@ _ASKED = 60
 def tuned(
     conversation: Conversation, page: Recipe, past: Sequence[Turn] | None, options: ChatOptions
 ) -> Sequence[Turn]:
-    """Fine-tune a language model as dialogue manager, print its agreement, and return the simulated turns.
+    """Fine-tune a language model as dialogue manager, print its agreement, and return the training turns.
 
-    Args:
-        conversation: A conversation with the rule-based manager.
-        page: See `llmrec.chat.tuning.tune`.
-        past: A transcript for training; None: conversations are simulated.
-        options: The number of conversations and the seed.
+    Without a transcript of the past, conversations are simulated with the rule-based manager of ``conversation``.
 
     Raises:
         LlmrecError: If the recipe, the transcript or the model cannot be used.

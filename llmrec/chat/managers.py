@@ -172,7 +172,7 @@ class ModelManager:
             LlmrecError: If the engine fails.
         """
         calls = choices(moment, self.most)
-        asked = self.prompt(moment)
+        asked = model_input(moment, self.template)
         tool, cost = self._tool(asked, tuple(sorted({call.tool for call in calls})))
         texts = [written(call) for call in calls if call.tool == tool]
         (result,) = self.backend.search([asked], texts, k=1, width=_BEAMS)
@@ -191,10 +191,6 @@ class ModelManager:
         gains = [with_ - prior for with_, prior in zip(message.logprobs, without, strict=True)]
         cost = Cost(prompt_tokens=sum(item.prompt_tokens for item in (message, *plain)), forwards=len(prompts))
         return tools[max(range(len(tools)), key=gains.__getitem__)], cost
-
-    def prompt(self, moment: Moment) -> Prompt:
-        """Return the prompt."""
-        return model_input(moment, self.template)
 
 
 def model_input(moment: Moment, template: Template) -> Prompt:

@@ -28,10 +28,8 @@ CONTROLS = frozenset({"history", "random"})
 def opened(name: str, *, k: int, dtype: str = DTYPE) -> Iterator[Callable[[int], Manager]]:
     """Yield a function that returns a manager for a seed.
 
-    Args:
-        name: One of `MANAGERS`, or a language model: a folder, a run of ``--tune`` or a name.
-        k: The number of items of a list.
-        dtype: The dtype of a language model's weights.
+    The name is one of `MANAGERS`, or a language model: a folder, a run of ``--tune`` or a name. ``k`` is the number of
+    items of a list.
 
     Raises:
         LlmrecError: If the model cannot be opened.

@@ -57,11 +57,7 @@ class _Mention:
 
 
 class Reader:
-    """Parses user messages about a catalogue.
-
-    Args:
-        facts: The facts of the catalogue.
-    """
+    """Parses user messages about a catalogue."""
 
     def __init__(self, facts: Facts) -> None:
         self._facts = facts
@@ -84,12 +80,7 @@ class Reader:
         self._years = facts.years
 
     def read(self, text: str, state: State) -> ParsedMessage:
-        """Parse a user message.
-
-        Args:
-            text: The user message.
-            state: The state before it; its turn is that of the wishes.
-        """
+        """Parse a user message, given the state before it; its turn is that of the wishes."""
         wishes: list[Wish] = []
         again: list[tuple[str, str]] = []
         rest: list[str] = []

@@ -209,12 +209,8 @@ class Held:
 def hold(conversation: Conversation, user: SimulatedUser, target: str, turns: int, begun: State | None = None) -> Held:
     """Run a conversation until a list contains the target, or up to a maximum number of turns.
 
-    Args:
-        conversation: The conversation under test.
-        user: The simulated user, who does not know the target's title.
-        target: The target, which the simulator never sees; hits are judged here.
-        turns: The maximum number of turns.
-        begun: The initial state, such as a known user's likes.
+    The simulated user never sees the target's title: hits are judged here. ``begun`` is the initial state, such as a
+    known user's likes.
     """
     state, asked, held, seconds, cost = begun or State(), "", [], 0.0, Cost()
     line: str = user.says(first=True)
@@ -242,19 +238,7 @@ def dialogues(
     asides: float = 0.0,
     words: Wordings = USUAL,
 ) -> Iterator[tuple[str, Held]]:
-    """Run conversations with simulated users whose targets are random items of the catalogue.
-
-    Args:
-        conversation: The conversation under test.
-        count: The number of conversations.
-        seed: The seed of targets and wording.
-        turns: The maximum number of turns of a conversation.
-        asides: See `SimulatedUser`.
-        words: See `SimulatedUser`.
-
-    Yields:
-        The target and the conversation.
-    """
+    """Yield random targets from the catalogue, each with the conversation of a simulated user; see `SimulatedUser`."""
     facts, drawn = conversation.tools.facts, random.Random(seed)
     names = [name for name in facts.items if facts.told(name)]
     if not names:
@@ -278,13 +262,7 @@ def knowledge_of(facts: Facts, target: str, liked: Sequence[str], seed: int, lik
     """Return what a user knows about a target: its attributes, and liked items with dissimilar titles.
 
     Values similar to the title are excluded, and so are numbers other than years, which users give as decades.
-
-    Args:
-        facts: The facts of the catalogue.
-        target: The target item.
-        liked: Items that the user likes, from which those named in the conversation are drawn.
-        seed: The seed of the draws.
-        likes: The number of named liked items.
+    ``likes`` is the number of liked items that are named.
     """
     drawn, title = random.Random(seed), title_of(facts.titles[target])
     attributes = {

@@ -64,11 +64,7 @@ class Wish(BaseModel):
         return (self.field, self.op if self.op in ("from", "until") else self.value)
 
     def told(self, titles: Mapping[str, str]) -> str:
-        """Return the preference in words, on one line.
-
-        Args:
-            titles: The titles of items, by id.
-        """
+        """Return the preference in words, on one line; ``titles`` has those of items by id."""
         if self.field == ITEM:
             text = f"{_ABOUT_ITEMS.get(self.op, self.op)} {titles.get(self.value, self.value)}"
         else:

@@ -23,7 +23,7 @@ from llmrec.chat.calls import (
     ShowProfile,
     Similar,
 )
-from llmrec.chat.facts import Facts
+from llmrec.chat.facts import Facts, fused
 from llmrec.chat.fit import FitJudge, reason
 from llmrec.chat.state import ITEM, MOST_BUFFER, MOST_SHOWN, MOST_WISHES, State, Wish, eased, learned, revoked
 from llmrec.data.requests import PastEvent, RankRequest
@@ -35,8 +35,6 @@ from llmrec.types import Cost
 _SOFT = 0.5
 # Number of rejected or liked items with the same value from which a preference is inferred.
 _SHARED = 2
-# as in `Facts.search`
-_RANK = 60
 _FREE = Cost()
 
 
@@ -137,16 +135,16 @@ class Tools:
         lists: The recommender.
         judge: A language model that grades the first items of a list, with the reasons in its prompts as explanations;
             None: the recommender alone determines the order.
-        titles: The titles of items, by id.
     """
 
     facts: Facts
     lists: Lists
     judge: FitJudge | None = None
-    titles: Mapping[str, str] = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "titles", self.facts.titles)
+    @property
+    def titles(self) -> Mapping[str, str]:
+        """The titles of items, by id."""
+        return self.facts.titles
 
     def allowed(self, state: State) -> frozenset[str]:
         """Return the ids that may be shown."""
@@ -237,13 +235,18 @@ class Tools:
         return (list(order), Cost()) if self.judge is None else self.judge.ordered(self.facts, state, order)
 
     def _tried(
-        self, ask: object, history: list[str], state: State, candidates: Sequence[str] = (), shown: bool = False
+        self,
+        ask: Callable[..., list[str]],
+        history: list[str],
+        state: State,
+        candidates: Sequence[str] = (),
+        shown: bool = False,
     ) -> list[str]:
         """Return items from the recommender; none if the rules allow none. Other errors are raised."""
         rules = self.facts.rules(state.profile).joined(Rules(block=frozenset() if shown else state.barred))
         further = {"candidates": candidates} if candidates else {}
         try:
-            result: list[str] = ask(history, rules, MOST_BUFFER, **further)  # type: ignore[operator]
+            result = ask(history, rules, MOST_BUFFER, **further)
         except DataError as error:
             # A model without interactions has no similar items and would raise an error each time.
             if error.kind not in ("empty", "unsupported"):
@@ -326,9 +329,8 @@ def _joined(order: Sequence[str], pool: Sequence[str]) -> list[str]:
     """Combine the rankings of a recommender and of a search by reciprocal rank fusion."""
     if not pool:
         return list(order)
-    at = {name: index for index, name in enumerate(order)}
-    worth = {name: 1 / (_RANK + index) + 1 / (_RANK + at[name]) for index, name in enumerate(pool) if name in at}
-    return sorted(worth, key=lambda name: -worth[name])
+    worth, ranked = fused(pool, order), set(order)
+    return sorted((name for name in pool if name in ranked), key=lambda name: -worth[name])
 
 
 def _with_buffer(state: State, found: Sequence[str], note: str, cost: Cost = _FREE) -> tuple[State, Outcome]:

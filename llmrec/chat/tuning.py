@@ -245,12 +245,8 @@ def refuse(page: Recipe) -> None:
 def tune(page: Recipe, trained: Sequence[Taught], held: Sequence[Taught], folder: Path, *, quiet: bool) -> Training:
     """Fine-tune the model of a recipe on decisions; the merged model is stored in ``merged``.
 
-    Args:
-        page: The recipe; its sections ``model`` and ``train`` and its seed are used.
-        trained: See `parted`.
-        held: Choices for the validation loss, up to ``train.valid_rows``.
-        folder: The folder of the run.
-        quiet: Show no progress bar.
+    Only the sections ``model`` and ``train`` of the recipe, and its seed, are used; see `parted` for the decisions.
+    Up to ``train.valid_rows`` of those held out give the validation loss.
     """
     from llmrec.train.batches import plan
     from llmrec.train.rows import followed

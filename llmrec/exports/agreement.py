@@ -25,6 +25,7 @@ from llmrec.machine import memory
 from llmrec.models.load import device, load_model, release_memory
 from llmrec.models.memory import placed, reporting_full_memory
 from llmrec.models.streaming import outlines
+from llmrec.models.tensors import base_of
 from llmrec.pipeline.evaluation import Evaluation
 from llmrec.pipeline.resume import Budget
 from llmrec.pipeline.study import Study, build_study
@@ -188,7 +189,7 @@ def _figures(
     model: torch.nn.Module, study: Study, encoder: Encoder, rows: Mapping[str, list[TokenRow]], scored: Iterable[str]
 ) -> _Figures:
     torch = require("torch", "train")
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    plain = base_of(model)
     with torch.inference_mode():
         losses = {family: _loss(model, examples, encoder.tokenizer.pad_token_id) for family, examples in rows.items()}
         logits = _logits(

@@ -14,7 +14,7 @@ from llmrec.data.read.files import read_bytes, user_path
 from llmrec.data.read.limits import enumerated, reason, require_file, shown
 from llmrec.data.read.table import read_table
 from llmrec.data.read.text import decode
-from llmrec.errors import DataError, Place
+from llmrec.errors import DataError, ErrorKind, Place
 from llmrec.guard import clean, is_item_token, without_item_tokens
 from llmrec.index.table import LETTERS, Embed, ItemIndex, token
 from llmrec.recipe.schema import IndexSection
@@ -102,19 +102,18 @@ class External:
 
 @dataclass(frozen=True)
 class _Row:
-    """A code in the file.
-
-    Attributes:
-        place: The file, and the row in a table.
-        where: The same with the item, for errors.
-        item: Its item.
-        code: Text as in a table, or a list.
-    """
+    """A code in the file: text as in a table, or a list."""
 
     place: Place
-    where: str
     item: str
     code: str | list[object]
+
+    @property
+    def where(self) -> str:
+        return f"{self.place}, item {shown(self.item)}"
+
+    def error(self, kind: ErrorKind, problem: str) -> DataError:
+        return DataError(f"{self.where}: {problem}", kind=kind, at=self.place, column=_CODE)
 
 
 # --------------------------------------------------------------------------- files
@@ -146,12 +145,10 @@ def _object(path: Path) -> tuple[list[_Row], str]:
             f"{path} is not a JSON object of codes; write one object of lists by item id", kind="wrong-format", at=path
         )
     for item, code in result.items():
-        where = f"{path}, item {shown(item)}"
+        row = _Row(Place(str(path)), item, code)
         if not isinstance(code, str | list):
-            raise DataError(
-                f"{where}: {shown(code)} is not a code; write {_FORMS}", kind="bad-value", at=path, column=_CODE
-            )
-        rows.append(_Row(Place(str(path)), where, item, code))
+            raise row.error("bad-value", f"{shown(code)} is not a code; write {_FORMS}")
+        rows.append(row)
     return rows, sha256
 
 
@@ -178,7 +175,6 @@ def _table(path: Path) -> tuple[list[_Row], str]:
     rows: list[_Row] = []
     for number, (item, code) in enumerate(table.frame.select(_ITEM, _CODE).iter_rows()):
         place = table.where(number)
-        where = f"{place}, item {shown(item)}"
         if item is None or not str(item).strip():
             raise DataError(
                 f"{place}: the {_ITEM} is missing; add the {_ITEM}, or remove the row",
@@ -186,23 +182,16 @@ def _table(path: Path) -> tuple[list[_Row], str]:
                 at=place,
                 column=_ITEM,
             )
-        item = str(item)
-        if item in first:
+        row = _Row(place, str(item), code if isinstance(code, list) else "" if code is None else str(code))
+        if row.item in first:
             raise DataError(
-                f"{where} is also in row {first[item] + 1}; keep one row",
+                f"{row.where} is also in row {first[row.item] + 1}; keep one row",
                 kind="duplicate",
                 at=place,
                 column=_ITEM,
             )
-        first[item] = number
-        rows.append(
-            _Row(
-                place,
-                where,
-                item,
-                list(code) if isinstance(code, list) else "" if code is None else str(code),
-            )
-        )
+        first[row.item] = number
+        rows.append(row)
     return rows, table.sha256
 
 
@@ -210,11 +199,7 @@ def _table(path: Path) -> tuple[list[_Row], str]:
 
 
 def _kind(rows: Sequence[_Row]) -> Kind:
-    """Return the type of the codes in a file (numbers, tokens or text).
-
-    Raises:
-        DataError: If a code is empty or malformed, or codes are of several kinds.
-    """
+    """Return the type that all codes of a file have."""
     kinds = [_kind_of(row) for row in rows]
     result = dict.fromkeys(kinds)
     lone = all(
@@ -226,121 +211,73 @@ def _kind(rows: Sequence[_Row]) -> Kind:
         return "text"
     if len(result) > 1:
         other = next(index for index, kind in enumerate(kinds) if kind != kinds[0])
-        raise DataError(
-            f"{rows[other].where}: the code {shown(rows[other].code)} consists of {kinds[other]}, but the code of "
-            f"item {shown(rows[0].item)} of {kinds[0]}; use the same format for all codes of a file",
-            kind="contradiction",
-            at=rows[other].place,
-            column=_CODE,
+        raise rows[other].error(
+            "contradiction",
+            f"the code {shown(rows[other].code)} consists of {kinds[other]}, but the code of item "
+            f"{shown(rows[0].item)} of {kinds[0]}; use the same format for all codes of a file",
         )
     return kinds[0]
 
 
 def _kind_of(row: _Row) -> Kind:
     code = row.code
+    if not (code.strip() if isinstance(code, str) else code):
+        entry = "row" if isinstance(code, str) else "item"
+        raise row.error("missing-value", f"the code is empty; add a code, or remove the {entry}")
     if isinstance(code, str):
-        if not code.strip():
-            raise DataError(
-                f"{row.where}: the code is empty; add a code, or remove the row",
-                kind="missing-value",
-                at=row.place,
-                column=_CODE,
-            )
         if _TOKENS.fullmatch(code):
             return "tokens"
         return "numbers" if _NUMBERS.fullmatch(code.strip()) else "text"
-    if not code:
-        raise DataError(
-            f"{row.where}: the code is empty; add a code, or remove the item",
-            kind="missing-value",
-            at=row.place,
-            column=_CODE,
-        )
     if all(isinstance(piece, int) and not isinstance(piece, bool) for piece in code):
         return "numbers"
     if not all(isinstance(piece, str) for piece in code):
-        raise DataError(
-            f"{row.where}: {shown(code)} is not a code; write {_FORMS}", kind="bad-value", at=row.place, column=_CODE
-        )
+        raise row.error("bad-value", f"{shown(code)} is not a code; write {_FORMS}")
     return "tokens" if all(_TOKENS.fullmatch(str(piece)) for piece in code) else "text"
 
 
 def _pieces(row: _Row, kind: Kind) -> Pieces:
-    """Split a code into its tokens, digits or words.
-
-    Raises:
-        DataError: If the code is not a single line of text, or cannot be converted to tokens.
-    """
     code = row.code
+    text = code if isinstance(code, str) else "".join(map(str, code))
     if kind == "text":
-        return (_line(row, code if isinstance(code, str) else "".join(map(str, code))),)
+        return (_line(row, text),)
     if kind == "tokens":
-        pieces = re.findall(r"<[^<>\s]+>", code if isinstance(code, str) else "".join(map(str, code)))
+        pieces = re.findall(r"<[^<>\s]+>", text)
         wrong = next((piece for piece in pieces if not is_item_token(piece)), None)
         if wrong is not None:
-            raise DataError(
-                f"{row.where}: {shown(wrong)} is not an item token; write it as {token(0, 12)} or <item_12>",
-                kind="bad-value",
-                at=row.place,
-                column=_CODE,
+            raise row.error(
+                "bad-value", f"{shown(wrong)} is not an item token; write it as {token(0, 12)} or <item_12>"
             )
         return tuple(pieces)
     numbers = re.findall("[0-9]+", code) if isinstance(code, str) else [str(number) for number in code]
     wrong = next((n for n in numbers if not n.isdecimal() or len(n) > _MOST), None)
     if wrong is not None:
-        raise DataError(
-            f"{row.where}: {shown(wrong)} is not a token number; use 0 to {10**_MOST - 1}",
-            kind="bad-value",
-            at=row.place,
-            column=_CODE,
-        )
+        raise row.error("bad-value", f"{shown(wrong)} is not a token number; use 0 to {10**_MOST - 1}")
     if len(numbers) > len(LETTERS):
-        raise DataError(
-            f"{row.where}: the code has {len(numbers)} levels, more than {len(LETTERS)}; shorten it",
-            kind="too-large",
-            at=row.place,
-            column=_CODE,
-        )
+        raise row.error("too-large", f"the code has {len(numbers)} levels, more than {len(LETTERS)}; shorten it")
     return tuple(token(level, int(number)) for level, number in enumerate(numbers))
 
 
 def _line(row: _Row, text: str) -> str:
     line = clean(text, len(text))
     if not line or len(text.strip().splitlines()) != 1:
-        raise DataError(
-            f"{row.where}: the code {shown(text)} is not a single line; rewrite it",
-            kind="bad-value",
-            at=row.place,
-            column=_CODE,
-        )
+        raise row.error("bad-value", f"the code {shown(text)} is not a single line; rewrite it")
     if without_item_tokens(line) != line:
-        raise DataError(
-            f"{row.where}: the code {shown(text)} mixes item tokens and text; use either",
-            kind="bad-value",
-            at=row.place,
-            column=_CODE,
-        )
+        raise row.error("bad-value", f"the code {shown(text)} mixes item tokens and text; use either")
     return line
 
 
 def _check_distinct(rows: Sequence[_Row], codes: Mapping[str, Pieces], kind: Kind) -> None:
-    """Check that codes are unique, and that no token code is a prefix of another.
-
-    Raises:
-        DataError: The message has both items.
-    """
+    """Check that codes are unique, and that no token code is a prefix of another."""
     first: dict[Pieces, str] = {}
     for row in rows:
         # White space in text codes is ignored when they are decoded.
         pieces = tuple(" ".join(piece.split()) for piece in codes[row.item])
         other = first.setdefault(pieces, row.item)
         if other != row.item:
-            raise DataError(
-                f"{row.where}: the code {shown(''.join(codes[row.item]))} is also the code of item {shown(other)}; "
-                "make the codes unique, for example with an additional number",
-                kind="duplicate",
-                at=row.place,
-                column=_CODE,
+            raise row.error(
+                "duplicate",
+                f"the code {shown(''.join(codes[row.item]))} is also the code of item {shown(other)}; make the codes "
+                "unique, for example with an additional number",
             )
     if kind == "text":
         return
@@ -348,12 +285,10 @@ def _check_distinct(rows: Sequence[_Row], codes: Mapping[str, Pieces], kind: Kin
         pieces = codes[row.item]
         shorter = next((pieces[:n] for n in range(1, len(pieces)) if pieces[:n] in first), None)
         if shorter is not None:
-            raise DataError(
-                f"{row.where}: the code {''.join(pieces)} begins with the code {''.join(shorter)} of item "
+            raise row.error(
+                "duplicate",
+                f"the code {''.join(pieces)} begins with the code {''.join(shorter)} of item "
                 f"{shown(first[shorter])}, so codes are ambiguous; lengthen the shorter code",
-                kind="duplicate",
-                at=row.place,
-                column=_CODE,
             )
 
 

@@ -27,8 +27,6 @@ from llmrec.recipe.schema import IndexSection, RQVAEIndex, SemanticIndex
 from llmrec.types import Item
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from llmrec.data.split import SplitDataset
 
 
@@ -147,12 +145,7 @@ def _place(section: RQVAEIndex) -> str:
 
 
 def encode(weights: Mapping[str, Floats], x: Floats) -> Floats:
-    """Return the encodings of text vectors, shape (n, dim), computed with numpy.
-
-    Args:
-        weights: Weights of an `RQVAE`.
-        x: Embeddings, shape (n, d).
-    """
+    """Return the encodings of vectors of shape (n, d) by an `RQVAE` with these weights, shape (n, dim), with numpy."""
     depth = sum(name.endswith(".weight") for name in weights)
     results = []
     for start in range(0, len(x), _ROWS):
@@ -566,12 +559,7 @@ def _pieces(numbers: Sequence[int]) -> tuple[str, ...]:
 
 
 def item_vectors(items: Sequence[Item], fields: Sequence[str], embed: Embed | None) -> Floats:
-    """Return normalised text vectors of items, shape (n, d).
-
-    Args:
-        items: The items.
-        fields: Item fields to read after the title.
-        embed: The text encoder.
+    """Return normalised text vectors of items, shape (n, d), from their titles and then the fields.
 
     Raises:
         DataError: If there is no encoder, or its embeddings are unusable.

@@ -23,12 +23,7 @@ _NAME = "llmrec_bottleneck"
 
 
 def attach(model: torch.nn.Module, rank: int, *, seed: int) -> None:
-    """Add a trainable float32 adapter to every layer.
-
-    Args:
-        model: A decoder, with or without PEFT adapters.
-        rank: Width of the bottleneck.
-        seed: Seed of the initial weights.
+    """Add a trainable float32 adapter with a bottleneck of width ``rank`` to every layer.
 
     Raises:
         ModelError: If its layers have no ``mlp`` of one input and one output.

@@ -159,9 +159,7 @@ def _levels(tokens: Sequence[str]) -> list[str]:
 def _words(table: NDArray[np.float32], pieces: Sequence[Sequence[Sequence[int]]]) -> list[NDArray[np.float32] | None]:
     """Return, for each token, the mean title embedding of its items; None without titles.
 
-    Args:
-        table: Rows of the known vocabulary, shape (v, d).
-        pieces: Token ids of each text, by new token.
+    The table has the rows of the known vocabulary, shape (v, d), and ``pieces`` the token ids of each text.
     """
     return [
         np.mean([table[ids].mean(axis=0) for ids in texts if ids], axis=0) if any(map(len, texts)) else None

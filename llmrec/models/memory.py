@@ -72,12 +72,7 @@ def reporting_full_memory(what: str, fix: str, column: str, *, instead: bool = F
 
 
 def placed(model: torch.nn.Module, place: str) -> Any:
-    """Move a model to where it fits: the GPU, the GPU in half precision, or the CPU.
-
-    Args:
-        model: An unquantised model on the CPU.
-        place: The requested device, ``"cpu"`` or ``"cuda"``.
-    """
+    """Move an unquantised model from the CPU to where it fits: the GPU, the GPU in half precision, or the CPU."""
     if place == "cpu":
         return model
     torch = require("torch", "train")
@@ -96,13 +91,7 @@ def placed(model: torch.nn.Module, place: str) -> Any:
 
 
 def weights_size(folder: str, config: PretrainedConfig, itemsize: int) -> int:
-    """Return the bytes of a model's weights when loaded; 0 if they are not on this machine.
-
-    Args:
-        folder: The model folder.
-        config: Its configuration.
-        itemsize: Bytes per weight once it is loaded.
-    """
+    """Return the bytes of a model's weights when loaded; 0 if they are not on this machine."""
     stored = getattr(getattr(config, "dtype", None), "itemsize", itemsize)
     return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) * itemsize // stored
 
@@ -220,12 +209,6 @@ def cpu_memory(folder: str, config: PretrainedConfig, model: ModelSection, train
 
     A model that is loaded in its stored dtype is memory-mapped: it takes no further memory before weights change, and
     all processes share its pages.
-
-    Args:
-        folder: The base model.
-        config: Its configuration.
-        model: Its dtype and device.
-        train: The training settings.
     """
     torch, count, stored = require("torch", "train"), processes.local(), exact_dtype(Path(folder))
     tensors = outlines(Path(folder))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmrec.durable import loads, write_json
 from llmrec.errors import require
-from llmrec.models.tensors import damaged
+from llmrec.models.tensors import base_of, damaged
 
 if TYPE_CHECKING:
     import torch
@@ -83,11 +83,8 @@ def new_head(shape: HeadShape, counts: Sequence[int]) -> RatingHead:
     """Create a head that initially predicts the average training rating for every hidden state.
 
     Its weights are 0 and its biases the log shares of the classes with add-one smoothing, or the mean rating. So
-    training starts at the mean and nothing is random.
-
-    Args:
-        shape: Shape of the head.
-        counts: Frequency of each value of the scale as a training target.
+    training starts at the mean and nothing is random. ``counts`` has the frequency of each value of the scale in
+    training.
     """
     torch = require("torch", "train")
     linear = _linear(shape)
@@ -182,11 +179,9 @@ def last_states(model: torch.nn.Module, ids: Any, mask: torch.Tensor) -> Any:
         mask: 1 on tokens and 0 on padding, same shape.
     """
     torch = require("torch", "train")
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     # Positions start at the beginning of the text, after padding on the left.
     places = (mask.cumsum(-1) - 1).clamp(min=0)
-    states = base.get_decoder()(
-        input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False
-    ).last_hidden_state
+    decoder = base_of(model).get_decoder()
+    states = decoder(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False).last_hidden_state
     columns = torch.arange(ids.shape[1], device=ids.device)
     return states[torch.arange(len(ids), device=ids.device), (mask * columns).argmax(-1)]

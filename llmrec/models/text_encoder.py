@@ -148,12 +148,7 @@ def encode_texts(folder: str, texts: Sequence[str]) -> NDArray[np.float32]:
 
 
 def states_of(encoder: OpenEncoder, encoded: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Any, Any]]:
-    """Yield batches of texts: indices, last hidden states (n, tokens, d), and mask (n, tokens).
-
-    Args:
-        encoder: An open encoder.
-        encoded: The tokens of each text.
-    """
+    """Yield batches of texts: indices, last hidden states (n, tokens, d), and mask (n, tokens)."""
     torch = require("torch", "train")
     with Bar("encoding", len(encoded), unit="texts", quiet=len(encoded) < _MANY) as bar:
         for rows in batches_of([len(ids) for ids in encoded]):
@@ -248,12 +243,7 @@ class Embedder:
     """Computes text vectors and caches them on disk."""
 
     def __init__(self, folder: str, stamp: str) -> None:
-        """Prepare to encode texts.
-
-        Args:
-            folder: The text encoder.
-            stamp: A hash over its weights and tokenizer.
-        """
+        """Prepare to encode texts; the stamp is a hash over the encoder's weights and tokenizer."""
         self.stamp = stamp
         self._folder = folder
 
@@ -314,12 +304,7 @@ class TunedEncoder:
     """
 
     def __init__(self, folder: str, texts: Sequence[str], *, blocks: int) -> None:
-        """Tokenise the texts and compute the input of the trainable blocks.
-
-        Args:
-            folder: The text encoder.
-            texts: The texts.
-            blocks: The number of last blocks to train, at least 1.
+        """Tokenise the texts and compute the input of the trainable blocks, at least one.
 
         Raises:
             ModelError: If it cannot be loaded or has fewer blocks.
@@ -380,11 +365,7 @@ class TunedEncoder:
         return result
 
     def save(self, folder: Path) -> None:
-        """Save the encoder with the current weights in its original format; it cannot be trained afterwards.
-
-        Args:
-            folder: The folder for weights (safetensors), tokenizer and pooling; created if missing.
-        """
+        """Save weights, tokenizer and pooling in the encoder's original format; it cannot be trained afterwards."""
         self._put(self._whole[2])
         self._encoder.model.save_pretrained(folder)
         self._encoder.tokenizer.save_pretrained(folder)

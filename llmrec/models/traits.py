@@ -68,10 +68,6 @@ def cache_bytes(config: PretrainedConfig, itemsize: int) -> int:
     """Return the bytes of the KV cache per token, over all layers.
 
     An upper bound for layers with a window or a compressed state.
-
-    Args:
-        config: A configuration of transformers.
-        itemsize: Bytes per value.
     """
     text = config.get_text_config()
     # recurrent models have no attention heads

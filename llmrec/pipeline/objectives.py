@@ -19,6 +19,7 @@ from llmrec.errors import DataError, RecipeError
 from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.predictor import evaluate
 from llmrec.models.soft_prompt import METHODS, TIED, SoftPrompt
+from llmrec.models.tensors import base_of
 from llmrec.pipeline.row_specs import protocol_of
 from llmrec.pipeline.study import Study, build_task, draw_sets
 from llmrec.pipeline.weighing import Weighing, bases_of, fusible
@@ -326,7 +327,7 @@ class Judge:
         """Compute NDCG@10 of the model in training with the first strategy of the task."""
         section = self.study.recipe.eval
         # Adapters are part of the model's modules, so the backend needs no change.
-        live = model.get_base_model() if hasattr(model, "get_base_model") else model
+        live = base_of(model)
         asker = Prompting(
             backend=HFBackend(live, self.encoder, batch_tokens=section.batch_tokens),
             task=self.task,

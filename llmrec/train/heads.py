@@ -18,11 +18,12 @@ from llmrec.models.exits import check as check_exits
 from llmrec.models.load import device, dtype, load_model
 from llmrec.models.rating_head import WEIGHTS, HeadShape, RatingHead, new_head, standardise
 from llmrec.models.soft_prompt import SoftPrompt
+from llmrec.models.tensors import base_of
 from llmrec.models.traits import is_paired, plain_head
 from llmrec.recipe.schema import ModelSection, TeacherSection, TrainSection
 from llmrec.tasks.rating import Scale
 from llmrec.train.batches import padded
-from llmrec.train.loss import ExitLoss, ItemLoss, StateLoss, TaughtLoss, label_loss
+from llmrec.train.loss import ExitLoss, HeadlessLoss, ItemLoss, StateLoss, TaughtLoss, label_loss
 from llmrec.train.steps import Step
 
 _NAME = "rating_head"
@@ -31,14 +32,9 @@ _MEASURED = 512
 
 
 def attach(model: torch.nn.Module, scale: Scale, *, alpha: float, counts: Sequence[int], frozen: bool) -> RatingHead:
-    """Add a new rating head to a model, to be trained with the other trainable weights.
+    """Add a new rating head to a model from `load_trainable`, to be trained with the other trainable weights, or alone.
 
-    Args:
-        model: From `llmrec.train.lora.load_trainable`.
-        scale: The rating scale.
-        alpha: Weight of the cross-entropy.
-        counts: Frequency of each value of the scale as a target in training.
-        frozen: Train only the head.
+    ``alpha`` is the weight of the cross-entropy; ``counts`` has the frequency of each value of the scale in training.
     """
     width = model.config.get_text_config().hidden_size
     head = new_head(HeadShape(values=scale.values, alpha=alpha, width=width), counts)
@@ -52,11 +48,7 @@ def attach(model: torch.nn.Module, scale: Scale, *, alpha: float, counts: Sequen
 def measure(head: RatingHead, model: torch.nn.Module, steps: Sequence[Step], pad: int) -> None:
     """Set the mean and scale with which a head standardises hidden states, estimated on the first steps.
 
-    Args:
-        head: The head.
-        model: Its model.
-        steps: Planned steps, whose labels are classes.
-        pad: Any token id.
+    Labels of the steps are classes; ``pad`` is any token id.
     """
     results: list[Any] = []
 
@@ -92,12 +84,7 @@ class HeadLoss:
     head: RatingHead
 
     def __call__(self, states: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-        """Return the sum of losses over the given hidden states.
-
-        Args:
-            states: Hidden states before the ratings, shape (n, width).
-            classes: Indices of the true ratings on the scale, shape (n,).
-        """
+        """Return the summed loss of the states before ratings, shape (n, width); classes are indices on the scale."""
         outputs, alpha = self.head.outputs(states), self.head.shape.alpha
         total = outputs.new_zeros(())
         if alpha > 0:
@@ -154,15 +141,7 @@ def soft_encoder(encoder: Encoder, train: TrainSection) -> Encoder:
 
 
 def load_soft(folder: str, model: ModelSection, train: TrainSection, encoder: Encoder, prompt: SoftPrompt) -> Any:
-    """Load a base model with trainable soft prompts, and with adapters if the method requires them.
-
-    Args:
-        folder: The base model.
-        model: The recipe's model section.
-        train: The training settings.
-        encoder: From `soft_encoder`.
-        prompt: Number of soft prompts, and the labels.
-    """
+    """Load a base model with trainable soft prompts, and adapters if the method requires them; see `soft_encoder`."""
     base = load_model(folder, model)
     ids = _ids(encoder, prompt)
     soft_prompt.put_on(base, prompt, ids)
@@ -193,14 +172,7 @@ def rows_of(model: torch.nn.Module) -> Any:
 
 
 def assembled(folder: str, model: ModelSection, adapter: Path, prompt: SoftPrompt) -> Any:
-    """Merge base and adapter into a plain float32 model.
-
-    Args:
-        folder: The base model.
-        model: The recipe's model section.
-        adapter: The folder of the trained adapter.
-        prompt: Description of its soft prompts.
-    """
+    """Merge base and adapter into a plain float32 model."""
     peft, base = require("peft", "train"), load_model(folder, model, dtype=torch.float32)
     ids = list(peft.PeftConfig.from_pretrained(str(adapter)).token_indices)
     soft_prompt.put_on(base, prompt, ids)
@@ -228,36 +200,22 @@ def state_loss(
 ) -> StateLoss | None:
     """Return the loss that replaces the loss of the language-model head; None if it is not replaced.
 
-    Args:
-        model: The trained model.
-        section: The recipe's ``train`` section.
-        head: A rating head of the model.
-        soft: Its soft prompts.
-        taught: The distillation loss, if any.
-        items: Ids of the item tokens.
-
     Raises:
         ModelError: If ``train.exits`` is set and the model does not support early exits.
     """
-    by: StateLoss | None = taught if head is None else HeadLoss(head)
+    classes: HeadlessLoss | None = None if head is None else HeadLoss(head)
     if soft is not None and soft.tied:
-        by = OptionLoss(rows_of(model), len(soft.labels))
-    if section.softmax == "items" and by is None:
-        by = ItemLoss(tuple(sorted(items)))
+        classes = OptionLoss(rows_of(model), len(soft.labels))
     if section.exits:
-        check_exits(model.get_base_model() if hasattr(model, "get_base_model") else model, "train.exits")
-        by = ExitLoss(by, section.distill)
-    return by
+        check_exits(base_of(model), "train.exits")
+        return ExitLoss(classes, section.distill)
+    if section.softmax == "items" and classes is None and taught is None:
+        return ItemLoss(tuple(sorted(items)))
+    return classes or taught
 
 
 def open_teacher(folder: str, model: ModelSection, section: TeacherSection, vocabulary: int) -> TaughtLoss:
-    """Load a teacher model and return the distillation loss.
-
-    Args:
-        folder: The teacher's merged model, with the student's tokenizer.
-        model: The recipe's section, for device and dtype.
-        section: The distillation settings.
-        vocabulary: Vocabulary size of the student's head.
+    """Load a teacher's merged model, which has the student's tokenizer, and return the distillation loss.
 
     Raises:
         ModelError: If it is an encoder-decoder, its head is more than one matrix product, or its vocabulary differs.

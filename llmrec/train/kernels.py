@@ -12,6 +12,7 @@ import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llmrec.errors import RecipeError, require
+from llmrec.models.tensors import base_of
 from llmrec.recipe.schema import TrainSection
 
 log = logging.getLogger(__name__)
@@ -32,19 +33,15 @@ def recompute(model: torch.nn.Module) -> None:
 
 @contextmanager
 def faster_layers(model: torch.nn.Module, section: TrainSection) -> Iterator[None]:
-    """Use the layer kernels that the recipe selects.
+    """Use the layer kernels that the recipe selects, for a model on its device.
 
     Liger replaces functions of the module in transformers that defines the model; they are restored at the end, since
     other models of the process may be on a CPU.
 
-    Args:
-        model: A model on its device, with or without PEFT adapters.
-        section: The training settings.
-
     Raises:
         RecipeError: If Liger has no kernels for this kind of model.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     defined = vars(sys.modules[type(base).__module__])
     before = dict(defined)
     try:

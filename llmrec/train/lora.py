@@ -30,11 +30,7 @@ _BITSANDBYTES = ("adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")
 def load_trainable(folder: str, model: ModelSection, train: TrainSection, *, tokens: Sequence[int] = ()) -> Any:
     """Load the base model for ``train.method``, and select its trainable weights.
 
-    Args:
-        folder: The base model.
-        model: The recipe's model section.
-        train: The training settings.
-        tokens: Ids of item tokens, whose rows in the embeddings, and in an untied head, are trained fully.
+    Those include the rows of item tokens in the embeddings, and in an untied head, which are trained fully.
 
     Raises:
         RecipeError: If 8-bit training is requested without CUDA, or no module matches ``train.lora.targets``.

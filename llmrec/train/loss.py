@@ -18,13 +18,14 @@ from torch.utils.checkpoint import checkpoint
 from llmrec.backends.encode import IGNORED
 from llmrec.decode.token_tree import Catalogue
 from llmrec.models import exits
+from llmrec.models.tensors import base_of
 from llmrec.models.traits import is_paired, plain_head
 from llmrec.tasks.rows import ListLoss
 
 # Number of rows of logits at a time, and of hidden states per step whose similarities are compared (n by n).
 _CHUNK, _RELATED = 256, 1024
 
-StateLoss = Callable[[Any, Any], Any]
+HeadlessLoss = Callable[[Any, Any], Any]
 """Summed loss of hidden states, shape (n, d), and labels, shape (n,); it replaces the language-model head."""
 
 
@@ -38,12 +39,8 @@ class ExitLoss:
             without gradient, instead of the answer (Hinton et al., arXiv 1503.02531, at temperature 1).
     """
 
-    inner: StateLoss | None
+    inner: HeadlessLoss | None
     distill: float = 0.0
-
-    def __call__(self, states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Not supported, because this loss needs the hidden states of all layers."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +58,6 @@ class TaughtLoss:
     share: float
     relations: float = 0.0
 
-    def __call__(self, states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Not supported, because this loss also needs the hidden states of the teacher."""
-        raise NotImplementedError
-
 
 @dataclass(frozen=True, slots=True)
 class ItemLoss:
@@ -79,9 +72,9 @@ class ItemLoss:
 
     tokens: tuple[int, ...]
 
-    def __call__(self, states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Not supported, because this loss also needs the head."""
-        raise NotImplementedError
+
+StateLoss = HeadlessLoss | ExitLoss | TaughtLoss | ItemLoss
+"""A loss of hidden states in place of the plain loss of the language-model head."""
 
 
 def related(states: torch.Tensor, teacher: Any) -> torch.Tensor:
@@ -230,10 +223,7 @@ def rows_loss(model: torch.nn.Module, inputs: Mapping[str, Any], by: StateLoss |
 def packed_loss(model: torch.nn.Module, packed: Mapping[str, Any], by: StateLoss | None = None) -> tuple[Any, float]:
     """Return the summed cross-entropy over the targets of packed sequences and their total weight; see `label_loss`.
 
-    Args:
-        model: A causal language model that takes block masks, with or without PEFT adapters.
-        packed: The fields of a `llmrec.train.packing.Stacked` as tensors, by name.
-        by: See `label_loss`.
+    ``packed`` has the fields of a `llmrec.train.packing.Stacked` as tensors, by name. The model takes block masks.
     """
     after, wanted = packed["after"], packed["wanted"]
     return _loss_at(
@@ -242,20 +232,19 @@ def packed_loss(model: torch.nn.Module, packed: Mapping[str, Any], by: StateLoss
 
 
 def weight_of(inputs: Mapping[str, Any], by: StateLoss | None = None, *, paired: bool = False) -> float:
-    """Return the total weight of the targets: the divisor of the summed loss.
-
-    Args:
-        inputs: Inputs of `rows_loss` or `packed_loss`.
-        by: See there; a loss of classes ignores weights.
-        paired: Whether the model is an encoder-decoder.
-    """
+    """Return the total weight of the targets: the divisor of the summed loss of `rows_loss` or `packed_loss`."""
     wanted = inputs["wanted"] if "wanted" in inputs else inputs["labels"][:, 0 if paired else 1 :]
     learned = wanted != IGNORED
-    inner = by.inner if isinstance(by, ExitLoss) else by
-    weights = inputs.get("weights") if inner is None or isinstance(inner, (TaughtLoss, ItemLoss)) else None
+    weights = inputs.get("weights") if _takes_weights(by) else None
     if weights is None:
         return float(learned.sum())
     return float((weights if weights.shape == learned.shape else weights[:, None] * learned).sum())
+
+
+def _takes_weights(by: StateLoss | None) -> bool:
+    """Whether targets are weighted; a loss of classes ignores weights."""
+    inner = by.inner if isinstance(by, ExitLoss) else by
+    return inner is None or isinstance(inner, (TaughtLoss, ItemLoss))
 
 
 @dataclass(frozen=True)
@@ -307,7 +296,7 @@ def target_losses(
         temperature: Divisor of the logits.
         legal: Renormalise over the legal tokens at each target; None: over the vocabulary.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     after, wanted, inputs = packed["after"], packed["wanted"], _masked(model, packed)
     which = wanted if legal is None else legal.which
 
@@ -360,7 +349,8 @@ def _loss_at(
     counts: Any = None,
 ) -> tuple[Any, float]:
     """Return the summed loss of targets and their total weight."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
+    count = float(counts.sum()) if counts is not None and _takes_weights(by) else len(targets)
     if isinstance(by, ExitLoss):
         results = [pick(states) for states in exits.depths(base, **inputs)]
         scales, last = exits.weights(len(results)), results[-1].detach()
@@ -371,39 +361,19 @@ def _loss_at(
             taught = (last, by.distill) if by.distill and states is not results[-1] else ()
             return _vocabulary_loss(base, states, targets, counts, *taught)
 
-        count = len(targets) if by.inner or counts is None else float(counts.sum())
         return sum(scale * loss(states) for scale, states in zip(scales, results, strict=True)), count
-    if isinstance(by, TaughtLoss):
-        return _taught_loss(base, inputs, pick, targets, by, counts)
-    if isinstance(by, ItemLoss):
-        return _item_loss(
-            base, pick(base.get_decoder()(**inputs, use_cache=False).last_hidden_state), targets, by, counts
-        )
-    if by is not None:
-        return by(pick(base.get_decoder()(**inputs, use_cache=False).last_hidden_state), targets), len(targets)
-    count = len(targets) if counts is None else float(counts.sum())
-    head, _, _ = _head(base)
-    if not plain_head(base.config, head):
+    if by is None and not plain_head(base.config, _head(base)[0]):
         return cross_entropy(pick(model(**inputs, use_cache=False).logits), targets, counts), count
-    return _vocabulary_loss(
-        base, pick(base.get_decoder()(**inputs, use_cache=False).last_hidden_state), targets, counts
-    ), count
-
-
-def _taught_loss(
-    base: torch.nn.Module,
-    inputs: Mapping[str, Any],
-    pick: Callable[[Any], Any],
-    targets: torch.Tensor,
-    by: TaughtLoss,
-    counts: torch.Tensor,
-) -> tuple[Any, float]:
-    """Return the summed distillation loss of targets and their total weight."""
     states = pick(base.get_decoder()(**inputs, use_cache=False).last_hidden_state)
+    if by is None:
+        return _vocabulary_loss(base, states, targets, counts), count
+    if isinstance(by, ItemLoss):
+        return _item_loss(base, states, targets, by, counts), count
+    if not isinstance(by, TaughtLoss):
+        return by(states, targets), count
     with torch.no_grad():
         text = pick(by.teacher.get_decoder()(**inputs, use_cache=False).last_hidden_state)
     total = _vocabulary_loss(base, states, targets, counts, text, by.share, by.teacher.get_output_embeddings().weight)
-    count = len(targets) if counts is None else float(counts.sum())
     if by.relations and len(targets):
         total = total + by.relations * count * related(states[:_RELATED], text[:_RELATED])
     return total, count
@@ -411,8 +381,8 @@ def _taught_loss(
 
 def _item_loss(
     base: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor, by: ItemLoss, counts: torch.Tensor
-) -> tuple[Any, float]:
-    """Return the summed loss of targets and their total weight, with item tokens as in `ItemLoss`."""
+) -> torch.Tensor:
+    """Return the summed loss of targets, with item tokens as in `ItemLoss`."""
     head, rows, places = _head(base)
     tokens = torch.tensor(by.tokens, device=targets.device)
     # Adapters train only the rows of item tokens, in ascending order; otherwise all rows of the head are trained.
@@ -427,7 +397,7 @@ def _item_loss(
     if not chosen.all():
         rest = None if counts is None else counts[~chosen]
         total = total + _vocabulary_loss(base, hidden[~chosen], targets[~chosen], rest)
-    return total, len(targets) if counts is None else float(counts.sum())
+    return total
 
 
 def _vocabulary_loss(
@@ -495,9 +465,7 @@ def of_rows(packed: Mapping[str, Any], values: Any) -> torch.Tensor:
 def softmax_loss(scores: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     """Return the summed cross-entropy of the chosen candidates.
 
-    Args:
-        scores: Shape (lists, candidates).
-        chosen: Index of the chosen one, shape (lists,).
+    Scores have the shape (lists, candidates), and indices of the chosen ones (lists,).
     """
     return torch.nn.functional.cross_entropy(scores, chosen, reduction="sum")
 
@@ -507,11 +475,7 @@ def lambda_loss(scores: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
 
     Every other candidate adds log2(1 + exp(s_other - s_chosen)), weighted by the difference in NDCG if both were
     swapped, |1 / log2(1 + rank of the chosen) - 1 / log2(1 + rank of the other)|, in the current order of the scores.
-    Ties keep their listed order.
-
-    Args:
-        scores: Shape (lists, candidates).
-        chosen: Index of the chosen one, shape (lists,).
+    Ties keep their listed order. See `softmax_loss` for the shapes.
     """
     order = scores.detach().argsort(dim=1, descending=True, stable=True)
     ranks = torch.empty_like(order).scatter_(1, order, torch.arange(1, scores.shape[1] + 1).to(order).expand_as(order))

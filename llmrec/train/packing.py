@@ -149,14 +149,7 @@ def alike(one: Ints, two: Ints) -> int:
 
 
 class _Body(NamedTuple):
-    """A tokenised example as arrays.
-
-    Attributes:
-        row: The row.
-        ids: The tokens that are read.
-        labels: All labels.
-        targets: Positions of targets; the first token is never one.
-    """
+    """A tokenised example as arrays: tokens that are read, all labels, and positions of targets, never the first."""
 
     row: TokenRow
     ids: Ints

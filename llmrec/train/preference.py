@@ -49,12 +49,9 @@ def compare(
 ) -> tuple[Any, float, dict[str, float]]:
     """Return the summed loss of answer lists, the number of lists, and sums of the reward margins.
 
-    The sums are those whose means TRL logs, under its names.
-
-    Args:
-        model: A causal language model that takes block masks; with PEFT adapters if the loss has a reference.
-        packed: See `llmrec.train.loss.list_loss`; lists of one chosen answer and ``section.negatives`` others.
-        section: The recipe's ``train.preference``.
+    The sums are those whose means TRL logs, under its names. The model and ``packed`` are as in
+    `llmrec.train.loss.list_loss`, with lists of one chosen answer and ``section.negatives`` others; a reference needs
+    PEFT adapters.
     """
     size = 1 + section.negatives
     before = None
@@ -82,26 +79,16 @@ def compare(
 def rewards_of(
     scores: torch.Tensor, before: torch.Tensor, lengths: torch.Tensor, section: PreferenceSection
 ) -> torch.Tensor:
-    """Return the implicit rewards of answers.
+    """Return the implicit rewards of answers from log-likelihoods, those of any reference, and lengths in tokens.
 
-    Args:
-        scores: Log-likelihoods, shape (lists, answers).
-        before: Those of the reference, if any.
-        lengths: Tokens of each answer.
-        section: The loss and its settings.
+    All are of shape (lists, answers).
     """
     ratios = scores if before is None else scores - before
     return section.beta * (ratios / lengths if section.loss in ("simpo", "ipo") else ratios)
 
 
 def preference_loss(rewards: torch.Tensor, chosen: torch.Tensor, section: PreferenceSection) -> torch.Tensor:
-    """Return the summed preference loss of lists.
-
-    Args:
-        rewards: Shape (lists, answers).
-        chosen: Index of the chosen answer, shape (lists,).
-        section: The loss and its settings.
-    """
+    """Return the summed preference loss of lists; rewards have the shape (lists, answers)."""
     if section.loss == "s-dpo":
         behind = torch.zeros_like(rewards).scatter(1, chosen[:, None], section.margin)
         return softmax_loss(rewards - behind, chosen)

@@ -33,15 +33,10 @@ _MASK = "llmrec_mask"
 
 
 def sparsity_at(section: PruneSection, steps: int, step: int) -> float:
-    """Return the share of pruned weights after a number of optimiser steps.
+    """Return the share of pruned weights after ``step`` of ``steps`` optimiser steps.
 
     Between ``begin`` (t0) and ``end`` (t1) it is equation 1, ``s_f (1 - (1 - (t - t0) / (t1 - t0))^3)``, of the last
     step t at which masks were recomputed.
-
-    Args:
-        section: The recipe's ``train.prune``.
-        steps: Total number of optimiser steps.
-        step: Number of completed steps.
     """
     first, last = round(section.begin * steps), round(section.end * steps)
     if step >= last:
@@ -84,9 +79,6 @@ class Prune(TrainerCallback):  # type: ignore[misc]
 
 def attach(model: torch.nn.Module) -> None:
     """Prepare all linear layers of the transformer blocks for pruning masks.
-
-    Args:
-        model: A model, with or without LoRA.
 
     Raises:
         RecipeError: If it has no linear layers.

@@ -71,16 +71,8 @@ def branching_rows(
     """Yield tasks and tokenised examples endlessly, with all examples of a user together.
 
     For each user, the family furthest below its share of tokens yields a row, and so does every other family unless it
-    would exceed its share. So after any number of users each family is within two rows of its share.
-
-    Args:
-        tasks: Families by name.
-        weights: Their shares.
-        users: All users.
-        encoder: The tokenizer, which also counts tokens.
-        limit: Maximum length; a longer row is truncated, or None if no target is left.
-        seed: The run's seed.
-        texts: Whether rows are `TextRow`.
+    would exceed its share. So after any number of users each family is within two rows of its share. Longer rows than
+    ``limit`` are truncated, or None if no target is left.
 
     Raises:
         DataError: If a pass over all users gives no row.
@@ -125,10 +117,7 @@ def branching_rows(
 def common(tasks: Mapping[str, Task], *, preference: bool, paired: str | None) -> Listwise | None:
     """Return the listwise settings shared by all tasks; None if examples are trained token by token.
 
-    Args:
-        tasks: The trained families, by name.
-        preference: Whether the recipe uses preference training.
-        paired: Name of the model if it is an encoder-decoder.
+    ``paired`` names the model if it is an encoder-decoder.
 
     Raises:
         RecipeError: If listwise families are trained together with others, a family does not support preference
@@ -157,15 +146,9 @@ def common(tasks: Mapping[str, Task], *, preference: bool, paired: str | None) -
 def list_rows(
     listwise: Listwise, examples: Iterable[Example], encoder: Encoder, limit: int
 ) -> Iterator[TokenRow | None]:
-    """Yield the tokenised answers to a question, the chosen answer first; None if one is too long.
+    """Yield the tokenised answers to each question, the chosen answer first; None if one is longer than ``limit``.
 
     A truncated text would have a different likelihood.
-
-    Args:
-        listwise: The listwise setting, with the number of answers.
-        examples: An endless stream of examples.
-        encoder: The tokenizer.
-        limit: Maximum length of a row in tokens.
 
     Raises:
         RecipeError: If an example has fewer answers.
@@ -431,13 +414,7 @@ def streams(
 ) -> tuple[dict[str, Iterator[tuple[str, TokenRow | None]]], dict[str, float]]:
     """Return weighted streams of tokenised examples, by task or for several packed tasks.
 
-    A row is None if none of its targets fits ``train.max_row_tokens``.
-
-    Args:
-        sources: The sources of rows.
-        shares: Shares of training tokens, by family.
-        encoder: The tokenizer.
-        texts: Whether the rows of a decoder are `TextRow`.
+    A row is None if none of its targets fits ``train.max_row_tokens``. With ``texts``, rows of a decoder are `TextRow`.
 
     Raises:
         RecipeError: If packing is requested for an encoder-decoder.

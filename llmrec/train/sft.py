@@ -255,21 +255,9 @@ def train(
     """Train on the planned steps, and save the adapter (or full weights) to ``folder/adapter``.
 
     A killed run resumes from the newest checkpoint in ``folder/checkpoints`` that verifies, and ends with the same
-    weights.
-
-    Args:
-        model: From `llmrec.train.lora.load_trainable`.
-        encoder: Its tokenizer.
-        steps: Planned optimiser steps.
-        valid: Held-out validation rows by task, for the validation loss.
-        section: The recipe's ``train`` section.
-        folder: The run folder.
-        seed: Seed of the order of steps and of dropout.
-        quiet: Show no progress bar.
-        loss: Inputs of the loss in addition to the tokens of rows.
-        device: The device, ``"cpu"`` or ``"cuda"``; None: the GPU, if torch can use one.
-        judge: A model -> its validation metric, for ``train.judge``: the best adapter is kept. None: keep that of the
-            last step.
+    weights. The model is from `llmrec.train.lora.load_trainable`; without a device, it is trained on the GPU, if torch
+    can use one. ``valid`` has held-out rows by task, for the validation loss. ``judge`` returns a model's validation
+    metric, for ``train.judge``: the best adapter is kept instead of that of the last step.
     """
     loss = loss or LossInputs()
     head, soft, listwise, objective, taught = loss.head, loss.soft, loss.listwise, loss.objective, loss.taught
@@ -401,12 +389,8 @@ def _no_lists(listwise: Listwise) -> str:
 def check_packing(model: torch.nn.Module, instead: str = "train.packing=none") -> None:
     """Compute the loss of synthetic examples packed and unpacked, and reject a model for which the losses differ.
 
-    Args:
-        model: The model.
-        instead: Recipe settings that disable packed rows.
-
     Raises:
-        RecipeError: If the model ignores the mask of packed sequences.
+        RecipeError: If the model ignores the mask of packed sequences; ``instead`` is the advice.
     """
     begin, ends = (5, 6, 7, 8, 9), ((10, 11, 12), (13, 14, 15, 16), (17,))
     rows = [TokenRow((*begin, *end), (*[IGNORED] * len(begin), *end)) for end in (*ends, (18, 19))]

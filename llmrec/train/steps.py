@@ -54,8 +54,7 @@ class Step:
     def split(self, count: int) -> list[Step]:
         """Split the step into parts with about equal numbers of tokens, assigning the longest examples first.
 
-        Args:
-            count: The number of parts. If there are fewer rows or packed sequences, some parts are empty.
+        If there are fewer rows or packed sequences than parts, some parts are empty.
         """
         sizes = [item.columns for item in self.bins] or [len(row.ids) for row in self.rows]
         loads, parts = [0] * count, [[] for _ in range(count)]  # type: tuple[list[int], list[list[int]]]
@@ -202,13 +201,9 @@ def weighted(steps: Steps, families: Sequence[str]) -> Weighted:
 
     Families are drawn by shares of tokens. The loss of a step is a mean over its targets, and a list example has many
     more targets than a question with one answer, so it would have nearly all of the loss. So a family's targets are
-    weighted by tokens / targets, one weight per family.
+    weighted by tokens / targets, one weight per family; ``families`` has the family of every drawn row.
 
     The mean weight is 1, and the rows of a single family are unchanged.
-
-    Args:
-        steps: Planned steps.
-        families: The family of every drawn row.
     """
     table, tokens, targets = steps.table, defaultdict[str, int](int), defaultdict[str, int](int)
     for numbers in steps.numbers():

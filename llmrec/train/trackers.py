@@ -100,11 +100,8 @@ def callbacks(names: Sequence[str], folder: Path) -> list[Any]:
 def report(names: Sequence[str], figures: Mapping[str, float], folder: Path, *, step: int) -> None:
     """Log the metrics of an evaluation; errors of trackers are only warnings.
 
-    Args:
-        names: Trackers; those that do not support evaluation metrics are skipped.
-        figures: Name, such as ``direct/tuned/label/after-history/NDCG@10``, -> value.
-        folder: The run folder.
-        step: Training steps of the evaluated model.
+    Trackers that do not support evaluation metrics are skipped. Names of figures are such as
+    ``direct/tuned/label/after-history/NDCG@10``; ``step`` is that of the evaluated model.
     """
     stamp = hashlib.sha256(json.dumps([sorted(figures.items()), step]).encode()).hexdigest()[:16]
     for name in names:

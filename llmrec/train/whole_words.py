@@ -12,13 +12,7 @@ from llmrec.models.whole_words import WEIGHTS, attach, kinds_of, new_table, word
 
 
 def put_on(model: torch.nn.Module, encoder: Encoder, *, size: int, seed: int) -> None:
-    """Add trainable whole-word embeddings to a model.
-
-    Args:
-        model: From `llmrec.train.lora.load_trainable`.
-        encoder: Its tokenizer, which determines where words begin.
-        size: Rows of a new table: the maximum word number + 1.
-        seed: Seed of a new table.
+    """Add trainable whole-word embeddings to a model; a new table has ``size`` rows, the maximum word number + 1.
 
     Raises:
         RecipeError: If the model is not an encoder-decoder.

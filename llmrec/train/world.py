@@ -86,9 +86,6 @@ def here() -> World:
 def joined(device: str) -> Iterator[World]:
     """Connect the processes that a launcher has started, using accelerate.
 
-    Args:
-        device: The device, ``"cpu"`` or ``"cuda"``.
-
     Raises:
         RecipeError: If they do not match the settings.
         LlmrecError: If one of them has ended while another waits for it.
@@ -115,9 +112,6 @@ def joined(device: str) -> Iterator[World]:
 
 def kind_asked(device: str) -> str:
     """Return the kind of parallelism that the launcher requests, as named by accelerate; ``"no"`` for one process.
-
-    Args:
-        device: The recipe's device, ``"cpu"`` or ``"cuda"``.
 
     Raises:
         RecipeError: If it is not supported by llmrec, or accelerate would silently ignore it.
@@ -181,11 +175,8 @@ def _set(name: str) -> bool:
 def refuse_sharding(plugin: Any, section: TrainSection, *, plain: bool, scaled: bool = False) -> None:
     """Reject settings incompatible with FSDP.
 
-    Args:
-        plugin: accelerate's FSDP settings.
-        section: The training settings.
-        scaled: Products are in float16, whose gradients are scaled.
-        plain: Only adapters or weights of the model are trained, no rating head or whole-word embeddings.
+    ``scaled``: products are in float16, whose gradients are scaled. ``plain``: only adapters or weights of the model
+    are trained, no rating head or whole-word embeddings.
 
     Raises:
         RecipeError: If the settings or the kind of training do not support sharding.
@@ -220,15 +211,7 @@ def refuse_sharding(plugin: Any, section: TrainSection, *, plain: bool, scaled: 
 
 
 def refuse_other(asked: str, obtained: str) -> None:
-    """Reject a kind of parallelism other than the requested one.
-
-    Args:
-        asked: The result of `kind_asked`.
-        obtained: The kind that accelerate reports.
-
-    Raises:
-        RecipeError: If they differ.
-    """
+    """Reject a kind of parallelism other than the requested one, see `kind_asked`."""
     if asked.lower() != obtained.lower():
         raise _other(asked, obtained)
 
@@ -251,13 +234,8 @@ def told(world: World, kind: str) -> None:
 def refuse_different(world: World, digest: str, what: str) -> None:
     """Reject training if the inputs of a process differ from the inputs of the first.
 
-    Args:
-        world: The processes.
-        digest: Hexadecimal hash of the inputs that must be equal.
-        what: Name of these inputs, for the error.
-
     Raises:
-        LlmrecError: If the inputs of this process differ.
+        LlmrecError: If their hexadecimal digests differ; the message names them as ``what``.
     """
     mine = int(digest[:15], 16)
     if world.agree(mine) != mine:
@@ -273,11 +251,7 @@ def through(model: torch.nn.Module, compute: Callable[[Any, Mapping[str, Any]], 
 
     DDP prepares the sum of gradients in its forward pass, and FSDP2 gathers weights in that of the outermost module.
     Losses call the decoder and the head separately, so for one call they replace the model's forward method.
-
-    Args:
-        model: A model, or DDP around one.
-        compute: Called with the unwrapped model and the inputs.
-        inputs: Tensors by name, at least one.
+    ``compute`` gets the unwrapped model and the inputs, at least one.
     """
     inner = model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
     if inner is model and not isinstance(model, torch.distributed.fsdp.FSDPModule):

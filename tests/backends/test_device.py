@@ -221,11 +221,6 @@ def test_a_vllm_for_gpus_is_not_asked_to_run_on_the_cpu(monkeypatch: pytest.Monk
     engines.refuse_device(CPU, section)
 
 
-class _Platform:
-    def __init__(self, on_cpu: bool) -> None:
-        self.is_cpu = lambda: on_cpu
-
-
 @pytest.mark.parametrize(
     ("free", "given", "share"),
     [
@@ -242,44 +237,30 @@ class _Platform:
 def test_vllm_takes_what_is_free_on_a_shared_card(
     free: float, given: float | None, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llmrec.backends.vllm import backend
-
-    asked: dict[str, Any] = {}
-    library = _library(asked)
-    platforms = {cpu: SimpleNamespace(current_platform=_Platform(cpu)) for cpu in (True, False)}
-    found = {"vllm": library, "torch": torch}
-    monkeypatch.setattr(backend, "prepare_environment", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (int(free * 2**30), 80 * 2**30))
     for on_cpu in (False, True):
-        asked.clear()
-        monkeypatch.setattr(backend, "require", lambda name, extra, cpu=on_cpu: found.get(name) or platforms[cpu])
-        encoder = SimpleNamespace(max_length=512)
-        backend.VLLMBackend("folder", encoder, dtype="float16", gpu_memory=given)  # type: ignore[arg-type]
+        asked = _started(monkeypatch, on_cpu, gpu_memory=given)
         assert asked.get("gpu_memory_utilization") == (None if on_cpu else pytest.approx(share))
 
 
-def _library(asked: dict[str, Any], *, second: bool = True) -> SimpleNamespace:
-    """Return a vLLM that keeps what its engines are started with; ``second``: whether they have the V2 runner."""
-    config = SimpleNamespace(use_v2_model_runner=second)
-
-    def start(folder: str, **options: Any) -> SimpleNamespace:
-        asked.update(options, folder=folder)
-        return SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=config))
-
-    return SimpleNamespace(LLM=start)
-
-
-def _started(monkeypatch: pytest.MonkeyPatch, on_cpu: bool, **options: Any) -> dict[str, Any]:
-    """Return what vLLM is handed where a backend starts it."""
+def _started(monkeypatch: pytest.MonkeyPatch, on_cpu: bool, *, second: bool = True, **options: Any) -> dict[str, Any]:
+    """Return what a backend hands to vLLM, and its route; ``second``: whether engines have the V2 runner."""
     from llmrec.backends.vllm import backend
 
     asked: dict[str, Any] = {}
-    found = {"vllm": _library(asked), "torch": torch}
-    platform = SimpleNamespace(current_platform=_Platform(on_cpu))
+    config = SimpleNamespace(use_v2_model_runner=second)
+
+    def start(folder: str, **given: Any) -> SimpleNamespace:
+        asked.update(given)
+        return SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=config))
+
+    found = {"vllm": SimpleNamespace(LLM=start), "torch": torch}
+    platform = SimpleNamespace(current_platform=SimpleNamespace(is_cpu=lambda: on_cpu))
     monkeypatch.setattr(backend, "prepare_environment", lambda: None)
     monkeypatch.setattr(backend, "require", lambda name, extra: found.get(name) or platform)
-    backend.VLLMBackend("folder", SimpleNamespace(max_length=512), dtype="float16", **options)  # type: ignore[arg-type]
-    return asked
+    encoder: Any = SimpleNamespace(max_length=512)
+    made = backend.VLLMBackend("folder", encoder, dtype="float16", **options)
+    return asked | {"route": made.route}
 
 
 @pytest.mark.parametrize(
@@ -288,16 +269,9 @@ def _started(monkeypatch: pytest.MonkeyPatch, on_cpu: bool, **options: Any) -> d
 def test_trees_are_read_as_the_model_runner_allows(
     on_cpu: bool, second: bool, route: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llmrec.backends.vllm import backend
-
-    asked: dict[str, Any] = {}
-    found = {"vllm": _library(asked, second=second), "torch": torch}
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (2**36, 2**36))
-    monkeypatch.setattr(backend, "prepare_environment", lambda: None)
-    platform = SimpleNamespace(current_platform=_Platform(on_cpu))
-    monkeypatch.setattr(backend, "require", lambda name, extra: found.get(name) or platform)
-    made = backend.VLLMBackend("folder", SimpleNamespace(max_length=512), dtype="float16")  # type: ignore[arg-type]
-    assert made.route == route
+    asked = _started(monkeypatch, on_cpu, second=second)
+    assert asked["route"] == route
     # The V2 runner refuses this processor.
     assert ("logits_processors" in asked) == (route == "forced") and "enable_lora" not in asked
 

@@ -16,7 +16,7 @@ from llmrec.errors import BackendError
 from llmrec.types import Message, Prompt, Segment
 from tests.conftest import make_tokenizer
 from tests.facts import Facts, raises
-from tests.servers.client import question, section, turns
+from tests.servers.client import opened, question, section, turns
 from tests.servers.faulty import EVERYTHING, Behaviour, FaultyServer, answer_to, logprob, running
 
 LABELS = ("1", "2", "3", "4", "5")
@@ -48,10 +48,8 @@ def last(server: FaultyServer) -> dict[str, Any]:
 
 def test_token_ids_are_continued_where_the_tokenizer_is_the_servers(encoder: Encoder) -> None:
     asked = question("Continue the list", given="Toy Story\nAlien\n", stop="\n")
-    with running(exact(encoder)) as server:
-        backend = OpenAIBackend(section(server.url), encoder)
+    with opened(exact(encoder), encoder) as (server, backend):
         (found,) = backend.generate([asked], max_tokens=6)
-        backend.close()
     ids = encoder.prompt(asked)
     assert found.text == answer_to(ids) and found.prompt_tokens == len(ids) and found.finish_reason == "stop"
     body = last(server)
@@ -61,12 +59,10 @@ def test_token_ids_are_continued_where_the_tokenizer_is_the_servers(encoder: Enc
 
 def test_another_tokenizer_is_asked_by_chat_or_refused(encoder: Encoder) -> None:
     other = Behaviour(count=lambda text: 3)
-    with running(other) as server:
-        backend = OpenAIBackend(section(server.url), encoder)
+    with opened(other, encoder) as (server, backend):
         asked = question("Rate Heat")
         assert not backend.offers.exact
         assert backend.generate([asked], max_tokens=6)[0].text == answer_to(turns(asked))
-        backend.close()
         with raises(
             BackendError,
             Facts("mismatch", server.url, column="eval.server.chat", says=("the server into 3", "set model.name")),
@@ -76,9 +72,7 @@ def test_another_tokenizer_is_asked_by_chat_or_refused(encoder: Encoder) -> None
 
 @pytest.mark.parametrize("without", ["completions", "usage"])
 def test_chat_is_asked_where_completions_cannot_be_trusted(encoder: Encoder, without: str) -> None:
-    with running(exact(encoder, without)) as server:
-        backend = OpenAIBackend(section(server.url), encoder)
-        backend.close()
+    with opened(exact(encoder, without), encoder) as (server, backend):
         assert not backend.offers.exact
         with raises(
             BackendError, Facts("mismatch", server.url, column="eval.server.chat", says="eval.server.chat=chat")
@@ -87,19 +81,15 @@ def test_chat_is_asked_where_completions_cannot_be_trusted(encoder: Encoder, wit
 
 
 def test_chat_is_asked_where_the_recipe_says_so(encoder: Encoder) -> None:
-    with running(exact(encoder)) as server:
-        backend = OpenAIBackend(section(server.url, chat="chat"), encoder)
-        backend.close()
+    with opened(exact(encoder), encoder, chat="chat") as (server, backend):
         assert not backend.offers.exact and all("messages" in body for body in server.bodies)
 
 
 @pytest.mark.parametrize(("owner", "told"), [("vllm", True), ("somebody", False)])
 def test_the_given_part_of_an_answer_is_an_assistant_turn(owner: str, told: bool) -> None:
     asked = question("Continue the list", given="Toy Story\n", stop="\n")
-    with running(Behaviour(owner=owner)) as server:
-        backend = OpenAIBackend(section(server.url))
+    with opened(Behaviour(owner=owner)) as (server, backend):
         backend.generate([asked], max_tokens=6)
-        backend.close()
     body = last(server)
     assert body["messages"][-1] == {"role": "assistant", "content": "Toy Story\n"}
     assert body.get("continue_final_message", False) is told
@@ -118,10 +108,8 @@ def test_titles_cannot_write_control_tokens(encoder: Encoder) -> None:
 
 def test_further_keys_are_sent_and_null_takes_one_out() -> None:
     extra = {"max_tokens": None, "max_completion_tokens": 99, "reasoning_effort": "low", "temperature": None}
-    with running(Behaviour()) as server:
-        backend = OpenAIBackend(section(server.url, extra=extra))
+    with opened(Behaviour(), extra=extra) as (server, backend):
         backend.generate([question("a")], max_tokens=6)
-        backend.close()
     body = last(server)
     assert "max_tokens" not in body and "temperature" not in body
     assert body["max_completion_tokens"] == 99 and body["reasoning_effort"] == "low"
@@ -132,10 +120,8 @@ def test_further_keys_are_sent_and_null_takes_one_out() -> None:
 
 @pytest.mark.parametrize("think", ["closed", "tail", "field"])
 def test_thoughts_are_no_part_of_the_answer(think: str) -> None:
-    with running(Behaviour(think=think)) as server:
-        backend = OpenAIBackend(section(server.url, thinking_tokens=100))
+    with opened(Behaviour(think=think), thinking_tokens=100) as (server, backend):
         (found,) = backend.generate([question("a")], max_tokens=6)
-        backend.close()
     assert found.text == answer_to(turns(question("a"))) and found.finish_reason == "stop"
     assert last(server)["max_tokens"] == 106
     # The first token is a thought, so its log-probabilities are no scores.
@@ -143,10 +129,8 @@ def test_thoughts_are_no_part_of_the_answer(think: str) -> None:
 
 
 def test_thoughts_without_an_end_are_an_empty_answer() -> None:
-    with running(Behaviour(think="open")) as server:
-        backend = OpenAIBackend(section(server.url))
+    with opened(Behaviour(think="open")) as (_, backend):
         (found,) = backend.generate([question("a")], max_tokens=6)
-        backend.close()
     assert found.text == "" and found.finish_reason == "length"
 
 
@@ -213,12 +197,10 @@ def test_malformed_answers_are_told_from_answers(value: Any) -> None:
 
 def test_named_labels_are_exact(encoder: Encoder) -> None:
     asked = question("Answer with one number")
-    with running(exact(encoder)) as server:
-        backend = OpenAIBackend(section(server.url), encoder)
+    with opened(exact(encoder), encoder) as (server, backend):
         (found,) = backend.score([asked], [LABELS], closed=False)
         many = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
         (wide,) = backend.score([asked], [many], closed=False)
-        backend.close()
     ids = encoder.prompt(asked)
     assert found.engine == "openai:one-token" and found.tokens == (1,) * 5 and found.prompt_tokens == len(ids)
     assert found.logprobs == tuple(logprob(ids, encoder.piece(label)[0]) for label in LABELS)
@@ -228,10 +210,8 @@ def test_named_labels_are_exact(encoder: Encoder) -> None:
 
 def test_labels_outside_the_likeliest_get_the_floor(encoder: Encoder, caplog: pytest.LogCaptureFixture) -> None:
     prompts = [question(f"Answer with one number, {n}") for n in range(20)]
-    with running(exact(encoder, "named")) as server:
-        backend = OpenAIBackend(section(server.url), encoder)
+    with opened(exact(encoder, "named"), encoder) as (_, backend):
         found = backend.score(prompts, [LABELS] * 20, closed=False)
-        backend.close()
     floored = 0
     for asked, scores in zip(prompts, found, strict=True):
         assert scores.engine == "openai:top-20"
@@ -264,10 +244,8 @@ def test_labels_of_a_chat_are_told_by_their_text() -> None:
 
 def test_scores_by_chat_carry_their_route() -> None:
     asked = question("Answer with one number")
-    with running(Behaviour()) as server:
-        backend = OpenAIBackend(section(server.url))
+    with opened(Behaviour()) as (server, backend):
         (found,) = backend.score([asked], [("1", "2", "3")], closed=False)
-        backend.close()
     assert found.engine == "openai:chat-top-20"
     shown = {symbol: logprob(turns(asked), symbol) for symbol in "123"}
     assert any(value == pytest.approx(shown[label]) for label, value in zip("123", found.logprobs, strict=True))
@@ -276,12 +254,10 @@ def test_scores_by_chat_carry_their_route() -> None:
 
 def test_whole_texts_take_echoed_prompts(encoder: Encoder) -> None:
     asked = question("Continue the list", given="Alien\n", stop="\n")
-    with running(exact(encoder)) as server:
-        backend = OpenAIBackend(section(server.url), encoder)
+    with opened(exact(encoder), encoder) as (server, backend):
         (found,) = backend.score([asked], [TITLES])
         many = tuple(f"Film {n}" for n in range(70))
         (wide,) = backend.score([asked], [many])
-        backend.close()
     ids = encoder.prompt(asked)
 
     def by_hand(title: str) -> float:
@@ -298,24 +274,20 @@ def test_whole_texts_take_echoed_prompts(encoder: Encoder) -> None:
 def test_no_scores_where_the_server_gives_no_probabilities(encoder: Encoder) -> None:
     without = ("logprobs", "named", "echo", "chat logprobs")
     for chat_route in ("auto", "chat"):
-        with running(exact(encoder, *without)) as server:
-            backend = OpenAIBackend(section(server.url, chat=chat_route), encoder)
+        with opened(exact(encoder, *without), encoder, chat=chat_route) as (server, backend):
             assert backend.capabilities == {"generate"}
             with raises(BackendError, Facts("unsupported", server.url, says="list, parsed and text")):
                 backend.score([question("a")], [LABELS], closed=False)
-            backend.close()
 
 
 def test_titles_are_not_scored_by_first_tokens(encoder: Encoder) -> None:
-    with running(exact(encoder, "echo")) as server:
-        backend = OpenAIBackend(section(server.url), encoder)
-        with raises(
-            BackendError, Facts("unsupported", server.url, says=("'Heat'", "label, expected", "list, parsed and text"))
-        ):
-            backend.score([question("a")], [TITLES])
-        backend.close()
-    with running(Behaviour()) as server:
-        backend = OpenAIBackend(section(server.url))
+    says = ("'Heat'", "label, expected", "list, parsed and text")
+    with (
+        opened(exact(encoder, "echo"), encoder) as (server, backend),
+        raises(BackendError, Facts("unsupported", server.url, says=says)),
+    ):
+        backend.score([question("a")], [TITLES])
+    with opened(Behaviour()) as (server, backend):
         for texts, closed in ((TITLES, True), (("Toy Story", "Heat"), False), (("1.5", "2"), False)):
             with raises(
                 BackendError,
@@ -327,7 +299,6 @@ def test_titles_are_not_scored_by_first_tokens(encoder: Encoder) -> None:
                 ),
             ):
                 backend.score([question("a")], [texts], closed=closed)
-        backend.close()
 
 
 @pytest.mark.parametrize("value", [0.5, float("nan"), None, True, "-1"])
@@ -364,21 +335,17 @@ def test_log_probabilities_that_are_missing_are_malformed(read: Callable[[Any], 
 
 
 def test_what_it_does_not_do_is_refused() -> None:
-    with running(Behaviour()) as server:
-        backend = OpenAIBackend(section(server.url))
+    with opened(Behaviour()) as (_, backend):
         with raises(BackendError, Facts("unsupported", column="eval.backend", says="eval.backend=hf")):
             backend.search([question("a")], ["b"], k=1, width=1)
         assert backend.generate([], max_tokens=4) == []
-        backend.close()
 
 
 def test_a_prompt_that_is_too_long_is_refused_before_it_is_sent(encoder: Encoder) -> None:
-    with running(exact(encoder)) as server:
-        backend = OpenAIBackend(section(server.url), encoder)
+    with opened(exact(encoder), encoder) as (server, backend):
         before = len(server.bodies)
         with raises(BackendError, Facts("too-large", column="model.max_length", says="model.max_length=512")):
             backend.generate([question("x " * 600)], max_tokens=4)
-        backend.close()
     assert len(server.bodies) == before
 
 
@@ -389,8 +356,6 @@ def test_system_turns_and_shots_are_sent_as_turns() -> None:
             for role, text in (("system", "s"), ("user", "u"), ("assistant", "a"), ("user", "v"))
         )
     )
-    with running(Behaviour()) as server:
-        backend = OpenAIBackend(section(server.url))
+    with opened(Behaviour()) as (server, backend):
         assert backend.generate([asked], max_tokens=6)[0].text == answer_to(turns(asked))
-        backend.close()
     assert [turn["role"] for turn in last(server)["messages"]] == ["system", "user", "assistant", "user"]

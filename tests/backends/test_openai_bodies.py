@@ -122,6 +122,14 @@ def test_what_cannot_be_unpacked_is_asked_for_again(encoding: str, body: bytes, 
         asked(lambda _: answer(body, content_encoding=encoding), attempts=1)
 
 
+def test_brackets_without_end_are_no_json() -> None:
+    brackets = b"[" * 200_000
+    answers = iter([answer(brackets), answer(b'{"said": "A"}')])
+    assert asked(lambda _: next(answers)) == {"said": "A"}
+    with raises(BackendError, Facts("failed", "http://127.0.0.1:9/v1/completions", says="status 400")):
+        asked(lambda _: answer(brackets, status=400))
+
+
 def test_half_a_letter_is_stored_and_recalled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FaultyServer, "_chat", _saying("4 \ud800A"))
     with running(Behaviour()) as server:

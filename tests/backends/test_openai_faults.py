@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from llmrec.backends.cache import AnswerStore
 from llmrec.backends.encode import Encoder
 from llmrec.backends.server.backend import OpenAIBackend
-from llmrec.backends.server.client import Spending, Wire, retry_after
+from llmrec.backends.server.client import retry_after
 from llmrec.errors import BackendError
 from llmrec.types import Cost
 from tests.conftest import make_tokenizer
 from tests.facts import Facts, raises
 from tests.servers import killing
-from tests.servers.client import ROOM, cached, digests, question, questions, section, turns, wrong
+from tests.servers.client import ROOM, cached, digests, opened, question, questions, section, turns, wrong
 from tests.servers.faulty import FAULTS, SHUFFLED, Behaviour, FaultyServer, answer_to, digest_of, logprob, running
 
 COUNT = 300
@@ -68,12 +66,10 @@ def test_choices_in_another_order_are_put_right() -> None:
         offers=frozenset({"completions", "logprobs", "echo", "usage"}),
         count=lambda text: len(encoder.tokenizer.encode(text)),
     )
-    with running(behaviour) as server:
-        backend = OpenAIBackend(section(server.url, timeout=0.5), encoder)
+    with opened(behaviour, encoder, timeout=0.5) as (server, backend):
         prompts = [question(f"Continue {n}", given="Heat\n", stop="\n") for n in range(40)]
         titles = ("Heat", "Fargo", "Casino", "Toy Story 2")
         found = backend.score(prompts, [titles] * len(prompts))
-        backend.close()
     assert server.faults[SHUFFLED] > 10
     for asked, scores in zip(prompts, found, strict=True):
         ids = encoder.prompt(asked)
@@ -86,9 +82,7 @@ def test_choices_in_another_order_are_put_right() -> None:
 def test_offers_do_not_depend_on_faults() -> None:
     """A probe that meets a fault is asked again: no run scores because of luck and another does not."""
     for seed in range(12):
-        with running(Behaviour(share=0.4, seed=seed, stall=0.4)) as server:
-            backend = OpenAIBackend(section(server.url, timeout=0.3))
-            backend.close()
+        with opened(Behaviour(share=0.4, seed=seed, stall=0.4), timeout=0.3) as (_, backend):
             assert backend.offers.top == 20, seed
 
 
@@ -116,32 +110,6 @@ def test_what_fails_for_good_is_named_and_the_rest_is_kept(tmp_path: Path) -> No
         assert wrong(again.generate(questions(100), max_tokens=ROOM), questions(100)) == []
         assert again.recalled == 30 - probes
         again.close()
-
-
-@pytest.mark.parametrize("status", [200, 400])
-def test_brackets_without_end_are_no_json(status: int) -> None:
-    httpx = pytest.importorskip("httpx")
-    bodies = iter([(status, b"[" * 200_000), (200, b'{"usage": {}, "said": "A"}')])
-
-    def respond(request: Any) -> Any:
-        code, content = next(bodies)
-        return httpx.Response(code, stream=httpx.ByteStream(content))
-
-    async def ask() -> str:
-        asked = section("http://127.0.0.1:9/v1")
-        wire = Wire(asked, Spending(asked, None))
-        await wire.close()
-        wire._client = httpx.AsyncClient(transport=httpx.MockTransport(respond))
-        try:
-            return await wire.ask("/completions", {}, lambda value: str(value["said"]), what=lambda: "a question")
-        finally:
-            await wire.close()
-
-    if status == 200:
-        assert asyncio.run(ask()) == "A"
-    else:
-        with raises(BackendError, Facts("failed", "http://127.0.0.1:9/v1/completions", says="status 400")):
-            asyncio.run(ask())
 
 
 def test_a_refusal_is_not_tried_again() -> None:
@@ -176,10 +144,8 @@ def test_the_server_says_when_to_come_back() -> None:
 
 
 def test_waits_double_and_are_never_sooner_than_asked() -> None:
-    with running(Behaviour()) as server:
-        backend = OpenAIBackend(section(server.url, backoff=1.0, longest_wait=8.0))
-        backend.close()
-    pauses = [[backend.wire._pause(attempt, None) for _ in range(200)] for attempt in range(1, 7)]
+    with opened(Behaviour(), backoff=1.0, longest_wait=8.0) as (_, backend):
+        pauses = [[backend.wire._pause(attempt, None) for _ in range(200)] for attempt in range(1, 7)]
     for drawn, bound in zip(pauses, (1, 2, 4, 8, 8, 8), strict=True):
         assert min(drawn) < 0.2 * bound, "full jitter reaches down to nothing"
         assert 0.8 * bound < max(drawn) <= bound

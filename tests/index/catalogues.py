@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -48,6 +48,15 @@ def made(users: int = 60, items: int = 40, seed: int = 0, *, shuffle: int | None
         random.Random(shuffle).shuffle(keys)
         catalogue = {key: catalogue[key] for key in keys}
     return split(Dataset("made", "things", frame, catalogue), Split(), seed=0)
+
+
+def trained(pairs: Iterable[tuple[str, str]], items: Mapping[str, Item]) -> SplitDataset:
+    """A catalogue of which nothing is held out; the pairs are a user and what they chose."""
+    schema = {"user_id": pl.String, "item_id": pl.String}
+    frame = pl.DataFrame(list(pairs), schema=schema, orient="row")
+    dataset = Dataset("made", "things", frame, items)
+    none = dataset.interactions.clear()
+    return SplitDataset(dataset, "given", 0, dataset.interactions, none, none, frozenset())
 
 
 def other_held_out(data: SplitDataset) -> SplitDataset:

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-import polars as pl
 import pytest
+from catalogues import trained
 
-from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset
 from llmrec.errors import DataError, RecipeError
 from llmrec.index.table import ItemIndex, build, own_token
@@ -33,11 +32,7 @@ def item(name: str, **fields: str) -> Item:
 
 
 def catalogue(items: Mapping[str, Item], train: list[tuple[str, str]] | None = None) -> SplitDataset:
-    rows = train if train is not None else [("u", name) for name in items]
-    schema = {"user_id": pl.String, "item_id": pl.String}
-    dataset = Dataset("shop", "things", pl.DataFrame(rows, schema=schema, orient="row"), items)
-    empty = dataset.interactions.clear()
-    return SplitDataset(dataset, "leave_one_out", 0, dataset.interactions, empty, empty, frozenset())
+    return trained([("u", name) for name in items] if train is None else train, items)
 
 
 def filed(values: Mapping[str, str] = FILED, train: list[tuple[str, str]] | None = None) -> SplitDataset:
@@ -113,7 +108,7 @@ def test_a_separator_and_fields_can_be_named() -> None:
 
 
 def test_items_without_the_fields_are_refused() -> None:
-    with raises(DataError, Facts("missing-column", "shop", column="data.columns.fields")):
+    with raises(DataError, Facts("missing-column", "made", column="data.columns.fields")):
         coded(catalogue({"x": item("x")}))
     with raises(
         RecipeError,

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+from catalogues import trained
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse
 from scipy.sparse.linalg import ArpackNoConvergence
 
-from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset
 from llmrec.errors import DataError, RecipeError
 from llmrec.index import collaborative
@@ -30,14 +30,9 @@ from tests.facts import Facts, raises
 
 def chosen(histories: Mapping[str, Sequence[str]], more: Sequence[str] = ()) -> SplitDataset:
     """Training histories by user, and a catalogue of their items and some more."""
-    rows = [(user, item, float(t)) for user, items in histories.items() for t, item in enumerate(items)]
-    schema = {"user_id": pl.String, "item_id": pl.String, "timestamp": pl.Float64}
-    frame = pl.DataFrame(rows, schema=schema, orient="row")
-    names = sorted({*more, *(item for items in histories.values() for item in items)})
-    catalogue = {name: Item(item_id=name, title=name) for name in names}
-    dataset = Dataset("made", "things", frame, catalogue)
-    empty = dataset.interactions.clear()
-    return SplitDataset(dataset, "leave_one_out", 0, dataset.interactions, empty, empty, frozenset())
+    pairs = [(user, item) for user, items in histories.items() for item in items]
+    names = sorted({*more, *(item for _, item in pairs)})
+    return trained(pairs, {name: Item(item_id=name, title=name) for name in names})
 
 
 def coded(data: SplitDataset, *, seed: int = 0, item_token: bool = False, **shape: int) -> ItemIndex:
@@ -169,23 +164,6 @@ def test_another_seed_changes_the_order_within_leaves_alone() -> None:
     assert one.codes != two.codes
     warm = [item for item, pieces in one.codes.items() if pieces[0] != token(0, 3)]
     assert all(one.codes[item][:-1] == two.codes[item][:-1] for item in warm)
-
-
-def test_held_out_interactions_are_not_looked_at() -> None:
-    data = mixed()
-    names = sorted(data.dataset.items)
-    digests = set()
-    for seed in range(3):
-        order = random.Random(seed).sample(names, len(names))
-        held = pl.DataFrame({"user_id": [f"u{n}" for n in range(len(order))], "item_id": order})
-        held = Dataset("made", "things", held, data.dataset.items).interactions
-        pairs = frozenset(held.select("user_id", "item_id").iter_rows())
-        named = pl.col("user_id", "item_id").cast(pl.String)
-        rows = pl.concat([data.train.with_columns(named), held.with_columns(named)])
-        whole = replace(data.dataset, interactions=rows)
-        other = replace(data, dataset=whole, valid=held, test=held, held_out=pairs, known=held)
-        digests.add(coded(other, clusters=3, leaf=8).digest)
-    assert digests == {coded(data, clusters=3, leaf=8).digest}
 
 
 def test_a_graph_without_any_structure_gives_the_same_codes_twice() -> None:

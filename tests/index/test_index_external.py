@@ -9,8 +9,8 @@ from typing import Any
 
 import polars as pl
 import pytest
+from catalogues import trained
 
-from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset
 from llmrec.durable import sha256_of
 from llmrec.errors import DataError, ErrorKind
@@ -21,11 +21,7 @@ from tests.facts import Facts, raises
 
 
 def catalogue(names: Sequence[str]) -> SplitDataset:
-    schema = {"user_id": pl.String, "item_id": pl.String}
-    frame = pl.DataFrame([("u", name) for name in names], schema=schema, orient="row")
-    dataset = Dataset("made", "things", frame, {name: Item(item_id=name, title=name) for name in names})
-    empty = dataset.interactions.clear()
-    return SplitDataset(dataset, "leave_one_out", 0, dataset.interactions, empty, empty, frozenset())
+    return trained([("u", name) for name in names], {name: Item(item_id=name, title=name) for name in names})
 
 
 def read(path: Path, names: Sequence[str] = "xyz") -> ItemIndex:

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from catalogues import embed as of_letters
-from catalogues import made
+from catalogues import trained
 from numpy.typing import NDArray
 
 from llmrec.data.dataset import Dataset
@@ -39,10 +38,7 @@ def titled(titles: Sequence[str], times: Sequence[int] | None = None) -> SplitDa
         for item, often in zip(items, times or [1] * len(items), strict=True)
         for user in range(often)
     ]
-    frame = pl.DataFrame(rows, schema=["user_id", "item_id"], orient="row")
-    none = frame.clear()
-    dataset = Dataset("titled", "things", frame, items)
-    return SplitDataset(dataset, "given", 0, frame, none, none, frozenset())
+    return trained(rows, items)
 
 
 def index_of(
@@ -139,14 +135,6 @@ def test_planted_kinds_share_their_first_piece() -> None:
     assert all(first[n] == first[n % 8] for n in range(160)) and len({*first}) == 8
     assert index.figures["perplexity_1"] == pytest.approx(8)
     assert 0 < index.figures["mse"] < 0.1
-
-
-@pytest.mark.parametrize("repair", REPAIRS)
-def test_codes_depend_on_seed_and_data_but_not_on_the_order_of_the_catalogue(repair: str) -> None:
-    options: dict[str, Any] = {"embed": of_letters, "codes": 20, "repair": repair}
-    index = index_of(made(), **options)
-    assert index_of(made(shuffle=3), **options).digest == index.digest
-    assert index_of(made(), seed=1, **options).codes != index.codes
 
 
 def test_levels_beyond_the_first_hold_the_bound_too() -> None:

@@ -118,15 +118,6 @@ def test_a_chat_template_that_fails_names_its_folder(template: str, folder: Path
         ask(folder)
 
 
-def test_a_template_that_refuses_system_turns_gets_them_in_the_first_turn(folder: Path) -> None:
-    plain = (folder / "chat_template.jinja").read_text()
-    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + plain
-    (folder / "chat_template.jinja").write_text(refusing)
-    encoder = Encoder(load_tokenizer(str(folder), ModelSection(name=str(folder))), max_length=64)
-    turns = [Message("system", (Segment("text", "Be brief."),)), Message("user", (Segment("text", "Heat"),))]
-    assert "user\nBe brief.\n\nHeat" in encoder.turns_text(turns)
-
-
 def test_pickled_weights_are_not_unpacked(folder: Path, tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     proof = tmp_path / "ran"

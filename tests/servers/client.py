@@ -10,15 +10,17 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 from llmrec.backends.cache import AnswerStore, CachedBackend, StoredLedger
+from llmrec.backends.encode import Encoder
 from llmrec.backends.server.backend import OpenAIBackend
 from llmrec.recipe.schema import ServerSection
 from llmrec.types import Backend, Completion, Message, Prompt, Segment
-from tests.servers.faulty import answer_to, digest_of
+from tests.servers.faulty import Behaviour, FaultyServer, answer_to, digest_of, running
 
 ROOM = 8
 
@@ -36,6 +38,15 @@ def section(url: str | tuple[str, ...], **changes: Any) -> ServerSection:
     """What a test asks with: little patience, many attempts."""
     settings: dict[str, Any] = {"timeout": 1.0, "attempts": 24, "backoff": 0.02, "longest_wait": 0.5, "concurrency": 32}
     return ServerSection(url=url, model="films", **{**settings, **changes})
+
+
+@contextmanager
+def opened(
+    behaviour: Behaviour, encoder: Encoder | None = None, **changes: Any
+) -> Iterator[tuple[FaultyServer, OpenAIBackend]]:
+    """A server, and a backend that asks it."""
+    with running(behaviour) as server, closing(OpenAIBackend(section(server.url, **changes), encoder)) as backend:
+        yield server, backend
 
 
 def cached(store: AnswerStore, asked: ServerSection, started: list[OpenAIBackend] | None = None) -> CachedBackend:

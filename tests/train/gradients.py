@@ -32,12 +32,12 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         self.steps.append({name: p.grad.float().clone() for name, p in named if p.grad is not None})
 
 
-def moved(model: Any) -> Any:
+def moved(model: Any, spread: float = 0.05) -> Any:
     """Have adapters be other than at the start, where half of their gradients are 0."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
-                parameter.normal_(0, 0.05)
+                parameter.normal_(0, spread)
     return model
 
 

@@ -8,18 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from llmrec.backends.encode import Encoder
 from llmrec.backends.hf.backend import HFBackend
 from llmrec.errors import RecipeError
 from llmrec.models import exits
-from llmrec.models.load import load_model, load_tokenizer
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import LoraSection, TrainSection
 from llmrec.train import lora, sft
 from llmrec.train.batches import plan
 from llmrec.train.loss import ExitLoss, label_loss
 from llmrec.types import Message, Prompt, Segment
-from tests.conftest import make_model, section
+from tests.conftest import make_model, opened, section
 from tests.facts import Facts, raises
 from tests.train.test_training import examples
 
@@ -29,11 +27,6 @@ LAYERS = 4
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("deep"), layers=LAYERS)
-
-
-def opened(folder: Path) -> tuple[Any, Encoder]:
-    chosen = section(folder)
-    return load_model(str(folder), chosen), Encoder(load_tokenizer(str(folder), chosen), max_length=256)
 
 
 @pytest.mark.parametrize("layers", [1, 2, 24, 30])

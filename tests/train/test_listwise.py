@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from llmrec.backends.encode import IGNORED, Encoder, TokenRow
+from llmrec.backends.encode import IGNORED, TokenRow
 from llmrec.errors import RecipeError
-from llmrec.models.load import load_model, load_tokenizer
+from llmrec.models.load import load_model
 from llmrec.pipeline.objectives import listwise_of
 from llmrec.pipeline.study import build_study
 from llmrec.pipeline.training import plan_training, training_key
@@ -28,6 +28,7 @@ from llmrec.train.loss import label_loss, lambda_loss, list_loss, packed_loss, s
 from llmrec.train.packing import stack, tree
 from llmrec.train.steps import Step, Steps
 from llmrec.types import Example, Message, Segment
+from tests.conftest import encoder_of
 from tests.facts import Facts, raises
 
 TITLES = ("Heat", "Fargo", "The Big Lebowski", "Alien")
@@ -61,10 +62,6 @@ def lists(count: int = 12) -> list[Example]:
                 )
             )
     return made
-
-
-def encoder_of(folder: Path) -> Encoder:
-    return Encoder(load_tokenizer(str(folder), ModelSection(name=str(folder))), max_length=256)
 
 
 def planned(folder: Path, steps: int, count: int) -> tuple[Steps, list[TokenRow]]:
@@ -210,7 +207,7 @@ def study_of(tmp_path: Path, model: Path, *changes: str, loss: str = "softmax") 
 
 def test_a_recipe_plans_lists_of_its_candidates(llama_folder: Path, tmp_path: Path) -> None:
     study = study_of(tmp_path, llama_folder)
-    encoder = Encoder(load_tokenizer(str(llama_folder), study.recipe.model), max_length=512)
+    encoder = encoder_of(llama_folder, 512)
     assert listwise_of(study) == Listwise("softmax", 5)
     made = plan_training(study, encoder)
     assert all(len(each.rows) == 5 for step in made.steps for each in step.bins)
@@ -223,7 +220,7 @@ def test_a_recipe_plans_lists_of_its_candidates(llama_folder: Path, tmp_path: Pa
 
 def test_a_candidate_that_does_not_fit_drops_its_list(llama_folder: Path, tmp_path: Path) -> None:
     study = study_of(tmp_path, llama_folder, "train.max_row_tokens=16")
-    encoder = Encoder(load_tokenizer(str(llama_folder), study.recipe.model), max_length=512)
+    encoder = encoder_of(llama_folder, 512)
     with raises(RecipeError, Facts("too-large", says="train.max_row_tokens=16")):
         plan_training(study, encoder)
 

@@ -22,6 +22,7 @@ from llmrec.train.heads import HeadLoss, attach, measure
 from llmrec.train.loss import label_loss
 from llmrec.train.steps import Step
 from tests.conftest import section
+from tests.train.gradients import moved
 from tests.train.test_item_tokens import INDEX, TITLES
 from tests.train.test_item_tokens import examples as lists
 from tests.train.test_training import examples as ratings
@@ -181,11 +182,7 @@ def test_gradients_are_those_of_a_float32_reference_also_after_an_evaluation(
     method: str, folders: dict[str, Path]
 ) -> None:
     case = Case(method, folders)
-    with torch.no_grad():
-        # An adapter's second half starts at 0 and would leave the first without a gradient.
-        for name, p in case.model.named_parameters():
-            if "lora_B" in name:
-                p.normal_(0, 0.02)
+    moved(case.model, 0.02)
     row = case.rows[3]
     ids, labels = torch.tensor([row.ids]), torch.tensor([row.labels])
     by = HeadLoss(case.head) if case.head else None

@@ -17,12 +17,12 @@ from llmrec.tasks.rows import Listwise
 from llmrec.train import lora, sft
 from llmrec.train.batches import micro_steps, plan
 from llmrec.train.steps import Step
+from tests.conftest import encoder_of
 from tests.facts import Facts, raises
 from tests.train.gradients import assert_equal, recorded, trained
-from tests.train.test_listwise import encoder_of, planned
+from tests.train.test_listwise import planned
 from tests.train.test_preference import Case
 from tests.train.test_seq2seq import INDEX, base, rows_of
-from tests.train.test_seq2seq import encoder_of as paired_encoder
 from tests.train.test_world import LOSS, assert_alike, training
 from tests.train.together import together
 
@@ -144,7 +144,7 @@ def test_parts_of_pairs_divide_by_all_targets(base: Path, tmp_path: Path, monkey
     for name, settings in (("one", {}), ("two", {"micro_tokens": 128})):
         section = ModelSection(name=str(base), dtype="float32", device="cpu")
         train = TrainSection(method="full", steps=1, valid_rows=0, report_to=(), **settings)
-        encoder = paired_encoder(base)
+        encoder = encoder_of(base)
         steps = plan(iter(rows_of("bare-next-code", encoder, 40)), steps=1, batch_tokens=512, seed=0)
         assert len(micro_steps(steps[0], 128)) > 1
         torch.manual_seed(0)

@@ -25,6 +25,7 @@ from llmrec.train.loss import block_mask, label_loss, packed_loss
 from llmrec.train.packing import Packed, Stacked, alike, bins, stack, tree
 from llmrec.train.steps import Step
 from tests.facts import Facts, raises
+from tests.train.gradients import moved
 
 
 def row(ids: Sequence[int], first: int = 1, *, quiet: Sequence[int] = ()) -> TokenRow:
@@ -64,12 +65,7 @@ def adapted(folder: Path, **changes: Any) -> Any:
     """A model with adapters that are no longer zero, or one that is trained whole."""
     section, train = ModelSection(name=str(folder), dtype="float32"), TrainSection(lora=LoraSection(rank=4), **changes)
     torch.manual_seed(0)
-    model = lora.load_trainable(str(folder), section, train)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(0, 0.05)
-    return model.eval()
+    return moved(lora.load_trainable(str(folder), section, train)).eval()
 
 
 def gradients(model: Any, loss: Any) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from llmrec.train.loss import label_loss
 from llmrec.train.reward.objective import RewardObjective, advantages, policy_loss
 from llmrec.train.reward.rewards import Rewards, closing_of
 from llmrec.types import Case, Example, Message, Request, Segment
+from tests.train.gradients import moved
 from tests.train.test_item_tokens import INDEX, TITLES, section
 
 WAYS: tuple[Way, ...] = ("beam", "sampled", "without-replacement")
@@ -222,10 +223,7 @@ def test_a_step_by_hand(base: Path, logprobs: Any, temperature: float) -> None:
     """Rollouts of the policy, hits, and before the first update a loss of nothing but what beta weighs: 0."""
     settings: Any = {"logprobs": logprobs, "temperature": temperature, "rollouts": "sampled", "normalise": False}
     toy = Toy(base, planted=False, **settings)
-    with torch.no_grad():
-        for name, weight in toy.model.named_parameters():
-            if "lora_B" in name:
-                weight.normal_(0, 0.3)
+    moved(toy.model, 0.3)
     total, count = toy.objective.loss(toy.model, 0)
     wanted, rows = 0.0, toy.steps[0].rows
     cases = [toy.cases[n] for n in next(iter(toy.steps.numbers()))]
@@ -254,10 +252,7 @@ def test_the_parts_of_a_step_are_the_whole_step(base: Path, tmp_path: Path) -> N
     found = []
     for limit in (None, 60):
         toy = Toy(base, planted=False, updates=2, limit=limit)
-        with torch.no_grad():
-            for name, weight in toy.model.named_parameters():
-                if "lora_B" in name:
-                    weight.normal_(0, 0.3)
+        moved(toy.model, 0.3)
         total, count = 0.0, toy.objective.parts(toy.model, 0)
         for part in range(count):
             loss, questions = toy.objective.loss(toy.model, 0, part)

@@ -18,7 +18,7 @@ from llmrec.data.split import SplitDataset, split
 from llmrec.errors import RecipeError
 from llmrec.index.table import ItemIndex, token
 from llmrec.models.item_tokens import extended
-from llmrec.models.load import byte_tokenizer, load_model, load_tokenizer, write
+from llmrec.models.load import byte_tokenizer, load_model, write
 from llmrec.prompts.template import load_templates
 from llmrec.recipe.schema import LoraSection, SequentialSection, ShapeSection, Split, TrainSection
 from llmrec.tasks.sequential import SequentialTask
@@ -26,7 +26,7 @@ from llmrec.train import lora, sft
 from llmrec.train.batches import cut, paired_inputs, plan, target_rows
 from llmrec.train.loss import paired_loss
 from llmrec.types import Example, Item, Message, Prompt, Segment
-from tests.conftest import section
+from tests.conftest import encoder_of, section
 from tests.facts import Facts, raises
 from tests.tasks.making import make
 
@@ -59,10 +59,6 @@ def successors() -> SplitDataset:
 def task(template: str, data: SplitDataset | None = None) -> SequentialTask:
     section = SequentialSection(templates=(template,), strategies=("search",), history=6, window=7)
     return make(SequentialTask, data or successors(), section, load_templates("sequential"), seed=0, index=INDEX)
-
-
-def encoder_of(folder: Path) -> Encoder:
-    return Encoder(load_tokenizer(str(folder), section(folder)), max_length=256)
 
 
 @pytest.fixture(scope="module")

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from llmrec.backends.encode import IGNORED, Encoder
+from llmrec.backends.encode import IGNORED
 from llmrec.errors import ModelError
 from llmrec.models.load import load_model, load_tokenizer
-from llmrec.recipe.schema import ModelSection, TeacherSection, TrainSection
+from llmrec.recipe.schema import TeacherSection, TrainSection
 from llmrec.train import lora, sft
 from llmrec.train.batches import plan
 from llmrec.train.heads import open_teacher
 from llmrec.train.loss import TaughtLoss, label_loss, related
-from tests.conftest import make_model
+from tests.conftest import make_model, opened, section
 from tests.facts import Facts, raises
 from tests.train.test_training import examples
 
@@ -30,28 +29,18 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def narrow(wide: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of fewer layers and half the width over the same tokens."""
     folder = tmp_path_factory.mktemp("narrow")
-    config = load_model(str(wide), _section(wide)).config
+    config = load_model(str(wide), section(wide)).config
     torch.manual_seed(1)
     small = type(config).from_dict({**config.to_dict(), "hidden_size": config.hidden_size // 2, "num_hidden_layers": 1})
     from transformers import AutoModelForCausalLM
 
     AutoModelForCausalLM.from_config(small).save_pretrained(folder)
-    load_tokenizer(str(wide), _section(wide)).save_pretrained(folder)
+    load_tokenizer(str(wide), section(wide)).save_pretrained(folder)
     return folder
 
 
-def _section(folder: Path) -> ModelSection:
-    return ModelSection(name=str(folder), dtype="float32")
-
-
-def _opened(folder: Path) -> tuple[Any, Encoder]:
-    return load_model(str(folder), _section(folder)), Encoder(
-        load_tokenizer(str(folder), _section(folder)), max_length=256
-    )
-
-
 def test_the_loss_is_that_of_soft_targets_by_hand(wide: Path, narrow: Path) -> None:
-    (teacher, encoder), (pupil, _) = _opened(wide), _opened(narrow)
+    (teacher, encoder), (pupil, _) = opened(wide), opened(narrow)
     row = encoder.row(examples()[0])
     ids, labels = torch.tensor([row.ids]), torch.tensor([row.labels])
     wanted = labels[:, 1:] != IGNORED
@@ -87,7 +76,7 @@ def test_relations_are_compared_by_hand_and_whatever_the_widths() -> None:
 
 
 def test_relations_stand_beside_the_loss_of_targets(wide: Path, narrow: Path) -> None:
-    (teacher, encoder), (pupil, _) = _opened(wide), _opened(narrow)
+    (teacher, encoder), (pupil, _) = opened(wide), opened(narrow)
     row = encoder.row(examples()[0])
     ids, labels = torch.tensor([row.ids]), torch.tensor([row.labels])
     plain, count = label_loss(pupil, ids, labels, TaughtLoss(teacher, 0.5))
@@ -98,14 +87,14 @@ def test_relations_stand_beside_the_loss_of_targets(wide: Path, narrow: Path) ->
 
 
 def test_a_pupil_comes_near_its_teacher(wide: Path, narrow: Path, tmp_path: Path) -> None:
-    (_, encoder), chosen = _opened(narrow), _section(narrow)
+    (_, encoder), chosen = opened(narrow), section(narrow)
     taught = open_teacher(str(wide), chosen, TeacherSection(run="x", share=1.0), _vocabulary(narrow))
-    section = TrainSection(
+    train = TrainSection(
         method="full", steps=30, batch_tokens=256, learning_rate=5e-3, valid_rows=0, save_every=30, report_to=()
     )
     rows = [encoder.row(each) for each in examples()]
     steps = plan((rows[n % len(rows)] for n in range(10_000)), steps=30, batch_tokens=256, seed=0)
-    model = lora.load_trainable(str(narrow), chosen, section, tokens=[])
+    model = lora.load_trainable(str(narrow), chosen, train, tokens=[])
     ids, labels = torch.tensor([rows[0].ids]), torch.tensor([rows[0].labels])
     with torch.no_grad():
         before = float(label_loss(model, ids, labels, taught)[0])
@@ -114,7 +103,7 @@ def test_a_pupil_comes_near_its_teacher(wide: Path, narrow: Path, tmp_path: Path
         encoder,
         steps,
         {},
-        section,
+        train,
         folder=tmp_path,
         seed=0,
         quiet=True,
@@ -130,9 +119,9 @@ def test_a_pupil_comes_near_its_teacher(wide: Path, narrow: Path, tmp_path: Path
 
 
 def _vocabulary(folder: Path) -> int:
-    return int(load_model(str(folder), _section(folder)).config.vocab_size)
+    return int(load_model(str(folder), section(folder)).config.vocab_size)
 
 
 def test_other_tokens_are_refused(wide: Path) -> None:
     with raises(ModelError, Facts("mismatch", column="train.teacher")):
-        open_teacher(str(wide), _section(wide), TeacherSection(run="x"), 17)
+        open_teacher(str(wide), section(wide), TeacherSection(run="x"), 17)

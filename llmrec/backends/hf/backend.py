@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from llmrec.backends.hf.tree import (
     MaskedTree,
     PlainTree,
     PrefixReader,
+    padded,
     read_through,
     reads_states,
     states_of,
@@ -70,12 +71,7 @@ class Listening:
 
 
 class Counting:
-    """Tracks the progress of a batch, for which transformers passes one token per prompt at a time.
-
-    Args:
-        prompts: Number of prompts.
-        max_tokens: Maximum number of tokens per text.
-    """
+    """Tracks the progress of a batch, for which transformers passes one token per prompt at a time."""
 
     def __init__(self, prompts: int, max_tokens: int) -> None:
         self._prompts, self._share = prompts, prompts / max_tokens
@@ -100,13 +96,6 @@ _told_if_full = reporting_full_memory("asking the model", ASKING, "eval.batch_to
 _ROWS = 256
 # Tokens per forward pass on a CPU and on a GPU, where even a small pass takes tens of milliseconds.
 _CPU_TOKENS, _GPU_TOKENS = 4096, 32768
-
-
-class _Stopping(TypedDict, total=False):
-    """Stops generation before the end of the turn."""
-
-    stop_strings: list[str]
-    tokenizer: Any
 
 
 class HFBackend:
@@ -249,7 +238,7 @@ class HFBackend:
             pad, warm = self.encoder.tokenizer.pad_token_id, self._warm and not self._paired
             self._tree = MaskedTree(self.model, pad, warm=warm) if tree else self._rows_tree()
         return search(
-            lambda: self._tree,
+            self._tree,
             self.encoder,
             prompts,
             texts,
@@ -341,7 +330,7 @@ class HFBackend:
     def _decode(self, prompts: list[list[int]], stop: str | None, max_tokens: int) -> list[Completion]:
         torch, tokenizer = self._torch, self.encoder.tokenizer
         rows, mask = self._padded(prompts)
-        options = _Stopping(stop_strings=[stop], tokenizer=tokenizer) if stop is not None else _Stopping()
+        options: dict[str, Any] = {} if stop is None else {"stop_strings": [stop], "tokenizer": tokenizer}
         streamer: Counting | Listening = Counting(len(prompts), max_tokens)
         if self.listener is not None and len(prompts) == 1 and not self._paired:
             streamer = Listening(self.encoder, stop, self.listener)
@@ -362,15 +351,8 @@ class HFBackend:
 
     def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Any, Any]:
         """Return prompts padded on the left, or on the right for an encoder, with their mask."""
-        torch, longest = self._torch, max(map(len, prompts))
-        rows = torch.full((len(prompts), longest), self.encoder.tokenizer.pad_token_id, device=self.model.device)
-        mask = torch.zeros_like(rows)
-        for row, ids in enumerate(prompts):
-            # A decoder continues at the end of the prompt; an encoder counts positions from its beginning.
-            place = slice(0, len(ids)) if self._paired else slice(longest - len(ids), longest)
-            rows[row, place] = torch.tensor(ids, device=rows.device)
-            mask[row, place] = 1
-        return rows, mask
+        # A decoder continues at the end of the prompt; an encoder counts positions from its beginning.
+        return padded(prompts, self.encoder.tokenizer.pad_token_id, self.model.device, left=not self._paired)
 
     def _score_labels(self, ids: list[int], labels: Sequence[int]) -> list[float]:
         torch, device = self._torch, self.model.device

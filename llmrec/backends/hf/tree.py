@@ -51,11 +51,6 @@ class Body(Protocol):
         ...
 
 
-def body_of(model: torch.nn.Module) -> Body:
-    """Return the body of a model that `takes_trees` accepts."""
-    return PairedBody(model) if is_paired(model.config) else CausalBody(model)
-
-
 def takes_trees(model: torch.nn.Module) -> bool:
     """Whether a model supports token trees: its logits are computed row by row, and positions can be set."""
     plain = plain_head(model.config, model.get_output_embeddings())
@@ -67,13 +62,23 @@ def output_scale(config: PretrainedConfig) -> float:
     return float(config.d_model**-0.5) if getattr(config, "scale_decoder_outputs", False) else 1.0
 
 
+def padded(texts: Sequence[Sequence[int]], pad: int, device: Any, *, left: bool = False) -> tuple[Any, Any]:
+    """Return padded token ids and their mask, each of shape (texts, longest)."""
+    torch, longest = require("torch", "train"), max(map(len, texts))
+    ids = torch.full((len(texts), longest), pad)
+    mask = torch.zeros_like(ids)
+    for row, text in enumerate(texts):
+        place = slice(longest - len(text), longest) if left else slice(len(text))
+        ids[row, place] = torch.tensor(list(text))
+        mask[row, place] = 1
+    return ids.to(device), mask.to(device)
+
+
 def states_of(model: torch.nn.Module, ids: torch.Tensor, **inputs: Any) -> Any:
     """Return the input of the head, shape (rows, columns, d).
 
-    Args:
-        model: The model.
-        ids: Token ids, of an encoder-decoder those of its decoder, shape (rows, columns).
-        inputs: Further inputs of its decoder, such as masks, or the encoder's states.
+    The ids are of shape (rows, columns), of an encoder-decoder those of its decoder, which gets the further inputs:
+    masks, or the encoder's states.
     """
     scale = output_scale(model.config) if is_paired(model.config) else 1.0
     states = model.get_decoder()(input_ids=ids, use_cache=False, **inputs).last_hidden_state
@@ -130,14 +135,8 @@ class PairedBody:
 
     def begin(self, prompts: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
         """Encode prompts, padded on the right, and return the start token of the decoder for each."""
-        torch, device = self._torch, self._model.device
-        longest = max(map(len, prompts))
-        ids = torch.zeros((len(prompts), longest), dtype=torch.long)
-        self._seen = torch.zeros((len(prompts), longest), dtype=torch.long, device=device)
-        for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt)] = torch.tensor(list(prompt))
-            self._seen[row, : len(prompt)] = 1
-        out = self._model.get_encoder()(input_ids=ids.to(device), attention_mask=self._seen)
+        ids, self._seen = padded(prompts, 0, self._model.device)
+        out = self._model.get_encoder()(input_ids=ids, attention_mask=self._seen)
         self._states, self._places = out.last_hidden_state, None
         return [(self._start,)] * len(prompts)
 
@@ -198,7 +197,7 @@ class MaskedTree:
         """
         self._torch = require("torch", "train")
         self._model, self._pad, self._keep = model, pad, warm
-        self._body = body_of(model)
+        self._body: Body = PairedBody(model) if is_paired(model.config) else CausalBody(model)
         self._cache: Any = None
         self._warm: tuple[tuple[int, ...], Any] | None = None
         self._prompts: list[tuple[int, ...]] = []
@@ -369,7 +368,7 @@ class PlainTree:
         if not self._paired:
             self._texts = [tuple(prompt) for prompt in prompts]
             return self._answers(wanted)
-        ids, mask = self._padded([tuple(prompt) for prompt in prompts])
+        ids, mask = padded(prompts, self._pad, self._model.device)
         with self._torch.inference_mode():
             self._encoded = self._model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
         self._mask = mask
@@ -410,7 +409,7 @@ class PlainTree:
     def _last(self, numbers: Sequence[int]) -> Any:
         """Return the last hidden states of the texts, shape (n, d), or their logits, shape (n, vocabulary)."""
         torch, texts = self._torch, [self._texts[n] for n in numbers]
-        ids, mask = self._padded(texts)
+        ids, mask = padded(texts, self._pad, self._model.device)
         ends = torch.tensor([len(text) - 1 for text in texts], device=ids.device)
         rows = torch.arange(len(texts), device=ids.device)
         self.tokens += sum(map(len, texts))
@@ -431,12 +430,6 @@ class PlainTree:
             return states_of(self._model, ids, encoder_hidden_states=encoded, encoder_attention_mask=seen)
         out = self._model(encoder_outputs=(encoded,), attention_mask=seen, decoder_input_ids=ids, use_cache=False)
         return out.logits
-
-    def _padded(self, texts: Sequence[tuple[int, ...]]) -> tuple[Any, Any]:
-        torch, longest = self._torch, max(map(len, texts))
-        ids = torch.tensor([[*text, *[self._pad] * (longest - len(text))] for text in texts])
-        mask = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts])
-        return ids.to(self._model.device), mask.to(self._model.device)
 
 
 # Reads prompts up to their last token, with a cache of the prefixes of recent prompts.
@@ -612,16 +605,7 @@ class Candidates:
 def read_through(
     engine: TreeEngine, prompts: Sequence[Sequence[int]], candidates: Sequence[Sequence[tuple[int, ...]]]
 ) -> list[list[float]]:
-    """Score candidates after each prompt with a tree engine, for all prompts at once.
-
-    Args:
-        engine: Reads them.
-        prompts: Token ids, n of them.
-        candidates: The tokens of each prompt's candidates, n lists.
-
-    Returns:
-        The log-probability of each candidate, n lists.
-    """
+    """Return the log-probabilities of candidates after each prompt, computed for all prompts at once."""
     trees = [Candidates.of(tails) for tails in candidates]
     # Prompts have the first indices, followed by all fed tokens.
     begins = np.cumsum([len(prompts), *(len(tree.tokens) for tree in trees)])

@@ -17,21 +17,14 @@ import logging
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from typing import Any, TypeVar
 
+from llmrec.backends.cache import StoredLedger
 from llmrec.backends.encode import Encoder
 from llmrec.backends.search import Labels, single_token_labels
 from llmrec.backends.server import probe
-from llmrec.backends.server.client import (
-    Ledger,
-    Loop,
-    Spending,
-    Wire,
-    chat_body,
-    completion_body,
-    likelihood_body,
-    usage,
-)
+from llmrec.backends.server.client import Loop, Spending, Wire, chat_body, completion_body, likelihood_body, usage
 from llmrec.backends.server.probe import MARGIN, Labelled, Offers, probe_all
 from llmrec.durable import Json
 from llmrec.errors import BackendError
@@ -68,7 +61,9 @@ class OpenAIBackend(Backend):
     capabilities: frozenset[Capability] = frozenset({"generate", "score"})
     """Maximum capabilities of a server; an instance has those that its server supports."""
 
-    def __init__(self, section: ServerSection, encoder: Encoder | None = None, *, ledger: Ledger | None = None) -> None:
+    def __init__(
+        self, section: ServerSection, encoder: Encoder | None = None, *, ledger: StoredLedger | None = None
+    ) -> None:
         self._section, self._encoder = section, encoder
         self.spending = Spending(section, ledger)
         self.wire = Wire(section, self.spending)
@@ -281,8 +276,4 @@ def _scores(logprobs: Sequence[float], prompt_tokens: int, engine: str) -> Score
 
 def _in_order(found: Iterator[tuple[int, T]]) -> list[T]:
     """Sort answers in the order of the prompts."""
-    return [answer for _, answer in sorted(found, key=_place)]
-
-
-def _place(pair: tuple[int, Any]) -> int:
-    return pair[0]
+    return [answer for _, answer in sorted(found, key=itemgetter(0))]

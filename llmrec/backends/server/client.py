@@ -27,9 +27,10 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
+from llmrec.backends.cache import StoredLedger
 from llmrec.durable import Json
 from llmrec.errors import BackendError, EngineFailure, require
 from llmrec.guard import clean, neutralise
@@ -44,18 +45,6 @@ _MILLION = 1_000_000
 _MOST = 2**32
 
 
-class Ledger(Protocol):
-    """Stores the usage of a server when the process ends."""
-
-    def spent(self) -> Cost:
-        """Return the usage recorded so far."""
-        ...
-
-    def spend(self, cost: Cost) -> None:
-        """Record additional usage."""
-        ...
-
-
 class Spending:
     """The usage of a server by this process and earlier ones.
 
@@ -66,7 +55,7 @@ class Spending:
         ledger: Records usage beyond the process; None: this process only.
     """
 
-    def __init__(self, section: ServerSection, ledger: Ledger | None) -> None:
+    def __init__(self, section: ServerSection, ledger: StoredLedger | None) -> None:
         self._section, self._ledger = section, ledger
         self._lock = threading.Lock()
         self._total = ledger.spent() if ledger is not None else Cost()
@@ -213,13 +202,7 @@ class Fleet:
         server.until, server.rest, server.tried = 0.0, FIRST_REST, False
 
     def failed(self, server: Server, fault: str, wait: float | None = None) -> None:
-        """Record a failure, and skip the server after too many.
-
-        Args:
-            server: The server.
-            fault: The fault, for the log.
-            wait: Seconds from the server's Retry-After.
-        """
+        """Record a failure, and skip the server after too many, or for the ``wait`` seconds of its Retry-After."""
         server.faults += 1
         if len(self._servers) == 1 or (server.until and not server.tried):
             return
@@ -283,10 +266,6 @@ class _Again(Exception):
 
 class Wire:
     """A client of one server, or of several servers with the same model.
-
-    Args:
-        section: Address, key, time-outs, attempts.
-        spending: Where usage is counted, and which stops requests.
 
     Raises:
         BackendError: If the environment variable of the key is not set.
@@ -503,12 +482,7 @@ def _replaced(value: Any, old: str, new: str) -> Any:
 
 
 def retry_after(value: str | None, now: float) -> float | None:
-    """Return the seconds in a ``Retry-After`` header, given as number or date; None if it is missing.
-
-    Args:
-        value: The header.
-        now: Seconds since 1970.
-    """
+    """Return the seconds in a ``Retry-After`` header, a number or date; None if it is missing. ``now``: since 1970."""
     if value is None:
         return None
     try:

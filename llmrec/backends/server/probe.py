@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import itemgetter
 from typing import Any, TypeVar
 
 from llmrec.backends.encode import Encoder
@@ -55,23 +56,14 @@ def choices(value: Any, count: int) -> list[Mapping[str, Any]]:
     places = [choice.get("index", 0 if len(result) == 1 else None) for choice in result]
     if len(result) != count or set(places) != set(range(count)):
         raise ValueError(f"expected {count} choices, received choices with the indices {places}")
-    ordered: list[Mapping[str, Any]] = [choice for _, choice in sorted(zip(places, result, strict=True), key=_place)]
-    return ordered
-
-
-def _place(pair: tuple[int, Any]) -> int:
-    return pair[0]
+    return [choice for _, choice in sorted(zip(places, result, strict=True), key=itemgetter(0))]
 
 
 def completion(value: Any, *, stop: str | None, chat: bool) -> Completion:
     """Parse a generated text, without a reasoning block and up to the stop text.
 
-    An unfinished reasoning block is an empty answer with finish reason ``length``. Without usage, counts are 0.
-
-    Args:
-        value: The answer.
-        stop: The text that ends the answer; in a chat, line breaks before the answer do not.
-        chat: Whether the answer is a chat message.
+    An unfinished reasoning block is an empty answer with finish reason ``length``. Without usage, counts are 0. Line
+    breaks before the answer of a chat do not end it.
     """
     (choice,) = choices(value, 1)
     thought = False
@@ -127,9 +119,7 @@ def named_labels(value: Any, ids: Sequence[int]) -> tuple[float, ...]:
 def top_labels(value: Any, spellings: Sequence[Sequence[str]]) -> Labelled:
     """Parse the log-probabilities of labels among the most likely first tokens of a completion.
 
-    Args:
-        value: The answer.
-        spellings: How servers may write each label's token, the most reliable first.
+    The spellings are how servers may write each label's token, the most reliable first.
     """
     result = first(value)
     return by_name(result, [next((name for name in names if name in result), names[0]) for names in spellings])
@@ -169,13 +159,7 @@ def by_name(found: Mapping[str, float], names: Sequence[str]) -> Labelled:
 
 
 def tail_sums(value: Any, start: int, tails: Sequence[Sequence[int]]) -> list[float]:
-    """Sum the log-probabilities of each candidate's tokens, from echoed prompts.
-
-    Args:
-        value: An answer with one choice a candidate.
-        start: Tokens of the prompt.
-        tails: Tokens of each candidate.
-    """
+    """Sum the log-probabilities of each candidate's tokens after ``start`` tokens of the echoed prompt."""
     sums = []
     for choice, tail in zip(choices(value, len(tails)), tails, strict=True):
         rows = choice["logprobs"]["token_logprobs"]

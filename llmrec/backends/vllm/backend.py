@@ -18,7 +18,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
 
@@ -32,10 +32,6 @@ from llmrec.errors import BackendError, EngineFailure, require
 from llmrec.machine import Node, node_memory
 from llmrec.progress import count_answers
 from llmrec.types import Backend, Capability, Completion, Prompt, Scores, SearchResult
-
-if TYPE_CHECKING:
-    import numpy as np
-
 
 # Size of the KV cache on a CPU: what the requests need, within the free memory.
 
@@ -542,7 +538,7 @@ class VLLMBackend(Backend):
     ) -> list[SearchResult]:
         """Search a catalogue; see `Backend.search`."""
         return search(
-            self.tree,
+            self.tree(),
             self.encoder,
             prompts,
             texts,

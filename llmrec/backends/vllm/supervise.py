@@ -17,10 +17,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from multiprocessing import spawn
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import psutil
 
@@ -40,8 +41,11 @@ from llmrec.backends.vllm import guard as vllm_guard
 # then.
 
 
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
 _MAIN = ("init_main_from_name", "init_main_from_path")
-_T = TypeVar("_T")
 
 
 class _Here(threading.local):
@@ -68,9 +72,9 @@ def without_main() -> Iterator[None]:
         _here.hidden = before
 
 
-def _hiding(prepare: Callable[[str], dict[str, _T]]) -> Callable[[str], dict[str, _T]]:
+def _hiding(prepare: Callable[[str], dict[str, T]]) -> Callable[[str], dict[str, T]]:
     @functools.wraps(prepare)
-    def prepared(name: str) -> dict[str, _T]:
+    def prepared(name: str) -> dict[str, T]:
         message = prepare(name)
         return {key: value for key, value in message.items() if key not in _MAIN} if _here.hidden else message
 
@@ -115,12 +119,7 @@ class _Sample:
 
 
 class Vigil:
-    """Decides from a series of checks whether an engine is lost; independent of vLLM and clocks.
-
-    Args:
-        limits: When to give up.
-        now: Seconds on a monotonic clock.
-    """
+    """Decides from a series of checks whether an engine is lost; independent of vLLM and clocks."""
 
     def __init__(self, limits: Limits, now: float) -> None:
         self._limits = limits
@@ -185,10 +184,6 @@ def named(seen: Iterable[Seen]) -> str:
     return ", ".join(f"{s.name} (process {s.pid})" for s in seen) or "the engine"
 
 
-log = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
 # A healthy engine needs about five seconds to shut down, and unlinks its shared memory at the end.
 ORDERLY_SECONDS = 7.0
 CLOSE_SECONDS = 8.0
@@ -208,21 +203,8 @@ class Progress:
         self.steps += 1
 
 
-class _Outcome(Generic[T]):
-    """The result or exception of a thread."""
-
-    def __init__(self) -> None:
-        self.done = threading.Event()
-        self.value: list[T] = []
-        self.error: BaseException | None = None
-
-
 class Watch:
-    """Starts, watches and ends the processes of an engine.
-
-    Args:
-        limits: When an engine is given up.
-    """
+    """Starts, watches and ends the processes of an engine."""
 
     def __init__(self, limits: Limits | None = None) -> None:
         self.limits = limits or Limits()
@@ -267,22 +249,21 @@ class Watch:
         progress = Progress()
         if not self._vital:
             return work(progress)
-        outcome: _Outcome[T] = _Outcome()
+        # Not an executor, whose threads Python waits for at exit.
+        outcome: Future[T] = Future()
         self._thread = threading.Thread(target=_work, args=(work, progress, outcome), daemon=True, name="llmrec-vllm")
         self._thread.start()
         vigil = Vigil(self.limits, time.monotonic())
         try:
-            while not outcome.done.wait(self.limits.poll):
+            while not wait([outcome], self.limits.poll).done:
                 if trouble := vigil.judge(time.monotonic(), self.look(), progress.steps):
                     self._lost(trouble)
         except BaseException:
             self.kill()
             raise
-        if outcome.error is not None:
-            if trouble := vigil.judge(time.monotonic(), self.look(), progress.steps):
-                self._lost(trouble, outcome.error)
-            raise outcome.error
-        return outcome.value[0]
+        if (error := outcome.exception()) and (trouble := vigil.judge(time.monotonic(), self.look(), progress.steps)):
+            self._lost(trouble, error)
+        return outcome.result()
 
     def look(self) -> list[Seen]:
         """Return the current state of the engine processes and of the waiting thread."""
@@ -446,13 +427,11 @@ class Watch:
             guard.wait(1)
 
 
-def _work(work: Callable[[Progress], T], progress: Progress, outcome: _Outcome[T]) -> None:
+def _work(work: Callable[[Progress], T], progress: Progress, outcome: Future[T]) -> None:
     try:
-        outcome.value.append(work(progress))
+        outcome.set_result(work(progress))
     except BaseException as error:
-        outcome.error = error
-    finally:
-        outcome.done.set()
+        outcome.set_exception(error)
 
 
 def _quietly(call: Callable[[], None]) -> None:

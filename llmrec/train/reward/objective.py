@@ -138,16 +138,9 @@ class RewardObjective:
         seed: int,
         limit: int | None = None,
     ) -> None:
-        """Prepare the objective for the planned steps.
+        """Prepare for planned steps, whose rows are questions with their answers; cases are by row number.
 
-        Args:
-            steps: Planned steps, whose rows are questions with their answers.
-            cases: The questions, by row number.
-            section: The recipe's ``train.reward``.
-            rewards: The reward terms.
-            pad: Any token id.
-            seed: Seed of the rollouts.
-            limit: Maximum number of tokens computed together, padding included; None: a whole step.
+        At most ``limit`` tokens are computed together, padding included; None: a whole step.
         """
         self.updates = section.updates
         self._steps, self._cases, self._section, self._rewards = steps, cases, section, rewards
@@ -164,13 +157,7 @@ class RewardObjective:
         return len(self._drawn.parts)
 
     def loss(self, model: torch.nn.Module, number: int, part: int = 0) -> tuple[Any, float]:
-        """Return the summed loss of a part of a step, and the number of questions in the step.
-
-        Args:
-            model: The model with a PEFT adapter.
-            number: Number of the planned step.
-            part: Index of the part.
-        """
+        """Return the summed loss of a part of a step, and the number of questions in the step."""
         self.parts(model, number)
         assert self._drawn is not None
         drawn, section = self._drawn.parts[part], self._section

@@ -36,12 +36,7 @@ class Rewards:
     scorer: CatalogueScorer | None = None
 
     def of(self, case: Case, places: Sequence[int]) -> list[float]:
-        """Return the total reward of each generated item in a group of rollouts.
-
-        Args:
-            case: The question and its true item.
-            places: Distinct catalogue indices of the items, the most likely first.
-        """
+        """Return the total reward of each item of a group, by distinct catalogue indices, the most likely first."""
         terms: dict[RewardKind, Callable[[Case, Sequence[int]], Sequence[float]]] = {
             "hit": self._hit,
             "ndcg": self._ndcg,
