@@ -176,6 +176,11 @@ class Band:
         return str(self.first) if self.first == self.last else f"{self.first}–{self.last}"
 
     @property
+    def middle(self) -> float:
+        """The mean position."""
+        return (self.first + self.last) / 2
+
+    @property
     def mean_rank(self) -> str:
         """The mean rank with one decimal, since a few requests justify no more."""
         return f"{self.rank:.1f}"

@@ -94,9 +94,9 @@ def test_codes_of_tokens_show_levels_prefixes_neighbours_and_examples(tame: dict
     assert sections(text) == ["summary", "levels", "prefixes", "neighbours", "examples"]
     assert text.count('class="plot"') == 2 and text.count("<svg") == 4
     found = diagnose(tree_index(len(TEXTS)))
-    assert [panel["available"] for panel in index_plots.usage_of(found)] == [5, 4, 7]
-    assert sum(index_plots.usage_of(found)[0]["counts"]) == len(TEXTS)
-    assert index_plots.branching_of(found.depths)[0]["most"][0] == len(TEXTS)
+    assert [level.available for level in index_plots.shared_levels(found)] == [5, 4, 7]
+    drawn = [shape.title for shape in index_plots.pictures(found)["branching"][0].shapes]
+    assert f"most at length 0: {len(TEXTS)}" in drawn
     for said in (
         "&lt;a_…&gt;",
         "12.5 %",
@@ -120,7 +120,8 @@ def test_codes_of_text_have_no_plots(tame: dict[str, Path]) -> None:
 
 def test_tokens_of_single_items_are_not_plotted() -> None:
     found = diagnose(tree_index(40, hybrid=True))
-    assert [panel["title"] for panel in index_plots.usage_of(found)] == ["items per <a_…>", "items per <b_…>"]
+    drawn = [shape.text for shape in index_plots.pictures(found)["usage"][0].shapes]
+    assert [text for text in drawn if text.startswith("items per")] == ["items per <a_…>", "items per <b_…>"]
     assert index_summary.HYBRID in index_summary.sentence(found)
     tokens = tuple(own_token(n) for n in range(9))
     alone = diagnose(ItemIndex("token", {f"i{n}": (piece,) for n, piece in enumerate(tokens)}, tokens=tokens))
