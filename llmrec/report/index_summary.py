@@ -124,7 +124,7 @@ def line(run_dir: Path) -> str:
     if not (run_dir / "report" / PAGE).is_file():
         return ""
     try:
-        return line_of(json.loads(path.read_bytes()))
+        return _line(json.loads(path.read_bytes()))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(path, error) from error
 
@@ -147,7 +147,7 @@ def neighbours(run_dir: Path) -> tuple[Group, ...]:
         raise _damaged(path, error) from error
 
 
-def line_of(found: Mapping[str, Any]) -> str:
+def _line(found: Mapping[str, Any]) -> str:
     """Return a line about an item index, from the content of its metrics file."""
     unit = "tokens" if found["pieces"] else "characters"
     length = spread(Spread(**(found["pieces"] or found["characters"])))

@@ -13,44 +13,38 @@ from llmrec.durable import refuse_link, replacing
 from llmrec.report import index_summary
 from llmrec.report.audit import AuditLine, LeakError, audit_lines, how_to_audit, refuse_leaks
 from llmrec.report.render import html_page, latex, markdown_page, refused_pages
-from llmrec.report.results import Made, content_of, failure_reasons, fix_for, results_of
+from llmrec.report.results import content_of, failure_reasons, fix_for, results_of
 from llmrec.report.table import csv_text
 
 PAGES = {"html": "index.html", "markdown": "report.md", "csv": "table.csv", "latex": "table.tex"}
 """The files of a report that contain figures."""
 
 
-def write(run_dir: Path, made: Made | None = None) -> dict[str, Path]:
+def write(run_dir: Path) -> dict[str, Path]:
     """Write ``run_dir/report`` from the results, predictions and audit of a run.
 
     Each file is written to a temporary file and renamed, so a reader never sees an incomplete one.
 
     Args:
         run_dir: The run folder.
-        made: The content of the three files; None to read them.
 
     Returns:
         The written files under ``html``, ``markdown``, ``csv`` and ``latex``.
 
     Raises:
-        DataError: If one of the first two files is missing, or one of the three cannot be read.
+        DataError: If results or predictions are missing, or one of the three files cannot be read.
         LeakError: If the run leaks. The two pages then say so without any figure, and tables of an earlier call are
             removed.
         LlmrecError: If a table would mix rows of different protocols, or a task has no baseline.
     """
-    run_dir = Path(run_dir)
-    if made is None:
-        content, audit, predictions = content_of(run_dir), audit_lines(run_dir), None
-    else:
-        content, audit, predictions = made.results, made.audit, made.predictions
+    content, audit = content_of(run_dir), audit_lines(run_dir)
     try:
         refuse_leaks(run_dir, audit or ())
     except LeakError:
         _refuse(run_dir, audit or ())
         raise
     results = results_of(content, source=str(run_dir / "results.json"), fix=fix_for(run_dir))
-    reasons, fix = failure_reasons(run_dir, results, predictions), how_to_audit(run_dir)
-    index_line = index_summary.line(run_dir) if made is None or made.item_index is None else made.item_index
+    reasons, fix, index_line = failure_reasons(run_dir, results), how_to_audit(run_dir), index_summary.line(run_dir)
     folder = run_dir / "report"
     refuse_link(folder)
     folder.mkdir(exist_ok=True)
