@@ -510,7 +510,7 @@ def test_leftovers_of_living_processes_stay(tmp_path: Path) -> None:
     fill(tmp_path / f"output.llmrec-tmp-{gone}", "another name")
     with (
         raises(LlmrecError, Facts("exists", tmp_path / "out", says="--force")),
-        placing.placing(tmp_path / "out", force=False, ours=lambda _: True),
+        placing.placing(tmp_path / "out", force=False),
     ):
         pass
     # What was moved aside by a process that died before it put the new folder in place is back.
