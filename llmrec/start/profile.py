@@ -31,6 +31,7 @@ from llmrec.data.read.text import Form
 from llmrec.data.read.typed import DateOrder, Dates, read_dates, texts
 from llmrec.data.read.words import Named, event_rank, named
 from llmrec.data.sets.table import SPELLED, part_of
+from llmrec.display import shortened
 from llmrec.errors import DataError, Place
 from llmrec.guard import clean
 
@@ -73,11 +74,6 @@ class Numbers:
 
     form: NumberForm
     values: pl.Series
-
-    @property
-    def share(self) -> float:
-        """Share of rows with a number."""
-        return 1 - self.values.null_count() / max(len(self.values), 1)
 
 
 @dataclass(frozen=True)
@@ -182,8 +178,7 @@ UNIX = ((1e8, 4e9), (1e11, 4e12), (1e14, 4e15), (1e17, 4e18))
 
 def shown(name: str, limit: int = 40) -> str:
     """Return a name from a file on one line, printable and truncated."""
-    line = clean(name, limit + 1)
-    return line if len(line) <= limit else line[: limit - 1] + "…"
+    return shortened(clean(name, limit + 1), limit)
 
 
 @dataclass(frozen=True)
@@ -314,10 +309,11 @@ def _profile(table: Table, name: str, dates: DateOrder | None) -> Profile:
 
 
 def _mean(series: pl.Series) -> float:
-    return _float(series.mean())
+    return as_float(series.mean())
 
 
-def _float(value: object) -> float:
+def as_float(value: object) -> float:
+    """Return a number of polars as a float; 0 for none."""
     return float(value) if isinstance(value, int | float) else 0.0
 
 
@@ -330,10 +326,10 @@ def goes_with(one: pl.Series, other: pl.Series) -> float | None:
     """
     frame = pl.DataFrame({"a": one[:_TIE_ROWS], "b": other[:_TIE_ROWS]})
     frame = frame.filter((pl.col("b") != "") & (pl.col("a") != "")).filter(pl.len().over("a") > 1)
-    if frame.height < _TIE_LEAST or _float(frame["b"].unique_counts().max()) > _ALWAYS * frame.height:
+    if frame.height < _TIE_LEAST or as_float(frame["b"].unique_counts().max()) > _ALWAYS * frame.height:
         return None
     counts = frame.group_by("a", "b").len().group_by("a").agg(pl.col("len").max())
-    return _float(counts["len"].sum()) / frame.height
+    return as_float(counts["len"].sum()) / frame.height
 
 
 # --------------------------------------------------------------------------- classification of values
