@@ -15,6 +15,7 @@ from llmrec.report.marks import best_baseline, has_marks, legend, marks, rule, s
 from llmrec.report.page import write
 from llmrec.report.results import results_of
 from llmrec.report.table import csv_text
+from tests.report.made import turn
 
 Save = Callable[[dict[str, Any]], Path]
 BETTER, WORSE = "significantly better", "significantly worse"
@@ -52,11 +53,7 @@ def test_a_row_is_marked_against_its_zero_shot_row_and_the_best_baseline(results
 
 def test_a_comparison_that_stands_the_other_way_round_is_turned(results: dict[str, Any]) -> None:
     before = marks(results_of(results), "sequential")[TUNED]
-    for entry in results["comparisons"]:
-        entry.update(a=entry["b"], b=entry["a"], value=-entry["value"], low=-entry["high"], high=-entry["low"])
-        entry["verdict"] = {"shown": "contradicted", "contradicted": "shown"}.get(
-            entry.get("verdict"), entry.get("verdict")
-        )
+    turn(results)
     assert marks(results_of(results), "sequential")[TUNED] == before
 
 

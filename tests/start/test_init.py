@@ -8,7 +8,7 @@ import re
 import shlex
 import sqlite3
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -48,14 +48,6 @@ def llmrec(*arguments: str) -> str:
             raise done.exception
         return f"error: {done.exception}"
     return done.output
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty folder to work in, with the shop's tables."""
-    shop.write_all(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    yield tmp_path
 
 
 # --------------------------------------------------------------------------- the page
@@ -612,16 +604,6 @@ def test_hours_played_are_no_rating(folder: Path) -> None:
     recipe = load_recipe("log.yaml")
     assert recipe.data.columns.rating is None and recipe.data.rating_scale is None
     build_study(recipe)
-
-
-def test_the_shop_is_seeded(tmp_path: Path) -> None:
-    shop.write_all(tmp_path / "a")
-    shop.write_all(tmp_path / "b")
-    for one in sorted((tmp_path / "a").iterdir()):
-        assert one.read_bytes() == (tmp_path / "b" / one.name).read_bytes()
-    assert shop.write_orders(tmp_path / "c.csv", seed=1).read_bytes() != (tmp_path / "a" / "orders.csv").read_bytes()
-    assert len({product.name for product in shop.products()}) == 60
-    assert len({order.customer_id for order in shop.orders()}) == shop.CUSTOMERS
 
 
 def test_a_table_that_is_not_there_is_named(folder: Path) -> None:
