@@ -44,6 +44,7 @@ from llmrec.models.load import dtype as torch_dtype
 from llmrec.models.load import load_config, load_tokenizer, quiet_libraries, release_memory, resolve, weights_stamp
 from llmrec.models.rating_head import copy_head
 from llmrec.models.soft_prompt import METHODS, copy_soft, softened
+from llmrec.models.streaming import outlines
 from llmrec.models.traits import is_paired
 from llmrec.pipeline import bundle
 from llmrec.pipeline.resume import locked
@@ -364,7 +365,7 @@ def _check_room(source: Source, base: str, dtype: str, options: ExportOptions) -
     if options.adapter_only:
         needed = sum(file.stat().st_size for file in (source.folder / "adapter").iterdir())
     else:
-        needed = safety.elements(Path(base)) * _BYTES[dtype]
+        needed = sum(count for _, count in outlines(Path(base)).values()) * _BYTES[dtype]
     place = options.out.absolute().parent
     while not place.exists():
         place = place.parent

@@ -45,10 +45,7 @@ def write(run_dir: Path) -> dict[str, Path]:
         raise
     results = results_of(content, source=str(run_dir / "results.json"), fix=fix_for(run_dir))
     reasons, fix, index_line = failure_reasons(run_dir, results), how_to_audit(run_dir), index_summary.line(run_dir)
-    folder = run_dir / "report"
-    refuse_link(folder)
-    folder.mkdir(exist_ok=True)
-    pages = {kind: folder / name for kind, name in PAGES.items()}
+    pages = _pages(run_dir)
     _put(pages["csv"], csv_text(results).encode())
     _put(pages["latex"], latex(results).encode())
     _put(pages["markdown"], markdown_page(results, reasons, audit, fix=fix).encode())
@@ -60,13 +57,19 @@ def write(run_dir: Path) -> dict[str, Path]:
 
 def _refuse(run_dir: Path, audit: Sequence[AuditLine]) -> None:
     """Write the pages of a run with a leak, which describe the leak and show no results."""
-    refuse_link(run_dir / "report")
-    folder = run_dir / "report"
-    folder.mkdir(exist_ok=True)
+    pages = _pages(run_dir)
     for kind in ("csv", "latex"):
-        (folder / PAGES[kind]).unlink(missing_ok=True)
+        pages[kind].unlink(missing_ok=True)
     for kind, text in refused_pages(run_dir.resolve().name, audit).items():
-        _put(folder / PAGES[kind], text.encode())
+        _put(pages[kind], text.encode())
+
+
+def _pages(run_dir: Path) -> dict[str, Path]:
+    """Make the report folder, and return the paths of its files."""
+    folder = run_dir / "report"
+    refuse_link(folder)
+    folder.mkdir(exist_ok=True)
+    return {kind: folder / name for kind, name in PAGES.items()}
 
 
 def _put(path: Path, content: bytes) -> None:
