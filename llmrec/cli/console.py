@@ -76,10 +76,10 @@ def show_shard(folder: Path, target: Path) -> Mapping[str, Any]:
 
 def show_tables(folder: Path) -> None:
     """Print the result tables of a run folder."""
-    from llmrec.report.results import content_of
+    from llmrec.report.results import content_of, results_of
     from llmrec.report.table import console_tables
 
-    for table in console_tables(content_of(folder)):
+    for table in console_tables(results_of(content_of(folder))):
         console().print(table, "")
 
 

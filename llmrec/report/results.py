@@ -210,11 +210,11 @@ def _check_comparisons(results: Results, source: str) -> None:
                 )
 
 
-def results_of(content: Results | Mapping[str, Any], *, source: str = "results.json", fix: str = "") -> Results:
+def results_of(content: Mapping[str, Any], *, source: str = "results.json", fix: str = "") -> Results:
     """Parse and validate the content of results.json.
 
     Args:
-        content: The parsed JSON, or records, which are validated again.
+        content: The parsed JSON.
         source: Its name in errors.
         fix: A sentence on what to do, appended to errors.
 
@@ -222,13 +222,12 @@ def results_of(content: Results | Mapping[str, Any], *, source: str = "results.j
         DataError: If a key is missing or has the wrong type.
         LlmrecError: If the rows must not be reported together.
     """
-    if not isinstance(content, Results):
-        try:
-            content = Results.model_validate(without_surrogates(dict(content)))
-        except (ValidationError, RecursionError) as error:
-            raise _unfit(error, source, fix) from error
-    check(content, source=source)
-    return content
+    try:
+        results = Results.model_validate(without_surrogates(dict(content)))
+    except (ValidationError, RecursionError) as error:
+        raise _unfit(error, source, fix) from error
+    check(results, source=source)
+    return results
 
 
 def _unfit(error: ValidationError | RecursionError, source: str, fix: str) -> DataError:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -21,7 +20,6 @@ from llmrec.report.marks import (
     rule,
     singles,
 )
-from llmrec.report.results import results_of
 from llmrec.report.wording import (
     KINDS,
     NOT_EVALUATED,
@@ -65,16 +63,11 @@ def grid(
 # --------------------------------------------------------------------------- CSV
 
 
-def csv_text(results: Results | Mapping[str, Any]) -> str:
-    """Return results as CSV, with one line per model and metric and the columns `CSV_COLUMNS`.
-
-    Raises:
-        LlmrecError: If the content is incomplete or its rows must not share a table.
-    """
-    result = results_of(results)
+def csv_text(results: Results) -> str:
+    """Return results as CSV, with one line per model and metric and the columns `CSV_COLUMNS`."""
     buffer = io.StringIO()
     # line ending of RFC 4180
-    lines = ([line.get(name) for name in CSV_COLUMNS] for line in _csv_lines(result))
+    lines = ([line.get(name) for name in CSV_COLUMNS] for line in _csv_lines(results))
     write_rows(buffer, CSV_COLUMNS, lines, end="\r\n")
     return buffer.getvalue()
 
@@ -123,15 +116,10 @@ def _csv_marks(mark: Mark | None, control: Row | None) -> dict[str, object]:
 # --------------------------------------------------------------------------- terminal
 
 
-def console_tables(results: Results | Mapping[str, Any]) -> list[Table]:
-    """Return a terminal table for each task and for planned comparisons, at most 80 columns wide.
-
-    Raises:
-        LlmrecError: If the content is incomplete or its rows must not share a table.
-    """
-    result = results_of(results)
-    tables = [_task_table(result, task) for task in result.tasks]
-    return [*tables, _comparison_table(result)] if planned(result) else tables
+def console_tables(results: Results) -> list[Table]:
+    """Return a terminal table for each task and for planned comparisons, at most 80 columns wide."""
+    tables = [_task_table(results, task) for task in results.tasks]
+    return [*tables, _comparison_table(results)] if planned(results) else tables
 
 
 def plain(text: str, style: str = "") -> Text:
