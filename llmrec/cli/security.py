@@ -47,8 +47,6 @@ class Finding:
     """A finding: one line of the output.
 
     Attributes:
-        name: The check.
-        found: Its result.
         fix: How to fix a fault; empty if there is none.
         note: Advice that is not about a fault.
     """

@@ -55,8 +55,6 @@ class SliceLine:
     """A subset of test cases: one line of the table, with a value for each model.
 
     Attributes:
-        title: Its name in words.
-        n: Number of cases.
         users: Number of their users, if known.
         small: Whether there are too few cases for a conclusion.
         figures: One figure for each row; None for a row without one.
@@ -76,7 +74,6 @@ class SliceTable:
     """The table of results on subsets for one task.
 
     Attributes:
-        metric: The metric shown.
         rows: The columns: the best row of each setting, then the best baseline.
         lines: Slices with cases.
         empty: Names, in words, of slices without cases.

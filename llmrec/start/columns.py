@@ -85,13 +85,7 @@ class Roles:
     """What the columns of a table contain.
 
     Attributes:
-        user: Column of users.
-        item: Column of items.
-        rating: Column of ratings, if any.
-        time: Column of times, if any.
         title: Column of item titles, if any, in this table or in that of the items.
-        text: Column of texts by users, if any.
-        fields: Further columns about items.
         why: A reason for every column of both tables, used or not.
         profiles: Profile of each column of the table of interactions, by name.
         items: Profile of each column of the table of items, by name; empty if there is no such table.

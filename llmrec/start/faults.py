@@ -25,12 +25,10 @@ class Fault:
     """An error in a table, which `llmrec check` would reject.
 
     Attributes:
-        column: Its column.
         at: Its file and row, as far as known.
         said: A clause with the row, the value and the error.
         mend: How the copy fixes it; empty if only the user can.
         instead: Another way to fix it.
-        kind: The kind of error, for programs.
     """
 
     column: str

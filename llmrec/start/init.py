@@ -46,9 +46,6 @@ class Made:
     """The result of `init`.
 
     Attributes:
-        recipe: The path of the recipe.
-        found: The findings and decisions, as text.
-        then: The next commands, as text.
         fixes: The faults that a copy of the table fixes, and the rows it leaves out; empty without a copy.
     """
 

@@ -44,8 +44,6 @@ class Facts:
 
     Attributes:
         rows: Number of rows, repeats included.
-        users: Number of users.
-        items: Number of items.
         repeats: Rows whose user and item are in another row too.
         history: Distinct items of a user: minimum, median, maximum.
         able: Users with at least 3 distinct items, of which leave-one-out can hold out two. If whole baskets are
@@ -88,18 +86,11 @@ class Plan:
 
     Attributes:
         tasks: Whether each family is switched on, and the reason.
-        split: Kind of the split.
         core: ``filter.user_core`` and ``filter.item_core``; 1 keeps everything.
         noun: The word for items in prompts.
         scale: Lowest and highest rating; None if there is only one.
-        candidates: Candidates of a request.
-        users: Evaluated users.
-        arms: The evaluated model settings.
-        steps: Optimiser steps.
-        backend: The backend.
         encoder: The text encoder of the baselines; None without titles, or if there is no encoder.
         seconds: Estimate by stage, on two common CPU cores.
-        facts: The statistics behind the decisions.
     """
 
     tasks: Mapping[str, tuple[bool, str]]

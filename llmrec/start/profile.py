@@ -65,12 +65,7 @@ _THOUSANDS = r"^[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?$"
 
 @dataclass(frozen=True)
 class Numbers:
-    """A column parsed as numbers.
-
-    Attributes:
-        form: The format of the numbers.
-        values: The numbers; null if a cell has none.
-    """
+    """A column parsed as numbers, which are null where a cell has none."""
 
     form: NumberForm
     values: pl.Series
@@ -81,7 +76,6 @@ class Times:
     """A column parsed as times.
 
     Attributes:
-        form: The format of the times.
         values: The cells; null if a cell has no time.
         low: Smallest value, if the times are numbers.
         high: Largest value, if the times are numbers.
@@ -186,7 +180,6 @@ class Profile:
     """Statistics of a column.
 
     Attributes:
-        name: Its name in the file.
         named: The roles that the name suggests.
         cells: The values as strings; empty if blank.
         filled: Number of filled cells.
@@ -194,8 +187,6 @@ class Profile:
         length: Mean number of characters of a filled cell.
         words: Mean number of words of a filled cell.
         letters: Share of filled cells with a letter.
-        numbers: The column read as numbers.
-        times: The column read as times.
     """
 
     name: str
@@ -451,7 +442,6 @@ class Peek:
     """A table, or the part of it that was read.
 
     Attributes:
-        table: The rows that were read.
         whole: Whether these are all rows.
         first: Number of rows from the beginning of the file; the others are from further down.
     """
