@@ -76,16 +76,13 @@ def settle_generation(draft: Path, encoder: Encoder) -> None:
 
 def put_adapter(source: Source, base: str, draft: Path) -> None:
     """Copy the adapter, and name the base model in it as the recipe does."""
-    if source.record["method"] in soft_prompt.METHODS:
+    lacking = {
+        **dict.fromkeys(soft_prompt.METHODS, "has soft prompts, which an adapter does not contain"),
+        "full": "used full fine-tuning, so it has no adapter",
+    }
+    if why := lacking.get(source.record["method"]):
         raise LlmrecError(
-            f"{source.folder} has soft prompts, which an adapter does not contain; drop --adapter-only",
-            kind="unsupported",
-            at=source.folder,
-            column="--adapter-only",
-        )
-    if source.record["method"] == "full":
-        raise LlmrecError(
-            f"{source.folder} used full fine-tuning, so it has no adapter; drop --adapter-only",
+            f"{source.folder} {why}; drop --adapter-only",
             kind="unsupported",
             at=source.folder,
             column="--adapter-only",

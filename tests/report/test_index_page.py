@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from llmrec.report import index_page, index_plots, index_summary, page
 from tests.facts import Facts, raises
 from tests.report.payloads import FORMULAS, SCRIPTS
 from tests.report.test_report_browser import CHROMIUM, _browse, _without_policy
-from tests.report.test_report_page import Tree
+from tests.report.test_report_page import Tree, check_accessible
 
 TEXTS = [*SCRIPTS, *FORMULAS]
 LINKS = r"#[\w-]+|index\.html"
@@ -162,16 +161,7 @@ def test_payloads_are_shown_as_text(wild: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("kind", ["tokens", "titles", "numbers"])
 def test_page_is_accessible(tame: dict[str, Path], kind: str) -> None:
-    tree = Tree(tame[kind].read_text("utf-8"))
-    names = [tag for tag, _ in tree.tags]
-    assert names.count("h1") == 1 and names.count("table") == names.count("caption") > 1
-    assert all("scope" in attributes for tag, attributes in tree.tags if tag == "th")
-    ids = [value for _, name, value in tree.values if name == "id"]
-    assert len(ids) == len(set(ids))
-    assert {value for _, name, value in tree.values if name == "aria-labelledby"} <= set(ids)
-    assert {value[1:] for _, name, value in tree.values if name == "href"} <= set(ids)
-    levels = [int(tag[1]) for tag in names if re.fullmatch("h[1-6]", tag)]
-    assert all(after <= before + 1 for before, after in pairwise(levels))
+    check_accessible(Tree(tame[kind].read_text("utf-8")))
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
