@@ -696,14 +696,12 @@ _BROKEN = ("damaged", "syntax", "wrong-format", "missing-key", "bad-value")
 
 
 @pytest.mark.parametrize("damage", _DAMAGE.values(), ids=_DAMAGE)
-@pytest.mark.parametrize("reader", ["audit", "report", "export"])
+@pytest.mark.parametrize("reader", ["audit", "export"])
 def test_damaged_results_are_one_line(run: Path, tmp_path: Path, reader: str, damage: Callable[[Path], object]) -> None:
     damage(run / "results.json")
     with pytest.raises(LlmrecError) as error:
         if reader == "audit":
             audits.audit(run)
-        elif reader == "report":
-            pages.write(run)
         else:
             write(run, tmp_path / "out")
     assert error.value.kind in _BROKEN

@@ -115,7 +115,7 @@ def check_accessible(tree: Tree) -> None:
     ids = [value for _, name, value in tree.values if name == "id"]
     assert len(ids) == len(set(ids))
     assert {value for _, name, value in tree.values if name == "aria-labelledby"} <= set(ids)
-    anchors = {value[1:] for tag, name, value in tree.values if tag == "a" and name == "href" and value[0] == "#"}
+    anchors = {value[1:] for tag, name, value in tree.values if tag == "a" and name == "href" and value.startswith("#")}
     assert anchors <= set(ids)
     levels = [int(tag[1]) for tag in names if re.fullmatch("h[1-6]", tag)]
     assert all(after <= before + 1 for before, after in pairwise(levels))
