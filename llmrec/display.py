@@ -57,10 +57,10 @@ class Displayed:
 def as_text(found: Summary) -> str:
     """Format a summary as lines of text without control characters."""
     lines = [_cell(found.title)]
-    lines += _columns([(_cell(name), _cell(value)) for name, value in found.facts.items()])
+    lines += aligned([(_cell(name), _cell(value)) for name, value in found.facts.items()])
     rows, more = _first(found.rows, SHOWN)
     if rows:
-        lines += _columns([[_cell(item) for item in row] for row in (found.header, *rows)])
+        lines += aligned([[_cell(item) for item in row] for row in (found.header, *rows)])
     lines += [f"  ... {more} more rows"] * (more > 0)
     text, more = _first(visible(found.text).splitlines(), _LINES)
     lines += [f"  {line}".rstrip() for line in text]
@@ -116,7 +116,7 @@ def _first(rows: Sequence[_Row], most: int) -> tuple[Sequence[_Row], int]:
     return rows[:most], max(0, len(rows) - most)
 
 
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Return rows as aligned columns."""
     if not rows:
         return []

@@ -179,22 +179,14 @@ def machine() -> dict[str, str | int | float | None]:
     if "torch" in sys.modules:
         torch = sys.modules["torch"]
         gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    chip = processor()
     return {
-        "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu": chip.name,
+        "cores": chip.usable,
         "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
         "gpu": gpu,
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
     }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 _CGROUPS = Path("/sys/fs/cgroup")

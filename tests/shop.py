@@ -62,9 +62,9 @@ class Order:
     comment: str
 
 
-def products(seed: int = 0) -> list[Product]:
+def products() -> list[Product]:
     """Return 60 products, 12 in each category."""
-    dice = random.Random(f"products {seed}")
+    dice = random.Random("products 0")
     found = []
     for category, things in _THINGS.items():
         for thing in things * 2:
@@ -75,10 +75,10 @@ def products(seed: int = 0) -> list[Product]:
     return found
 
 
-def orders(seed: int = 0) -> list[Order]:
+def orders() -> list[Order]:
     """Return 900 orders in order of time; some customers buy a product again."""
-    dice = random.Random(f"orders {seed}")
-    shelf = {category: [p for p in products(seed) if p.category == category] for category in _THINGS}
+    dice = random.Random("orders 0")
+    shelf = {category: [p for p in products() if p.category == category] for category in _THINGS}
     favourites = {f"C{1001 + n}": dice.sample(sorted(_THINGS), 2) for n in range(CUSTOMERS)}
     strict = {customer: dice.choice((-1, 0, 0, 1)) for customer in favourites}
     last = dict.fromkeys(favourites, -1)
@@ -107,7 +107,7 @@ def orders(seed: int = 0) -> list[Order]:
     return found
 
 
-def write_orders(path: Path, seed: int = 0) -> Path:
+def write_orders(path: Path) -> Path:
     """Write the plain table: commas, points, ISO times."""
     head = (
         "order_id",
@@ -132,12 +132,12 @@ def write_orders(path: Path, seed: int = 0) -> Path:
             o.at.strftime("%Y-%m-%dT%H:%M"),
             o.comment,
         )
-        for o in orders(seed)
+        for o in orders()
     ]
     return _write(path, [head, *rows], ",")
 
 
-def write_european(path: Path, seed: int = 0) -> Path:
+def write_european(path: Path) -> Path:
     """Write them as a European spreadsheet does: semicolons, decimal commas, day first, a byte order mark."""
     head = (
         "Bestellnr",
@@ -162,23 +162,23 @@ def write_european(path: Path, seed: int = 0) -> Path:
             o.at.strftime("%d.%m.%Y %H:%M"),
             o.comment,
         )
-        for o in orders(seed)
+        for o in orders()
     ]
     return _write(path, [head, *rows], ";", mark="\ufeff")
 
 
-def write_clicks(path: Path, seed: int = 0) -> Path:
+def write_clicks(path: Path) -> Path:
     """Write visits only: no rating, no title, times in milliseconds."""
     rows = [
         (o.customer_id, o.product.product_id, str(int(o.at.timestamp() * 1000)), "web" if o.order_id % 3 else "app")
-        for o in orders(seed)
+        for o in orders()
     ]
     return _write(path, [("visitor", "product_id", "ts", "channel"), *rows], ",")
 
 
-def write_parts(path: Path, seed: int = 0) -> Path:
+def write_parts(path: Path) -> Path:
     """Write first orders of a product with the part of a published split: by time, 70, 10 and 20 percent."""
-    once = {(o.customer_id, o.product.product_id): o for o in reversed(orders(seed))}
+    once = {(o.customer_id, o.product.product_id): o for o in reversed(orders())}
     kept = sorted(once.values(), key=lambda o: o.order_id)
     rows = [
         (
@@ -195,9 +195,9 @@ def write_parts(path: Path, seed: int = 0) -> Path:
     return _write(path, [head, *rows], ",")
 
 
-def write_products(path: Path, seed: int = 0) -> Path:
+def write_products(path: Path) -> Path:
     """Write the table of products of the orders and the clicks."""
-    rows = [(p.product_id, p.name, p.category, f"{p.price:.2f}") for p in products(seed)]
+    rows = [(p.product_id, p.name, p.category, f"{p.price:.2f}") for p in products()]
     return _write(path, [("product_id", "name", "category", "price"), *rows], ",")
 
 

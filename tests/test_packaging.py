@@ -12,6 +12,7 @@ import sys
 import tarfile
 import tomllib
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -172,7 +173,7 @@ def test_what_moves_fast_is_bounded_above_and_what_is_installed_is_inside(projec
         if _name(requirement) not in HEAVY:
             continue
         (want,) = checks.wanted([requirement])
-        assert "<" in want.specifier, requirement
+        assert "<" in str(want.specifier), requirement
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             assert not checks.misfit(importlib.metadata.version(want.name), want.specifier), requirement
 
@@ -222,12 +223,14 @@ def test_state_of_an_environment(env: setup_env.Environment) -> None:
     assert setup_env.state_of(env) == "foreign"
     _finished(env)
     assert setup_env.state_of(env) == "ready"
-    changed = setup_env.Environment(venv=env.venv, python=env.python, engine=env.engine, key="another pyproject")
-    assert setup_env.state_of(changed) == "stale"
-    switched = setup_env.Environment(venv=env.venv, python=env.python, engine="vllm", key="now")
-    assert setup_env.state_of(switched) == "switched"
-    moved = setup_env.Environment(venv=env.venv, python="/elsewhere 3.11.7 /usr", engine=env.engine, key=env.key)
-    assert setup_env.state_of(moved) == "broken"
+    for key, value, state in (
+        ("key", "another pyproject", "stale"),
+        ("engine", "vllm", "switched"),
+        ("python", "/elsewhere 3.11.7 /usr", "broken"),
+    ):
+        assert setup_env.state_of(replace(env, **{key: value})) == state
+    Path(env.bin_python).unlink()
+    assert setup_env.state_of(env) == "broken"
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"state": "complete"}'])
@@ -239,12 +242,6 @@ def test_a_damaged_stamp_is_not_trusted(env: setup_env.Environment, content: str
 
 def test_an_interrupted_setup_is_not_trusted(env: setup_env.Environment) -> None:
     assert setup_env.state_of(_finished(env, state="started")) == "broken"
-
-
-def test_an_environment_without_its_python_is_not_trusted(env: setup_env.Environment) -> None:
-    _finished(env)
-    Path(env.bin_python).unlink()
-    assert setup_env.state_of(env) == "broken"
 
 
 def _checkout(folder: Path) -> Path:
@@ -339,7 +336,7 @@ def test_another_engine_is_never_installed_over_the_one_that_is_there(
 ) -> None:
     _finished(env)
     (env.venv / "torch-2.13.0+cpu").touch()
-    gpu = setup_env.Environment(venv=env.venv, python=env.python, engine="vllm", key="other")
+    gpu = replace(env, engine="vllm", key="other")
     assert _made(monkeypatch, gpu)[0] == "make the virtual environment"
     assert not (env.venv / "torch-2.13.0+cpu").exists()
     assert "another engine" in capsys.readouterr().out
@@ -350,7 +347,7 @@ def test_an_environment_with_cuda_asks_for_more_room(
     monkeypatch: pytest.MonkeyPatch, env: setup_env.Environment
 ) -> None:
     assert _made(monkeypatch, env, free=10e9)
-    gpu = setup_env.Environment(venv=env.venv.with_name("gpu"), python=env.python, engine="vllm", key="other")
+    gpu = replace(env, venv=env.venv.with_name("gpu"), engine="vllm", key="other")
     with pytest.raises(setup_env.SetupError, match="less than 18 GB"):
         _made(monkeypatch, gpu, free=10e9)
 

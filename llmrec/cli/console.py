@@ -5,13 +5,10 @@ Text goes to the standard output. The same content is kept as facts, which `--js
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
-import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -79,10 +76,10 @@ def show_shard(folder: Path, target: Path) -> Mapping[str, Any]:
 
 def show_tables(folder: Path) -> None:
     """Print the result tables of a run folder."""
-    from llmrec.report.results import content_of
+    from llmrec.report.results import content_of, results_of
     from llmrec.report.table import console_tables
 
-    for table in console_tables(content_of(folder)):
+    for table in console_tables(results_of(content_of(folder))):
         console().print(table, "")
 
 
@@ -110,25 +107,18 @@ def store_facts(**found: Any) -> None:
 
 def as_json(value: Any) -> str:
     """Return values as JSON: records become objects, paths and dates become strings, and NaN becomes null."""
-    return json.dumps(_plain(value), ensure_ascii=False, indent=1, allow_nan=False)
+    # Imported here, because printing a help text should not load it.
+    from pydantic_core import to_jsonable_python
+
+    plain = to_jsonable_python(value, inf_nan_mode="null", fallback=_plain)
+    return json.dumps(plain, ensure_ascii=False, indent=1, allow_nan=False)
 
 
 def _plain(value: Any) -> Any:
+    """Convert a value of a type that pydantic does not know."""
     if isinstance(value, Mapping):
-        return {str(name): _plain(entry) for name, entry in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(entry) for entry in value]
-    if hasattr(value, "model_dump"):
-        return _plain(value.model_dump(mode="json"))
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if hasattr(value, "tolist"):
-        return _plain(value.tolist())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, date):
-        return value.isoformat()
-    return value if isinstance(value, str | int | None) else str(value)
+        return dict(value)
+    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def show(

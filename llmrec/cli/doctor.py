@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Annotated
 
 import typer
 from packaging.requirements import InvalidRequirement, Requirement
-from packaging.specifiers import InvalidSpecifier, Specifier, SpecifierSet
+from packaging.specifiers import Specifier, SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
@@ -75,16 +75,11 @@ def doctor(options: DoctorOptions) -> None:
 _EXTRA = re.compile(r"extra\s*==\s*['\"]([^'\"]+)['\"]")
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """A required package by its normalised name, with a version specifier such as ``>=5.16,<6`` (may be empty)."""
+def wanted(texts: Iterable[str], extra: str = "") -> list[Requirement]:
+    """Parse the ``Requires-Dist`` lines of a package that apply here, for its core or for one extra.
 
-    name: str
-    specifier: str
-
-
-def wanted(texts: Iterable[str], extra: str = "") -> list[Wanted]:
-    """Parse the ``Requires-Dist`` lines of a package that apply here, for its core or for one extra."""
+    Names are normalised.
+    """
     result = []
     for text in texts:
         try:
@@ -95,7 +90,8 @@ def wanted(texts: Iterable[str], extra: str = "") -> list[Wanted]:
         core = marker is None or marker.evaluate({"extra": ""})
         applies = core if not extra else not core and marker is not None and marker.evaluate({"extra": extra})
         if applies:
-            result.append(Wanted(canonicalize_name(requirement.name), str(requirement.specifier)))
+            requirement.name = canonicalize_name(requirement.name)
+            result.append(requirement)
     return result
 
 
@@ -104,17 +100,17 @@ def extras(texts: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(name for text in texts for name in _EXTRA.findall(text)))
 
 
-def misfit(version: str, specifier: str) -> str:
+def misfit(version: str, specifier: SpecifierSet) -> str:
     """Return how a version violates a specifier: ``too old``, ``too new`` or ``another version``; empty if it fits.
 
-    Local version labels are ignored: ``2.13.0+cpu`` is another build of 2.13.0. An invalid version or specifier cannot
-    be compared and counts as fitting.
+    Local version labels are ignored: ``2.13.0+cpu`` is another build of 2.13.0. An invalid version cannot be compared
+    and counts as fitting.
     """
     try:
-        public, clauses = Version(Version(version).public), SpecifierSet(specifier)
-    except (InvalidVersion, InvalidSpecifier):
+        public = Version(Version(version).public)
+    except InvalidVersion:
         return ""
-    for clause in sorted(clauses, key=str):
+    for clause in sorted(specifier, key=str):
         bound = clause.version.partition("+")[0]
         if Specifier(clause.operator + bound).contains(public, prereleases=True):
             continue
@@ -180,7 +176,7 @@ def check_packages(packages: Packages) -> Iterator[Finding]:
             yield _group(f"extra {extra}", wanted(texts, extra), packages, needed=extra in _NEEDED_EXTRAS)
 
 
-def _group(name: str, needs: list[Wanted], packages: Packages, *, needed: bool) -> Finding:
+def _group(name: str, needs: list[Requirement], packages: Packages, *, needed: bool) -> Finding:
     extra = name.removeprefix("extra ")
     install = "pip install llmrec" if name == "core" else f"pip install 'llmrec[{extra}]'"
     versions = {want.name: packages.versions.get(want.name) for want in needs}
@@ -200,9 +196,8 @@ def _group(name: str, needs: list[Wanted], packages: Packages, *, needed: bool) 
     return Finding(name, text, note=f"for {_OTHER_EXTRAS.get(extra, 'some recipes')}: {install}")
 
 
-def _install(wants: Iterable[Wanted], packages: Packages) -> str:
+def _install(wants: Sequence[Requirement], packages: Packages) -> str:
     """Return the pip command that installs the requirements; a CPU build of torch is kept."""
-    wants = list(wants)
     command = "pip install " + " ".join(f"'{want.name}{want.specifier}'" for want in wants)
     if packages.torch_on_cpu and any(want.name.startswith("torch") for want in wants):
         command += f" --extra-index-url {TORCH_CPU_INDEX}"
@@ -244,7 +239,7 @@ def check_engine(packages: Packages) -> Iterator[Finding]:
 
 def check_versions(packages: Packages) -> Iterator[Finding]:
     """Check whether the requirements of the engine and related packages conflict with each other."""
-    clashes: dict[str, list[tuple[str, Wanted, str]]] = {}
+    clashes: dict[str, list[tuple[str, Requirement, str]]] = {}
     texts = packages.requires.get("llmrec", ())
     own = {want.name for extra in ("", *extras(texts)) for want in wanted(texts, extra)}
     for holder in dict.fromkeys((*_HOLDERS, *sorted(own))):
@@ -263,7 +258,7 @@ def check_versions(packages: Packages) -> Iterator[Finding]:
         yield Finding("versions", "fit each other")
 
 
-def _settle(name: str, clashes: list[tuple[str, Wanted, str]], packages: Packages) -> str:
+def _settle(name: str, clashes: list[tuple[str, Requirement, str]], packages: Packages) -> str:
     guests = [holder for holder in _PILLOW_USERS if holder in packages.versions]
     others = [want for holder, want, _ in clashes if holder not in guests]
     fixes = []
@@ -271,8 +266,8 @@ def _settle(name: str, clashes: list[tuple[str, Wanted, str]], packages: Package
     if guests and (name == "pillow" or len(others) < len(clashes)):
         fixes.append(f"pip uninstall -y {' '.join(guests)}")
     if others:
-        joined = ",".join(dict.fromkeys(want.specifier for want in others))
-        fixes.append(_install([Wanted(name, joined)], packages))
+        joined = ",".join(dict.fromkeys(str(want.specifier) for want in others))
+        fixes.append(_install([Requirement(f"{name}{joined}")], packages))
     return "; ".join(fixes)
 
 

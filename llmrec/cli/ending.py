@@ -123,10 +123,7 @@ def fix_of(error: BaseException) -> LlmrecError | None:
     """Convert an exception to an error that users can fix; None for a bug, which needs its traceback."""
     if isinstance(error, LlmrecError):
         return error
-    seen: BaseException | None = error
-    for _ in range(_MOST_CAUSES):
-        if seen is None:
-            return None
+    for seen in _causes(error):
         number = seen.errno if isinstance(seen, OSError) and seen.errno else _errno_of(str(seen))
         if number is not None and number in _MENDABLE:
             file = (seen.filename if isinstance(seen, OSError) else None) or _written(error)
@@ -136,21 +133,23 @@ def fix_of(error: BaseException) -> LlmrecError | None:
                 kind=_MENDABLE[number],
                 at=str(file) if file else None,
             )
-        seen = seen.__cause__ or seen.__context__
     return None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error, and the errors that caused it."""
+    seen: BaseException | None = error
+    for _ in range(_MOST_CAUSES):
+        if seen is None:
+            return
+        yield seen
+        seen = seen.__cause__ or seen.__context__
 
 
 def _written(error: BaseException) -> str | None:
     """Return the file or folder that was being written when an error was raised, if known."""
-    seen: BaseException | None = error
-    for _ in range(_MOST_CAUSES):
-        if seen is None:
-            return None
-        for note in getattr(seen, "__notes__", ()):
-            if note.startswith(WRITING):
-                return str(note.removeprefix(WRITING))
-        seen = seen.__cause__ or seen.__context__
-    return None
+    notes = (note for seen in _causes(error) for note in getattr(seen, "__notes__", ()))
+    return next((str(note.removeprefix(WRITING)) for note in notes if note.startswith(WRITING)), None)
 
 
 def _errno_of(text: str) -> int:

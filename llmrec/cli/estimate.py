@@ -114,30 +114,16 @@ def _timed(config: Any, model: ModelSection, train: TrainSection) -> Speed:
     # Threads that wait for each other spin, which would count as processor time.
     torch.set_num_threads(1 if place == "cpu" else threads)
     try:
-        return _scaled(small, states, table, clock, shapes, train, layers / made, layers)
+        with torch.no_grad():
+            small.eval()
+            read = clock(lambda: _forward(small, shapes.read)) / math.prod(shapes.read)
+            write = clock(lambda: _forward(small, shapes.written)) / math.prod(shapes.written)
+            head = clock(lambda: (states @ table.T).float().logsumexp(-1)) / len(states)
+        learning = _learning(small, train)
+        step = clock(lambda: _forward(learning, shapes.read).float().sum().backward()) / math.prod(shapes.read)
     finally:
         torch.set_num_threads(threads)
-
-
-def _scaled(
-    small: Any,
-    states: Any,
-    table: Any,
-    clock: _Clock,
-    shapes: _Shapes,
-    train: TrainSection,
-    whole: float,
-    layers: int,
-) -> Speed:
-    """Time each kind of computation, and scale the result to all layers."""
-    torch = require("torch", "train")
-    with torch.no_grad():
-        small.eval()
-        read = clock(lambda: _forward(small, shapes.read)) / math.prod(shapes.read)
-        write = clock(lambda: _forward(small, shapes.written)) / math.prod(shapes.written)
-        head = clock(lambda: (states @ table.T).float().logsumexp(-1)) / len(states)
-    learning = _learning(small, train)
-    step = clock(lambda: _forward(learning, shapes.read).float().sum().backward()) / math.prod(shapes.read)
+    whole = layers / made
     top = layers if train.method == "full" else min(layers, train.lora.top_layers or layers)
     again = read if train.gradient_checkpointing else 0.0
     return Speed(
@@ -346,7 +332,7 @@ _START = {"vllm": 45.0, "hf": 3.0, "openai": 0.0, "fake": 0.0}
 
 def train_rows(study: Study, encoder: Encoder, folder: str) -> dict[str, int | dict[str, int]]:
     """Return planned steps, examples by task and tokens; ``folder`` has the configuration of the base model."""
-    planned = plan_training(study, encoder, paired=is_paired(_config(folder, study)))
+    planned = plan_training(study, encoder, paired=is_paired(load_config(folder, study.recipe.model)))
     return {
         "steps": len(planned.steps),
         "rows": dict(planned.rows),
@@ -397,12 +383,13 @@ def estimate(study: Study, encoder: Encoder, folder: str, rows: Mapping[str, Any
     ``rows`` is the result of `train_rows`; empty if nothing is trained.
     """
     recipe = study.recipe
+    config = load_config(folder, recipe.model)
     work = eval_work(study, encoder)
-    parameters, _, _ = count_weights(_config(folder, study), recipe.train)
+    parameters, _, _ = count_weights(config, recipe.train)
     if recipe.eval.backend == "openai" and not rows:
         # The speed of a server is unknown, and nothing is computed on this machine.
         return Estimate(parameters, 0, work, 0.0, {}, _used(), _cost(study, work))
-    speed = measured(_config(folder, study), recipe.model, recipe.train)
+    speed = measured(config, recipe.model, recipe.train)
     looks = 2 + recipe.train.steps // recipe.train.valid_every
     # For each target, the logits are computed once in the forward pass and twice in the backward pass.
     training = rows.get("padded_tokens", 0) * speed.train + rows.get("target_tokens", 0) * 3 * speed.head
@@ -413,7 +400,7 @@ def estimate(study: Study, encoder: Encoder, folder: str, rows: Mapping[str, Any
         arm: entry.read * speed.read + entry.scored * speed.head + entry.written * (speed.write + speed.head) + start
         for arm, entry in work.items()
     }
-    taken, free = memory_of(_config(folder, study), recipe.model, recipe.train), None
+    taken, free = memory_of(config, recipe.model, recipe.train), None
     on_gpu = device(recipe.model) == "cuda"
     if on_gpu:
         taken, free = taken + CONTEXT, round(free_bytes() / 2**30, 1)
@@ -426,7 +413,7 @@ def estimate(study: Study, encoder: Encoder, folder: str, rows: Mapping[str, Any
         memory_gb=round((0.0 if on_gpu else _used()) + taken / 2**30, 1),
         free_gb=free,
         cost=_cost(study, work),
-        cpu=cpu_memory(folder, _config(folder, study), recipe.model, recipe.train) if rows else None,
+        cpu=cpu_memory(folder, config, recipe.model, recipe.train) if rows else None,
     )
 
 
@@ -441,10 +428,6 @@ def _cost(study: Study, work: Mapping[str, Work]) -> float | None:
     if study.recipe.eval.backend != "openai" or server is None or not (server.price_in or server.price_out):
         return None
     return sum(entry.asked * server.price_in + entry.written * server.price_out for entry in work.values()) / 1e6
-
-
-def _config(folder: str, study: Study) -> Any:
-    return load_config(folder, study.recipe.model)
 
 
 # --------------------------------------------------------------------------- output

@@ -47,8 +47,6 @@ class Finding:
     """A finding: one line of the output.
 
     Attributes:
-        name: The check.
-        found: Its result.
         fix: How to fix a fault; empty if there is none.
         note: Advice that is not about a fault.
     """
@@ -90,24 +88,26 @@ def examine(folder: Path = Path()) -> Iterator[Finding]:
 def check_pickles(folders: Iterable[Path]) -> Iterator[Finding]:
     """Check for pickled files in model folders."""
     files = [file for folder in folders for file in sorted(folder.iterdir()) if file.suffix.lower() in _PICKLED]
-    if not files:
-        yield Finding("pickled weights", "none in the model folders")
-        return
-    yield Finding(
+    yield _judged(
         "pickled weights",
         listed(map(str, files), _SHOWN),
         "llmrec does not load them, but other programs may and then run code in them: convert the weights to "
         "safetensors, and remove these files",
+        "none in the model folders",
     )
+
+
+def _judged(name: str, fault: str, fix: str, clean: str) -> Finding:
+    """Return a fault with its fix, or what was found if there is no fault."""
+    return Finding(name, fault, fix) if fault else Finding(name, clean)
 
 
 def check_modes(what: str, exposed: Sequence[Path], count: int, mode: str) -> Iterator[Finding]:
     """Check for files or folders that other users than the owner may read."""
-    if exposed:
-        names = " ".join(map(str, exposed[:_SHOWN])) + (" ..." if len(exposed) > _SHOWN else "")
-        yield Finding(what, f"others may read {listed(map(str, exposed), _SHOWN)}", f"chmod {mode} {names}")
-    else:
-        yield Finding(what, f"{count} checked, none readable by other users" if count else "none here")
+    names = " ".join(map(str, exposed[:_SHOWN])) + (" ..." if len(exposed) > _SHOWN else "")
+    fault = f"others may read {listed(map(str, exposed), _SHOWN)}" if exposed else ""
+    clean = f"{count} checked, none readable by other users" if count else "none here"
+    yield _judged(what, fault, f"chmod {mode} {names}", clean)
 
 
 def check_environment(environment: Mapping[str, str]) -> Iterator[Finding]:
@@ -126,25 +126,19 @@ def check_environment(environment: Mapping[str, str]) -> Iterator[Finding]:
 
 def check_pages(pages: Sequence[Page]) -> Iterator[Finding]:
     """Check for recipes and suites that contain keys or allow a model to run code."""
-    holding = [page.path for page in pages if _SECRET.search(page.text)]
-    if holding:
-        yield Finding(
-            "keys in recipes",
-            listed(map(str, holding), _SHOWN),
-            "remove the key and replace it at the provider; set eval.server.key_env to an environment variable",
-        )
-    else:
-        yield Finding("keys in recipes", f"none in {len(pages)} pages")
-    trusting = [page.path for page in pages if page.remote_code]
-    if trusting:
-        yield Finding(
-            "trust_remote_code",
-            f"on in {listed(map(str, trusting), _SHOWN)}",
-            "code of the model runs with your permissions: review the code and pin model.revision, or remove the "
-            "setting",
-        )
-    else:
-        yield Finding("trust_remote_code", "off everywhere")
+    yield _judged(
+        "keys in recipes",
+        listed((str(page.path) for page in pages if _SECRET.search(page.text)), _SHOWN),
+        "remove the key and replace it at the provider; set eval.server.key_env to an environment variable",
+        f"none in {len(pages)} pages",
+    )
+    trusting = listed((str(page.path) for page in pages if page.remote_code), _SHOWN)
+    yield _judged(
+        "trust_remote_code",
+        f"on in {trusting}" if trusting else "",
+        "code of the model runs with your permissions: review the code and pin model.revision, or remove the setting",
+        "off everywhere",
+    )
 
 
 def check_services(commands: Iterable[Sequence[str]]) -> Iterator[Finding]:
@@ -159,14 +153,12 @@ def check_services(commands: Iterable[Sequence[str]]) -> Iterator[Finding]:
         reached = host not in _LOOPBACK if host is not None else engine == "vllm"
         if reached and _option(words, "--keys" if engine == "llmrec" else "--api-key") is None:
             exposed.append(f"{engine} serve on {host or 'every address'}")
-    if exposed:
-        yield Finding(
-            "services",
-            f"without keys: {', '.join(exposed)}",
-            "reachable without authentication: use --keys (llmrec) or --api-key (vllm), or --host 127.0.0.1",
-        )
-    else:
-        yield Finding("services", "no service is reachable without keys")
+    yield _judged(
+        "services",
+        f"without keys: {', '.join(exposed)}" if exposed else "",
+        "reachable without authentication: use --keys (llmrec) or --api-key (vllm), or --host 127.0.0.1",
+        "no service is reachable without keys",
+    )
 
 
 def _option(words: Sequence[str], name: str) -> str | None:

@@ -56,14 +56,7 @@ _STORE = 100_000_000
 
 @dataclass(frozen=True)
 class Places:
-    """Number and resources of the actors on a cluster.
-
-    Attributes:
-        actors: Number of actors.
-        cpus: Logical CPUs per actor.
-        gpus: GPUs per actor.
-        nodes: Number of machines that are alive.
-    """
+    """Number of actors on a cluster, logical CPUs and GPUs of each, and number of machines that are alive."""
 
     actors: int
     cpus: float

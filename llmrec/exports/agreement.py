@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -248,12 +248,9 @@ def _logits(model: torch.nn.Module, rows: list[TokenRow]) -> NDArray[np.float32]
 
 
 def _family(study: Study, family: str, rows: list[TokenRow], before: _Figures, after: _Figures) -> FamilyAgreement:
-    entry = FamilyAgreement(
-        family=family,
-        rows=len(rows),
-        target_tokens=sum(row.targets for row in rows),
-        loss=(before.losses[family], after.losses[family]),
-    )
+    targets = sum(row.targets for row in rows)
+    loss = (before.losses[family], after.losses[family])
+    entry = FamilyAgreement(family=family, rows=len(rows), target_tokens=targets, loss=loss)
     if family not in before.values:
         return entry
     recipe = study.recipe
@@ -267,11 +264,8 @@ def _family(study: Study, family: str, rows: list[TokenRow], before: _Figures, a
         resamples=recipe.eval.bootstrap,
         seed=recipe.seed,
     )
-    return FamilyAgreement(
-        family=family,
-        rows=entry.rows,
-        target_tokens=entry.target_tokens,
-        loss=entry.loss,
+    return replace(
+        entry,
         metric=metric,
         cases=len(cases),
         values=(before.headlines[family], after.headlines[family]),

@@ -23,6 +23,7 @@ from llmrec.index.table import ItemIndex
 from llmrec.models.load import weights_stamp
 from llmrec.models.wheels import WHEELS
 from llmrec.pipeline.indexing import stored_index
+from llmrec.pipeline.runs import Source
 from llmrec.pipeline.study import Study
 from llmrec.prompts.template import Template
 from llmrec.recipe.pages import parsed
@@ -188,51 +189,75 @@ _WHEEL_LICENCES = {"HuggingFaceTB/SmolLM2-135M-Instruct": "apache-2.0"}
 _MOST_LICENCE_BYTES = 64 * 1024
 
 
-@dataclass(frozen=True, kw_only=True)
-class Facts:
-    """The inputs of a model card."""
+def build(
+    source: Source,
+    options: ExportOptions,
+    study: Study | None,
+    told: Mapping[str, Any],
+    encoder: Encoder,
+    *,
+    base: str,
+    dtype: str,
+    agreement: Agreement | None,
+    notes: tuple[str, ...],
+) -> Card:
+    """Return the model card of an export.
 
-    run: Path
-    recipe: Recipe
-    record: Mapping[str, Any]
-    base: str
-    study: Study | None
-    told: Mapping[str, Any]
-    encoder: Encoder
-    dtype: str
-    agreement: Agreement | None
-    notes: tuple[str, ...]
-
-
-def build(facts: Facts, options: ExportOptions) -> Card:
-    """Return the model card of an export."""
-    recipe = facts.recipe
-    result, measured = _results(facts)
-    base = origin(recipe.model, facts.base)
+    Args:
+        source: The run.
+        options: The options of the export.
+        study: The study of the run; None if its data could not be read.
+        told: The content of ``llmrec.json``.
+        encoder: The tokenizer of the export.
+        base: The folder of the base model as it was published.
+        dtype: The dtype of its weights.
+        agreement: Its agreement with the trained model, if measured.
+        notes: Remarks for readers.
+    """
+    recipe = source.recipe
+    tuned = {family: recipe.tasks.present()[family] for family in recipe.trained()}
+    templates = {
+        family: {entry["name"]: Template.of_stored(entry) for entry in entries}
+        for family, entries in told["templates"].items()
+    }
+    scale = told["rating_scale"]
+    sample = sample_prompt(
+        tuned,
+        templates,
+        noun=str(told["noun"]),
+        scale=(float(scale[0]), float(scale[1])) if scale else None,
+        seed=recipe.seed,
+        index=stored_index(source.folder / "merged", told.get("index")),
+    )
+    result, measured = _results(source)
+    model = origin(recipe.model, base)
     return Card(
         name=options.model_name,
         address=options.address,
         description=recipe.description,
         version=__version__,
-        noun=str(facts.told["noun"]),
+        noun=str(told["noun"]),
         adapter_only=options.adapter_only,
-        dtype=facts.dtype,
+        dtype=dtype,
         max_length=recipe.model.max_length,
-        base=replace(base, licence=options.base_licence or base.licence, digest=weights_stamp(facts.base)),
+        base=replace(model, licence=options.base_licence or model.licence, digest=weights_stamp(base)),
         licence=options.licence,
         method=recipe.train.method,
         lora=_lora(recipe) if recipe.train.method in ADAPTED else None,
         seed=recipe.seed,
-        training=facts.record,
-        data=_data(facts),
-        asked=_asked(facts),
-        example=_example(facts),
+        training=source.record,
+        data=_data(recipe, study),
+        asked=tuple(
+            _asked(family, section, templates[family], source.record, coded=told.get("index") is not None)
+            for family, section in tuned.items()
+        ),
+        example=example_of(sample, encoder),
         results=result,
         measured_dtype=measured,
-        agreement=facts.agreement,
+        agreement=agreement,
         with_items=options.with_items,
         own_code=recipe.model.trust_remote_code,
-        notes=facts.notes,
+        notes=notes,
     )
 
 
@@ -329,8 +354,7 @@ def _lora(recipe: Recipe) -> dict[str, Json]:
 # --------------------------------------------------------------------------- data and results
 
 
-def _data(facts: Facts) -> tuple[DataFacts, ...]:
-    recipe, study = facts.recipe, facts.study
+def _data(recipe: Recipe, study: Study | None) -> tuple[DataFacts, ...]:
     sections = [recipe.data, *([recipe.reviews] if recipe.reviews else [])]
     if study is None:
         return tuple(
@@ -378,56 +402,29 @@ def _filters(section: Filter) -> str:
     return ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in changed.items()) or "none"
 
 
-def _results(facts: Facts) -> tuple[Results | None, str | None]:
+def _results(source: Source) -> tuple[Results | None, str | None]:
     """Return the results of these weights, and the dtype used in the evaluation."""
-    path = facts.run / "results.json"
+    path = source.folder / "results.json"
     if not path.is_file():
         return None, None
-    result = results.read(facts.run)
-    if result.training is None or result.training.adapter_sha256 != facts.record["adapter_sha256"]:
+    result = results.read(source.folder)
+    if result.training is None or result.training.adapter_sha256 != source.record["adapter_sha256"]:
         return None, None
     model = loads(path.read_text(encoding="utf-8")).get("model") or {}
     return result, _short(model.get("dtype"))
 
 
-def _tuned(facts: Facts) -> dict[str, TaskSection]:
-    return {family: facts.recipe.tasks.present()[family] for family in facts.recipe.trained()}
-
-
-def _templates(facts: Facts) -> dict[str, dict[str, Template]]:
-    return {
-        family: {entry["name"]: Template.of_stored(entry) for entry in entries}
-        for family, entries in facts.told["templates"].items()
-    }
-
-
-def _asked(facts: Facts) -> tuple[Asked, ...]:
-    known = _templates(facts)
-    coded = facts.told.get("index") is not None
-    chosen = {family: _template(section, known[family], coded=coded) for family, section in _tuned(facts).items()}
-    return tuple(
-        Asked(
-            family=family,
-            strategies=section.strategies,
-            template=chosen[family].id,
-            version=chosen[family].version,
-            weight=facts.record.get("shares", {}).get(family, section.weight),
-        )
-        for family, section in _tuned(facts).items()
+def _asked(
+    family: str, section: TaskSection, known: Mapping[str, Template], record: Mapping[str, Any], *, coded: bool
+) -> Asked:
+    chosen = _template(section, known, coded=coded)
+    return Asked(
+        family=family,
+        strategies=section.strategies,
+        template=chosen.id,
+        version=chosen.version,
+        weight=record.get("shares", {}).get(family, section.weight),
     )
-
-
-def _example(facts: Facts) -> Example:
-    scale = facts.told["rating_scale"]
-    sample = sample_prompt(
-        _tuned(facts),
-        _templates(facts),
-        noun=str(facts.told["noun"]),
-        scale=(float(scale[0]), float(scale[1])) if scale else None,
-        seed=facts.recipe.seed,
-        index=stored_index(facts.run / "merged", facts.told.get("index")),
-    )
-    return example_of(sample, facts.encoder)
 
 
 def _template(section: TaskSection, known: Mapping[str, Template], *, coded: bool) -> Template:

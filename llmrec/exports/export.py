@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llmrec.backends.encode import Encoder
+from llmrec.data.assemble import write_items
 from llmrec.display import Displayed, Summary
 from llmrec.durable import read_json, sha256_of, write_text, writing_to
 from llmrec.ensembles.carried import carry
@@ -33,7 +34,6 @@ from llmrec.exports.files import (
     put_adapter,
     put_bundle,
     put_index,
-    put_items,
     refuse,
     seal,
     settle_generation,
@@ -44,6 +44,7 @@ from llmrec.models.load import dtype as torch_dtype
 from llmrec.models.load import load_config, load_tokenizer, quiet_libraries, release_memory, resolve, weights_stamp
 from llmrec.models.rating_head import copy_head
 from llmrec.models.soft_prompt import METHODS, copy_soft, softened
+from llmrec.models.streaming import outlines
 from llmrec.models.traits import is_paired
 from llmrec.pipeline import bundle
 from llmrec.pipeline.resume import locked
@@ -159,7 +160,7 @@ def write_export(
     if options.push:
         safety.check(options.push)
     if options.force or not ours(options.out):
-        refuse(options.out, force=options.force, ours=ours)
+        refuse(options.out, force=options.force)
     with locked(run) if os.access(run, os.W_OK) and (run / "train.json").is_file() else nullcontext():
         source = open_run(run)
         with writing_to(options.out):
@@ -229,9 +230,8 @@ def _write(
         say(f"{options.out} is already complete; use --force to export again")
         files = {name: (options.out / name).stat().st_size for name in (*(listed(options.out) or ()), SUMS)}
         return Exported(folder=options.out, dtype=dtype, files=files, agreement=None, notes=notes)
-    refuse(options.out, force=options.force, ours=ours)
     _check_room(source, base, dtype, options)
-    with placing(options.out, force=options.force, ours=ours) as draft:
+    with placing(options.out, force=options.force) as draft:
         if options.adapter_only:
             if base != origin:
                 why = "contains embeddings of item tokens, which the published base model does not have"
@@ -260,7 +260,7 @@ def _write(
                     study, encoder, base, adapter, draft, dtype, users=options.check_users, say=say
                 )
         if options.with_items and study is not None:
-            put_items(study, draft)
+            write_items(study.data.dataset.items, draft / "items.parquet")
         if options.with_interactions:
             if study is None:
                 raise DataError(
@@ -270,19 +270,10 @@ def _write(
                     column="--with-interactions",
                 )
             carry(study.data, draft / "items.parquet", source.folder, draft)
-        facts = card_facts.Facts(
-            run=source.folder,
-            recipe=recipe,
-            record=source.record,
-            base=origin,
-            study=study,
-            told=read_json(draft / bundle.FILE, "export the run again"),
-            encoder=encoder,
-            dtype=dtype,
-            agreement=result,
-            notes=notes,
+        told = read_json(draft / bundle.FILE, "export the run again")
+        written = card_facts.build(
+            source, options, study, told, encoder, base=origin, dtype=dtype, agreement=result, notes=notes
         )
-        written = card_facts.build(facts, options)
         write_text(draft / "README.md", card.render(written))
         card_facts.put_licence(written, origin, draft)
         if change is not None:
@@ -334,26 +325,19 @@ def _study(source: Source, options: ExportOptions) -> Study | None:
 
 def _notes(source: Source, base: str, study: Study | None, options: ExportOptions) -> tuple[str, ...]:
     """Return notes about missing verification and about personal data in the folder."""
-    index = source.recipe.index
-    named = index is not None and index.ids == "tokens"
-    users = ("The folder index/ contains the ids and tokens of the training users.",) if named else ()
-    events = (
-        (
-            "interactions.parquet contains the training interactions, with users as numbers; someone who knows "
-            "some items of a user may identify the others.",
-        )
-        if options.with_interactions
-        else ()
-    )
-    return (*_unconfirmed(source, base, study), *users, *events)
-
-
-def _unconfirmed(source: Source, base: str, study: Study | None) -> tuple[str, ...]:
+    notes = []
     if study is None:
-        return ("The data could not be read at export, so the training record could not be verified.",)
-    if training_key(study, base) != source.record["key"]:
-        return ("The recipe, data, base model, templates or llmrec version have changed since training.",)
-    return ()
+        notes.append("The data could not be read at export, so the training record could not be verified.")
+    elif training_key(study, base) != source.record["key"]:
+        notes.append("The recipe, data, base model, templates or llmrec version have changed since training.")
+    if source.recipe.index is not None and source.recipe.index.ids == "tokens":
+        notes.append("The folder index/ contains the ids and tokens of the training users.")
+    if options.with_interactions:
+        notes.append(
+            "interactions.parquet contains the training interactions, with users as numbers; someone who knows some "
+            "items of a user may identify the others."
+        )
+    return tuple(notes)
 
 
 def _made_from(
@@ -378,11 +362,10 @@ def _made_from(
 
 
 def _check_room(source: Source, base: str, dtype: str, options: ExportOptions) -> None:
-    folder = source.folder / "adapter" if options.adapter_only else Path(base)
     if options.adapter_only:
-        needed = sum(file.stat().st_size for file in folder.iterdir())
+        needed = sum(file.stat().st_size for file in (source.folder / "adapter").iterdir())
     else:
-        needed = safety.elements(folder) * _BYTES[dtype]
+        needed = sum(count for _, count in outlines(Path(base)).values()) * _BYTES[dtype]
     place = options.out.absolute().parent
     while not place.exists():
         place = place.parent

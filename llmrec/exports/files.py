@@ -5,13 +5,12 @@ from __future__ import annotations
 import glob
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from llmrec.backends.encode import Encoder
-from llmrec.data.assemble import write_items
 from llmrec.durable import checked, read_json, sha256_of, write_checked, write_json, write_text
 from llmrec.errors import LlmrecError
 from llmrec.exports import card_facts
@@ -77,16 +76,13 @@ def settle_generation(draft: Path, encoder: Encoder) -> None:
 
 def put_adapter(source: Source, base: str, draft: Path) -> None:
     """Copy the adapter, and name the base model in it as the recipe does."""
-    if source.record["method"] in soft_prompt.METHODS:
+    lacking = {
+        **dict.fromkeys(soft_prompt.METHODS, "has soft prompts, which an adapter does not contain"),
+        "full": "used full fine-tuning, so it has no adapter",
+    }
+    if why := lacking.get(source.record["method"]):
         raise LlmrecError(
-            f"{source.folder} has soft prompts, which an adapter does not contain; drop --adapter-only",
-            kind="unsupported",
-            at=source.folder,
-            column="--adapter-only",
-        )
-    if source.record["method"] == "full":
-        raise LlmrecError(
-            f"{source.folder} used full fine-tuning, so it has no adapter; drop --adapter-only",
+            f"{source.folder} {why}; drop --adapter-only",
             kind="unsupported",
             at=source.folder,
             column="--adapter-only",
@@ -151,11 +147,6 @@ def made_from(folder: Path) -> str | None:
     return str(result) if result and verify(folder) else None
 
 
-def put_items(study: Study, draft: Path) -> None:
-    """Write the catalogue: item_id, title, and one column per field."""
-    write_items(study.data.dataset.items, draft / "items.parquet")
-
-
 def seal(draft: Path) -> dict[str, int]:
     """Write ``SHA256SUMS``, and return the size of every file."""
     files = sorted(file for file in draft.rglob("*") if file.is_file())
@@ -187,18 +178,13 @@ def listed(folder: Path) -> dict[str, str] | None:
 
 
 @contextmanager
-def placing(target: Path, *, force: bool, ours: Callable[[Path], bool]) -> Iterator[Path]:
+def placing(target: Path, *, force: bool) -> Iterator[Path]:
     """Yield a temporary folder next to the target, and rename it to the target if the block succeeds.
 
-    Args:
-        target: The final folder.
-        force: Replace an existing folder.
-        ours: Returns whether an existing folder may be replaced; foreign files are never removed.
-
     Raises:
-        LlmrecError: If the target exists, or writing fails.
+        LlmrecError: If the target exists and must not be replaced, or writing fails.
     """
-    refuse(target, force=force, ours=ours)
+    refuse(target, force=force)
     try:
         _sweep(target)
         draft = _beside(target, "tmp")
@@ -207,7 +193,7 @@ def placing(target: Path, *, force: bool, ours: Callable[[Path], bool]) -> Itera
         raise _unwritable(target, error) from error
     try:
         yield draft
-        refuse(target, force=force, ours=ours)
+        refuse(target, force=force)
         _swap(draft, target)
     except OSError as error:
         raise _unwritable(target, error) from error
@@ -215,12 +201,8 @@ def placing(target: Path, *, force: bool, ours: Callable[[Path], bool]) -> Itera
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def refuse(target: Path, *, force: bool, ours: Callable[[Path], bool]) -> None:
-    """Reject an existing target that must not be replaced.
-
-    Raises:
-        LlmrecError: If the target must not be replaced, or not without ``force``.
-    """
+def refuse(target: Path, *, force: bool) -> None:
+    """Reject an existing target that must not be replaced: without ``force``, or a folder with foreign files."""
     if not os.path.lexists(target):
         return
     if not force:
@@ -256,19 +238,13 @@ def _sweep(target: Path) -> None:
     for kind in ("old", "tmp"):
         for left in sorted(target.parent.glob(f"{glob.escape(target.name)}.llmrec-{kind}-*")):
             owner = left.name.rpartition("-")[2]
-            if not owner.isdigit() or _alive(int(owner)):
+            # In a container, process ids repeat, so a folder of this id that this process did not create is a leftover.
+            if not owner.isdigit() or (int(owner) != os.getpid() and alive(int(owner))):
                 continue
             if kind == "old" and not target.exists():
                 left.rename(target)
             else:
                 shutil.rmtree(left)
-
-
-def _alive(process: int) -> bool:
-    # In a container, process ids repeat, so a folder that this process did not create is a leftover.
-    if process == os.getpid():
-        return False
-    return alive(process)
 
 
 def _beside(target: Path, kind: str) -> Path:

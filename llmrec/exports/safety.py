@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import math
 import os
 import re
 import warnings
@@ -92,11 +91,6 @@ def keep_only(folder: Path, patterns: Sequence[str]) -> None:
             file.unlink()
 
 
-def elements(folder: Path) -> int:
-    """Return the number of weights in a model folder, from the headers of its safetensors files."""
-    return sum(math.prod(shape) for file in _files(folder) for shape in _shapes(file).values())
-
-
 def same_weights(one: Path, two: Path) -> bool:
     """Whether two model folders have the same weights, up to rounding to the coarser dtype."""
     torch = require("torch", "train")
@@ -115,18 +109,13 @@ def same_weights(one: Path, two: Path) -> bool:
     return True
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.safetensors"))
-
-
-def _shapes(file: Path) -> dict[str, Sequence[int]]:
-    safetensors = require("safetensors", "train")
-    with safetensors.safe_open(file, framework="numpy") as opened:
-        return {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
-
-
 def _where(folder: Path) -> dict[str, Path]:
-    return {name: file for file in _files(folder) for name in _shapes(file)}
+    """Return the file of each tensor in a model folder, those of heads included."""
+    safetensors, result = require("safetensors", "train"), dict[str, Path]()
+    for file in sorted(folder.glob("*.safetensors")):
+        with safetensors.safe_open(file, framework="numpy") as opened:
+            result |= dict.fromkeys(opened.keys(), file)
+    return result
 
 
 def _tensor(file: Path, name: str) -> Any:

@@ -43,8 +43,8 @@ from llmrec.prompts.template import Template, load_templates
 from llmrec.recipe.load import load_stored
 from llmrec.registry import BASELINES
 from llmrec.report import page
-from llmrec.report.audit import AuditLine, LeakError, lines_of
-from llmrec.report.results import Made, content_of, fix_for, refuse_other_answers, results_of
+from llmrec.report.audit import LeakError
+from llmrec.report.results import content_of, fix_for, refuse_other_answers, results_of
 from llmrec.tasks.base import keyed
 from llmrec.tasks.family import family_of
 from llmrec.types import Backend, Prompt
@@ -89,9 +89,9 @@ def audit(folder: Path, *, memory: bool = False) -> list[Check]:
         if memory:
             checks.append(_memory(study))
         if writable:
-            lines = write(folder, checks, of=sha256_of(stored))
+            write(folder, checks, of=sha256_of(stored))
             with suppress(LeakError):
-                page.write(folder, Made(results, predictions, lines))
+                page.write(folder)
     if not writable:
         log.warning("%s is not writable, so audit.json and the report are not updated", folder)
     return checks
@@ -187,18 +187,17 @@ def _stores(study: Study) -> list[Hashes]:
     return [read for item in asked if (read := hashes_of(item.name, item.parameters))]
 
 
-def write(folder: Path, checks: Sequence[Check], *, of: str) -> tuple[AuditLine, ...]:
-    """Write the checks and the number of leaks to ``audit.json``, and return its content for the report.
+def write(folder: Path, checks: Sequence[Check], *, of: str) -> None:
+    """Write the checks and the number of leaks to ``audit.json``.
 
     Args:
         folder: The run folder.
         checks: The results of the checks.
         of: The sha256 of its ``results.json``, so that the report never shows the audit of other results.
     """
-    results = [asdict(check) for check in checks]
     leaks = sum(check.verdict == "leak" for check in checks)
+    results = [asdict(check) for check in checks]
     write_checked(folder / FILE, {"results_sha256": of, "leaks": leaks, "checks": results})
-    return lines_of(results)
 
 
 def _rows_of(training: Mapping[str, Any] | None, family: str) -> int:

@@ -103,25 +103,23 @@ def _holds_more(folder: Path) -> bool:
     return (folder.exists() and not folder.is_dir()) or bool(result - _FILES) or bool(result and not _digest(folder))
 
 
-def write_run(study: Study, folder: Path) -> str:
+def write_run(study: Study, folder: Path) -> None:
     """Save the index of a study with its metrics and page, and remove the page of an earlier index.
 
-    An existing equal index is kept. Returns the line on the index for the run's report; empty without an index.
+    An existing equal index is kept.
     """
     where, page = folder / index_summary.FOLDER, folder / "report" / index_summary.PAGE
     page.unlink(missing_ok=True)
     if study.index is None:
-        return ""
+        return
     if _digest(where) != study.index.digest:
         study.index.save(where)
     result = diagnose(study.index, _counts(study.data))
-    figures = result.as_json()
-    write_json(where / index_summary.DIAGNOSTICS, figures)
+    write_json(where / index_summary.DIAGNOSTICS, result.as_json())
     content = _content(study.recipe, study.data, study.index, result, run=True)
     # The report of the run shows only a few.
     write_json(where / index_summary.NEIGHBOURS, [asdict(group) for group in content.groups[:_SHOWN]])
     index_page.write(content, page)
-    return index_summary.line_of(figures)
 
 
 def summary(made: Indexed) -> dict[str, dict[str, str]]:

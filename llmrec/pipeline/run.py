@@ -42,8 +42,6 @@ from llmrec.recipe.load import Overrides, as_recipe, dump, import_stored, recipe
 from llmrec.recipe.paths import both_places
 from llmrec.recipe.schema import Recipe
 from llmrec.report import page
-from llmrec.report.audit import AuditLine
-from llmrec.report.results import Made
 from llmrec.results import Arm, Choice, Results, StoredResults, Unevaluated
 from llmrec.terminal import works_in
 from llmrec.train import trackers
@@ -141,10 +139,9 @@ def run(
             choice = evaluation.choice(rows) or choice
         written = session.write(rows, training, tuple(evaluation.missing.values()), choice)
         with Bar("audit", None, quiet=quiet):
-            audited = session.audit(written)
-        made = Made(written.results, written.predictions, audited, session.item_index)
+            session.audit(written)
         with Bar("report", None, quiet=quiet):
-            done = Run(folder, StoredResults(written.results), rows, page.write(folder, made)["html"])
+            done = Run(folder, StoredResults(written.results), rows, page.write(folder)["html"])
     if evaluation.failures:
         raise _incomplete(done, evaluation.failures)
     return done
@@ -294,17 +291,13 @@ class OpenedModel:
 
 @dataclass(frozen=True)
 class Session:
-    """An open run: its study, folder, stage times and, if needed, language model.
-
-    ``item_index`` is the report's line on the index.
-    """
+    """An open run: its study, folder, stage times and, if needed, language model."""
 
     study: Study
     model: OpenedModel | None
     folder: Path
     budget: Budget
     quiet: bool
-    item_index: str = ""
 
     @property
     def encoder(self) -> Encoder:
@@ -423,15 +416,14 @@ class Session:
             return {"name": recipe.eval.server.model, "folder": recipe.eval.server.where, "dtype": "as served"}
         return {"name": recipe.model.name, "folder": Path(self.model.base).name, "dtype": dtype_name(recipe.model)}
 
-    def audit(self, written: Written) -> tuple[AuditLine, ...]:
+    def audit(self, written: Written) -> None:
         """Check the run for test leakage; a run with a leak gets no report."""
         kept = self.folder / "audit-baselines.json"
         checks = list(audit.examine(self.study, written.results, written.predictions, kept=kept))
-        lines = audit.write(self.folder, checks, of=written.sha256)
+        audit.write(self.folder, checks, of=written.sha256)
         for check in checks:
             if check.verdict == "leak":
                 log.warning("audit: %s: %s", check.name, check.found)
-        return lines
 
 
 def open_session(
@@ -463,8 +455,8 @@ def open_session(
         if study.aligned is not None:
             with replacing(folder / "candidates" / f"alignment-{recipe.eval.split}.parquet") as draft:
                 study.aligned.save(draft)
-        item_index = index_report.write_run(study, folder)
-    return Session(study, _opened(study, folder, budget) if asks else None, folder, budget, quiet, item_index)
+        index_report.write_run(study, folder)
+    return Session(study, _opened(study, folder, budget) if asks else None, folder, budget, quiet)
 
 
 def _beside(recipe: Recipe, folder: Path, data: SplitDataset | None) -> Session:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import ValidationError
 
@@ -47,7 +47,7 @@ def audit_lines(run_dir: Path) -> tuple[AuditLine, ...] | None:
         return None
     try:
         content = checked(path.read_bytes(), json.loads)
-        lines = lines_of(without_surrogates(content["checks"]))
+        checks = [AuditLine(**check) for check in without_surrogates(content["checks"])]
         of = str(content["results_sha256"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError, ValidationError) as error:
         raise DataError(
@@ -57,12 +57,7 @@ def audit_lines(run_dir: Path) -> tuple[AuditLine, ...] | None:
         ) from error
     if of != sha256_of(run_dir / "results.json"):
         return None
-    return lines
-
-
-def lines_of(checks: Iterable[Mapping[str, Any]]) -> tuple[AuditLine, ...]:
-    """Return checks sorted as in `audit_lines`."""
-    return tuple(sorted((AuditLine(**check) for check in checks), key=lambda line: _ORDER.index(line.verdict)))
+    return tuple(sorted(checks, key=lambda line: _ORDER.index(line.verdict)))
 
 
 def how_to_audit(run_dir: Path) -> str:

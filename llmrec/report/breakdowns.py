@@ -55,8 +55,6 @@ class SliceLine:
     """A subset of test cases: one line of the table, with a value for each model.
 
     Attributes:
-        title: Its name in words.
-        n: Number of cases.
         users: Number of their users, if known.
         small: Whether there are too few cases for a conclusion.
         figures: One figure for each row; None for a row without one.
@@ -76,7 +74,6 @@ class SliceTable:
     """The table of results on subsets for one task.
 
     Attributes:
-        metric: The metric shown.
         rows: The columns: the best row of each setting, then the best baseline.
         lines: Slices with cases.
         empty: Names, in words, of slices without cases.
@@ -174,6 +171,11 @@ class Band:
     def name(self) -> str:
         """The positions as text, such as ``5–8``."""
         return str(self.first) if self.first == self.last else f"{self.first}–{self.last}"
+
+    @property
+    def middle(self) -> float:
+        """The mean position."""
+        return (self.first + self.last) / 2
 
     @property
     def mean_rank(self) -> str:

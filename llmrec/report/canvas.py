@@ -124,15 +124,7 @@ MARKS = {"zero-shot": "circle", "few-shot": "diamond", "tuned": "triangle", "bas
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """An SVG element.
-
-    Attributes:
-        tag: The tag.
-        look: Classes of the style sheet.
-        at: Geometry attributes.
-        text: The text content; untrusted.
-        title: The tooltip; untrusted.
-    """
+    """An SVG element with classes of the style sheet and geometry; its text and its tooltip ``title`` are untrusted."""
 
     tag: Tag
     look: str

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
+from llmrec.report.breakdowns import bands
 from llmrec.report.canvas import (
     HALF,
     MARKS,
@@ -20,7 +20,8 @@ from llmrec.report.canvas import (
     spanning,
     text_width,
 )
-from llmrec.report.plots import Bars, CostPlot, Differences, Forest, Lines, Panel, Plot, Positions, Series
+from llmrec.report.plots import Bars, CostPlot, Differences, Forest, Lines, Plot, Positions, Series
+from llmrec.report.wording import arm_label, label, short_template
 from llmrec.results import Verdict, arm_name
 
 
@@ -224,9 +225,8 @@ def _curve(canvas: Canvas, series: Series, along: Scale, rise: Scale, hue: str, 
 def cost(plot: CostPlot, width: float) -> Canvas:
     """Draw results against token cost."""
     points = sorted(plot["points"], key=lambda point: point["tokens"])
-    named = [point for point in points if point["named"]]
     top, bottom = 52, 272
-    canvas = Canvas(width=width, height=bottom + 50 + 20 * len(named))
+    canvas = Canvas(width=width, height=bottom + 50 + 20 * len(points))
     tokens = [point["tokens"] for point in points]
     far = max(tokens) / min(tokens) > 30
     along = Scale(
@@ -236,21 +236,16 @@ def cost(plot: CostPlot, width: float) -> Canvas:
     ends = [point[end] for point in points for end in ("value", "low", "high")]
     rise = fitted([*ends, *plot["levels"].values()], bottom, top)
     canvas.left(rise, _LEFT, along.end, f"{plot['metric']} ({plot['better']} is better)")
-    canvas.below(along, bottom, bottom, f"tokens {plot['unit']}{', log scale' if far else ''}", ticks=5)
+    canvas.below(along, bottom, bottom, f"tokens per user{', log scale' if far else ''}", ticks=5)
     for name, value in plot["levels"].items():
         level = rise(value)
         canvas.line(_LEFT, level, along.end, level, "reference")
         canvas.text(_LEFT + 4, level - 5, name, "tick halo", width=0.6 * width)
-    if len(named) < len(points):
-        canvas.path([(along(point["tokens"]), rise(point["value"])) for point in named], "curve text")
     taken: list[tuple[float, float]] = [(along(point["tokens"]), rise(point["value"])) for point in points]
-    for point in points:
+    for number, point in enumerate(points, 1):
         x, y = along(point["tokens"]), rise(point["value"])
         canvas.stem(rise, point["low"], point["high"], x, f"stroke {point['arm']}")
         canvas.mark(MARKS[point["arm"]], x, y, f"fill {point['arm']}", title=f"{point['label']}: {point['text']}")
-        if not point["named"]:
-            continue
-        number = named.index(point) + 1
         where = _free(x, y, taken, along.end, (top, bottom))
         taken.append(where)
         canvas.text(where[0], where[1] + 4, str(number), "name halo", anchor="middle")
@@ -277,42 +272,36 @@ def _free(
 
 
 def positions(plot: Positions, width: float) -> Canvas:
-    """Draw a panel for each model and metric, with the baseline as a dashed line."""
+    """Draw HR@1 and the mean rank of each model in panels, with the baseline as a dashed line."""
     gap, head, body, foot = 18, 42, 112, 30
+    rows, measures = plot["rows"], (("hit", "HR@1"), ("rank", "mean rank"))
+    control = bands(plot["control"]) if plot["control"] else ()
     across = width - _LEFT - _RIGHT
     most = max(1, int((across + gap) // (140 if width <= NARROW else 210)))
-    deep = math.ceil(len(plot["panels"]) / most)
-    columns = math.ceil(len(plot["panels"]) / deep)
+    deep = math.ceil(len(rows) / most)
+    columns = math.ceil(len(rows) / deep)
     one = (across - gap * (columns - 1)) / columns
-    canvas = Canvas(width=width, height=len(plot["measures"]) * deep * (head + body + foot) + 26)
-    for block, measure in enumerate(plot["measures"]):
-        key: Literal["hit", "rank"] = "hit" if measure["key"] == "hit" else "rank"
-        every = [*plot["panels"], *([plot["control"]] if plot["control"] else [])]
-        ends = [value for panel in every for part in ("y", "low", "high") for value in panel[key][part]]
-        for index, panel in enumerate(plot["panels"]):
+    canvas = Canvas(width=width, height=len(measures) * deep * (head + body + foot) + 26)
+    for block, (key, measure) in enumerate(measures):
+        every = [*control, *(band for row in rows for band in bands(row))]
+        ends = [getattr(band, name) for band in every for name in (key, f"{key}_low", f"{key}_high")]
+        for index, row in enumerate(rows):
             left = _LEFT + (index % columns) * (one + gap)
             upper = (block * deep + index // columns) * (head + body + foot) + head
-            along = Scale(low=0.0, high=panel["x"][-1] + 1, start=left, end=left + one)
+            along = Scale(low=0.0, high=bands(row)[-1].middle + 1, start=left, end=left + one)
             rise = fitted(ends, upper + body, upper)
-            first = index % columns == 0
-            canvas.left(rise, left, along.end, ticks=4, named=first)
+            canvas.left(rise, left, along.end, ticks=4, named=index % columns == 0)
             canvas.below(along, upper + body, upper + body, ticks=4)
-            lines_above = [*panel["title"], ""][:2]
-            canvas.text(left, upper - 24, f"{measure['title']}: {lines_above[0]}", "tick", width=one)
-            canvas.text(left, upper - 9, lines_above[1], "tick", width=one)
-            if plot["control"]:
-                pairs = zip(plot["control"]["x"], plot["control"][key]["y"], strict=True)
-                canvas.path([(along(x), rise(y)) for x, y in pairs], "reference")
-            _panel(canvas, panel, key, measure["title"], along, rise)
+            canvas.text(left, upper - 24, f"{measure}: {arm_label(row.arm, row.predictor)}", "tick", width=one)
+            canvas.text(left, upper - 9, short_template(row), "tick", width=one)
+            if control:
+                canvas.path([(along(band.middle), rise(getattr(band, key))) for band in control], "reference")
+            canvas.path([(along(band.middle), rise(getattr(band, key))) for band in bands(row)], f"curve {row.arm}")
+            for band in bands(row):
+                x, value = along(band.middle), getattr(band, key)
+                low, high = getattr(band, f"{key}_low"), getattr(band, f"{key}_high")
+                canvas.stem(rise, low, high, x, f"stroke {row.arm}")
+                title = f"{label(row)}, target at {band.name}: {measure} {value:.3g}, n = {band.n}"
+                canvas.mark(MARKS[row.arm], x, rise(value), f"fill {row.arm}", size=3.5, title=title)
     canvas.text(width / 2, canvas.height - 6, "position of the target", "axis-title", anchor="middle")
     return canvas
-
-
-def _panel(canvas: Canvas, panel: Panel, key: Literal["hit", "rank"], measure: str, along: Scale, rise: Scale) -> None:
-    own, hue = panel[key], panel["arm"]
-    points = [(along(x), rise(y)) for x, y in zip(panel["x"], own["y"], strict=True)]
-    canvas.path(points, f"curve {hue}")
-    for at, (x, y) in enumerate(points):
-        canvas.stem(rise, own["low"][at], own["high"][at], x, f"stroke {hue}")
-        title = f"{panel['label']}, target at {panel['names'][at]}: {measure} {own['y'][at]:.3g}, n = {panel['n'][at]}"
-        canvas.mark(MARKS[hue], x, y, f"fill {hue}", size=3.5, title=title)

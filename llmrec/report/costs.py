@@ -15,12 +15,9 @@ ARMS = ("zero-shot", "few-shot", "tuned", "baseline")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowCost:
-    """The inference cost of a model.
+    """The inference cost of a model: prompt tokens that were read, completion tokens, and wall-clock time.
 
     Attributes:
-        read: Prompt tokens.
-        written: Completion tokens.
-        seconds: Wall-clock time.
         forwards_per_request: Model calls, with one per generated token; None if unknown.
         tokens_per_request: Tokens read and written; None for a row without requests.
         tokens_per_user: The same over users, or over requests if users are unknown.

@@ -24,17 +24,8 @@ class IndexPage:
     """Content of the HTML page about an item index.
 
     Attributes:
-        name: Name of the recipe.
-        data: Name of the data.
         noun: Noun for its items, such as ``films``.
-        made: Whether the data is synthetic.
-        seed: Seed of the recipe.
-        digest: Digest of the index.
         seconds: Build time; None if not measured.
-        found: Figures of the index.
-        groups: Groups of similar items.
-        examples: Items with their codes.
-        version: Version of llmrec.
         run: Whether a run's report is in the same folder.
     """
 

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from llmrec.errors import DataError
-from llmrec.index.diagnostics import Diagnostics, Entry, Group, Level, Spread
+from llmrec.index.diagnostics import Diagnostics, Group, Level, Spread
 from llmrec.report.escape import flat
 from llmrec.report.wording import count, number, rough, share
 
@@ -122,7 +124,7 @@ def line(run_dir: Path) -> str:
     if not (run_dir / "report" / PAGE).is_file():
         return ""
     try:
-        return line_of(json.loads(path.read_bytes()))
+        return _line(json.loads(path.read_bytes()))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(path, error) from error
 
@@ -140,33 +142,21 @@ def neighbours(run_dir: Path) -> tuple[Group, ...]:
     """
     path = run_dir / FOLDER / NEIGHBOURS
     try:
-        result = json.loads(path.read_bytes()) if path.is_file() else []
-        return tuple(
-            Group(
-                length=int(group["length"]), prefix=str(group["prefix"]), said=str(group["said"]),
-                size=int(group["size"]), entries=tuple(
-                    Entry(item=str(entry["item"]), code=str(entry["code"]), title=str(entry["title"]))
-                    for entry in group["entries"]
-                ),
-            )
-            for group in result
-        )  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        return TypeAdapter(tuple[Group, ...]).validate_json(path.read_bytes()) if path.is_file() else ()
+    except (OSError, ValueError) as error:
         raise _damaged(path, error) from error
 
 
-def line_of(found: Mapping[str, Any]) -> str:
+def _line(found: Mapping[str, Any]) -> str:
     """Return a line about an item index, from the content of its metrics file."""
-    length = found["pieces"] or found["characters"]
-    shown = spread(Spread(least=int(length["least"]), mean=float(length["mean"]), most=int(length["most"])))
     unit = "tokens" if found["pieces"] else "characters"
-    parts = [f"scheme {flat(str(found['scheme']))}", f"{count(int(found['items']))} items"]
-    parts.append(f"{unit} per ID: {shown}")
+    length = spread(Spread(**(found["pieces"] or found["characters"])))
+    parts = [f"scheme {flat(found['scheme'])}", f"{count(found['items'])} items", f"{unit} per ID: {length}"]
     if found["tokens"]:
-        parts.append(f"{count(int(found['tokens']))} new tokens")
-    levels = [f"{rough(float(level['perplexity']))} of {count(int(level['available']))}" for level in found["levels"]]
+        parts.append(f"{count(found['tokens'])} new tokens")
+    levels = [f"{rough(level['perplexity'])} of {count(level['available'])}" for level in found["levels"]]
     if levels:
         parts.append(f"perplexity by level: {', '.join(levels)}")
     if found["collisions"] is not None:
-        parts.append(f"duplicate IDs before repair: {share(float(found['collisions']))}")
+        parts.append(f"duplicate IDs before repair: {share(found['collisions'])}")
     return "; ".join(parts)

@@ -13,48 +13,39 @@ from llmrec.durable import refuse_link, replacing
 from llmrec.report import index_summary
 from llmrec.report.audit import AuditLine, LeakError, audit_lines, how_to_audit, refuse_leaks
 from llmrec.report.render import html_page, latex, markdown_page, refused_pages
-from llmrec.report.results import Made, content_of, failure_reasons, fix_for, results_of
+from llmrec.report.results import content_of, failure_reasons, fix_for, results_of
 from llmrec.report.table import csv_text
 
 PAGES = {"html": "index.html", "markdown": "report.md", "csv": "table.csv", "latex": "table.tex"}
 """The files of a report that contain figures."""
 
 
-def write(run_dir: Path, made: Made | None = None) -> dict[str, Path]:
+def write(run_dir: Path) -> dict[str, Path]:
     """Write ``run_dir/report`` from the results, predictions and audit of a run.
 
     Each file is written to a temporary file and renamed, so a reader never sees an incomplete one.
 
     Args:
         run_dir: The run folder.
-        made: The content of the three files; None to read them.
 
     Returns:
         The written files under ``html``, ``markdown``, ``csv`` and ``latex``.
 
     Raises:
-        DataError: If one of the first two files is missing, or one of the three cannot be read.
+        DataError: If results or predictions are missing, or one of the three files cannot be read.
         LeakError: If the run leaks. The two pages then say so without any figure, and tables of an earlier call are
             removed.
         LlmrecError: If a table would mix rows of different protocols, or a task has no baseline.
     """
-    run_dir = Path(run_dir)
-    if made is None:
-        content, audit, predictions = content_of(run_dir), audit_lines(run_dir), None
-    else:
-        content, audit, predictions = made.results, made.audit, made.predictions
+    content, audit = content_of(run_dir), audit_lines(run_dir)
     try:
         refuse_leaks(run_dir, audit or ())
     except LeakError:
         _refuse(run_dir, audit or ())
         raise
     results = results_of(content, source=str(run_dir / "results.json"), fix=fix_for(run_dir))
-    reasons, fix = failure_reasons(run_dir, results, predictions), how_to_audit(run_dir)
-    index_line = index_summary.line(run_dir) if made is None or made.item_index is None else made.item_index
-    folder = run_dir / "report"
-    refuse_link(folder)
-    folder.mkdir(exist_ok=True)
-    pages = {kind: folder / name for kind, name in PAGES.items()}
+    reasons, fix, index_line = failure_reasons(run_dir, results), how_to_audit(run_dir), index_summary.line(run_dir)
+    pages = _pages(run_dir)
     _put(pages["csv"], csv_text(results).encode())
     _put(pages["latex"], latex(results).encode())
     _put(pages["markdown"], markdown_page(results, reasons, audit, fix=fix).encode())
@@ -66,13 +57,19 @@ def write(run_dir: Path, made: Made | None = None) -> dict[str, Path]:
 
 def _refuse(run_dir: Path, audit: Sequence[AuditLine]) -> None:
     """Write the pages of a run with a leak, which describe the leak and show no results."""
-    refuse_link(run_dir / "report")
-    folder = run_dir / "report"
-    folder.mkdir(exist_ok=True)
+    pages = _pages(run_dir)
     for kind in ("csv", "latex"):
-        (folder / PAGES[kind]).unlink(missing_ok=True)
+        pages[kind].unlink(missing_ok=True)
     for kind, text in refused_pages(run_dir.resolve().name, audit).items():
-        _put(folder / PAGES[kind], text.encode())
+        _put(pages[kind], text.encode())
+
+
+def _pages(run_dir: Path) -> dict[str, Path]:
+    """Make the report folder, and return the paths of its files."""
+    folder = run_dir / "report"
+    refuse_link(folder)
+    folder.mkdir(exist_ok=True)
+    return {kind: folder / name for kind, name in PAGES.items()}
 
 
 def _put(path: Path, content: bytes) -> None:

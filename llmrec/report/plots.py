@@ -11,12 +11,11 @@ from llmrec.entries import Better
 from llmrec.records import Judged, Training
 from llmrec.registry import better, lower
 from llmrec.report import summary
-from llmrec.report.breakdowns import bands, shown_rows
+from llmrec.report.breakdowns import shown_rows
 from llmrec.report.costs import cost_by_row
 from llmrec.report.escape import flat
 from llmrec.report.marks import best_baseline
 from llmrec.report.wording import (
-    arm_label,
     duration,
     interval,
     label,
@@ -24,7 +23,6 @@ from llmrec.report.wording import (
     number,
     outcome,
     rough,
-    short_template,
     stated,
     title,
     with_interval,
@@ -100,61 +98,27 @@ class Lines(TypedDict):
     series: list[Series]
 
 
-class Curve(TypedDict):
-    """Values with confidence intervals."""
-
-    y: list[float]
-    low: list[float] | list[float | None]
-    high: list[float] | list[float | None]
-
-
-class Panel(TypedDict):
-    """The curves of a model by position of the target."""
-
-    label: str
-    title: list[str]
-    arm: str
-    x: list[float]
-    names: list[str]
-    n: list[int]
-    hit: Curve
-    rank: Curve
-
-
-class Measure(TypedDict):
-    """A metric: which curve of a panel to draw, and its name."""
-
-    key: str
-    title: str
-
-
 class Positions(TypedDict):
-    """Charts of results by position of the true item, each with the baseline for comparison."""
+    """Models with results by position of the true item, and the baseline for comparison."""
 
     kind: Literal["positions"]
-    panels: list[Panel]
-    control: Panel | None
-    measures: list[Measure]
+    rows: list[Row]
+    control: Row | None
 
 
 class Point(RowBar):
-    """A model with its token cost, and whether its point is labelled."""
+    """A model with its token cost."""
 
     tokens: float
     short: str
-    named: bool
 
 
 class CostPlot(TypedDict):
-    """Quality against tokens per user or request, with a labelled line for every model that uses no tokens.
-
-    If some points are unnamed, a line connects the named ones.
-    """
+    """Quality against tokens per user, with a labelled line for every model that uses no tokens."""
 
     kind: Literal["cost"]
     metric: str
     better: Better
-    unit: str
     points: list[Point]
     levels: dict[str, float]
 
@@ -173,7 +137,7 @@ def plots(results: Results) -> dict[str, Plot]:
         for number_of, row in enumerate((row for row in results.standings(task) if row.fusion), 1):
             result[f"weights-{index}-{number_of}"] = weights(row)
         positions, cost = by_position(results, task), quality_by_tokens(results, task)
-        if positions["panels"]:
+        if positions["rows"]:
             result[f"positions-{index}"] = positions
         if cost:
             result[f"cost-{index}"] = cost
@@ -359,25 +323,8 @@ def by_position(results: Results, task: str) -> Positions:
     rows = shown_rows(results, task)
     return {
         "kind": "positions",
-        "panels": [_panel(row) for row in rows if row.arm != "baseline"],
-        "control": next((_panel(row) for row in rows if row.arm == "baseline"), None),
-        "measures": [{"key": "hit", "title": "HR@1"}, {"key": "rank", "title": "mean rank"}],
-    }
-
-
-def _panel(row: Row) -> Panel:
-    """Return the panel of a model, titled by setting, strategy and template."""
-    own = bands(row)
-    lines = (arm_label(row.arm, row.predictor), short_template(row))
-    return {
-        "label": flat(label(row)),
-        "title": [flat(line) for line in lines if line],
-        "arm": row.arm,
-        "x": [(band.first + band.last) / 2 for band in own],
-        "names": [band.name for band in own],
-        "n": [band.n for band in own],
-        "hit": {"y": [b.hit for b in own], "low": [b.hit_low for b in own], "high": [b.hit_high for b in own]},
-        "rank": {"y": [b.rank for b in own], "low": [b.rank_low for b in own], "high": [b.rank_high for b in own]},
+        "rows": [row for row in rows if row.arm != "baseline"],
+        "control": next((row for row in rows if row.arm == "baseline"), None),
     }
 
 
@@ -399,7 +346,6 @@ def quality_by_tokens(results: Results, task: str) -> CostPlot | None:
                 "low": score.low,
                 "high": score.high,
                 "text": f"{with_interval(score.value, score.low, score.high)}, {rough(cost.tokens_per_user)} tokens",
-                "named": True,
             }
         )
     if not points:
@@ -410,7 +356,6 @@ def quality_by_tokens(results: Results, task: str) -> CostPlot | None:
         "kind": "cost",
         "metric": flat(metric),
         "better": better(metric),
-        "unit": "per user",
         "points": points,
         "levels": {
             flat(label(row)): score.value

@@ -9,7 +9,6 @@ import json
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from llmrec.durable import read_json, sha256_of
 from llmrec.errors import DataError, ErrorKind, LlmrecError
 from llmrec.guard import cut
 from llmrec.registry import is_family
-from llmrec.report.audit import AuditLine, audit_lines, refuse_leaks
+from llmrec.report.audit import audit_lines, refuse_leaks
 from llmrec.report.escape import without_surrogates
 from llmrec.report.wording import count
 from llmrec.results import Results, Row
@@ -67,14 +66,6 @@ def check(results: Results, *, source: str = "results.json") -> None:
                 kind="bad-value",
                 at=source,
                 column="headline",
-            )
-        if not any(row.arm == "baseline" for row in rows):
-            raise LlmrecError(
-                f"{source}: task {task!r} has no model with setting 'baseline', so its results cannot be compared with "
-                f"a baseline; add baselines to tasks.{task}.baselines in the recipe and evaluate again",
-                kind="missing-value",
-                at=source,
-                column=f"tasks.{task}.baselines",
             )
         _check_controls(task, metric, rows, source)
         _check_protocol(task, rows, source)
@@ -219,28 +210,11 @@ def _check_comparisons(results: Results, source: str) -> None:
                 )
 
 
-@dataclass(frozen=True)
-class Made:
-    """The contents of a run's files, if they were just written by this process.
-
-    Attributes:
-        results: The content of ``results.json``.
-        predictions: The content of ``predictions.parquet``.
-        audit: The lines of ``audit.json``.
-        item_index: See `llmrec.report.index_summary.line`; None to read it.
-    """
-
-    results: Mapping[str, Any]
-    predictions: pl.DataFrame
-    audit: tuple[AuditLine, ...]
-    item_index: str | None = None
-
-
-def results_of(content: Results | Mapping[str, Any], *, source: str = "results.json", fix: str = "") -> Results:
+def results_of(content: Mapping[str, Any], *, source: str = "results.json", fix: str = "") -> Results:
     """Parse and validate the content of results.json.
 
     Args:
-        content: The parsed JSON, or records, which are validated again.
+        content: The parsed JSON.
         source: Its name in errors.
         fix: A sentence on what to do, appended to errors.
 
@@ -248,13 +222,12 @@ def results_of(content: Results | Mapping[str, Any], *, source: str = "results.j
         DataError: If a key is missing or has the wrong type.
         LlmrecError: If the rows must not be reported together.
     """
-    if not isinstance(content, Results):
-        try:
-            content = Results.model_validate(without_surrogates(dict(content)))
-        except (ValidationError, RecursionError) as error:
-            raise _unfit(error, source, fix) from error
-    check(content, source=source)
-    return content
+    try:
+        results = Results.model_validate(without_surrogates(dict(content)))
+    except (ValidationError, RecursionError) as error:
+        raise _unfit(error, source, fix) from error
+    check(results, source=source)
+    return results
 
 
 def _unfit(error: ValidationError | RecursionError, source: str, fix: str) -> DataError:
@@ -330,15 +303,12 @@ def refuse_other_answers(run_dir: Path, files: Mapping[str, str]) -> None:
         )
 
 
-def failure_reasons(
-    run_dir: Path, results: Results, predictions: pl.DataFrame | None = None
-) -> dict[str, dict[str, int]]:
+def failure_reasons(run_dir: Path, results: Results) -> dict[str, dict[str, int]]:
     """Count the failed answers of each model by reason, most frequent first.
 
     Args:
         run_dir: The run folder.
         results: The results of the run.
-        predictions: The content of its ``predictions.parquet``; None to read it.
 
     Returns:
         Row id to reason to number of requests.
@@ -347,11 +317,9 @@ def failure_reasons(
         DataError: If the file is missing, unreadable, or differs from results.json in rows or row counts.
     """
     path, fix = run_dir / "predictions.parquet", fix_for(run_dir)
-    if predictions is None:
-        refuse_other_answers(run_dir, results.files)
+    refuse_other_answers(run_dir, results.files)
     try:
-        if predictions is None:
-            predictions = pl.read_parquet(path, columns=["row_id", "error"])
+        predictions = pl.read_parquet(path, columns=["row_id", "error"])
         # Sorted so that the page is reproducible: its nonce is a hash that includes these counts.
         counts = predictions.group_by("row_id", "error", maintain_order=True).len()
     except (pl.exceptions.PolarsError, OSError, ValueError) as error:

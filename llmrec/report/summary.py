@@ -275,7 +275,9 @@ def _parts(row: Row, results: Results) -> str:
     """Return a sentence on how much an ensemble loses without each of its members."""
     if row.fusion is None:
         return ""
-    short = {entry.predictor: name for entry, name in _short_parts(row, results)}
+    rows = [entry for entry in results.rows if entry.task == row.task]
+    names = short_names(rows)
+    short = {entry.predictor: names[entry.id] for entry in rows if entry.fusion is None}
     parts = sorted((part for part in row.fusion.parts if part.loss is not None), key=lambda part: -(part.loss or 0.0))
     gains = [
         f"{short.get(part.name, flat(part.name))} {number(part.loss, sign=True)}"
@@ -290,12 +292,6 @@ def _parts(row: Row, results: Results) -> str:
     others = f"{several} be removed without a significant loss" if rest else ""
     text = "; ".join(filter(None, (what, others)))
     return f"{text[:1].upper()}{text[1:]}."
-
-
-def _short_parts(row: Row, results: Results) -> list[tuple[Row, str]]:
-    rows = [entry for entry in results.rows if entry.task == row.task]
-    names = short_names(rows)
-    return [(entry, names[entry.id]) for entry in rows if entry.fusion is None]
 
 
 def _what_ran(results: Results) -> str:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -21,7 +20,6 @@ from llmrec.report.marks import (
     rule,
     singles,
 )
-from llmrec.report.results import results_of
 from llmrec.report.wording import (
     KINDS,
     NOT_EVALUATED,
@@ -36,7 +34,7 @@ from llmrec.report.wording import (
     undefined,
     with_interval,
 )
-from llmrec.results import Metric, Results, Row, Unevaluated
+from llmrec.results import Metric, Results, Row
 
 CSV_COLUMNS = (
     "task", "row", "arm", "predictor", "template", "template_use", "shots", "engine", "inputs", "n", "metric", "value",
@@ -65,87 +63,63 @@ def grid(
 # --------------------------------------------------------------------------- CSV
 
 
-def csv_text(results: Results | Mapping[str, Any]) -> str:
-    """Return results as CSV, with one line per model and metric and the columns `CSV_COLUMNS`.
-
-    Raises:
-        LlmrecError: If the content is incomplete or its rows must not share a table.
-    """
-    result = results_of(results)
+def csv_text(results: Results) -> str:
+    """Return results as CSV, with one line per model and metric and the columns `CSV_COLUMNS`."""
     buffer = io.StringIO()
     # line ending of RFC 4180
-    write_rows(buffer, CSV_COLUMNS, _csv_rows(result), end="\r\n")
+    lines = ([line.get(name) for name in CSV_COLUMNS] for line in _csv_lines(results))
+    write_rows(buffer, CSV_COLUMNS, lines, end="\r\n")
     return buffer.getvalue()
 
 
-def _csv_rows(found: Results) -> Iterator[tuple[object, ...]]:
+def _csv_lines(found: Results) -> Iterator[dict[str, object]]:
+    """Yield the values of each line by column; a column that is not in a line is empty."""
     for task in found.tasks:
         marked, alone, control = marks(found, task), singles(found, task), best_baseline(found, task)
         for row in found.standings(task):
+            cost = cost_of(row, found.members(row))
+            same = ("task", "arm", "predictor", "template", "template_use", "shots", "engine", "inputs", "n")
+            shared: dict[str, object] = {name: getattr(row, name) for name in (*same, "users", "candidates")} | {
+                "row": row.id, "parse_rate": row.parse_rate, "tie_rate": row.tie_rate, "seconds": row.cost.seconds,
+                "prompt_tokens": row.cost.prompt_tokens, "completion_tokens": row.cost.completion_tokens,
+                "tokens_per_request": cost.tokens_per_request, "seconds_per_request": cost.seconds_per_request,
+                "forwards_per_request": cost.forwards_per_request,
+            }  # fmt: skip
+            if row.template is not None:
+                shared["single_template"] = "yes" if row.id in alone else "no"
             for name in found.metrics(task):
-                if name not in row.metrics:
-                    continue
-                mark = marked.get(row.id) if name == found.headline[task] else None
-                single = None if row.template is None else "yes" if row.id in alone else "no"
-                line = (
-                    *_csv_figures(row, name),
-                    *_csv_marks(mark, control),
-                    single,
-                    *_csv_costs(row, found.members(row)),
-                )
-                line += (_csv_undefined(row.metrics[name]),)
-                yield line
+                if name in row.metrics:
+                    mark = marked.get(row.id) if name == found.headline[task] else None
+                    yield {**shared, **_csv_metric(name, row.metrics[name]), **_csv_marks(mark, control)}
         for missing in found.missing(task):
-            yield _csv_missing(missing, found.headline[task])
+            known = ("task", "arm", "predictor", "template", "template_use", "shots")
+            reason = {"metric": found.headline[task], "undefined": f"{NOT_EVALUATED}: {missing.reason}"}
+            yield {**{name: getattr(missing, name) for name in known}, "row": missing.id, **reason}
 
 
-def _csv_figures(row: Row, name: str) -> tuple[object, ...]:
-    metric, cost = row.metrics[name], row.cost
-    return (
-        row.task, row.id, row.arm, row.predictor, row.template, row.template_use, row.shots, row.engine, row.inputs,
-        row.n, name, metric.value, metric.low, metric.high, metric.signature, row.parse_rate, row.tie_rate,
-        cost.seconds, cost.prompt_tokens, cost.completion_tokens,
-    )  # fmt: skip
+def _csv_metric(name: str, metric: Metric) -> dict[str, object]:
+    why = None if metric.value is not None else metric.undefined or UNDEFINED
+    ends = {"value": metric.value, "low": metric.low, "high": metric.high}
+    return {"metric": name, **ends, "signature": metric.signature, "undefined": why}
 
 
-def _csv_missing(row: Unevaluated, metric: str) -> tuple[object, ...]:
-    """Return the CSV line of a model that was not evaluated, with the reason."""
-    known = {
-        **{name: getattr(row, name) for name in ("task", "arm", "predictor", "template", "template_use", "shots")},
-        **{"row": row.id, "metric": metric, "undefined": f"{NOT_EVALUATED}: {row.reason}"},
-    }
-    return tuple(known.get(name) for name in CSV_COLUMNS)
-
-
-def _csv_undefined(metric: Metric) -> str | None:
-    """Return why a metric has no value; empty if it has one."""
-    return None if metric.value is not None else metric.undefined or UNDEFINED
-
-
-def _csv_marks(mark: Mark | None, control: Row | None) -> tuple[object, ...]:
-    zero, base = (mark.zero_shot, mark.baseline) if mark else (None, None)
-    name = control.id if base and control else None
-    outcomes = [outcome(entry.verdict) if entry else None for entry in (zero, base)]
-    return (outcomes[0], zero and zero.p, name, outcomes[1], base and base.p)
-
-
-def _csv_costs(row: Row, members: Sequence[Row]) -> tuple[object, ...]:
-    cost = cost_of(row, members)
-    return (row.users, row.candidates, cost.tokens_per_request, cost.seconds_per_request, cost.forwards_per_request)
+def _csv_marks(mark: Mark | None, control: Row | None) -> dict[str, object]:
+    line: dict[str, object] = {}
+    if mark and mark.zero_shot:
+        line |= {"beats_zero_shot": outcome(mark.zero_shot.verdict), "beats_zero_shot_p": mark.zero_shot.p}
+    if mark and mark.baseline and control:
+        line |= {"best_baseline": control.id, "beats_best_baseline": outcome(mark.baseline.verdict)}
+        line["beats_best_baseline_p"] = mark.baseline.p
+    return line
 
 
 # --------------------------------------------------------------------------- terminal
 
 
-def console_tables(results: Results | Mapping[str, Any]) -> list[Table]:
-    """Return a terminal table for each task and for planned comparisons, at most 80 columns wide.
-
-    Raises:
-        LlmrecError: If the content is incomplete or its rows must not share a table.
-    """
-    result = results_of(results)
-    tables = [_task_table(result, task) for task in result.tasks]
-    return [*tables, _comparison_table(result)] if planned(result) else tables
+def console_tables(results: Results) -> list[Table]:
+    """Return a terminal table for each task and for planned comparisons, at most 80 columns wide."""
+    tables = [_task_table(results, task) for task in results.tasks]
+    return [*tables, _comparison_table(results)] if planned(results) else tables
 
 
 def plain(text: str, style: str = "") -> Text:

@@ -33,7 +33,8 @@ def asked_by(results: Results, sample: Sample, fact: PromptContents) -> str:
     templates = dict.fromkeys(row.template for row in results.rows if row.task == sample.task and row.template)
     if not fact.by:
         return "in no prompt"
-    return "" if set(templates) <= set(fact.by) else f"in the prompts of {listed([_bare(name) for name in fact.by])}"
+    names = [name.rpartition("/")[2] for name in fact.by]
+    return "" if set(templates) <= set(fact.by) else f"in the prompts of {listed(names)}"
 
 
 def about_choice(results: Results, found: Sequence[Sample]) -> str:
@@ -54,7 +55,3 @@ def rank_words(shown: ExampleUser) -> str:
     if shown.rank is None:
         return "not in the list"
     return f"rank {rough(shown.rank)}{f' of {count(shown.pool)}' if shown.pool else ''}"
-
-
-def _bare(template: str) -> str:
-    return template.rpartition("/")[2]

@@ -304,21 +304,10 @@ def facing(comparison: Comparison, first: str) -> Comparison:
     if comparison.a == first:
         return comparison
     turned: dict[Verdict | None, Verdict | None] = {"shown": "contradicted", "contradicted": "shown"}
-    negative = {key: None if value is None else 0.0 - value for key, value in _numbers(comparison).items()}
-    return comparison.model_copy(
-        update={
-            "a": comparison.b,
-            "b": comparison.a,
-            "value": negative["value"],
-            "low": negative["high"],
-            "high": negative["low"],
-            "verdict": turned.get(comparison.verdict, comparison.verdict),
-        }
-    )
-
-
-def _numbers(comparison: Comparison) -> dict[str, float | None]:
-    return {"value": comparison.value, "low": comparison.low, "high": comparison.high}
+    numbers = {"value": comparison.value, "low": comparison.high, "high": comparison.low}
+    negative = {key: None if value is None else 0.0 - value for key, value in numbers.items()}
+    sides = {"a": comparison.b, "b": comparison.a, "verdict": turned.get(comparison.verdict, comparison.verdict)}
+    return comparison.model_copy(update={**negative, **sides})
 
 
 def alone(row: Row) -> bool:

@@ -268,10 +268,7 @@ class Tried:
     """The result of tuning one recommender.
 
     Attributes:
-        part: The recommender.
-        trials: Its trials.
         note: Why there are no more; empty if its whole grid was searched.
-        seconds: Time spent on it.
     """
 
     part: Part

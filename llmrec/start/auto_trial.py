@@ -31,13 +31,7 @@ _EPOCHS, _LONG = 15, 10.0
 
 @dataclass(frozen=True)
 class Tuning:
-    """A recommender to tune, and the file of its trials.
-
-    Attributes:
-        baseline: Name in the registry.
-        fixed: Parameters that are not tuned.
-        out: The file of the trials.
-    """
+    """A recommender to tune: its name in the registry, parameters that are not tuned, and the file of its trials."""
 
     baseline: str
     fixed: dict[str, Json]
@@ -49,7 +43,6 @@ class Asked:
     """The input of the tuning subprocess.
 
     Attributes:
-        recipe: The path of a recipe of the data.
         parts: The recommenders, tuned one after another.
         first: Whether each gets only its first trial, with the defaults.
         within: Seconds for a first trial; a network whose epochs are too slow for that is skipped.
@@ -67,11 +60,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Done:
-    """A trial: hyperparameters, validation NDCG@10, and seconds.
-
-    Attributes:
-        seconds: Time of fitting and evaluation.
-    """
+    """A trial: hyperparameters, validation NDCG@10, and seconds of fitting and evaluation."""
 
     parameters: dict[str, Json]
     value: float

@@ -85,13 +85,7 @@ class Roles:
     """What the columns of a table contain.
 
     Attributes:
-        user: Column of users.
-        item: Column of items.
-        rating: Column of ratings, if any.
-        time: Column of times, if any.
         title: Column of item titles, if any, in this table or in that of the items.
-        text: Column of texts by users, if any.
-        fields: Further columns about items.
         why: A reason for every column of both tables, used or not.
         profiles: Profile of each column of the table of interactions, by name.
         items: Profile of each column of the table of items, by name; empty if there is no such table.
@@ -373,25 +367,25 @@ class _Guess:
         listed = [h for h in ids if (other := self._items.get(leaf(h.name))) is not None and other.unique]
         tied = [h for h in ids if any(h is not t and self._same(h.name, t.name) for t in titles)]
         marked = [h for h in ids if h.named.is_id and not h.named.weight("row")]
-        for result, reason in (
+        return self._only(
             (listed, "also in the table of items"),
             (tied, f"goes with {shown(titles[0].name)}" if titles else ""),
             (marked, "the only remaining ID column"),
             (titles, "titles, which are used as IDs"),
             (ids, "the only remaining column with repeated values, like IDs"),
-        ):
-            if len(result) == 1:
-                self._why[result[0].name] = f"{reason}; {repeats(result[0])}"
-                return result[0].name
-        return None
+        )
 
     def _user_by_content(self, item: str) -> str | None:
         ids = self._id_like(item)
         marked = [h for h in ids if h.named.is_id and not h.named.weight("row")]
-        for result, reason in (
+        return self._only(
             (marked, "the only remaining ID column"),
             (ids, "the only remaining column with repeated values, like IDs"),
-        ):
+        )
+
+    def _only(self, *found: tuple[list[Profile], str]) -> str | None:
+        """Return the column of the first list with a single one, for the reason given with the list."""
+        for result, reason in found:
             if len(result) == 1:
                 self._why[result[0].name] = f"{reason}; {repeats(result[0])}"
                 return result[0].name

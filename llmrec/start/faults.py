@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import polars as pl
 
@@ -24,12 +25,10 @@ class Fault:
     """An error in a table, which `llmrec check` would reject.
 
     Attributes:
-        column: Its column.
         at: Its file and row, as far as known.
         said: A clause with the row, the value and the error.
         mend: How the copy fixes it; empty if only the user can.
         instead: Another way to fix it.
-        kind: The kind of error, for programs.
     """
 
     column: str
@@ -58,91 +57,70 @@ def faults(peek: Peek, roles: Roles, items: Table | None, item_column: str) -> l
     return [fault for fault in listed if fault is not None]
 
 
-def _bad(col: Profile, values: pl.Series) -> tuple[int, int]:
+def _fault(peek: Peek, col: Profile, row: int, role: str, wrong: str, mend: str, instead: str) -> Fault:
+    """Return the error of a cell; ``wrong`` says what is wrong with its value."""
+    cell = f"{peek.where(row)}: the {role} in column {shown(col.name)!r} is {shown(col.cells[row])!r}"
+    return Fault(col.name, peek.place(row), f"{cell}, {wrong}", mend, instead)
+
+
+def _bad(values: pl.Series) -> tuple[int, int]:
     """Return the number of rows without a value, and the index of the first one."""
     gone = values.is_null()
     return int(gone.sum()), int(gone.arg_max() or 0)
 
 
-def _unused(peek: Peek, col: Profile, role: str, values: pl.Series) -> Fault | None:
+def _unused(peek: Peek, col: Profile | None, role: Literal["rating", "time"]) -> Fault | None:
     """Return the error of a column that would be read by default although the user excluded it."""
-    rows, row = _bad(col, values)
+    if col is None:
+        return None
+    read = col.numbers if role == "rating" else col.times
+    rows, row = _bad(read.values) if read.form in READABLE else (col.rows, 0)
     if not rows:
         return None
-    return Fault(
-        col.name,
-        peek.place(row),
-        f"{_place(peek, col, row, role)}, which is not a {role}, although the column has the default name of {role}s",
-        f"the copy does not contain {col.name}",
-        f"rename the column {col.name}",
-    )
+    wrong = f"which is not a {role}, although the column has the default name of {role}s"
+    mend, instead = f"the copy does not contain {col.name}", f"rename the column {col.name}"
+    return _fault(peek, col, row, role, wrong, mend, instead)
 
 
 def _numbers(peek: Peek, roles: Roles) -> Fault | None:
     if roles.rating is None:
-        col = roles.profiles.get("rating")
-        plain = col is None or col.numbers.form in READABLE
-        return None if col is None else _unused(peek, col, "rating", _read(col.numbers.values, plain))
+        return _unused(peek, roles.profiles.get("rating"), "rating")
     col = roles.profiles[roles.rating]
-    form, values = col.numbers.form, col.numbers.values
-    rows, row = _bad(col, values)
-    name, place = shown(col.name), "set --rating none to ignore ratings"
+    form, instead = col.numbers.form, "set --rating none to ignore ratings"
+    rows, row = _bad(col.numbers.values)
     if form == "no numbers":
-        text = f"{_place(peek, col, row, 'rating')}, which is not a number"
-        return Fault(col.name, peek.place(row), text, "", place)
+        return _fault(peek, col, row, "rating", "which is not a number", "", instead)
     if form not in READABLE:
         commas = col.cells.str.contains(",", literal=True)
         kind = "a decimal comma" if form == "decimal commas" else "a thousands separator"
-        first = int(commas.arg_max() or 0)
-        text = f"{_place(peek, col, first, 'rating')}, with {kind} ({int(commas.sum())} such rows)"
-        text += ", but llmrec needs numbers like 4.5"
-        return Fault(
-            col.name, peek.place(first), text, (f"{name} is written with decimal points{_left_out(rows)}"), place
-        )
+        wrong = f"with {kind} ({int(commas.sum())} such rows), but llmrec needs numbers like 4.5"
+        left_out = f", and {rows} rows without a number are removed" if rows else ""
+        mend = f"{shown(col.name)} is written with decimal points{left_out}"
+        return _fault(peek, col, int(commas.arg_max() or 0), "rating", wrong, mend, instead)
     if not rows:
         return None
-    text = f"{_place(peek, col, row, 'rating')}, which is not a number ({rows} of {col.rows} rows)"
-    text += "; either every row or no row must have a rating"
-    return Fault(col.name, peek.place(row), text, f"rows without a number in {name} are removed", place)
+    wrong = f"which is not a number ({rows} of {col.rows} rows); either every row or no row must have a rating"
+    mend = f"rows without a number in {shown(col.name)} are removed"
+    return _fault(peek, col, row, "rating", wrong, mend, instead)
 
 
 def _times(peek: Peek, roles: Roles) -> Fault | None:
     if roles.time is None:
-        col = roles.profiles.get("timestamp")
-        plain = col is None or col.times.form in READABLE
-        return None if col is None else _unused(peek, col, "time", _read(col.times.values, plain))
+        return _unused(peek, roles.profiles.get("timestamp"), "time")
     col = roles.profiles[roles.time]
-    form, values = col.times.form, col.times.values
-    rows, row = _bad(col, values)
+    form, instead = col.times.form, "set --time none to use the row order"
+    rows, row = _bad(col.times.values)
     first = int((col.cells != "").arg_max() or 0)
-    filled = _place(peek, col, first, "time")
-    place = "set --time none to use the row order"
     if form == "no times":
-        return Fault(col.name, peek.place(first), f"{filled}, which is neither a number nor a date", "", place)
+        return _fault(peek, col, first, "time", "which is neither a number nor a date", "", instead)
     if form == "dates whose day and month cannot be told apart":
-        text = f"{filled}, in which day and month are ambiguous, as in all other rows"
-        return Fault(
-            col.name,
-            peek.place(first),
-            text,
-            "",
-            f"set --dates day-first or --dates month-first. {place}",
-        )
+        instead = f"set --dates day-first or --dates month-first. {instead}"
+        wrong = "in which day and month are ambiguous, as in all other rows"
+        return _fault(peek, col, first, "time", wrong, "", instead)
     if not rows:
         return None
-    text = (
-        f"{_place(peek, col, row, 'time')}, which does not have the format of the other times ({rows} of {col.rows} "
-        "rows)"
-    )
-    return Fault(col.name, peek.place(row), text, f"rows without a time in {shown(col.name)} are removed", place)
-
-
-def _read(values: pl.Series, plain: bool) -> pl.Series:
-    return values if plain else values.clear(len(values))
-
-
-def _left_out(rows: int) -> str:
-    return f", and {rows} rows without a number are removed" if rows else ""
+    wrong = f"which does not have the format of the other times ({rows} of {col.rows} rows)"
+    return _fault(peek, col, row, "time", wrong, f"rows without a time in {shown(col.name)} are removed", instead)
 
 
 def _ids(peek: Peek, roles: Roles) -> list[Fault]:
@@ -194,10 +172,6 @@ def _items(peek: Peek, roles: Roles, items: Table | None, column: str) -> list[F
                 )
             )
     return listed
-
-
-def _place(peek: Peek, col: Profile, row: int, what: str) -> str:
-    return f"{peek.where(row)}: the {what} in column {shown(col.name)!r} is {shown(col.cells[row])!r}"
 
 
 def refusal(name: str, listed: Sequence[Fault], copy: Path | None) -> str:

@@ -23,6 +23,7 @@ from llmrec.data.sets.table import load
 from llmrec.data.split import SplitDataset
 from llmrec.data.split import split as cut_by
 from llmrec.data.stats import baskets
+from llmrec.display import aligned
 from llmrec.durable import write_text
 from llmrec.errors import DataError, LlmrecError, RecipeError, did_you_mean
 from llmrec.recipe.schema import AUTO, Columns, DataSection, Recipe, Split
@@ -45,9 +46,6 @@ class Made:
     """The result of `init`.
 
     Attributes:
-        recipe: The path of the recipe.
-        found: The findings and decisions, as text.
-        then: The next commands, as text.
         fixes: The faults that a copy of the table fixes, and the rows it leaves out; empty without a copy.
     """
 
@@ -149,8 +147,8 @@ def init(
     page = replace(page, query=query, where=next((_where(col, kinds, plan) for col, kinds in _events(roles)), ""))
     check = not only_data and used.whole and plan.facts.rows <= _CHECKED_ROWS
     plan, recipe, cut = _write(page, target, check=check)
-    message = [*_columns(read, seen, listed), *_notes(notes), *_figures(events, plan, whole=used.whole)]
-    message += [*_task_lines(plan), *_listed(_hints(path, roles, items_path, used, plan, cut))]
+    message = [*_columns(read, seen, listed), *_block("mended", notes), *_figures(events, plan, whole=used.whole)]
+    message += [*_task_lines(plan), *_block("note", _hints(path, roles, items_path, used, plan, cut))]
     return Made(target, "\n".join(message), "\n".join(_next(recipe, target, plan)), tuple(notes))
 
 
@@ -169,7 +167,7 @@ def _from_source(source: str, path: Path, name: str, target: Path, backend: str)
     message = [
         f"{path}: files of {source}, which llmrec reads as they were published (docs/datasets-and-output-files.md)"
     ]
-    message += [*_figures(events, plan, whole=True), *_task_lines(plan), *_listed(_plan_hints(plan, cut))]
+    message += [*_figures(events, plan, whole=True), *_task_lines(plan), *_block("note", _plan_hints(plan, cut))]
     return Made(target, "\n".join(message), "\n".join(_next(recipe, target, plan)))
 
 
@@ -390,24 +388,16 @@ def _columns(read: Peek, roles: Roles, items: Table | None) -> list[str]:
     if lists := max((lists_in(column) for column in frame.columns), key=len):
         size += f"; each element of {lists[-1]} is a row"
     rows = [(shown(c, 30), roles.taken_for(c), roles.why.get(c, "")) for c in frame.columns]
-    lines = [f"{read.table.name}: {size}", *_aligned([("column", "taken for", "why"), *rows])]
+    lines = [f"{read.table.name}: {size}", *aligned([("column", "taken for", "why"), *rows])]
     if items is not None:
         both = [c for c in items.frame.columns if c not in frame.columns or c in (roles.title, *roles.fields)]
         rows = [(shown(c, 30), roles.taken_for(c), roles.why.get(c, "")) for c in both]
-        lines += [f"{items.name}: {items.frame.height} rows", *_aligned(rows)]
+        lines += [f"{items.name}: {items.frame.height} rows", *aligned(rows)]
     return lines
 
 
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]) - 1)] if rows else []
-    return [
-        "  " + "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip()
-        for row in rows
-    ]
-
-
-def _notes(notes: Sequence[str]) -> list[str]:
-    return ["mended", *(f"  {note}" for note in notes)] if notes else []
+def _block(title: str, lines: Sequence[str]) -> list[str]:
+    return [title, *(f"  {line}" for line in lines)] if lines else []
 
 
 def _figures(events: Events, plan: Plan, *, whole: bool) -> list[str]:
@@ -428,15 +418,11 @@ def _figures(events: Events, plan: Plan, *, whole: bool) -> list[str]:
         "texts": facts.with_texts / max(facts.rows, 1),
     }
     rows.append(("filled", ", ".join(f"{name} {share:.0%}" for name, share in shares.items())))
-    return ["the data" if whole else "the part that was read", *_aligned(rows)]
+    return ["the data" if whole else "the part that was read", *aligned(rows)]
 
 
 def _task_lines(plan: Plan) -> list[str]:
-    return ["tasks", *_aligned([(f, "on" if plan.tasks[f][0] else "off", plan.tasks[f][1]) for f in FAMILIES])]
-
-
-def _listed(hints: Sequence[str]) -> list[str]:
-    return ["note", *(f"  {hint}" for hint in hints)] if hints else []
+    return ["tasks", *aligned([(f, "on" if plan.tasks[f][0] else "off", plan.tasks[f][1]) for f in FAMILIES])]
 
 
 def _plan_hints(plan: Plan, cut: str) -> list[str]:

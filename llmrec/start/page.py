@@ -29,14 +29,9 @@ class Page:
     """The values that fill the recipe template.
 
     Attributes:
-        name: The recipe's name.
         made_from: The files, as the recipe's first comment names them.
-        path: ``data.path``.
-        items: ``data.items``.
-        columns: ``data.columns``.
         why: A comment for each key of ``columns``.
         duplicates: Why only the latest of repeated rows is kept; empty if none repeat.
-        plan: All other decisions.
         query: ``data.query``, if ``path`` is a database.
         where: The line that keeps one kind of event; empty if there are no kinds.
         source: ``data.source``; sources other than ``table`` define their own columns.

@@ -14,6 +14,7 @@ from llmrec.data.read.words import noun_of
 from llmrec.data.stats import BASKETS
 from llmrec.errors import ModelError
 from llmrec.start.columns import Roles
+from llmrec.start.profile import as_float
 
 FAMILIES = ("rating", "sequential", "direct", "explanation")
 _CORE_ROWS = 50_000
@@ -43,8 +44,6 @@ class Facts:
 
     Attributes:
         rows: Number of rows, repeats included.
-        users: Number of users.
-        items: Number of items.
         repeats: Rows whose user and item are in another row too.
         history: Distinct items of a user: minimum, median, maximum.
         able: Users with at least 3 distinct items, of which leave-one-out can hold out two. If whole baskets are
@@ -87,18 +86,11 @@ class Plan:
 
     Attributes:
         tasks: Whether each family is switched on, and the reason.
-        split: Kind of the split.
         core: ``filter.user_core`` and ``filter.item_core``; 1 keeps everything.
         noun: The word for items in prompts.
         scale: Lowest and highest rating; None if there is only one.
-        candidates: Candidates of a request.
-        users: Evaluated users.
-        arms: The evaluated model settings.
-        steps: Optimiser steps.
-        backend: The backend.
         encoder: The text encoder of the baselines; None without titles, or if there is no encoder.
         seconds: Estimate by stage, on two common CPU cores.
-        facts: The statistics behind the decisions.
     """
 
     tasks: Mapping[str, tuple[bool, str]]
@@ -219,15 +211,15 @@ def figures(events: Events, cores: int = 1) -> Facts:
         users=len(sizes),
         items=once["item_id"].n_unique(),
         repeats=len(rows) - once.height,
-        history=(_int(sizes.min()), _float(sizes.median()), _int(sizes.max())),
+        history=(int(as_float(sizes.min())), as_float(sizes.median()), int(as_float(sizes.max()))),
         able=able,
         teachable=teachable,
         asked=asked,
         tied=baskets.tied if baskets.are_cut else 0.0,
         with_texts=int((texts != "").sum()) if texts is not None else 0,
-        with_title=_float((events.titles != "").mean()) if events.titled else 0.0,
+        with_title=as_float((events.titles != "").mean()) if events.titled else 0.0,
         levels=tuple(ratings.unique().sort().to_list()) if ratings is not None else (),
-        zeros=_float((ratings == 0).mean()) if ratings is not None and len(ratings) else 0.0,
+        zeros=as_float((ratings == 0).mean()) if ratings is not None and len(ratings) else 0.0,
         title_tokens=_tokens(events.titles),
         field_tokens=sum(map(_tokens, events.fields)),
         text_tokens=_tokens(texts) if texts is not None else 0.0,
@@ -270,10 +262,10 @@ def _baskets(once: pl.DataFrame) -> _Baskets:
         [able.select(pl.col("items") - pl.col("held")), users.filter(pl.col("moments") < 3).select("items")]
     )
     return _Baskets(
-        tied=_float((users["last"] > 1).mean()),
+        tied=as_float((users["last"] > 1).mean()),
         able=able.height,
         teachable=int((left["items"] >= 2).sum()),
-        asked=_float(able["last"].mean()),
+        asked=as_float(able["last"].mean()),
     )
 
 
@@ -287,15 +279,7 @@ def _held(users: pl.Series, parts: pl.Series) -> tuple[int, int]:
 
 def _tokens(cells: pl.Series) -> float:
     """Estimate the mean number of tokens of a value, about one per 3.2 bytes of UTF-8."""
-    return min(_float(cells.filter(cells != "").str.len_bytes().mean()) / 3.2, 300.0) + 2.0
-
-
-def _float(value: object) -> float:
-    return float(value) if isinstance(value, int | float) else 0.0
-
-
-def _int(value: object) -> int:
-    return int(_float(value))
+    return min(as_float(cells.filter(cells != "").str.len_bytes().mean()) / 3.2, 300.0) + 2.0
 
 
 # --------------------------------------------------------------------------- decisions

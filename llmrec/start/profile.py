@@ -31,6 +31,7 @@ from llmrec.data.read.text import Form
 from llmrec.data.read.typed import DateOrder, Dates, read_dates, texts
 from llmrec.data.read.words import Named, event_rank, named
 from llmrec.data.sets.table import SPELLED, part_of
+from llmrec.display import shortened
 from llmrec.errors import DataError, Place
 from llmrec.guard import clean
 
@@ -64,20 +65,10 @@ _THOUSANDS = r"^[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?$"
 
 @dataclass(frozen=True)
 class Numbers:
-    """A column parsed as numbers.
-
-    Attributes:
-        form: The format of the numbers.
-        values: The numbers; null if a cell has none.
-    """
+    """A column parsed as numbers, which are null where a cell has none."""
 
     form: NumberForm
     values: pl.Series
-
-    @property
-    def share(self) -> float:
-        """Share of rows with a number."""
-        return 1 - self.values.null_count() / max(len(self.values), 1)
 
 
 @dataclass(frozen=True)
@@ -85,7 +76,6 @@ class Times:
     """A column parsed as times.
 
     Attributes:
-        form: The format of the times.
         values: The cells; null if a cell has no time.
         low: Smallest value, if the times are numbers.
         high: Largest value, if the times are numbers.
@@ -182,8 +172,7 @@ UNIX = ((1e8, 4e9), (1e11, 4e12), (1e14, 4e15), (1e17, 4e18))
 
 def shown(name: str, limit: int = 40) -> str:
     """Return a name from a file on one line, printable and truncated."""
-    line = clean(name, limit + 1)
-    return line if len(line) <= limit else line[: limit - 1] + "…"
+    return shortened(clean(name, limit + 1), limit)
 
 
 @dataclass(frozen=True)
@@ -191,7 +180,6 @@ class Profile:
     """Statistics of a column.
 
     Attributes:
-        name: Its name in the file.
         named: The roles that the name suggests.
         cells: The values as strings; empty if blank.
         filled: Number of filled cells.
@@ -199,8 +187,6 @@ class Profile:
         length: Mean number of characters of a filled cell.
         words: Mean number of words of a filled cell.
         letters: Share of filled cells with a letter.
-        numbers: The column read as numbers.
-        times: The column read as times.
     """
 
     name: str
@@ -314,10 +300,11 @@ def _profile(table: Table, name: str, dates: DateOrder | None) -> Profile:
 
 
 def _mean(series: pl.Series) -> float:
-    return _float(series.mean())
+    return as_float(series.mean())
 
 
-def _float(value: object) -> float:
+def as_float(value: object) -> float:
+    """Return a number of polars as a float; 0 for none."""
     return float(value) if isinstance(value, int | float) else 0.0
 
 
@@ -330,10 +317,10 @@ def goes_with(one: pl.Series, other: pl.Series) -> float | None:
     """
     frame = pl.DataFrame({"a": one[:_TIE_ROWS], "b": other[:_TIE_ROWS]})
     frame = frame.filter((pl.col("b") != "") & (pl.col("a") != "")).filter(pl.len().over("a") > 1)
-    if frame.height < _TIE_LEAST or _float(frame["b"].unique_counts().max()) > _ALWAYS * frame.height:
+    if frame.height < _TIE_LEAST or as_float(frame["b"].unique_counts().max()) > _ALWAYS * frame.height:
         return None
     counts = frame.group_by("a", "b").len().group_by("a").agg(pl.col("len").max())
-    return _float(counts["len"].sum()) / frame.height
+    return as_float(counts["len"].sum()) / frame.height
 
 
 # --------------------------------------------------------------------------- classification of values
@@ -455,7 +442,6 @@ class Peek:
     """A table, or the part of it that was read.
 
     Attributes:
-        table: The rows that were read.
         whole: Whether these are all rows.
         first: Number of rows from the beginning of the file; the others are from further down.
     """

@@ -134,11 +134,9 @@ def _space(text: str) -> Space:
     listed = value_of(f"[{values}]", key)
     if not isinstance(listed, list) or not listed or any(isinstance(value, dict) for value in listed):
         raise _refused(text)
-    return Space(key, tuple(dict.fromkeys(map(_number_or, listed))) if _flat(listed) else tuple(listed))
-
-
-def _flat(values: Sequence[Json]) -> bool:
-    return not any(isinstance(value, list) for value in values)
+    if any(isinstance(value, list) for value in listed):
+        return Space(key, tuple(listed))
+    return Space(key, tuple(dict.fromkeys(map(_number_or, listed))))
 
 
 def _number(text: str, key: str) -> int | float | None:

@@ -510,7 +510,7 @@ def test_leftovers_of_living_processes_stay(tmp_path: Path) -> None:
     fill(tmp_path / f"output.llmrec-tmp-{gone}", "another name")
     with (
         raises(LlmrecError, Facts("exists", tmp_path / "out", says="--force")),
-        placing.placing(tmp_path / "out", force=False, ours=lambda _: True),
+        placing.placing(tmp_path / "out", force=False),
     ):
         pass
     # What was moved aside by a process that died before it put the new folder in place is back.
@@ -696,14 +696,12 @@ _BROKEN = ("damaged", "syntax", "wrong-format", "missing-key", "bad-value")
 
 
 @pytest.mark.parametrize("damage", _DAMAGE.values(), ids=_DAMAGE)
-@pytest.mark.parametrize("reader", ["audit", "report", "export"])
+@pytest.mark.parametrize("reader", ["audit", "export"])
 def test_damaged_results_are_one_line(run: Path, tmp_path: Path, reader: str, damage: Callable[[Path], object]) -> None:
     damage(run / "results.json")
     with pytest.raises(LlmrecError) as error:
         if reader == "audit":
             audits.audit(run)
-        elif reader == "report":
-            pages.write(run)
         else:
             write(run, tmp_path / "out")
     assert error.value.kind in _BROKEN

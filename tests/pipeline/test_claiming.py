@@ -145,7 +145,7 @@ def test_an_export_sweeps_only_what_exports_left(tmp_path: Path) -> None:
     gone = next(number for number in range(4_000_000, 5_000_000) if not Path(f"/proc/{number}").exists())
     mine = tmp_path / f"model.old-{gone}"
     mine.mkdir()
-    with placing(tmp_path / "model", force=False, ours=lambda _: False) as draft:
+    with placing(tmp_path / "model", force=False) as draft:
         (draft / "x").touch()
     assert mine.is_dir()
 

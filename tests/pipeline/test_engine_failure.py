@@ -26,6 +26,7 @@ from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe
 from llmrec.registry import BACKENDS
 from llmrec.registry import lookup as looked_up
+from llmrec.report.results import results_of
 from llmrec.report.table import csv_text
 from llmrec.types import Prompt, Scores
 from tests.answer.rank_cases import items_csv, jsonl, lines, options, records
@@ -176,7 +177,7 @@ def test_rows_of_an_engine_that_was_asked_for_are_marked_and_completed_later(
     report = {file.suffix: file.read_text("utf-8") for file in (folder / "report").iterdir()}
     for text in report.values():
         assert text.count("not evaluated") >= len(missing)
-    assert len(csv_text(results).splitlines()) == len(report[".csv"].splitlines())
+    assert len(csv_text(results_of(results)).splitlines()) == len(report[".csv"].splitlines())
     put(Standing)
     done = pipeline.run(asked, folder, quiet=True)
     assert "unevaluated" not in done.results

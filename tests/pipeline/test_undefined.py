@@ -14,6 +14,7 @@ from rich.console import Console
 from llmrec.pipeline.run import run
 from llmrec.recipe.comparisons import Suite
 from llmrec.recipe.load import load_benchmark, load_recipe
+from llmrec.report.results import results_of
 from llmrec.report.table import console_tables
 
 pytest.importorskip("llmrec.bench", reason="the extension is not there")
@@ -103,7 +104,7 @@ def test_a_run_says_so_in_every_form_and_compares_only_what_is_defined(folder: P
         assert (line["value"] == "") == (line["metric"] in reasons)
         assert line["undefined"] == reasons.get(line["metric"], "")
     console = Console(width=200, record=True, file=(folder / "console.txt").open("w"))
-    for shown in console_tables(done.results):
+    for shown in console_tables(results_of(done.results)):
         console.print(shown)
     printed = " ".join(console.export_text().split())
     assert "undefined" in printed and f"GAUC is undefined: {OF_USERS}." in printed

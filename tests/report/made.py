@@ -307,6 +307,14 @@ def _planned(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def turn(results: Mapping[str, Any]) -> None:
+    """Write every comparison the other way round."""
+    verdicts = {"shown": "contradicted", "contradicted": "shown"}
+    for entry in results["comparisons"]:
+        entry.update(a=entry["b"], b=entry["a"], value=-entry["value"], low=-entry["high"], high=-entry["low"])
+        entry["verdict"] = verdicts.get(entry.get("verdict"), entry.get("verdict"))
+
+
 def save_run(
     folder: Path,
     results: Mapping[str, Any],

@@ -15,6 +15,7 @@ from llmrec.report.plots import differences
 from llmrec.report.results import results_of
 from llmrec.report.summary import gain, headline, sentence
 from llmrec.report.wording import verdict, winner_sentence
+from tests.report.made import turn
 from tests.report.test_verdicts import with_ensembles
 
 Save = Callable[[dict[str, Any]], Path]
@@ -65,11 +66,7 @@ def test_the_first_screen_shows_one_user(results: dict[str, Any], save: Save) ->
 
 def test_the_sign_does_not_depend_on_how_a_comparison_was_written(results: dict[str, Any]) -> None:
     before = {task: headline(results_of(results), task).difference for task in results["headline"]}
-    for entry in results["comparisons"]:
-        entry.update(a=entry["b"], b=entry["a"], value=-entry["value"], low=-entry["high"], high=-entry["low"])
-        entry["verdict"] = {"shown": "contradicted", "contradicted": "shown"}.get(
-            entry.get("verdict"), entry.get("verdict")
-        )
+    turn(results)
     assert {task: headline(results_of(results), task).difference for task in results["headline"]} == before
 
 

@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from llmrec.report import index_page, index_plots, index_summary, page
 from tests.facts import Facts, raises
 from tests.report.payloads import FORMULAS, SCRIPTS
 from tests.report.test_report_browser import CHROMIUM, _browse, _without_policy
-from tests.report.test_report_page import Tree
+from tests.report.test_report_page import Tree, check_accessible
 
 TEXTS = [*SCRIPTS, *FORMULAS]
 LINKS = r"#[\w-]+|index\.html"
@@ -94,9 +93,9 @@ def test_codes_of_tokens_show_levels_prefixes_neighbours_and_examples(tame: dict
     assert sections(text) == ["summary", "levels", "prefixes", "neighbours", "examples"]
     assert text.count('class="plot"') == 2 and text.count("<svg") == 4
     found = diagnose(tree_index(len(TEXTS)))
-    assert [panel["available"] for panel in index_plots.usage_of(found)] == [5, 4, 7]
-    assert sum(index_plots.usage_of(found)[0]["counts"]) == len(TEXTS)
-    assert index_plots.branching_of(found.depths)[0]["most"][0] == len(TEXTS)
+    assert [level.available for level in index_plots.shared_levels(found)] == [5, 4, 7]
+    drawn = [shape.title for shape in index_plots.pictures(found)["branching"][0].shapes]
+    assert f"most at length 0: {len(TEXTS)}" in drawn
     for said in (
         "&lt;a_…&gt;",
         "12.5 %",
@@ -120,7 +119,8 @@ def test_codes_of_text_have_no_plots(tame: dict[str, Path]) -> None:
 
 def test_tokens_of_single_items_are_not_plotted() -> None:
     found = diagnose(tree_index(40, hybrid=True))
-    assert [panel["title"] for panel in index_plots.usage_of(found)] == ["items per <a_…>", "items per <b_…>"]
+    drawn = [shape.text for shape in index_plots.pictures(found)["usage"][0].shapes]
+    assert [text for text in drawn if text.startswith("items per")] == ["items per <a_…>", "items per <b_…>"]
     assert index_summary.HYBRID in index_summary.sentence(found)
     tokens = tuple(own_token(n) for n in range(9))
     alone = diagnose(ItemIndex("token", {f"i{n}": (piece,) for n, piece in enumerate(tokens)}, tokens=tokens))
@@ -161,16 +161,7 @@ def test_payloads_are_shown_as_text(wild: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("kind", ["tokens", "titles", "numbers"])
 def test_page_is_accessible(tame: dict[str, Path], kind: str) -> None:
-    tree = Tree(tame[kind].read_text("utf-8"))
-    names = [tag for tag, _ in tree.tags]
-    assert names.count("h1") == 1 and names.count("table") == names.count("caption") > 1
-    assert all("scope" in attributes for tag, attributes in tree.tags if tag == "th")
-    ids = [value for _, name, value in tree.values if name == "id"]
-    assert len(ids) == len(set(ids))
-    assert {value for _, name, value in tree.values if name == "aria-labelledby"} <= set(ids)
-    assert {value[1:] for _, name, value in tree.values if name == "href"} <= set(ids)
-    levels = [int(tag[1]) for tag in names if re.fullmatch("h[1-6]", tag)]
-    assert all(after <= before + 1 for before, after in pairwise(levels))
+    check_accessible(Tree(tame[kind].read_text("utf-8")))
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")

@@ -50,7 +50,7 @@ def test_an_ensemble_costs_what_its_members_cost(results: dict[str, Any]) -> Non
     assert costs[joined["id"]].seconds > costs[model["id"]].seconds >= 30.0
     tuned = [next(arm for arm in arms if arm.arm == "tuned") for arms in (before, cost_by_arm(found))]
     assert tuned[0].read == tuned[1].read and tuned[1].seconds == tuned[0].seconds + 0.5
-    line = next(line for line in csv.DictReader(io.StringIO(csv_text(results))) if line["row"] == joined["id"])
+    line = next(line for line in csv.DictReader(io.StringIO(csv_text(found))) if line["row"] == joined["id"])
     assert (line["tokens_per_request"], line["prompt_tokens"]) == ("210.0", "0")
 
 
@@ -95,7 +95,7 @@ def test_cost_stands_in_the_page_in_markdown_and_in_the_csv(results: dict[str, A
         and "| train | 6 min 1 s |" in text
         and "| Total | 17 min 23 s |" in text
     )
-    line = next(line for line in csv.DictReader(io.StringIO(csv_text(results))) if line["row"] == row["id"])
+    line = next(line for line in csv.DictReader(io.StringIO(csv_text(results_of(results)))) if line["row"] == row["id"])
     assert (line["tokens_per_request"], line["seconds_per_request"], line["users"]) == ("210.0", "0.15", "200")
     assert line["forwards_per_request"] == "10.0"
     assert line["candidates"] == "5f3c1a9b" * 8

@@ -15,6 +15,7 @@ from llmrec.report.marks import best_baseline, has_marks, legend, marks, rule, s
 from llmrec.report.page import write
 from llmrec.report.results import results_of
 from llmrec.report.table import csv_text
+from tests.report.made import turn
 
 Save = Callable[[dict[str, Any]], Path]
 BETTER, WORSE = "significantly better", "significantly worse"
@@ -52,11 +53,7 @@ def test_a_row_is_marked_against_its_zero_shot_row_and_the_best_baseline(results
 
 def test_a_comparison_that_stands_the_other_way_round_is_turned(results: dict[str, Any]) -> None:
     before = marks(results_of(results), "sequential")[TUNED]
-    for entry in results["comparisons"]:
-        entry.update(a=entry["b"], b=entry["a"], value=-entry["value"], low=-entry["high"], high=-entry["low"])
-        entry["verdict"] = {"shown": "contradicted", "contradicted": "shown"}.get(
-            entry.get("verdict"), entry.get("verdict")
-        )
+    turn(results)
     assert marks(results_of(results), "sequential")[TUNED] == before
 
 
@@ -91,9 +88,8 @@ def test_marks_stand_in_words_in_every_form(results: dict[str, Any], save: Save)
     assert re.search(r"\| markov-1 \(baseline\) \| [^|]*\| – \| – \|", text)
     tex = pages["latex"].read_text("utf-8").split(r"\label{tab:llmrec-2}")[1].split(r"\end{table}")[0]
     assert re.search(rf"tuned \S+ likelihood \S+ continue-list &[^&]*& {BETTER} & {WORSE} &", tex)
-    lines = {
-        line["row"]: line for line in csv.DictReader(io.StringIO(csv_text(results))) if line["metric"] == "NDCG@10"
-    }
+    table = csv.DictReader(io.StringIO(csv_text(results_of(results))))
+    lines = {line["row"]: line for line in table if line["metric"] == "NDCG@10"}
     assert [lines[TUNED][key] for key in ("beats_zero_shot", "beats_best_baseline", "best_baseline")] == [
         *(BETTER, WORSE), "sequential/baseline/markov-1",
     ]  # fmt: skip
@@ -204,7 +200,7 @@ def test_a_result_with_one_template_is_marked(several: dict[str, Any], results: 
     assert "single template" in _row_of(html, 1, "expected", "zero-shot")
     assert "single template" not in _row_of(html, 1, "expected", "fine-tuned")
     assert "| explanation/because (seen, single template) |" in text and "| rating/half-stars (seen) |" in text
-    lines = list(csv.DictReader(io.StringIO(csv_text(several))))
+    lines = list(csv.DictReader(io.StringIO(csv_text(results_of(several)))))
     said = {(line["task"], line["arm"]): line["single_template"] for line in lines}
     assert said["explanation", "tuned"] == "yes" and said["direct", "tuned"] == "no"
     assert said["rating", "zero-shot"] == "yes" and said["rating", "tuned"] == "no" and said["rating", "baseline"] == ""

@@ -16,9 +16,12 @@ from hypothesis import strategies as st
 from scipy.stats import t
 
 from llmrec.report.breakdowns import bands, bias_words, sentences, shown_rows
+from llmrec.report.canvas import WIDE
+from llmrec.report.charts import draw
 from llmrec.report.page import write
 from llmrec.report.plots import by_position
 from llmrec.report.results import results_of
+from llmrec.report.wording import label
 from llmrec.results import AtPosition, PositionBias, Row
 
 Save = Callable[[dict[str, Any]], Path]
@@ -128,22 +131,24 @@ def test_a_run_of_classic_recommenders_has_no_table_of_positions(results: dict[s
 def test_the_curve_holds_every_language_model_row_and_the_best_baseline(results: dict[str, Any]) -> None:
     found = results_of(results)
     plot = by_position(found, "direct")
-    rows = {row.id: row for row in shown_rows(found, "direct")}
-    assert [panel["title"] for panel in plot["panels"]] == [
-        ["zero-shot · label", "pick-one"],
-        ["few-shot · label", "pick-one"],
-        ["fine-tuned · label", "pick-one"],
-        ["fine-tuned · label", "unseen-pick-one"],
+    assert [label(row) for row in plot["rows"]] == [
+        "zero-shot · label · pick-one",
+        "few-shot · label · pick-one",
+        "fine-tuned · label · pick-one",
+        "fine-tuned · label · unseen-pick-one",
     ]
-    assert plot["control"]["label"] == "item-knn"
-    panel, own = plot["panels"][0], bands(rows["direct/zero-shot/label/pick-one"])
-    assert panel["names"] == [f"{place}–{place + 1}" for place in range(1, 20, 2)]
-    assert panel["x"] == [place + 0.5 for place in range(1, 20, 2)]
-    for key in ("hit", "rank"):
-        assert panel[key]["y"] == [getattr(band, key) for band in own]
-        assert panel[key]["low"] == [getattr(band, f"{key}_low") for band in own]
-        assert panel[key]["high"] == [getattr(band, f"{key}_high") for band in own]
-    assert by_position(found, "rating")["panels"] == []
+    assert plot["control"] is not None and label(plot["control"]) == "item-knn"
+    own = bands(plot["rows"][0])
+    assert [band.name for band in own] == [f"{place}–{place + 1}" for place in range(1, 20, 2)]
+    assert [band.middle for band in own] == [place + 0.5 for place in range(1, 20, 2)]
+    shapes = draw(plot, WIDE).shapes
+    titles = [shape.title for shape in shapes if shape.title.startswith("zero-shot") and "target at" in shape.title]
+    assert titles == [
+        f"zero-shot · label · pick-one, target at {band.name}: {name} {getattr(band, key):.3g}, n = 20"
+        for key, name in (("hit", "HR@1"), ("rank", "mean rank"))
+        for band in own
+    ]
+    assert by_position(found, "rating")["rows"] == []
 
 
 def test_it_stands_in_the_page_and_in_markdown(results: dict[str, Any], save: Save) -> None:

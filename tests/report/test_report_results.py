@@ -38,6 +38,7 @@ def test_missing_results_name_the_file_and_the_command(tmp_path: Path) -> None:
         (b"\xff\xfe\x00", "syntax", None),
         (b"[" * 100_000, "syntax", None),
         (b"[]", "wrong-format", None),
+        (b"null", "wrong-format", None),
         (b"{}", "missing-key", "llmrec"),
     ],
 )

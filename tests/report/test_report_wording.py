@@ -26,6 +26,7 @@ from llmrec.report.wording import (
 )
 from llmrec.results import Comparison, Results
 from llmrec.tasks.family import families
+from tests.report.made import turn
 
 
 def _said(results: Results, task: str) -> str:
@@ -73,11 +74,7 @@ def test_each_verdict_has_its_own_words(results: dict[str, Any], outcome: str | 
 
 def test_a_turned_comparison_reads_the_same(results: dict[str, Any]) -> None:
     before = _said(results_of(results), "rating")
-    for entry in results["comparisons"]:
-        entry.update(a=entry["b"], b=entry["a"], value=-entry["value"], low=-entry["high"], high=-entry["low"])
-        entry["verdict"] = {"shown": "contradicted", "contradicted": "shown"}.get(
-            entry.get("verdict"), entry.get("verdict")
-        )
+    turn(results)
     assert _said(results_of(results), "rating") == before
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,13 +19,14 @@ from llmrec.answer.loaded import load
 from llmrec.answer.opening import default_sentence
 from llmrec.answer.rank.options import RankOptions
 from llmrec.answer.rank.run import rank_file
+from llmrec.data.dataset import Dataset
 from llmrec.durable import Json
 from llmrec.errors import DataError, EngineFailure, LlmrecError, RecipeError
 from llmrec.pipeline.run import Run
 from llmrec.pipeline.study import load_split
 from llmrec.recipe.load import dump, load_recipe
 from llmrec.recipe.schema import Recipe
-from llmrec.results import FusionWeights, PartWeight, Results
+from llmrec.results import FusionWeights, PartWeight
 from llmrec.start import auto as autos
 from llmrec.start.auto import Part, Plan, data_page, has_texts, judged, parts_for, plan, with_model
 from llmrec.start.auto_trial import Done
@@ -51,16 +53,26 @@ def table(tmp_path: Path) -> Path:
 
 def walks(folder: Path) -> Path:
     """Write the table into a folder."""
-    draws = np.random.default_rng(0)
-    lines = ["user,item,title,time"]
+    draws, lines = np.random.default_rng(0), list[str]()
     for user in range(60):
         place = int(draws.integers(30))
         for step in range(8):
             place = (place + (1 if draws.random() < 0.9 else int(draws.integers(2, 9)))) % 30
             lines.append(f"u{user},i{place},Tale number {place},{1000 * user + step}")
-    path = folder / "walks.csv"
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
+    return Path(written(folder / "walks.csv", "user,item,title,time", lines))
+
+
+def written(path: Path, header: str, rows: Iterable[str]) -> str:
+    """Write a table, and return its path."""
+    path.write_text("\n".join([header, *rows]) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def read(folder: Path, say: Callable[[str], None] = lambda line: None, **asked: str) -> Dataset:
+    """Return the data that `auto` reads."""
+    (folder / "state").mkdir(exist_ok=True)
+    recipe = data_page(AutoOptions(**asked), "own-auto", folder / "state", say)  # type: ignore[arg-type]
+    return load_split(recipe.data, 0).dataset
 
 
 @pytest.fixture
@@ -192,10 +204,8 @@ def test_what_is_best_on_validation_is_served_and_named_everywhere(whole: Whole)
 
 def test_of_few_users_none_of_whom_weighs_the_best_trial_is_served(tmp_path: Path, few: None) -> None:
     rows = [f"u{user},i{(user + step) % 9},{10 * user + step}" for user in range(12) for step in range(6)]
-    (tmp_path / "t.csv").write_text("\n".join(["user,item,time", *rows]) + "\n", encoding="utf-8")
-    made = autos.build(
-        AutoOptions(table=str(tmp_path / "t.csv"), budget=f"{ENDLESS}s", out=tmp_path / "r", classic=True)
-    )
+    table = written(tmp_path / "t.csv", "user,item,time", rows)
+    made = autos.build(AutoOptions(table=table, budget=f"{ENDLESS}s", out=tmp_path / "r", classic=True))
     best = max((tried for tried in made.tried if tried.best), key=lambda tried: tried.best.value if tried.best else 0)
     assert not any(row.get("fusion") for row in made.run.results["rows"])
     assert made.served.partition("(")[0] == best.part.baseline and made.sentence.startswith(f"{best.part.baseline}")
@@ -342,28 +352,13 @@ def test_the_recipe_with_a_model_joins_it_with_the_parts(table: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("loss", "low", "kept"), [(0.01, 0.002, True), (0.01, -0.002, False), (-0.01, -0.02, False), (None, None, False)]
 )
-def test_validation_users_say_whether_a_model_is_kept(
-    loss: float | None, low: float | None, kept: bool, results_of: Callable[[FusionWeights], Results]
-) -> None:
+def test_validation_users_say_whether_a_model_is_kept(loss: float | None, low: float | None, kept: bool) -> None:
     part = PartWeight(name="search", weight=0.1, loss=loss, loss_low=low, loss_high=None if loss is None else 0.05)
-    found = judged(results_of(FusionWeights(form="logit", parts=(PartWeight(name="markov", weight=1.0), part))))
+    weights = FusionWeights(form="logit", parts=(PartWeight(name="markov", weight=1.0), part))
+    model = SimpleNamespace(predictor="search", arm="tuned", fusion=None)
+    joined = SimpleNamespace(predictor="fusion with models", arm="tuned", fusion=weights)
+    found = judged(SimpleNamespace(rows=[model, joined]))  # type: ignore[arg-type]
     assert found.kept is kept and ("is used" in found.sentence) is kept
-
-
-@pytest.fixture
-def results_of() -> Callable[[FusionWeights], Results]:
-    """Return what makes results of a tuned row and a fusion with it."""
-
-    def made(weights: FusionWeights) -> Results:
-        rows = [
-            {"predictor": "search", "arm": "tuned", "fusion": None},
-            {"predictor": "fusion with models", "arm": "tuned", "fusion": weights},
-        ]
-        from types import SimpleNamespace
-
-        return SimpleNamespace(rows=[SimpleNamespace(**row) for row in rows])  # type: ignore[return-value]
-
-    return made
 
 
 def test_the_best_of_equal_trials_is_the_first() -> None:
@@ -373,16 +368,12 @@ def test_the_best_of_equal_trials_is_the_first() -> None:
 
 def test_a_table_whose_faults_can_be_mended_is_mended_in_the_run_folder(tmp_path: Path) -> None:
     rows = [f"u{user},s{(user + step) % 12},{10 * user + step}" for user in range(20) for step in range(5)]
-    (tmp_path / "orders.csv").write_text("\n".join(["user,product,time", *rows]) + "\n", encoding="utf-8")
-    items = [f"s{n},Thing {n}" for n in range(12)]
-    (tmp_path / "items.csv").write_text("\n".join(["sku,title", *items]) + "\n", encoding="utf-8")
-    before = (tmp_path / "orders.csv").read_bytes()
-    asked = AutoOptions(table=str(tmp_path / "orders.csv"), items=str(tmp_path / "items.csv"))
-    (tmp_path / "state").mkdir()
-    recipe = data_page(asked, "orders-auto", tmp_path / "state", lambda line: None)
-    data = load_split(recipe.data, 0).dataset
+    table = written(tmp_path / "orders.csv", "user,product,time", rows)
+    items = written(tmp_path / "items.csv", "sku,title", [f"s{n},Thing {n}" for n in range(12)])
+    before = Path(table).read_bytes()
+    data = read(tmp_path, table=table, items=items)
     assert data.items["s3"].title == "Thing 3" and len(data.interactions) == 100
-    assert (tmp_path / "orders.csv").read_bytes() == before
+    assert Path(table).read_bytes() == before
 
 
 def test_rows_are_kept_where_nothing_needs_what_they_lack_and_lost_ones_are_told(tmp_path: Path) -> None:
@@ -391,14 +382,11 @@ def test_rows_are_kept_where_nothing_needs_what_they_lack_and_lost_ones_are_told
         for user in range(20)
         for step in range(5)
     ]
-    (tmp_path / "orders.csv").write_text("\n".join(["user,product,stars,time", *rows]) + "\n", encoding="utf-8")
-    items = [f"s{n},{'' if n == 3 else f'Thing {n}'}" for n in range(11)]
-    (tmp_path / "items.csv").write_text("\n".join(["product,title", *items]) + "\n", encoding="utf-8")
-    asked = AutoOptions(table=str(tmp_path / "orders.csv"), items=str(tmp_path / "items.csv"))
-    (tmp_path / "state").mkdir()
+    table = written(tmp_path / "orders.csv", "user,product,stars,time", rows)
+    listed = [f"s{n},{'' if n == 3 else f'Thing {n}'}" for n in range(11)]
+    items = written(tmp_path / "items.csv", "product,title", listed)
     told: list[str] = []
-    recipe = data_page(asked, "orders-auto", tmp_path / "state", told.append)
-    data = load_split(recipe.data, 0).dataset
+    data = read(tmp_path, told.append, table=table, items=items)
     lost = sum("s11," in row for row in rows) + 1
     assert len(data.interactions) == 100 - lost and data.items["s3"].title == "s3" and data.name == "orders"
     assert "1 rows without a time were removed" in told
@@ -412,11 +400,9 @@ def test_whoever_has_few_interactions_is_served_too(tmp_path: Path, monkeypatch:
     rows = [
         f"u{user},s{item},{n}" for user in range(120) for n, item in enumerate(draws.permutation(15)[: 1 + user % 7])
     ]
-    (tmp_path / "t.csv").write_text("\n".join(["user,item,time", *rows]) + "\n", encoding="utf-8")
-    (tmp_path / "state").mkdir()
-    recipe = data_page(AutoOptions(table=str(tmp_path / "t.csv")), "t-auto", tmp_path / "state", lambda line: None)
+    data = read(tmp_path, table=written(tmp_path / "t.csv", "user,item,time", rows))
     assert "user_core: " in (tmp_path / "state" / "table.yaml").read_text(encoding="utf-8")
-    assert load_split(recipe.data, 0).dataset.interactions["user_id"].n_unique() == 120
+    assert data.interactions["user_id"].n_unique() == 120
 
 
 def test_trials_belong_to_the_rows_of_the_table(table: Path, tmp_path: Path) -> None:
@@ -430,20 +416,14 @@ def test_trials_belong_to_the_rows_of_the_table(table: Path, tmp_path: Path) -> 
 
 def test_dates_and_a_query_can_be_asked_for(tmp_path: Path) -> None:
     rows = [f"u{user},s{(user + step) % 9},0{1 + step}/0{1 + user % 9}/2024" for user in range(20) for step in range(5)]
-    (tmp_path / "t.csv").write_text("\n".join(["user,item,day", *rows]) + "\n", encoding="utf-8")
-    (tmp_path / "state").mkdir()
-    asked = AutoOptions(table=str(tmp_path / "t.csv"), dates="month-first")
-    recipe = data_page(asked, "t-auto", tmp_path / "state", lambda line: None)
-    assert load_split(recipe.data, 0).dataset.interactions.height == 100
+    table = written(tmp_path / "t.csv", "user,item,day", rows)
+    assert read(tmp_path, table=table, dates="month-first").interactions.height == 100
     with closing(sqlite3.connect(tmp_path / "shop.db")) as shop:
         shop.execute("CREATE TABLE sales (user TEXT, item TEXT, day TEXT)")
         shop.executemany("INSERT INTO sales VALUES (?, ?, ?)", [row.split(",") for row in rows])
         shop.commit()
-    asked = AutoOptions(
-        table=f"sqlite:///{tmp_path / 'shop.db'}", dates="day-first", query="SELECT * FROM sales WHERE item != 's0'"
-    )
-    recipe = data_page(asked, "t-auto", tmp_path / "state", lambda line: None)
-    assert 80 < load_split(recipe.data, 0).dataset.interactions.height < 100
+    url, query = f"sqlite:///{tmp_path / 'shop.db'}", "SELECT * FROM sales WHERE item != 's0'"
+    assert 80 < read(tmp_path, table=url, dates="day-first", query=query).interactions.height < 100
 
 
 def test_a_folder_of_somebody_else_is_refused(table: Path, tmp_path: Path, few: None) -> None:

@@ -8,7 +8,7 @@ import re
 import shlex
 import sqlite3
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -48,14 +48,6 @@ def llmrec(*arguments: str) -> str:
             raise done.exception
         return f"error: {done.exception}"
     return done.output
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty folder to work in, with the shop's tables."""
-    shop.write_all(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    yield tmp_path
 
 
 # --------------------------------------------------------------------------- the page
@@ -180,7 +172,8 @@ def test_nothing_is_written_over_without_force(folder: Path) -> None:
         (["orders.csv", "--out", "orders.csv"], ["orders.csv", ".yaml"]),
         (["orders.csv", "--name", "a b"], ["'a b'", "letters"]),
         (["orders.csv", "--dates", "dayfirst"], ["did you mean 'day-first'"]),
-        (["ordrs.csv"], ["did you mean 'orders.csv'"]),
+        (["order.csv"], ["order.csv: there is no such file (did you mean 'orders.csv'?); give the path of a table"]),
+        (["nowhere/x.csv"], ["nowhere/x.csv: there is no such file; give"]),
         (["sqlite:///gone.db"], ["gone.db"]),
         (["orders.csv", "--query", "SELECT 1"], ["--query", "not a database"]),
         (["orders.csv", "--items", "sqlite:///shop.db"], ["sqlite:///shop.db", "Parquet"]),
@@ -599,36 +592,6 @@ def test_a_kind_of_event_can_be_kept_by_the_line_that_is_shown(folder: Path) -> 
     assert yaml.safe_load(where_line("event", "buy", 5)) == {
         "filter": {"where": "event == 'buy'", "user_core": 5, "item_core": 5}
     }
-
-
-def test_hours_played_are_no_rating(folder: Path) -> None:
-    """Purchases and hours of play in one column of values, as in the published log of Steam."""
-    dice = random.Random(4)
-    pairs = {(dice.randrange(30), dice.randrange(40)) for _ in range(600)}
-    rows = [(f"p{player}", f"g{game}", max(1.0, round(dice.paretovariate(0.6), 1))) for player, game in sorted(pairs)]
-    pl.DataFrame(rows, schema=["player", "game", "value"], orient="row").write_csv("log.csv")
-    told = llmrec("init", "log.csv")
-    assert "look like amounts" in told
-    recipe = load_recipe("log.yaml")
-    assert recipe.data.columns.rating is None and recipe.data.rating_scale is None
-    build_study(recipe)
-
-
-def test_the_shop_is_seeded(tmp_path: Path) -> None:
-    shop.write_all(tmp_path / "a")
-    shop.write_all(tmp_path / "b")
-    for one in sorted((tmp_path / "a").iterdir()):
-        assert one.read_bytes() == (tmp_path / "b" / one.name).read_bytes()
-    assert shop.write_orders(tmp_path / "c.csv", seed=1).read_bytes() != (tmp_path / "a" / "orders.csv").read_bytes()
-    assert len({product.name for product in shop.products()}) == 60
-    assert len({order.customer_id for order in shop.orders()}) == shop.CUSTOMERS
-
-
-def test_a_table_that_is_not_there_is_named(folder: Path) -> None:
-    assert llmrec("init", "order.csv") == (
-        "error: order.csv: there is no such file (did you mean 'orders.csv'?); give the path of a table"
-    )
-    assert "nowhere/x.csv: there is no such file; give" in llmrec("init", "nowhere/x.csv")
 
 
 def test_words_that_a_customer_used_before_are_no_leak(folder: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 import sqlite3
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -16,16 +15,8 @@ from llmrec.data.sets.table import load
 from llmrec.errors import DataError
 from llmrec.recipe.load import load_recipe
 from llmrec.start.init import init
-from tests import shop
 from tests.facts import Facts, raises
 from tests.workbook import workbook
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    shop.write_all(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    yield tmp_path
 
 
 def rows_of(name: str) -> list[tuple[object, ...]]:

@@ -27,7 +27,7 @@ from llmrec.evaluate.predictor import evaluate
 from llmrec.exports import safety
 from llmrec.exports.agreement import on_validation
 from llmrec.exports.export import write_export
-from llmrec.exports.files import drop_places, ours, refuse
+from llmrec.exports.files import drop_places, refuse
 from llmrec.exports.options import ExportOptions
 from llmrec.machine import machine
 from llmrec.models import bottleneck
@@ -202,7 +202,7 @@ def compress(
         raise LlmrecError(
             f"{run / 'merged'} is missing or has changed; run `llmrec train` again", kind="damaged", at=run
         )
-    refuse(out, force=force, ours=ours)
+    refuse(out, force=force)
     study = on_validation(source.recipe, users)
     family = _family(study)
     metric, merged = family_of(family).headline_at(source.recipe.eval.cutoffs), run / "merged"
