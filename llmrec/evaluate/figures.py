@@ -15,7 +15,7 @@ from llmrec.errors import LlmrecError
 from llmrec.metrics.signature import signature
 from llmrec.metrics.stats import StatisticName, Taken, interval, interval_of
 from llmrec.registry import METRICS, attribute, metric_of
-from llmrec.results import Metric
+from llmrec.results import Metric, Rates
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,33 +42,36 @@ class EvalProtocol:
     users: str | None = None
     liked: float | None = None
 
-    def sign(self, metric: str, *, seen: str = "excluded", slice: str | None = None, how: str | None = None) -> str:
-        """Return the signature of a metric.
-
-        Args:
-            metric: The metric's name.
-            seen: ``excluded`` or ``included``, see `signature`.
-            slice: The subset of cases; None for all.
-            how: Further details of the figure.
-        """
+    def sign(self, metric: str, *, seen: str = "excluded", how: str | None = None) -> str:
+        """Return the signature of a metric; see `signature`."""
         return signature(
             metric,
             candidates=self.candidates,
             seen=seen,
             users=self.users,
-            slice=slice,
             how=how,
             split=self.split,
             version=__version__,
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Measurements:
-    """Metrics by name, and their per-request values, shape (n,) each."""
+    """The metrics of one model.
+
+    Attributes:
+        metrics: Figures by metric.
+        values: Per-request values by metric, shape (n,) each.
+        rates: Further rates, such as the copy rate.
+        tie_rate: Share of answers with ties.
+        columns: Per-request values by field of `llmrec.results.Prediction`.
+    """
 
     metrics: dict[str, Metric] = field(default_factory=dict)
     values: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    rates: Rates = field(default_factory=Rates)
+    tie_rate: float = 0.0
+    columns: Mapping[str, Sequence[object]] = field(default_factory=dict)
 
 
 def measure(
