@@ -103,7 +103,8 @@ def _rows(run: Path, study: Study) -> list[ResultRow]:
             continue
         row = stored_row(run, figures)
         asked = [case.request.id for case in study.cases(figures.task)]
-        if [record.request_id for record in row.records] != asked or not _same_sets(row, study):
+        same_sets = figures.candidates == study.sets_digest(figures.task)
+        if [record.request_id for record in row.records] != asked or not same_sets:
             raise DataError(
                 f"{run}: {figures.id} was evaluated on other users or candidates than the first run; run both with "
                 "the same eval.users, eval.candidates and seed",
@@ -113,11 +114,6 @@ def _rows(run: Path, study: Study) -> list[ResultRow]:
             )
         rows.append(row)
     return rows
-
-
-def _same_sets(row: ResultRow, study: Study) -> bool:
-    sets = study.sets(row.figures.task)
-    return row.figures.candidates == (sets.digest if sets is not None else None)
 
 
 def _distinct(found: Sequence[tuple[str, Sequence[ResultRow]]]) -> list[ResultRow]:

@@ -86,7 +86,6 @@ def specs_of(study: Study, arm: Arm) -> Iterator[RowSpec]:
                     yield RowSpec(task.family, arm, FUSIONS["language model"], template, shots)
 
 
-
 def files_of(spec: RowSpec, study: Study) -> Hashes:
     """Return hashes of files that a model reads in addition to the data; usually none."""
     known = study.baselines(spec.family) if spec.arm == "baseline" else ()

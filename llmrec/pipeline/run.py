@@ -26,14 +26,13 @@ from llmrec.pipeline import audit, index_report
 from llmrec.pipeline.augmenting import FEATURES, augment, refuse_other_store
 from llmrec.pipeline.comparing import refuse_unknown
 from llmrec.pipeline.engines import Engines, dtype_name, refuse_paired
-from llmrec.pipeline.evaluation import Evaluation, ResultRow
+from llmrec.pipeline.evaluation import Evaluation, ResultRow, Weights
 from llmrec.pipeline.fusing import fuse_runs
 from llmrec.pipeline.indexing import with_tokens
 from llmrec.pipeline.preflight import checked_study, refuse
 from llmrec.pipeline.results import Written, of_another, too_wide, write_results
 from llmrec.pipeline.resume import RUN, Budget, locked
 from llmrec.pipeline.runs import start_of, teacher_of
-from llmrec.pipeline.shards import Weights
 from llmrec.pipeline.study import Study, build_study, folder_of, leak_warning
 from llmrec.pipeline.training import train_stage, trained
 from llmrec.pipeline.weighing import fusions_of

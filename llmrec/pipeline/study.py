@@ -127,6 +127,11 @@ class Study:
         """Return the stored candidate sets of a task."""
         return {"items": self.aligned, "users": self.candidates, None: None}[family_of(family).candidates]
 
+    def sets_digest(self, family: str) -> str | None:
+        """Return the hash of the stored candidate sets of a task."""
+        sets = self.sets(family)
+        return sets.digest if sets is not None else None
+
     def baselines(self, family: str) -> tuple[BaselineSection, ...]:
         """Return the baselines of a task; see `with_texts`."""
         known = self.section(family).baselines
