@@ -156,11 +156,7 @@ def fault_of(group: str, name: str, built_in: Collection[str]) -> str:
 def refuse_faults(tables: Mapping[str, Collection[str]]) -> None:
     """Reject installed plug-ins with the name of a built-in component or of another plug-in.
 
-    Args:
-        tables: The built-in names by the kind of plug-in.
-
-    Raises:
-        RecipeError: If there is one; the message names it and its package.
+    ``tables`` has the built-in names by the kind of plug-in.
     """
     for group in KINDS:
         for name, (point, *_) in installed(group).items():
@@ -273,11 +269,8 @@ def _imported(module: str) -> Any:
 def broken(what: str, error: Exception, at: str, column: str | None = None) -> RecipeError:
     """Return an error for a plug-in whose code failed, with the failing line.
 
-    Args:
-        what: The failed operation, as the start of a sentence.
-        error: The exception.
-        at: The plug-in.
-        column: The key that names it, if the message does not follow one.
+    ``what`` is the failed operation, as the start of a sentence; ``column`` the key that names the plug-in, if the
+    message does not follow one.
     """
     last = traceback.extract_tb(error.__traceback__)[-1]
     text = " ".join(f"{type(error).__name__}: {error}".split())
@@ -305,13 +298,9 @@ def _code(module: str) -> str:
 
 @contextmanager
 def allowed(addresses: Iterable[str], folder: str | None) -> Iterator[None]:
-    """Allow, within the block, the modules named in a config file of the user.
+    """Allow, within the block, the modules named in a config file of the user, also in an additional folder.
 
     Their files are remembered for other processes if the body succeeds: an invalid file does not count as consent.
-
-    Args:
-        addresses: The names in the file, as ``module:attribute``.
-        folder: A folder for its modules in addition to, and after, the Python path.
     """
     use(folder)
     result = {origin for address in addresses if (origin := _origin(address))}
@@ -328,12 +317,7 @@ def allowed(addresses: Iterable[str], folder: str | None) -> Iterator[None]:
 def consent(address: str, folder: str | None = None) -> None:
     """Reject a module that the user has not allowed, without importing it.
 
-    Args:
-        address: The name as ``module:attribute``.
-        folder: A folder for it in addition to the Python path.
-
-    Raises:
-        RecipeError: If it was not named.
+    It may lie in a folder in addition to the Python path.
     """
     top, origin = _top(address), _origin(address, folder)
     if not origin or origin in _NAMED or origin in remembered() or top in map(_top, _variable()):
@@ -360,11 +344,7 @@ def allow_model(name: str, revision: str | None) -> None:
 
 
 def consent_model(name: str, revision: str | None) -> None:
-    """Reject a model with code if no config file of the user allows it.
-
-    Raises:
-        RecipeError: If no config allowed it.
-    """
+    """Reject a model with code if no config file of the user allows it."""
     code = _model(name, revision)
     if code in _NAMED or code in remembered() or name in _variable():
         return

@@ -90,13 +90,10 @@ class Contrast:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The comparisons to make in a table of results.
+    """The comparisons to make in a table of results, all in one metric.
 
-    Attributes:
-        metric: The metric of the comparisons.
-        planned: Comparisons planned beforehand.
-        described: Exploratory comparisons.
-        partial: Planned comparisons on a subset of the requests; the sentence on detectable differences omits them.
+    ``planned`` comparisons were planned beforehand, and ``described`` ones are exploratory. ``partial`` are planned
+    comparisons on a subset of the requests, which the sentence on detectable differences omits.
     """
 
     metric: str
@@ -116,14 +113,7 @@ class Comparisons:
 
 
 def compare_tables(tables: Sequence[Plan], *, resamples: int, seed: int = 0, more: int = 0) -> list[Comparisons]:
-    """Test the planned comparisons of all tables as one family, and estimate the exploratory differences.
-
-    Args:
-        tables: The comparisons of each table.
-        resamples: See `planned`.
-        seed: Seed of the resamples.
-        more: Number of planned comparisons that were not run.
-    """
+    """Test the planned comparisons of all tables as one family, and estimate exploratory differences; see `planned`."""
     family = [contrast for table in tables for contrast in (*table.planned, *table.partial)]
     tested = iter(planned(family, resamples=resamples, seed=seed, more=more))
     results = []
@@ -194,11 +184,7 @@ def exploratory(contrasts: Sequence[Contrast], *, resamples: int, seed: int = 0)
 def reach(metric: str, pairs: Sequence[Pair], *, users: int, comparisons: int) -> str:
     """Return a sentence on the minimum detectable effects of planned and exploratory comparisons.
 
-    Args:
-        metric: The metric of the comparisons.
-        pairs: Its comparisons of both kinds.
-        users: Number of users.
-        comparisons: Number of planned comparisons of the file.
+    ``pairs`` are comparisons of both kinds in one metric, and ``comparisons`` is the size of the planned family.
     """
     lines = []
     for many in dict.fromkeys((comparisons, 0)):

@@ -216,11 +216,6 @@ def score_lists(lists: Sequence[Lists], truth: Truth, how: Judging) -> Scores:
 
     Metrics are expectations over all orders of tied scores; see `llmrec.metrics.multi_target`.
 
-    Args:
-        lists: One or two files of lists.
-        truth: The relevant items.
-        how: See `Judging`.
-
     Raises:
         DataError: If no list belongs to a user or request with relevant items.
     """

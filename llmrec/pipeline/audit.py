@@ -61,11 +61,8 @@ _UNTRAINED = 100
 def audit(folder: Path, *, memory: bool = False) -> list[Check]:
     """Audit a finished run from its folder, write ``audit.json``, and update the report.
 
-    The report of a run with a leak says so and contains no metric.
-
-    Args:
-        folder: The run folder.
-        memory: Also check whether the untuned model has memorised the catalogue, which loads it.
+    The report of a run with a leak says so and contains no metric. ``memory`` loads the untuned model and checks
+    whether it has memorised the catalogue.
 
     Raises:
         LlmrecError: If the folder has no finished run, or one of its files is damaged.
@@ -111,13 +108,10 @@ def _predictions(folder: Path) -> pl.DataFrame:
 def examine(
     study: Study, results: Mapping[str, Any], predictions: pl.DataFrame, *, kept: Path | None = None
 ) -> Iterator[Check]:
-    """Run and yield every check that needs no language model.
+    """Run and yield every check of a run that needs no language model.
 
-    Args:
-        study: The study of the run.
-        results: Its ``results.json``.
-        predictions: Its ``predictions.parquet``.
-        kept: File with the stored check of its baselines, which take long to fit; None: they are fitted again.
+    Fitting the baselines takes long: ``kept`` is the file with the stored check of them; without it they are fitted
+    again.
     """
     split = study.recipe.eval.split
     for data in filter(None, (study.data, study.reviews)):
@@ -190,10 +184,7 @@ def _stores(study: Study) -> list[Hashes]:
 def write(folder: Path, checks: Sequence[Check], *, of: str) -> tuple[AuditLine, ...]:
     """Write the checks and the number of leaks to ``audit.json``, and return its content for the report.
 
-    Args:
-        folder: The run folder.
-        checks: The results of the checks.
-        of: The sha256 of its ``results.json``, so that the report never shows the audit of other results.
+    ``of`` is the sha256 of ``results.json``, so that the report never shows the audit of other results.
     """
     results = [asdict(check) for check in checks]
     leaks = sum(check.verdict == "leak" for check in checks)
@@ -396,11 +387,6 @@ def memorisation(backend: Backend, data: SplitDataset, *, seed: int) -> Check:
     digits equal the rest of the title. The control permutes the second halves, so that no such title exists: it gives
     the chance level. (Di Palma et al., "Do LLMs Memorize Recommendation Datasets?", SIGIR 2025, ask for
     MovieLens-1M's records in the same spirit.)
-
-    Args:
-        backend: The untuned model.
-        data: The dataset with the catalogue.
-        seed: Draws the titles.
     """
     name = f"memorisation of {data.dataset.name}"
     halves = _halves(data)

@@ -64,14 +64,7 @@ _READS, _WRITES = 1000.0, 150.0
 
 @dataclass(frozen=True)
 class Plan:
-    """The prompts of the recipe section ``augment``.
-
-    Attributes:
-        data: The split data.
-        asked: Questions by kind.
-        encoder: Tokenizer of the model.
-        base: Folder of the model.
-    """
+    """The prompts of the recipe section ``augment``, with the model that answers them."""
 
     data: SplitDataset
     asked: dict[FeatureKind, list[Asked]]
@@ -87,14 +80,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Augmented:
-    """The result of `augment`.
-
-    Attributes:
-        folder: The feature store.
-        texts: The number of texts by kind.
-        cost: Tokens of all questions and answers, stored ones included.
-        seconds: Duration of this call.
-    """
+    """The result of `augment`; ``cost`` includes stored answers, and ``seconds`` is the duration of this call."""
 
     folder: Path
     texts: dict[FeatureKind, int]
@@ -239,16 +225,9 @@ def augment(recipe: Recipe, out: Path, *, quiet: bool = False, shards: Sequence[
 
 
 def augment_shard(recipe: Recipe, out: Path, shard: Shard, *, quiet: bool = False) -> Path:
-    """Generate the texts of one shard of users and items, and store them next to the feature store.
+    """Generate the texts of one shard, and store them next to the feature store that `merge_augment` writes.
 
-    Args:
-        recipe: A recipe with the section ``augment``.
-        out: The feature store that `merge_augment` writes.
-        shard: The shard: whole batches of the texts of each kind.
-        quiet: Show no progress.
-
-    Returns:
-        The shard's folder.
+    A shard has whole batches of the texts of each kind. Returns its folder.
     """
     section, folder, budget = _section(recipe), shard_folder(out, shard), Budget(quiet=quiet)
     with locked(folder, (STORED, ANSWERS, SHARD)):
@@ -273,13 +252,7 @@ def augment_shard(recipe: Recipe, out: Path, shard: Shard, *, quiet: bool = Fals
 
 
 def merge_augment(out: Path, folders: Sequence[Path] = (), *, quiet: bool = False) -> Augmented:
-    """Merge shards into the feature store that a single process would write.
-
-    Args:
-        out: The feature store, as given to the shards.
-        folders: The shards' folders; by default those next to the store.
-        quiet: Show no progress.
-    """
+    """Merge shards, by default those next to the store, into the store that a single process would write."""
     result = gathered(out, folders)
     return augment(load_stored(result[0].folder), out, quiet=quiet, shards=result)
 

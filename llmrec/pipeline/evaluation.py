@@ -172,12 +172,8 @@ class Evaluation:
     def arms(self, weights: Weights, engines: Engines, baselines: Sequence[ResultRow] = ()) -> list[ResultRow]:
         """Evaluate language models; models that share an engine are evaluated consecutively.
 
-        A row whose engine fails is listed in ``missing``, and a later call evaluates it.
-
-        Args:
-            weights: The models.
-            engines: Provides the backends.
-            baselines: The rows of `baselines`, which are joined with language-model rows if the recipe says so.
+        A row whose engine fails is listed in ``missing``, and a later call evaluates it. ``baselines`` are the rows of
+        `baselines`, which are joined with language-model rows if the recipe says so.
         """
         controls = {
             family: [row for row in baselines if row.figures.task == family and row.figures.fusion is None]
@@ -223,13 +219,7 @@ class Evaluation:
     ) -> ResultRow:
         """Return the stored result of any permitted engine, or evaluate the model on the first engine.
 
-        Args:
-            spec: The row to evaluate.
-            engines: Provides the backends.
-            folder: The model folder.
-            digest: Digest of its weights.
-            alike: The rows of the same engine and model.
-            failed: Failures of engines that are not tried again.
+        ``alike`` are the rows of the same engine and model. Engines in ``failed`` are not tried again.
         """
         choices = engines.choices(spec.predictor, folder)
         for engine in choices:
@@ -362,13 +352,7 @@ class Evaluation:
         """Evaluate language models on one shard of all test cases.
 
         Every row gets whole batches of its cases, so that batches are the same as in a single process. Cached answers
-        are not computed again.
-
-        Args:
-            weights: The models.
-            engines: Provides the backends.
-            shard: The shard to evaluate.
-            report: Called with the finished fraction of all requests.
+        are not computed again. ``report`` is called with the finished fraction of all requests.
         """
         batch = self._study.recipe.eval.batch
         asked = [

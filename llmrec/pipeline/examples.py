@@ -200,14 +200,9 @@ _STATISTICS = {"user_stats": "chosen by the user", "item_stats": "chosen by othe
 
 
 def text_samples(study: Study, rows: Sequence[ResultRow]) -> list[Sample]:
-    """Return examples of generated texts by task, the entry ``texts`` of results.json.
+    """Return examples of generated texts by task, the entry ``texts`` of results.json, in the order of the draw.
 
-    Args:
-        study: Its cases are those of the rows, in order.
-        rows: Finished rows.
-
-    Returns:
-        One sample per request, in the order of the draw.
+    The cases of the study are those of the rows, in order.
     """
     return [
         sample for family in study.tasks if family_of(family).answer is Text for sample in _samples(study, family, rows)

@@ -82,11 +82,7 @@ def _named(rows: Sequence[ResultRow]) -> list[Recalled]:
 
 
 def _rows(run: Path, study: Study) -> list[ResultRow]:
-    """Return the evaluated models of a run, except ensembles.
-
-    Raises:
-        DataError: If it is not finished, or has other data or cases.
-    """
+    """Return the evaluated models of a run, except ensembles; its data and cases must be those of the study."""
     results = finished(run)
     data = results.data["main"]
     if data is None or data.split_fingerprint != study.data.fingerprint:

@@ -120,12 +120,9 @@ def too_wide(study: Study) -> str:
 
 
 def of_another(file: Path, key: str, hashed: str) -> str:
-    """Return a warning if results of another recipe will be overwritten; empty otherwise.
+    """Return a warning if the file has results of another recipe, which will be overwritten; empty otherwise.
 
-    Args:
-        file: The results file.
-        key: The key of the recipe file's hash in the results.
-        hashed: The current hash of the recipe file.
+    ``key`` is the key of the recipe's hash in the file, and ``hashed`` its current value.
     """
     try:
         earlier = loads(file.read_bytes()).get(key)
@@ -336,10 +333,7 @@ ITEMS: Mapping[str, Any] = {"table": pl.String, "item_id": pl.String, "training"
 def write_predictions(study: Study, rows: Sequence[ResultRow], path: Path) -> pl.DataFrame:
     """Write the predictions, one line per model and request, and return them as a table.
 
-    Args:
-        study: Its cases are those of the rows, in order.
-        rows: Finished rows.
-        path: The file.
+    The cases of the study are those of the rows, in order.
     """
     asked = {family: list(_requests(study.task_data(family), study.cases(family))) for family in study.tasks}
     lines = [

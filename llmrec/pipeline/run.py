@@ -210,13 +210,8 @@ def check(
 def train(recipe: Recipe, out: Path | None = None, *, quiet: bool = False, data: SplitDataset | None = None) -> Trained:
     """Train the model of a recipe, and return the training record.
 
-    In several processes (torchrun), the first one writes the folder and the others read its results.
-
-    Args:
-        recipe: The recipe.
-        out: The run folder.
-        quiet: Show no progress bars.
-        data: The data if already loaded; by default that of the recipe.
+    In several processes (torchrun), the first one writes the folder and the others read its results. ``data`` are the
+    data if already loaded.
     """
     folder = folder_of(recipe, out)
     if processes.size() > 1:
@@ -363,14 +358,7 @@ class Session:
         missing: tuple[Unevaluated, ...],
         choice: Choice | None,
     ) -> Written:
-        """Write models, comparisons and ``results.json``, and send metrics to experiment trackers.
-
-        Args:
-            rows: All evaluated rows.
-            training: The training record.
-            missing: Rows that no engine could answer.
-            choice: See `run`.
-        """
+        """Write models, comparisons and ``results.json``, and send metrics to experiment trackers; see `run`."""
         fusions = fusions_of(self.study, [row.figures for row in rows])
         stored.save(self.folder, stored.Stored(fusions, choice))
         with Bar("comparisons", None, quiet=self.quiet):
@@ -387,10 +375,8 @@ class Session:
     ) -> Iterator[tuple[Weights, Engines]]:
         """Open the base and the tuned model, and engines with the answer cache of the folder.
 
-        Args:
-            training: The training record.
-            home: The run folder, with the training; a shard takes answers that are stored there.
-            remembers: Whether to open the answer cache.
+        ``home`` is the run folder with the training; a shard takes answers that are stored there. ``remembers`` opens
+        the cache.
         """
         recipe, model = self.study.recipe, self._asked
         further = home / ANSWERS if home != self.folder else None

@@ -145,12 +145,7 @@ def folders_of(target: Path, folders: Sequence[Path] = ()) -> Sequence[Path]:
 
 
 def gathered(target: Path, folders: Sequence[Path] = ()) -> list[Finished]:
-    """Verify all shards of a job and return them in order.
-
-    Args:
-        target: The output of the job.
-        folders: The shards; by default those in `shards_of`.
-    """
+    """Verify all shards of a job, by default those in `shards_of`, and return them in order."""
     results = sorted(map(read, folders_of(target, folders)), key=attrgetter("shard.index"))
     first = results[0]
     for item in results:

@@ -439,13 +439,7 @@ _YAML = (".yaml", ".yml")
 
 @dataclass(frozen=True)
 class Named:
-    """A reference to a component in a file.
-
-    Attributes:
-        group: The kind of plug-in; see `llmrec.registry.TABLES`.
-        name: The name as written in the file.
-        key: The key in the file.
-    """
+    """A reference to a component in a file: its kind, a name in `llmrec.registry.TABLES`; its name; and its key."""
 
     group: str
     name: str
