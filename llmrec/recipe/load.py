@@ -60,21 +60,17 @@ def load_recipe(path: str | Path, overrides: Overrides = ()) -> Recipe:
     return _validated(Recipe, values, lines, file, overrides).looked_for(sought)
 
 
-def load_stored(run: Path, overrides: Overrides = ()) -> Recipe:
+def load_stored(run: Path) -> Recipe:
     """Read the recipe of a run folder; unlike `load_recipe`, this runs no code without the user's consent.
 
     All readers of a run folder's recipe use this function.
-
-    Args:
-        run: The folder.
-        overrides: See `load_recipe`.
 
     Raises:
         RecipeError: See `load_recipe`; or if it names a plug-in or a model's code without the user's consent.
     """
     file = run / STORED
     values, lines = read_page(file)
-    return _validated(Recipe, values, lines, file, overrides, given=False)
+    return _validated(Recipe, values, lines, file, (), given=False)
 
 
 def import_stored(run: Path) -> None:
@@ -164,29 +160,17 @@ def _plain(value: Any) -> Json:
 
 
 def load_suite(path: str | Path, overrides: Sequence[str] = ()) -> Suite:
-    """Read a suite, such as ``eval/suites/ml-100k.yaml``, and apply overrides such as ``seeds=[0]``.
-
-    Raises:
-        RecipeError: If the file, a key or a value is wrong; the message names file, line and key.
-    """
+    """Read a suite, such as ``eval/suites/ml-100k.yaml``, and apply overrides such as ``seeds=[0]``."""
     return _compared(Suite, path, overrides)
 
 
 def load_benchmark(path: str | Path, overrides: Sequence[str] = ()) -> Benchmark:
-    """Read a benchmark, such as ``eval/suites/two-stages.yaml``, and apply overrides such as ``bootstrap=500``.
-
-    Raises:
-        RecipeError: If the file, a key or a value is wrong; the message names file, line and key.
-    """
+    """Read a benchmark, such as ``eval/suites/two-stages.yaml``, and apply overrides such as ``bootstrap=500``."""
     return _compared(Benchmark, path, overrides)
 
 
 def load_chat(path: str | Path, overrides: Sequence[str] = ()) -> ChatSuite:
-    """Read a suite of conversations, such as ``eval/suites/chat.yaml``, and apply overrides such as ``users=20``.
-
-    Raises:
-        RecipeError: If the file, a key or a value is wrong; the message names file, line and key.
-    """
+    """Read a suite of conversations, such as ``eval/suites/chat.yaml``, and apply overrides such as ``users=20``."""
     return _compared(ChatSuite, path, overrides)
 
 
@@ -312,13 +296,11 @@ def _override(values: dict[str, Json], override: str) -> None:
         )
     value = value_of(text, key.strip())
     *parents, last = key.strip().split(".")
-    here = values
+    here: dict[str, Any] = values
     for parent in parents:
-        below = here.get(parent)
-        if not isinstance(below, dict):
-            below = {}
-            here[parent] = below
-        here = below
+        if not isinstance(here.get(parent), dict):
+            here[parent] = {}
+        here = here[parent]
     here[last] = value
 
 
@@ -505,10 +487,10 @@ def dotted(path: Sequence[str | int]) -> str:
 
 
 def _named(values: Mapping[str, Any]) -> Iterator[Named]:
-    for family, section in _mapping(values, "tasks").items():
+    for family, section in _mapping(values.get("tasks")).items():
         yield Named("tasks", str(family), ("tasks", family))
         for group in ("strategies", "baselines"):
-            yield from _listed(group, _mapping({"": section}, "").get(group), ("tasks", family, group), "name")
+            yield from _listed(group, _mapping(section).get(group), ("tasks", family, group), "name")
     yield from _listed("baselines", values.get("rows"), ("rows",), "baseline")
     for group, *key in (
         ("sources", "data", "source"),
@@ -520,7 +502,7 @@ def _named(values: Mapping[str, Any]) -> Iterator[Named]:
     ):
         result: Any = values
         for part in key:
-            result = _mapping({"": result}, "").get(part)
+            result = _mapping(result).get(part)
         if isinstance(result, str):
             yield Named(group, result, tuple(key))
 
@@ -533,9 +515,8 @@ def _listed(group: str, values: object, key: KeyPath, called: str) -> Iterator[N
             yield Named(group, name, (*key, index))
 
 
-def _mapping(values: Mapping[str, Any], key: str) -> Mapping[Any, Any]:
-    result = values.get(key)
-    return result if isinstance(result, dict) else {}
+def _mapping(value: object) -> Mapping[Any, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def located(values: dict[str, Json], beside: Path) -> dict[str, Json]:
@@ -550,10 +531,10 @@ def located(values: dict[str, Json], beside: Path) -> dict[str, Json]:
     """
     made, prompts = dict(values), values.get(PROMPTS)
     result = [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, list | tuple) else []
-    tasks = dict(_mapping(values, "tasks"))
+    tasks = dict(_mapping(values.get("tasks")))
     for family, section in tasks.items():
         for key in ("templates", "eval_templates", "untuned_templates"):
-            names = _mapping({"": section}, "").get(key)
+            names = _mapping(section).get(key)
             if not isinstance(names, list | tuple):
                 continue
             if files := [name for name in names if isinstance(name, str) and name.lower().endswith(_YAML)]:

@@ -171,15 +171,6 @@ def test_sizes_are_what_a_family_can_ask_about(tmp_path: Path, monkeypatch: pyte
     assert {pool.training_size(family) for family in pool.tasks} == {9}
 
 
-@pytest.mark.parametrize(
-    "change",
-    ["train.mixture=equal", "train.only=[rating]", "train.without=[rating]", "train.temperature=3"],
-)
-def test_the_training_key_sees_the_mixture(change: str, llama_folder: Path) -> None:
-    one, two = (training_key(build_study(recipe(llama_folder, *more)), str(llama_folder)) for more in ((), (change,)))
-    assert one != two
-
-
 # --------------------------------------------------------------------------- a family that is left out
 
 

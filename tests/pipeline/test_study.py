@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -14,7 +15,7 @@ from llmrec.errors import DataError, RecipeError
 from llmrec.pipeline.evaluation import Evaluation, ResultRow
 from llmrec.pipeline.resume import Budget
 from llmrec.pipeline.study import Study, build_study
-from llmrec.pipeline.training import training_key
+from llmrec.pipeline.training import plan_training, training_key
 from llmrec.recipe.load import dump, load_recipe, recipe_hash
 from llmrec.recipe.schema import Recipe
 from tests.facts import Facts, raises
@@ -77,14 +78,8 @@ def test_a_training_seed_moves_rows_and_nothing_that_is_asked() -> None:
     assert shots[0] == shots[1]
 
 
-def test_rows_that_never_fit_are_an_error_not_a_loop(llama_folder: object) -> None:
-    from llmrec.backends.encode import Encoder
-    from llmrec.models.load import load_tokenizer
-    from llmrec.pipeline.training import plan_training
-    from llmrec.recipe.schema import ModelSection
-
+def test_rows_that_never_fit_are_an_error_not_a_loop(encoder: Any) -> None:
     study = build_study(recipe("tasks={direct: {}}", "train.max_row_tokens=20"))
-    encoder = Encoder(load_tokenizer(str(llama_folder), ModelSection(name=str(llama_folder))), max_length=999)
     with raises(
         RecipeError, Facts("too-large", column="train.max_row_tokens", says=("train.max_row_tokens=20", "tasks.direct"))
     ):
