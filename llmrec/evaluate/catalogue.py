@@ -153,7 +153,8 @@ def evaluate_catalogue(
             "model on the data of the test cases, since metrics over different catalogues are not comparable",
             kind="mismatch",
         )
-    protocol = whole(protocol, cases)
+    users = protocol.users or str(len({case.request.user_id for case in cases}))
+    protocol = replace(protocol, candidates="full", users=users)
     start = time.monotonic()
     result = rank_catalogue(scorer, cases, cutoffs=protocol.cutoffs, seen=seen, seed=protocol.seed, progress=progress)
     seconds = time.monotonic() - start
@@ -161,12 +162,6 @@ def evaluate_catalogue(
         item: _evaluated(scorer.items, cases, protocol, item, place, seconds, background)
         for item, place in result.items()
     }
-
-
-def whole(protocol: EvalProtocol, cases: Sequence[Case]) -> EvalProtocol:
-    """Return the protocol of full ranking, in which all items are candidates."""
-    users = protocol.users or str(len({case.request.user_id for case in cases}))
-    return replace(protocol, candidates="full", users=users)
 
 
 # --------------------------------------------------------------------------- helpers

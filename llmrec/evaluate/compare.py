@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from llmrec.errors import LlmrecError
 from llmrec.evaluate.figures import statistic_of, taken
 from llmrec.metrics.significance import (
-    Decision,
     decide,
     detectable,
     detectable_from,
@@ -35,7 +34,7 @@ from llmrec.metrics.stats import (
     verdict,
 )
 from llmrec.registry import better, metric_of
-from llmrec.results import Figure, Pair, Verdict
+from llmrec.results import Figure, Pair
 
 if TYPE_CHECKING:
     from llmrec.metrics.stats import Statistic
@@ -155,7 +154,9 @@ def planned(contrasts: Sequence[Contrast], *, resamples: int, seed: int = 0, mor
             level=decision.level,
             p=decision.p,
             p_raw=decision.p_raw,
-            verdict=_verdict(contrast, decision),
+            verdict=verdict(
+                Difference(decision.value, decision.low, decision.high, decision.p), better(contrast.metric)
+            ),
             detectable=contrast.detectable(drawn, size),
         )
         for contrast, drawn, decision in zip(contrasts, results, decide(results, more=more), strict=True)
@@ -192,11 +193,6 @@ def reach(metric: str, pairs: Sequence[Pair], *, users: int, comparisons: int) -
         if results:
             lines.append(detectable_line(metric, results, users=users, comparisons=many))
     return " ".join(lines)
-
-
-def _verdict(contrast: Contrast, found: Decision) -> Verdict:
-    difference = Difference(found.value, found.low, found.high, found.p)
-    return verdict(difference, better(contrast.metric))
 
 
 def compare(

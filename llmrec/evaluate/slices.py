@@ -85,7 +85,7 @@ def _labels(counts: Counter[str], start: str) -> Callable[[str], str]:
         return _quartiles(
             start, edges[edges > numbers.min()] if edges[-1] > numbers.min() else above.min(keepdims=True)
         )
-    kept = set(counts) if len(counts) <= MOST else {value for value, _ in _most_frequent(counts)[: MOST - 1]}
+    kept = set(counts) if len(counts) <= MOST else set(sorted(counts, key=_order(counts))[: MOST - 1])
     return lambda value: f"{start}={quote(value, safe='')}" if value in kept else f"{start}:other"
 
 
@@ -101,10 +101,6 @@ def _order(counts: Counter[str]) -> Callable[[str], tuple[float, str]]:
     if _are_numbers(counts):
         return lambda value: (float(value), value)
     return lambda value: (-counts[value], value)
-
-
-def _most_frequent(counts: Counter[str]) -> list[tuple[str, int]]:
-    return sorted(counts.items(), key=lambda each: (-each[1], each[0]))
 
 
 def _are_numbers(counts: Counter[str]) -> bool:

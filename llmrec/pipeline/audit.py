@@ -21,7 +21,6 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from llmrec.backends.encode import Encoder
 from llmrec.baselines.parameters import Hashes, hashes_of
 from llmrec.data.hashing import hash64
 from llmrec.data.split import SplitDataset
@@ -31,11 +30,10 @@ from llmrec.fingerprint import fingerprint
 from llmrec.index.table import ItemIndex
 from llmrec.index.titles import title_key
 from llmrec.machine import versions
-from llmrec.models.load import device, load_model, load_tokenizer, quiet_libraries, resolve
-from llmrec.models.memory import LOADING, reporting_full_memory
+from llmrec.models.load import quiet_libraries, resolve
 from llmrec.pipeline import leaks
 from llmrec.pipeline.leaks import Check
-from llmrec.pipeline.rejecting import close
+from llmrec.pipeline.rejecting import close, opened
 from llmrec.pipeline.resume import locked, read_stage
 from llmrec.pipeline.row_specs import asks
 from llmrec.pipeline.study import Study, build_study
@@ -200,19 +198,13 @@ def _rows_of(training: Mapping[str, Any] | None, family: str) -> int:
 
 
 def _memory(study: Study) -> Check:
-    from llmrec.backends.hf.backend import HFBackend
-
     quiet_libraries()
-    section = study.recipe.model
-    base = resolve(section, seed=study.recipe.seed)
-    encoder = Encoder(load_tokenizer(base, section), max_length=section.max_length)
-    with reporting_full_memory(f"loading {section.name}", LOADING, "model.name"):
-        model = load_model(base, section).to(device(section))
-    backend = HFBackend(model, encoder, batch_tokens=study.recipe.eval.batch_tokens)
+    section, seed = study.recipe.model, study.recipe.seed
     try:
-        return memorisation(backend, study.data, seed=study.recipe.seed)
+        backend = opened(resolve(section, seed=seed), section, study.recipe.eval.batch_tokens)
+        return memorisation(backend, study.data, seed=seed)
     finally:
-        backend.close()
+        close()
 
 
 # --------------------------------------------------------------------------- probes

@@ -653,7 +653,7 @@ def test_a_model_that_recites_is_told_from_one_that_does_not() -> None:
 
 def test_the_model_is_asked_on_the_device_of_the_recipe(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(audit, "device", lambda section: "meta")
+    monkeypatch.setattr("llmrec.models.load.device", lambda section: "meta")
     monkeypatch.setattr(audit, "memorisation", lambda backend, data, seed: asked.append(backend.model.device.type))
     audit._memory(study)
     assert asked == ["meta"]
