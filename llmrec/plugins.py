@@ -187,9 +187,9 @@ def find(group: str, name: str) -> Any:
 
 
 def stamp(group: str, name: str) -> str:
-    """Return a hash of the code of a plug-in's package; empty if the name is not a plug-in."""
-    known = is_address(name) or name in installed(group)
-    return _code(_address(group, name).partition(":")[0]) if known and find(group, name) is not None else ""
+    """Return a hash of the code of a plug-in's package, which is imported."""
+    find(group, name)
+    return _code(_address(group, name).partition(":")[0])
 
 
 def _address(group: str, name: str) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmrec.errors import LlmrecError
-from llmrec.evaluate.figures import statistic_of, taken
+from llmrec.evaluate.figures import mean_interval, statistic_of, taken
 from llmrec.metrics.significance import (
     decide,
     detectable,
@@ -26,7 +26,6 @@ from llmrec.metrics.stats import (
     Sampled,
     Taken,
     at_all,
-    interval,
     interval_of,
     mean_of,
     paired_of,
@@ -371,12 +370,4 @@ def _interval(metric: str, seeds: Sequence[NDArray[np.float64]], users: Sequence
     if not is_by_request(metric):
         results = [_again(metric, row, _truth(metric, *values), users) for row in values]
         values, owners = np.array([item.result for item in results]), list(results[0].users or ())
-    return interval(
-        values,
-        users=owners,
-        resamples=resamples,
-        seed=0,
-        statistic=statistic_of(metric),
-        method="bca",
-        widen=True,
-    )
+    return mean_interval(metric, values, owners, resamples=resamples, seed=0)

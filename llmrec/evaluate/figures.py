@@ -13,7 +13,7 @@ from llmrec import __version__
 from llmrec.entries import Kind, MetricEntry
 from llmrec.errors import LlmrecError
 from llmrec.metrics.signature import signature
-from llmrec.metrics.stats import StatisticName, Taken, interval, interval_of
+from llmrec.metrics.stats import Interval, StatisticName, Taken, interval, interval_of
 from llmrec.registry import METRICS, attribute, metric_of
 from llmrec.results import Metric, Rates
 
@@ -107,7 +107,9 @@ def measure(
         sign = protocol.sign(name, seen=seen, how=result.how or entry.how)
         owners = users if result.users is None else result.users
         if isinstance(result.result, np.ndarray):
-            value.metrics[name] = mean_figure(name, result.result, owners, protocol, sign)
+            value.metrics[name] = mean_figure(
+                name, result.result, owners, sign, resamples=protocol.resamples, seed=protocol.seed
+            )
         elif callable(result.result):
             drawn = interval_of(result.result, len(set(owners)), resamples=protocol.resamples, seed=protocol.seed)
             value.metrics[name] = figure(drawn.value, drawn.low, drawn.high, sign)
@@ -146,23 +148,19 @@ def statistic_of(metric: str) -> StatisticName:
 
 
 def mean_figure(
-    metric: str,
-    per_request: NDArray[np.float64],
-    users: Sequence[str],
-    protocol: EvalProtocol,
-    signature: str,
+    metric: str, values: NDArray[np.float64], users: Sequence[str], signature: str, *, resamples: int, seed: int
 ) -> Metric:
     """Return the mean (or root mean) of per-request values, with interval and signature."""
-    result = interval(
-        per_request,
-        users=users,
-        resamples=protocol.resamples,
-        seed=protocol.seed,
-        statistic=statistic_of(metric),
-        method="bca",
-        widen=True,
-    )
+    result = mean_interval(metric, values, users, resamples=resamples, seed=seed)
     return figure(result.value, result.low, result.high, signature)
+
+
+def mean_interval(
+    metric: str, values: NDArray[np.float64], users: Sequence[str], *, resamples: int, seed: int
+) -> Interval:
+    """Return the mean (or root mean) of values, shape (n,) or (seeds, n), with its BCa interval over users."""
+    statistic = statistic_of(metric)
+    return interval(values, users=users, resamples=resamples, seed=seed, statistic=statistic, method="bca", widen=True)
 
 
 def figure(value: float | None, low: float | None, high: float | None, signature: str, undefined: str = "") -> Metric:

@@ -219,7 +219,14 @@ def slice_figures(
     for name, member in slices_of(cases, data, attributes).items():
         own = users[member].tolist()
         result = {
-            metric: mean_figure(metric, item[member], own, protocol, str(replace(sign, slice=name)))
+            metric: mean_figure(
+                metric,
+                item[member],
+                own,
+                str(replace(sign, slice=name)),
+                resamples=protocol.resamples,
+                seed=protocol.seed,
+            )
             for metric, (item, sign) in means.items()
             if own
         }

@@ -71,12 +71,6 @@ class Plan:
     encoder: Encoder
     base: str
 
-    def prompt_tokens(self) -> dict[FeatureKind, int]:
-        """Return the number of prompt tokens for users and for items."""
-        return {
-            kind: sum(len(self.encoder.prompt(item.prompt)) for item in asked) for kind, asked in self.asked.items()
-        }
-
 
 @dataclass(frozen=True)
 class Augmented:
@@ -171,8 +165,8 @@ def _taste(
 def estimate(planned: Plan, section: AugmentSection) -> dict[str, str]:
     """Estimate the cost for a small model on two cores, as text."""
     rows, seconds = {}, 0.0
-    for kind, tokens in planned.prompt_tokens().items():
-        count = len(planned.asked[kind])
+    for kind, asked in planned.asked.items():
+        count, tokens = len(asked), sum(len(planned.encoder.prompt(item.prompt)) for item in asked)
         seconds += tokens / _READS + count * section.max_tokens / _WRITES
         most = count * section.max_tokens
         rows[PLURALS[kind]] = f"{count:,} texts, {tokens:,} prompt tokens, at most {most:,} completion tokens"

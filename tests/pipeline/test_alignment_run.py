@@ -248,25 +248,9 @@ def test_the_audit_reads_questions_in_the_form_that_they_ask_for(study: Study) -
 
 
 def test_a_recipe_without_codes_is_refused() -> None:
-    with raises(
-        RecipeError,
-        Facts(
-            "contradiction",
-            "recipes/movielens-100k/align-semantic.yaml",
-            column="tasks.alignment",
-            says="index: {scheme: semantic}",
-        ),
-    ):
+    with raises(RecipeError, Facts("contradiction", column="tasks.alignment", says="index: {scheme: semantic}")):
         recipe("none", "index=null")
-    with raises(
-        RecipeError,
-        Facts(
-            "contradiction",
-            "recipes/movielens-100k/align-semantic.yaml",
-            column="index.scheme",
-            says=("'title'", "such as semantic"),
-        ),
-    ):
+    with raises(RecipeError, Facts("contradiction", column="index.scheme", says=("'title'", "such as semantic"))):
         recipe("none", "index={scheme: title}")
 
 

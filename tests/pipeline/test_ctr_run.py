@@ -149,15 +149,7 @@ def test_calibration_moves_probabilities_and_no_order(
     curve = rows["ctr/baseline/logistic"]["calibration"]
     assert said[0] and said[0].keys() == said[1].keys()
     assert odds[0] == pytest.approx(curve["scale"] * odds[1] + curve["bias"], abs=1e-6)
-    with raises(
-        RecipeError,
-        Facts(
-            "contradiction",
-            "recipes/movielens-100k/four-tasks.yaml",
-            column="tasks.ctr.calibrate",
-            says="eval.split=valid",
-        ),
-    ):
+    with raises(RecipeError, Facts("contradiction", column="tasks.ctr.calibrate", says="eval.split=valid")):
         recipe(llama_folder, "tasks.ctr.calibrate=valid", "eval.split=valid")
 
 

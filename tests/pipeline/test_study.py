@@ -108,16 +108,6 @@ def test_a_split_without_cases_is_found_at_once() -> None:
             "tasks.rating.baselines=[user-mean, user-item-bias]",
             Facts("missing-value", column="tasks.rating.baselines", says="global-mean, item-mean"),
         ),
-    ],
-)
-def test_a_name_that_does_not_fit_its_family_is_a_fact(override: str, facts: Facts) -> None:
-    with raises(RecipeError, facts):
-        build_study(recipe(override))
-
-
-@pytest.mark.parametrize(
-    ("override", "facts"),
-    [
         (
             "tasks.rating.baselines=[global-mean, user-mean, item-mean, {name: user-item-bias, user_penaltie: 1}]",
             Facts(
@@ -142,22 +132,17 @@ def test_a_name_that_does_not_fit_its_family_is_a_fact(override: str, facts: Fac
         ("tasks.direct.strategies=[label, label]", Facts("contradiction", column="tasks.direct.strategies")),
         ("eval.cutoffs=[]", Facts("bad-value", column="eval.cutoffs")),
         ("eval.arms=[tuned, tuned]", Facts("contradiction", column="eval.arms")),
-        ("tasks={rating: {}}", None),
     ],
 )
-def test_what_does_not_fit_together_is_refused(override: str, facts: Facts | None) -> None:
-    if facts is None:
-        assert set(build_study(recipe(override)).tasks) == {"rating"}
-        with raises(
-            RecipeError,
-            Facts(
-                "contradiction", "recipes/movielens-100k/four-tasks.yaml", column="reviews", says="tasks.explanation"
-            ),
-        ):
-            load_recipe("recipes/movielens-100k/four-tasks.yaml", [override])
-        return
+def test_what_does_not_fit_together_is_refused(override: str, facts: Facts) -> None:
     with raises(RecipeError, facts):
         build_study(recipe(override))
+
+
+def test_a_second_table_without_a_task_that_reads_it_is_refused() -> None:
+    assert set(build_study(recipe("tasks={rating: {}}")).tasks) == {"rating"}
+    with raises(RecipeError, Facts("contradiction", column="reviews", says="tasks.explanation")):
+        load_recipe("recipes/movielens-100k/four-tasks.yaml", ["tasks={rating: {}}"])
 
 
 def test_a_baseline_with_parameters_has_a_row_and_a_key_of_its_own(tmp_path: Path) -> None:
