@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.machinery import PathFinder
-from importlib.metadata import EntryPoint, distributions
+from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -117,24 +117,16 @@ def is_address(name: str) -> bool:
 # --------------------------------------------------------------------------- entry points
 
 
-@cache
-def _every() -> tuple[EntryPoint, ...]:
-    """Return the entry points of all plug-in groups, without shadowed duplicates of a package."""
-    result: dict[tuple[str, str, str], EntryPoint] = {}
-    for package in distributions():
-        for point in package.entry_points:
-            if point.group.startswith(_GROUP):
-                result.setdefault((package.name, point.group, point.name), point)
-    return tuple(sorted(result.values(), key=lambda point: (point.name, point.value)))
+# All packages are searched once for all kinds.
+_every = cache(entry_points)
 
 
 @cache
 def installed(group: str) -> Mapping[str, tuple[EntryPoint, ...]]:
     """Return the installed plug-ins of a kind by name."""
     result: dict[str, tuple[EntryPoint, ...]] = {}
-    for point in _every():
-        if point.group == _GROUP + group:
-            result[point.name] = (*result.get(point.name, ()), point)
+    for point in sorted(_every().select(group=_GROUP + group), key=lambda point: (point.name, point.value)):
+        result[point.name] = (*result.get(point.name, ()), point)
     return result
 
 

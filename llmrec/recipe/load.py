@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -234,13 +234,6 @@ def _with_its_code(recipe: Recipe, *, given: bool) -> Recipe:
     return recipe
 
 
-def _imported(
-    values: Mapping[str, Json], lines: Mapping[KeyPath, Place], file: Path, overrides: Sequence[str], *, given: bool
-) -> AbstractContextManager[None]:
-    """Import the plug-ins of a file; errors name file, line and key."""
-    return imported(values, lambda key: _overriding(key, overrides) or _place(key, file, lines), file, given=given)
-
-
 def recipe_hash(recipe: Recipe | Suite | Benchmark | ChatSuite) -> str:
     """Return a hash of all resolved values as 16 hex digits."""
     canonical = json.dumps(recipe.model_dump(mode="json"), sort_keys=True)
@@ -428,37 +421,30 @@ class Named:
     key: KeyPath
 
 
-def plug_ins(values: Mapping[str, Json]) -> list[Named]:
-    """Return the references to plug-ins in a recipe or benchmark."""
-    return [item for item in _named(values) if is_plugin(TABLES[item.group], item.name)]
-
-
 @contextmanager
-def imported(
-    values: Mapping[str, Json], line_of: Callable[[KeyPath], Place | str], file: Path, *, given: bool
+def _imported(
+    values: Mapping[str, Json], lines: Mapping[KeyPath, Place], file: Path, overrides: Sequence[str], *, given: bool
 ) -> Iterator[None]:
-    """Import the plug-ins that a file names, and store the user's consent.
+    """Import the plug-ins that a recipe or suite names, and store the user's consent.
 
-    Args:
-        values: The values of a recipe or suite.
-        line_of: Returns the line of a key, for messages.
-        file: The file.
-        given: Whether the user passed the file, which is consent to its plug-ins; see `llmrec.plugins`.
+    A file that the user passed (``given``) is consent to its plug-ins; see `llmrec.plugins`.
     """
     plugins.refuse_faults(BUILT_IN)
-    named, folder = plug_ins(values), values.get(PLUGINS)
+    named = [item for item in _named(values) if is_plugin(TABLES[item.group], item.name)]
+    places = {item.key: _overriding(item.key, overrides) or _place(item.key, file, lines) for item in named}
+    folder = values.get(PLUGINS)
     beside = folder if isinstance(folder, str) else None
     addresses = [item for item in named if plugins.is_address(item.name)]
     with plugins.allowed([address.name for address in addresses], beside) if given else nullcontext():
         for item in addresses:
-            with _told(item, line_of, file):
+            with _told(item, places[item.key], file):
                 plugins.consent(item.name, beside)
         # A folder on the Python path affects all imports, so a folder that only a run folder names is used only for
         # modules in it that the user has allowed.
         if given or (beside is not None and any(plugins.lies_in(address.name, beside) for address in addresses)):
             plugins.use(beside)
         for item in named:
-            with _told(item, line_of, file):
+            with _told(item, places[item.key], file):
                 if item.group == "tasks":
                     open_family(item.name)
                 else:
@@ -467,12 +453,11 @@ def imported(
 
 
 @contextmanager
-def _told(named: Named, line_of: Callable[[KeyPath], Place | str], file: Path) -> Iterator[None]:
+def _told(named: Named, where: Place | str, file: Path) -> Iterator[None]:
     """Add the file and key to an error."""
     try:
         yield
     except LlmrecError as error:
-        where = line_of(named.key)
         raise RecipeError(
             f"{where}: {dotted(named.key)}: {error}",
             kind=error.kind,
