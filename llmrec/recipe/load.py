@@ -60,17 +60,17 @@ def load_recipe(path: str | Path, overrides: Overrides = ()) -> Recipe:
     return _validated(Recipe, values, lines, file, overrides).looked_for(sought)
 
 
-def load_stored(run: Path) -> Recipe:
+def load_stored(run: Path, overrides: Overrides = ()) -> Recipe:
     """Read the recipe of a run folder; unlike `load_recipe`, this runs no code without the user's consent.
 
-    All readers of a run folder's recipe use this function.
+    All readers of a run folder's recipe use this function. Overrides are those of `load_recipe`.
 
     Raises:
         RecipeError: See `load_recipe`; or if it names a plug-in or a model's code without the user's consent.
     """
     file = run / STORED
     values, lines = read_page(file)
-    return _validated(Recipe, values, lines, file, (), given=False)
+    return _validated(Recipe, values, lines, file, overrides, given=False)
 
 
 def import_stored(run: Path) -> None:
