@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -27,15 +27,7 @@ from llmrec.terminal import works_in
 from llmrec.types import Case
 
 
-@dataclass(frozen=True)
-class FusedRuns:
-    """The evaluated ensembles and their written results."""
-
-    written: Written
-    rows: Sequence[ResultRow]
-
-
-def fuse_runs(runs: Sequence[Path], out: Path) -> FusedRuns:
+def fuse_runs(runs: Sequence[Path], out: Path) -> Written:
     """Build ensembles of the models of several runs on the same test cases, and write the results like a run.
 
     Every family gets an ensemble of its rows that read interactions only, one of those that also read texts, and one of
@@ -68,8 +60,7 @@ def fuse_runs(runs: Sequence[Path], out: Path) -> FusedRuns:
                 column="eval.fusion",
             )
         model = content_of(runs[0])["model"]
-        every = [*rows, *joined]
-        return FusedRuns(write_results(study, every, None, model, budget, out), every)
+        return write_results(study, [*rows, *joined], None, model, budget, out)
 
 
 def _named(rows: Sequence[ResultRow]) -> list[Recalled]:
@@ -140,12 +131,7 @@ def _fusions(study: Study, weighing: Weighing, family: str, rows: Sequence[Resul
 
 
 def _fused(
-    study: Study,
-    weighing: Weighing,
-    family: str,
-    kind: Reads,
-    parts: Sequence[ResultRow],
-    cases: Sequence[Case],
+    study: Study, weighing: Weighing, family: str, kind: Reads, parts: Sequence[ResultRow], cases: Sequence[Case]
 ) -> ResultRow:
     own, text = family_of(family), _named(parts)
     baselines = [row for row in parts if row.figures.arm == "baseline"]

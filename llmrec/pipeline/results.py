@@ -39,11 +39,12 @@ from llmrec.types import Case
 
 @dataclass(frozen=True)
 class Written:
-    """The written ``results.json`` with its SHA-256, and the predictions."""
+    """The written ``results.json`` with its SHA-256, the predictions, and the evaluated models."""
 
     results: dict[str, Any]
     sha256: str
     predictions: pl.DataFrame
+    rows: Sequence[ResultRow]
 
 
 def write_results(
@@ -108,7 +109,7 @@ def write_results(
         notes=(*unevaluated(missing), *notes(study)),
         files={file.name: sha256_of(file) for file in files},
     ).as_json()
-    return Written(results, write_checked(folder / "results.json", results), predictions)
+    return Written(results, write_checked(folder / "results.json", results), predictions, rows)
 
 
 def too_wide(study: Study) -> str:

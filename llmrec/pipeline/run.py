@@ -252,8 +252,8 @@ def fuse(runs: Sequence[Run | str | Path], out: str | Path) -> Run:
         DataError: If a run is not finished or has other data or cases, or no rows can be joined.
     """
     folder = Path(out)
-    made = fuse_runs([as_folder(run) for run in runs], folder)
-    return Run(folder, StoredResults(made.written.results), made.rows, page.write(folder)["html"])
+    written = fuse_runs([as_folder(run) for run in runs], folder)
+    return Run(folder, StoredResults(written.results), written.rows, page.write(folder)["html"])
 
 
 def report(folder: Path) -> Path:
