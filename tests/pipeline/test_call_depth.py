@@ -31,32 +31,36 @@ def frames() -> list[str]:
     return called[called.index("llmrec.cli.run.run") :]
 
 
-def called(owner: type, verb: str, backend: str, model: Path, folder: Path) -> list[list[str]]:
-    """Return the functions of llmrec on the way to each call of a method in a run."""
+def ran(folder: Path, model: Path, backend: str) -> None:
+    settings = f"eval={{arms: [zero-shot], users: 12, bootstrap: 20, backend: {backend}, candidates: {{count: 6}}}}"
+    found = CliRunner().invoke(app, [*RUN, f"model.name={model}", settings, "--out", str(folder)])
+    assert found.exit_code == 0, found.output
+
+
+@pytest.mark.parametrize("verb", ["score", "generate"])
+def test_a_backend_is_near(verb: str, tmp_path: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
-    asked = getattr(owner, verb)
+    asked = getattr(FakeBackend, verb)
 
     def asking(*args: Any, **options: Any) -> Any:
         seen.append(frames())
         return asked(*args, **options)
 
-    settings = f"eval={{arms: [zero-shot], users: 12, bootstrap: 20, backend: {backend}, candidates: {{count: 6}}}}"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(owner, verb, asking)
-        found = CliRunner().invoke(app, [*RUN, f"model.name={model}", settings, "--out", str(folder / "run")])
-    assert found.exit_code == 0, found.output
-    assert seen
-    return seen
-
-
-@pytest.mark.parametrize("verb", ["score", "generate"])
-def test_a_backend_is_near(verb: str, tmp_path: Path, llama_folder: Path) -> None:
-    seen = called(FakeBackend, verb, "fake", llama_folder, tmp_path)
-    assert max(map(len, seen)) < MOST, max(seen, key=len)
+    monkeypatch.setattr(FakeBackend, verb, asking)
+    ran(tmp_path / "run", llama_folder, "fake")
+    assert seen and max(map(len, seen)) < MOST, max(seen, key=len)
 
 
 @pytest.mark.slow
-def test_a_forward_pass_is_near(tmp_path: Path, llama_folder: Path) -> None:
+def test_a_forward_pass_is_near(tmp_path: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     transformers = pytest.importorskip("transformers", reason="the train extra is not installed")
-    seen = called(transformers.LlamaModel, "forward", "hf", llama_folder, tmp_path)
-    assert min(map(len, seen)) <= MOST, min(seen, key=len)
+    seen: list[list[str]] = []
+    forward = transformers.LlamaModel.forward
+
+    def passing(*args: Any, **options: Any) -> Any:
+        seen.append(frames())
+        return forward(*args, **options)
+
+    monkeypatch.setattr(transformers.LlamaModel, "forward", passing)
+    ran(tmp_path / "run", llama_folder, "hf")
+    assert seen and min(map(len, seen)) <= MOST, min(seen, key=len)
