@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.machinery import PathFinder
-from importlib.metadata import EntryPoint, distributions
+from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -117,24 +117,16 @@ def is_address(name: str) -> bool:
 # --------------------------------------------------------------------------- entry points
 
 
-@cache
-def _every() -> tuple[EntryPoint, ...]:
-    """Return the entry points of all plug-in groups, without shadowed duplicates of a package."""
-    result: dict[tuple[str, str, str], EntryPoint] = {}
-    for package in distributions():
-        for point in package.entry_points:
-            if point.group.startswith(_GROUP):
-                result.setdefault((package.name, point.group, point.name), point)
-    return tuple(sorted(result.values(), key=lambda point: (point.name, point.value)))
+# All packages are searched once for all kinds.
+_every = cache(entry_points)
 
 
 @cache
 def installed(group: str) -> Mapping[str, tuple[EntryPoint, ...]]:
     """Return the installed plug-ins of a kind by name."""
     result: dict[str, tuple[EntryPoint, ...]] = {}
-    for point in _every():
-        if point.group == _GROUP + group:
-            result[point.name] = (*result.get(point.name, ()), point)
+    for point in sorted(_every().select(group=_GROUP + group), key=lambda point: (point.name, point.value)):
+        result[point.name] = (*result.get(point.name, ()), point)
     return result
 
 
@@ -156,11 +148,7 @@ def fault_of(group: str, name: str, built_in: Collection[str]) -> str:
 def refuse_faults(tables: Mapping[str, Collection[str]]) -> None:
     """Reject installed plug-ins with the name of a built-in component or of another plug-in.
 
-    Args:
-        tables: The built-in names by the kind of plug-in.
-
-    Raises:
-        RecipeError: If there is one; the message names it and its package.
+    ``tables`` has the built-in names by the kind of plug-in.
     """
     for group in KINDS:
         for name, (point, *_) in installed(group).items():
@@ -191,9 +179,9 @@ def find(group: str, name: str) -> Any:
 
 
 def stamp(group: str, name: str) -> str:
-    """Return a hash of the code of a plug-in's package; empty if the name is not a plug-in."""
-    known = is_address(name) or name in installed(group)
-    return _code(_address(group, name).partition(":")[0]) if known and find(group, name) is not None else ""
+    """Return a hash of the code of a plug-in's package, which is imported."""
+    find(group, name)
+    return _code(_address(group, name).partition(":")[0])
 
 
 def _address(group: str, name: str) -> str:
@@ -273,11 +261,8 @@ def _imported(module: str) -> Any:
 def broken(what: str, error: Exception, at: str, column: str | None = None) -> RecipeError:
     """Return an error for a plug-in whose code failed, with the failing line.
 
-    Args:
-        what: The failed operation, as the start of a sentence.
-        error: The exception.
-        at: The plug-in.
-        column: The key that names it, if the message does not follow one.
+    ``what`` is the failed operation, as the start of a sentence; ``column`` the key that names the plug-in, if the
+    message does not follow one.
     """
     last = traceback.extract_tb(error.__traceback__)[-1]
     text = " ".join(f"{type(error).__name__}: {error}".split())
@@ -305,13 +290,9 @@ def _code(module: str) -> str:
 
 @contextmanager
 def allowed(addresses: Iterable[str], folder: str | None) -> Iterator[None]:
-    """Allow, within the block, the modules named in a config file of the user.
+    """Allow, within the block, the modules named in a config file of the user, also in an additional folder.
 
     Their files are remembered for other processes if the body succeeds: an invalid file does not count as consent.
-
-    Args:
-        addresses: The names in the file, as ``module:attribute``.
-        folder: A folder for its modules in addition to, and after, the Python path.
     """
     use(folder)
     result = {origin for address in addresses if (origin := _origin(address))}
@@ -328,12 +309,7 @@ def allowed(addresses: Iterable[str], folder: str | None) -> Iterator[None]:
 def consent(address: str, folder: str | None = None) -> None:
     """Reject a module that the user has not allowed, without importing it.
 
-    Args:
-        address: The name as ``module:attribute``.
-        folder: A folder for it in addition to the Python path.
-
-    Raises:
-        RecipeError: If it was not named.
+    It may lie in a folder in addition to the Python path.
     """
     top, origin = _top(address), _origin(address, folder)
     if not origin or origin in _NAMED or origin in remembered() or top in map(_top, _variable()):
@@ -360,11 +336,7 @@ def allow_model(name: str, revision: str | None) -> None:
 
 
 def consent_model(name: str, revision: str | None) -> None:
-    """Reject a model with code if no config file of the user allows it.
-
-    Raises:
-        RecipeError: If no config allowed it.
-    """
+    """Reject a model with code if no config file of the user allows it."""
     code = _model(name, revision)
     if code in _NAMED or code in remembered() or name in _variable():
         return

@@ -134,14 +134,9 @@ class LogLine(Record):
 
 
 class Judged(Record):
-    """The validation cases on which the best checkpoint is selected, with NDCG@10 of the baselines.
+    """The validation cases on which the best checkpoint is selected, with its NDCG@10.
 
-    Attributes:
-        family: Family of the cases.
-        users: Number of users.
-        kept_step: The step whose adapter was kept.
-        value: Its NDCG@10.
-        controls: NDCG@10 of the family's baselines, and of their ensembles, weighted on other validation users.
+    ``controls`` are the NDCG@10 of the family's baselines, and of their ensembles, weighted on other validation users.
     """
 
     family: str

@@ -16,7 +16,7 @@ from llmrec.backends.cache import AnswerStore
 from llmrec.errors import RecipeError
 from llmrec.pipeline.resume import RUN, locked
 from llmrec.pipeline.run import ANSWERS, Run, Session, Trained, open_session, run
-from llmrec.pipeline.shards import SHARD, answers_key, ask, done_before, finish, gathered, shard_folder
+from llmrec.pipeline.shards import SHARD, done_before, finish, gathered, shard_folder
 from llmrec.pipeline.study import folder_of
 from llmrec.recipe.load import STORED, as_recipe, load_stored
 from llmrec.recipe.schema import Recipe
@@ -60,7 +60,6 @@ def evaluate_shard(
         works_in(folder)
         session = open_session(recipe, folder, quiet=quiet)
         training = session.tuned(home)
-        evaluation, batch, budget = session.evaluation(), recipe.eval.batch, session.budget
         key = _key_of(session, training, home)
         if done_before(folder, key):
             log.warning("shard %s is already complete", shard)
@@ -68,9 +67,9 @@ def evaluate_shard(
             if training is not None:
                 log.warning("shards do not train; they use the fine-tuned model of %s", home)
             with session.asking(training, home) as (weights, engines):
-                ask(evaluation, weights, engines, shard, budget, batch=batch, quiet=quiet, report=report)
+                session.evaluation().ask(weights, engines, shard, report)
             with closing(AnswerStore(folder / ANSWERS)) as store:
-                fields = {"answers": len(store), "seconds": dict(budget.stages)}
+                fields = {"answers": len(store), "seconds": dict(session.budget.stages)}
             finish(folder, "eval", shard, key, [STORED, ANSWERS], fields)
         for name in _SPARE:
             path = folder / name
@@ -119,4 +118,4 @@ def merge_run(home: Path, folders: Sequence[Path] = (), *, quiet: bool = False) 
 
 def _key_of(session: Session, training: Trained | None, home: Path) -> str:
     with session.asking(training, home, remembers=False) as (weights, engines):
-        return answers_key(session.evaluation(), weights, engines, session.study.recipe)
+        return session.evaluation().shards_key(weights, engines)

@@ -6,10 +6,9 @@ seen items above a target are subtracted.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -18,9 +17,10 @@ from llmrec.data.hashing import hash64
 from llmrec.errors import LlmrecError
 from llmrec.evaluate.figures import EvalProtocol, measure
 from llmrec.evaluate.lists import Lists, list_figures
-from llmrec.evaluate.predictor import Evaluated, standing_columns
+from llmrec.evaluate.predictor import Evaluated, record_of, standing_columns
 from llmrec.metrics import ranking as rank_metrics
 from llmrec.results import Cost, Measured, Prediction
+from llmrec.types import Ranking
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -153,7 +153,8 @@ def evaluate_catalogue(
             "model on the data of the test cases, since metrics over different catalogues are not comparable",
             kind="mismatch",
         )
-    protocol = whole(protocol, cases)
+    users = protocol.users or str(len({case.request.user_id for case in cases}))
+    protocol = replace(protocol, candidates="full", users=users)
     start = time.monotonic()
     result = rank_catalogue(scorer, cases, cutoffs=protocol.cutoffs, seen=seen, seed=protocol.seed, progress=progress)
     seconds = time.monotonic() - start
@@ -161,12 +162,6 @@ def evaluate_catalogue(
         item: _evaluated(scorer.items, cases, protocol, item, place, seconds, background)
         for item, place in result.items()
     }
-
-
-def whole(protocol: EvalProtocol, cases: Sequence[Case]) -> EvalProtocol:
-    """Return the protocol of full ranking, in which all items are candidates."""
-    users = protocol.users or str(len({case.request.user_id for case in cases}))
-    return replace(protocol, candidates="full", users=users)
 
 
 # --------------------------------------------------------------------------- helpers
@@ -289,13 +284,8 @@ def _unit(hashed: NDArray[np.uint64]) -> NDArray[np.float64]:
 
 
 def _joined(parts: Sequence[Standings]) -> Standings:
-    return Standings(
-        greater=np.concatenate([part.greater for part in parts]),
-        tied=np.concatenate([part.tied for part in parts]),
-        pool=np.concatenate([part.pool for part in parts]),
-        lists=np.concatenate([part.lists for part in parts]),
-        scores=np.concatenate([part.scores for part in parts]),
-    )
+    names = [field.name for field in fields(Standings)]
+    return Standings(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
 
 
 def _evaluated(
@@ -334,21 +324,8 @@ def _records(items: Sequence[str], cases: Sequence[Case], place: Standings) -> l
     columns = standing_columns(place.greater, place.tied, place.pool)
     records = []
     for row, (case, numbers, scores) in enumerate(zip(cases, place.lists.tolist(), place.scores.tolist(), strict=True)):
-        shown = [(items[number], score) for number, score in zip(numbers, scores, strict=True) if number >= 0]
-        parsed = {"items": [item for item, _ in shown], "scores": [score for _, score in shown]}
-        records.append(
-            Prediction(
-                request_id=case.request.id,
-                user_id=case.request.user_id,
-                truth=str(case.truth),
-                parsed=json.dumps(parsed, ensure_ascii=False),
-                raw=None,
-                prompt_hash=None,
-                error=None,
-                prompt_tokens=0,
-                completion_tokens=0,
-                forwards=0,
-                **{name: entry[row] for name, entry in columns.items()},
-            )
-        )
+        count = sum(number >= 0 for number in numbers)
+        shown = tuple(items[number] for number in numbers[:count])
+        answer = Ranking(request_id=case.request.id, items=shown, scores=tuple(scores[:count]))
+        records.append(record_of(case, answer, {name: entry[row] for name, entry in columns.items()}))
     return records

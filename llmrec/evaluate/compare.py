@@ -10,9 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmrec.errors import LlmrecError
-from llmrec.evaluate.figures import statistic_of, taken
+from llmrec.evaluate.figures import mean_interval, statistic_of, taken
 from llmrec.metrics.significance import (
-    Decision,
     decide,
     detectable,
     detectable_from,
@@ -27,7 +26,6 @@ from llmrec.metrics.stats import (
     Sampled,
     Taken,
     at_all,
-    interval,
     interval_of,
     mean_of,
     paired_of,
@@ -35,7 +33,7 @@ from llmrec.metrics.stats import (
     verdict,
 )
 from llmrec.registry import better, metric_of
-from llmrec.results import Figure, Pair, Verdict
+from llmrec.results import Figure, Pair
 
 if TYPE_CHECKING:
     from llmrec.metrics.stats import Statistic
@@ -90,13 +88,10 @@ class Contrast:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The comparisons to make in a table of results.
+    """The comparisons to make in a table of results, all in one metric.
 
-    Attributes:
-        metric: The metric of the comparisons.
-        planned: Comparisons planned beforehand.
-        described: Exploratory comparisons.
-        partial: Planned comparisons on a subset of the requests; the sentence on detectable differences omits them.
+    ``planned`` comparisons were planned beforehand, and ``described`` ones are exploratory. ``partial`` are planned
+    comparisons on a subset of the requests, which the sentence on detectable differences omits.
     """
 
     metric: str
@@ -116,14 +111,7 @@ class Comparisons:
 
 
 def compare_tables(tables: Sequence[Plan], *, resamples: int, seed: int = 0, more: int = 0) -> list[Comparisons]:
-    """Test the planned comparisons of all tables as one family, and estimate the exploratory differences.
-
-    Args:
-        tables: The comparisons of each table.
-        resamples: See `planned`.
-        seed: Seed of the resamples.
-        more: Number of planned comparisons that were not run.
-    """
+    """Test the planned comparisons of all tables as one family, and estimate exploratory differences; see `planned`."""
     family = [contrast for table in tables for contrast in (*table.planned, *table.partial)]
     tested = iter(planned(family, resamples=resamples, seed=seed, more=more))
     results = []
@@ -165,7 +153,9 @@ def planned(contrasts: Sequence[Contrast], *, resamples: int, seed: int = 0, mor
             level=decision.level,
             p=decision.p,
             p_raw=decision.p_raw,
-            verdict=_verdict(contrast, decision),
+            verdict=verdict(
+                Difference(decision.value, decision.low, decision.high, decision.p), better(contrast.metric)
+            ),
             detectable=contrast.detectable(drawn, size),
         )
         for contrast, drawn, decision in zip(contrasts, results, decide(results, more=more), strict=True)
@@ -194,11 +184,7 @@ def exploratory(contrasts: Sequence[Contrast], *, resamples: int, seed: int = 0)
 def reach(metric: str, pairs: Sequence[Pair], *, users: int, comparisons: int) -> str:
     """Return a sentence on the minimum detectable effects of planned and exploratory comparisons.
 
-    Args:
-        metric: The metric of the comparisons.
-        pairs: Its comparisons of both kinds.
-        users: Number of users.
-        comparisons: Number of planned comparisons of the file.
+    ``pairs`` are comparisons of both kinds in one metric, and ``comparisons`` is the size of the planned family.
     """
     lines = []
     for many in dict.fromkeys((comparisons, 0)):
@@ -206,11 +192,6 @@ def reach(metric: str, pairs: Sequence[Pair], *, users: int, comparisons: int) -
         if results:
             lines.append(detectable_line(metric, results, users=users, comparisons=many))
     return " ".join(lines)
-
-
-def _verdict(contrast: Contrast, found: Decision) -> Verdict:
-    difference = Difference(found.value, found.low, found.high, found.p)
-    return verdict(difference, better(contrast.metric))
 
 
 def compare(
@@ -389,12 +370,4 @@ def _interval(metric: str, seeds: Sequence[NDArray[np.float64]], users: Sequence
     if not is_by_request(metric):
         results = [_again(metric, row, _truth(metric, *values), users) for row in values]
         values, owners = np.array([item.result for item in results]), list(results[0].users or ())
-    return interval(
-        values,
-        users=owners,
-        resamples=resamples,
-        seed=0,
-        statistic=statistic_of(metric),
-        method="bca",
-        widen=True,
-    )
+    return mean_interval(metric, values, owners, resamples=resamples, seed=0)

@@ -13,9 +13,9 @@ from llmrec import __version__
 from llmrec.entries import Kind, MetricEntry
 from llmrec.errors import LlmrecError
 from llmrec.metrics.signature import signature
-from llmrec.metrics.stats import StatisticName, Taken, interval, interval_of
+from llmrec.metrics.stats import Interval, StatisticName, Taken, interval, interval_of
 from llmrec.registry import METRICS, attribute, metric_of
-from llmrec.results import Metric
+from llmrec.results import Metric, Rates
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,33 +42,36 @@ class EvalProtocol:
     users: str | None = None
     liked: float | None = None
 
-    def sign(self, metric: str, *, seen: str = "excluded", slice: str | None = None, how: str | None = None) -> str:
-        """Return the signature of a metric.
-
-        Args:
-            metric: The metric's name.
-            seen: ``excluded`` or ``included``, see `signature`.
-            slice: The subset of cases; None for all.
-            how: Further details of the figure.
-        """
+    def sign(self, metric: str, *, seen: str = "excluded", how: str | None = None) -> str:
+        """Return the signature of a metric; see `signature`."""
         return signature(
             metric,
             candidates=self.candidates,
             seen=seen,
             users=self.users,
-            slice=slice,
             how=how,
             split=self.split,
             version=__version__,
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Measurements:
-    """Metrics by name, and their per-request values, shape (n,) each."""
+    """The metrics of one model.
+
+    Attributes:
+        metrics: Figures by metric.
+        values: Per-request values by metric, shape (n,) each.
+        rates: Further rates, such as the copy rate.
+        tie_rate: Share of answers with ties.
+        columns: Per-request values by field of `llmrec.results.Prediction`.
+    """
 
     metrics: dict[str, Metric] = field(default_factory=dict)
     values: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    rates: Rates = field(default_factory=Rates)
+    tie_rate: float = 0.0
+    columns: Mapping[str, Sequence[object]] = field(default_factory=dict)
 
 
 def measure(
@@ -104,7 +107,9 @@ def measure(
         sign = protocol.sign(name, seen=seen, how=result.how or entry.how)
         owners = users if result.users is None else result.users
         if isinstance(result.result, np.ndarray):
-            value.metrics[name] = mean_figure(name, result.result, owners, protocol, sign)
+            value.metrics[name] = mean_figure(
+                name, result.result, owners, sign, resamples=protocol.resamples, seed=protocol.seed
+            )
         elif callable(result.result):
             drawn = interval_of(result.result, len(set(owners)), resamples=protocol.resamples, seed=protocol.seed)
             value.metrics[name] = figure(drawn.value, drawn.low, drawn.high, sign)
@@ -143,23 +148,19 @@ def statistic_of(metric: str) -> StatisticName:
 
 
 def mean_figure(
-    metric: str,
-    per_request: NDArray[np.float64],
-    users: Sequence[str],
-    protocol: EvalProtocol,
-    signature: str,
+    metric: str, values: NDArray[np.float64], users: Sequence[str], signature: str, *, resamples: int, seed: int
 ) -> Metric:
     """Return the mean (or root mean) of per-request values, with interval and signature."""
-    result = interval(
-        per_request,
-        users=users,
-        resamples=protocol.resamples,
-        seed=protocol.seed,
-        statistic=statistic_of(metric),
-        method="bca",
-        widen=True,
-    )
+    result = mean_interval(metric, values, users, resamples=resamples, seed=seed)
     return figure(result.value, result.low, result.high, signature)
+
+
+def mean_interval(
+    metric: str, values: NDArray[np.float64], users: Sequence[str], *, resamples: int, seed: int
+) -> Interval:
+    """Return the mean (or root mean) of values, shape (n,) or (seeds, n), with its BCa interval over users."""
+    statistic = statistic_of(metric)
+    return interval(values, users=users, resamples=resamples, seed=seed, statistic=statistic, method="bca", widen=True)
 
 
 def figure(value: float | None, low: float | None, high: float | None, signature: str, undefined: str = "") -> Metric:

@@ -93,9 +93,6 @@ def list_figures(lists: Lists, cases: Sequence[Case], protocol: EvalProtocol, ba
     Coverage, Gini and ColdItems are computed over all lists together; they have no interval, since a resample has fewer
     different lists. Cold-start metrics require a catalogue with cold-start items. Serendipity uses training popularity
     as the expected list.
-
-    Raises:
-        LlmrecError: If the background is of another catalogue.
     """
     if tuple(lists.items) != background.items:
         raise LlmrecError(

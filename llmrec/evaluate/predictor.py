@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 
 from llmrec.data.split import SplitDataset
 from llmrec.errors import LlmrecError
-from llmrec.evaluate.figures import EvalProtocol, measure
+from llmrec.evaluate.figures import EvalProtocol, Measurements, measure
 from llmrec.metrics import explained, probability
 from llmrec.metrics import ranking as rank_metrics
 from llmrec.metrics import text as text_metrics
 from llmrec.records import Reliability
 from llmrec.registry import compared_metrics
-from llmrec.results import Cost, Failure, Measured, Metric, Prediction, Rates
+from llmrec.results import Cost, Failure, Measured, Prediction, Rates
 from llmrec.types import Answer, Case, Predictor, Probability, Ranking, Rating, Request, Text, Unparsed
 
 # --------------------------------------------------------------------------- metrics by type of answer
@@ -32,25 +32,6 @@ from llmrec.types import Answer, Case, Predictor, Probability, Ranking, Rating, 
 
 UNKNOWN = 0.5
 """The default fallback of a yes/no answer that cannot be parsed."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measurements:
-    """The metrics of one model.
-
-    Attributes:
-        metrics: Figures by metric.
-        values: Per-request values by metric, shape (n,) each.
-        rates: Further rates, such as the copy rate.
-        tie_rate: Share of answers with ties.
-        columns: Per-request values by field of `llmrec.results.Prediction`.
-    """
-
-    metrics: dict[str, Metric]
-    values: dict[str, NDArray[np.float64]]
-    rates: Rates = field(default_factory=Rates)
-    tie_rate: float = 0.0
-    columns: Mapping[str, Sequence[object]] = field(default_factory=dict)
 
 
 Fallback = Callable[[Request], float] | None
@@ -78,12 +59,7 @@ def _rankings(
     pool = np.array(sizes)
     inputs = {"greater": greater, "tied": tied, "pool": pool}
     taken = measure("ranking", inputs, _users(cases), protocol, cutoffs=protocol.cutoffs)
-    return Measurements(
-        metrics=taken.metrics,
-        values=taken.values,
-        tie_rate=rank_metrics.tie_rate(tied),
-        columns=standing_columns(greater, tied, pool),
-    )
+    return replace(taken, tie_rate=rank_metrics.tie_rate(tied), columns=standing_columns(greater, tied, pool))
 
 
 def _users(cases: Sequence[Case]) -> list[str]:
@@ -99,10 +75,7 @@ def standing_columns(
 
 
 def _ratings(
-    cases: Sequence[Case],
-    answers: Sequence[Answer],
-    protocol: EvalProtocol,
-    fallback: Callable[[Request], float] | None,
+    cases: Sequence[Case], answers: Sequence[Answer], protocol: EvalProtocol, fallback: Fallback
 ) -> Measurements:
     truth = np.array([float(case.truth) for case in cases])
     predicted = np.empty(len(cases))
@@ -120,8 +93,7 @@ def _ratings(
     inputs = {"predicted": predicted, "truth": truth, "liked": protocol.liked, "owners": users}
     taken = measure("rating", inputs, users, protocol)
     fallbacks = sum(not isinstance(answer, Rating) for answer in answers)
-    columns = {"value": predicted.tolist()}
-    return Measurements(metrics=taken.metrics, values=taken.values, rates=Rates(fallbacks=fallbacks), columns=columns)
+    return replace(taken, rates=Rates(fallbacks=fallbacks), columns={"value": predicted.tolist()})
 
 
 def _texts(
@@ -146,13 +118,12 @@ def _texts(
     }
     taken = measure("text", inputs, users, protocol)
     if background is None:
-        return Measurements(metrics=taken.metrics, values=taken.values)
+        return taken
     copies, own = explained.copies(written, background), explained.copies(truth, background)
     # Short texts recur naturally, so the copy rate of the true texts is given for comparison.
     columns: dict[str, Sequence[object]] = {"copied": (copies == 1).tolist(), "truth_copied": (own == 1).tolist()}
     if features is None or named is None:
-        rates = Rates(truth_copy_rate=float(own.mean()))
-        return Measurements(metrics=taken.metrics, values=taken.values, rates=rates, columns=columns)
+        return replace(taken, rates=Rates(truth_copy_rate=float(own.mean())), columns=columns)
     people = explained.named(truth, users, items, features)
     # Reviews of an item are incomplete: true texts also mention features that no other review mentions.
     rates = Rates(
@@ -162,11 +133,11 @@ def _texts(
         features_named=int(named.counts[:, 0].sum()),
     )
     columns |= _feature_columns(named, [features.asked.get(pair) for pair in zip(users, items, strict=True)])
-    columns |= {f"truth_{name}": people.counts[:, index].astype(int).tolist() for index, name in enumerate(_COUNTED)}
-    return Measurements(metrics=taken.metrics, values=taken.values, rates=rates, columns=columns)
-
-
-_COUNTED = ("features", "unsupported")
+    columns |= {
+        f"truth_{name}": people.counts[:, index].astype(int).tolist()
+        for index, name in enumerate(("features", "unsupported"))
+    }
+    return replace(taken, rates=rates, columns=columns)
 
 
 def _feature_columns(named: explained.Named, asked: Sequence[tuple[str, ...] | None]) -> dict[str, Sequence[object]]:
@@ -180,10 +151,7 @@ def _feature_columns(named: explained.Named, asked: Sequence[tuple[str, ...] | N
 
 
 def _probabilities(
-    cases: Sequence[Case],
-    answers: Sequence[Answer],
-    protocol: EvalProtocol,
-    fallback: Callable[[Request], float] | None,
+    cases: Sequence[Case], answers: Sequence[Answer], protocol: EvalProtocol, fallback: Fallback
 ) -> Measurements:
     truth = np.array([float(case.truth) for case in cases])
     text = np.full(len(cases), UNKNOWN)
@@ -202,9 +170,7 @@ def _probabilities(
     _, own, sizes = np.unique(text, return_inverse=True, return_counts=True)
     rates = Rates(users_left_out=probability.gauc(text, truth, users).left_out, reliability=bins)
     ties = float((sizes[own] > 1).mean())
-    return Measurements(
-        metrics=taken.metrics, values=values, rates=rates, tie_rate=ties, columns={"value": text.tolist()}
-    )
+    return replace(taken, values=values, rates=rates, tie_rate=ties, columns={"value": text.tolist()})
 
 
 def background_of(data: SplitDataset) -> explained.Background:
@@ -275,8 +241,7 @@ def evaluate(
     start = time.monotonic()
     answers = predictor.answer([case.request for case in cases])
     seconds = time.monotonic() - start
-    asked = [case.request.id for case in cases]
-    if [answer.request_id for answer in answers] != asked:
+    if [answer.request_id for answer in answers] != [case.request.id for case in cases]:
         raise LlmrecError(
             f"predictor {predictor.name!r} did not answer every request in order; fix the predictor", kind="defect"
         )
@@ -301,7 +266,7 @@ def evaluate(
         **result.rates.as_json(),
     )
     records = [
-        _record(case, answer, {name: item[index] for name, item in result.columns.items()})
+        record_of(case, answer, {name: item[index] for name, item in result.columns.items()})
         for index, (case, answer) in enumerate(zip(cases, answers, strict=True))
     ]
     return Evaluated(figures, result.values, records)
@@ -318,7 +283,8 @@ def _foreign(answer: Answer) -> Unparsed:
     )
 
 
-def _record(case: Case, answer: Answer, found: Mapping[str, Any]) -> Prediction:
+def record_of(case: Case, answer: Answer, found: Mapping[str, Any]) -> Prediction:
+    """Return the record of an answer, with further fields."""
     parsed: object = None
     if isinstance(answer, Ranking):
         parsed = {"items": list(answer.items), "scores": [float(score) for score in answer.scores]}

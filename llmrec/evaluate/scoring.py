@@ -18,7 +18,7 @@ from llmrec.display import Displayed, Summary, listed
 from llmrec.entries import MetricEntry
 from llmrec.errors import DataError, RecipeError, did_you_mean
 from llmrec.evaluate.compare import Contrast, Standing, exploratory, planned
-from llmrec.evaluate.figures import EvalProtocol, mean_figure
+from llmrec.evaluate.figures import mean_figure
 from llmrec.metrics.functions import matched
 from llmrec.metrics.multi_target import Judged
 from llmrec.metrics.signature import signature
@@ -216,11 +216,6 @@ def score_lists(lists: Sequence[Lists], truth: Truth, how: Judging) -> Scores:
 
     Metrics are expectations over all orders of tied scores; see `llmrec.metrics.multi_target`.
 
-    Args:
-        lists: One or two files of lists.
-        truth: The relevant items.
-        how: See `Judging`.
-
     Raises:
         DataError: If no list belongs to a user or request with relevant items.
     """
@@ -292,9 +287,6 @@ def _values(judged: Judged, how: Judging) -> dict[str, NDArray[np.float64]]:
 
 def _figure(name: str, values: NDArray[np.float64], owners: Sequence[str], how: Judging) -> Metric:
     # For external lists, candidates and the treatment of history items are unknown.
-    protocol = EvalProtocol(
-        split="given", candidates="given", cutoffs=how.cutoffs, resamples=how.resamples, seed=how.seed, catalogue=0
-    )
     gain = "graded" if how.graded and name.startswith("NDCG") else "binary"
     signed = signature(
         name,
@@ -305,4 +297,4 @@ def _figure(name: str, values: NDArray[np.float64], owners: Sequence[str], how: 
         split="given",
         version=__version__,
     )
-    return mean_figure(name, values, owners, protocol, signed)
+    return mean_figure(name, values, owners, signed, resamples=how.resamples, seed=how.seed)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from llmrec.data.dataset import Dataset
 from llmrec.data.read.codes import in_codes_of
 from llmrec.data.split_kinds import PAIR
-from llmrec.errors import LlmrecError
 from llmrec.evaluate.compare import is_by_request
 from llmrec.evaluate.figures import EvalProtocol, mean_figure
 from llmrec.guard import clean
@@ -29,8 +28,6 @@ from llmrec.metrics.signature import parse_signature
 from llmrec.results import Metric, SliceOfRow
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from llmrec.data.split import SplitDataset
     from llmrec.types import Case
 
@@ -88,7 +85,7 @@ def _labels(counts: Counter[str], start: str) -> Callable[[str], str]:
         return _quartiles(
             start, edges[edges > numbers.min()] if edges[-1] > numbers.min() else above.min(keepdims=True)
         )
-    kept = set(counts) if len(counts) <= MOST else {value for value, _ in _most_frequent(counts)[: MOST - 1]}
+    kept = set(counts) if len(counts) <= MOST else set(sorted(counts, key=_order(counts))[: MOST - 1])
     return lambda value: f"{start}={quote(value, safe='')}" if value in kept else f"{start}:other"
 
 
@@ -106,10 +103,6 @@ def _order(counts: Counter[str]) -> Callable[[str], tuple[float, str]]:
     return lambda value: (-counts[value], value)
 
 
-def _most_frequent(counts: Counter[str]) -> list[tuple[str, int]]:
-    return sorted(counts.items(), key=lambda each: (-each[1], each[0]))
-
-
 def _are_numbers(counts: Counter[str]) -> bool:
     return all(_NUMBER.fullmatch(value) for value in counts)
 
@@ -118,44 +111,20 @@ def _label(value: str) -> str:
     return clean(value, _LONG)
 
 
-# Lower limits of the bins of `target_slices`, except the first.
-_COUNTS, _WORDS = (1, 5, 20, 100), (8, 16, 32)
+COLD = 5
+"""Items with fewer training interactions are cold-start items."""
+HEAD = 0.8
+"""The most popular items with this share of training interactions are the head, the others the long tail."""
+# Lower limits of the bins, except the first: of history lengths and of a user's training interactions, and in
+# `target_slices` of an item's training interactions and words.
+_LENGTHS, _COUNTS, _WORDS = (5, 10, 20, 50), (1, 5, 20, 100), (8, 16, 32)
 
 FEW = 20
 """A slice with fewer cases is marked as small."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SliceRules:
-    """The thresholds that define subsets.
-
-    Attributes:
-        cold: Items with fewer training interactions are cold-start items.
-        head: The most popular items with this share of training interactions are the head, the others the long tail.
-        history: Ascending lower limits of the history bins after the first: (5, 10) gives 0-4, 5-9 and 10 or more.
-        activity: As ``history``, for the user's number of training interactions.
-    """
-
-    cold: int = 5
-    head: float = 0.8
-    history: tuple[int, ...] = (5, 10, 20, 50)
-    activity: tuple[int, ...] = (5, 10, 20, 50)
-
-    def __post_init__(self) -> None:
-        if self.cold < 1 or not 0 < self.head < 1:
-            raise LlmrecError(
-                f"slices: cold must be at least 1 and head between 0 and 1, not {self.cold}, {self.head}",
-                kind="bad-value",
-            )
-        for name, edges in (("history", self.history), ("activity", self.activity)):
-            if list(edges) != sorted(set(edges)) or any(edge < 1 for edge in edges):
-                raise LlmrecError(
-                    f"slices: {name} must be ascending numbers from 1, not {list(edges)}", kind="bad-value", column=name
-                )
-
-
 def slices_of(
-    cases: Sequence[Case], data: SplitDataset, rules: SliceRules | None = None, attributes: Sequence[str] = ()
+    cases: Sequence[Case], data: SplitDataset, attributes: Sequence[str] = ()
 ) -> dict[str, NDArray[np.bool_]]:
     """Return which cases belong to each subset.
 
@@ -165,30 +134,25 @@ def slices_of(
     Args:
         cases: The evaluated cases.
         data: The data, whose training interactions are counted.
-        rules: The thresholds; None for the defaults.
         attributes: Attributes of users to slice by; unknown ones are skipped.
 
     Returns:
         Membership by slice name, shape (n,) each.
     """
-    rules = rules or SliceRules()
     result: dict[str, NDArray[np.bool_]] = {}
     items = [item_of(case, data) for case in cases]
     if cases and all(item is not None for item in items):
         counts = dict(data.train.group_by("item_id").len().iter_rows())
         held = np.array([counts.get(item, 0) for item in items], dtype=np.int64)
-        result[f"item:cold-below-{rules.cold}"] = held < rules.cold
-        result[f"item:warm-from-{rules.cold}"] = held >= rules.cold
-        least = _least_of_head(np.array(list(counts.values()), dtype=np.int64), rules.head)
-        share = f"{rules.head:g}"
-        result[f"item:head-{share}"] = held >= least
-        result[f"item:long-tail-{share}"] = held < least
+        result[f"item:cold-below-{COLD}"] = held < COLD
+        result[f"item:warm-from-{COLD}"] = held >= COLD
+        least = _least_of_head(np.array(list(counts.values()), dtype=np.int64))
+        result[f"item:head-{HEAD}"] = held >= least
+        result[f"item:long-tail-{HEAD}"] = held < least
     lengths = np.array([len(case.request.history) for case in cases], dtype=np.int64)
-    result |= _bins("history", lengths, rules.history)
+    result |= _bins("history", lengths, _LENGTHS)
     active = dict(data.train.group_by("user_id").len().iter_rows())
-    result |= _bins(
-        "activity", np.array([active.get(c.request.user_id, 0) for c in cases], dtype=np.int64), rules.activity
-    )
+    result |= _bins("activity", np.array([active.get(c.request.user_id, 0) for c in cases], dtype=np.int64), _LENGTHS)
     if data.kind == "global_time":
         result |= _ages(cases, items, data)
     known = attributes_of(data.dataset) if attributes else ()
@@ -219,7 +183,7 @@ def target_slices(cases: Sequence[Case], data: SplitDataset) -> dict[str, NDArra
         message = [" ".join((item.title, *item.fields.values())) for item in items]
         result |= _bins("words", np.array([len(text.split()) for text in message], dtype=np.int64), _WORDS)
     lengths = np.array([len(case.request.history) for case in cases], dtype=np.int64)
-    return result | _bins("history", lengths, SliceRules().history)
+    return result | _bins("history", lengths, _LENGTHS)
 
 
 def slice_figures(
@@ -229,7 +193,6 @@ def slice_figures(
     *,
     metrics: Mapping[str, Metric],
     protocol: EvalProtocol,
-    rules: SliceRules | None = None,
     attributes: Sequence[str] = (),
 ) -> tuple[SliceOfRow, ...]:
     """Return the metrics of each subset, with intervals over its users.
@@ -241,18 +204,11 @@ def slice_figures(
         data: See `slices_of`.
         metrics: The overall figures, ``Evaluated.figures.metrics``, whose signatures are extended.
         protocol: The settings of intervals.
-        rules: See `slices_of`.
         attributes: See `slices_of`.
 
     Returns:
         One entry per slice, including empty ones.
-
-    Raises:
-        ValueError: If values and cases differ in number.
     """
-    for metric, item in values.items():
-        if len(item) != len(cases):
-            raise ValueError(f"{metric}: {len(item)} values but {len(cases)} cases")
     users = np.array([case.request.user_id for case in cases], dtype=object)
     means = {
         metric: (item, parse_signature(metrics[metric].signature))
@@ -260,10 +216,17 @@ def slice_figures(
         if is_by_request(metric)
     }
     figures = []
-    for name, member in slices_of(cases, data, rules, attributes).items():
+    for name, member in slices_of(cases, data, attributes).items():
         own = users[member].tolist()
         result = {
-            metric: mean_figure(metric, item[member], own, protocol, str(replace(sign, slice=name)))
+            metric: mean_figure(
+                metric,
+                item[member],
+                own,
+                str(replace(sign, slice=name)),
+                resamples=protocol.resamples,
+                seed=protocol.seed,
+            )
             for metric, (item, sign) in means.items()
             if own
         }
@@ -282,12 +245,12 @@ def item_of(case: Case, data: SplitDataset) -> str | None:
     return None
 
 
-def _least_of_head(counts: NDArray[np.int64], share: float) -> int:
+def _least_of_head(counts: NDArray[np.int64]) -> int:
     """Return the minimum training count of popular (head) items."""
     if not counts.size:
         return 1
     falling = np.sort(counts)[::-1]
-    place = int(np.searchsorted(np.cumsum(falling), share * falling.sum() - 1e-9))
+    place = int(np.searchsorted(np.cumsum(falling), HEAD * falling.sum() - 1e-9))
     return int(falling[min(place, len(falling) - 1)])
 
 

@@ -26,8 +26,7 @@ from llmrec.models.load import device, load_model, release_memory
 from llmrec.models.memory import placed, reporting_full_memory
 from llmrec.models.streaming import outlines
 from llmrec.models.tensors import base_of
-from llmrec.pipeline.evaluation import Evaluation
-from llmrec.pipeline.resume import Budget
+from llmrec.pipeline.row_specs import protocol_of
 from llmrec.pipeline.study import Study, build_study
 from llmrec.recipe.schema import ModelSection, Recipe
 from llmrec.strategies.asking import Prompting, strategy_of
@@ -197,14 +196,13 @@ def _figures(
         )
     backend = HFBackend(plain, encoder, batch_tokens=study.recipe.eval.batch_tokens)
     values, headlines = {}, {}
-    protocols = Evaluation(study, encoder, Path(), Budget(), quiet=True)
     for family in scored:
         template = study.eval_templates(family)[0]
         asker = Prompting(backend=backend, task=study.tasks[family], template=template.name)
         strategy = study.tasks[family].scored_by(template)
         assert strategy is not None
         predictor = strategy_of(strategy, asker)
-        protocol = protocols.protocol(family)
+        protocol = protocol_of(study, family)
         kind = family_of(family).answer
         result = evaluate(predictor, study.cases(family), name=family, kind=kind, protocol=protocol)
         metric = family_of(family).headline_at(study.recipe.eval.cutoffs)

@@ -21,7 +21,6 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from llmrec.backends.encode import Encoder
 from llmrec.baselines.parameters import Hashes, hashes_of
 from llmrec.data.hashing import hash64
 from llmrec.data.split import SplitDataset
@@ -31,11 +30,10 @@ from llmrec.fingerprint import fingerprint
 from llmrec.index.table import ItemIndex
 from llmrec.index.titles import title_key
 from llmrec.machine import versions
-from llmrec.models.load import device, load_model, load_tokenizer, quiet_libraries, resolve
-from llmrec.models.memory import LOADING, reporting_full_memory
+from llmrec.models.load import quiet_libraries, resolve
 from llmrec.pipeline import leaks
 from llmrec.pipeline.leaks import Check
-from llmrec.pipeline.rejecting import close
+from llmrec.pipeline.rejecting import close, opened
 from llmrec.pipeline.resume import locked, read_stage
 from llmrec.pipeline.row_specs import asks
 from llmrec.pipeline.study import Study, build_study
@@ -61,11 +59,8 @@ _UNTRAINED = 100
 def audit(folder: Path, *, memory: bool = False) -> list[Check]:
     """Audit a finished run from its folder, write ``audit.json``, and update the report.
 
-    The report of a run with a leak says so and contains no metric.
-
-    Args:
-        folder: The run folder.
-        memory: Also check whether the untuned model has memorised the catalogue, which loads it.
+    The report of a run with a leak says so and contains no metric. ``memory`` loads the untuned model and checks
+    whether it has memorised the catalogue.
 
     Raises:
         LlmrecError: If the folder has no finished run, or one of its files is damaged.
@@ -111,13 +106,10 @@ def _predictions(folder: Path) -> pl.DataFrame:
 def examine(
     study: Study, results: Mapping[str, Any], predictions: pl.DataFrame, *, kept: Path | None = None
 ) -> Iterator[Check]:
-    """Run and yield every check that needs no language model.
+    """Run and yield every check of a run that needs no language model.
 
-    Args:
-        study: The study of the run.
-        results: Its ``results.json``.
-        predictions: Its ``predictions.parquet``.
-        kept: File with the stored check of its baselines, which take long to fit; None: they are fitted again.
+    Fitting the baselines takes long: ``kept`` is the file with the stored check of them; without it they are fitted
+    again.
     """
     split = study.recipe.eval.split
     for data in filter(None, (study.data, study.reviews)):
@@ -190,10 +182,7 @@ def _stores(study: Study) -> list[Hashes]:
 def write(folder: Path, checks: Sequence[Check], *, of: str) -> None:
     """Write the checks and the number of leaks to ``audit.json``.
 
-    Args:
-        folder: The run folder.
-        checks: The results of the checks.
-        of: The sha256 of its ``results.json``, so that the report never shows the audit of other results.
+    ``of`` is the sha256 of ``results.json``, so that the report never shows the audit of other results.
     """
     leaks = sum(check.verdict == "leak" for check in checks)
     results = [asdict(check) for check in checks]
@@ -208,19 +197,13 @@ def _rows_of(training: Mapping[str, Any] | None, family: str) -> int:
 
 
 def _memory(study: Study) -> Check:
-    from llmrec.backends.hf.backend import HFBackend
-
     quiet_libraries()
-    section = study.recipe.model
-    base = resolve(section, seed=study.recipe.seed)
-    encoder = Encoder(load_tokenizer(base, section), max_length=section.max_length)
-    with reporting_full_memory(f"loading {section.name}", LOADING, "model.name"):
-        model = load_model(base, section).to(device(section))
-    backend = HFBackend(model, encoder, batch_tokens=study.recipe.eval.batch_tokens)
+    section, seed = study.recipe.model, study.recipe.seed
     try:
-        return memorisation(backend, study.data, seed=study.recipe.seed)
+        backend = opened(resolve(section, seed=seed), section, study.recipe.eval.batch_tokens)
+        return memorisation(backend, study.data, seed=seed)
     finally:
-        backend.close()
+        close()
 
 
 # --------------------------------------------------------------------------- probes
@@ -395,11 +378,6 @@ def memorisation(backend: Backend, data: SplitDataset, *, seed: int) -> Check:
     digits equal the rest of the title. The control permutes the second halves, so that no such title exists: it gives
     the chance level. (Di Palma et al., "Do LLMs Memorize Recommendation Datasets?", SIGIR 2025, ask for
     MovieLens-1M's records in the same spirit.)
-
-    Args:
-        backend: The untuned model.
-        data: The dataset with the catalogue.
-        seed: Draws the titles.
     """
     name = f"memorisation of {data.dataset.name}"
     halves = _halves(data)

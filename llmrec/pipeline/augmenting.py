@@ -64,37 +64,17 @@ _READS, _WRITES = 1000.0, 150.0
 
 @dataclass(frozen=True)
 class Plan:
-    """The prompts of the recipe section ``augment``.
-
-    Attributes:
-        data: The split data.
-        asked: Questions by kind.
-        encoder: Tokenizer of the model.
-        base: Folder of the model.
-    """
+    """The prompts of the recipe section ``augment``, with the model that answers them."""
 
     data: SplitDataset
     asked: dict[FeatureKind, list[Asked]]
     encoder: Encoder
     base: str
 
-    def prompt_tokens(self) -> dict[FeatureKind, int]:
-        """Return the number of prompt tokens for users and for items."""
-        return {
-            kind: sum(len(self.encoder.prompt(item.prompt)) for item in asked) for kind, asked in self.asked.items()
-        }
-
 
 @dataclass(frozen=True)
 class Augmented:
-    """The result of `augment`.
-
-    Attributes:
-        folder: The feature store.
-        texts: The number of texts by kind.
-        cost: Tokens of all questions and answers, stored ones included.
-        seconds: Duration of this call.
-    """
+    """The result of `augment`; ``cost`` includes stored answers, and ``seconds`` is the duration of this call."""
 
     folder: Path
     texts: dict[FeatureKind, int]
@@ -185,8 +165,8 @@ def _taste(
 def estimate(planned: Plan, section: AugmentSection) -> dict[str, str]:
     """Estimate the cost for a small model on two cores, as text."""
     rows, seconds = {}, 0.0
-    for kind, tokens in planned.prompt_tokens().items():
-        count = len(planned.asked[kind])
+    for kind, asked in planned.asked.items():
+        count, tokens = len(asked), sum(len(planned.encoder.prompt(item.prompt)) for item in asked)
         seconds += tokens / _READS + count * section.max_tokens / _WRITES
         most = count * section.max_tokens
         rows[PLURALS[kind]] = f"{count:,} texts, {tokens:,} prompt tokens, at most {most:,} completion tokens"
@@ -239,16 +219,9 @@ def augment(recipe: Recipe, out: Path, *, quiet: bool = False, shards: Sequence[
 
 
 def augment_shard(recipe: Recipe, out: Path, shard: Shard, *, quiet: bool = False) -> Path:
-    """Generate the texts of one shard of users and items, and store them next to the feature store.
+    """Generate the texts of one shard, and store them next to the feature store that `merge_augment` writes.
 
-    Args:
-        recipe: A recipe with the section ``augment``.
-        out: The feature store that `merge_augment` writes.
-        shard: The shard: whole batches of the texts of each kind.
-        quiet: Show no progress.
-
-    Returns:
-        The shard's folder.
+    A shard has whole batches of the texts of each kind. Returns its folder.
     """
     section, folder, budget = _section(recipe), shard_folder(out, shard), Budget(quiet=quiet)
     with locked(folder, (STORED, ANSWERS, SHARD)):
@@ -273,13 +246,7 @@ def augment_shard(recipe: Recipe, out: Path, shard: Shard, *, quiet: bool = Fals
 
 
 def merge_augment(out: Path, folders: Sequence[Path] = (), *, quiet: bool = False) -> Augmented:
-    """Merge shards into the feature store that a single process would write.
-
-    Args:
-        out: The feature store, as given to the shards.
-        folders: The shards' folders; by default those next to the store.
-        quiet: Show no progress.
-    """
+    """Merge shards, by default those next to the store, into the store that a single process would write."""
     result = gathered(out, folders)
     return augment(load_stored(result[0].folder), out, quiet=quiet, shards=result)
 

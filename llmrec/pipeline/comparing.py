@@ -43,13 +43,8 @@ def compare_rows(
 ) -> tuple[list[Comparison], dict[str, str]]:
     """Compare the models of a run: planned comparisons of all tasks as one family of tests, then exploratory ones.
 
-    Args:
-        study: The study.
-        rows: Rows of its run.
-        choice: The row that is served.
-
-    Returns:
-        The comparisons, and for each task one line on their statistical power.
+    ``choice`` is the row that is served. Returns the comparisons, and for each task one line on their statistical
+    power.
     """
     meant = list(planned_of(study, rows))
     known = {ends for pair in meant for ends in (pair.ids, pair.ids[::-1])}

@@ -84,11 +84,7 @@ def write(study: Study, file: Path) -> Written:
 
 
 def _refuse(study: Study, encoder: Encoder, *, paired: bool) -> None:
-    """Reject a recipe whose training examples cannot be written as chat messages.
-
-    Raises:
-        RecipeError: It names the setting.
-    """
+    """Reject a recipe whose training examples cannot be written as chat messages."""
     recipe, index = study.recipe, study.index
     what = key = ""
     if paired:

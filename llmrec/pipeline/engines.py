@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 from llmrec.backends.cache import AnswerStore, CachedBackend, Offer, StoredLedger
 from llmrec.backends.encode import Encoder
@@ -119,10 +120,6 @@ class Engines:
         prompt among all continuations while vLLM decodes a request per path. On a GPU they use the evaluation backend:
         vLLM reads each path there as a prompt, without a second engine beside the one that generates. Which is faster
         on a GPU has not been measured.
-
-        Args:
-            strategy: Its name.
-            folder: The model folder.
         """
         return self.choices(strategy, folder)[0]
 
@@ -285,21 +282,16 @@ class Engines:
         return Encoder(load_tokenizer(folder, self._model), max_length=self._encoder.max_length)
 
     def _start(self, engine: str, folder: str, tokens: Callable[[], int], adapters: Sequence[Adapter] = ()) -> Backend:
-        encoder = self._encoder_of(folder)
+        encoder, build = self._encoder_of(folder), cast("Callable[..., Backend]", lookup(BACKENDS, engine, "backend"))
         if is_plugin(BACKENDS, engine):
-            made: Backend = lookup(BACKENDS, engine, "backend")(
-                folder, encoder, model=self._model, section=self._section, seed=self._seed
-            )
-            return made
+            return build(folder, encoder, model=self._model, section=self._section, seed=self._seed)
         if engine == "fake":
-            fake: Backend = lookup(BACKENDS, "fake", "backend")()
-            return fake
+            return build()
         if engine == "openai":
             server = _server(self._section)
             name = f"{' '.join(sorted(server.urls))} {server.model}"
             ledger = None if self._store is None else StoredLedger(self._store, name)
-            client: Backend = lookup(BACKENDS, "openai", "backend")(server, encoder, ledger=ledger)
-            return client
+            return build(server, encoder, ledger=ledger)
         if engine == "vllm":
             if _has_bottleneck(folder):
                 raise RecipeError(
@@ -311,7 +303,7 @@ class Engines:
             # Free the memory that torch holds from earlier models, because vLLM cannot allocate it.
             release_memory()
             try:
-                started: Backend = lookup(BACKENDS, "vllm", "backend")(
+                return build(
                     folder,
                     encoder,
                     dtype=dtype_name(self._model),
@@ -324,7 +316,6 @@ class Engines:
                     workload=self._workload(folder, tokens()),
                     adapters=adapters,
                 )
-                return started
             except MissingExtra as error:
                 if self._section.backend == AUTO:
                     # installed, but cannot be imported
@@ -340,10 +331,7 @@ class Engines:
                 raise
             raise EngineFailure(str(error), kind=error.kind, at=error.place, column=error.column) from error
         head = load_head(Path(folder)) if Path(folder).is_dir() else None
-        loaded: Backend = lookup(BACKENDS, "hf", "backend")(
-            model, encoder, head=head, batch_tokens=self._section.batch_tokens, exit=self._section.exit
-        )
-        return loaded
+        return build(model, encoder, head=head, batch_tokens=self._section.batch_tokens, exit=self._section.exit)
 
     def _workload(self, folder: str, tokens: int) -> Workload:
         config, itemsize = load_config(folder, self._model), dtype(self._model).itemsize

@@ -35,7 +35,6 @@ from llmrec.ensembles.members import (
 from llmrec.ensembles.rankers import ListEnsemble
 from llmrec.ensembles.stored import chosen
 from llmrec.errors import BackendError, EngineFailure, LlmrecError
-from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.predictor import Evaluated, background_of, evaluate
 from llmrec.fingerprint import fingerprint
 from llmrec.metrics.explained import Background
@@ -48,18 +47,16 @@ from llmrec.pipeline.row_specs import (
     encoder_stamp,
     files_of,
     inputs_of,
-    left_out,
     made_by,
-    profile_of,
     protocol_of,
     specs_of,
     unused_settings,
 )
 from llmrec.pipeline.study import Study
 from llmrec.pipeline.weighing import Weighing, bases_of, fusible, joins_model
-from llmrec.progress import BatchBar
+from llmrec.progress import Bar, BatchBar
 from llmrec.recipe.schema import BaselineSection
-from llmrec.records import Calibration, Shown
+from llmrec.records import Calibration, Shard, Shown
 from llmrec.registry import METRICS, is_positional, metric_modules, options_of
 from llmrec.results import Arm, Choice, FusionWeights, Prediction, Reads, Row, Unevaluated
 from llmrec.strategies.asking import AsksFirst, Prompting, Strategy, strategy_of
@@ -69,6 +66,9 @@ from llmrec.tasks.family import family_of
 from llmrec.types import Case, Predictor, Prompt, Rating, Request
 
 log = logging.getLogger(__name__)
+
+Weights = Mapping[Arm, tuple[str, str]]
+"""The model folder and the hash of its weights, by setting."""
 
 _EXAMPLES = 2
 # Number of prompts to tokenise to size the engine's cache, and tokens to reserve per answer.
@@ -169,17 +169,11 @@ class Evaluation:
             looked_at=looked_at,
         )
 
-    def arms(
-        self, weights: Mapping[Arm, tuple[str, str]], engines: Engines, baselines: Sequence[ResultRow] = ()
-    ) -> list[ResultRow]:
+    def arms(self, weights: Weights, engines: Engines, baselines: Sequence[ResultRow] = ()) -> list[ResultRow]:
         """Evaluate language models; models that share an engine are evaluated consecutively.
 
-        A row whose engine fails is listed in ``missing``, and a later call evaluates it.
-
-        Args:
-            baselines: The rows of `baselines`, which are joined with language-model rows if the recipe says so.
-            weights: The model folder and the hash of its weights, by setting.
-            engines: Provides the backends.
+        A row whose engine fails is listed in ``missing``, and a later call evaluates it. ``baselines`` are the rows of
+        `baselines`, which are joined with language-model rows if the recipe says so.
         """
         controls = {
             family: [row for row in baselines if row.figures.task == family and row.figures.fusion is None]
@@ -187,7 +181,7 @@ class Evaluation:
         }
         rows: dict[str, ResultRow] = {}
         failed: dict[str, EngineFailure] = {}
-        planned = self.asked(weights, engines)
+        planned = self._asked(weights, engines)
         for spec, engine, folder, digest in planned:
             alike = [other for other, *where in planned if where == [engine, folder, digest]]
             try:
@@ -225,13 +219,7 @@ class Evaluation:
     ) -> ResultRow:
         """Return the stored result of any permitted engine, or evaluate the model on the first engine.
 
-        Args:
-            spec: The row to evaluate.
-            engines: Provides the backends.
-            folder: The model folder.
-            digest: Digest of its weights.
-            alike: The rows of the same engine and model.
-            failed: Failures of engines that are not tried again.
+        ``alike`` are the rows of the same engine and model. Engines in ``failed`` are not tried again.
         """
         choices = engines.choices(spec.predictor, folder)
         for engine in choices:
@@ -242,10 +230,10 @@ class Evaluation:
             raise failed[choices[0]]
         backend = engines.get(choices[0], folder, digest, lambda: self._largest(alike, backend))
         recalled = backend.recalled_seconds
-        with self._budget.stage(spec.arm), self._progress(spec) as bar:
+        with self._budget.stage(spec.arm), self._progress(spec, self._questions(spec)) as bar:
             while True:
                 replaced = backend.replaced
-                strategy = self.strategy(spec, backend, bar.advance)
+                strategy = self._strategy(spec, backend, bar.advance)
                 predictor = self._calibrated(spec.family, strategy)
                 # The cost includes cases that an interrupted run answered, but not calibration cases or starting the
                 # engine, which is a separate stage.
@@ -279,7 +267,7 @@ class Evaluation:
         """Return the number of tokens in the largest batch, estimated from the prompts with the longest histories."""
         section, most = self._study.recipe.eval, 0
         for spec in specs:
-            strategy = self.strategy(spec, backend, lambda done: None)
+            strategy = self._strategy(spec, backend, lambda done: None)
             prompt = strategy.first_prompt if isinstance(strategy, AsksFirst) else strategy.asker.prompt
             cases = sorted(self._cases[spec.family], key=lambda case: -len(case.request.history))[:_SAMPLE]
             longest = max((self._tokens(prompt(case.request)) for case in cases), default=0)
@@ -295,7 +283,7 @@ class Evaluation:
         except BackendError:  # too long, which is reported as an error of the request
             return self._encoder.max_length
 
-    def asked(self, weights: Mapping[Arm, tuple[str, str]], engines: Engines) -> list[tuple[RowSpec, str, str, str]]:
+    def _asked(self, weights: Weights, engines: Engines) -> list[tuple[RowSpec, str, str, str]]:
         """Return the language models to evaluate, each with its engine, model folder and hash of the weights."""
         specs = [(spec, arm) for arm in weights for spec in specs_of(self._study, arm)]
         planned = [
@@ -350,6 +338,42 @@ class Evaluation:
         )
         return [row]
 
+    # ------------------------------------------------------------------------- shards
+
+    def shards_key(self, weights: Weights, engines: Engines) -> str:
+        """Return the fingerprint of an evaluation in shards."""
+        asked, recipe = self._asked(weights, engines), self._study.recipe
+        rows = [self.key(spec, engine, engines.identity(engine, digest)) for spec, engine, _, digest in asked]
+        return fingerprint("evaluate", recipe, rows=rows, batch=recipe.eval.batch)
+
+    def ask(
+        self, weights: Weights, engines: Engines, shard: Shard, report: Callable[[float], None] = lambda _: None
+    ) -> None:
+        """Evaluate language models on one shard of all test cases.
+
+        Every row gets whole batches of its cases, so that batches are the same as in a single process. Cached answers
+        are not computed again. ``report`` is called with the finished fraction of all requests.
+        """
+        batch = self._study.recipe.eval.batch
+        asked = [
+            (item, [shard.share(requests, batch) for requests in self._questions(item[0])])
+            for item in self._asked(weights, engines)
+        ]
+        total, done = sum(len(requests) for _, shares in asked for requests in shares), 0
+        for (spec, engine, folder, digest), shares in asked:
+            backend = engines.get(engine, folder, digest)
+            with self._budget.stage(spec.arm), self._progress(spec, shares) as bar:
+
+                def advance(requests: int, bar: Bar = bar) -> None:
+                    nonlocal done
+                    bar.advance(requests)
+                    done += requests
+                    report(min(1.0, done / total))
+
+                predictor = self._strategy(spec, backend, advance)
+                for requests in filter(None, shares):
+                    predictor.answer(requests)
+
     # ------------------------------------------------------------------------- stored results
 
     def _path(self, spec: RowSpec) -> Path:
@@ -383,8 +407,8 @@ class Evaluation:
             **spec.asked,
             engine=engine,
             reads=reads,
-            inputs=inputs or inputs_of(spec, self._study) + left_out(spec, self._study),
-            candidates=self._digest(spec.family),
+            inputs=inputs or inputs_of(spec, self._study),
+            candidates=self._study.sets_digest(spec.family),
             **({"fusion": fusion} if fusion else {}),
             **found.figures.as_json(),
         )
@@ -418,20 +442,15 @@ class Evaluation:
             identity=identity,
             data=study.task_data(spec.family).fingerprint,
             noun=study.task_data(spec.family).dataset.noun,
-            candidates=self._digest(spec.family),
+            candidates=study.sets_digest(spec.family),
             index=study.index.digest if study.index and model else None,
             asking=asking_of(spec.predictor, recipe.eval) if model else None,
-            profile=profile_of(study, spec.family) if spec.predictor == "two-step" else None,
+            profile=study.tasks[spec.family].profile_template.sha if spec.predictor == "two-step" else None,
             cases=[case.request.id for case in self._cases[spec.family]],
             weighing=[case.request.id for case in self._weighers(spec)],
             encoder=encoder_stamp(spec, study),
             files=files_of(spec, study),
         )
-
-    def _digest(self, family: str) -> str | None:
-        """Return the hash of the candidate sets of a task."""
-        sets = self._study.sets(family)
-        return sets.digest if sets is not None else None
 
     # ------------------------------------------------------------------------- models and measurement
 
@@ -446,7 +465,7 @@ class Evaluation:
         requests = [case.request for case in self._weighers(spec)]
         return {item.request_id: remembered(item) for item in predictor.answer(requests)} if requests else {}
 
-    def strategy(self, spec: RowSpec, backend: Any, advance: Callable[[int], None]) -> Strategy:
+    def _strategy(self, spec: RowSpec, backend: Any, advance: Callable[[int], None]) -> Strategy:
         """Return the strategy of a model."""
         assert spec.template is not None
         task, eval_section = self._study.tasks[spec.family], self._study.recipe.eval
@@ -475,7 +494,7 @@ class Evaluation:
         return {
             "name": family,
             "kind": kind.answer,
-            "protocol": self.protocol(family),
+            "protocol": protocol_of(self._study, family),
             "fallback": self._user_mean() if kind.answer is Rating else None,
             "background": self._background(family) if kind.grounded else None,
         }
@@ -492,10 +511,6 @@ class Evaluation:
 
     def _calibrated_by(self, family: str) -> frozenset[str]:
         return frozenset(case.request.user_id for case in self._calibrating(family))
-
-    def protocol(self, family: str) -> EvalProtocol:
-        """Return the evaluation protocol of a task."""
-        return protocol_of(self._study, family)
 
     def _user_mean(self) -> Callable[[Request], float]:
         """Return a function that maps a request to its user's mean rating, a fallback for invalid answers."""
@@ -524,15 +539,13 @@ class Evaluation:
             )
         return tuple(shown)
 
-    def questions(self, spec: RowSpec) -> tuple[list[Case], ...]:
-        """Return the cases that a model answers, one list per call: calibration, test, and ensemble weights."""
-        return self._calibrating(spec.family), self._cases[spec.family], self._weighers(spec)
+    def _questions(self, spec: RowSpec) -> list[list[Request]]:
+        """Return the requests that a model answers, one list per call: calibration, test, and ensemble weights."""
+        asked = self._calibrating(spec.family), self._cases[spec.family], self._weighers(spec)
+        return [[case.request for case in cases] for cases in asked]
 
-    def _progress(self, spec: RowSpec) -> BatchBar:
-        return self.progress(spec, [[case.request for case in cases] for cases in self.questions(spec)], self._quiet)
-
-    def progress(self, spec: RowSpec, asked: Sequence[Sequence[Request]], quiet: bool) -> BatchBar:
-        """Return a progress bar for answering these cases, counted in candidates if requests have any."""
+    def _progress(self, spec: RowSpec, asked: Sequence[Sequence[Request]]) -> BatchBar:
+        """Return a progress bar for answering these requests, counted in candidates if they have any."""
         requests, section = [request for part in asked for request in part], self._study.recipe.eval
         sizes = [len(request.candidates or ()) for request in requests]
         counted = questions_of(spec.predictor, max(sizes, default=0), section)
@@ -542,7 +555,7 @@ class Evaluation:
             batch=section.batch,
             prompts=max(1, counted.prompts) if counted else 1,
             unit="candidates" if any(sizes) else "requests",
-            quiet=quiet,
+            quiet=self._quiet,
         )
 
 

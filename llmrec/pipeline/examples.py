@@ -138,29 +138,23 @@ EXHIBITS = 8
 _READ = 6
 
 
-def exhibits(study: Study, rows: Sequence[ResultRow]) -> list[Exhibit]:
-    """Return how generated features changed the answers to a few requests, the entry ``gallery`` of results.json.
+def exhibits(study: Study, rows: Sequence[ResultRow]) -> Iterator[Exhibit]:
+    """Yield how generated features changed the answers to a few requests, the entry ``gallery`` of results.json.
 
     It shows the first baseline with features of each family, and the other rows of the same baseline.
     """
-    return [exhibit for family in study.tasks for exhibit in _exhibits(study, family, rows)]
+    for family in study.tasks:
+        named = {baseline.label: baseline for baseline in study.baselines(family)}
+        folders = {label: stores_of(entry.name, entry.parameters) for label, entry in named.items()}
+        reading = [label for label, found in folders.items() if found and not named[label].parameters.get("shuffled")]
+        if reading:
+            alike = [label for label, entry in named.items() if entry.name == named[reading[0]].name]
+            own = [row for row in rows if row.figures.task == family and row.figures.predictor in alike]
+            yield from _exhibits(study, family, next(iter(folders[reading[0]])), own)
 
 
-def _exhibits(study: Study, family: str, rows: Sequence[ResultRow]) -> Iterator[Exhibit]:
-    named = {baseline.label: baseline for baseline in study.baselines(family)}
-    folders = {label: stores_of(entry.name, entry.parameters) for label, entry in named.items()}
-    reading = [label for label, result in folders.items() if result and not named[label].parameters.get("shuffled")]
-    if not reading:
-        return
-    first, folder = named[reading[0]], next(iter(folders[reading[0]]))
+def _exhibits(study: Study, family: str, folder: str, rows: Sequence[ResultRow]) -> Iterator[Exhibit]:
     store, cases, data = FeatureStore.open(folder), study.cases(family), study.task_data(family).dataset
-    alike = [
-        row
-        for row in rows
-        if row.figures.task == family
-        and row.figures.predictor in named
-        and named[row.figures.predictor].name == first.name
-    ]
     seen = store.seen_by("user")
     message = [place for place, case in enumerate(cases) if case.request.user_id in seen] or list(range(len(cases)))
     for n in drawn([cases[place].request.id for place in message], study.recipe.seed, EXHIBITS):
@@ -178,7 +172,7 @@ def _exhibits(study: Study, family: str, rows: Sequence[ResultRow]) -> Iterator[
             profile=shortened(clean(store.texts("user", [user]).get(user, ""), INPUT)),
             described=shortened(clean(store.texts("item", [item]).get(item, ""), INPUT)),
             truth=f"{truth:g}" if isinstance(truth := cases[place].truth, float) else str(truth),
-            answers={row.figures.id: _answer_text(row.records[place], item) for row in alike},
+            answers={row.figures.id: _answer_text(row.records[place], item) for row in rows},
         )
 
 
@@ -199,36 +193,25 @@ _TITLES = 3
 _STATISTICS = {"user_stats": "chosen by the user", "item_stats": "chosen by others"}
 
 
-def text_samples(study: Study, rows: Sequence[ResultRow]) -> list[Sample]:
-    """Return examples of generated texts by task, the entry ``texts`` of results.json.
+def text_samples(study: Study, rows: Sequence[ResultRow]) -> Iterator[Sample]:
+    """Yield examples of generated texts by task, the entry ``texts`` of results.json, in the order of the draw.
 
-    Args:
-        study: Its cases are those of the rows, in order.
-        rows: Finished rows.
-
-    Returns:
-        One sample per request, in the order of the draw.
+    The cases of the study are those of the rows, in order.
     """
-    return [
-        sample for family in study.tasks if family_of(family).answer is Text for sample in _samples(study, family, rows)
-    ]
-
-
-def _samples(study: Study, family: str, rows: Sequence[ResultRow]) -> Iterator[Sample]:
-    cases, own = study.cases(family), [row for row in rows if row.figures.task == family]
-    view = View(study.task_data(family))
-    for place in drawn([case.request.id for case in cases], study.recipe.seed):
-        case = cases[place]
-        dataset = study.task_data(family).dataset
-        yield Sample(
-            task=family,
-            request_id=case.request.id,
-            user=user_of(dataset, case.request.user_id),
-            item=product_of(dataset, str(case.request.item)),
-            told=tuple(_told(study, family, case.request, view)),
-            truth=str(case.truth),
-            answers={row.figures.id: _answer(row.records[place]) for row in own},
-        )
+    for family in (family for family in study.tasks if family_of(family).answer is Text):
+        cases, own = study.cases(family), [row for row in rows if row.figures.task == family]
+        dataset, view = study.task_data(family).dataset, View(study.task_data(family))
+        for place in drawn([case.request.id for case in cases], study.recipe.seed):
+            case = cases[place]
+            yield Sample(
+                task=family,
+                request_id=case.request.id,
+                user=user_of(dataset, case.request.user_id),
+                item=product_of(dataset, str(case.request.item)),
+                told=tuple(_told(study, family, case.request, view)),
+                truth=str(case.truth),
+                answers={row.figures.id: _answer(row.records[place]) for row in own},
+            )
 
 
 def _told(study: Study, family: str, request: Request, view: View) -> Iterator[PromptContents]:
@@ -285,18 +268,15 @@ LENGTH = 10
 _ITEMS, _NEAR, _VISITS = 6, 4, 2
 
 
-def newcomers(study: Study, rows: Sequence[ResultRow]) -> list[Newcomer]:
-    """Return examples of cold-start items and their users, the entry ``newcomers`` of results.json.
+def newcomers(study: Study, rows: Sequence[ResultRow]) -> Iterator[Newcomer]:
+    """Yield examples of cold-start items and their users, the entry ``newcomers`` of results.json.
 
     They are drawn for each family that ranks for users, by the seed among the cold-start targets and independently of
-    the rankings; empty if the split has no cold-start items.
+    the rankings; none if the split has no cold-start items.
     """
-    return [
-        newcomer
-        for family in study.tasks
-        if family_of(family).ranks_for_users
-        for newcomer in _newcomers(study, family, rows)
-    ]
+    for family in study.tasks:
+        if family_of(family).ranks_for_users:
+            yield from _newcomers(study, family, rows)
 
 
 def _newcomers(study: Study, family: str, rows: Sequence[ResultRow]) -> Iterator[Newcomer]:

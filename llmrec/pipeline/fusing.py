@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -27,15 +27,7 @@ from llmrec.terminal import works_in
 from llmrec.types import Case
 
 
-@dataclass(frozen=True)
-class FusedRuns:
-    """The evaluated ensembles and their written results."""
-
-    written: Written
-    rows: Sequence[ResultRow]
-
-
-def fuse_runs(runs: Sequence[Path], out: Path) -> FusedRuns:
+def fuse_runs(runs: Sequence[Path], out: Path) -> Written:
     """Build ensembles of the models of several runs on the same test cases, and write the results like a run.
 
     Every family gets an ensemble of its rows that read interactions only, one of those that also read texts, and one of
@@ -68,8 +60,7 @@ def fuse_runs(runs: Sequence[Path], out: Path) -> FusedRuns:
                 column="eval.fusion",
             )
         model = content_of(runs[0])["model"]
-        every = [*rows, *joined]
-        return FusedRuns(write_results(study, every, None, model, budget, out), every)
+        return write_results(study, [*rows, *joined], None, model, budget, out)
 
 
 def _named(rows: Sequence[ResultRow]) -> list[Recalled]:
@@ -82,11 +73,7 @@ def _named(rows: Sequence[ResultRow]) -> list[Recalled]:
 
 
 def _rows(run: Path, study: Study) -> list[ResultRow]:
-    """Return the evaluated models of a run, except ensembles.
-
-    Raises:
-        DataError: If it is not finished, or has other data or cases.
-    """
+    """Return the evaluated models of a run, except ensembles; its data and cases must be those of the study."""
     results = finished(run)
     data = results.data["main"]
     if data is None or data.split_fingerprint != study.data.fingerprint:
@@ -103,7 +90,8 @@ def _rows(run: Path, study: Study) -> list[ResultRow]:
             continue
         row = stored_row(run, figures)
         asked = [case.request.id for case in study.cases(figures.task)]
-        if [record.request_id for record in row.records] != asked or not _same_sets(row, study):
+        same_sets = figures.candidates == study.sets_digest(figures.task)
+        if [record.request_id for record in row.records] != asked or not same_sets:
             raise DataError(
                 f"{run}: {figures.id} was evaluated on other users or candidates than the first run; run both with "
                 "the same eval.users, eval.candidates and seed",
@@ -113,11 +101,6 @@ def _rows(run: Path, study: Study) -> list[ResultRow]:
             )
         rows.append(row)
     return rows
-
-
-def _same_sets(row: ResultRow, study: Study) -> bool:
-    sets = study.sets(row.figures.task)
-    return row.figures.candidates == (sets.digest if sets is not None else None)
 
 
 def _distinct(found: Sequence[tuple[str, Sequence[ResultRow]]]) -> list[ResultRow]:
@@ -148,12 +131,7 @@ def _fusions(study: Study, weighing: Weighing, family: str, rows: Sequence[Resul
 
 
 def _fused(
-    study: Study,
-    weighing: Weighing,
-    family: str,
-    kind: Reads,
-    parts: Sequence[ResultRow],
-    cases: Sequence[Case],
+    study: Study, weighing: Weighing, family: str, kind: Reads, parts: Sequence[ResultRow], cases: Sequence[Case]
 ) -> ResultRow:
     own, text = family_of(family), _named(parts)
     baselines = [row for row in parts if row.figures.arm == "baseline"]

@@ -318,10 +318,8 @@ def baselines(study: Study) -> Check:
 def rankers(study: Study, rows: Sequence[Mapping[str, Any]], predictions: pl.DataFrame) -> Check | None:
     """Check that learned rankers use information about held-out items only through the scores of their members.
 
-    Their other features are computed again with other held-out interactions, and must be the same.
-
-    Returns:
-        None if the run has no ranker.
+    Their other features are computed again with other held-out interactions, and must be the same. None if the run has
+    no ranker.
     """
     if not any((row.get("fusion") or {}).get("trees") for row in rows):
         return None
@@ -795,12 +793,8 @@ def _toward(
     """Return, by user, the items in training examples that the user has no training interaction with.
 
     Other held-out items are drawn from these: a row that avoids held-out items as negatives changes if one of its own
-    becomes held out. An item drawn from the whole catalogue would rarely be one that a row could show.
-
-    Args:
-        study: The study of the run.
-        family: The family of the rows or prompts.
-        shown_by: Users with their segments, and items that are known to be shown.
+    becomes held out. An item drawn from the whole catalogue would rarely be one that a row could show. ``shown_by`` are
+    users with their segments, and items that are known to be shown.
     """
     data, index = study.task_data(family), study.codes(family)
     items: dict[str, set[str]] = defaultdict(set)
@@ -824,12 +818,7 @@ FAMILY = "alignment"
 
 
 def alignment_checks(study: Study, count: int) -> Iterator[Check]:
-    """Yield the checks of the alignment task, if the recipe trains it.
-
-    Args:
-        study: The study of the run.
-        count: The number of training rows that were drawn.
-    """
+    """Yield the checks of the alignment task and its first ``count`` training rows, if the recipe trains it."""
     if study.held is None:
         return
     task = study.tasks[FAMILY]

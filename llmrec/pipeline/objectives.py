@@ -144,11 +144,22 @@ def soft_prompt_of(study: Study, labels: Labels) -> SoftPrompt:
     return SoftPrompt(study.recipe.train.soft.prompts, result, tied=labels.tied, seed=study.training_seed)
 
 
-# --------------------------------------------------------------------------- rewards
-
-
-# Number of consecutive prompts that are too long after which training stops with an error.
+# Number of consecutive examples that are too long after which training stops with an error.
 _PATIENCE = 2000
+
+
+def refuse_lost(consecutive: int, what: str, limit: int) -> None:
+    """Reject a limit on tokens that too many consecutive examples exceed."""
+    if consecutive > _PATIENCE:
+        raise RecipeError(
+            f"train.max_row_tokens={limit}: {_PATIENCE} consecutive {what} were longer; raise train.max_row_tokens, or "
+            "show less history",
+            kind="too-large",
+            column="train.max_row_tokens",
+        )
+
+
+# --------------------------------------------------------------------------- rewards
 
 
 def rewarded(study: Study, *, paired: bool) -> str:
@@ -186,11 +197,6 @@ def plan_questions(study: Study, encoder: Encoder, valid: Mapping[str, list[Toke
     """Group training prompts into the optimiser steps of the recipe.
 
     The size of a question includes the tokens of its rollouts.
-
-    Args:
-        study: The study.
-        encoder: The tokenizer.
-        valid: Validation rows of the trained family.
     """
     section, train, (family,) = _section(study), study.recipe.train, valid
     task = study.training_tasks[family]
@@ -206,13 +212,7 @@ def plan_questions(study: Study, encoder: Encoder, valid: Mapping[str, list[Toke
             row = encoder.row(question(task, case, template))
             if len(row.ids) > train.max_row_tokens:
                 dropped, since = dropped + 1, since + 1
-                if since > _PATIENCE:
-                    raise RecipeError(
-                        f"train.max_row_tokens={train.max_row_tokens}: {_PATIENCE} consecutive prompts of "
-                        f"tasks.{family} were longer; raise train.max_row_tokens, or show less history",
-                        kind="too-large",
-                        column="train.max_row_tokens",
-                    )
+                refuse_lost(since, f"prompts of tasks.{family}", train.max_row_tokens)
                 continue
             since = 0
             cases.append(case)

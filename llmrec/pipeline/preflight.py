@@ -31,9 +31,7 @@ from llmrec.types import Text
 def refuse(recipe: Recipe, *, asks: bool) -> None:
     """Reject a recipe that would fail after minutes of work.
 
-    Args:
-        recipe: The recipe.
-        asks: Whether a language model is evaluated or trained.
+    ``asks`` says whether a language model is evaluated or trained.
     """
     if any(family_of(name).answer is Text for name in recipe.tasks.present()):
         require("sacrebleu", "text")

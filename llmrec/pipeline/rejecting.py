@@ -73,7 +73,7 @@ class Beams:
         recipe, events, section = self._recipe, self._data.train_events(user), self._recipe.train.preference
         assert section is not None and recipe.train.start is not None
         self._task = self._task or self._plain()
-        backend = _opened(str(Path(recipe.train.start).expanduser() / "merged"), recipe.model, recipe.eval.batch_tokens)
+        backend = opened(str(Path(recipe.train.start).expanduser() / "merged"), recipe.model, recipe.eval.batch_tokens)
         asker = Prompting(backend=backend, task=self._task, template=self._task.eval_templates[0])
         had, most = frozenset(event.item_id for event in events), max(HARD, section.negatives)
         ranker = CatalogueRanker(asker, beams=most, exact=recipe.eval.exact, apart=lambda request: had)
@@ -95,20 +95,23 @@ class Beams:
 
 
 @lru_cache(maxsize=1)
-def _opened(folder: str, model: ModelSection, batch_tokens: int | None) -> Backend:
-    """Load a tuned model and keep it until `close` is called."""
+def opened(folder: str, model: ModelSection, batch_tokens: int | None) -> Backend:
+    """Load a model and keep it until `close` is called."""
     from llmrec.backends.encode import Encoder
     from llmrec.backends.hf.backend import HFBackend
     from llmrec.models.load import device, load_model, load_tokenizer
+    from llmrec.models.memory import LOADING, reporting_full_memory
 
     encoder = Encoder(load_tokenizer(folder, model), max_length=model.max_length)
-    return HFBackend(load_model(folder, model).to(device(model)), encoder, batch_tokens=batch_tokens)
+    with reporting_full_memory(f"loading {model.name}", LOADING, "model.name"):
+        weights = load_model(folder, model).to(device(model))
+    return HFBackend(weights, encoder, batch_tokens=batch_tokens)
 
 
 def close() -> None:
     """Release the model, because training needs its memory."""
-    if _opened.cache_info().currsize:
+    if opened.cache_info().currsize:
         from llmrec.models.load import release_memory
 
-        _opened.cache_clear()
+        opened.cache_clear()
         release_memory()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import datetime as dt
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -19,7 +18,6 @@ from llmrec.baselines.retrieve import ceiling
 from llmrec.data.split import SplitDataset
 from llmrec.data.stats import baskets, wide_cutoffs
 from llmrec.durable import checked, loads, replacing, sha256_of, write_checked
-from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.slices import item_of, slice_figures
 from llmrec.machine import command_line, machine, versions
 from llmrec.metrics import ranking
@@ -34,18 +32,19 @@ from llmrec.pipeline.study import Study, leak_warning, leaking_users
 from llmrec.recipe.load import recipe_hash
 from llmrec.records import Candidates, DataInfo, SetAside, Stage, Training
 from llmrec.registry import mean_metric
-from llmrec.results import AtPosition, Choice, PositionBias, Results, SliceOfRow, Unevaluated
+from llmrec.results import AtPosition, Choice, PositionBias, Results, Row, SliceOfRow, Unevaluated
 from llmrec.tasks.family import families, ranking_families
-from llmrec.types import Case, Ranking
+from llmrec.types import Case
 
 
 @dataclass(frozen=True)
 class Written:
-    """The written ``results.json`` with its SHA-256, and the predictions."""
+    """The written ``results.json`` with its SHA-256, the predictions, and the evaluated models."""
 
     results: dict[str, Any]
     sha256: str
     predictions: pl.DataFrame
+    rows: Sequence[ResultRow]
 
 
 def write_results(
@@ -87,10 +86,7 @@ def write_results(
         tables={family: study.table_name(family) for family in study.tasks},
         candidates=_candidates(study),
         training=Training.model_validate(record) if record else None,
-        rows=tuple(
-            row.figures.model_copy(update=dict(more))
-            for row, more in zip(rows, breakdowns(study, rows, headlines), strict=True)
-        ),
+        rows=tuple(detailed(study, rows, headlines)),
         **({"unevaluated": tuple(missing)} if missing else {}),
         headline=headlines,
         comparisons=tuple(compared),
@@ -113,7 +109,7 @@ def write_results(
         notes=(*unevaluated(missing), *notes(study)),
         files={file.name: sha256_of(file) for file in files},
     ).as_json()
-    return Written(results, write_checked(folder / "results.json", results), predictions)
+    return Written(results, write_checked(folder / "results.json", results), predictions, rows)
 
 
 def too_wide(study: Study) -> str:
@@ -125,12 +121,9 @@ def too_wide(study: Study) -> str:
 
 
 def of_another(file: Path, key: str, hashed: str) -> str:
-    """Return a warning if results of another recipe will be overwritten; empty otherwise.
+    """Return a warning if the file has results of another recipe, which will be overwritten; empty otherwise.
 
-    Args:
-        file: The results file.
-        key: The key of the recipe file's hash in the results.
-        hashed: The current hash of the recipe file.
+    ``key`` is the key of the recipe's hash in the file, and ``hashed`` its current value.
     """
     try:
         earlier = loads(file.read_bytes()).get(key)
@@ -341,10 +334,7 @@ ITEMS: Mapping[str, Any] = {"table": pl.String, "item_id": pl.String, "training"
 def write_predictions(study: Study, rows: Sequence[ResultRow], path: Path) -> pl.DataFrame:
     """Write the predictions, one line per model and request, and return them as a table.
 
-    Args:
-        study: Its cases are those of the rows, in order.
-        rows: Finished rows.
-        path: The file.
+    The cases of the study are those of the rows, in order.
     """
     asked = {family: list(_requests(study.task_data(family), study.cases(family))) for family in study.tasks}
     lines = [
@@ -414,70 +404,40 @@ class Placed:
     rank: NDArray[np.float64]
 
 
-class Details(TypedDict):
-    """Results of one model by user group, item group and position."""
+def detailed(study: Study, rows: Sequence[ResultRow], headline: Mapping[str, str]) -> Iterator[Row]:
+    """Yield each model's entry in ``results.json`` with its results by user group, item group and position.
 
-    users: int
-    slices: tuple[SliceOfRow, ...]
-    by_position: NotRequired[tuple[AtPosition, ...]]
-    position_bias: NotRequired[PositionBias]
-
-
-def breakdowns(study: Study, rows: Sequence[ResultRow], headline: Mapping[str, str]) -> list[Details]:
-    """Return each model's results by user group, item group and position.
+    Rows with candidates have positions, and those of language models the test for bias.
 
     Args:
         study: Its cases are those of the rows, in order.
         rows: Finished rows.
         headline: The metric for the slices of a family.
-
-    Returns:
-        One mapping per row. Rows with candidates have positions, and those of language models the test for bias.
     """
-    cases = {family: study.cases(family) for family in study.tasks}
-    protocols = {family: protocol_of(study, family) for family in study.tasks}
-    placed = [place(row, cases[row.figures.task]) for row in rows]
+    placed = [place(row, study.cases(row.figures.task)) for row in rows]
     biases = _biases(rows, placed, resamples=study.recipe.eval.bootstrap, seed=study.recipe.seed)
-    return [
-        _details(
-            len({record.user_id for record in row.records}),
-            _slices(study, row, cases, headline, protocols),
-            by_position(result) if result is not None else None,
-            bias,
-        )
-        for row, result, bias in zip(rows, placed, biases, strict=True)
-    ]
+    for row, at, bias in zip(rows, placed, biases, strict=True):
+        users = len({record.user_id for record in row.records})
+        more: dict[str, object] = {"users": users, "slices": _slices(study, row, headline[row.figures.task])}
+        if at is not None:
+            more["by_position"] = by_position(at)
+        if bias is not None:
+            more["position_bias"] = bias
+        yield row.figures.model_copy(update=more)
 
 
-def _details(
-    users: int, slices: tuple[SliceOfRow, ...], positions: tuple[AtPosition, ...] | None, bias: PositionBias | None
-) -> Details:
-    result = Details(users=users, slices=slices)
-    if positions is not None:
-        result["by_position"] = positions
-    if bias is not None:
-        result["position_bias"] = bias
-    return result
-
-
-def _slices(
-    study: Study,
-    row: ResultRow,
-    cases: Mapping[str, Sequence[Case]],
-    headline: Mapping[str, str],
-    protocols: Mapping[str, EvalProtocol],
-) -> tuple[SliceOfRow, ...]:
+def _slices(study: Study, row: ResultRow, headline: str) -> tuple[SliceOfRow, ...]:
     family = row.figures.task
     # A metric that is not a mean over requests, such as AUC, has no value per group; log loss is used instead.
-    metric = mean_metric(headline[family])
+    metric = mean_metric(headline)
     if metric not in row.values:
         return ()
     return slice_figures(
         {metric: row.values[metric]},
-        cases[family],
+        study.cases(family),
         study.task_data(family),
         metrics=row.figures.metrics,
-        protocol=protocols[family],
+        protocol=protocol_of(study, family),
         attributes=study.recipe.eval.slices,
     )
 
@@ -490,31 +450,17 @@ def place(row: ResultRow, cases: Sequence[Case]) -> Placed | None:
     if not cases or any(case.request.candidates is None for case in cases):
         return None
     sets = [case.request.candidates or () for case in cases]
-    ranks = [record.rank for record in row.records]
     # Retrieved candidates may not include the target.
     there = [n for n, (candidates, case) in enumerate(zip(sets, cases, strict=True)) if case.truth in candidates]
     if not there:
         return None
-    hits = row.values["HR@1"] if "HR@1" in row.values else _hits(row, sets)
-    last = [len(candidates) if rank is None else rank for candidates, rank in zip(sets, ranks, strict=True)]
+    records = [row.records[n] for n in there]
+    above, tied = np.array([record.above for record in records]), np.array([record.tied for record in records])
     return Placed(
         position=np.array([sets[n].index(str(cases[n].truth)) + 1 for n in there]),
-        hit=hits[there],
-        rank=np.array(last, dtype=np.float64)[there],
+        hit=ranking.hit_rate(above, tied, 1),
+        rank=np.array([record.pool if record.rank is None else record.rank for record in records], dtype=np.float64),
     )
-
-
-def _hits(row: ResultRow, sets: Sequence[Sequence[str]]) -> NDArray[np.float64]:
-    """Compute HR@1 from stored answers, for recipes without the cut-off 1."""
-    standings = []
-    for record, candidates in zip(row.records, sets, strict=True):
-        result = json.loads(record.parsed) or {"items": (), "scores": ()}
-        answer = Ranking(
-            request_id=record.request_id, items=tuple(result["items"]), scores=tuple(map(float, result["scores"]))
-        )
-        standings.append(ranking.standing(answer, record.truth, len(candidates)))
-    greater = np.array([standing.greater for standing in standings], dtype=np.int64)
-    return ranking.hit_rate(greater, np.array([standing.tied for standing in standings], dtype=np.int64), 1)
 
 
 def by_position(placed: Placed) -> tuple[AtPosition, ...]:

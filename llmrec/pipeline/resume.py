@@ -77,11 +77,9 @@ class Budget:
 
 @contextmanager
 def locked(folder: Path, names: Iterable[str] | Callable[[str], bool] = ()) -> Iterator[None]:
-    """Hold the lock of a folder against other processes.
+    """Hold the lock of a folder, which is created if missing, against other processes.
 
-    Args:
-        folder: The folder; created if missing, accessible to its owner only.
-        names: Names of the files to write, or a test for their names; see `refuse_foreign`. By default none.
+    ``names`` are the files to write; see `refuse_foreign`. By default none.
     """
     refuse_foreign(folder, names)
     try:

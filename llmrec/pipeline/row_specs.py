@@ -86,11 +86,6 @@ def specs_of(study: Study, arm: Arm) -> Iterator[RowSpec]:
                     yield RowSpec(task.family, arm, FUSIONS["language model"], template, shots)
 
 
-def profile_of(study: Study, family: str) -> str:
-    """Return the hash of the template for the first step of two-step ranking."""
-    return study.tasks[family].profile_template.sha
-
-
 def files_of(spec: RowSpec, study: Study) -> Hashes:
     """Return hashes of files that a model reads in addition to the data; usually none."""
     known = study.baselines(spec.family) if spec.arm == "baseline" else ()
@@ -154,17 +149,14 @@ def _candidates(sets: CandidateSection, family: str) -> str:
     return "full" if kind == "catalogue" else f"{kind}-{sets.count}"
 
 
-def left_out(spec: RowSpec, study: Study) -> str:
-    """Return a note if a task was not trained; otherwise an empty text."""
-    return "; trained only on other tasks" if spec.arm == "tuned" and spec.family not in study.shares else ""
-
-
 def inputs_of(spec: RowSpec, study: Study) -> str:
-    """Describe the input of a model."""
+    """Describe the input of a model, and whether its task was not trained."""
     task = study.tasks[spec.family]
-    fitted = "; calibrated on the validation split" if task.calibrates else ""
+    notes = "; calibrated on the validation split" if task.calibrates else ""
+    if spec.arm == "tuned" and spec.family not in study.shares:
+        notes += "; trained only on other tasks"
     if spec.template is not None:
-        return task.shows(spec.template, spec.shots) + fitted
+        return task.shows(spec.template, spec.shots) + notes
     if family_of(spec.family).candidates == "items":
         return "the candidates"
-    return f"training interactions and the request's history{fitted}"
+    return f"training interactions and the request's history{notes}"

@@ -26,14 +26,13 @@ from llmrec.pipeline import audit, index_report
 from llmrec.pipeline.augmenting import FEATURES, augment, refuse_other_store
 from llmrec.pipeline.comparing import refuse_unknown
 from llmrec.pipeline.engines import Engines, dtype_name, refuse_paired
-from llmrec.pipeline.evaluation import Evaluation, ResultRow
+from llmrec.pipeline.evaluation import Evaluation, ResultRow, Weights
 from llmrec.pipeline.fusing import fuse_runs
 from llmrec.pipeline.indexing import with_tokens
 from llmrec.pipeline.preflight import checked_study, refuse
 from llmrec.pipeline.results import Written, of_another, too_wide, write_results
 from llmrec.pipeline.resume import RUN, Budget, locked
 from llmrec.pipeline.runs import start_of, teacher_of
-from llmrec.pipeline.shards import Weights
 from llmrec.pipeline.study import Study, build_study, folder_of, leak_warning
 from llmrec.pipeline.training import train_stage, trained
 from llmrec.pipeline.weighing import fusions_of
@@ -208,13 +207,8 @@ def check(
 def train(recipe: Recipe, out: Path | None = None, *, quiet: bool = False, data: SplitDataset | None = None) -> Trained:
     """Train the model of a recipe, and return the training record.
 
-    In several processes (torchrun), the first one writes the folder and the others read its results.
-
-    Args:
-        recipe: The recipe.
-        out: The run folder.
-        quiet: Show no progress bars.
-        data: The data if already loaded; by default that of the recipe.
+    In several processes (torchrun), the first one writes the folder and the others read its results. ``data`` are the
+    data if already loaded.
     """
     folder = folder_of(recipe, out)
     if processes.size() > 1:
@@ -255,8 +249,8 @@ def fuse(runs: Sequence[Run | str | Path], out: str | Path) -> Run:
         DataError: If a run is not finished or has other data or cases, or no rows can be joined.
     """
     folder = Path(out)
-    made = fuse_runs([as_folder(run) for run in runs], folder)
-    return Run(folder, StoredResults(made.written.results), made.rows, page.write(folder)["html"])
+    written = fuse_runs([as_folder(run) for run in runs], folder)
+    return Run(folder, StoredResults(written.results), written.rows, page.write(folder)["html"])
 
 
 def report(folder: Path) -> Path:
@@ -357,14 +351,7 @@ class Session:
         missing: tuple[Unevaluated, ...],
         choice: Choice | None,
     ) -> Written:
-        """Write models, comparisons and ``results.json``, and send metrics to experiment trackers.
-
-        Args:
-            rows: All evaluated rows.
-            training: The training record.
-            missing: Rows that no engine could answer.
-            choice: See `run`.
-        """
+        """Write models, comparisons and ``results.json``, and send metrics to experiment trackers; see `run`."""
         fusions = fusions_of(self.study, [row.figures for row in rows])
         stored.save(self.folder, stored.Stored(fusions, choice))
         with Bar("comparisons", None, quiet=self.quiet):
@@ -381,10 +368,8 @@ class Session:
     ) -> Iterator[tuple[Weights, Engines]]:
         """Open the base and the tuned model, and engines with the answer cache of the folder.
 
-        Args:
-            training: The training record.
-            home: The run folder, with the training; a shard takes answers that are stored there.
-            remembers: Whether to open the answer cache.
+        ``home`` is the run folder with the training; a shard takes answers that are stored there. ``remembers`` opens
+        the cache.
         """
         recipe, model = self.study.recipe, self._asked
         further = home / ANSWERS if home != self.folder else None

@@ -93,13 +93,9 @@ _MODEL = ("name", "shape", "revision", "whole_words")
 
 
 def start_of(study: Study, encoder: Encoder, base: str, folder: Path) -> str:
-    """Return the folder of the model from which training starts.
+    """Return the folder of the model from which training starts: ``base``, or the merged model of ``train.start``.
 
-    Args:
-        study: The study.
-        encoder: The tokenizer of the study's base model, with the tokens of its index.
-        base: Folder of that model.
-        folder: The run folder.
+    ``encoder`` is the tokenizer of the base model, with the tokens of its index.
     """
     start = study.recipe.train.start
     return base if start is None else _merged(study, encoder, Path(start), folder, "train.start", _MODEL)
@@ -255,12 +251,7 @@ def finished(run: Path) -> Results:
 
 
 def stored_row(run: Path, figures: Row) -> ResultRow:
-    """Return the stored result of a model in a run folder.
-
-    Args:
-        run: The folder.
-        figures: The entry of the row in the results.
-    """
+    """Return the stored result of a model in a run folder, by its entry in the results."""
     path = run / "rows" / (figures.id.replace("/", ".") + ".json")
     if not path.is_file():
         raise DataError(f"{path} is missing; run the recipe of {run} again", kind="missing-file", at=path)

@@ -1,4 +1,4 @@
-"""Shards of a job: their folders, the evaluation of a shard, and checks before shards are merged.
+"""Shards of a job: their folders, and checks before shards are merged.
 
     TARGET.shards/2-of-4/            next to the output of the job: a rankings file, a run folder, a feature store
     TARGET.shards/2-of-4/shard.json  written last: command, shard, key of all inputs, checksums of the files that count
@@ -9,7 +9,7 @@ A shard is a folder that can be copied anywhere; nothing in it depends on its pa
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import attrgetter
@@ -19,14 +19,7 @@ from typing import Any, Literal, cast, get_args
 from llmrec import __version__
 from llmrec.durable import read_json, sha256_of, write_checked
 from llmrec.errors import LlmrecError
-from llmrec.fingerprint import fingerprint
-from llmrec.pipeline.engines import Engines
-from llmrec.pipeline.evaluation import Evaluation
-from llmrec.pipeline.resume import Budget
-from llmrec.progress import Bar
-from llmrec.recipe.schema import Recipe
 from llmrec.records import Shard
-from llmrec.results import Arm
 
 log = logging.getLogger(__name__)
 
@@ -152,12 +145,7 @@ def folders_of(target: Path, folders: Sequence[Path] = ()) -> Sequence[Path]:
 
 
 def gathered(target: Path, folders: Sequence[Path] = ()) -> list[Finished]:
-    """Verify all shards of a job and return them in order.
-
-    Args:
-        target: The output of the job.
-        folders: The shards; by default those in `shards_of`.
-    """
+    """Verify all shards of a job, by default those in `shards_of`, and return them in order."""
     results = sorted(map(read, folders_of(target, folders)), key=attrgetter("shard.index"))
     first = results[0]
     for item in results:
@@ -203,62 +191,3 @@ def _same_job(first: Finished, other: Finished) -> None:
                 kind="mismatch",
                 at=other.folder,
             )
-
-
-# --------------------------------------------------------------------------- evaluation
-
-
-Weights = Mapping[Arm, tuple[str, str]]
-"""The model folder and the hash of its weights, by setting."""
-
-
-def answers_key(evaluation: Evaluation, weights: Weights, engines: Engines, recipe: Recipe) -> str:
-    """Return the fingerprint of an evaluation in shards."""
-    asked = evaluation.asked(weights, engines)
-    rows = [evaluation.key(spec, engine, engines.identity(engine, digest)) for spec, engine, _, digest in asked]
-    return fingerprint("evaluate", recipe, rows=rows, batch=recipe.eval.batch)
-
-
-def ask(
-    evaluation: Evaluation,
-    weights: Weights,
-    engines: Engines,
-    shard: Shard,
-    budget: Budget,
-    *,
-    batch: int,
-    quiet: bool = False,
-    report: Callable[[float], None] = lambda _: None,
-) -> None:
-    """Evaluate language models on one shard of all test cases.
-
-    Every row gets whole batches of its cases, so that batches are the same as in a single process.
-
-    Args:
-        evaluation: The evaluation of all rows.
-        weights: The model folder and the hash of its weights, by setting.
-        engines: Provides the backends; cached answers are not computed again.
-        shard: The shard to evaluate.
-        budget: The budget to which seconds are added.
-        batch: Number of cases per call of an engine.
-        quiet: Show no progress bars.
-        report: Called with the finished fraction of all requests.
-    """
-    asked = [
-        (item, [[case.request for case in shard.share(cases, batch)] for cases in evaluation.questions(item[0])])
-        for item in evaluation.asked(weights, engines)
-    ]
-    total, done = sum(len(requests) for _, shares in asked for requests in shares), 0
-    for (spec, engine, folder, digest), shares in asked:
-        backend = engines.get(engine, folder, digest)
-        with budget.stage(spec.arm), evaluation.progress(spec, shares, quiet) as bar:
-
-            def advance(requests: int, bar: Bar = bar) -> None:
-                nonlocal done
-                bar.advance(requests)
-                done += requests
-                report(min(1.0, done / total))
-
-            predictor = evaluation.strategy(spec, backend, advance)
-            for requests in filter(None, shares):
-                predictor.answer(requests)

@@ -127,6 +127,11 @@ class Study:
         """Return the stored candidate sets of a task."""
         return {"items": self.aligned, "users": self.candidates, None: None}[family_of(family).candidates]
 
+    def sets_digest(self, family: str) -> str | None:
+        """Return the hash of the stored candidate sets of a task."""
+        sets = self.sets(family)
+        return sets.digest if sets is not None else None
+
     def baselines(self, family: str) -> tuple[BaselineSection, ...]:
         """Return the baselines of a task; see `with_texts`."""
         known = self.section(family).baselines
@@ -223,10 +228,6 @@ def with_texts(known: tuple[BaselineSection, ...], items: Mapping[str, Item]) ->
     """Return the baselines of a ranking task, with a text-only baseline added if items have texts.
 
     A language model that does not beat this baseline adds nothing to text similarity.
-
-    Args:
-        known: The baselines of the recipe.
-        items: The catalogue.
     """
     if not any(item.fields or item.title != item.item_id for item in items.values()):
         return known
@@ -247,12 +248,7 @@ def _check_parameters(family: str, baseline: BaselineSection) -> None:
 
 
 def build_study(recipe: Recipe, data: SplitDataset | None = None) -> Study:
-    """Load, split and check all data of a recipe.
-
-    Args:
-        recipe: The recipe.
-        data: The main data if already loaded, in place of that of the recipe.
-    """
+    """Load, split and check all data of a recipe; ``data`` are the main data if already loaded."""
     families = recipe.tasks.present()
     for family, section in families.items():
         check_names(family, section.strategies, [baseline.name for baseline in section.baselines])
@@ -338,14 +334,7 @@ def _asked_users(recipe: Recipe, data: SplitDataset) -> frozenset[str] | None:
 def draw_sets(
     recipe: Recipe, data: SplitDataset, split: SplitName, users: frozenset[str] | None = None
 ) -> CandidateSets | None:
-    """Draw or retrieve the candidate sets of a split; None if the whole catalogue is ranked.
-
-    Args:
-        recipe: The recipe.
-        data: The data with the items to rank.
-        split: ``valid`` or ``test``.
-        users: The users of the sets; None: all.
-    """
+    """Draw or retrieve the candidate sets of some or all users of a split; None if the whole catalogue is ranked."""
     section = recipe.eval.candidates
     if section.kind == "catalogue":
         return None
@@ -416,11 +405,8 @@ def vectors_of(items: Mapping[str, Item], encoder: str, data: SplitDataset) -> I
 def load_tables(recipe: Recipe, data: SplitDataset | None = None) -> tuple[SplitDataset, SplitDataset | None]:
     """Return the main data set and, if the recipe has one, the second data set.
 
-    If the two share pairs, each excludes those that the other holds out: all tasks have one held-out set.
-
-    Args:
-        recipe: The recipe.
-        data: The main data if already loaded. If it holds nothing out, the reviews hold nothing out either.
+    If the two share pairs, each excludes those that the other holds out: all tasks have one held-out set. ``data`` are
+    the main data if already loaded; if they hold nothing out, the reviews hold nothing out either.
     """
     texts = recipe.data.texts if data is None else None  # data passed by the caller already has its texts
     with both_places(recipe):
@@ -472,13 +458,7 @@ def _check_data(family: str, data: SplitDataset, recipe: Recipe) -> None:
 
 
 def encoder_of(study: Study, base: str, tokenizer: Any = None) -> Encoder:
-    """Return the tokenizer of a base model with the tokens of the item index, without loading weights.
-
-    Args:
-        study: The study.
-        base: Folder of the model.
-        tokenizer: The tokenizer if already loaded; None: transformers loads it.
-    """
+    """Return the tokenizer of a base model, loaded by default, with the tokens of the item index, without weights."""
     section = study.recipe.model
     tokenizer = load_tokenizer(base, section) if tokenizer is None else tokenizer
     if study.index is not None and study.index.vocabulary:

@@ -31,6 +31,7 @@ from llmrec.pipeline.objectives import (
     listwise_of,
     objective_of,
     plan_questions,
+    refuse_lost,
     rewarded,
     soft_prompt_of,
 )
@@ -54,9 +55,6 @@ if TYPE_CHECKING:
     from llmrec.train.sft import Training
 
 log = logging.getLogger(__name__)
-
-# Number of consecutive examples that are too long after which training stops with an error.
-_PATIENCE = 2000
 
 
 def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Plan:
@@ -95,13 +93,7 @@ def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Pl
                     )
                 dropped[family] += 1
                 since += 1
-                if since > _PATIENCE:
-                    raise RecipeError(
-                        f"train.max_row_tokens={section.max_row_tokens}: {_PATIENCE} consecutive training examples of "
-                        f"tasks.{family} were longer; raise train.max_row_tokens, or show less history",
-                        kind="too-large",
-                        column="train.max_row_tokens",
-                    )
+                refuse_lost(since, f"training examples of tasks.{family}", section.max_row_tokens)
                 continue
             since = 0
             families.append(family)
@@ -137,11 +129,7 @@ def drawn_rows(
 ) -> Iterator[tuple[str, TokenRow | None]]:
     """Yield tasks and training examples endlessly, in the order in which steps use them.
 
-    Args:
-        study: The study.
-        encoder: The tokenizer.
-        paired: Whether the model is an encoder-decoder.
-        texts: Whether rows are `llmrec.train.rows.TextRow`.
+    With ``texts``, rows are `llmrec.train.rows.TextRow`.
     """
     tasks, users, seed = study.training_tasks, study.data.users(), study.training_seed
     sources = Sources(tasks, study.training_examples, users, study.recipe.train, seed, paired)
@@ -361,9 +349,12 @@ def _adapted(
         planned = plan_training(study, encoder, paired=paired)
         close()
         refuse_different(world, planned.steps.digest(), "training rows")
-    with budget.stage("train"):
+    with budget.stage("train"), reporting_full_memory("training", TRAINING, "train.batch_tokens"):
         judge = Judge.of(study, encoder) if world.first else None
-        training = _train(study, encoder, base, folder, planned, key, teacher=teacher, judge=judge, quiet=quiet)
+        if world.first:
+            clear_foreign(folder, key)
+        training = _train(study, encoder, base, folder, planned, teacher=teacher, judge=judge, quiet=quiet)
+        release_memory()
     budget.add("train", training.seconds_before)
     if not world.first:
         return None
@@ -402,33 +393,27 @@ def _stored(folder: Path, key: str) -> dict[str, Any]:
     return result
 
 
-@reporting_full_memory("training", TRAINING, "train.batch_tokens")
 def _train(
     study: Study,
     encoder: Encoder,
     base: str,
     folder: Path,
     planned: Plan,
-    key: str,
     *,
     teacher: str | None,
     judge: Judge | None,
     quiet: bool,
 ) -> Training:
-    from llmrec.train import heads as rating_head
     from llmrec.train import lora, sft
-    from llmrec.train.heads import open_teacher, tokens_of
-    from llmrec.train.world import here
+    from llmrec.train.heads import load_soft, open_teacher, tokens_of
 
     section = study.recipe.train
-    if here().first:
-        clear_foreign(folder, key)
     names = study.index.vocabulary if study.index is not None else ()
     tokens = encoder.tokenizer.convert_tokens_to_ids(list(names))
     # seeds the random initial weights of adapters and heads
     require("torch", "train").manual_seed(study.training_seed)
     if planned.soft is not None:
-        model = rating_head.load_soft(base, study.recipe.model, section, encoder, planned.soft)
+        model = load_soft(base, study.recipe.model, section, encoder, planned.soft)
     else:
         model = lora.load_trainable(base, study.recipe.model, section, tokens=tokens)
     if study.recipe.model.whole_words:
@@ -439,7 +424,7 @@ def _train(
     taught = None
     if teacher is not None and section.teacher is not None:
         taught = open_teacher(teacher, study.recipe.model, section.teacher, tokens_of(model))
-    training = sft.train(
+    return sft.train(
         model,
         encoder,
         planned.steps,
@@ -459,9 +444,6 @@ def _train(
         device=device(study.recipe.model),
         judge=None if judge is None else judge.model,
     )
-    del model, head, taught
-    release_memory()
-    return training
 
 
 def _head(study: Study, encoder: Encoder, model: torch.nn.Module, planned: Plan) -> RatingHead | None:

@@ -112,11 +112,7 @@ class Weighing:
 def bases_of(study: Study, family: str, parts: Sequence[Recalled], cases: Sequence[Case]) -> list[ListEnsemble | Blend]:
     """Return ensembles of some of the members, on which larger ensembles can build.
 
-    Args:
-        study: The study.
-        family: A chosen family.
-        parts: The members: baselines with answers to all cases, followed by others.
-        cases: All cases that weigh the baselines.
+    ``parts`` are baselines with answers to all cases, followed by other members.
     """
     results: list[ListEnsemble | Blend] = []
     answer, context = family_of(family).answer, Context(study.data)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -63,11 +63,7 @@ def load_recipe(path: str | Path, overrides: Overrides = ()) -> Recipe:
 def load_stored(run: Path, overrides: Overrides = ()) -> Recipe:
     """Read the recipe of a run folder; unlike `load_recipe`, this runs no code without the user's consent.
 
-    All readers of a run folder's recipe use this function.
-
-    Args:
-        run: The folder.
-        overrides: See `load_recipe`.
+    All readers of a run folder's recipe use this function. Overrides are those of `load_recipe`.
 
     Raises:
         RecipeError: See `load_recipe`; or if it names a plug-in or a model's code without the user's consent.
@@ -164,29 +160,17 @@ def _plain(value: Any) -> Json:
 
 
 def load_suite(path: str | Path, overrides: Sequence[str] = ()) -> Suite:
-    """Read a suite, such as ``eval/suites/ml-100k.yaml``, and apply overrides such as ``seeds=[0]``.
-
-    Raises:
-        RecipeError: If the file, a key or a value is wrong; the message names file, line and key.
-    """
+    """Read a suite, such as ``eval/suites/ml-100k.yaml``, and apply overrides such as ``seeds=[0]``."""
     return _compared(Suite, path, overrides)
 
 
 def load_benchmark(path: str | Path, overrides: Sequence[str] = ()) -> Benchmark:
-    """Read a benchmark, such as ``eval/suites/two-stages.yaml``, and apply overrides such as ``bootstrap=500``.
-
-    Raises:
-        RecipeError: If the file, a key or a value is wrong; the message names file, line and key.
-    """
+    """Read a benchmark, such as ``eval/suites/two-stages.yaml``, and apply overrides such as ``bootstrap=500``."""
     return _compared(Benchmark, path, overrides)
 
 
 def load_chat(path: str | Path, overrides: Sequence[str] = ()) -> ChatSuite:
-    """Read a suite of conversations, such as ``eval/suites/chat.yaml``, and apply overrides such as ``users=20``.
-
-    Raises:
-        RecipeError: If the file, a key or a value is wrong; the message names file, line and key.
-    """
+    """Read a suite of conversations, such as ``eval/suites/chat.yaml``, and apply overrides such as ``users=20``."""
     return _compared(ChatSuite, path, overrides)
 
 
@@ -250,13 +234,6 @@ def _with_its_code(recipe: Recipe, *, given: bool) -> Recipe:
     return recipe
 
 
-def _imported(
-    values: Mapping[str, Json], lines: Mapping[KeyPath, Place], file: Path, overrides: Sequence[str], *, given: bool
-) -> AbstractContextManager[None]:
-    """Import the plug-ins of a file; errors name file, line and key."""
-    return imported(values, lambda key: _overriding(key, overrides) or _place(key, file, lines), file, given=given)
-
-
 def recipe_hash(recipe: Recipe | Suite | Benchmark | ChatSuite) -> str:
     """Return a hash of all resolved values as 16 hex digits."""
     canonical = json.dumps(recipe.model_dump(mode="json"), sort_keys=True)
@@ -312,13 +289,11 @@ def _override(values: dict[str, Json], override: str) -> None:
         )
     value = value_of(text, key.strip())
     *parents, last = key.strip().split(".")
-    here = values
+    here: dict[str, Any] = values
     for parent in parents:
-        below = here.get(parent)
-        if not isinstance(below, dict):
-            below = {}
-            here[parent] = below
-        here = below
+        if not isinstance(here.get(parent), dict):
+            here[parent] = {}
+        here = here[parent]
     here[last] = value
 
 
@@ -439,50 +414,37 @@ _YAML = (".yaml", ".yml")
 
 @dataclass(frozen=True)
 class Named:
-    """A reference to a component in a file.
-
-    Attributes:
-        group: The kind of plug-in; see `llmrec.registry.TABLES`.
-        name: The name as written in the file.
-        key: The key in the file.
-    """
+    """A reference to a component in a file: its kind, a name in `llmrec.registry.TABLES`; its name; and its key."""
 
     group: str
     name: str
     key: KeyPath
 
 
-def plug_ins(values: Mapping[str, Json]) -> list[Named]:
-    """Return the references to plug-ins in a recipe or benchmark."""
-    return [item for item in _named(values) if is_plugin(TABLES[item.group], item.name)]
-
-
 @contextmanager
-def imported(
-    values: Mapping[str, Json], line_of: Callable[[KeyPath], Place | str], file: Path, *, given: bool
+def _imported(
+    values: Mapping[str, Json], lines: Mapping[KeyPath, Place], file: Path, overrides: Sequence[str], *, given: bool
 ) -> Iterator[None]:
-    """Import the plug-ins that a file names, and store the user's consent.
+    """Import the plug-ins that a recipe or suite names, and store the user's consent.
 
-    Args:
-        values: The values of a recipe or suite.
-        line_of: Returns the line of a key, for messages.
-        file: The file.
-        given: Whether the user passed the file, which is consent to its plug-ins; see `llmrec.plugins`.
+    A file that the user passed (``given``) is consent to its plug-ins; see `llmrec.plugins`.
     """
     plugins.refuse_faults(BUILT_IN)
-    named, folder = plug_ins(values), values.get(PLUGINS)
+    named = [item for item in _named(values) if is_plugin(TABLES[item.group], item.name)]
+    places = {item.key: _overriding(item.key, overrides) or _place(item.key, file, lines) for item in named}
+    folder = values.get(PLUGINS)
     beside = folder if isinstance(folder, str) else None
     addresses = [item for item in named if plugins.is_address(item.name)]
     with plugins.allowed([address.name for address in addresses], beside) if given else nullcontext():
         for item in addresses:
-            with _told(item, line_of, file):
+            with _told(item, places[item.key], file):
                 plugins.consent(item.name, beside)
         # A folder on the Python path affects all imports, so a folder that only a run folder names is used only for
         # modules in it that the user has allowed.
         if given or (beside is not None and any(plugins.lies_in(address.name, beside) for address in addresses)):
             plugins.use(beside)
         for item in named:
-            with _told(item, line_of, file):
+            with _told(item, places[item.key], file):
                 if item.group == "tasks":
                     open_family(item.name)
                 else:
@@ -491,12 +453,11 @@ def imported(
 
 
 @contextmanager
-def _told(named: Named, line_of: Callable[[KeyPath], Place | str], file: Path) -> Iterator[None]:
+def _told(named: Named, where: Place | str, file: Path) -> Iterator[None]:
     """Add the file and key to an error."""
     try:
         yield
     except LlmrecError as error:
-        where = line_of(named.key)
         raise RecipeError(
             f"{where}: {dotted(named.key)}: {error}",
             kind=error.kind,
@@ -511,10 +472,10 @@ def dotted(path: Sequence[str | int]) -> str:
 
 
 def _named(values: Mapping[str, Any]) -> Iterator[Named]:
-    for family, section in _mapping(values, "tasks").items():
+    for family, section in _mapping(values.get("tasks")).items():
         yield Named("tasks", str(family), ("tasks", family))
         for group in ("strategies", "baselines"):
-            yield from _listed(group, _mapping({"": section}, "").get(group), ("tasks", family, group), "name")
+            yield from _listed(group, _mapping(section).get(group), ("tasks", family, group), "name")
     yield from _listed("baselines", values.get("rows"), ("rows",), "baseline")
     for group, *key in (
         ("sources", "data", "source"),
@@ -526,7 +487,7 @@ def _named(values: Mapping[str, Any]) -> Iterator[Named]:
     ):
         result: Any = values
         for part in key:
-            result = _mapping({"": result}, "").get(part)
+            result = _mapping(result).get(part)
         if isinstance(result, str):
             yield Named(group, result, tuple(key))
 
@@ -539,9 +500,8 @@ def _listed(group: str, values: object, key: KeyPath, called: str) -> Iterator[N
             yield Named(group, name, (*key, index))
 
 
-def _mapping(values: Mapping[str, Any], key: str) -> Mapping[Any, Any]:
-    result = values.get(key)
-    return result if isinstance(result, dict) else {}
+def _mapping(value: object) -> Mapping[Any, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def located(values: dict[str, Json], beside: Path) -> dict[str, Json]:
@@ -556,10 +516,10 @@ def located(values: dict[str, Json], beside: Path) -> dict[str, Json]:
     """
     made, prompts = dict(values), values.get(PROMPTS)
     result = [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, list | tuple) else []
-    tasks = dict(_mapping(values, "tasks"))
+    tasks = dict(_mapping(values.get("tasks")))
     for family, section in tasks.items():
         for key in ("templates", "eval_templates", "untuned_templates"):
-            names = _mapping({"": section}, "").get(key)
+            names = _mapping(section).get(key)
             if not isinstance(names, list | tuple):
                 continue
             if files := [name for name in names if isinstance(name, str) and name.lower().endswith(_YAML)]:

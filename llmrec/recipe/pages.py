@@ -120,12 +120,7 @@ def _parsed_once(text: str, file: Path) -> tuple[Any, dict[KeyPath, Place]]:
 
 
 def parsed(text: str, file: Path) -> tuple[Any, dict[KeyPath, Place]]:
-    """Return the values of a YAML text, and the line of each key.
-
-    Args:
-        text: The text.
-        file: The source of the text, for errors.
-    """
+    """Return the values of a YAML text, and the line of each key; errors name the file."""
     if len(text) > MOST_CHARACTERS:
         raise RecipeError.at(file, "too-large", f": longer than {MOST_CHARACTERS:,} characters; shorten it")
     try:

@@ -299,31 +299,23 @@ class DataSection(Section):
 
     @model_validator(mode="after")
     def _parts_agree(self) -> DataSection:
-        if self.filter.where is not None and self.source != "table":
-            raise ValueError(
-                f"data.filter.where: this key requires the source 'table', not {self.source!r}; set "
-                "data.source=table, or drop the key"
-            )
-        if self.query is not None and self.source != "table":
-            raise ValueError(
-                f"data.query: this key requires the source 'table', not {self.source!r}; set data.source=table, or "
-                "drop the key"
-            )
-        for key, given in (("data.users", self.users), ("data.columns.user_fields", self.columns.user_fields)):
-            if given and self.source != "table":
+        of_tables = {
+            "data.filter.where": self.filter.where,
+            "data.query": self.query,
+            "data.users": self.users,
+            "data.columns.user_fields": self.columns.user_fields or None,
+            "data.files": self.files,
+        }
+        for key, given in of_tables.items():
+            if given is not None and self.source != "table":
                 raise ValueError(
-                    f"{key}: this key requires the source 'table', not {self.source!r}; set "
-                    "data.source=table, or drop the key"
+                    f"{key}: this key requires the source 'table', not {self.source!r}; set data.source=table, or drop "
+                    "the key"
                 )
         if self.users is not None and not self.columns.user_fields:
             raise ValueError(
                 "data.users: no column of this table is used; set data.columns.user_fields, such as [gender, age], "
                 "or drop data.users"
-            )
-        if self.files is not None and self.source != "table":
-            raise ValueError(
-                f"data.files: this key requires the source 'table', not {self.source!r}; set data.source=table, "
-                "or drop the key"
             )
         if self.files is not None and self.path is not None:
             raise ValueError("data.files: data.path is set too; keep one of them")
@@ -1146,18 +1138,10 @@ class TrainSection(Section):
             for name, given in {**present, "method": soft}.items():
                 yield "softmax", bool(given), f"items is not available with train.{name}; remove one of the two"
         if self.teacher is not None:
-            yield (
-                "teacher",
-                self.exits,
-                "train.exits has losses at every layer; drop one of the keys",
-            )
+            yield "teacher", self.exits, "train.exits has losses at every layer; drop one of the keys"
             where = f"train.method={self.method} adds prompt tokens that the teacher lacks"
             yield "teacher", soft, f"{where}; set train.method to lora or full"
-            yield (
-                "teacher",
-                preference,
-                "train.preference has another loss; drop one of the keys",
-            )
+            yield "teacher", preference, "train.preference has another loss; drop one of the keys"
             yield "teacher", reward, "train.reward has another loss; drop one of the keys"
             whole = "relations require all hidden states of a step; drop train.micro_tokens, or set relations to 0"
             yield "teacher", self.teacher.relations > 0 and self.micro_tokens is not None, whole
@@ -1173,18 +1157,9 @@ class TrainSection(Section):
         if self.reward is not None:
             for wrong, fault in (
                 (self.start is None, "it continues from a fine-tuned model; set train.start to the folder of its run"),
-                (
-                    self.judge is None,
-                    "validation NDCG selects the adapter to keep; set train.judge",
-                ),
-                (
-                    self.method not in ADAPTED,
-                    "its reference is the model without the adapter; set train.method=lora",
-                ),
-                (
-                    preference,
-                    "train.preference is a separate stage; use two runs, with train.start",
-                ),
+                (self.judge is None, "validation NDCG selects the adapter to keep; set train.judge"),
+                (self.method not in ADAPTED, "its reference is the model without the adapter; set train.method=lora"),
+                (preference, "train.preference is a separate stage; use two runs, with train.start"),
                 (
                     self.gradient_checkpointing,
                     "it trains without dropout, which disables train.gradient_checkpointing",

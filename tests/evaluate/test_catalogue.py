@@ -222,10 +222,15 @@ def _cases(data: SplitDataset) -> list[Case]:
     ]
 
 
-def test_figures_equal_those_of_a_predictor_that_is_asked(data: SplitDataset) -> None:
-    cases, popular = _cases(data), Popularity()
-    popular.fit(data)
-    size = len(data.dataset.items)
+@pytest.fixture(scope="module")
+def popular(data: SplitDataset) -> Popularity:
+    fitted = Popularity()
+    fitted.fit(data)
+    return fitted
+
+
+def test_figures_equal_those_of_a_predictor_that_is_asked(data: SplitDataset, popular: Popularity) -> None:
+    cases, size = _cases(data), len(data.dataset.items)
     asked = evaluate(
         popular, cases, name="sequential", kind=family_of("sequential").answer, protocol=protocol(size, (1, 5, 10))
     )
@@ -270,9 +275,8 @@ def test_precision_map_and_auc_are_those_of_other_libraries(data: SplitDataset) 
         assert not {"RankAUC", "Precision@5", "MAP@5"} & row.values.keys() and "Precision@1" not in figures
 
 
-def test_diversity_is_by_words_or_by_vectors(data: SplitDataset) -> None:
-    popular, size = Popularity(), len(data.dataset.items)
-    popular.fit(data)
+def test_diversity_is_by_words_or_by_vectors(data: SplitDataset, popular: Popularity) -> None:
+    size = len(data.dataset.items)
     vectors = np.random.default_rng(0).normal(size=(size, 4))
     background = replace(Background.of(data), vectors=vectors, encoder="an encoder")
     found = evaluate_catalogue(popular, _cases(data), protocol(size, (5,)), background=background)["included"]
@@ -286,9 +290,8 @@ def test_diversity_is_by_words_or_by_vectors(data: SplitDataset) -> None:
     assert figure.value == pytest.approx(np.mean(expected))
 
 
-def test_signatures_name_the_convention_and_the_users(data: SplitDataset) -> None:
-    popular, size = Popularity(), len(data.dataset.items)
-    popular.fit(data)
+def test_signatures_name_the_convention_and_the_users(data: SplitDataset, popular: Popularity) -> None:
+    size = len(data.dataset.items)
     found = evaluate_catalogue(popular, _cases(data), protocol(size, (10,)))
     assert set(found) == {"excluded", "included"}
     for seen, row in found.items():
@@ -354,9 +357,8 @@ def test_background_counts_training_only(data: SplitDataset) -> None:
         evaluate_catalogue(stranger, [case(0, "a")], protocol(3), background=background)
 
 
-def test_a_history_free_world_has_no_lift(data: SplitDataset) -> None:
-    popular, size = Popularity(), len(data.dataset.items)
-    popular.fit(data)
+def test_a_history_free_world_has_no_lift(data: SplitDataset, popular: Popularity) -> None:
+    size = len(data.dataset.items)
     bare = [Case(request=Request(id=f"r{k}", user_id=f"u{k}"), truth="i01") for k in range(3)]
     found = evaluate_catalogue(popular, bare, protocol(size, (10,)), background=Background.of(data))["excluded"]
     assert found.figures.metrics["PopularityLift@10"].value is None

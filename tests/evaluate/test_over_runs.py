@@ -7,18 +7,15 @@ import pytest
 from numpy.typing import NDArray
 
 from llmrec.evaluate.compare import over_runs
-from llmrec.evaluate.figures import statistic_of
+from llmrec.evaluate.figures import mean_interval
 from llmrec.metrics.probability import auc, gauc
-from llmrec.metrics.stats import interval
 from llmrec.results import Figure
 
 USERS, SEEDS = 200, 5
 
 
 def _figure(metric: str, values: NDArray[np.float64], users: list[str]) -> Figure:
-    found = interval(
-        values, users=users, resamples=500, seed=0, statistic=statistic_of(metric), method="bca", widen=True
-    )
+    found = mean_interval(metric, values, users, resamples=500, seed=0)
     return Figure(value=found.value, low=found.low, high=found.high)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ import pytest
 from llmrec.errors import LlmrecError
 from llmrec.evaluate.compare import compare
 from llmrec.evaluate.figures import EvalProtocol
-from llmrec.evaluate.predictor import evaluate
+from llmrec.evaluate.predictor import Evaluated, evaluate
 from llmrec.metrics.stats import verdict
 from llmrec.records import Reliability
 from llmrec.results import Failure
@@ -35,6 +35,13 @@ class Canned:
         return self.answers
 
 
+def measured(
+    answers: Sequence[Answer], cases: Sequence[Case], family: str, fallback: Callable[[Request], float] | None = None
+) -> Evaluated:
+    kind = family_of(family).answer
+    return evaluate(Canned(answers), cases, name=family, kind=kind, protocol=PROTOCOL, fallback=fallback)
+
+
 def case(k: int, truth: str | float, candidates: tuple[str, ...] | None = ITEMS) -> Case:
     return Case(request=Request(id=f"r{k}", user_id=f"u{k}", candidates=candidates, item="a"), truth=truth)
 
@@ -51,7 +58,7 @@ def test_rankings_with_a_tie_a_miss_and_a_failure() -> None:
         ranking(2, "ab", [2, 1]),
         Unparsed(request_id="r3", reason="no label", raw="I cannot"),
     ]
-    found = evaluate(Canned(answers), cases, name="direct", kind=family_of("direct").answer, protocol=PROTOCOL)
+    found = measured(answers, cases, "direct")
     assert found.figures.metrics["HR@1"].value == pytest.approx((1 + 0.5) / 4)
     assert found.figures.metrics["HR@2"].value == pytest.approx((1 + 1) / 4)
     assert found.figures.metrics["NDCG@2"].value == pytest.approx((1 + (1 + 1 / np.log2(3)) / 2) / 4)
@@ -68,11 +75,7 @@ def test_more_failures_never_raise_a_figure() -> None:
     last = 2.0
     for failed in range(11):
         answers = [Unparsed(request_id=f"r{k}", reason="x") if k < failed else good[k] for k in range(10)]
-        value = (
-            evaluate(Canned(answers), cases, name="sequential", kind=family_of("sequential").answer, protocol=PROTOCOL)
-            .figures.metrics["MRR"]
-            .value
-        )
+        value = measured(answers, cases, "sequential").figures.metrics["MRR"].value
         assert value < last or failed == 0
         last = value
 
@@ -80,19 +83,12 @@ def test_more_failures_never_raise_a_figure() -> None:
 def test_ratings_fall_back_and_count_it() -> None:
     cases = [case(0, 4.0), case(1, 2.0)]
     answers: list[Answer] = [Rating(request_id="r0", value=3.0), Unparsed(request_id="r1", reason="x")]
-    found = evaluate(
-        Canned(answers),
-        cases,
-        name="rating",
-        kind=family_of("rating").answer,
-        protocol=PROTOCOL,
-        fallback=lambda request: 5.0,
-    )
+    found = measured(answers, cases, "rating", fallback=lambda request: 5.0)
     assert found.figures.metrics["RMSE"].value == pytest.approx(np.sqrt((1 + 9) / 2))
     assert found.figures.metrics["MAE"].value == pytest.approx(2.0)
     assert found.figures.parse_rate == 0.5
     with raises(LlmrecError, Facts("missing-value", says="request r1")):
-        evaluate(Canned(answers), cases, name="rating", kind=family_of("rating").answer, protocol=PROTOCOL)
+        measured(answers, cases, "rating")
 
 
 def test_texts_that_fail_are_empty_texts() -> None:
@@ -102,9 +98,7 @@ def test_texts_that_fail_are_empty_texts() -> None:
         Text(request_id="r0", text="it is very quiet and cleans well"),
         Unparsed(request_id="r1", reason="empty answer", raw=""),
     ]
-    found = evaluate(
-        Canned(answers), cases, name="explanation", kind=family_of("explanation").answer, protocol=PROTOCOL
-    )
+    found = measured(answers, cases, "explanation")
     assert found.figures.metrics["ROUGE-L"].value == pytest.approx(0.5)
     assert {"ROUGE-1", "ROUGE-2", "Distinct-1"} <= found.figures.metrics.keys()
     assert found.figures.metrics["Distinct-1"].value == 1.0  # seven words, each once
@@ -114,9 +108,9 @@ def test_texts_that_fail_are_empty_texts() -> None:
 
 def test_a_predictor_that_leaves_gaps_is_refused() -> None:
     with raises(LlmrecError, Facts("defect", says="'canned'")):
-        evaluate(Canned([]), [case(0, "a")], name="direct", kind=family_of("direct").answer, protocol=PROTOCOL)
+        measured([], [case(0, "a")], "direct")
     with raises(LlmrecError, Facts("empty", says="direct")):
-        evaluate(Canned([]), [], name="direct", kind=family_of("direct").answer, protocol=PROTOCOL)
+        measured([], [], "direct")
 
 
 def yes_no(k: int, user: str, truth: float) -> Case:
@@ -132,7 +126,7 @@ def test_yes_no_answers() -> None:
         yes_no(k, user, truth) for k, (user, truth) in enumerate([("u", 1), ("u", 0), ("v", 1), ("v", 0), ("w", 1)])
     ]
     answers = [said(0, 0.9), said(1, 0.2), said(2, 0.4), said(3, 0.4), Unparsed(request_id="r4", reason="x")]
-    found = evaluate(Canned(answers), cases, name="ctr", kind=family_of("ctr").answer, protocol=PROTOCOL)  # type: ignore[arg-type]
+    found = measured(answers, cases, "ctr")
     metrics = found.figures.metrics
     # Yes .9 .4 .5 against no .2 .4: only .4 against .4 is a tie.
     assert metrics["AUC"].value == pytest.approx(5.5 / 6)
@@ -147,22 +141,13 @@ def test_yes_no_answers() -> None:
     bins = found.figures.reliability
     assert sum(each.n for each in bins) == 5 and Reliability(n=2, said=0.4, so=0.5) in bins
     assert json.loads(found.records[0].parsed) == 0.9
-    better = evaluate(
-        Canned(answers),
-        cases,
-        name="ctr",
-        kind=family_of("ctr").answer,  # type: ignore[arg-type]
-        protocol=PROTOCOL,
-        fallback=lambda request: 1.0,
-    )
+    better = measured(answers, cases, "ctr", fallback=lambda request: 1.0)
     assert better.values["LogLoss"][4] == 0.0
 
 
 def test_yes_no_answers_of_one_class_have_no_auc() -> None:
     cases = [yes_no(k, "u", 1.0) for k in range(3)]
-    found = evaluate(
-        Canned([said(k, 0.0) for k in range(3)]), cases, name="ctr", kind=family_of("ctr").answer, protocol=PROTOCOL
-    )  # type: ignore[arg-type]
+    found = measured([said(k, 0.0) for k in range(3)], cases, "ctr")
     assert found.figures.metrics["AUC"].as_json() == {
         "value": None,
         "low": None,
@@ -185,12 +170,8 @@ def test_areas_of_two_rows_are_compared(metric: str) -> None:
     truth = rng.integers(0, 2, 800)
     cases = [yes_no(k, user, float(t)) for k, (user, t) in enumerate(zip(users, truth, strict=True))]
     rows = [
-        evaluate(
-            Canned([said(k, float(p)) for k, p in enumerate(np.clip(0.5 + edge * (truth - 0.5) + noise, 0, 1))]),
-            cases,
-            name="ctr",
-            kind=family_of("ctr").answer,
-            protocol=PROTOCOL,
+        measured(
+            [said(k, float(p)) for k, p in enumerate(np.clip(0.5 + edge * (truth - 0.5) + noise, 0, 1))], cases, "ctr"
         )
         for edge, noise in ((0.5, rng.normal(0, 0.3, 800)), (0.1, rng.normal(0, 0.3, 800)))
     ]
@@ -210,9 +191,7 @@ def test_areas_of_two_rows_are_compared(metric: str) -> None:
 
 def test_a_no_that_was_said_surely_keeps_its_truth() -> None:
     cases = [yes_no(0, "u", 0.0), yes_no(1, "u", 1.0)]
-    found = evaluate(
-        Canned([said(0, 0.0), said(1, 0.0)]), cases, name="ctr", kind=family_of("ctr").answer, protocol=PROTOCOL
-    )  # type: ignore[arg-type]
+    found = measured([said(0, 0.0), said(1, 0.0)], cases, "ctr")
     stored = np.array(json.loads(json.dumps(list(found.values["AUC"]))))
     assert np.signbit(stored).tolist() == [True, False]
     assert found.figures.metrics["AUC"].value == 0.5
@@ -228,9 +207,7 @@ def test_few_users_are_compared_exactly() -> None:
 def test_intervals_of_rare_hits_reach_further_up_than_down() -> None:
     cases = [case(k, "a" if k < 4 else "d") for k in range(100)]
     answers: list[Answer] = [ranking(k, "abcd", [4, 3, 2, 1]) for k in range(100)]
-    figure = evaluate(
-        Canned(answers), cases, name="direct", kind=family_of("direct").answer, protocol=PROTOCOL
-    ).figures.metrics["HR@1"]
+    figure = measured(answers, cases, "direct").figures.metrics["HR@1"]
     assert figure.value == 0.04
     assert (figure.high or 0) - 0.04 > 0.04 - (figure.low or 0) > 0
 

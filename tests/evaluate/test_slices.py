@@ -9,21 +9,19 @@ import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset
-from llmrec.errors import LlmrecError
 from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.predictor import evaluate
-from llmrec.evaluate.slices import FEW, SliceRules, slice_figures, slices_of, target_slices
+from llmrec.evaluate.slices import FEW, slice_figures, slices_of, target_slices
 from llmrec.metrics.signature import parse_signature
 from llmrec.results import Metric
 from llmrec.tasks.family import family_of
 from llmrec.types import Answer, Case, Event, Item, Rating, Request
-from tests.facts import Facts, raises
 
 PROTOCOL = EvalProtocol(split="loo/test", candidates="full", cutoffs=(1,), resamples=100, seed=0, catalogue=5)
-RULES = SliceRules(cold=2, history=(2, 4), activity=(3,))
 
 
 def split_of(train: list[tuple[str, str]], held: list[tuple[str, str]] = []) -> SplitDataset:  # noqa: B006
@@ -53,7 +51,7 @@ def split_of(train: list[tuple[str, str]], held: list[tuple[str, str]] = []) -> 
     )
 
 
-TRAIN = [*(("u0", item) for item in "abc"), *(("u1", item) for item in "ab"), ("u2", "a"), ("u3", "a"), ("u3", "b")]
+TRAIN = [*((f"u{n}", "a") for n in range(8)), *((f"u{n}", "b") for n in range(6)), *(("u0", item) for item in "cef")]
 
 
 def case(user: str, truth: str, history: int) -> Case:
@@ -61,29 +59,35 @@ def case(user: str, truth: str, history: int) -> Case:
     return Case(request=Request(id=f"{user}/{truth}", user_id=user, history=events), truth=truth)
 
 
+def places(slices: dict[str, NDArray[np.bool_]]) -> dict[str, list[int]]:
+    """Return the cases of every slice that has any."""
+    return {name: np.flatnonzero(member).tolist() for name, member in slices.items() if member.any()}
+
+
 def test_slices_by_hand() -> None:
-    # Training counts: a 4, b 3, c 1, d 0. a and b make 7 of 8, which is the first share of at least .8.
-    cases = [case("u0", "a", 3), case("u1", "c", 1), case("u2", "d", 9), case("u9", "b", 0)]
-    found = {name: member.tolist() for name, member in slices_of(cases, split_of(TRAIN), RULES).items()}
-    assert found == {
-        "item:cold-below-2": [False, True, True, False],
-        "item:warm-from-2": [True, False, False, True],
-        "item:head-0.8": [True, False, False, True],
-        "item:long-tail-0.8": [False, True, True, False],
-        "history:0-1": [False, True, False, True],
-        "history:2-3": [True, False, False, False],
-        "history:from-4": [False, False, True, False],
-        "activity:0-2": [False, True, True, True],
-        "activity:from-3": [True, False, False, False],
+    # Training counts: a 8, b 6, c 1, d 0. a and b make 14 of 17, which is the first share of at least .8.
+    cases = [case("u0", "a", 7), case("u1", "c", 1), case("u2", "d", 60), case("u9", "b", 0)]
+    found = slices_of(cases, split_of(TRAIN))
+    assert places(found) == {
+        "item:cold-below-5": [1, 2],
+        "item:warm-from-5": [0, 3],
+        "item:head-0.8": [0, 3],
+        "item:long-tail-0.8": [1, 2],
+        "history:0-4": [1, 3],
+        "history:5-9": [0],
+        "history:from-50": [2],
+        "activity:0-4": [1, 2, 3],
+        "activity:5-9": [0],
     }
+    assert {"history:10-19", "history:20-49", "activity:from-50"} <= found.keys()
 
 
 def test_targets_are_binned_by_training_interactions_words_and_history() -> None:
     cases = [case("u0", "a", 3), case("u1", "c", 1), case("u2", "d", 60), case("u9", "b", 0)]
-    found = {name: np.flatnonzero(member).tolist() for name, member in target_slices(cases, split_of(TRAIN)).items()}
-    assert {name: places for name, places in found.items() if places} == {
+    assert places(target_slices(cases, split_of(TRAIN))) == {
         "count:0-0": [2],
-        "count:1-4": [0, 1, 3],
+        "count:1-4": [1],
+        "count:5-19": [0, 3],
         "history:0-4": [0, 1, 3],
         "history:from-50": [2],
     }
@@ -96,29 +100,24 @@ def test_targets_are_binned_by_training_interactions_words_and_history() -> None
     assert "words:from-32" in found and not any(name.startswith("words") for name in target_slices([], split_of(TRAIN)))
 
 
-def test_items_that_tie_with_the_last_of_the_head_belong_to_it() -> None:
-    train = [(f"u{n}", item) for item, count in (("a", 6), ("b", 2), ("c", 2)) for n in range(count)]
+@pytest.mark.parametrize(("counts", "head"), [((6, 2, 2), [0, 1, 2]), ((8, 1, 1), [0])])
+def test_items_that_tie_with_the_last_of_the_head_belong_to_it(counts: tuple[int, ...], head: list[int]) -> None:
+    train = [(f"u{n}", item) for item, count in zip("abc", counts, strict=True) for n in range(count)]
     found = slices_of([case("u0", item, 1) for item in "abc"], split_of(train))
-    assert found["item:head-0.8"].tolist() == [True, True, True]
-    found = slices_of([case("u0", item, 1) for item in "abc"], split_of(train), SliceRules(head=0.6))
-    assert found["item:head-0.6"].tolist() == [True, False, False]
+    assert places(found)["item:head-0.8"] == head
 
 
 def test_held_out_rows_do_not_move_a_case() -> None:
     cases = [case("u0", "d", 2), case("u1", "a", 2)]
-    before = slices_of(cases, split_of(TRAIN), RULES)
-    after = slices_of(cases, split_of(TRAIN, [(f"v{n}", "d") for n in range(50)] + [("u1", "e")] * 9), RULES)
-    assert {name: each.tolist() for name, each in before.items()} == {n: each.tolist() for n, each in after.items()}
+    before = slices_of(cases, split_of(TRAIN))
+    after = slices_of(cases, split_of(TRAIN, [(f"v{n}", "d") for n in range(50)] + [("u1", "e")] * 9))
+    assert places(before) == places(after)
 
 
-@given(
-    rows=st.lists(st.tuples(st.sampled_from(["u0", "u1", "u2"]), st.sampled_from("abcde"), st.integers(0, 8))),
-    edges=st.sets(st.integers(1, 9), max_size=4).map(sorted),
-)
-def test_every_case_is_in_one_slice_of_each_kind(rows: list[tuple[str, str, int]], edges: list[int]) -> None:
+@given(rows=st.lists(st.tuples(st.sampled_from(["u0", "u1", "u2"]), st.sampled_from("abcde"), st.integers(0, 60))))
+def test_every_case_is_in_one_slice_of_each_kind(rows: list[tuple[str, str, int]]) -> None:
     cases = [case(*row) for row in rows]
-    rules = SliceRules(cold=2, history=tuple(edges), activity=tuple(edges))
-    found = slices_of(cases, split_of(TRAIN), rules)
+    found = slices_of(cases, split_of(TRAIN))
     for kinds in (("item:cold", "item:warm"), ("item:head", "item:long"), ("history:",), ("activity:",)):
         members = [member for name, member in found.items() if name.startswith(kinds)]
         if members:
@@ -131,8 +130,8 @@ def test_figures_of_slices_are_means_of_their_cases() -> None:
     cases = [case(f"u{k % 4}", "a" if k % 3 else "c", k % 6) for k in range(90)]
     values = np.random.default_rng(0).random(90)
     row = {"MRR": Metric(value=None, signature=PROTOCOL.sign("MRR", seen="included"))}
-    figures = slice_figures({"MRR": values}, cases, split_of(TRAIN), metrics=row, protocol=PROTOCOL, rules=RULES)
-    members = slices_of(cases, split_of(TRAIN), RULES)
+    figures = slice_figures({"MRR": values}, cases, split_of(TRAIN), metrics=row, protocol=PROTOCOL)
+    members = slices_of(cases, split_of(TRAIN))
     assert [figure.name for figure in figures] == list(members)
     for figure in figures:
         own = members[figure.name]
@@ -151,14 +150,10 @@ def test_figures_of_slices_are_means_of_their_cases() -> None:
 def test_empty_and_small_slices_are_shown_and_marked() -> None:
     cases = [case("u0", "a", 1)] * 3
     row = {"MRR": Metric(value=None, signature=PROTOCOL.sign("MRR"))}
-    figures = {
-        figure.name: figure
-        for figure in slice_figures(
-            {"MRR": np.ones(3)}, cases, split_of(TRAIN), metrics=row, protocol=PROTOCOL, rules=RULES
-        )
-    }
-    assert (figures["item:cold-below-2"].n, figures["item:cold-below-2"].metrics) == (0, {})
-    assert (figures["item:warm-from-2"].n, figures["item:warm-from-2"].small) == (3, True)
+    found = slice_figures({"MRR": np.ones(3)}, cases, split_of(TRAIN), metrics=row, protocol=PROTOCOL)
+    figures = {figure.name: figure for figure in found}
+    assert (figures["item:cold-below-5"].n, figures["item:cold-below-5"].metrics) == (0, {})
+    assert (figures["item:warm-from-5"].n, figures["item:warm-from-5"].small) == (3, True)
 
 
 def test_ratings_are_cut_by_the_rated_item_and_rmse_stays_a_root() -> None:
@@ -173,33 +168,15 @@ def test_ratings_are_cut_by_the_rated_item_and_rmse_stays_a_root() -> None:
         for k, (item, truth) in enumerate([("a", 5.0), ("a", 1.0), ("c", 4.0)])
     ]
     row = evaluate(Three(), cases, name="rating", kind=family_of("rating").answer, protocol=PROTOCOL)  # type: ignore[arg-type]
-    figures = {
-        figure.name: figure.metrics
-        for figure in slice_figures(
-            row.values, cases, split_of(TRAIN), metrics=row.figures.metrics, protocol=PROTOCOL, rules=RULES
-        )
-    }
-    assert figures["item:warm-from-2"]["RMSE"].value == pytest.approx(2.0)
-    assert figures["item:cold-below-2"]["RMSE"].value == pytest.approx(1.0)
+    found = slice_figures(row.values, cases, split_of(TRAIN), metrics=row.figures.metrics, protocol=PROTOCOL)
+    figures = {figure.name: figure.metrics for figure in found}
+    assert figures["item:warm-from-5"]["RMSE"].value == pytest.approx(2.0)
+    assert figures["item:cold-below-5"]["RMSE"].value == pytest.approx(1.0)
 
 
 def test_answers_about_no_item_have_no_item_slices() -> None:
     cases = [Case(request=Request(id="r", user_id="u0"), truth="some text")]
     assert not any(name.startswith("item:") for name in slices_of(cases, split_of(TRAIN)))
-
-
-def test_wrong_rules_and_lengths_are_errors() -> None:
-    for wrong, key in (
-        ({"cold": 0}, None),
-        ({"head": 1.0}, None),
-        ({"history": (5, 5)}, "history"),
-        ({"activity": (0, 3)}, "activity"),
-    ):
-        with raises(LlmrecError, Facts("bad-value", column=key, says=str(next(iter(wrong))))):
-            SliceRules(**wrong)  # type: ignore[arg-type]
-    row = {"MRR": Metric(value=None, signature=PROTOCOL.sign("MRR"))}
-    with pytest.raises(ValueError, match="2 values but 1 cases"):
-        slice_figures({"MRR": np.ones(2)}, [case("u0", "a", 1)], split_of(TRAIN), metrics=row, protocol=PROTOCOL)
 
 
 def test_on_a_split_by_time_slices_are_quarters_of_what_is_held_out() -> None:
@@ -212,9 +189,8 @@ def test_on_a_split_by_time_slices_are_quarters_of_what_is_held_out() -> None:
 
     found = slices_of(cases, replace(data, kind="global_time"))
 
-    ages = {name: np.flatnonzero(member).tolist() for name, member in found.items() if name.startswith("age")}
-    assert sum(len(places) for places in ages.values()) == 8
-    assert [[float(times[place]) for place in sorted(places, key=lambda p: times[p])] for places in ages.values()] == [
+    ages = {name: own for name, own in places(found).items() if name.startswith("age")}
+    assert [sorted(times[place] for place in own) for own in ages.values()] == [
         [10.0, 20.0],
         [30.0, 40.0],
         [50.0, 60.0],

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ from llmrec.pipeline.study import Study, build_study
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe
 from llmrec.tasks.alignment import AlignmentTask
-from llmrec.types import Case, Example, Segment
+from llmrec.types import Case, Request, Segment
 from tests.facts import Facts, raises
-from tests.pipeline.test_audit import Tampered
+from tests.pipeline.test_audit import prompts_with, rows_with, with_task
 
 pytest.importorskip("trl", reason="the train extra is not installed")
 
@@ -194,44 +194,38 @@ def test_rows_can_start_from_the_vectors_of_a_recommender(llama_folder: Path, tm
 # --------------------------------------------------------------------------- planted leaks
 
 
-def leaking(study: Study, **methods: Any) -> list[str]:
-    changed = replace(study, tasks={**study.tasks, "alignment": Tampered(study.tasks["alignment"], **methods)})
-    return [check.name for check in alignment_checks(changed, 60) if check.verdict == "leak"]
+def leaking(study: Study) -> list[str]:
+    return [check.name for check in alignment_checks(study, 60) if check.verdict == "leak"]
 
 
 def test_the_audit_finds_what_is_planted(study: Study) -> None:
     assert study.held is not None and study.index is not None
-    task, item = study.tasks["alignment"], study.held.test[0]
+    task, item, valid = study.tasks["alignment"], study.held.test[0], study.held.valid[0]
     assert leaking(study) == []
-
-    def rows(change: Any) -> Any:
-        def examples(split: str, limit: int | None = None) -> Iterator[Example]:
-            for n, row in enumerate(task.examples(split, limit)):  # type: ignore[arg-type]
-                yield change(row) if n == 7 else row
-
-        return examples
-
     title, code = study.data.dataset.items[item].title, study.index.encode(item)
-    both = rows(lambda row: replace(row, answer=(Segment("item", title), Segment("target", code))))
-    assert leaking(study, examples=both) == ["held-out items in training rows of alignment"]
-    declared = rows(lambda row: replace(row, pairs=(("", item),)))
-    assert leaking(study, examples=declared) == ["held-out items in training rows of alignment"]
-    alone = rows(lambda row: replace(row, answer=(Segment("target", code),)))
-    assert leaking(study, examples=alone) == []
+    both = rows_with(
+        study, "alignment", lambda row: replace(row, answer=(Segment("item", title), Segment("target", code)))
+    )
+    assert leaking(both) == ["held-out items in training rows of alignment"]
+    declared = rows_with(study, "alignment", lambda row: replace(row, pairs=(("", item),)))
+    assert leaking(declared) == ["held-out items in training rows of alignment"]
+    alone = rows_with(study, "alignment", lambda row: replace(row, answer=(Segment("target", code),)))
+    assert leaking(alone) == []
 
-    def cases(change: Any) -> Any:
-        return lambda split: [
-            replace(case, request=change(case)) if n == 0 else case for n, case in enumerate(task.cases(split))
-        ]
+    def asked(change: Callable[[Case], dict[str, Any]]) -> Study:
+        def cases(split: Any) -> list[Case]:
+            first, *rest = task.cases(split)
+            return [replace(first, request=replace(first.request, **change(first))), *rest]
 
-    def wrong(candidates: Any) -> Any:
-        return cases(lambda case: replace(case.request, candidates=candidates(case)))
+        return with_task(study, "alignment", cases=cases)
 
-    name = ["alignment candidates"]
-    assert leaking(study, cases=wrong(lambda case: [c for c in case.request.candidates if c != case.truth])) == name
-    assert leaking(study, cases=wrong(lambda case: [*case.request.candidates, case.request.candidates[0]])) == name
-    assert leaking(study, cases=wrong(lambda case: [*case.request.candidates, study.held.valid[0]])) == name
-    assert leaking(study, cases=cases(lambda case: replace(case.request, item=case.truth))) == name
+    for wrong in (
+        asked(lambda case: {"candidates": [c for c in case.request.candidates or () if c != case.truth]}),
+        asked(lambda case: {"candidates": [*(case.request.candidates or ()), (case.request.candidates or ())[0]]}),
+        asked(lambda case: {"candidates": [*(case.request.candidates or ()), valid]}),
+        asked(lambda case: {"item": case.truth}),
+    ):
+        assert leaking(wrong) == ["alignment candidates"]
 
 
 def test_the_audit_reads_questions_in_the_form_that_they_ask_for(study: Study) -> None:
@@ -243,16 +237,10 @@ def test_the_audit_reads_questions_in_the_form_that_they_ask_for(study: Study) -
     forms: dict[bool, Any] = {True: study.index.encode, False: lambda item: study.data.dataset.items[item].title}
     for name in ("code-to-title", "text-to-code"):
 
-        def prompt(request: Any, *, template: str, shots: int = 0, name: str = name) -> Any:
-            found = task.prompt(request, template=template, shots=shots)
-            if template != name:
-                return found
-            last = found.messages[-1]
-            hint = Segment("item", str(forms[name == "text-to-code"](truth[request.id])))
-            return replace(found, messages=(replace(last, segments=(*last.segments, hint)),))
+        def hint(request: Request, template: str, name: str = name) -> str:
+            return str(forms[name == "text-to-code"](truth[request.id])) if template == name else ""
 
-        told = replace(study, tasks={**study.tasks, "alignment": Tampered(task, prompt=prompt)})
-        check = questions(told, "alignment")
+        check = questions(prompts_with(study, "alignment", hint), "alignment")
         assert check.verdict == "leak" and f"alignment/{name} shows the answer" in check.examples[0]
 
 
@@ -260,25 +248,9 @@ def test_the_audit_reads_questions_in_the_form_that_they_ask_for(study: Study) -
 
 
 def test_a_recipe_without_codes_is_refused() -> None:
-    with raises(
-        RecipeError,
-        Facts(
-            "contradiction",
-            "recipes/movielens-100k/align-semantic.yaml",
-            column="tasks.alignment",
-            says="index: {scheme: semantic}",
-        ),
-    ):
+    with raises(RecipeError, Facts("contradiction", column="tasks.alignment", says="index: {scheme: semantic}")):
         recipe("none", "index=null")
-    with raises(
-        RecipeError,
-        Facts(
-            "contradiction",
-            "recipes/movielens-100k/align-semantic.yaml",
-            column="index.scheme",
-            says=("'title'", "such as semantic"),
-        ),
-    ):
+    with raises(RecipeError, Facts("contradiction", column="index.scheme", says=("'title'", "such as semantic"))):
         recipe("none", "index={scheme: title}")
 
 
@@ -313,34 +285,24 @@ def test_a_model_card_can_show_a_question(done: tuple[Recipe, pipeline.Run]) -> 
     assert turn.text.startswith("Each of these products has a code.") and "<item_" in turn.text
 
 
-@pytest.mark.parametrize("form", ["title", "code"])
-@pytest.mark.parametrize("name", ["titles-to-code", "codes-to-title"])
-def test_the_audit_reads_both_forms_where_a_template_writes_both(name: str, form: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [*product(("titles-to-code", "codes-to-title"), ("title", "code")), ("continue-codes", "code")],
+)
+def test_the_audit_reads_the_forms_that_a_template_writes(name: str, form: str) -> None:
     from llmrec.pipeline.leaks import questions, training_rows
 
     study = build_study(recipe("none", f"tasks.sequential.templates=[{name}]", "tasks.alignment=null"))
-    task, index = study.tasks["sequential"], study.index
+    index = study.index
     assert index is not None
     assert questions(study, "sequential").verdict == training_rows(study, "sequential", 60).verdict == "clean"
 
     def written(item: str) -> str:
         return index.encode(item) if form == "code" else study.data.dataset.items[item].title
 
-    held = study.data.holdouts("test")[0]
-
-    def examples(split: Any, limit: int | None = None) -> Iterator[Example]:
-        for n, row in enumerate(task.examples(split, limit)):
-            hint = Segment("item", written(held.item_id))
-            yield replace(row, user_id=held.user_id, answer=(hint, *row.answer)) if n == 7 else row
-
-    truth = {case.request.id: str(case.truth) for case in study.cases("sequential")}
-
-    def prompt(request: Any, *, template: str, shots: int = 0) -> Any:
-        found = task.prompt(request, template=template, shots=shots)
-        last = found.messages[-1]
-        hint = Segment("item", written(truth[request.id]))
-        return replace(found, messages=(*found.messages[:-1], replace(last, segments=(*last.segments, hint))))
-
-    told = replace(study, tasks={"sequential": Tampered(task, examples=examples, prompt=prompt)})
+    held, hint = study.data.holdouts("test")[0], Segment("item", written(study.data.holdouts("test")[0].item_id))
+    told = rows_with(study, "sequential", lambda row: replace(row, user_id=held.user_id, answer=(hint, *row.answer)))
     assert training_rows(told, "sequential", 60).verdict == "leak"
+    truth = {case.request.id: str(case.truth) for case in study.cases("sequential")}
+    told = prompts_with(study, "sequential", lambda request, _: written(truth[request.id]))
     assert questions(told, "sequential").verdict == "leak"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -16,6 +16,8 @@ import pytest
 
 from eval.benchmarks.negatives import Knowing
 from llmrec.backends.fake import FakeBackend
+from llmrec.baselines.popular import Popularity
+from llmrec.baselines.rating import GlobalMean
 from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset, request_id, split
 from llmrec.durable import write_json
@@ -144,12 +146,26 @@ def title(study: Study, item: str) -> str:
     return study.data.dataset.items[item].title
 
 
-def rows_with(study: Study, family: str, change: Any) -> Any:
+def rows_with(study: Study, family: str, change: Callable[[Example], Example], place: int | None = 7) -> Study:
+    """Change one training row, or all."""
+
     def examples(split: str, limit: int | None = None) -> Iterator[Example]:
         for n, example in enumerate(study.tasks[family].examples(split, limit)):  # type: ignore[arg-type]
-            yield change(example) if n == 7 else example
+            yield change(example) if place in (n, None) else example
 
     return with_task(study, family, examples=examples)
+
+
+def prompts_with(study: Study, family: str, hint: Callable[[Request, str], str]) -> Study:
+    """Add to each prompt what a request and a template are given; nothing where it is empty."""
+
+    def prompt(request: Request, *, template: str, shots: int = 0) -> Prompt:
+        asked, said = study.tasks[family].prompt(request, template=template, shots=shots), hint(request, template)
+        last = asked.messages[-1]
+        told = replace(last, segments=(*last.segments, Segment("item", said))) if said else last
+        return replace(asked, messages=(*asked.messages[:-1], told))
+
+    return with_task(study, family, prompt=prompt)
 
 
 def test_1_a_held_out_pair_among_training_interactions(study: Study) -> None:
@@ -239,16 +255,9 @@ def test_7_a_history_that_holds_the_target(study: Study) -> None:
 
 
 def test_8_a_prompt_that_names_the_target(study: Study) -> None:
-    task = study.tasks["sequential"]
     targets = {case.request.id: str(case.truth) for case in study.cases("sequential")}
-
-    def prompt(request: Request, *, template: str, shots: int = 0) -> Prompt:
-        asked = task.prompt(request, template=template, shots=shots)
-        hint = Segment("item", f"likes things such as {title(study, targets[request.id])}")
-        message = replace(asked.messages[-1], segments=(*asked.messages[-1].segments, hint))
-        return replace(asked, messages=(*asked.messages[:-1], message))
-
-    assert "questions of sequential" in leaking(examine(with_task(study, "sequential", prompt=prompt)))
+    told = prompts_with(study, "sequential", lambda asked, _: f"likes such as {title(study, targets[asked.id])}")
+    assert "questions of sequential" in leaking(examine(told))
 
 
 def test_9_a_profile_that_names_a_held_out_item(study: Study) -> None:
@@ -333,15 +342,17 @@ def test_11_rows_that_were_asked_different_things(study: Study) -> None:
     assert "ranked items that are not candidates" in leaking(examine(study, predictions=foreign))
 
 
-def test_12_a_baseline_that_learned_from_what_is_held_out(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llmrec.baselines.popular import Popularity
+# The mean of all ratings is what it was while the items alone are others.
+@pytest.mark.parametrize("kind", [Popularity, GlobalMean])
+def test_12_a_baseline_that_learned_from_what_is_held_out(
+    study: Study, kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = kind.fit
 
-    honest = Popularity.fit
-
-    def fit(self: Popularity, data: SplitDataset) -> None:
+    def fit(self: Any, data: SplitDataset) -> None:
         honest(self, replace(data, train=pl.concat([data.train, data.test.select(data.train.columns)])))
 
-    monkeypatch.setattr(Popularity, "fit", fit)
+    monkeypatch.setattr(kind, "fit", fit)
     assert "baselines that learned from held-out interactions" in leaking(examine(study))
     monkeypatch.setattr(leaks, "fitted", _kept_of_another_machine)
     assert "baselines that learned from held-out interactions" in leaking(examine(study))
@@ -469,11 +480,7 @@ def test_a_held_out_item_may_be_a_negative_and_nothing_else(study: Study) -> Non
     asked = replace(turn, segments=(*turn.segments, said))
 
     def checked(changed: Example) -> Check:
-        def examples(split: str, limit: int | None = None) -> Iterator[Example]:
-            for n, each in enumerate(study.tasks["direct"].examples(split, limit)):  # type: ignore[arg-type]
-                yield changed if n == place else each
-
-        return leaks.training_rows(with_task(study, "direct", examples=examples), "direct", place + 1)
+        return leaks.training_rows(rows_with(study, "direct", lambda _: changed, place), "direct", place + 1)
 
     assert checked(row).verdict == "clean"
     shown = f"user {row.user_id}, title of held-out item {item}"
@@ -497,12 +504,8 @@ def test_a_text_about_a_held_out_item_leaks_where_the_item_is_a_negative_too(stu
     valid, test = (frame.with_columns(text=written.otherwise(pl.col("text"))) for frame in (data.valid, data.test))
     quoted = (*row.messages, Message("user", (Segment("item", f"Earlier: {text}"),)))
     told = replace(study, data=replace(data, valid=valid, test=test))
-
-    def examples(split: str, limit: int | None = None) -> Iterator[Example]:
-        for n, each in enumerate(study.tasks["direct"].examples(split, limit)):  # type: ignore[arg-type]
-            yield replace(row, messages=quoted) if n == place else each
-
-    found = leaks.training_rows(with_task(told, "direct", examples=examples), "direct", place + 1)
+    told = rows_with(told, "direct", lambda row: replace(row, messages=quoted), place)
+    found = leaks.training_rows(told, "direct", place + 1)
     assert found.examples == (f"row {row.id}: user {row.user_id}, text about held-out item {item}",)
 
 
@@ -557,26 +560,11 @@ def test_redrawn_holdouts_are_others_in_all_but_their_users(study: Study) -> Non
     }
 
 
-def test_12_a_baseline_that_learned_from_held_out_ratings(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The mean of all ratings is what it was while the items alone are others."""
-    from llmrec.baselines.rating import GlobalMean
-
-    honest = GlobalMean.fit
-
-    def fit(self: GlobalMean, data: SplitDataset) -> None:
-        honest(self, replace(data, train=pl.concat([data.train, data.test.select(data.train.columns)])))
-
-    monkeypatch.setattr(GlobalMean, "fit", fit)
-    assert "baselines that learned from held-out interactions" in leaking(examine(study))
-
-
 # --------------------------------------------------------------------------- probes
 
 
 def sequences(numbering: str) -> SplitDataset:
     """300 users with 6 items each, most of them their own; ids are numbered by whole histories, or drawn."""
-    import random
-
     rng = random.Random(0)
     histories = [[f"own-{user}-{n}" for n in range(4)] + rng.sample(["a", "b", "c", "d"], 2) for user in range(300)]
     for history in histories:
@@ -605,8 +593,6 @@ def test_the_id_probe_sees_numbers_that_follow_whole_histories() -> None:
 
 
 def test_planted_duplicates_are_found() -> None:
-    import random
-
     rng = random.Random(0)
     sets = [frozenset(f"w{rng.randrange(4000)}" for _ in range(40)) for _ in range(1500)]
     exact = [(n, 1500 + n) for n in range(100)]
@@ -667,7 +653,7 @@ def test_a_model_that_recites_is_told_from_one_that_does_not() -> None:
 
 def test_the_model_is_asked_on_the_device_of_the_recipe(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(audit, "device", lambda section: "meta")
+    monkeypatch.setattr("llmrec.models.load.device", lambda section: "meta")
     monkeypatch.setattr(audit, "memorisation", lambda backend, data, seed: asked.append(backend.model.device.type))
     audit._memory(study)
     assert asked == ["meta"]

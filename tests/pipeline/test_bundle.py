@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from llmrec.errors import ModelError
 from llmrec.pipeline import bundle
-from llmrec.pipeline.study import build_study
+from llmrec.pipeline.study import Study, build_study
 from llmrec.recipe.load import load_recipe
 from tests.facts import Facts, raises
 
 STUDY = ("data={source: made-reviews, noun: products}", "reviews=null", "eval.candidates.count=5")
 
 
+@pytest.fixture(scope="module")
+def study() -> Study:
+    return build_study(load_recipe("recipes/movielens-100k/four-tasks.yaml", STUDY))
+
+
 @pytest.fixture
-def folder(llama_folder: Path, tmp_path: Path) -> Path:
+def folder(llama_folder: Path, study: Study, tmp_path: Path) -> Path:
     """A model folder with its bundle file."""
-    for file in llama_folder.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    bundle.write(build_study(load_recipe("recipes/movielens-100k/four-tasks.yaml", STUDY)), tmp_path)
+    shutil.copytree(llama_folder, tmp_path, dirs_exist_ok=True)
+    bundle.write(study, tmp_path)
     return tmp_path
 
 
-def test_a_folder_is_read_back_as_it_was_tuned(folder: Path) -> None:
-    study = build_study(load_recipe("recipes/movielens-100k/four-tasks.yaml", STUDY))
+def test_a_folder_is_read_back_as_it_was_tuned(folder: Path, study: Study) -> None:
     found = bundle.read(str(folder))
     assert found.tuned and found.run is None and found.folder == str(folder)
     assert found.noun == "products" and found.rating_scale == study.data.dataset.rating_scale
@@ -38,9 +42,8 @@ def test_a_folder_is_read_back_as_it_was_tuned(folder: Path) -> None:
     assert found.templates["direct"]["user-choose"].sets == {"p5": "5-8", "p5-yelp": "5-8"}
 
 
-def test_it_holds_no_data(folder: Path) -> None:
+def test_it_holds_no_data(folder: Path, study: Study) -> None:
     text = (folder / bundle.FILE).read_text(encoding="utf-8")
-    study = build_study(load_recipe("recipes/movielens-100k/four-tasks.yaml", STUDY))
     assert not any(item.title in text for item in study.data.dataset.items.values())
     assert "path" not in json.loads(text)
 

@@ -7,8 +7,10 @@ import shutil
 import sqlite3
 from collections import Counter
 from contextlib import closing
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -20,11 +22,12 @@ from llmrec.pipeline.evaluation import Evaluation
 from llmrec.pipeline.leaks import training_interactions, training_rows
 from llmrec.pipeline.resume import Budget
 from llmrec.pipeline.row_specs import RowSpec
-from llmrec.pipeline.study import Study, build_study
+from llmrec.pipeline.study import build_study
 from llmrec.pipeline.training import plan_training, training_key
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe
 from tests.facts import Facts, raises
+from tests.pipeline.test_audit import rows_with
 
 pytest.importorskip("trl", reason="the train extra is not installed")
 
@@ -94,21 +97,9 @@ def test_training_saw_four_rows_two_of_each(done: tuple[Recipe, pipeline.Run]) -
 def test_the_audit_sees_what_the_pool_shows(done: tuple[Recipe, pipeline.Run]) -> None:
     """A pool with a held-out pair is found, so that the clean verdict above says something."""
     study = build_study(done[0])
-    task, (held, *_) = study.tasks["ctr"], study.data.holdouts("test")
-    clean = list(islice(task.examples("train"), 30))
-
-    class Leaking:
-        family = "ctr"
-
-        def examples(self, split: str, limit: int | None = None) -> object:
-            from dataclasses import replace
-
-            while True:
-                yield from (replace(row, pairs=((held.user_id, held.item_id), *row.pairs)) for row in clean)
-
-    leaking = Study(
-        study.recipe, study.data, None, None, None, {"ctr": Leaking()}, study.templates  # type: ignore[dict-item]
-    )  # fmt: skip
+    held = study.data.holdouts("test")[0]
+    pair = held.user_id, held.item_id
+    leaking = rows_with(study, "ctr", lambda row: replace(row, pairs=(pair, *row.pairs)), place=None)
     assert training_rows(leaking, "ctr", 8).verdict == "leak"
 
 
@@ -158,15 +149,7 @@ def test_calibration_moves_probabilities_and_no_order(
     curve = rows["ctr/baseline/logistic"]["calibration"]
     assert said[0] and said[0].keys() == said[1].keys()
     assert odds[0] == pytest.approx(curve["scale"] * odds[1] + curve["bias"], abs=1e-6)
-    with raises(
-        RecipeError,
-        Facts(
-            "contradiction",
-            "recipes/movielens-100k/four-tasks.yaml",
-            column="tasks.ctr.calibrate",
-            says="eval.split=valid",
-        ),
-    ):
+    with raises(RecipeError, Facts("contradiction", column="tasks.ctr.calibrate", says="eval.split=valid")):
         recipe(llama_folder, "tasks.ctr.calibrate=valid", "eval.split=valid")
 
 
@@ -184,20 +167,11 @@ def test_a_dry_run_counts_both_strategies(llama_folder: Path) -> None:
     )
 
 
-def test_keys_see_what_changes_the_rows(llama_folder: Path) -> None:
+def test_training_sees_what_reads_alike_where_it_decides_rows(llama_folder: Path) -> None:
     def key(*more: str) -> str:
         return training_key(build_study(recipe(llama_folder, *more)), str(llama_folder))
 
-    first = key()
-    assert key() == first
-    assert key("train.examples=5") != first
-    assert key("train.examples=null") != first
-    assert key("tasks.ctr.liked=3") != first
-    # How cases are chosen changes no training row.
-    assert key("tasks.ctr.balance=none") == first
-    assert key("tasks.ctr.per_user=2") == first
-    # What reads alike decides rows where it is asked.
-    assert key("encoder=chance") == first
+    assert key("encoder=chance") == key()
     assert key("tasks.ctr.past=relevant", "encoder=chance") != key("tasks.ctr.past=relevant")
 
 
@@ -231,12 +205,7 @@ def test_a_row_costs_its_own_cases_alone_whether_or_not_it_was_killed(tmp_path: 
     assert row["cost"]["seconds"] == pytest.approx(100 * row["n"], abs=60)
 
 
-def test_a_pool_is_trained_on_whole_or_not_at_all(llama_folder: Path) -> None:
-    from llmrec.backends.encode import Encoder
-    from llmrec.models.load import load_tokenizer
-    from llmrec.recipe.schema import ModelSection
-
-    encoder = Encoder(load_tokenizer(str(llama_folder), ModelSection(name=str(llama_folder))), max_length=999)
+def test_a_pool_is_trained_on_whole_or_not_at_all(llama_folder: Path, encoder: Any) -> None:
     with raises(RecipeError, Facts("too-large", column="train.max_row_tokens", says="tasks.ctr")):
         plan_training(build_study(recipe(llama_folder, "train.max_row_tokens=40")), encoder)
     with raises(RecipeError, Facts("too-few", column="train.examples", says="tasks.ctr")):
@@ -277,8 +246,6 @@ def test_every_family_under_several_held_out_events_a_user(llama_folder: Path, t
 
 
 def test_the_audit_finds_training_events_after_a_users_held_out_ones(llama_folder: Path) -> None:
-    from dataclasses import replace
-
     data = build_study(recipe(llama_folder)).data
     assert training_interactions(data).verdict == "clean"
     late = data.train.head(1).with_columns(timestamp=pl.lit(data.test["timestamp"].max()) + 1.0)

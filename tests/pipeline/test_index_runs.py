@@ -23,7 +23,6 @@ from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import IndexSection, Recipe
 from llmrec.registry import INDEXES
 from llmrec.report import index_summary
-from llmrec.tasks import rows, sequential
 from tests.answer import rank_cases
 from tests.facts import Facts, raises
 
@@ -151,27 +150,6 @@ def test_codes_from_a_file_cannot_be_proven(llama_folder: Path, tmp_path: Path) 
     check = leaks.item_index(study)
     assert check is not None and check.verdict == "notice" and "not tested" in check.found
     assert leaks.item_index(replace(study, index=None)) is None
-
-
-def test_the_audit_reads_codes(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row or a question that shows a held-out item by its code leaks as one that shows its title."""
-    study = build_study(recipe(llama_folder, TREE))
-    assert study.index is not None
-    assert leaks.training_rows(study, "sequential", 200).verdict == "clean"
-    assert leaks.questions(study, "sequential").verdict == "clean"
-    task: Any = study.tasks["sequential"]
-    held = {user: item for user, item in study.data.test.select("user_id", "item_id").iter_rows()}
-    real_steps = rows.steps
-
-    def telling(values: Any, events: Any, answered: Any) -> Any:
-        secret = task._view.item(held[values["user_id"]]) if values["user_id"] in held else None
-        return [*([values | {"item": secret, "n": 0}] if secret else []), *real_steps(values, events, answered)]
-
-    for module in (rows, sequential):
-        monkeypatch.setattr(module, "steps", telling)
-    found = leaks.training_rows(study, "sequential", 50)
-    assert found.verdict == "leak" and any("held-out item" in example for example in found.examples)
-    assert leaks.questions(study, "sequential").verdict == "leak"
 
 
 def test_a_run_folder_forgets_the_tokens_of_another_index(llama_folder: Path, tmp_path: Path) -> None:

@@ -47,16 +47,19 @@ def test_a_run_trains_searches_and_reports(ran: Run) -> None:
     assert json.loads((ran.folder / "merged" / "config.json").read_text())["is_encoder_decoder"]
 
 
+def ranked(ran: Run, folder: Path, lines: list[dict[str, Any]], out: str = "out.jsonl") -> list[dict[str, Any]]:
+    """Rank the five best items of the catalogue for each request by `llmrec rank`."""
+    (folder / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = ["rank", "--model", str(ran.folder), "--in", str(folder / "in.jsonl"), "--out", str(folder / out)]
+    done = CliRunner().invoke(app, [*command, "--candidates", "all", "--top", "5"])
+    assert done.exit_code == 0, done.output
+    return [json.loads(line) for line in (folder / out).read_text().splitlines()]
+
+
 def test_rank_answers_with_the_best_of_the_catalogue(ran: Run, tmp_path: Path) -> None:
     session = open_session(Recipe(**RECIPE), ran.folder, quiet=True)
     items = sorted(session.study.data.dataset.items)
-    lines = [{"id": "one", "history": items[:3]}, {"id": "nobody", "history": []}]
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    command = ["rank", "--model", str(ran.folder), "--in", str(tmp_path / "in.jsonl")]
-    command += ["--out", str(tmp_path / "out.jsonl"), "--candidates", "all", "--top", "5"]
-    done = CliRunner().invoke(app, command)
-    assert done.exit_code == 0, done.output
-    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    found = ranked(ran, tmp_path, [{"id": "one", "history": items[:3]}, {"id": "nobody", "history": []}])
     assert [each["request_id"] for each in found] == ["one", "nobody"]
     for each, given in zip(found, (items[:3], []), strict=True):
         assert len(set(each["items"])) == 5 and set(each["items"]) <= set(items) - set(given)

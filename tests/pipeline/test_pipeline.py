@@ -19,7 +19,11 @@ from llmrec.durable import checked
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.pipeline import run as pipeline
 from llmrec.pipeline import study
+from llmrec.pipeline.engines import Engines
+from llmrec.pipeline.evaluation import Evaluation
 from llmrec.pipeline.results import of_another
+from llmrec.pipeline.resume import Budget, locked
+from llmrec.pipeline.row_specs import RowSpec
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe
 from tests.facts import Facts, raises
@@ -173,41 +177,22 @@ def test_results_of_other_settings_are_not_written_over_without_a_word(tmp_path:
         assert ("other settings" in of_another(file, "recipe_hash", hashed)) is said
 
 
-def test_a_changed_setting_is_no_stale_hit(done: tuple[Recipe, pipeline.Run]) -> None:
-    from llmrec.backends.cache import AnswerStore
-    from llmrec.backends.encode import Encoder
-    from llmrec.models.load import load_tokenizer
-    from llmrec.pipeline.engines import Engines
-    from llmrec.pipeline.evaluation import Evaluation
-    from llmrec.pipeline.resume import Budget
-    from llmrec.pipeline.row_specs import RowSpec
-    from llmrec.pipeline.study import build_study
-
-    chosen, first = done
-    keys = set()
-    changes: tuple[dict[str, Any], ...] = (
-        {},
-        {"seed": 1},
-        {"model": chosen.model.model_copy(update={"max_length": 999})},
-        {"eval": chosen.eval.model_copy(update={"users": 5})},
-        {"eval": chosen.eval.model_copy(update={"cutoffs": (1, 3)})},
-        {"eval": chosen.eval.model_copy(update={"candidates": chosen.eval.candidates.model_copy(update={"count": 4})})},
-    )
-    for change in changes:
-        study = build_study(chosen.model_copy(update=change))
-        evaluation = Evaluation(study, None, first.folder, Budget(), quiet=True)
-        encoder = Encoder(load_tokenizer(chosen.model.name, chosen.model), max_length=512)
-        store = AnswerStore(first.folder / "answers.sqlite")
-        engines = Engines(study.recipe.model, study.recipe.eval, encoder, study.recipe.seed, Budget(), store)
-        spec = RowSpec("sequential", "zero-shot", "likelihood", study.eval_templates("sequential")[0])
-        for engine, weights in (("hf", "w"), ("vllm", "w"), ("hf", "v")):
-            keys.add(evaluation.key(spec, engine, engines.identity(engine, weights)))
-        store.close()
-    assert len(keys) == 3 * len(changes)
-    # What was answered on a processor, in its dtype, is not what a GPU says.
+def test_another_engine_model_device_or_dtype_is_no_stale_hit(llama_folder: Path, encoder: Any) -> None:
+    """What was answered on a processor, in its dtype, is not what a GPU says."""
+    chosen = recipe(llama_folder)
+    made = study.build_study(chosen)
+    evaluation = Evaluation(made, None, llama_folder, Budget(), quiet=True)
+    engines = Engines(chosen.model, chosen.eval, encoder, chosen.seed, Budget(), None)
+    spec = RowSpec("sequential", "zero-shot", "likelihood", made.eval_templates("sequential")[0])
     told = engines.identity("hf", "w")
-    elsewhere = ({**told, "device": "NVIDIA H100"}, {**told, "dtype": "float16"})
-    assert len({evaluation.key(spec, "hf", each) for each in (told, *elsewhere)}) == 3
+    asked = (
+        ("hf", told),
+        ("vllm", engines.identity("vllm", "w")),
+        ("hf", engines.identity("hf", "v")),
+        ("hf", {**told, "device": "NVIDIA H100"}),
+        ("hf", {**told, "dtype": "float16"}),
+    )
+    assert len({evaluation.key(spec, *each) for each in asked}) == len(asked)
 
 
 def test_the_start_of_an_engine_is_no_part_of_what_a_row_costs(
@@ -289,8 +274,6 @@ def test_eval_without_an_adapter_says_what_to_do(llama_folder: Path, tmp_path: P
 
 
 def test_two_runs_do_not_share_a_folder(llama_folder: Path, tmp_path: Path) -> None:
-    from llmrec.pipeline.resume import locked
-
     with locked(tmp_path), raises(LlmrecError, Facts("busy", tmp_path, says="--out")):
         pipeline.run(recipe(llama_folder), tmp_path, quiet=True)
 
@@ -316,7 +299,5 @@ def test_two_runs_do_not_share_a_folder(llama_folder: Path, tmp_path: Path) -> N
     ],
 )
 def test_wrong_names_are_found_by_check(llama_folder: Path, override: str, facts: Facts) -> None:
-    from llmrec.pipeline.study import build_study
-
     with raises(LlmrecError, facts):
-        build_study(recipe(llama_folder, override))
+        study.build_study(recipe(llama_folder, override))

@@ -49,8 +49,7 @@ def t5(tmp_path: Path) -> Path:
 def refused(error: type[LlmrecError], facts: Facts, *told: Any, **more: Any) -> None:
     """Expect the same refusal of the check and of a run."""
     said = recipe(*told, **more)
-    out = more.pop("out", None) or Path("run")
-    for verb in (lambda: llmrec.check(said, data=ROWS), lambda: llmrec.run(said, out=out, data=ROWS, quiet=True)):
+    for verb in (lambda: llmrec.check(said, data=ROWS), lambda: llmrec.run(said, out="run", data=ROWS, quiet=True)):
         with raises(error, facts):
             verb()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -14,7 +15,7 @@ from llmrec.errors import DataError, RecipeError
 from llmrec.pipeline.evaluation import Evaluation, ResultRow
 from llmrec.pipeline.resume import Budget
 from llmrec.pipeline.study import Study, build_study
-from llmrec.pipeline.training import training_key
+from llmrec.pipeline.training import plan_training, training_key
 from llmrec.recipe.load import dump, load_recipe, recipe_hash
 from llmrec.recipe.schema import Recipe
 from tests.facts import Facts, raises
@@ -77,14 +78,8 @@ def test_a_training_seed_moves_rows_and_nothing_that_is_asked() -> None:
     assert shots[0] == shots[1]
 
 
-def test_rows_that_never_fit_are_an_error_not_a_loop(llama_folder: object) -> None:
-    from llmrec.backends.encode import Encoder
-    from llmrec.models.load import load_tokenizer
-    from llmrec.pipeline.training import plan_training
-    from llmrec.recipe.schema import ModelSection
-
+def test_rows_that_never_fit_are_an_error_not_a_loop(encoder: Any) -> None:
     study = build_study(recipe("tasks={direct: {}}", "train.max_row_tokens=20"))
-    encoder = Encoder(load_tokenizer(str(llama_folder), ModelSection(name=str(llama_folder))), max_length=999)
     with raises(
         RecipeError, Facts("too-large", column="train.max_row_tokens", says=("train.max_row_tokens=20", "tasks.direct"))
     ):
@@ -113,16 +108,6 @@ def test_a_split_without_cases_is_found_at_once() -> None:
             "tasks.rating.baselines=[user-mean, user-item-bias]",
             Facts("missing-value", column="tasks.rating.baselines", says="global-mean, item-mean"),
         ),
-    ],
-)
-def test_a_name_that_does_not_fit_its_family_is_a_fact(override: str, facts: Facts) -> None:
-    with raises(RecipeError, facts):
-        build_study(recipe(override))
-
-
-@pytest.mark.parametrize(
-    ("override", "facts"),
-    [
         (
             "tasks.rating.baselines=[global-mean, user-mean, item-mean, {name: user-item-bias, user_penaltie: 1}]",
             Facts(
@@ -147,22 +132,17 @@ def test_a_name_that_does_not_fit_its_family_is_a_fact(override: str, facts: Fac
         ("tasks.direct.strategies=[label, label]", Facts("contradiction", column="tasks.direct.strategies")),
         ("eval.cutoffs=[]", Facts("bad-value", column="eval.cutoffs")),
         ("eval.arms=[tuned, tuned]", Facts("contradiction", column="eval.arms")),
-        ("tasks={rating: {}}", None),
     ],
 )
-def test_what_does_not_fit_together_is_refused(override: str, facts: Facts | None) -> None:
-    if facts is None:
-        assert set(build_study(recipe(override)).tasks) == {"rating"}
-        with raises(
-            RecipeError,
-            Facts(
-                "contradiction", "recipes/movielens-100k/four-tasks.yaml", column="reviews", says="tasks.explanation"
-            ),
-        ):
-            load_recipe("recipes/movielens-100k/four-tasks.yaml", [override])
-        return
+def test_what_does_not_fit_together_is_refused(override: str, facts: Facts) -> None:
     with raises(RecipeError, facts):
         build_study(recipe(override))
+
+
+def test_a_second_table_without_a_task_that_reads_it_is_refused() -> None:
+    assert set(build_study(recipe("tasks={rating: {}}")).tasks) == {"rating"}
+    with raises(RecipeError, Facts("contradiction", column="reviews", says="tasks.explanation")):
+        load_recipe("recipes/movielens-100k/four-tasks.yaml", ["tasks={rating: {}}"])
 
 
 def test_a_baseline_with_parameters_has_a_row_and_a_key_of_its_own(tmp_path: Path) -> None:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
-from llmrec.cli.main import app
 from llmrec.data.split import SplitDataset
 from llmrec.index.table import ItemIndex, own_token, user_token
 from llmrec.pipeline import bundle
@@ -23,6 +20,7 @@ from llmrec.tasks.base import View
 from llmrec.types import Request
 from tests.index.test_index_plain import histories
 from tests.pipeline.test_paired_run import RECIPE as PAIRED
+from tests.pipeline.test_paired_run import ranked
 
 RECIPE: dict[str, Any] = {
     **PAIRED,
@@ -136,12 +134,7 @@ def test_rank_knows_the_users_of_training_and_takes_others(ran: Run, study: Stud
     assert study.index is not None
     items, user = sorted(study.data.dataset.items), next(iter(study.index.users))
     lines = [{"id": name, "user_id": name, "history": items[:4]} for name in (user, "nobody", "<user_0>")]
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    command = ["rank", "--model", str(ran.folder), "--in", str(tmp_path / "in.jsonl")]
-    command += ["--out", str(tmp_path / "out.jsonl"), "--candidates", "all", "--top", "5"]
-    done = CliRunner().invoke(app, command)
-    assert done.exit_code == 0, done.output
-    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    found = ranked(ran, tmp_path, lines)
     assert len({tuple(each["scores"]) for each in found}) == 3
     known = study.tasks["sequential"]
     request = Request(id="r", user_id="<user_0>", history=known.cases("test")[0].request.history)

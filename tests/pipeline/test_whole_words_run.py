@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
-from llmrec.cli.main import app
 from llmrec.errors import RecipeError
 from llmrec.models.load import load_model
 from llmrec.models.whole_words import LEVEL, WEIGHTS, words_of
@@ -20,6 +17,7 @@ from llmrec.recipe.schema import Recipe
 from tests.conftest import make_model
 from tests.facts import Facts, raises
 from tests.pipeline.test_paired_run import RECIPE as PAIRED
+from tests.pipeline.test_paired_run import ranked
 
 RECIPE: dict[str, Any] = {
     **PAIRED,
@@ -57,15 +55,10 @@ def test_rank_asks_the_model_with_them(ran: Run, tmp_path: Path, monkeypatch: py
     """The same folder without its table is refused, and would answer otherwise."""
     session = open_session(Recipe(**RECIPE), ran.folder, quiet=True)
     items = sorted(session.study.data.dataset.items)
-    (tmp_path / "in.jsonl").write_text(json.dumps({"id": "one", "history": items[:5]}) + "\n")
 
     def scores(out: str) -> list[float]:
-        command = ["rank", "--model", str(ran.folder), "--in", str(tmp_path / "in.jsonl")]
-        command += ["--out", str(tmp_path / out), "--candidates", "all", "--top", "5"]
-        done = CliRunner().invoke(app, command)
-        assert done.exit_code == 0, done.output
-        found: list[float] = json.loads((tmp_path / out).read_text())["scores"]
-        return found
+        (found,) = ranked(ran, tmp_path, [{"id": "one", "history": items[:5]}], out)
+        return list(found["scores"])
 
     table = ran.folder / "merged" / WEIGHTS
     with_them = scores("with.jsonl")

@@ -211,7 +211,7 @@ def test_the_start_model_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmrec.models.load.release_memory", lambda: freed.append(True))
     close()
     assert not freed
-    monkeypatch.setattr(rejecting, "_opened", lru_cache(maxsize=1)(lambda folder: folder))
-    rejecting._opened("sft")
+    monkeypatch.setattr(rejecting, "opened", lru_cache(maxsize=1)(lambda folder: folder))
+    rejecting.opened("sft")
     close()
-    assert freed == [True] and not rejecting._opened.cache_info().currsize
+    assert freed == [True] and not rejecting.opened.cache_info().currsize

@@ -32,8 +32,7 @@ from llmrec.exports.options import ExportOptions
 from llmrec.machine import machine
 from llmrec.models import bottleneck
 from llmrec.models.load import device, load_config, load_model, load_tokenizer, quiet_libraries, release_memory
-from llmrec.pipeline.evaluation import Evaluation
-from llmrec.pipeline.resume import Budget
+from llmrec.pipeline.row_specs import protocol_of
 from llmrec.pipeline.runs import open_run
 from llmrec.pipeline.study import Study
 from llmrec.recipe.schema import ModelSection, Recipe
@@ -330,7 +329,6 @@ def _measured(study: Study, family: str, folder: Path, kind: Kind, depths: Seque
     encoder = Encoder(load_tokenizer(str(folder), section), max_length=study.recipe.model.max_length)
     model = opened(folder, kind, study.recipe)
     layers = len(model.get_decoder().layers)
-    protocols = Evaluation(study, encoder, Path(), Budget(), quiet=True)
     template, own = study.eval_templates(family)[0], family_of(family)
     results = []
     for depth in sorted({max(1, round(layers * part / 6)) for part in range(1, 7)} if not depths else set(depths)):
@@ -339,7 +337,7 @@ def _measured(study: Study, family: str, folder: Path, kind: Kind, depths: Seque
         strategy = study.tasks[family].scored_by(template)
         assert strategy is not None
         timed = _Timed(strategy_of(strategy, asker))
-        done = evaluate(timed, cases, name=family, kind=own.answer, protocol=protocols.protocol(family))
+        done = evaluate(timed, cases, name=family, kind=own.answer, protocol=protocol_of(study, family))
         if backend.exits is None or backend.exits.whole or not backend.exits.taken:
             raise LlmrecError(
                 f"early exit needs one-token labels, and this tokenizer splits the labels of {family} into several "
