@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from llmrec.data.assemble import assemble
+from llmrec.data.assemble import assemble, origin
 from llmrec.data.dataset import Dataset
 from llmrec.data.read.columns import Kind, numbered
 from llmrec.data.read.files import Member
@@ -68,27 +68,23 @@ def load(page: Known, section: DataSection) -> Dataset:
     notes = [*page.notes, *catalogue.notes]
     if result.layout.events.time is None:
         notes.append("the data have no timestamps: a seeded hash orders the items of a user")
-    read = [member for member in (result.events, result.items, result.people, result.renames) if member is not None]
-    provenance = {
-        "source": page.name,
-        "path": "; ".join(member.name for member in read),
-        "sha256": "; ".join(dict.fromkeys(member.sha256 for member in read)),
-        "rows": str(events.frame.height),
-        "made": "no",
-        "licence": page.licence,
-        **compared(page, result.events.plain, events.frame),
-        **({"notes": "; ".join(notes)} if notes else {}),
-    }
     return assemble(
         section,
         events.table,
         events.frame,
         catalogue.items,
-        people,
         name="-".join(filter(None, (page.name, result.category.lower()))),
+        provenance=origin(
+            page.name,
+            (result.events, result.items, result.people, result.renames),
+            rows=events.frame.height,
+            licence=page.licence,
+            published=compared(page, result.events.plain, events.frame),
+            notes=notes,
+        ),
+        users=people,
         noun=page.noun,
         scale=page.scale,
-        provenance=provenance,
     )
 
 

@@ -62,7 +62,6 @@ def amazon_reviews(section: DataSection, *, seed: int) -> Dataset:
         main,
         frame,
         items,
-        {},
         name="amazon-reviews",
         noun="products",
         scale=_SCALE,
