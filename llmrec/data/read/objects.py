@@ -456,7 +456,7 @@ def object_blocks(source: Source, form: Form, wanted: Mapping[str, Kind]) -> Ite
     """Read columns of a published file of JSON objects in blocks, with null for missing values.
 
     Raises:
-        DataError: If the file is damaged, lacks a column, or has a line that cannot be read.
+        DataError: If the file is damaged or empty, lacks a column, or has a line that cannot be read.
     """
     schema = pa.schema([(name, pa.float64() if kind == "number" else pa.string()) for name, kind in wanted.items()])
     row = 0
@@ -480,15 +480,18 @@ def object_blocks(source: Source, form: Form, wanted: Mapping[str, Kind]) -> Ite
                         for name in wanted
                     ]
                 )
-            yield Table(source.name, frame, lines=lines, rows=range(row, row + frame.height))
+            if frame.height:
+                yield Table(source.name, frame, lines=lines, rows=range(row, row + frame.height))
             row += frame.height
+    if not row:
+        raise _no_rows(source)
 
 
 def object_records(source: Source, form: Form) -> Iterator[tuple[Place, Mapping[str, object]]]:
     """Read a published file of JSON objects one by one.
 
     Raises:
-        DataError: If the file is damaged, or a line cannot be read.
+        DataError: If the file is damaged or empty, or a line cannot be read.
     """
     row = 0
     with source.open() as stream:
@@ -496,6 +499,12 @@ def object_records(source: Source, form: Form) -> Iterator[tuple[Place, Mapping[
             for place, record in _objects(piece, form, row):
                 row += 1
                 yield place, record
+    if not row:
+        raise _no_rows(source)
+
+
+def _no_rows(source: Source) -> DataError:
+    return DataError.at(source.name, "empty", " has no rows; download it again")
 
 
 def _objects(piece: Piece, form: Form, row: int) -> Iterator[tuple[Place, Mapping[str, object]]]:
@@ -525,15 +534,8 @@ def checked(place: Place, name: str, text: str) -> str:
     Raises:
         DataError: If it has a lone surrogate or NUL.
     """
-    if not text.isascii() and any("\ud800" <= mark <= "\udfff" for mark in text):
-        raise DataError.at(
-            place,
-            "encoding",
-            f": column {name!r} contains half of a surrogate pair, which is not valid text; correct the line",
-            name,
-        )
-    if "\0" in text:
-        raise DataError.at(place, "encoding", f": column {name!r} contains a NUL character; remove it", name)
+    if is_no_text(text):
+        raise _no_text(place, f": column {name!r}", name)
     return text
 
 
