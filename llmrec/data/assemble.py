@@ -21,7 +21,7 @@ from llmrec.data.read.table import read_table
 from llmrec.data.read.tables import Table, check_matched, check_usable, find
 from llmrec.data.read.typed import ids, one_per_item, texts
 from llmrec.errors import DataError, did_you_mean
-from llmrec.recipe.schema import DataSection
+from llmrec.recipe.schema import Columns, DataSection
 from llmrec.terminal import logger
 from llmrec.types import Item
 
@@ -91,6 +91,22 @@ def assemble(
         provenance=provenance,
         given=GivenSplit(_pairs(frame, "valid"), _pairs(frame, "test")) if parts is not None else None,
     )
+
+
+def refuse_columns(section: DataSection, source: str, *keys: str) -> None:
+    """Reject keys of ``data.columns`` that do not apply to a source with fixed columns.
+
+    Args:
+        section: The recipe's section.
+        source: Name of the source.
+        keys: The keys that apply.
+    """
+    if section.columns != Columns(**{key: getattr(section.columns, key) for key in keys}):
+        raise DataError(
+            f"data.columns: source {source!r} has fixed columns; set only {', '.join(keys)}, or use source 'table'",
+            kind="contradiction",
+            column="data.columns",
+        )
 
 
 def origin(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import polars as pl
 
-from llmrec.data.assemble import assemble, origin
+from llmrec.data.assemble import assemble, origin, refuse_columns
 from llmrec.data.dataset import Dataset
 from llmrec.data.read.limits import shown
 from llmrec.data.read.table import blocks
@@ -16,7 +16,7 @@ from llmrec.data.read.tables import Table
 from llmrec.data.read.typed import dates, ids
 from llmrec.data.sets.locate import locate
 from llmrec.data.sets.pages import known
-from llmrec.data.sets.published import catalogue_of, check_known_keys
+from llmrec.data.sets.published import catalogue_of
 from llmrec.data.sets.sequences import by_line
 from llmrec.errors import DataError, Place
 from llmrec.recipe.schema import DataSection
@@ -32,7 +32,7 @@ def mind(section: DataSection, *, seed: int) -> Dataset:
         DataError: If a file is missing or damaged, or has an invalid row.
     """
     page = known("mind")
-    check_known_keys(page, section)
+    refuse_columns(section, page.name, "text")
     result = locate(page, section.path, section.items)
     spec = result.layout.events
     histories: list[pl.DataFrame] = []

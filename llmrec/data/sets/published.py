@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from llmrec.data.assemble import assemble, origin
+from llmrec.data.assemble import assemble, origin, refuse_columns
 from llmrec.data.dataset import Dataset
 from llmrec.data.read.columns import Kind, numbered
 from llmrec.data.read.files import Member
@@ -18,10 +18,10 @@ from llmrec.data.read.table import blocks, records
 from llmrec.data.read.tables import Table
 from llmrec.data.read.typed import Unit, dates, ids, moments, numbers, unescaped
 from llmrec.data.sets.locate import Located, locate
-from llmrec.data.sets.pages import Attribute, Counts, Events, Items, Known, People, Renames, comparison, known
+from llmrec.data.sets.pages import Attribute, Counts, Events, Items, Known, People, Renames, known
 from llmrec.data.sets.pages import published as every_set
 from llmrec.errors import DataError, Place
-from llmrec.recipe.schema import Columns, DataSection
+from llmrec.recipe.schema import DataSection
 from llmrec.terminal import logger
 from llmrec.types import Item
 
@@ -56,7 +56,7 @@ def load(page: Known, section: DataSection) -> Dataset:
     Raises:
         DataError: If a file is missing or damaged, or has an invalid row.
     """
-    check_known_keys(page, section)
+    refuse_columns(section, page.name, "text")
     result = locate(page, section.path, section.items)
     events = read_events(result.events, result.layout.events, _text_column(page, result.layout.events, section))
     _check_widths(page, events.frame, result.events.name)
@@ -94,9 +94,12 @@ def compared(page: Known, file: str, frame: pl.DataFrame) -> dict[str, str]:
     if counted is None:
         return {}
     here = Counts(frame["user_id"].n_unique(), frame["item_id"].n_unique(), frame.height, "here")
-    sentence, differs = comparison(counted, here)
-    if differs:
-        log.warning("%s: %s", page.name, sentence)
+    if counted.agrees(here):
+        return {"published": f"as published: {counted} ({counted.origin})"}
+    sentence = (
+        f"published: {counted} ({counted.origin}); here: {here}. This is expected if the file was filtered or cut"
+    )
+    log.warning("%s: %s", page.name, sentence)
     return {"published": sentence}
 
 
@@ -119,16 +122,6 @@ def _check_widths(page: Known, frame: pl.DataFrame, file: str) -> None:
             f"{file}: the user column contains product ids, so this is another edition; use the source {others}",
             kind="wrong-format",
             at=file,
-        )
-
-
-def check_known_keys(known: Known, section: DataSection) -> None:
-    """Reject recipe keys that do not apply to a data set with known columns."""
-    if section.columns != Columns(text=section.columns.text):
-        raise DataError(
-            f"data.columns: source {known.name!r} has fixed columns; set only data.columns.text, or use source 'table'",
-            kind="contradiction",
-            column="data.columns",
         )
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import polars as pl
 
-from llmrec.data.assemble import assemble, origin
+from llmrec.data.assemble import assemble, origin, refuse_columns
 from llmrec.data.dataset import Dataset, GivenSplit
 from llmrec.data.read.columns import Kind
 from llmrec.data.read.files import Member
@@ -24,9 +24,9 @@ from llmrec.data.read.limits import shown
 from llmrec.data.read.table import blocks, header
 from llmrec.data.read.tables import Table
 from llmrec.data.sets.sequences import (
+    COLUMNS,
     LICENCE,
     by_line,
-    check_keys,
     items_member,
     items_of,
     member_of,
@@ -58,7 +58,7 @@ def samples(section: DataSection, *, seed: int) -> Dataset:
     Raises:
         DataError: If a file is missing, or has an invalid row or item.
     """
-    check_keys("samples", section)
+    refuse_columns(section, "samples", *COLUMNS)
     if section.split.kind != "given":
         raise DataError(
             f"data.split.kind={section.split.kind}: the source 'samples' comes with a fixed split; set "
@@ -201,7 +201,7 @@ def _held_out(people: Sequence[_Person], part: str) -> list[_Events]:
 
 def _in_columns(events: Sequence[_Events]) -> pl.DataFrame:
     """Return one row per interaction, with its line number."""
-    schema = {"user_id": pl.String, "item_id": pl.List(pl.String), "line": pl.Int64}
+    schema = {"user_id": pl.String(), "item_id": pl.List(pl.String), "line": pl.Int64()}
     return pl.DataFrame(events, schema=schema, orient="row").explode("item_id")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import polars as pl
 
-from llmrec.data.assemble import assemble, origin
+from llmrec.data.assemble import assemble, origin, refuse_columns
 from llmrec.data.dataset import Dataset
 from llmrec.data.read.files import Member, listing, user_path
 from llmrec.data.read.limits import shown
@@ -22,10 +22,12 @@ from llmrec.data.read.text import Form, Piece, Pieces, decoded
 from llmrec.data.sets.pages import Attribute, Items
 from llmrec.data.sets.published import read_items, untitled
 from llmrec.errors import DataError, Place
-from llmrec.recipe.schema import Columns, DataSection
+from llmrec.recipe.schema import DataSection
 from llmrec.types import Item
 
 LICENCE = "see the author of the files"
+COLUMNS = ("item", "title", "fields")
+"""Keys of ``data.columns`` that name columns of the table of items."""
 _FIELDS = ("categories", "category", "genres", "brand", "year")
 
 
@@ -35,7 +37,7 @@ def sequences(section: DataSection, *, seed: int) -> Dataset:
     Raises:
         DataError: If a file is missing, or has an invalid line or item.
     """
-    check_keys("sequences", section)
+    refuse_columns(section, "sequences", *COLUMNS)
     members = members_of("sequences", section.path)
     named = is_file_named(section.path)
     main = members[0] if named else member_of(members, ("sequences.txt",), section.path, "with one line per user")
@@ -100,18 +102,6 @@ def by_line(name: str, frame: pl.DataFrame, header: int = 0) -> Table:
     """
     lines = array("q", frame["line"].cast(pl.Int64).to_numpy().tobytes())
     return Table(name, frame, lines=lines, rows=array("q", (line - 1 - header for line in lines)))
-
-
-def check_keys(source: str, section: DataSection) -> None:
-    """Reject recipe keys that do not apply to files without columns of interactions."""
-    columns = section.columns
-    if columns != Columns(item=columns.item, title=columns.title, fields=columns.fields):
-        raise DataError(
-            f"data.columns: source {source!r} has fixed columns; set only item, title and fields, "
-            "which name columns of its item table",
-            kind="contradiction",
-            column="data.columns",
-        )
 
 
 def members_of(source: str, path: str | None) -> list[Member]:
