@@ -106,13 +106,8 @@ class Reader:
 
     @property
     def streamed(self) -> bool:
-        """Whether it reads a published set, of which only the columns that are needed are looked at."""
+        """Whether it reads a published set, also in an archive, of which only the needed columns are looked at."""
         return not self.requests and not self.name.startswith(("table", "init", "rank-items"))
-
-    @property
-    def zipped(self) -> bool:
-        """Whether it also reads the files in an archive."""
-        return self.streamed
 
     def good(self) -> bytes:
         if isinstance(self.form, Grid):

@@ -96,12 +96,8 @@ def rows(reader: Reader) -> Iterator[Case]:
 
 def _is_fine(reader: Reader, role: str, name: str) -> bool:
     """Whether a reader has no quarrel with a value; what it makes of it is tested elsewhere."""
-    return (
-        # Entries of items and users that nobody interacts with are left out.
-        (name == "of 5000 letters" and role in ("item", "user") and not {"item", "user"} <= set(reader.roles))
-        # Ids that only a table of items knows are looked for there.
-        or (name == "with a decimal comma" and isinstance(reader.form, Grid) and reader.form.separator == ";")
-    )
+    # Entries of items and users that nobody interacts with are left out.
+    return name == "of 5000 letters" and role in ("item", "user") and not {"item", "user"} <= set(reader.roles)
 
 
 def headers(reader: Reader) -> Iterator[Case]:

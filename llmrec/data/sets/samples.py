@@ -128,6 +128,10 @@ class _Person:
     name: str
     rows: dict[str, list[_Row]] = field(default_factory=lambda: {part: [] for part in _PARTS})
 
+    @property
+    def first(self) -> _Row:
+        return next(part_rows[0] for part_rows in self.rows.values() if part_rows)
+
 
 def _follow(rows: Mapping[str, Sequence[_Row]]) -> list[_Person]:
     """Group the rows by user, independently of their order in the files, with shorter histories first.
@@ -222,12 +226,8 @@ def _limits(rows: Mapping[str, Sequence[_Row]], people: Sequence[_Person], dropp
     lost = sum(
         len(person.rows["valid"]) + len(person.rows["test"])
         for person in people
-        if not person.rows["train"] and max(len(row.history) for row in _first_rows(person)) > 1
+        if not person.rows["train"] and len(person.first.history) > 1
     )
     if lost:
         notes.append(f"{lost} held-out rows do not continue a training row, so their items may be in the training data")
     return notes
-
-
-def _first_rows(person: _Person) -> list[_Row]:
-    return [part_rows[0] for part_rows in person.rows.values() if part_rows][:1]
