@@ -318,11 +318,7 @@ class FeatureStore:
 
 
 def _named(current: Path) -> str:
-    """Return the name of the current version.
-
-    Raises:
-        ValueError: If the file does not name a version.
-    """
+    """Return the name of the current version."""
     name = current.read_text(encoding="utf-8").strip()
     if not _VERSION.fullmatch(name):
         raise ValueError(f"{current.name} does not name a version")

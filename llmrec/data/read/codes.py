@@ -98,12 +98,7 @@ class Runs:
     """
 
     def __init__(self, users: pl.Series, rows: NDArray[np.integer]) -> None:
-        """Find the row range of every user.
-
-        Args:
-            users: The users by code.
-            rows: Code of each row's user, in any order.
-        """
+        """Find the row range of every user, given the users by code and the code of each row's user, in any order."""
         self.users, self._names = users, Names(users)
         self.ends = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=len(users)))])
 

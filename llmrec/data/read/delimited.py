@@ -146,12 +146,7 @@ class Delimited:
     """
 
     def __init__(self, source: Source, form: Form) -> None:
-        """Prepare to read a file.
-
-        Args:
-            source: The file. A user's file may have titles or notes above its header, or another separator.
-            form: Its format.
-        """
+        """Prepare to read a file; a user's file may have titles or notes above its header, or another separator."""
         self.names: tuple[str, ...] = ()
         self._source, self._form, self._warned = source, form, False
         self._separator, self._quoted, self._encoding = form.separator, form.quoted, form.encodings[-1]
@@ -267,11 +262,7 @@ class Delimited:
         return text[: len(text) - len(below)]
 
     def _first_row(self, text: str) -> tuple[list[str], int]:
-        """Return the fields of the first non-blank row, and the offset of its end.
-
-        Raises:
-            BrokenRow: If it is not valid CSV.
-        """
+        """Return the fields of the first non-blank row, and the offset of its end."""
         if not self._quoted:
             first = _LINE.match(text)
             return (first[1].split(self._separator), first.end()) if first is not None else ([], len(text))

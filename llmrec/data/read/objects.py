@@ -260,11 +260,7 @@ def _checked(text: str) -> str:
 
 
 def _in_arrow(key: str, values: Sequence[object], name: str, lines: Sequence[int]) -> pa.ChunkedArray:
-    """Return a column of objects or lists as Arrow.
-
-    Raises:
-        DataError: If a text in it cannot be stored.
-    """
+    """Return a column of objects or lists as Arrow."""
     shape = _Shape()
 
     def all_values(read: Callable[[object], object]) -> list[object]:

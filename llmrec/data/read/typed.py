@@ -417,8 +417,7 @@ def since_1970(latest: float) -> bool:
 def _one_unit(rows: Table, column: str, values: pl.Series) -> pl.Series:
     """Return numbers unchanged, after checking that times since 1970 all have the same unit.
 
-    Raises:
-        DataError: If not: a row in another unit would be before or after all others.
+    A row in another unit would be before or after all others.
     """
     begins = [*_UNITS.values(), float("inf")]
     place = {

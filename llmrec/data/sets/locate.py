@@ -26,14 +26,7 @@ from llmrec.resources import cache_dir
 class Located:
     """The files of a data set in one of its published variants.
 
-    Attributes:
-        where: The folder or archive.
-        layout: The variant.
-        category: The text that ``*`` matches in the pattern of the file of interactions.
-        events: The file of interactions.
-        items: The file of items.
-        people: The file of user profiles.
-        renames: The file of item ids.
+    ``category`` is the text that ``*`` matches in the pattern of the file of interactions.
     """
 
     where: str

@@ -252,15 +252,7 @@ def _published(name: str) -> Known:
 
 @dataclass(frozen=True)
 class Counts:
-    """The numbers of users, items and interactions.
-
-    Attributes:
-        users: Users with an interaction; None if not published.
-        items: Items with an interaction; None if not published.
-        interactions: Number of rows.
-        origin: The source of the numbers.
-        rounded: Whether they are rounded to tenths of a thousand or of a million.
-    """
+    """The numbers of users and items with an interaction, None if not published, and of rows; see `Published`."""
 
     users: int | None
     items: int | None
