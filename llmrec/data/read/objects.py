@@ -519,19 +519,20 @@ def _cell(place: Place, name: str, value: object) -> str | None:
         raise DataError.at(
             place, "bad-value", f": column {name!r} is neither text nor number; use the file of this data set", name
         )
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return checked(place, name, str(value))
+    return value_text(place, name, value)
 
 
-def checked(place: Place, name: str, text: str) -> str:
-    """Return a text after checking that it is valid in UTF-8.
+def value_text(place: Place, column: str, value: object) -> str:
+    """Return a single value as text; values that are neither text nor number count as missing.
 
     Raises:
-        DataError: If it has a lone surrogate or NUL.
+        DataError: If a text in it has a lone surrogate or NUL.
     """
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return ""
+    text = str(int(value) if isinstance(value, float) and value.is_integer() else value)
     if is_no_text(text):
-        raise _no_text(place, f": column {name!r}", name)
+        raise _no_text(place, f": column {column!r}", column)
     return text
 
 

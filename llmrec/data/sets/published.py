@@ -13,7 +13,7 @@ from llmrec.data.dataset import Dataset
 from llmrec.data.read.columns import Kind, numbered
 from llmrec.data.read.files import Member
 from llmrec.data.read.markup import has_markup, plain
-from llmrec.data.read.objects import checked
+from llmrec.data.read.objects import value_text
 from llmrec.data.read.table import blocks, records
 from llmrec.data.read.tables import Table
 from llmrec.data.read.typed import Unit, dates, ids, moments, numbers, unescaped
@@ -369,19 +369,6 @@ def read_people(member: Member, spec: People) -> dict[str, dict[str, str]]:
             )
         people[user] = {attribute.name: rendered(place, attribute, row) for attribute in spec.attributes}
     return people
-
-
-def value_text(place: Place, column: str, value: object) -> str:
-    """Return a single value as text; values that are neither text nor number count as missing.
-
-    Raises:
-        DataError: If a text in it cannot be stored.
-    """
-    if value is None or isinstance(value, bool) or not isinstance(value, str | int | float):
-        return ""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return checked(place, column, str(value))
 
 
 def rendered(place: Place, attribute: Attribute, row: Mapping[str, object]) -> str:
