@@ -278,7 +278,7 @@ def test_archives_that_are_none(alone: Path) -> None:
     (alone / "ml-100k.zip").write_bytes(raw)
     with raises(DataError, Facts("damaged", says="ml-100k.zip")):
         hundred()
-    archive(alone / "ml-100k.zip", {"../../escape.txt": "", **encoded(OFFICIAL)})
+    archive(alone / "ml-100k.zip", {**encoded(OFFICIAL), "../../escape.txt": ""})
     with raises(DataError, Facts("unsafe", "ml-100k.zip", says="escape.txt")):
         hundred()
     archive(alone / "ml-100k.zip", {"readme": ""})
