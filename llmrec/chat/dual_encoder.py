@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from llmrec.chat.transcripts import Turn
-    from llmrec.data.knowledge import Embed
+    from llmrec.index.table import Embed
 
 ENCODER = "all-MiniLM-L6-v2"
 LAST = 3

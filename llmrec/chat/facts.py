@@ -12,12 +12,14 @@ import numpy as np
 
 from llmrec.answer.rules import OneOf, Rules
 from llmrec.chat.state import ITEM, Wish, alternatives
-from llmrec.data.knowledge import BM25, FIELD, Embed
+from llmrec.data.knowledge import BM25, FIELD
 from llmrec.guard import clean
 from llmrec.types import Item
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from llmrec.index.table import Embed
 
 _T = TypeVar("_T")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,6 +13,7 @@ import polars as pl
 from llmrec.data.dataset import PARTS, Dataset, GivenSplit, conform
 from llmrec.data.hashing import digest_strings
 from llmrec.data.read.codes import codes, pairs, repeated
+from llmrec.data.read.files import Member
 from llmrec.data.read.limits import ID_LIMIT, enumerated, require_file, shown
 from llmrec.data.read.markup import has_markup, plain
 from llmrec.data.read.nested import leaf
@@ -20,7 +21,7 @@ from llmrec.data.read.table import read_table
 from llmrec.data.read.tables import Table, check_matched, check_usable, find
 from llmrec.data.read.typed import ids, one_per_item, texts
 from llmrec.errors import DataError, did_you_mean
-from llmrec.recipe.schema import DataSection
+from llmrec.recipe.schema import Columns, DataSection
 from llmrec.terminal import logger
 from llmrec.types import Item
 
@@ -40,12 +41,12 @@ def assemble(
     table: Table,
     interactions: pl.DataFrame,
     items: Mapping[str, Item],
-    users: Mapping[str, Mapping[str, str]],
     *,
     name: str,
-    noun: str,
-    scale: tuple[float, float] | None,
     provenance: Mapping[str, str],
+    users: Mapping[str, Mapping[str, str]] | None = None,
+    noun: str = "items",
+    scale: tuple[float, float] | None = None,
     parts: pl.Series | None = None,
 ) -> Dataset:
     """Check interactions, join them with their items, and return them as a `Dataset`.
@@ -55,11 +56,11 @@ def assemble(
         table: The table that the interactions were read from, whose rows are named in errors.
         interactions: Columns of `llmrec.data.dataset.SCHEMA`; optional ones may be missing.
         items: Entries by item id; those without an interaction are dropped.
-        users: Profiles by user id; those without an interaction are dropped.
         name: Short name of the data.
+        provenance: See `Dataset`.
+        users: Profiles by user id; those without an interaction are dropped.
         noun: The source's name for its items, used if the recipe sets none.
         scale: The source's rating scale; that of the recipe takes precedence; without either it is taken from the data.
-        provenance: See `Dataset`.
         parts: The index of each row's part in `PARTS`, if the source has its own split.
 
     Raises:
@@ -85,11 +86,59 @@ def assemble(
         noun=noun if section.noun == default else section.noun,
         interactions=frame.drop(_ROW, _PART),
         items={item_id: items[item_id] for item_id in kept.sort()},
-        users={user: users[user] for user in sorted(users) if user in present},
+        users={user: known for user, known in sorted((users or {}).items()) if user in present},
         rating_scale=scale,
         provenance=provenance,
         given=GivenSplit(_pairs(frame, "valid"), _pairs(frame, "test")) if parts is not None else None,
     )
+
+
+def refuse_columns(section: DataSection, source: str, *keys: str) -> None:
+    """Reject keys of ``data.columns`` that do not apply to a source with fixed columns.
+
+    Args:
+        section: The recipe's section.
+        source: Name of the source.
+        keys: The keys that apply.
+    """
+    if section.columns != Columns(**{key: getattr(section.columns, key) for key in keys}):
+        raise DataError(
+            f"data.columns: source {source!r} has fixed columns; set only {', '.join(keys)}, or use source 'table'",
+            kind="contradiction",
+            column="data.columns",
+        )
+
+
+def origin(
+    source: str,
+    files: Iterable[Member | None],
+    *,
+    rows: int | str,
+    licence: str,
+    published: Mapping[str, str] | None = None,
+    notes: Sequence[str] = (),
+) -> dict[str, str]:
+    """Return the provenance of data that were read from files; see `Dataset`.
+
+    Args:
+        source: Name of the source.
+        files: The files; None for one that does not exist.
+        rows: Number of interactions.
+        licence: Terms of the data.
+        published: Entries about published sizes.
+        notes: What users need to know about results.
+    """
+    read = [member for member in files if member is not None]
+    return {
+        "source": source,
+        "path": "; ".join(member.name for member in read),
+        "sha256": "; ".join(dict.fromkeys(member.sha256 for member in read)),
+        "rows": str(rows),
+        "made": "no",
+        "licence": licence,
+        **(published or {}),
+        **({"notes": "; ".join(notes)} if notes else {}),
+    }
 
 
 def _pairs(frame: pl.DataFrame, part: str) -> frozenset[tuple[str, str]]:

@@ -8,8 +8,8 @@ the version of a random number library.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +53,8 @@ class CandidateSets:
         kind: str, count: int, seed: int, sets: Mapping[str, tuple[str, ...]], users: frozenset[str] | None = None
     ) -> CandidateSets:
         """Return candidate sets with their hash."""
-        return replace(_sets(kind, count, seed, sets), users=users)
+        rows = [part for name in sorted(sets) for part in (name, json.dumps(sets[name]))]
+        return CandidateSets(kind, count, seed, sets, digest_strings([kind, str(count), str(seed), *rows]), users)
 
     def save(self, path: Path) -> None:
         """Save the sets as Parquet: columns request_id and candidates; everything else as metadata."""
@@ -67,11 +68,6 @@ class CandidateSets:
         head = {"kind": self.kind, "count": self.count, "seed": self.seed, "digest": self.digest}
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(table.replace_schema_metadata({_META: json.dumps(head).encode()}), path)
-
-
-def _sets(kind: str, count: int, seed: int, sets: Mapping[str, tuple[str, ...]]) -> CandidateSets:
-    rows = [part for name in sorted(sets) for part in (name, json.dumps(sets[name]))]
-    return CandidateSets(kind, count, seed, sets, digest_strings([kind, str(count), str(seed), *rows]))
 
 
 def draw(
@@ -123,7 +119,7 @@ def draw(
     return CandidateSets.of(section.kind, section.count, seed, sets, users)
 
 
-class Touched(Mapping[str, frozenset[str]]):
+class Touched:
     """The items that each user interacted with, in columns that take four bytes per row."""
 
     def __init__(self, frame: pl.DataFrame) -> None:
@@ -138,16 +134,7 @@ class Touched(Mapping[str, frozenset[str]]):
         return self._items[self._runs.of(user)]
 
     def __getitem__(self, user: str) -> frozenset[str]:
-        result = self.places(user)
-        if not len(result):
-            raise KeyError(user)
-        return frozenset(map(self.names.__getitem__, result.tolist()))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._runs.users.filter(np.diff(self._runs.ends) > 0))
-
-    def __len__(self) -> int:
-        return int((np.diff(self._runs.ends) > 0).sum())
+        return frozenset(map(self.names.__getitem__, self.places(user).tolist()))
 
 
 def touched(data: SplitDataset, split: SplitName) -> Touched:
@@ -193,7 +180,7 @@ def draw_among(
         numbers = _Numbers(hash_one(f"candidates {kind}", seed, name))
         chosen = [place[target], *_negatives(numbers, weights, total, banned, count - 1)]
         sets[name] = tuple(pool[index] for index in numbers.shuffled(chosen))
-    return _sets(kind, count, seed, sets)
+    return CandidateSets.of(kind, count, seed, sets)
 
 
 def _weights(data: SplitDataset, place: Mapping[str, int], kind: str) -> NDArray[np.uint64]:

@@ -46,6 +46,8 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 # Phrases do not cross these characters.
 _BREAK = re.compile(r"[^\w\s'’&-]+|\s[-&]+\s|--+")
 _TERM = re.compile(r"\w+(?:['’&-]\w+)*")
+# Maximum words per phrase, maximum phrases, and the share of equal letters from which two phrases count as the same.
+_WORDS, _MOST, _ALIKE = 2, 10, 0.9
 # Shorter terms, and numbers, are not part of any phrase.
 _SHORTEST = 3
 _FUNCTION_WORDS = (
@@ -68,21 +70,14 @@ _FUNCTION_WORDS = (
 _STOP_WORDS = frozenset(_FUNCTION_WORDS.split())
 
 
-def extract(text: str, *, words: int, most: int, alike: float) -> list[tuple[float, str]]:
-    """Return the keyphrases of an English text with their scores, best first; lower is better.
-
-    Args:
-        text: The text.
-        words: Maximum words per phrase.
-        most: Maximum number of phrases.
-        alike: Share of equal letters from which two phrases count as the same.
-    """
+def extract(text: str) -> list[tuple[float, str]]:
+    """Return the keyphrases of an English text with their scores, best first; lower is better."""
     chunks = list(_chunks(text))
     scores = _term_scores(chunks)
     result: Counter[tuple[str, ...]] = Counter()
     for _, terms in chunks:
         small = [term.casefold() for term in terms]
-        for size in range(1, words + 1):
+        for size in range(1, _WORDS + 1):
             for start in range(len(small) - size + 1):
                 phrase = tuple(small[start : start + size])
                 if all(term in scores for term in phrase):
@@ -90,9 +85,9 @@ def extract(text: str, *, words: int, most: int, alike: float) -> list[tuple[flo
     ranked = sorted((_phrase_score([scores[term] for term in p], times), " ".join(p)) for p, times in result.items())
     kept: list[tuple[float, str]] = []
     for score, candidate in ranked:
-        if len(kept) == most:
+        if len(kept) == _MOST:
             break
-        if not any(_similar(candidate, other, alike) for _, other in kept):
+        if not any(_similar(candidate, other) for _, other in kept):
             kept.append((score, candidate))
     return kept
 
@@ -155,9 +150,9 @@ def _phrase_score(scores: Sequence[float], times: int) -> float:
     return math.prod(scores) / (times * (1 + sum(scores)))
 
 
-def _similar(first: str, other: str, alike: float) -> bool:
+def _similar(first: str, other: str) -> bool:
     matcher = SequenceMatcher(None, first, other, autojunk=False)
-    return matcher.real_quick_ratio() > alike and matcher.quick_ratio() > alike and matcher.ratio() > alike
+    return all(ratio() > _ALIKE for ratio in (matcher.real_quick_ratio, matcher.quick_ratio, matcher.ratio))
 
 
 NAMES, TITLES = "names", "titles"
@@ -295,7 +290,6 @@ def _name(number: int) -> str:
 
 log = logger(__name__)
 
-_WORDS, _MOST, _ALIKE = 2, 10, 0.9
 # Longer texts are truncated to this length.
 _LENGTH = 4000
 
@@ -321,5 +315,5 @@ def keyphrases(texts: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def _of(text: str) -> tuple[str, ...]:
-    scored = extract(text[:_LENGTH], words=_WORDS, most=_MOST, alike=_ALIKE)
+    scored = extract(text[:_LENGTH])
     return tuple(phrase for _, phrase in sorted((round(score, 9), phrase) for score, phrase in scored))

@@ -36,11 +36,6 @@ class Events:
         self._kept: OrderedDict[str, tuple[Event, ...]] = OrderedDict()
         self._held = 0
 
-    def count(self, user: str) -> int:
-        """Return the number of interactions of a user."""
-        part = self._runs.of(user)
-        return int(part.stop - part.start)
-
     def counts(self, *, rated: bool) -> Mapping[str, int]:
         """Return the number of interactions (or rated interactions) by user."""
         whole = np.ones(len(self._items), dtype=bool)

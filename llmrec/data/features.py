@@ -318,11 +318,7 @@ class FeatureStore:
 
 
 def _named(current: Path) -> str:
-    """Return the name of the current version.
-
-    Raises:
-        ValueError: If the file does not name a version.
-    """
+    """Return the name of the current version."""
     name = current.read_text(encoding="utf-8").strip()
     if not _VERSION.fullmatch(name):
         raise ValueError(f"{current.name} does not name a version")
@@ -363,37 +359,27 @@ def _is_own(path: Path) -> bool:
     return known or bool(_VERSION.fullmatch(name) or _DRAFT.fullmatch(name))
 
 
-def publish(
-    folder: str | Path, tables: Sequence[Features], *, dtype: Literal["float32", "float16"] = "float32"
-) -> Path:
-    """Write features as the new current version; if interrupted, the previous version stays current.
-
-    Args:
-        folder: The store; created if it is missing.
-        tables: At most one per kind.
-        dtype: Data type of the stored vectors.
-
-    Returns:
-        The folder of the version.
-
-    Raises:
-        DataError: If a kind is given twice, or a number is too large for ``dtype``.
-        LlmrecError: As `writing`.
-    """
+def publish(folder: str | Path, tables: Sequence[Features]) -> Path:
+    """Write features as the new current version, and return its folder; see `writing` and `write_version`."""
     with writing(folder) as place:
-        return write_version(place, tables, dtype=dtype)
+        return write_version(place, tables)
 
 
 def write_version(
     place: Path, tables: Sequence[Features], *, dtype: Literal["float32", "float16"] = "float32", keep: int = _KEPT
 ) -> Path:
-    """Write a version while holding the lock of `writing`; see `publish`.
+    """Write features as the new current version while holding the lock of `writing`, and return its folder.
+
+    If interrupted, the previous version stays current.
 
     Args:
         place: The store.
-        tables: See `publish`.
-        dtype: See `publish`.
+        tables: At most one per kind.
+        dtype: Data type of the stored vectors.
         keep: Versions kept for processes that have them open, including this one.
+
+    Raises:
+        DataError: If a kind is given twice, or a number is too large for ``dtype``.
     """
     if not tables or len({table.kind for table in tables}) != len(tables):
         raise DataError("a feature store has one table per kind; pass users once and items once", kind="duplicate")

@@ -64,7 +64,7 @@ def digest_frame(frame: pl.DataFrame) -> str:
 
 
 def _digest_texts(total: hashlib._Hash, series: pl.Series) -> None:
-    """Add texts to a hash block by block, like `_digest_strings`."""
+    """Add texts to a hash block by block, like `digest_strings`."""
     starts = range(0, len(series), _BLOCK)
     if isinstance(series.dtype, pl.Enum) and not series.null_count():
         values, rows = series.dtype.categories, series.to_physical().to_numpy()
@@ -83,13 +83,6 @@ def _digest_texts(total: hashlib._Hash, series: pl.Series) -> None:
 
 def digest_strings(values: Iterable[str | None]) -> str:
     """Return a SHA-256 over a sequence of strings."""
-    total = hashlib.sha256()
-    _digest_strings(total, list(values))
-    return total.hexdigest()
-
-
-def _digest_strings(total: hashlib._Hash, values: list[str | None]) -> None:
     encoded = [None if value is None else value.encode("utf-8", "surrogatepass") for value in values]
     lengths = np.array([-1 if value is None else len(value) for value in encoded], dtype="<i8")
-    total.update(lengths.tobytes())
-    total.update(b"".join(value for value in encoded if value is not None))
+    return hashlib.sha256(lengths.tobytes() + b"".join(value for value in encoded if value is not None)).hexdigest()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -33,13 +33,9 @@ if TYPE_CHECKING:
 FIELD = "facts"
 """The item field with the retrieved passages."""
 
-Embed = Callable[[Sequence[str]], "NDArray[np.floating[Any]]"]
-
 _WORD, _MARKS, _NUMBER = re.compile(r"\w+"), re.compile(r"\w+|[^\w\s]"), re.compile(r"\s*\[(\d+)\]")
 # k1 (saturation of repeated words) and b (normalisation by text length), with common values.
 _K1, _B = 1.2, 0.75
-# Constant of reciprocal rank fusion: larger means smaller differences between top ranks (Cormack et al., SIGIR 2009).
-_RANK = 60
 
 
 @dataclass(frozen=True)
@@ -150,7 +146,7 @@ class Documents:
         held = named | set(_words(self.written[best])) if self.names and len(wanted) > 1 else named
         return best if wanted and wanted <= held else None
 
-    def passages(self, place: int, question: str, tokens: int, embed: Embed | None = None) -> list[str]:
+    def passages(self, place: int, question: str, tokens: int) -> list[str]:
         """Return the passages of a document that score highest for a question, in document order.
 
         Args:
@@ -159,12 +155,15 @@ class Documents:
                 used.
             tokens: Maximum words and punctuation marks in total; a passage that does not fit is excluded, or truncated
                 if it is the best one.
-            embed: A text encoder, whose ranking is combined with that of BM25 by reciprocal rank fusion.
         """
         flat, begins, weights = self._passages
         part = slice(int(begins[place]), int(begins[place + 1]))
         texts, room, kept = flat[part], tokens, dict[int, str]()
-        for place in _order(texts, weights.scores(question, part), question, embed).tolist():
+        scores = weights.scores(question, part)
+        # Ties, such as all passages without a question, stay in document order.
+        order = np.argsort(-scores, kind="stable")
+        matching = order[scores[order] > 0]
+        for place in (matching if len(matching) else order).tolist():
             marks = list(_MARKS.finditer(texts[place]))
             if len(marks) <= room:
                 kept[place] = texts[place]
@@ -215,21 +214,6 @@ def cited(answer: str, facts: str) -> tuple[str, tuple[str, ...]]:
     named = tuple(dict.fromkeys(number for number in _NUMBER.findall(answer) if number in known))
     kept = _NUMBER.sub(lambda found: found.group() if found[1] in known else "", answer)
     return kept.strip(), tuple(known[number] for number in named)
-
-
-def _order(
-    passages: Sequence[str], scores: NDArray[np.float64], question: str, embed: Embed | None
-) -> NDArray[np.int64]:
-    # Ties, such as all passages without a question, stay in document order.
-    order = np.argsort(-scores, kind="stable")
-    message = order[scores[order] > 0]
-    if embed is None or not question or not passages:
-        return message if len(message) else order
-    vectors = embed([question, *passages])
-    joined = np.zeros(len(passages))
-    for order in (message, np.argsort(-(vectors[1:] @ vectors[0]), kind="stable")):
-        joined[order] += 1 / (_RANK + np.arange(len(order)))
-    return np.argsort(-joined, kind="stable")
 
 
 def _words(text: str) -> list[str]:

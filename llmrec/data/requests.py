@@ -16,7 +16,7 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import TypeGuard
 
-from llmrec.data.read.limits import ID_LIMIT
+from llmrec.data.read.limits import ID_LIMIT, is_no_text
 from llmrec.display import listed, shortened
 from llmrec.errors import DataError, did_you_mean
 from llmrec.guard import TITLE_LIMIT, clean
@@ -29,7 +29,6 @@ USER_FIELDS = "user_fields"
 LEFT_ASIDE = "candidates: ignored, since all items are ranked"
 """The note on a request that has candidates although the whole catalogue is ranked."""
 
-_NO_TEXT = re.compile("[\x00\ud800-\udfff]")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
 _OWN_KEYS = frozenset({"item_id", "title", "rating", "timestamp", "text"})
 _NAMED = 3
@@ -316,7 +315,7 @@ def _list(key: str, value: object) -> Sequence[object]:
 def _text(what: str, value: object) -> str:
     if not isinstance(value, str):
         raise DataError(f"{what} is {_kind(value)}; give a text", kind="bad-value", column=what)
-    if _NO_TEXT.search(value):
+    if is_no_text(value):
         raise DataError(
             f"{what} contains an invalid character (NUL, or half of a surrogate pair); remove it",
             kind="encoding",
@@ -358,7 +357,7 @@ def _optional_id(what: str, value: object) -> str | None:
             kind="too-large",
             column=what,
         )
-    if not value.isprintable() and (_NO_TEXT.search(value) or _CONTROL.search(value)):
+    if not value.isprintable() and (is_no_text(value) or _CONTROL.search(value)):
         raise DataError(f"{what} contains a control character; remove it", kind="bad-value", column=what)
     return value if value.strip() else None
 

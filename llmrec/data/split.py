@@ -70,11 +70,6 @@ class Holdouts(Sequence[Interaction]):
         result = self.frame["user_id"].unique(maintain_order=True).cast(pl.String)
         return tuple(result.filter(~result.is_in(list(but))).head(count))
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Holdouts) and list(self) == list(other)
-
-    __hash__ = None  # type: ignore[assignment]
-
 
 @dataclass(frozen=True, repr=False)
 class SplitDataset(Displayed):
@@ -240,7 +235,8 @@ def split(dataset: Dataset, section: Split, *, seed: int) -> SplitDataset:
             kind="bad-value",
             column="data.split",
         )
-    rows = Rows(_in_time_order(dataset, seed, moments=section.kind == "global_time", ties=section.ties))
+    order = time_order(dataset, seed, moments=section.kind == "global_time", ties=section.ties)
+    rows = Rows(dataset.interactions[order])
     labels = KINDS[section.kind](dataset, rows, section, seed)
     frames = [_of_users(rows, labels == label) for label in (TRAIN, VALID, TEST, KNOWN)]
     if frames[0].is_empty():
@@ -276,7 +272,7 @@ def whole(dataset: Dataset, *, seed: int, ties: Ties = "hash", valid: float = 0.
         ties: The order of interactions at the same time.
         valid: Share of users whose last interaction is held out for validation, to stop training.
     """
-    rows = Rows(_in_time_order(dataset, seed, moments=False, ties=ties))
+    rows = Rows(dataset.interactions[time_order(dataset, seed, ties=ties)])
     train = _of_users(rows, np.ones(rows.frame.height, dtype=np.bool_))
     none = train.clear()
     data = SplitDataset(derived(dataset, train, seed=seed), "given", seed, train, none, none, frozenset())
@@ -288,15 +284,6 @@ def whole(dataset: Dataset, *, seed: int, ties: Ties = "hash", valid: float = 0.
     rest = train.join(held, on=PAIR, how="anti", maintain_order="left")
     pairs = frozenset(held.select(PAIR).iter_rows())
     return replace(data, train=rest, valid=held, held_out=pairs) if rest.height else data
-
-
-def _in_time_order(dataset: Dataset, seed: int, *, moments: bool, ties: Ties) -> pl.DataFrame:
-    """Return the interactions sorted by time; see `time_order`."""
-    return (
-        dataset.interactions
-        if not dataset.has_time
-        else dataset.interactions[time_order(dataset, seed, moments=moments, ties=ties)]
-    )
 
 
 def time_order(dataset: Dataset, seed: int, *, moments: bool = False, ties: Ties = "hash") -> NDArray[np.integer]:

@@ -122,11 +122,7 @@ def _last_shares(
     labels: Labels | int = TRAIN,
     after: str = "",
 ) -> Labels:
-    """Hold out the last validation and test share of each user's interactions, among the given rows.
-
-    Raises:
-        DataError: If no user has an interaction for each share and one more.
-    """
+    """Hold out the last validation and test share of each user's interactions, among the given rows."""
     wanted = sum(share > 0 for share in (section.valid, section.test))
     places, sizes, later = rows.by_user(among)
     able = sizes > wanted

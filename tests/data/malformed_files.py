@@ -161,10 +161,6 @@ def packed(reader: Reader) -> Iterator[Case]:
 # --------------------------------------------------------------------------- zip archives
 
 
-def _flag(raw: bytes, old: bytes, new: bytes) -> bytes:
-    return raw.replace(old, new)
-
-
 def archives(reader: Reader) -> Iterator[Case]:
     """Return zip archives of the files, damaged or full of tricks."""
     files = {**reader.others, reader.file: reader.good()}
@@ -187,10 +183,11 @@ def archives(reader: Reader) -> Iterator[Case]:
         "with a name of another system": _zip(*first, (f"..\\..\\{reader.file}", reader.good())),
         "with a link": _zip(*first, (link, b"/etc/passwd")),  # type: ignore[arg-type]
         "with a file twice": _zip(*entries, (target, b"other,things\n1,2\n")),
-        "with a password": _flag(_flag(good, b"PK\x03\x04\x14\x00\x00\x00", b"PK\x03\x04\x14\x00\x01\x00"),
-                                 b"PK\x01\x02\x14\x03\x14\x00\x00\x00", b"PK\x01\x02\x14\x03\x14\x00\x01\x00"),
+        "with a password": good.replace(b"PK\x03\x04\x14\x00\x00\x00", b"PK\x03\x04\x14\x00\x01\x00").replace(
+            b"PK\x01\x02\x14\x03\x14\x00\x00\x00", b"PK\x01\x02\x14\x03\x14\x00\x01\x00"
+        ),
         "of another method": good[: start + 10] + b"\x63\x00" + good[start + 12 :],
-        "with a name that is no text": _flag(_zip(*first, ("é" + target, b"x")), "é".encode(), b"\xff\xfe"),
+        "with a name that is no text": _zip(*first, ("é" + target, b"x")).replace("é".encode(), b"\xff\xfe"),
         "with nothing that fits": _zip(("readme.txt", b"hello"), ("a/b.bin", b"x")),
         **{f"with a bomb of {name}": _zip(*first, (target, raw * 20)) for name, raw in bomb.items()},
         "with a packed bomb": _zip(*first, (target + ".gz", bombs()["a bomb of rows"])),

@@ -106,13 +106,8 @@ class Reader:
 
     @property
     def streamed(self) -> bool:
-        """Whether it reads a published set, of which only the columns that are needed are looked at."""
+        """Whether it reads a published set, also in an archive, of which only the needed columns are looked at."""
         return not self.requests and not self.name.startswith(("table", "init", "rank-items"))
-
-    @property
-    def zipped(self) -> bool:
-        """Whether it also reads the files in an archive."""
-        return self.streamed
 
     def good(self) -> bytes:
         if isinstance(self.form, Grid):
@@ -168,7 +163,7 @@ REQUESTS: Records = tuple(
 )
 
 
-def cells(*order: str, separator: str, header: bool = True, quoted: bool = True, more: str = "") -> Grid:
+def cells(*order: str, separator: str, header: bool = True, quoted: bool = True) -> Grid:
     """Return the interactions with their columns in some order: letters of user, item, rating, time and title."""
     places = "uirt"
     rows = []
@@ -230,7 +225,7 @@ def _rank_items(file: Path) -> object:
 
 def _requests(file: Path) -> Refused:
     """Do what `llmrec rank` does with a file of requests before it asks a model."""
-    known = {name: Item(item_id=name, title=title) for name, title in TITLES.items()}
+    known = {name: Item(item_id=name, title=title) for name, title in (*TITLES.items(), ("1", "Heat"))}
     refused, found = Refused(), []
     for number, raw in enumerate(open_requests(file), start=1):
         if raw.error or raw.record is None:

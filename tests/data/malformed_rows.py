@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from data_cases import REFUSED
 from malformed_readers import Case, Grid, Reader, case_of, object_lines
 
 # --------------------------------------------------------------------------- delimited text
@@ -95,12 +96,8 @@ def rows(reader: Reader) -> Iterator[Case]:
 
 def _is_fine(reader: Reader, role: str, name: str) -> bool:
     """Whether a reader has no quarrel with a value; what it makes of it is tested elsewhere."""
-    return (
-        # Entries of items and users that nobody interacts with are left out.
-        (name == "of 5000 letters" and role in ("item", "user") and not {"item", "user"} <= set(reader.roles))
-        # Ids that only a table of items knows are looked for there.
-        or (name == "with a decimal comma" and isinstance(reader.form, Grid) and reader.form.separator == ";")
-    )
+    # Entries of items and users that nobody interacts with are left out.
+    return name == "of 5000 letters" and role in ("item", "user") and not {"item", "user"} <= set(reader.roles)
 
 
 def headers(reader: Reader) -> Iterator[Case]:
@@ -253,37 +250,11 @@ def sequences(reader: Reader) -> Iterator[Case]:
             yield case_of(reader, f"line {spot + 1} has {name}", raw, places=(spot + 1,))
 
 
-_ASKED: Mapping[str, Mapping[str, Any]] = {
-    "no candidates": {"id": "x", "history": []},
-    "no list of candidates": {"id": "x", "candidates": "i1"},
-    "an empty list": {"id": "x", "candidates": []},
-    "candidates that are null": {"id": "x", "candidates": None},
-    "a candidate that is null": {"id": "x", "candidates": ["i1", None]},
-    "a candidate that is a list": {"id": "x", "candidates": [["i1"]]},
-    "a candidate that is empty": {"id": "x", "candidates": [{}]},
-    "a candidate that is NaN": {"id": "x", "candidates": [float("nan")]},
-    "a candidate that is infinite": {"id": "x", "candidates": [float("inf")]},
-    "an unknown candidate": {"id": "x", "candidates": ["nowhere"]},
-    "a title that is a number": {"id": "x", "candidates": [{"title": 5}]},
-    "a title that is no text": {"id": "x", "candidates": [{"title": "a\ud800"}]},
-    "a history that is no list": {"id": "x", "history": "i1", "candidates": ["i1"]},
-    "a rating that is no number": {"id": "x", "history": [{"item_id": "i1", "rating": "good"}], "candidates": ["i1"]},
-    "an infinite rating": {"id": "x", "history": [{"item_id": "i1", "rating": float("inf")}], "candidates": ["i1"]},
-    "a time that is none": {"id": "x", "history": [{"item_id": "i1", "timestamp": "soon"}], "candidates": ["i1"]},
-    "a text that is an object": {"id": "x", "history": [{"item_id": "i1", "text": {}}], "candidates": ["i1"]},
-    "an id of 5000 letters": {"id": "x" * 5000, "candidates": ["i1"]},
-    "an id that is a list": {"id": ["x"], "candidates": ["i1"]},
-    "an id with a line end": {"id": "x\ny", "candidates": ["i1"]},
-    "a user that is an object": {"id": "x", "user_id": {}, "candidates": ["i1"]},
-    "a profile that is a list": {"id": "x", "profile": ["old"], "candidates": ["i1"]},
-    "a key that is no text": {"id": "x", "candidates": [{"item_id": "i1", "a\ud800": "b"}]},
-}
-
-
 def asked(reader: Reader) -> Iterator[Case]:
     records = reader.form
     assert isinstance(records, tuple)
     for spot in (0, len(records) - 1):
-        for name, record in _ASKED.items():
+        for number, (record, facts) in enumerate(REFUSED):
             raw = object_lines([*records[:spot], record, *records[spot + 1 :]])
-            yield case_of(reader, f"line {spot + 1} has {name}", raw, line=spot + 1)
+            fault = f"line {spot + 1} has a fault in {facts.column} like request {number}"
+            yield case_of(reader, fault, raw, line=spot + 1)

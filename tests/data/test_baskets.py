@@ -40,13 +40,8 @@ def bought(*, at_once: bool = True, time: bool = True) -> pl.DataFrame:
 
 
 def cut(kind: str, frame: pl.DataFrame) -> SplitDataset:
-    names = frame["item_id"].unique()
-    full = frame.with_columns(
-        pl.lit(None, pl.Float64).alias("rating"),
-        pl.lit(None, pl.String).alias("text"),
-        *([] if "timestamp" in frame.columns else [pl.lit(None, pl.Float64).alias("timestamp")]),
-    ).select("user_id", "item_id", "rating", "timestamp", "text")
-    dataset = Dataset(name="shop", noun="items", interactions=full, items={n: Item(item_id=n, title=n) for n in names})
+    items = {name: Item(item_id=name, title=name) for name in frame["item_id"].unique()}
+    dataset = Dataset(name="shop", noun="items", interactions=frame, items=items)
     return split(dataset, Split(kind=kind), seed=0)  # type: ignore[arg-type]
 
 

@@ -12,7 +12,7 @@ from data_cases import Row, dataset, random_rows, seeds, shuffled
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmrec.data.candidates import _Numbers, _sets, draw
+from llmrec.data.candidates import CandidateSets, _Numbers, draw
 from llmrec.data.split import SplitDataset, request_id, split
 from llmrec.errors import DataError
 from llmrec.pipeline.leaks import redrawn
@@ -152,8 +152,9 @@ def test_the_digest_sees_every_change(field: str) -> None:
     elif field == "missing":
         del sets[name]
     changed = {"kind": ("popularity", count, seed), "count": (kind, 6, seed), "seed": (kind, count, 4)}
-    assert _sets(*changed.get(field, (kind, count, seed)), sets).digest != drawn.digest
-    assert _sets(drawn.kind, drawn.count, drawn.seed, dict(reversed(drawn.sets.items()))).digest == drawn.digest
+    assert CandidateSets.of(*changed.get(field, (kind, count, seed)), sets).digest != drawn.digest
+    turned = dict(reversed(drawn.sets.items()))
+    assert CandidateSets.of(drawn.kind, drawn.count, drawn.seed, turned).digest == drawn.digest
 
 
 def test_pinned_set() -> None:
@@ -189,5 +190,5 @@ def test_sets_of_some_users_are_those_that_are_drawn_for_all(seed: int, count: i
     every = draw(data, name, section, seed=seed)  # type: ignore[arg-type]
     some = draw(data, name, section, seed=seed, users=frozenset(first))  # type: ignore[arg-type]
     assert list(some.sets) == part
-    assert some.digest == _sets(kind, 5, seed, {each: every.sets[each] for each in part}).digest
+    assert some.digest == CandidateSets.of(kind, 5, seed, {each: every.sets[each] for each in part}).digest
     assert draw(data, name, section, seed=seed, users=frozenset(users)).digest == every.digest  # type: ignore[arg-type]

@@ -6,13 +6,13 @@ import gzip
 import json
 import logging
 import random
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from data_cases import archive, folder
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -165,21 +165,6 @@ SETS: Mapping[str, Files] = {
     "mind": MIND,
 }
 KNOWN = {page.name: page for page in sets.published()}
-
-
-def folder(path: Path, files: Files, *, packed: bool = False) -> Path:
-    path.mkdir(parents=True, exist_ok=True)
-    for name, raw in files.items():
-        (path / (f"{name}.gz" if packed else name)).write_bytes(gzip.compress(raw) if packed else raw)
-    return path
-
-
-def archive(path: Path, files: Files, *, top: str = "some folder/", packed: bool = False) -> Path:
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as pack:
-        pack.writestr("__MACOSX/" + next(iter(files)), b"rubbish")
-        for name, raw in files.items():
-            pack.writestr(top + (f"{name}.gz" if packed else name), gzip.compress(raw) if packed else raw)
-    return path
 
 
 def read(source: str, path: Path | None, **keys: Any) -> Dataset:

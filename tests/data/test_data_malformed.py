@@ -42,7 +42,7 @@ _MEND = re.compile(
 def cases(reader: Reader) -> Iterator[Case]:
     """Return every malformed file of a reader."""
     makers: list[Callable[[Reader], Iterator[Case]]] = [whole_files, encodings, places, packed]
-    makers += [archives] if reader.zipped else []
+    makers += [archives] if reader.streamed else []
     makers += {
         "delimited": [rows, headers],
         "objects": [objects, asked] if reader.requests else [objects],

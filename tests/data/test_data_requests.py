@@ -16,6 +16,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from data_cases import REFUSED
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -76,51 +77,7 @@ def test_unknown_items() -> None:
     assert found.notes == ("history: ignored unknown items without a title: '99', '3'",)
 
 
-@pytest.mark.parametrize(
-    ("record", "facts"),
-    [
-        ({}, Facts("missing-key", column="candidates")),
-        ({"candidate": ["1"]}, Facts("missing-key", column="candidates", says="did you mean 'candidate'")),
-        ({"candidates": []}, Facts("empty", column="candidates")),
-        ({"candidates": "1"}, Facts("bad-value", column="candidates")),
-        ({"candidates": {"a": 1}}, Facts("bad-value", column="candidates")),
-        ({"candidates": [None]}, Facts("missing-value", column="candidates, entry 1")),
-        ({"candidates": [True]}, Facts("bad-value", column="candidates, entry 1")),
-        ({"candidates": [["1"]]}, Facts("bad-value", column="candidates, entry 1")),
-        ({"candidates": [{"title": 3}]}, Facts("bad-value", column="candidates, entry 1: title")),
-        ({"candidates": [{"title": " \u200b"}]}, Facts("missing-value", column="candidates, entry 1")),
-        ({"candidates": [{"title": "x", "deep": {"a": 1}}]}, Facts("bad-value", column="candidates, entry 1: deep")),
-        ({"candidates": ["1\x07"]}, Facts("bad-value", column="candidates, entry 1")),
-        ({"candidates": [{"title": "a\0b"}]}, Facts("encoding", column="candidates, entry 1: title")),
-        ({"candidates": [{"title": "a\ud800"}]}, Facts("encoding", column="candidates, entry 1: title")),
-        ({"candidates": ["x" * 1001]}, Facts("too-large", column="candidates, entry 1", says="1000")),
-        ({"candidates": ["1"], "id": "a\nb"}, Facts("bad-value", column="id")),
-        ({"candidates": ["1"], "id": ["a"]}, Facts("bad-value", column="id")),
-        ({"candidates": ["1"], "user_id": {}}, Facts("bad-value", column="user_id")),
-        ({"candidates": ["1"], "profile": 5}, Facts("bad-value", column="profile")),
-        ({"candidates": ["1"], "history": "1"}, Facts("bad-value", column="history")),
-        (
-            {"candidates": ["1"], "history": [{"item_id": "1", "rating": "much"}]},
-            Facts("bad-value", column="history, entry 1: rating"),
-        ),
-        (
-            {"candidates": ["1"], "history": [{"item_id": "1", "rating": float("nan")}]},
-            Facts("bad-value", column="history, entry 1: rating"),
-        ),
-        (
-            {"candidates": ["1"], "history": [{"item_id": "1", "rating": True}]},
-            Facts("bad-value", column="history, entry 1: rating"),
-        ),
-        (
-            {"candidates": ["1"], "history": [{"item_id": "1", "timestamp": "soon"}]},
-            Facts("bad-value", column="history, entry 1: timestamp"),
-        ),
-        (
-            {"candidates": ["1"], "history": [{"item_id": "1", "text": 4}]},
-            Facts("bad-value", column="history, entry 1: text"),
-        ),
-    ],
-)
+@pytest.mark.parametrize(("record", "facts"), REFUSED)
 def test_what_cannot_be_ranked_says_why(record: dict[str, Any], facts: Facts) -> None:
     with raises(DataError, facts):
         read(record)

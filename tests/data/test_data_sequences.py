@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
 import random
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from data_cases import dataset, random_rows, seeds
+from data_cases import archive, dataset, folder, random_rows, seeds
 from hypothesis import given
 
 from llmrec.data.dataset import Dataset, GivenSplit
@@ -37,21 +35,6 @@ SAMPLES: Files = {
 }
 GIVEN = {"split": {"kind": "given"}}
 KEEP = {"duplicates": "keep_last", **GIVEN}
-
-
-def folder(path: Path, files: Files, *, packed: bool = False) -> Path:
-    path.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        raw = text.encode()
-        (path / (f"{name}.gz" if packed else name)).write_bytes(gzip.compress(raw) if packed else raw)
-    return path
-
-
-def archive(path: Path, files: Files) -> Path:
-    with zipfile.ZipFile(path, "w") as pack:
-        for name, text in files.items():
-            pack.writestr(f"top/{name}", text)
-    return path
 
 
 def read(source: str, path: Path, **keys: Any) -> Dataset:

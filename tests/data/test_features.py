@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.data import features as module
-from llmrec.data.features import Features, FeatureStore, Provenance, publish, writing
+from llmrec.data.features import Features, FeatureStore, Provenance, publish, write_version, writing
 from llmrec.errors import DataError, LlmrecError
 from tests.facts import Facts, raises
 
@@ -103,8 +103,8 @@ def test_what_an_unknown_id_has_comes_back_as_it_was_given(tmp_path: Path) -> No
 
 
 def test_numbers_too_large_for_half_precision_are_refused(tmp_path: Path) -> None:
-    with raises(DataError, Facts("too-large", says="float32")):
-        publish(tmp_path, [Features("user", ["a"], np.array([[1e5]]), MADE)], dtype="float16")
+    with writing(tmp_path) as place, raises(DataError, Facts("too-large", says="float32")):
+        write_version(place, [Features("user", ["a"], np.array([[1e5]]), MADE)], dtype="float16")
 
 
 @pytest.mark.parametrize("name", ["a#1", "a?1", "a b", "é%20"])

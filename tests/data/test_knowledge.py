@@ -92,18 +92,6 @@ def test_a_title_of_one_word_is_not_any_text_with_that_word(tmp_path: Path) -> N
     assert found == [1, None, 2, 1]
 
 
-def test_a_text_encoder_moves_passages(tmp_path: Path) -> None:
-    _section(tmp_path)
-    known = Documents.read(str(tmp_path / "facts.jsonl"))
-
-    def embed(texts: object) -> np.ndarray:
-        return np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
-
-    plain = known.passages(0, "who directed it", 7)
-    assert plain == ["It was directed by Ada Byron."]
-    assert known.passages(0, "who wrote the score", 7, embed) == ["Music is by Clara Wieck."]
-
-
 def test_what_is_retrieved_is_data_and_no_template(tmp_path: Path) -> None:
     data = split(load(_section(tmp_path), seed=0), _section(tmp_path).split, seed=0)
     values = {"item": View(data).item("i2"), "history": []}

@@ -150,30 +150,7 @@ def test_what_is_within_objects_is_read_a_block_at_a_time(
     assert numbers(found, "time", "time").equals(numbers(whole, "time", "time"))
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda raw: raw,
-        lambda raw: raw.replace(b'{"id": "u3"', b'{"ID": "u3"', 1),
-        lambda raw: raw.replace(b'{"id": "u3"', b'{"id": 3', 1),
-        lambda raw: raw.replace(b'{"id": "u3"', b'{"id": {"x": "u3"}', 1),
-        lambda raw: raw.replace(b'{"id": "u3"', b'{"id": "u3", "id": "u4"', 1),
-        lambda raw: raw.replace(b'{"id": "u3", "tags": ["a"]}', b'"u3"', 1),
-        lambda raw: raw.replace(b'{"id": "u3", "tags": ["a"]}', b"null", 1),
-        lambda raw: raw.replace(b'"user": {', b'"user.id": "x", "user": {', 1),
-        lambda raw: raw.replace(b'{"id": "u0"', b'{"ID": "u0"'),
-    ],
-)
-def test_odd_objects_within_others_are_what_they_are_to_the_careful_reader(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[bytes], bytes]
-) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(change(nested(ROWS)))
-    columns = {"user": "user.id", "item": "at.item.sku", "time": "time"}
-    section = DataSection(source="table", path=str(path), columns=columns, duplicates="keep_last")
-    found = _outcome(section)
-    monkeypatch.setattr("llmrec.data.read.objects._gathered", careful)
-    assert found == _outcome(section)
+Change = Callable[[bytes], bytes]
 
 
 def careful(*_: object) -> None:
@@ -188,36 +165,55 @@ def _outcome(section: DataSection) -> str:
         return f"{error.kind}: {error}"
 
 
+ODD_OBJECTS: list[Change] = [
+    lambda raw: raw.replace(b'"u3"', b"3", 1),
+    lambda raw: raw.replace(b'"u3"', b"null", 1),
+    lambda raw: raw.replace(b'"u3"', b'["u3"]', 1),
+    lambda raw: raw.replace(b'"u3"', b'{"id": 3}', 1),
+    lambda raw: raw.replace(b'"u3"', b'"u\xff"', 1),
+    lambda raw: raw.replace(b'"user_id": "u3", ', b"", 1),
+    lambda raw: raw.replace(b'{"user_id": "u3"', b'{"user_id": "u3", "user_id": "u4"', 1),
+    lambda raw: raw.replace(b'{"user_id": "u3"', b'\n{"user_id": "u3"', 1),
+    lambda raw: raw.replace(b'{"user_id": "u3"', b'{"time": 1}{"user_id": "u3"', 1),
+    lambda raw: raw.replace(b'"rating": 2', b'"rating": "2"', 1),
+    lambda raw: raw.replace(b'"rating": 2', b'"rating": NaN', 1),
+    lambda raw: raw.replace(b'"rating": 2', b'"rating": true', 1),
+    lambda raw: raw.replace(b'"time": 101', b'"time": "2024-05-31"', 1),
+    lambda raw: raw.replace(b"\n", b"\r\n"),
+    lambda raw: b"\xef\xbb\xbf" + raw,
+    lambda raw: raw.decode().encode("utf-16"),
+    lambda raw: raw.replace(b'"title"', b'"name"', 1),
+    lambda raw: raw.replace(b'"note"', '"título"'.encode()).replace('"título"'.encode(), b'"note"', 1),
+]
+ODD_WITHIN: list[Change] = [
+    lambda raw: raw,
+    lambda raw: raw.replace(b'{"id": "u3"', b'{"ID": "u3"', 1),
+    lambda raw: raw.replace(b'{"id": "u3"', b'{"id": 3', 1),
+    lambda raw: raw.replace(b'{"id": "u3"', b'{"id": {"x": "u3"}', 1),
+    lambda raw: raw.replace(b'{"id": "u3"', b'{"id": "u3", "id": "u4"', 1),
+    lambda raw: raw.replace(b'{"id": "u3", "tags": ["a"]}', b'"u3"', 1),
+    lambda raw: raw.replace(b'{"id": "u3", "tags": ["a"]}', b"null", 1),
+    lambda raw: raw.replace(b'"user": {', b'"user.id": "x", "user": {', 1),
+    lambda raw: raw.replace(b'{"id": "u0"', b'{"ID": "u0"'),
+]
+
+
 @pytest.mark.parametrize(
-    "change",
-    [
-        lambda raw: raw.replace(b'"u3"', b"3", 1),
-        lambda raw: raw.replace(b'"u3"', b"null", 1),
-        lambda raw: raw.replace(b'"u3"', b'["u3"]', 1),
-        lambda raw: raw.replace(b'"u3"', b'{"id": 3}', 1),
-        lambda raw: raw.replace(b'"u3"', b'"u\xff"', 1),
-        lambda raw: raw.replace(b'"user_id": "u3", ', b"", 1),
-        lambda raw: raw.replace(b'{"user_id": "u3"', b'{"user_id": "u3", "user_id": "u4"', 1),
-        lambda raw: raw.replace(b'{"user_id": "u3"', b'\n{"user_id": "u3"', 1),
-        lambda raw: raw.replace(b'{"user_id": "u3"', b'{"time": 1}{"user_id": "u3"', 1),
-        lambda raw: raw.replace(b'"rating": 2', b'"rating": "2"', 1),
-        lambda raw: raw.replace(b'"rating": 2', b'"rating": NaN', 1),
-        lambda raw: raw.replace(b'"rating": 2', b'"rating": true', 1),
-        lambda raw: raw.replace(b'"time": 101', b'"time": "2024-05-31"', 1),
-        lambda raw: raw.replace(b"\n", b"\r\n"),
-        lambda raw: b"\xef\xbb\xbf" + raw,
-        lambda raw: raw.decode().encode("utf-16"),
-        lambda raw: raw.replace(b'"title"', b'"name"', 1),
-        lambda raw: raw.replace(b'"note"', '"título"'.encode()).replace('"título"'.encode(), b'"note"', 1),
-    ],
+    ("make", "change"), [*((objects, change) for change in ODD_OBJECTS), *((nested, change) for change in ODD_WITHIN)]
 )
 def test_odd_objects_are_what_they_are_to_the_careful_reader(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[bytes], bytes]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[list[tuple[object, ...]]], bytes], change: Change
 ) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_bytes(change(objects(ROWS)))
-    columns = {"time": "time", "fields": ["título"]} if "título".encode() in path.read_bytes() else {"time": "time"}
-    section = DataSection(source="table", path=str(path), columns=columns, duplicates="keep_last")
+    path.write_bytes(change(make(ROWS)))
+    columns: dict[str, object] = {"time": "time"}
+    if make is nested:
+        columns |= {"user": "user.id", "item": "at.item.sku"}
+    if "título".encode() in path.read_bytes():
+        columns["fields"] = ["título"]
+    section = DataSection.model_validate(
+        {"source": "table", "path": str(path), "columns": columns, "duplicates": "keep_last"}
+    )
     found = _outcome(section)
     monkeypatch.setattr("llmrec.data.read.objects._gathered", careful)
     assert found == _outcome(section)

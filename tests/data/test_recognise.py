@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import gzip
-import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pytest
+from data_cases import archive, folder
 
 from llmrec.data.sets.pages import known, published
 from llmrec.data.sets.recognise import source_of, sources_with
@@ -118,17 +117,8 @@ SETS: dict[str, tuple[str, dict[str, str]]] = {
 def written(place: Path, files: Mapping[str, str], how: str) -> Path:
     """Write files into a folder, packed or not, or into an archive with a folder of that name."""
     if how == "zip":
-        with zipfile.ZipFile(place.with_suffix(".zip"), "w") as archive:
-            for name, text in files.items():
-                archive.writestr(f"{place.name}/{name}", text)
-        return place.with_suffix(".zip")
-    place.mkdir()
-    for name, text in files.items():
-        if how == "gz":
-            (place / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
-        else:
-            (place / name).write_text(text, encoding="utf-8")
-    return place
+        return archive(place.with_suffix(".zip"), files, top=f"{place.name}/")
+    return folder(place, files, packed=how == "gz")
 
 
 @pytest.mark.parametrize("how", ["folder", "gz", "zip"])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
-from typing import overload
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
+
+from llmrec.data.read.limits import WHOLE
 
 
 def coded(ids: pl.Series) -> pl.Series:
@@ -37,6 +38,18 @@ def stacked(name: str, parts: Sequence[pl.Series]) -> pl.Series:
     return from_dictionary(name, values, (values.search_sorted(own).to_numpy()[rows] for own, rows in known))
 
 
+def as_whole(series: pl.Series) -> pl.Series:
+    """Return floats as integers if all are whole; other columns unchanged.
+
+    Other libraries convert integers to floats, which must not change ids.
+    """
+    if not series.dtype.is_float():
+        return series
+    series = series.fill_nan(None)
+    whole = ((series == series.round(0)) & (series.abs() < WHOLE)).all()
+    return series.cast(pl.Int64) if whole else series
+
+
 def codes(ids: pl.Series) -> tuple[pl.Series, NDArray[np.integer]]:
     """Return the sorted values of a coded column, and the code of every row, shape (n,).
 
@@ -58,7 +71,7 @@ def in_numbers(ids: pl.Series, number: Callable[[Sequence[str]], NDArray[np.int6
     return number(names.to_list()).astype(np.int32)[result] if len(names) else np.empty(0, dtype=np.int32)
 
 
-class Names(Sequence[str]):
+class Names:
     """The sorted values of a coded column; a value is looked up by bisection, without a dictionary."""
 
     def __init__(self, values: pl.Series) -> None:
@@ -67,15 +80,8 @@ class Names(Sequence[str]):
     def __len__(self) -> int:
         return len(self._values)
 
-    @overload
-    def __getitem__(self, place: int) -> str: ...
-
-    @overload
-    def __getitem__(self, place: slice) -> list[str]: ...
-
-    def __getitem__(self, place: int | slice) -> str | list[str]:
-        result = self._values[place]
-        return result.to_pylist() if isinstance(place, slice) else result.as_py()  # type: ignore[no-any-return]
+    def __getitem__(self, place: int) -> str:
+        return str(self._values[place])
 
     def code(self, name: str) -> int | None:
         """Return the code of a value; None for an unknown one."""
@@ -92,12 +98,7 @@ class Runs:
     """
 
     def __init__(self, users: pl.Series, rows: NDArray[np.integer]) -> None:
-        """Find the row range of every user.
-
-        Args:
-            users: The users by code.
-            rows: Code of each row's user, in any order.
-        """
+        """Find the row range of every user, given the users by code and the code of each row's user, in any order."""
         self.users, self._names = users, Names(users)
         self.ends = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=len(users)))])
 

@@ -29,11 +29,7 @@ class Unusual(Exception):
 
 
 class NoNumbers(Exception):
-    """Raised for a column that should be numeric but contains other values, such as dates.
-
-    Attributes:
-        name: The column.
-    """
+    """Raised for a column that should be numeric but contains other values, such as dates."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)

@@ -146,12 +146,7 @@ class Delimited:
     """
 
     def __init__(self, source: Source, form: Form) -> None:
-        """Prepare to read a file.
-
-        Args:
-            source: The file. A user's file may have titles or notes above its header, or another separator.
-            form: Its format.
-        """
+        """Prepare to read a file; a user's file may have titles or notes above its header, or another separator."""
         self.names: tuple[str, ...] = ()
         self._source, self._form, self._warned = source, form, False
         self._separator, self._quoted, self._encoding = form.separator, form.quoted, form.encodings[-1]
@@ -194,7 +189,7 @@ class Delimited:
                     continue
                 chosen = [name for name in wanted or () if name in self.names] or list(self.names)
                 block = self._fast(body, chosen, floats, row) or self._careful(body, pieces, chosen, row)
-                again = None if self._form.columns else self._second_header(body, block)
+                again = None if self._form.columns else _second_header(block.frame)
                 if again is not None:
                     fix = "download the file again" if self._source.published else "remove it"
                     raise DataError.at(block.where(again), "duplicate", f" repeats the header; {fix}")
@@ -267,11 +262,7 @@ class Delimited:
         return text[: len(text) - len(below)]
 
     def _first_row(self, text: str) -> tuple[list[str], int]:
-        """Return the fields of the first non-blank row, and the offset of its end.
-
-        Raises:
-            BrokenRow: If it is not valid CSV.
-        """
+        """Return the fields of the first non-blank row, and the offset of its end."""
         if not self._quoted:
             first = _LINE.match(text)
             return (first[1].split(self._separator), first.end()) if first is not None else ([], len(text))
@@ -281,21 +272,6 @@ class Delimited:
             return next(filter(None, reader), []), stream.tell()
         except csv.Error as error:
             raise BrokenRow(error, 0, 0) from error
-
-    def _second_header(self, piece: Piece, block: Table) -> int | None:
-        """Return the index of the first row that repeats the header, as happens in concatenated files."""
-        frame, first = block.frame, block.frame.columns[0]
-        if any(kind != pl.String for kind in frame.dtypes) or not (frame[first] == first).any():
-            return None
-        same = pl.all_horizontal(pl.col(name) == name for name in frame.columns)
-        for row in frame.select(same.arg_true()).to_series():
-            if len(frame.columns) == len(self.names):
-                return int(row)
-            lines = piece.raw.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
-            line = lines[block.line(row) - piece.line - 1].decode(self._encoding, "replace")
-            if tuple(self._first_row(line)[0]) == self.names:
-                return int(row)
-        return None
 
     # ---------------------------------------------------------------------- the rows
 
@@ -367,6 +343,14 @@ class Delimited:
                 else f"fields are separated by {self._separator!r}, so no field may contain it; correct the row"
             )
         return DataError.at(place, "ragged-row", f" has {count} fields where {text}")
+
+
+def _second_header(frame: pl.DataFrame) -> int | None:
+    """Return the index of the first row that repeats the header, as happens in concatenated files."""
+    if any(kind != pl.String for kind in frame.dtypes):
+        return None
+    same = frame.select(pl.all_horizontal(pl.col(name) == name for name in frame.columns)).to_series()
+    return int(same.arg_max() or 0) if same.any() else None
 
 
 def _parsed(

@@ -69,15 +69,15 @@ class Source(Protocol):
 # --------------------------------------------------------------------------- paths
 
 
-def check_path(path: Path) -> None:
+def check_path(path: Path, fix: str = _MEND) -> None:
     """Check that a table is a regular file.
 
     Raises:
         DataError: If it is missing or not a file.
     """
     if no_file(path) == "does not exist":
-        raise DataError.at(path, "missing-file", f": the file does not exist{_near(path)}; {_MEND}")
-    require_file(path, _MEND)
+        raise DataError.at(path, "missing-file", f": the file does not exist{near(path)}; {fix}")
+    require_file(path, fix)
 
 
 def user_path(text: str) -> Path:
@@ -101,7 +101,8 @@ def user_path(text: str) -> Path:
     return path
 
 
-def _near(path: Path) -> str:
+def near(path: Path) -> str:
+    """Return a suggestion for the name of a missing file, as part of an error message."""
     try:
         return did_you_mean(path.name, [other.name for other in path.parent.iterdir()])
     except OSError:
@@ -304,9 +305,7 @@ class Member:
             DataError: If it is missing, unreadable or damaged, now or while it is read.
         """
         packed = (self.inner or self.path.name).lower().endswith(".gz")
-        if no_file(self.path) == "does not exist":
-            raise DataError.at(self.name, "missing-file", ": the file does not exist; check data.path and data.items")
-        require_file(self.path, "check data.path and data.items")
+        check_path(self.path, "check data.path and data.items")
         size = self.path.stat().st_size
         try:
             if self.inner is None:

@@ -109,11 +109,6 @@ def no_file(path: Path) -> str:
     return "is a folder, not a file" if stat.S_ISDIR(mode) else "is a pipe or a device, not a file"
 
 
-def stands(path: Path) -> bool:
-    """Whether a path exists and is not a folder."""
-    return path.is_symlink() or (path.exists() and not path.is_dir())
-
-
 def require_file(path: Path, fix: str, what: str = "") -> None:
     """Check that a path is a regular file, since reading a pipe or device could block or never end.
 

@@ -260,11 +260,7 @@ def _checked(text: str) -> str:
 
 
 def _in_arrow(key: str, values: Sequence[object], name: str, lines: Sequence[int]) -> pa.ChunkedArray:
-    """Return a column of objects or lists as Arrow.
-
-    Raises:
-        DataError: If a text in it cannot be stored.
-    """
+    """Return a column of objects or lists as Arrow."""
     shape = _Shape()
 
     def all_values(read: Callable[[object], object]) -> list[object]:
@@ -456,7 +452,7 @@ def object_blocks(source: Source, form: Form, wanted: Mapping[str, Kind]) -> Ite
     """Read columns of a published file of JSON objects in blocks, with null for missing values.
 
     Raises:
-        DataError: If the file is damaged, lacks a column, or has a line that cannot be read.
+        DataError: If the file is damaged or empty, lacks a column, or has a line that cannot be read.
     """
     schema = pa.schema([(name, pa.float64() if kind == "number" else pa.string()) for name, kind in wanted.items()])
     row = 0
@@ -480,15 +476,18 @@ def object_blocks(source: Source, form: Form, wanted: Mapping[str, Kind]) -> Ite
                         for name in wanted
                     ]
                 )
-            yield Table(source.name, frame, lines=lines, rows=range(row, row + frame.height))
+            if frame.height:
+                yield Table(source.name, frame, lines=lines, rows=range(row, row + frame.height))
             row += frame.height
+    if not row:
+        raise _no_rows(source)
 
 
 def object_records(source: Source, form: Form) -> Iterator[tuple[Place, Mapping[str, object]]]:
     """Read a published file of JSON objects one by one.
 
     Raises:
-        DataError: If the file is damaged, or a line cannot be read.
+        DataError: If the file is damaged or empty, or a line cannot be read.
     """
     row = 0
     with source.open() as stream:
@@ -496,6 +495,12 @@ def object_records(source: Source, form: Form) -> Iterator[tuple[Place, Mapping[
             for place, record in _objects(piece, form, row):
                 row += 1
                 yield place, record
+    if not row:
+        raise _no_rows(source)
+
+
+def _no_rows(source: Source) -> DataError:
+    return DataError.at(source.name, "empty", " has no rows; download it again")
 
 
 def _objects(piece: Piece, form: Form, row: int) -> Iterator[tuple[Place, Mapping[str, object]]]:
@@ -514,26 +519,20 @@ def _cell(place: Place, name: str, value: object) -> str | None:
         raise DataError.at(
             place, "bad-value", f": column {name!r} is neither text nor number; use the file of this data set", name
         )
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return checked(place, name, str(value))
+    return value_text(place, name, value)
 
 
-def checked(place: Place, name: str, text: str) -> str:
-    """Return a text after checking that it is valid in UTF-8.
+def value_text(place: Place, column: str, value: object) -> str:
+    """Return a single value as text; values that are neither text nor number count as missing.
 
     Raises:
-        DataError: If it has a lone surrogate or NUL.
+        DataError: If a text in it has a lone surrogate or NUL.
     """
-    if not text.isascii() and any("\ud800" <= mark <= "\udfff" for mark in text):
-        raise DataError.at(
-            place,
-            "encoding",
-            f": column {name!r} contains half of a surrogate pair, which is not valid text; correct the line",
-            name,
-        )
-    if "\0" in text:
-        raise DataError.at(place, "encoding", f": column {name!r} contains a NUL character; remove it", name)
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return ""
+    text = str(int(value) if isinstance(value, float) and value.is_integer() else value)
+    if is_no_text(text):
+        raise _no_text(place, f": column {column!r}", column)
     return text
 
 

@@ -115,14 +115,8 @@ def blocks(source: Source, form: Form, wanted: Mapping[str, Kind]) -> Iterator[T
     """
     if form.kind == "delimited":
         yield from Delimited(source, form).blocks(wanted)
-        return
-    empty = True
-    for block in object_blocks(source, form, wanted):
-        if block.frame.height:
-            empty = False
-            yield block
-    if empty:
-        raise DataError.at(source.name, "empty", " has no rows; download it again")
+    else:
+        yield from object_blocks(source, form, wanted)
 
 
 def header(source: Source, form: Form) -> tuple[str, ...]:
@@ -140,17 +134,12 @@ def records(source: Source, form: Form, columns: Sequence[str]) -> Iterator[tupl
     Raises:
         DataError: As `blocks`.
     """
-    if form.kind == "delimited":
-        for block in blocks(source, form, dict.fromkeys(columns, "text")):
-            for index, row in enumerate(block.frame.iter_rows(named=True)):
-                yield block.where(index), row
+    if form.kind != "delimited":
+        yield from object_records(source, form)
         return
-    empty = True
-    for place, record in object_records(source, form):
-        empty = False
-        yield place, record
-    if empty:
-        raise DataError.at(source.name, "empty", " has no rows; download it again")
+    for block in blocks(source, form, dict.fromkeys(columns, "text")):
+        for index, row in enumerate(block.frame.iter_rows(named=True)):
+            yield block.where(index), row
 
 
 # --------------------------------------------------------------------------- several files

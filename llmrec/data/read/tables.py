@@ -13,10 +13,9 @@ import polars as pl
 import pyarrow.compute as pc
 
 from llmrec.data.read import limits
-from llmrec.data.read.codes import stacked
+from llmrec.data.read.codes import as_whole, stacked
 from llmrec.data.read.limits import enumerated, reason, shown
 from llmrec.data.read.nested import EACH, in_polars, lists_in, opened, paths_within
-from llmrec.data.read.typed import as_whole
 from llmrec.errors import DataError, Place, did_you_mean
 from llmrec.terminal import logger
 

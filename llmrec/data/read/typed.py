@@ -7,14 +7,15 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, TypeVar
 
 import polars as pl
 
-from llmrec.data.read.codes import codes
+from llmrec.data.read.codes import as_whole, codes
 from llmrec.data.read.limits import WHOLE, shown
 from llmrec.data.read.markup import plain
-from llmrec.errors import DataError, Place
+from llmrec.data.read.tables import Table
+from llmrec.errors import DataError
 
 # --------------------------------------------------------------------------- dates in common formats
 
@@ -132,9 +133,14 @@ def _read(texts: pl.Series, known: Mapping[str, int]) -> pl.Series:
 def _iso(texts: pl.Series) -> pl.Series:
     """Convert ISO dates to seconds; null for other texts."""
     plain = texts.set(~texts.str.contains(_ISO), None).str.strip_suffix("Z").str.replace("T", " ", literal=True)
+    return _in_formats(plain, ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d"))
+
+
+def _in_formats(texts: pl.Series, formats: Sequence[str]) -> pl.Series:
+    """Convert dates in any of the formats to seconds; null for other texts."""
     result = pl.Series(texts.name, [None], dtype=pl.Float64).new_from_index(0, len(texts))
-    for form in ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d"):
-        result = result.fill_null(in_seconds(plain.str.to_datetime(form, strict=False, time_unit="us").dt.epoch("us")))
+    for form in formats:
+        result = result.fill_null(in_seconds(texts.str.to_datetime(form, strict=False, time_unit="us").dt.epoch("us")))
     return result
 
 
@@ -195,27 +201,10 @@ Unit = Literal["seconds", "milliseconds"]
 _MILLISECONDS_FROM = 1e11
 
 
-class Rows(Protocol):
-    """A table, or a block of its rows."""
-
-    @property
-    def name(self) -> str:
-        """Name of the table in errors."""
-        ...
-
-    def column(self, name: str, /) -> pl.Series:
-        """Return a column."""
-        ...
-
-    def where(self, index: int, /) -> Place:
-        """Return the location of a row, by its 0-based index."""
-        ...
-
-
 # --------------------------------------------------------------------------- texts and ids
 
 
-def texts(rows: Rows, column: str) -> pl.Series:
+def texts(rows: Table, column: str) -> pl.Series:
     """Return a column as texts; missing values become empty texts, and lists are joined by commas."""
     series = _dated(rows, column)
     if isinstance(series.dtype, pl.List):
@@ -225,19 +214,7 @@ def texts(rows: Rows, column: str) -> pl.Series:
     return result
 
 
-def as_whole(series: pl.Series) -> pl.Series:
-    """Return floats as integers if all are whole; other columns unchanged.
-
-    Other libraries convert integers to floats, which must not change ids.
-    """
-    if not series.dtype.is_float():
-        return series
-    series = series.fill_nan(None)
-    whole = ((series == series.round(0)) & (series.abs() < WHOLE)).all()
-    return series.cast(pl.Int64) if whole else series
-
-
-def unescaped(rows: Rows, column: str) -> pl.Series:
+def unescaped(rows: Table, column: str) -> pl.Series:
     """Return texts without HTML, see `markup.plain`; null for blank texts."""
     result = texts(rows, column)
     places = result.str.contains("[<&]").arg_true()
@@ -246,7 +223,7 @@ def unescaped(rows: Rows, column: str) -> pl.Series:
     return result.set(result.str.strip_chars() == "", None)
 
 
-def ids(rows: Rows, *columns: str) -> pl.Series:
+def ids(rows: Table, *columns: str) -> pl.Series:
     """Return ids as text; with several id columns, the first non-blank value counts.
 
     Raises:
@@ -269,7 +246,7 @@ def ids(rows: Rows, *columns: str) -> pl.Series:
     return result
 
 
-def _exact(rows: Rows, column: str) -> None:
+def _exact(rows: Table, column: str) -> None:
     """Reject floats that are too large to distinguish integer ids."""
     series = rows.column(column)
     row = _first((series.fill_nan(None).abs() >= WHOLE).fill_null(False)) if series.dtype.is_float() else None
@@ -283,7 +260,7 @@ def _exact(rows: Rows, column: str) -> None:
         )
 
 
-def one_per_item(rows: Rows, items: pl.Series, column: str) -> dict[str, str]:
+def one_per_item(rows: Table, items: pl.Series, column: str) -> dict[str, str]:
     """Return the most frequent non-blank text of each item."""
     counts = pl.DataFrame({"item": items, "text": _spelled(rows, column)}).group_by("item", "text").len()
     counts = counts.with_columns(pl.col("text").cast(pl.String)).filter(pl.col("text").str.strip_chars() != "")
@@ -291,7 +268,7 @@ def one_per_item(rows: Rows, items: pl.Series, column: str) -> dict[str, str]:
     return dict(counts.unique("item", keep="first", maintain_order=True).select("item", "text").iter_rows())
 
 
-def _spelled(rows: Rows, column: str) -> pl.Series:
+def _spelled(rows: Table, column: str) -> pl.Series:
     """Return a column as texts, coded if the table has codes."""
     if not isinstance(rows.column(column).dtype, pl.Enum):
         return texts(rows, column)
@@ -300,7 +277,7 @@ def _spelled(rows: Rows, column: str) -> pl.Series:
     return result
 
 
-def _no_nul(rows: Rows, column: str, found: pl.Series) -> None:
+def _no_nul(rows: Table, column: str, found: pl.Series) -> None:
     row = _first_of(found, lambda values: values.str.contains("\0", literal=True))
     if row is not None:
         raise DataError.at(rows.where(row), "encoding", f": column {column!r} has a NUL character; remove it", column)
@@ -309,7 +286,7 @@ def _no_nul(rows: Rows, column: str, found: pl.Series) -> None:
 # --------------------------------------------------------------------------- numbers and times
 
 
-def numbers(rows: Rows, column: str, what: str, *, absent: float | None = None) -> pl.Series:
+def numbers(rows: Table, column: str, what: str, *, absent: float | None = None) -> pl.Series:
     """Return a column of finite numbers.
 
     Args:
@@ -334,7 +311,7 @@ def numbers(rows: Rows, column: str, what: str, *, absent: float | None = None) 
     return result if absent is None else result.set(result == absent, None)
 
 
-def times(rows: Rows, column: str, order: DateOrder | None = None) -> pl.Series:
+def times(rows: Table, column: str, order: DateOrder | None = None) -> pl.Series:
     """Return a column of times as numbers; dates become seconds since 1970 (UTC unless they have an offset).
 
     The first row decides whether a column has numbers or dates.
@@ -408,7 +385,7 @@ def off_calendar(series: pl.Series) -> int | None:
     return _first(((number < _FIRST_DAY * unit) | (number >= (_LAST_DAY + 1) * unit)).fill_null(False))
 
 
-def _dated(rows: Rows, column: str) -> pl.Series:
+def _dated(rows: Table, column: str) -> pl.Series:
     """Return a column after checking that its dates are between the years 1 and 9999."""
     series = rows.column(column)
     row = off_calendar(series)
@@ -437,11 +414,10 @@ def since_1970(latest: float) -> bool:
     return latest >= _UNITS["seconds"]
 
 
-def _one_unit(rows: Rows, column: str, values: pl.Series) -> pl.Series:
+def _one_unit(rows: Table, column: str, values: pl.Series) -> pl.Series:
     """Return numbers unchanged, after checking that times since 1970 all have the same unit.
 
-    Raises:
-        DataError: If not: a row in another unit would be before or after all others.
+    A row in another unit would be before or after all others.
     """
     begins = [*_UNITS.values(), float("inf")]
     place = {
@@ -461,7 +437,7 @@ def _one_unit(rows: Rows, column: str, values: pl.Series) -> pl.Series:
     )
 
 
-def moments(rows: Rows, column: str, unit: Unit | None) -> tuple[pl.Series, Unit]:
+def moments(rows: Table, column: str, unit: Unit | None) -> tuple[pl.Series, Unit]:
     """Return times as seconds since 1970, from seconds or milliseconds.
 
     Args:
@@ -488,18 +464,14 @@ def moments(rows: Rows, column: str, unit: Unit | None) -> tuple[pl.Series, Unit
     return (result / 1000 if unit == "milliseconds" else result), unit
 
 
-def dates(rows: Rows, column: str, formats: Sequence[str]) -> pl.Series:
+def dates(rows: Table, column: str, formats: Sequence[str]) -> pl.Series:
     """Return dates as seconds since 1970, in UTC unless they have an offset.
 
     Raises:
         DataError: If a value matches none of the formats.
     """
     series = rows.column(column).cast(pl.String).str.strip_chars()
-    result = pl.Series(column, [None] * series.len(), pl.Float64)
-    for form in formats:
-        result = result.fill_null(in_seconds(series.str.to_datetime(form, strict=False, time_unit="us").dt.epoch("us")))
-        if not result.null_count():
-            break
+    result = _in_formats(series, formats)
     row = _first(result.is_null())
     if row is not None:
         raise DataError.at(

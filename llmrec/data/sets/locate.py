@@ -15,10 +15,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from llmrec.data.read.files import Member, listing, user_path
-from llmrec.data.read.limits import reason, require_file, stands
+from llmrec.data.read.files import Member, listing, near, user_path
+from llmrec.data.read.limits import reason, require_file
 from llmrec.data.sets.pages import Known, Layout
-from llmrec.errors import DataError, did_you_mean
+from llmrec.errors import DataError
 from llmrec.resources import cache_dir
 
 
@@ -26,14 +26,7 @@ from llmrec.resources import cache_dir
 class Located:
     """The files of a data set in one of its published variants.
 
-    Attributes:
-        where: The folder or archive.
-        layout: The variant.
-        category: The text that ``*`` matches in the pattern of the file of interactions.
-        events: The file of interactions.
-        items: The file of items.
-        people: The file of user profiles.
-        renames: The file of item ids.
+    ``category`` is the text that ``*`` matches in the pattern of the file of interactions.
     """
 
     where: str
@@ -57,7 +50,7 @@ def locate(known: Known, path: str | None, items: str | None) -> Located:
         DataError: If a file is missing or ambiguous.
     """
     chosen = user_path(path) if path is not None else _cached(known)
-    if stands(chosen) and not chosen.is_dir():
+    if not chosen.is_dir() and (chosen.exists() or chosen.is_symlink()):
         require_file(chosen, _ways(known))
     named = chosen.is_file() and chosen.suffix.lower() != ".zip"
     if named:
@@ -72,7 +65,7 @@ def locate(known: Known, path: str | None, items: str | None) -> Located:
             return _complete(known, str(place), layout, category, events, members, items)
     if not chosen.exists():
         raise DataError(
-            f"data.path={path}: the file or folder does not exist{_near(chosen)}; {_ways(known)}",
+            f"data.path={path}: the file or folder does not exist{near(chosen)}; {_ways(known)}",
             kind="missing-file",
             at=chosen,
             column="data.path",
@@ -91,13 +84,6 @@ def _ways(known: Known) -> str:
         f"download {known.fetch} from {known.page} (terms: {known.licence}) and set data.path to the folder, "
         "the zip or the file"
     )
-
-
-def _near(path: Path) -> str:
-    try:
-        return did_you_mean(path.name, [other.name for other in path.parent.iterdir()])
-    except OSError:
-        return ""
 
 
 def _cached(known: Known) -> Path:
@@ -204,12 +190,12 @@ def _complete(
     items: str | None,
 ) -> Located:
     """Return all files of the data set to which a file of interactions belongs."""
-    near = [member for member in members if member.folder == events.folder]
+    around = [member for member in members if member.folder == events.folder]
 
     def beside(patterns: Sequence[str]) -> Member | None:
         for pattern in patterns:
             name = pattern.replace("{}", category) if category else pattern.replace("{}", "*")
-            fitting = [member for member in near if captured(name, member.plain) is not None and member != events]
+            fitting = [member for member in around if captured(name, member.plain) is not None and member != events]
             if len({member.plain for member in fitting}) == 1:
                 return fitting[0]
         return None

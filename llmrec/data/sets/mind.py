@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import polars as pl
 
-from llmrec.data.assemble import assemble
+from llmrec.data.assemble import assemble, origin, refuse_columns
 from llmrec.data.dataset import Dataset
-from llmrec.data.read.columns import numbered
 from llmrec.data.read.limits import shown
 from llmrec.data.read.table import blocks
 from llmrec.data.read.tables import Table
 from llmrec.data.read.typed import dates, ids
 from llmrec.data.sets.locate import locate
 from llmrec.data.sets.pages import known
-from llmrec.data.sets.published import catalogue_of, check_known_keys
-from llmrec.data.sets.sequences import refuse_repeats
+from llmrec.data.sets.published import catalogue_of
+from llmrec.data.sets.sequences import by_line
 from llmrec.errors import DataError, Place
 from llmrec.recipe.schema import DataSection
 
@@ -33,7 +32,7 @@ def mind(section: DataSection, *, seed: int) -> Dataset:
         DataError: If a file is missing or damaged, or has an invalid row.
     """
     page = known("mind")
-    check_known_keys(page, section)
+    refuse_columns(section, page.name, "text")
     result = locate(page, section.path, section.items)
     spec = result.layout.events
     histories: list[pl.DataFrame] = []
@@ -49,29 +48,21 @@ def mind(section: DataSection, *, seed: int) -> Dataset:
         raise DataError.at(
             result.events.name, "empty", " contains neither histories nor clicks; use the train or dev split of MIND"
         )
-    lines_of = frame[_LINE]
-    refuse_repeats(section, frame, lambda row: Place(result.events.name, line=lines_of[row]))
-    rows = frame.select("user_id", "item_id")
-    catalogue = catalogue_of(result, set(rows["item_id"].unique()), {})
-    read = [member for member in (result.events, result.items) if member is not None]
+    catalogue = catalogue_of(result, set(frame["item_id"].unique()), {})
     return assemble(
         section,
-        numbered(result.events.name, [lines_of.to_list()]),
-        rows,
+        by_line(result.events.name, frame),
+        frame.drop(_LINE),
         catalogue.items,
-        {},
         name=page.name,
         noun=page.noun,
-        scale=None,
-        provenance={
-            "source": page.name,
-            "path": "; ".join(member.name for member in read),
-            "sha256": "; ".join(dict.fromkeys(member.sha256 for member in read)),
-            "rows": str(rows.height),
-            "made": "no",
-            "licence": page.licence,
-            "notes": "; ".join([*page.notes, *catalogue.notes]),
-        },
+        provenance=origin(
+            page.name,
+            (result.events, result.items),
+            rows=frame.height,
+            licence=page.licence,
+            notes=[*page.notes, *catalogue.notes],
+        ),
     )
 
 

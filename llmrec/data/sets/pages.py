@@ -213,7 +213,7 @@ class Known(Section):
     @property
     def shipped(self) -> bool:
         """Whether the description is included in the package and can be selected by name."""
-        return not self.name.lower().endswith((".yaml", ".yml"))
+        return not is_page(self.name)
 
 
 PAGE = (".yaml", ".yml")
@@ -252,15 +252,7 @@ def _published(name: str) -> Known:
 
 @dataclass(frozen=True)
 class Counts:
-    """The numbers of users, items and interactions.
-
-    Attributes:
-        users: Users with an interaction; None if not published.
-        items: Items with an interaction; None if not published.
-        interactions: Number of rows.
-        origin: The source of the numbers.
-        rounded: Whether they are rounded to tenths of a thousand or of a million.
-    """
+    """The numbers of users and items with an interaction, None if not published, and of rows; see `Published`."""
 
     users: int | None
     items: int | None
@@ -287,19 +279,3 @@ class Counts:
     def __str__(self) -> str:
         parts = ((self.users, "users"), (self.items, "items"), (self.interactions, "interactions"))
         return " / ".join(f"{number:,} {what}" for number, what in parts if number is not None)
-
-
-def comparison(known: Counts, here: Counts) -> tuple[str, bool]:
-    """Compare the size of loaded data with the published size.
-
-    Args:
-        known: The published numbers.
-        here: The numbers read, before any filter.
-
-    Returns:
-        A sentence, and whether the numbers differ.
-    """
-    if known.agrees(here):
-        return f"as published: {known} ({known.origin})", False
-    sentence = f"published: {known} ({known.origin}); here: {here}. This is expected if the file was filtered or cut"
-    return sentence, True

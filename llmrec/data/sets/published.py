@@ -8,20 +8,20 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from llmrec.data.assemble import assemble
+from llmrec.data.assemble import assemble, origin, refuse_columns
 from llmrec.data.dataset import Dataset
 from llmrec.data.read.columns import Kind, numbered
 from llmrec.data.read.files import Member
 from llmrec.data.read.markup import has_markup, plain
-from llmrec.data.read.objects import checked
+from llmrec.data.read.objects import value_text
 from llmrec.data.read.table import blocks, records
 from llmrec.data.read.tables import Table
 from llmrec.data.read.typed import Unit, dates, ids, moments, numbers, unescaped
 from llmrec.data.sets.locate import Located, locate
-from llmrec.data.sets.pages import Attribute, Counts, Events, Items, Known, People, Renames, comparison, known
+from llmrec.data.sets.pages import Attribute, Counts, Events, Items, Known, People, Renames, known
 from llmrec.data.sets.pages import published as every_set
 from llmrec.errors import DataError, Place
-from llmrec.recipe.schema import Columns, DataSection
+from llmrec.recipe.schema import DataSection
 from llmrec.terminal import logger
 from llmrec.types import Item
 
@@ -56,7 +56,7 @@ def load(page: Known, section: DataSection) -> Dataset:
     Raises:
         DataError: If a file is missing or damaged, or has an invalid row.
     """
-    check_known_keys(page, section)
+    refuse_columns(section, page.name, "text")
     result = locate(page, section.path, section.items)
     events = read_events(result.events, result.layout.events, _text_column(page, result.layout.events, section))
     _check_widths(page, events.frame, result.events.name)
@@ -68,27 +68,23 @@ def load(page: Known, section: DataSection) -> Dataset:
     notes = [*page.notes, *catalogue.notes]
     if result.layout.events.time is None:
         notes.append("the data have no timestamps: a seeded hash orders the items of a user")
-    read = [member for member in (result.events, result.items, result.people, result.renames) if member is not None]
-    provenance = {
-        "source": page.name,
-        "path": "; ".join(member.name for member in read),
-        "sha256": "; ".join(dict.fromkeys(member.sha256 for member in read)),
-        "rows": str(events.frame.height),
-        "made": "no",
-        "licence": page.licence,
-        **compared(page, result.events.plain, events.frame),
-        **({"notes": "; ".join(notes)} if notes else {}),
-    }
     return assemble(
         section,
         events.table,
         events.frame,
         catalogue.items,
-        people,
         name="-".join(filter(None, (page.name, result.category.lower()))),
+        provenance=origin(
+            page.name,
+            (result.events, result.items, result.people, result.renames),
+            rows=events.frame.height,
+            licence=page.licence,
+            published=compared(page, result.events.plain, events.frame),
+            notes=notes,
+        ),
+        users=people,
         noun=page.noun,
         scale=page.scale,
-        provenance=provenance,
     )
 
 
@@ -98,9 +94,12 @@ def compared(page: Known, file: str, frame: pl.DataFrame) -> dict[str, str]:
     if counted is None:
         return {}
     here = Counts(frame["user_id"].n_unique(), frame["item_id"].n_unique(), frame.height, "here")
-    sentence, differs = comparison(counted, here)
-    if differs:
-        log.warning("%s: %s", page.name, sentence)
+    if counted.agrees(here):
+        return {"published": f"as published: {counted} ({counted.origin})"}
+    sentence = (
+        f"published: {counted} ({counted.origin}); here: {here}. This is expected if the file was filtered or cut"
+    )
+    log.warning("%s: %s", page.name, sentence)
     return {"published": sentence}
 
 
@@ -123,16 +122,6 @@ def _check_widths(page: Known, frame: pl.DataFrame, file: str) -> None:
             f"{file}: the user column contains product ids, so this is another edition; use the source {others}",
             kind="wrong-format",
             at=file,
-        )
-
-
-def check_known_keys(known: Known, section: DataSection) -> None:
-    """Reject recipe keys that do not apply to a data set with known columns."""
-    if section.columns != Columns(text=section.columns.text):
-        raise DataError(
-            f"data.columns: source {known.name!r} has fixed columns; set only data.columns.text, or use source 'table'",
-            kind="contradiction",
-            column="data.columns",
         )
 
 
@@ -380,19 +369,6 @@ def read_people(member: Member, spec: People) -> dict[str, dict[str, str]]:
             )
         people[user] = {attribute.name: rendered(place, attribute, row) for attribute in spec.attributes}
     return people
-
-
-def value_text(place: Place, column: str, value: object) -> str:
-    """Return a single value as text; values that are neither text nor number count as missing.
-
-    Raises:
-        DataError: If a text in it cannot be stored.
-    """
-    if value is None or isinstance(value, bool) or not isinstance(value, str | int | float):
-        return ""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return checked(place, column, str(value))
 
 
 def rendered(place: Place, attribute: Attribute, row: Mapping[str, object]) -> str:

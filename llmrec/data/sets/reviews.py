@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import polars as pl
 
-from llmrec.data.assemble import assemble, catalogue
+from llmrec.data.assemble import assemble, catalogue, refuse_columns
 from llmrec.data.dataset import Dataset, Review
 from llmrec.data.derived import NAMES, TITLES, keyphrases
 from llmrec.data.read.files import Member, user_path
@@ -14,7 +14,7 @@ from llmrec.data.read.table import read_table
 from llmrec.data.sets.pages import known
 from llmrec.data.sets.published import read_events
 from llmrec.errors import DataError
-from llmrec.recipe.schema import Columns, DataSection
+from llmrec.recipe.schema import DataSection
 from llmrec.types import Item
 
 _TEXT, _HEADLINE = "reviewText", "summary"
@@ -39,14 +39,7 @@ def amazon_reviews(section: DataSection, *, seed: int) -> Dataset:
             kind="missing-key",
             column="data.path",
         )
-    own = Columns(title=section.columns.title, fields=section.columns.fields)
-    if section.columns != own:
-        raise DataError(
-            "source 'amazon-reviews' has fixed columns; in data.columns, set only title and fields, which name "
-            "columns of data.items",
-            kind="contradiction",
-            column="data.columns",
-        )
+    refuse_columns(section, "amazon-reviews", "title", "fields")
     path = user_path(section.path)
     member = Member(str(path), path)
     events = read_events(member, known("amazon-2014").layouts[0].events, _TEXT, (_HEADLINE,))
@@ -62,7 +55,6 @@ def amazon_reviews(section: DataSection, *, seed: int) -> Dataset:
         main,
         frame,
         items,
-        {},
         name="amazon-reviews",
         noun="products",
         scale=_SCALE,

@@ -16,24 +16,25 @@ from typing import NamedTuple
 
 import polars as pl
 
-from llmrec.data.assemble import assemble
+from llmrec.data.assemble import assemble, origin, refuse_columns
 from llmrec.data.dataset import Dataset, GivenSplit
-from llmrec.data.read.columns import Kind, numbered
+from llmrec.data.read.columns import Kind
 from llmrec.data.read.files import Member
 from llmrec.data.read.limits import shown
 from llmrec.data.read.table import blocks, header
+from llmrec.data.read.tables import Table
 from llmrec.data.sets.sequences import (
+    COLUMNS,
     LICENCE,
-    check_keys,
+    by_line,
     items_member,
     items_of,
     member_of,
     members_of,
     name_of,
-    refuse_repeats,
     table_form,
 )
-from llmrec.errors import DataError, Place
+from llmrec.errors import DataError
 from llmrec.recipe.schema import DataSection
 
 _PARTS = {
@@ -57,7 +58,7 @@ def samples(section: DataSection, *, seed: int) -> Dataset:
     Raises:
         DataError: If a file is missing, or has an invalid row or item.
     """
-    check_keys("samples", section)
+    refuse_columns(section, "samples", *COLUMNS)
     if section.split.kind != "given":
         raise DataError(
             f"data.split.kind={section.split.kind}: the source 'samples' comes with a fixed split; set "
@@ -73,38 +74,30 @@ def samples(section: DataSection, *, seed: int) -> Dataset:
     }
     rows = {part: list(_read(member)) for part, member in result.items()}
     people = _follow(rows)
-    built = _Built()
-    dropped = _add_training(built, people, result["train"])
-    held = {part: _add_held_out(built, people, part, result[part]) for part in ("valid", "test")}
-    frame = pl.DataFrame({"user_id": built.users, "item_id": built.items})
-
-    def place(row: int) -> Place:
-        return Place(built.files[row], line=built.lines[row])
-
-    refuse_repeats(section, frame, place)
+    learned, dropped = _learned(people)
+    held = {part: _held_out(people, part) for part in ("valid", "test")}
+    tables = [
+        by_line(result[part].name, _in_columns(events), header=1) for part, events in {"train": learned, **held}.items()
+    ]
+    frame = pl.concat([table.frame for table in tables])
     entries = items_member(members, section)
-    catalogue, notes = items_of(section, frame["item_id"], entries, place)
-    read = [member for member in (*result.values(), entries) if member is not None]
+    catalogue, notes = items_of(section, frame["item_id"], entries)
     dataset = assemble(
         section,
-        numbered(result["train"].name, [built.lines]),
+        Table(result["train"].name, frame, parts=tuple(tables)),
         frame,
         catalogue,
-        {},
         name=name_of(result["train"], "train"),
-        noun="items",
-        scale=None,
-        provenance={
-            "source": "samples",
-            "path": "; ".join(member.name for member in read),
-            "sha256": "; ".join(dict.fromkeys(member.sha256 for member in read)),
-            "rows": " / ".join(f"{part} {len(part_rows)}" for part, part_rows in rows.items()),
-            "made": "no",
-            "licence": LICENCE,
-            "notes": "; ".join([*notes, *_limits(rows, people, dropped)]),
-        },
+        provenance=origin(
+            "samples",
+            (*result.values(), entries),
+            rows=" / ".join(f"{part} {len(part_rows)}" for part, part_rows in rows.items()),
+            licence=LICENCE,
+            notes=[*notes, *_limits(rows, people, dropped)],
+        ),
     )
-    return replace(dataset, given=GivenSplit(held["valid"], held["test"], frozenset(built.held_out)))
+    valid, test = (frozenset((user, items[-1]) for user, items, _ in events) for events in held.values())
+    return replace(dataset, given=GivenSplit(valid, test, frozenset(user for user, _ in valid | test)))
 
 
 def _read(member: Member) -> Iterator[_Row]:
@@ -134,6 +127,10 @@ class _Person:
 
     name: str
     rows: dict[str, list[_Row]] = field(default_factory=lambda: {part: [] for part in _PARTS})
+
+    @property
+    def first(self) -> _Row:
+        return next(part_rows[0] for part_rows in self.rows.values() if part_rows)
 
 
 def _follow(rows: Mapping[str, Sequence[_Row]]) -> list[_Person]:
@@ -169,25 +166,17 @@ def _first_place(person: _Person) -> tuple[int, int]:
     return part, min(row.line for row in list(person.rows.values())[part])
 
 
-@dataclass
-class _Built:
-    """Interactions collected so far, in columns, and the held-out users."""
+class _Events(NamedTuple):
+    """Consecutive interactions of a user that come from one line."""
 
-    users: list[str] = field(default_factory=list)
-    items: list[str] = field(default_factory=list)
-    files: list[str] = field(default_factory=list)
-    lines: list[int] = field(default_factory=list)
-    held_out: list[str] = field(default_factory=list)
-
-    def add(self, user: str, items: Sequence[str], member: Member, line: int) -> None:
-        self.users += [user] * len(items)
-        self.items += items
-        self.files += [member.name] * len(items)
-        self.lines += [line] * len(items)
+    user: str
+    items: Sequence[str]
+    line: int
 
 
-def _add_training(built: _Built, people: Sequence[_Person], member: Member) -> int:
-    """Add the training interactions of each user, and return how many were left out because they are held out later."""
+def _learned(people: Sequence[_Person]) -> tuple[list[_Events], int]:
+    """Return the training interactions, and how many were left out because they are held out later."""
+    events: list[_Events] = []
     dropped = 0
     for person in people:
         held = {row.target for part in ("valid", "test") for row in person.rows[part]}
@@ -196,24 +185,28 @@ def _add_training(built: _Built, people: Sequence[_Person], member: Member) -> i
             # A row that continues the known interactions adds only its target, even if its history is truncated; other
             # rows of the same user add the items that are not yet known.
             continues = bool(row.history) and tuple(had[-len(row.history) :]) == row.history
-            events = [row.target] if continues else [item for item in (*row.history, row.target) if item not in had]
-            kept = [item for item in events if item not in held]
-            dropped += len(events) - len(kept)
-            built.add(person.name, kept, member, row.line)
-            had += events
-    return dropped
+            more = [row.target] if continues else [item for item in (*row.history, row.target) if item not in had]
+            kept = [item for item in more if item not in held]
+            dropped += len(more) - len(kept)
+            if kept:
+                events.append(_Events(person.name, kept, row.line))
+            had += more
+    return events, dropped
 
 
-def _add_held_out(built: _Built, people: Sequence[_Person], part: str, member: Member) -> frozenset[tuple[str, str]]:
-    """Add each held-out row as a separate user, and return the held-out (user, item) pairs."""
-    pairs = set()
-    for person in people:
-        for number, row in enumerate(person.rows[part], start=1):
-            user = f"{person.name}/{part}-{number}"
-            built.held_out.append(user)
-            built.add(user, (*row.history, row.target), member, row.line)
-            pairs.add((user, row.target))
-    return frozenset(pairs)
+def _held_out(people: Sequence[_Person], part: str) -> list[_Events]:
+    """Return the held-out rows, each as a separate user whose last interaction is held out."""
+    return [
+        _Events(f"{person.name}/{part}-{number}", [*row.history, row.target], row.line)
+        for person in people
+        for number, row in enumerate(person.rows[part], start=1)
+    ]
+
+
+def _in_columns(events: Sequence[_Events]) -> pl.DataFrame:
+    """Return one row per interaction, with its line number."""
+    schema = {"user_id": pl.String(), "item_id": pl.List(pl.String), "line": pl.Int64()}
+    return pl.DataFrame(events, schema=schema, orient="row").explode("item_id")
 
 
 def _limits(rows: Mapping[str, Sequence[_Row]], people: Sequence[_Person], dropped: int) -> list[str]:
@@ -233,12 +226,8 @@ def _limits(rows: Mapping[str, Sequence[_Row]], people: Sequence[_Person], dropp
     lost = sum(
         len(person.rows["valid"]) + len(person.rows["test"])
         for person in people
-        if not person.rows["train"] and max(len(row.history) for row in _first_rows(person)) > 1
+        if not person.rows["train"] and len(person.first.history) > 1
     )
     if lost:
         notes.append(f"{lost} held-out rows do not continue a training row, so their items may be in the training data")
     return notes
-
-
-def _first_rows(person: _Person) -> list[_Row]:
-    return [part_rows[0] for part_rows in person.rows.values() if part_rows][:1]

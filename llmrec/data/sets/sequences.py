@@ -6,27 +6,29 @@ and ``items.tsv`` with ``item_id``, ``title`` and further columns; each may be g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from array import array
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import polars as pl
 
-from llmrec.data.assemble import assemble
+from llmrec.data.assemble import assemble, origin, refuse_columns
 from llmrec.data.dataset import Dataset
-from llmrec.data.read.columns import numbered
 from llmrec.data.read.files import Member, listing, user_path
 from llmrec.data.read.limits import shown
 from llmrec.data.read.table import header
+from llmrec.data.read.tables import Table
 from llmrec.data.read.text import Form, Piece, Pieces, decoded
 from llmrec.data.sets.pages import Attribute, Items
 from llmrec.data.sets.published import read_items, untitled
 from llmrec.errors import DataError, Place
-from llmrec.recipe.schema import Columns, DataSection
+from llmrec.recipe.schema import DataSection
 from llmrec.types import Item
 
 LICENCE = "see the author of the files"
+COLUMNS = ("item", "title", "fields")
+"""Keys of ``data.columns`` that name columns of the table of items."""
 _FIELDS = ("categories", "category", "genres", "brand", "year")
-_PAIR = ["user_id", "item_id"]
 
 
 def sequences(section: DataSection, *, seed: int) -> Dataset:
@@ -35,42 +37,25 @@ def sequences(section: DataSection, *, seed: int) -> Dataset:
     Raises:
         DataError: If a file is missing, or has an invalid line or item.
     """
-    check_keys("sequences", section)
+    refuse_columns(section, "sequences", *COLUMNS)
     members = members_of("sequences", section.path)
     named = is_file_named(section.path)
     main = members[0] if named else member_of(members, ("sequences.txt",), section.path, "with one line per user")
     entries = items_member(members, section)
-    frame, lines = _read(main)
-
-    def place(row: int) -> Place:
-        return Place(main.name, line=lines[row])
-
-    refuse_repeats(section, frame, place)
-    catalogue, notes = items_of(section, frame["item_id"], entries, place)
-    read = [member for member in (main, entries) if member is not None]
+    frame = _read(main)
+    catalogue, notes = items_of(section, frame["item_id"], entries)
     return assemble(
         section,
-        numbered(main.name, [lines]),
+        by_line(main.name, frame),
         frame,
         catalogue,
-        {},
         name=name_of(main, "sequences"),
-        noun="items",
-        scale=None,
-        provenance={
-            "source": "sequences",
-            "path": "; ".join(member.name for member in read),
-            "sha256": "; ".join(dict.fromkeys(member.sha256 for member in read)),
-            "rows": str(frame.height),
-            "made": "no",
-            "licence": LICENCE,
-            **({"notes": "; ".join(notes)} if notes else {}),
-        },
+        provenance=origin("sequences", (main, entries), rows=frame.height, licence=LICENCE, notes=notes),
     )
 
 
-def _read(main: Member) -> tuple[pl.DataFrame, list[int]]:
-    """Return one row per interaction, and the line number of each row."""
+def _read(main: Member) -> pl.DataFrame:
+    """Return one row per interaction, with its line number."""
     with main.open() as stream:
         frames = [_sequences_of(piece) for piece in Pieces(main, stream) if not piece.raw.isspace()]
     if not frames or all(frame.is_empty() for frame in frames):
@@ -85,8 +70,7 @@ def _read(main: Member) -> tuple[pl.DataFrame, list[int]]:
             "duplicate",
             f": user {shown(user)} already has line {first}; write one line per user, oldest item first",
         )
-    rows = users.explode("item_id")
-    return rows.select(_PAIR), rows["line"].to_list()
+    return users.explode("item_id")
 
 
 def _sequences_of(piece: Piece) -> pl.DataFrame:
@@ -108,16 +92,16 @@ def _sequences_of(piece: Piece) -> pl.DataFrame:
 # --------------------------------------------------------------------------- shared code
 
 
-def check_keys(source: str, section: DataSection) -> None:
-    """Reject recipe keys that do not apply to files without columns of interactions."""
-    columns = section.columns
-    if columns != Columns(item=columns.item, title=columns.title, fields=columns.fields):
-        raise DataError(
-            f"data.columns: source {source!r} has fixed columns; set only item, title and fields, "
-            "which name columns of its item table",
-            kind="contradiction",
-            column="data.columns",
-        )
+def by_line(name: str, frame: pl.DataFrame, header: int = 0) -> Table:
+    """Return a table that locates interactions for errors, of which several are on one line.
+
+    Args:
+        name: The file.
+        frame: One row per interaction, with its line number in the column ``line``.
+        header: Number of lines before the first row of the file.
+    """
+    lines = array("q", frame["line"].cast(pl.Int64).to_numpy().tobytes())
+    return Table(name, frame, lines=lines, rows=array("q", (line - 1 - header for line in lines)))
 
 
 def members_of(source: str, path: str | None) -> list[Member]:
@@ -186,18 +170,17 @@ def table_form(member: Member) -> Form:
 
 
 def items_of(
-    section: DataSection, item_ids: pl.Series, entries: Member | None, place: Callable[[int], Place]
+    section: DataSection, item_ids: pl.Series, entries: Member | None
 ) -> tuple[Mapping[str, Item], tuple[str, ...]]:
-    """Return the `Item` of every item id, and notes on missing titles.
+    """Return the `Item` of every item id in the table of items, and notes on missing titles.
 
     Args:
         section: The recipe's section.
         item_ids: The item of each interaction.
-        entries: The table of items, if any.
-        place: Returns the location of an interaction for errors.
+        entries: The table of items; without it, ids stand in for titles.
 
     Raises:
-        DataError: If an item is not in the table, or the table lacks a column.
+        DataError: If the table lacks a column.
     """
     wanted = set(item_ids.unique())
     if entries is None:
@@ -221,42 +204,9 @@ def items_of(
             "duplicate",
             f" lists {listed.repeated} items more than once; drop the repeats, or set data.duplicates=keep_last",
         )
-    _all_listed(item_ids, known, entries, place)
     catalogue = {item: Item(item_id=item, title=name or item, fields=fields) for item, (name, fields) in known.items()}
     missing = sum(name is None for name, _ in known.values())
     return catalogue, untitled(entries.name, missing, len(known)) + listed.notes(entries.name)
-
-
-def _all_listed(item_ids: pl.Series, known: Iterable[str], entries: Member, place: Callable[[int], Place]) -> None:
-    listed = pl.Series(list(known), dtype=pl.String)
-    absent = (~item_ids.is_in(listed.implode())).arg_true()
-    if absent.len():
-        item = item_ids[absent[0]]
-        raise DataError.at(
-            place(absent[0]),
-            "unknown-name",
-            f": item {shown(item)} is not in {entries.name} ({item_ids.gather(absent).n_unique()} items are missing); "
-            "add the item there, or drop it here",
-        )
-
-
-def refuse_repeats(section: DataSection, frame: pl.DataFrame, place: Callable[[int], Place]) -> None:
-    """Reject a repeated (user, item) pair, unless the recipe keeps the latest interaction.
-
-    Raises:
-        DataError: With the location of the first one.
-    """
-    if section.duplicates != "error":
-        return
-    again = (~frame.select(pl.struct(_PAIR).is_first_distinct()).to_series()).arg_true()
-    if again.len():
-        user, item = frame.select(_PAIR).row(again[0])
-        raise DataError.at(
-            place(again[0]),
-            "duplicate",
-            f": user {shown(user)} has item {shown(item)} again ({again.len()} repeats); drop "
-            "the repeats, or set data.duplicates=keep_last to keep the latest of each",
-        )
 
 
 def name_of(main: Member, usual: str) -> str:

@@ -226,10 +226,8 @@ def table(section: DataSection, *, seed: int) -> Dataset:
         main,
         frame,
         catalogue(section, main, item_ids, listed),
-        profiles(section, main, user_ids, people),
         name=_name(section),
-        noun="items",
-        scale=None,
+        users=profiles(section, main, user_ids, people),
         parts=parts,
         provenance={
             "source": "table",
@@ -376,10 +374,8 @@ def explanations(section: DataSection, *, seed: int) -> Dataset:
             item: Item(item_id=item, title=titles.get(item, item), fields={"about": about.get(item, "")})
             for item in items.unique()
         },
-        {user: {"taste": taste} for user, taste in one_per_item(main, users, "user_summary").items()},
         name="explanations",
-        noun="items",
-        scale=None,
+        users={user: {"taste": taste} for user, taste in one_per_item(main, users, "user_summary").items()},
         provenance={
             "source": "explanations",
             "path": main.name,
