@@ -16,7 +16,6 @@ from llmrec.tasks.base import (
     keyed,
     listed,
     passes,
-    ranking_reward,
     refuse_test,
     solved_examples,
 )
@@ -155,10 +154,6 @@ class AlignmentTask(Task):
         name = "code" if chosen.answers_with_code else "title"
         return read_item(completion, items_by_text(self._view, name, listed(request, self.family)), request)
 
-    def reward(self, answer: Answer, case: Case) -> float:
-        """Return 1 / log2(1 + rank) of the true item, averaged over ties; 0 if it is not ranked."""
-        return ranking_reward(answer, case)
-
     def shows(self, template: Template, shots: int) -> str:
         """Describe what a prompt shows; see `Task`."""
         return f"{'text' if template.answers_with_code else 'code'} of the item{solved_examples(shots)}"
@@ -174,11 +169,7 @@ class AlignmentTask(Task):
     # ----------------------------------------------------------------------- building blocks
 
     def _check(self, template: Template) -> None:
-        """Reject templates that do not map codes to texts or texts to codes.
-
-        Raises:
-            RecipeError: If the template is invalid; the message names it and the problem.
-        """
+        """Reject templates that do not map codes to texts or texts to codes."""
         refuse_list(template)
         if template.asks_with_code == template.answers_with_code:
             raise RecipeError(

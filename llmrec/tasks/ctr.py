@@ -23,7 +23,6 @@ from llmrec.tasks.base import (
     Values,
     View,
     asked_item,
-    counted_rows,
     passes,
     rated,
     refuse_test,
@@ -74,6 +73,7 @@ class CtrTask(Task):
     """
 
     family = "ctr"
+    _column = "rating"
     kinds = (YES, NO)
 
     def __init__(self, section: CtrSection, inputs: TaskInputs) -> None:
@@ -203,10 +203,6 @@ class CtrTask(Task):
         if not isinstance(answer, Probability):
             return 0.0
         return 1.0 - (answer.value - float(case.truth)) ** 2
-
-    def training_size(self) -> int:
-        """Return the number of training ratings."""
-        return counted_rows(self._data, "rating")
 
     def scored_by(self, template: Template) -> str:
         """Return the strategy that compares the probabilities of yes and no."""

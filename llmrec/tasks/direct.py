@@ -22,11 +22,9 @@ from llmrec.tasks.base import (
     Pasts,
     Values,
     View,
-    counted_rows,
     keyed,
     listed,
     passes,
-    ranking_reward,
     refuse_test,
 )
 from llmrec.tasks.cases import Cases, held_out, ranking_cases
@@ -42,7 +40,6 @@ from llmrec.tasks.task import Task, TaskInputs, Want
 from llmrec.tasks.templates import choose, refuse_list
 from llmrec.types import (
     Answer,
-    Case,
     Event,
     Example,
     Interaction,
@@ -395,10 +392,6 @@ class DirectTask(Task):
 
     # ----------------------------------------------------------------------- asking
 
-    def training_size(self) -> int:
-        """Return the number of training interactions."""
-        return counted_rows(self._data)
-
     def asked_by(self, template: Template, strategies: Sequence[str], *, tuned: bool) -> tuple[str, ...]:
         """Return the strategies that support the answers of a template."""
         return tuple(name for name in strategies if fits(template, name))
@@ -448,19 +441,11 @@ class DirectTask(Task):
         scores = tuple(float(len(places) - rank) for rank in range(len(places)))
         return Ranking(request_id=request.id, items=tuple(pool[place] for place in places), scores=scores)
 
-    def reward(self, answer: Answer, case: Case) -> float:
-        """Return 1 / log2(1 + rank) of the true item, averaged over ties; 0 if it is not ranked."""
-        return ranking_reward(answer, case)
-
     # ----------------------------------------------------------------------- building blocks
 
     @cached_property
     def _asked_users(self) -> list[str]:
-        """Users with training examples.
-
-        Raises:
-            DataError: If the retriever finds no training item.
-        """
+        """Users with training examples."""
         if self._lists is None:
             return list(self._events)
         results = [user for user in self._events if self._lists.of(user)]

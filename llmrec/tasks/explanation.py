@@ -26,7 +26,6 @@ from llmrec.tasks.base import (
     Values,
     View,
     asked_item,
-    counted_rows,
     passes,
     refuse_test,
     text_of,
@@ -48,6 +47,7 @@ class ExplanationTask(Task):
     """The explanation task: given a user's texts about earlier items, generate a text about another item."""
 
     family = "explanation"
+    _column = "text"
 
     def __init__(self, section: ExplanationSection, inputs: TaskInputs) -> None:
         data, templates = inputs.data, inputs.templates
@@ -149,10 +149,6 @@ class ExplanationTask(Task):
             self._past.show(past, about),
         )
 
-    def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
-        """Return an empty list: texts are generated."""
-        return ()
-
     def parse(self, completion: str, request: Request, *, template: str) -> Answer | None:
         """Return the generated text on one line, without citations of missing facts; None if it is empty."""
         chosen = self._chosen.every.get(template.rpartition("/")[2])
@@ -170,10 +166,6 @@ class ExplanationTask(Task):
         if not isinstance(answer, Text):
             return 0.0
         return shared_words(answer.text, str(case.truth))
-
-    def training_size(self) -> int:
-        """Return the number of training texts."""
-        return counted_rows(self._data, "text")
 
     @property
     def strategy_options(self) -> Mapping[str, int]:

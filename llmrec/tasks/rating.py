@@ -21,7 +21,6 @@ from llmrec.tasks.base import (
     Values,
     View,
     asked_item,
-    counted_rows,
     keyed,
     passes,
     rated,
@@ -57,6 +56,7 @@ class RatingTask(Branching):
     """
 
     family = "rating"
+    _column = "rating"
     _section: RatingSection
 
     def __init__(self, section: RatingSection, inputs: TaskInputs) -> None:
@@ -162,10 +162,6 @@ class RatingTask(Branching):
         if not isinstance(answer, Rating):
             return 0.0
         return self.scale.nearness(answer.value, float(case.truth))
-
-    def training_size(self) -> int:
-        """Return the number of training ratings."""
-        return counted_rows(self._data, "rating")
 
     def asked_by(self, template: Template, strategies: Sequence[str], *, tuned: bool) -> tuple[str, ...]:
         """Return the strategies for the fine-tuned or the base model.

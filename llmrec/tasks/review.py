@@ -247,11 +247,7 @@ class ReviewTask(Task):
 
 
 def _kind(templates: Mapping[str, Template]) -> tuple[str, Target]:
-    """Return the task to which templates belong, and what they predict.
-
-    Raises:
-        RecipeError: If one is a list, or their answers differ.
-    """
+    """Return the task to which templates belong, and what they predict."""
     targets: dict[Target, str] = {}
     for template in templates.values():
         refuse_list(template)

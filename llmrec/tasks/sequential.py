@@ -20,9 +20,7 @@ from llmrec.tasks.base import (
     Pasts,
     Values,
     View,
-    counted_rows,
     passes,
-    ranking_reward,
     refuse_test,
     window,
 )
@@ -204,14 +202,6 @@ class SequentialTask(Branching):
         known = self._catalogue(name) if candidates is None else items_by_text(self._view, name, candidates)
         return read_item(completion, known, request)
 
-    def reward(self, answer: Answer, case: Case) -> float:
-        """Return 1 / log2(1 + rank) of the true item, averaged over ties; 0 if it is not ranked."""
-        return ranking_reward(answer, case)
-
-    def training_size(self) -> int:
-        """Return the number of training interactions."""
-        return counted_rows(self._data)
-
     def scored_by(self, template: Template) -> str:
         """Return beam search if the whole catalogue is ranked, otherwise likelihood scoring of the candidates."""
         return "search" if self._candidates is None else "likelihood"
@@ -219,11 +209,7 @@ class SequentialTask(Branching):
     # ----------------------------------------------------------------------- building blocks
 
     def _check_bare(self) -> None:
-        """Check that codes in lists consist of item tokens, so that no code is a prefix of another.
-
-        Raises:
-            RecipeError: If they are ordinary text.
-        """
+        """Check that codes in lists consist of item tokens, so that no code is a prefix of another."""
         names = dict.fromkeys((*(t.name for t in self._chosen.train), *self._chosen.evaluate))
         bare = [name for name in names if self._chosen.get(name).bare]
         # Requests have candidates, so the task needs no catalogue.

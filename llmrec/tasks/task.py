@@ -16,7 +16,7 @@ from llmrec.errors import RecipeError
 from llmrec.prompts.template import Template
 from llmrec.prompts.words import Words, english
 from llmrec.recipe.schema import PreferenceSection, RatingSection, SequentialSection, TaskSection
-from llmrec.tasks.base import Pasts, keyed, shows_events, window
+from llmrec.tasks.base import Pasts, counted_rows, keyed, ranking_reward, shows_events, window
 from llmrec.tasks.fewshot import Drawn, ShotPool
 from llmrec.tasks.held_items import HeldItems
 from llmrec.tasks.history import HistorySelector, ItemVectors
@@ -104,6 +104,9 @@ class Task(Protocol):
     """A recommendation task on one data set; the same object is used for training, evaluation and rewards."""
 
     family: str
+    _data: SplitDataset
+    # The column of interactions that examples need; None: every interaction can be an example.
+    _column: str | None = None
     _chosen: Chosen
     _past: HistorySelector
     _listwise: Listwise | None = None
@@ -139,16 +142,19 @@ class Task(Protocol):
         ...
 
     def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
-        """Return the texts whose likelihoods answer the request: one per candidate, or one per label."""
-        ...
+        """Return the texts whose likelihoods answer a request, one per candidate or label; () if it is generated."""
+        return ()
 
     def parse(self, completion: str, request: Request, *, template: str) -> Answer | None:
         """Parse a generated text; None if it contains no answer."""
         ...
 
     def reward(self, answer: Answer, case: Case) -> float:
-        """Return a reward in [0, 1] for an answer, for preference and reinforcement training."""
-        ...
+        """Return a reward in [0, 1] for an answer, for preference and reinforcement training.
+
+        For a ranking it is 1 / log2(1 + rank) of the true item, averaged over ties; 0 if it is not ranked.
+        """
+        return ranking_reward(answer, case)
 
     def shows(self, template: Template, shots: int) -> str:
         """Describe what a prompt contains, for a table column."""
@@ -156,7 +162,7 @@ class Task(Protocol):
 
     def training_size(self) -> int:
         """Return the number of training interactions (or items) from which the task can draw examples."""
-        ...
+        return counted_rows(self._data, self._column)
 
     # ----------------------------------------------------------------------- optional methods
 
