@@ -342,6 +342,8 @@ def test_the_way_follows_what_is_asked(tools: tuple[bundle.Bundle, HFBackend, En
     found = tools[0]
     assert choose_way(found) == CONTINUE
     assert choose_way(found, strategy="label") == choose_way(found, task="direct") == LABEL
+    assert choose_way(found, strategy="window") == Asking("direct", "after-history", "window")
+    assert choose_way(found, strategy="likelihood-prior").family == "sequential"
     assert choose_way(found, template="next-title") == Asking("sequential", "next-title", "likelihood")
     assert choose_way(found, template="direct/shortlist", strategy="list") == Asking("direct", "shortlist", "list")
     for wrong, facts in (
