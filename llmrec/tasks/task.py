@@ -142,7 +142,7 @@ class Task(Protocol):
         ...
 
     def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
-        """Return the texts whose likelihoods answer a request, one per candidate or label; () if it is generated."""
+        """Return the texts whose likelihoods answer a request, one per candidate or label; none for generation."""
         return ()
 
     def parse(self, completion: str, request: Request, *, template: str) -> Answer | None:

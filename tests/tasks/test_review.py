@@ -132,16 +132,6 @@ def test_truths_are_what_the_review_says(data: SplitDataset) -> None:
             ).history(pair[0], "test")
 
 
-def test_rows_hold_one_target_each_and_every_seen_template_alone(data: SplitDataset) -> None:
-    for family in ("explanation", "review", "stars"):
-        rows = list(islice(make(family, data).examples("train"), ROWS))
-        seen = {template.id for template in plain_templates(family).values() if template.use == "seen"}
-        assert {row.template for row in rows} == seen
-        assert all(len(targets(row)) == 1 and row.ends_turn for row in rows)
-        assert {row.task for row in rows} == {family}
-    assert {targets(row)[0] for row in rows} <= {"1", "2", "3", "4", "5"}
-
-
 def test_a_long_review_is_cut_and_an_interaction_without_one_is_no_case(data: SplitDataset) -> None:
     task = make("stars", data, shown=24)
     for case in task.cases("test"):
