@@ -251,17 +251,7 @@ def open_models(options: RecommenderOptions, names: Sequence[str] = ()) -> Model
 def _open_languages(
     options: RecommenderOptions, bundle: Bundle, names: Sequence[str], fusions: Mapping[str, stored.Fused]
 ) -> dict[str, LanguageModel]:
-    """Open the language model of a folder and other requested models, if possible on one GPU engine.
-
-    Args:
-        options: The options of the models.
-        bundle: The model of the folder.
-        names: See `open_models`.
-        fusions: The ensembles of the folder, which may include its model.
-
-    Returns:
-        The models by name.
-    """
+    """Return the language model of a folder and other requested models by name, if possible on one GPU engine."""
     own, runs = own_name(bundle), _other_runs(options, names)
     base = {UNTUNED: _untuned(bundle)} if UNTUNED in names else {}
     if runs:
@@ -531,15 +521,9 @@ def _classic(
     reserved: float = 0.0,
     model: Any = None,
 ) -> Classic:
-    """Return a baseline fitted as in its run, with texts of the current catalogue.
+    """Return a baseline fitted as in its run, with texts of the current catalogue; ``model`` replaces a new one.
 
-    Args:
-        section: The baseline with its parameters.
-        data: The training data.
-        items: The catalogue.
-        seed: The seed of the fit.
-        reserved: The fraction of validation users not used for early stopping.
-        model: The baseline, to be fitted; None: a new one.
+    The fraction ``reserved`` of validation users is not used for early stopping.
     """
     name, parameters = section.name, section.parameters
     # A given class need not be in the registry; it is then treated as a ranking baseline.
