@@ -92,17 +92,17 @@ def listening(*apps: Any, **limits: Any) -> Iterator[list[str]]:
         thread.join()
 
 
-def until(condition: Callable[[], bool], what: str = "") -> None:
+def until(condition: Callable[[], bool], what: str = "", pause: float = 0.01) -> None:
     """Wait until a condition holds."""
     ends = time.monotonic() + _PATIENCE
     while not condition():
         assert time.monotonic() < ends, what
-        time.sleep(0.01)
+        time.sleep(pause)
 
 
 def wait_ready(url: str) -> None:
     """Wait until questions are answered."""
-    until(lambda: httpx.get(f"{url}/ready").status_code == 200, f"{url} is not ready")
+    until(lambda: httpx.get(f"{url}/ready").status_code == 200, f"{url} is not ready", pause=0.1)
 
 
 def failure(answer: httpx.Response, status: int | None = None) -> dict[str, Any]:

@@ -367,7 +367,8 @@ def own_template(family: str, user: str, target: str, **more: Any) -> dict[str, 
 def test_list_templates_are_refused_where_one_answer_is_asked(family: str) -> None:
     task, section = CLASSES[family]
     with raises(RecipeError, Facts("unsupported", f"{family}/x", column="shape", says="shape: chat")):
-        make(task, DATA, section(), own_template(family, "u", "t", shape="list", tail="\n"), seed=0, index=INDEX)
+        wrong = own_template(family, "u", "t", shape="list", tail="\n")
+        make(task, DATA, section(eval_templates=()), wrong, seed=0, index=INDEX)
 
 
 @pytest.mark.parametrize(
