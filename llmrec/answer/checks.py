@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, get_args, get_type_hints
 
 from pydantic import ValidationError
@@ -69,20 +69,14 @@ def check_choices(options: RecommenderOptions) -> None:
                 kind="contradiction",
                 column=_SERVER[key],
             )
-    _check_vllm(options)
-
-
-def _check_vllm(options: RecommenderOptions) -> None:
-    """Reject vLLM options if another engine is used."""
-    defaults = {field.name: field.default for field in fields(RecommenderOptions)}
-    for key, option in _ENGINE.items():
-        if options.backend in ("hf", "openai") and getattr(options, key) != defaults[key]:
-            raise RecipeError(
-                f"{option} configures vLLM on a GPU, but the engine is {options.backend}; drop {option}, or use "
-                "--backend vllm",
-                kind="contradiction",
-                column=option,
-            )
+    if options.backend in ("hf", "openai") and (unused := options.given(_ENGINE)):
+        option = _ENGINE[unused[0]]
+        raise RecipeError(
+            f"{option} configures vLLM on a GPU, but the engine is {options.backend}; drop {option}, or use "
+            "--backend vllm",
+            kind="contradiction",
+            column=option,
+        )
 
 
 def strategy_of(options: RecommenderOptions) -> str:

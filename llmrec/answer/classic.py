@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmrec.answer.prompting import NOBODY
-from llmrec.answer.recommender import RANK, Answered, Kind, Question, Recommender, check_only_auto, signed
+from llmrec.answer.recommender import RANK, Answered, Kind, Question, Recommender, check_only_auto
 from llmrec.baselines.fits import fitted
 from llmrec.baselines.retrieve import best, shuffled
 from llmrec.data.assemble import digest_items
@@ -22,6 +22,7 @@ from llmrec.data.split import SplitDataset
 from llmrec.display import Displayed, Summary
 from llmrec.ensembles.carried import carried
 from llmrec.errors import DataError
+from llmrec.fingerprint import digest_of
 from llmrec.pipeline.bundle import Bundle
 from llmrec.pipeline.study import load_tables
 from llmrec.prompts.template import clean
@@ -189,7 +190,7 @@ class Classic(Displayed):
     @property
     def signature(self) -> str:
         """See `Recommender`."""
-        return signed(model=self.fingerprint, data=self.data.fingerprint, items=digest_items(self.items))
+        return digest_of(model=self.fingerprint, data=self.data.fingerprint, items=digest_items(self.items))
 
     def answer(
         self, requests: Sequence[RankRequest], question: Question, listener: Callable[[str], None] | None = None

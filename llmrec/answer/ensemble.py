@@ -17,7 +17,6 @@ from llmrec.answer.recommender import (
     Reasons,
     Recommender,
     check_only_auto,
-    signed,
 )
 from llmrec.answer.strategy import Asking
 from llmrec.baselines.fits import fitted
@@ -30,6 +29,7 @@ from llmrec.ensembles.members import Recalled, choosing
 from llmrec.ensembles.rankers import CatalogueEnsemble, ListEnsemble, ListMember, Member
 from llmrec.ensembles.stored import Fused, FusedPart, read
 from llmrec.errors import RecipeError
+from llmrec.fingerprint import digest_of
 from llmrec.pipeline.bundle import Bundle
 from llmrec.types import Answer, CatalogueScorer, Cost, Item, Predictor, Ranking, Request, Text, Unparsed
 
@@ -112,7 +112,7 @@ class Ensemble:
     def signature(self) -> str:
         """See `Recommender`."""
         model = None if self._model is None else self._model.signature
-        return signed(fused=self.identity, model=model, items=digest_items(self._items))
+        return digest_of(fused=self.identity, model=model, items=digest_items(self._items))
 
     def answer(
         self, requests: Sequence[RankRequest], question: Question, listener: Callable[[str], None] | None = None

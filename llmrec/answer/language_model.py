@@ -32,7 +32,7 @@ from llmrec.answer.prompting import (
     rank_requests,
 )
 from llmrec.answer.rationales import TOKENS, Reasoner, rationale_template
-from llmrec.answer.recommender import RANK, Answered, Kind, Question, Reasons, Recommender, signed
+from llmrec.answer.recommender import RANK, Answered, Kind, Question, Reasons, Recommender
 from llmrec.answer.strategy import (
     TWO_STEP,
     Asking,
@@ -51,6 +51,7 @@ from llmrec.data.dataset import Dataset
 from llmrec.data.requests import LEFT_ASIDE, PastEvent, RankRequest, identity, unknown_id
 from llmrec.display import shortened
 from llmrec.errors import DataError, LlmrecError, ModelError, RecipeError
+from llmrec.fingerprint import digest_of
 from llmrec.guard import TEXT_LIMIT, clean
 from llmrec.models.load import load_tokenizer, quiet_libraries, weights_stamp
 from llmrec.pipeline.bundle import Bundle, refuse_changed
@@ -244,7 +245,7 @@ class LanguageModel:
     def signature(self) -> str:
         """See `Recommender`."""
         finder = None if self.finder is None else self.finder.signature
-        return signed(finder=finder, **self.identity)
+        return digest_of(finder=finder, **self.identity)
 
     @property
     def identity(self) -> dict[str, object]:

@@ -47,7 +47,6 @@ from llmrec.pipeline.study import load_tables, with_texts
 from llmrec.recipe.load import load_stored
 from llmrec.recipe.schema import BaselineSection, Recipe, TasksSection
 from llmrec.registry import BASELINES, is_plugin, lookup
-from llmrec.results import Choice
 from llmrec.tasks.family import answers, families
 from llmrec.types import Item
 
@@ -252,20 +251,7 @@ def open_models(options: RecommenderOptions, names: Sequence[str] = ()) -> Model
 def _open_languages(
     options: RecommenderOptions, bundle: Bundle, names: Sequence[str], fusions: Mapping[str, stored.Fused]
 ) -> dict[str, LanguageModel]:
-    """Open the language model of a folder and other requested models, if possible on one GPU engine.
-
-    Args:
-        options: The options of the models.
-        bundle: The model of the folder.
-        names: See `open_models`.
-        fusions: The ensembles of the folder, which may include its model.
-
-    Returns:
-        The models by name.
-
-    Raises:
-        LlmrecError: If a model cannot be opened, or another run has another base model, item codes or catalogue.
-    """
+    """Return the language model of a folder and other requested models by name, if possible on one GPU engine."""
     own, runs = own_name(bundle), _other_runs(options, names)
     base = {UNTUNED: _untuned(bundle)} if UNTUNED in names else {}
     if runs:
@@ -376,8 +362,7 @@ def offered(bundle: Bundle, items: Mapping[str, Item] | None = None) -> list[str
         bundle: The model.
         items: The catalogue; without it the text-similarity recommender, which a run adds at the end, is missing.
     """
-    default = default_of(bundle)
-    first = [default.name if default else "", own_name(bundle)]
+    first = [default_of(bundle), own_name(bundle)]
     return list(dict.fromkeys([*filter(None, first), *_fusions(bundle), *_cheap(bundle, items or {})]))
 
 
@@ -389,43 +374,22 @@ def default_sentence(folder: str, names: Sequence[str] = ()) -> str:
         names: See `open_models`.
     """
     bundle = bundles.read(folder)
-    default = default_of(bundle)
-    if default is not None and not names:
-        return default.sentence
-    first = (names or offered(bundle))[0]
-    return f"the default is {_run_name(first) or first}"
+    default, choice = default_of(bundle), stored.read(_folder(bundle)).choice
+    if names or default is None or choice is None or not choice.users:
+        first = (names or offered(bundle))[0]
+        return f"the default is {_run_name(first) or first}"
+    return (
+        f"the default is {default}, the best of {len(choice.figures)} on {choice.users:,} validation users "
+        f"({choice.metric} {choice.value:.4f})"
+    )
 
 
-@dataclass(frozen=True)
-class Default:
-    """The default model of a run, which was best on validation users.
-
-    Attributes:
-        name: Its name in questions.
-        choice: How it was chosen.
-    """
-
-    name: str
-    choice: Choice
-
-    @property
-    def sentence(self) -> str:
-        """Sentence that explains why this model is the default."""
-        choice = self.choice
-        if not choice.users:
-            return f"the default is {self.name}"
-        return (
-            f"the default is {self.name}, the best of {len(choice.figures)} on {choice.users:,} validation users "
-            f"({choice.metric} {choice.value:.4f})"
-        )
-
-
-def default_of(bundle: Bundle) -> Default | None:
+def default_of(bundle: Bundle) -> str | None:
     """Return the model that was best on the validation users; None if the language model is the default."""
     choice = stored.read(_folder(bundle)).choice
     if choice is None or not _learns(bundle):
         return None
-    return Default(stored.name_of(choice, _fusions(bundle), own_name(bundle)), choice)
+    return stored.name_of(choice, _fusions(bundle), own_name(bundle))
 
 
 def _folder(bundle: Bundle) -> Path:
@@ -557,15 +521,9 @@ def _classic(
     reserved: float = 0.0,
     model: Any = None,
 ) -> Classic:
-    """Return a baseline fitted as in its run, with texts of the current catalogue.
+    """Return a baseline fitted as in its run, with texts of the current catalogue; ``model`` replaces a new one.
 
-    Args:
-        section: The baseline with its parameters.
-        data: The training data.
-        items: The catalogue.
-        seed: The seed of the fit.
-        reserved: The fraction of validation users not used for early stopping.
-        model: The baseline, to be fitted; None: a new one.
+    The fraction ``reserved`` of validation users is not used for early stopping.
     """
     name, parameters = section.name, section.parameters
     # A given class need not be in the registry; it is then treated as a ranking baseline.

@@ -5,6 +5,7 @@ The command line derives its options from these fields (`llmrec.cli.options`); P
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -94,6 +95,11 @@ class ModelOptions:
     def recommender(self, **changes: Any) -> RecommenderOptions:
         """Return these options as `RecommenderOptions`, with the given changes."""
         return RecommenderOptions(**{field.name: getattr(self, field.name) for field in fields(ModelOptions)} | changes)
+
+    def given(self, names: Iterable[str]) -> list[str]:
+        """Return which of the named options differ from their defaults."""
+        defaults = {option.name: option.default for option in fields(self)}
+        return [name for name in names if getattr(self, name) != defaults[name]]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -550,19 +550,12 @@ class _CatalogueTask:
         return outcome
 
 
-def _named(request: RankRequest, answer: Any) -> Ranking | Unparsed:
-    if isinstance(answer, Ranking) and not all(map(math.isfinite, answer.scores)):
+def _named(request: RankRequest, answer: Answer) -> Ranking | Unparsed:
+    assert isinstance(answer, Ranking)  # a search always has a result
+    if not all(map(math.isfinite, answer.scores)):
         reason = "the model returned a score that is not finite; try --dtype float32"
         return Unparsed(request_id=request.id, reason=reason, cost=answer.cost)
-    if not isinstance(answer, Ranking):
-        raise DataError(f"request {request.id}: the search returned {type(answer).__name__}", kind="defect")
-    return Ranking(
-        request_id=request.id,
-        items=answer.items,
-        scores=answer.scores,
-        prompt_hash=answer.prompt_hash,
-        cost=answer.cost,
-    )
+    return replace(answer, request_id=request.id)
 
 
 # --------------------------------------------------------------------------- one item

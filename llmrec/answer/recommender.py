@@ -12,7 +12,6 @@ from typing import Literal, Protocol
 
 from llmrec.data.requests import RankRequest
 from llmrec.errors import DataError, RecipeError
-from llmrec.fingerprint import digest_of
 from llmrec.types import Answer, Cost, Ranking, Unparsed
 
 Kind = Literal["language model", "classic", "fusion"]
@@ -147,11 +146,6 @@ def ranking_of(found: Answered) -> Ranking:
         return found.answer
     reason = found.answer.reason if isinstance(found.answer, Unparsed) else "there is no ranking"
     raise DataError(reason, kind="failed")
-
-
-def signed(**known: object) -> str:
-    """Return the signature of a model: a hash of everything that determines its answers."""
-    return digest_of(**known)
 
 
 def check_verb(model: Recommender, verb: str) -> None:

@@ -43,9 +43,8 @@ from llmrec.results import Row
 from llmrec.tasks.direct import asks_for
 from llmrec.tasks.family import Family, families, family_of
 from llmrec.tasks.pool import training_examples
-from llmrec.tasks.task import Task, Want
+from llmrec.tasks.task import Branching, Task, Want
 from llmrec.train.reward.rewards import question
-from llmrec.train.rows import Branching
 from llmrec.types import Case, Example, Message, Prompt, Request, Segment
 
 _SHOWN = 5

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-import math
 import os
 import re
 import secrets
@@ -288,50 +287,38 @@ class Keys:
 class RateLimit:
     """A token bucket per name; thread-safe.
 
-    A bucket fills steadily, and requests take tokens. The buckets of the 65,536 most recent names are kept; a new
-    bucket is full.
+    A bucket fills steadily, and each request takes a token. The buckets of the 65,536 most recent names are kept; a
+    new bucket is full.
 
     Args:
         per_minute: Tokens added per minute.
         burst: The capacity of a bucket.
-
-    Raises:
-        DataError: If one of them is less than 1.
     """
 
     def __init__(self, per_minute: int, burst: int) -> None:
-        for column, value in (("per_minute", per_minute), ("burst", burst)):
-            if value < 1:
-                raise DataError(f"{column} is {value}; use at least 1", kind="bad-value", column=column)
         self._rate, self._burst = per_minute / 60, float(burst)
         self._lock = Lock()
         # The remaining tokens and their time by name, most recent last.
         self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
-    def take(self, name: str, cost: float = 1.0, now: float | None = None) -> float:
-        """Take the tokens for a request, or return the time to wait.
-
-        A request that costs more than the capacity needs a full bucket and leaves it negative: the average rate holds,
-        and no request is rejected forever.
+    def take(self, name: str, now: float | None = None) -> float:
+        """Take the token for a request, or return the time to wait.
 
         Args:
             name: The name of the bucket.
-            cost: The number of tokens.
             now: Seconds of a monotonic clock; by default the machine's.
 
         Returns:
-            0.0 if the request is accepted; else the seconds to wait, without taking tokens.
+            0.0 if the request is accepted; else the seconds to wait, without taking a token.
         """
-        if not (math.isfinite(cost) and cost >= 0):
-            raise DataError(f"the cost of a request is {cost}; use at least 0", kind="bad-value", column="cost")
         now = time.monotonic() if now is None else now
         with self._lock:
             left, since = self._left.get(name, (self._burst, now))
             left = min(self._burst, left + max(0.0, now - since) * self._rate)
-            lacking = min(cost, self._burst) - left
+            lacking = 1.0 - left
             allowed = lacking <= _HAIR
             # A clock that was set back must not add tokens twice.
-            self._left[name] = (left - cost if allowed else left, max(now, since))
+            self._left[name] = (left - 1.0 if allowed else left, max(now, since))
             self._left.move_to_end(name)
             if len(self._left) > _NAMES:
                 self._left.popitem(last=False)

@@ -128,8 +128,8 @@ class Service:
 
     # ------------------------------------------------------------------- stored data
 
-    async def user(self, user_id: str, *, most: int = 1000) -> list[Event]:
-        """Return the interactions of a user, oldest first.
+    async def user(self, user_id: str) -> list[Event]:
+        """Return the latest interactions of a user, oldest first.
 
         Raises:
             DataError: If the user is unknown.
@@ -137,7 +137,7 @@ class Service:
         result = await self._read(lambda: self._events(user_id))
         if not result:
             raise unknown("user", user_id, ())
-        return result[-most:]
+        return result[-schema.MOST_ITEMS :]
 
     async def add_events(self, body: schema.EventsBody) -> int:
         """Store interactions of users; they are on disk when this returns.

@@ -8,16 +8,15 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import BoundedSemaphore, Lock
 from typing import Any
 
-from llmrec.data.read.limits import is_no_text, shown
+from llmrec.data.read.limits import shown
 from llmrec.errors import DataError, LlmrecError
 from llmrec.serve.databases import MOVE, NOBODY, VERSION, WAIT, Database, Insert, Postgres, SQLite
 from llmrec.types import Item
@@ -55,6 +54,8 @@ class StoredEvent:
 
 class ServiceStore:
     """A database of interactions, deleted users and changed items, created by `open`; thread-safe.
+
+    Its texts have no NUL and no unpaired surrogate, and its numbers are finite: the bodies of requests are checked.
 
     Every call is one transaction, and raises an `LlmrecError` if the database fails. Data stored by a call that has
     returned survive a kill of the process.
@@ -105,11 +106,9 @@ class ServiceStore:
 
         Returns:
             The number of interactions.
-
-        Raises:
-            DataError: If an id is not valid text, or a number is not finite.
         """
-        return self._insert(_ADD, [(self._key(event.user_id), _json(event)) for event in events])
+        rows = [(self._key(event.user_id), json.dumps(asdict(event), ensure_ascii=False)) for event in events]
+        return self._insert(_ADD, rows)
 
     def events_of(self, user_id: str, most: int | None = None) -> list[StoredEvent]:
         """Return the interactions of a user, oldest first; ties are in order of arrival.
@@ -172,16 +171,13 @@ class ServiceStore:
 
         Returns:
             The number of ids.
-
-        Raises:
-            DataError: If an id, a title or a field is not valid text.
         """
         rows = {
             item.item_id: (
                 self._key(item.item_id),
-                _text(item.item_id, "item_id"),
-                _text(item.title, "title"),
-                _text(json.dumps(dict(item.fields), ensure_ascii=False), "fields"),
+                item.item_id,
+                item.title,
+                json.dumps(dict(item.fields), ensure_ascii=False),
             )
             for item in items
         }
@@ -193,11 +189,8 @@ class ServiceStore:
 
         Returns:
             The number of ids not yet removed.
-
-        Raises:
-            DataError: If an id is not valid text.
         """
-        rows = {name: (self._key(name), _text(name, "item_id"), None, None) for name in ids}
+        rows = {name: (self._key(name), name, None, None) for name in ids}
         return self._insert(_REMOVE, sorted(rows.values()))
 
     def item_changes(self) -> tuple[dict[str, Item], frozenset[str]]:
@@ -305,32 +298,6 @@ def _salt(facts: Mapping[str, str], database: Database) -> bytes:
             "pip install -U llmrec",
         )
     return salt.encode()
-
-
-def _json(event: StoredEvent) -> str:
-    sound = {
-        "user_id": _text(event.user_id, "user_id"),
-        "item_id": _text(event.item_id, "item_id"),
-        "rating": None if event.rating is None else _number(event.rating, "rating"),
-        "timestamp": _number(event.timestamp, "timestamp"),
-    }
-    return json.dumps(sound, ensure_ascii=False)
-
-
-def _text(value: str, column: str) -> str:
-    if is_no_text(value):
-        raise DataError(
-            f"{column} {shown(value)} contains NUL or an unpaired surrogate; remove it",
-            kind="encoding",
-            column=column,
-        )
-    return value
-
-
-def _number(value: float, column: str) -> float:
-    if not math.isfinite(value):
-        raise DataError(f"{column} is {value}; give a finite number", kind="bad-value", column=column)
-    return float(value)
 
 
 def _close(raw: Any) -> None:

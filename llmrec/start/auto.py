@@ -406,7 +406,7 @@ def build(
                 sentence += f" {verdict.sentence}"
     default = default_of(bundles.read(str(folder)))
     assert default is not None
-    made = Auto(folder, result, tuple(search.tried.values()), sentence, default.name, time.monotonic() - began)
+    made = Auto(folder, result, tuple(search.tried.values()), sentence, default, time.monotonic() - began)
     write_json(state / "auto.json", record(made, options))
     return made
 

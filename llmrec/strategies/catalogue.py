@@ -75,11 +75,7 @@ class CatalogueRanker:
         return answers
 
     def _write(self, request: Request) -> None:
-        """Store the texts of all items once; items with the same text are merged.
-
-        Raises:
-            RecipeError: If the texts depend on the request.
-        """
+        """Store the texts of all items once; items with the same text are merged."""
         task = self.asker.task
         if not task.writes_alike(self.asker.template):
             raise RecipeError(

@@ -7,9 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from llmrec.errors import LlmrecError
 from llmrec.strategies.asking import Asking, Prompting, Scored, cost_of, prompt_hash, score_in_chunks, scored
-from llmrec.strategies.rounds import by_score, joint_hash
+from llmrec.strategies.rounds import by_score, candidates_of, joint_hash
 from llmrec.types import Answer, Cost, Prompt, Ranking, Request
 
 # Titles per user-independent prompt, because the cost of a forward pass over a tree of titles is quadratic.
@@ -73,7 +72,7 @@ class PriorRanker(Asking):
     def _bare(self, request: Request) -> tuple[str, ...]:
         """Return the candidate titles as texts that follow the prompt without a user."""
         return self.asker.task.continuations(
-            replace(_NOBODY, candidates=_candidates(request)), template=self.asker.template
+            replace(_NOBODY, candidates=candidates_of(request)), template=self.asker.template
         )
 
     def _learn(self, texts: Sequence[str]) -> Cost:
@@ -105,13 +104,13 @@ class YesRanker(Asking):
 
     def first_prompt(self, request: Request) -> Prompt:
         """Return the first prompt for a request."""
-        return self._ask(request, _candidates(request)[0])
+        return self._ask(request, candidates_of(request)[0])
 
     def _ask(self, request: Request, item: str) -> Prompt:
         return replace(self.asker, want="yes").prompt(replace(request, candidates=(item,)))
 
     def _rank(self, part: Sequence[Request]) -> list[Answer]:
-        prompts = [self._ask(request, item) for request in part for item in _candidates(request)]
+        prompts = [self._ask(request, item) for request in part for item in candidates_of(request)]
         yes, no = self.asker.task.words(self.asker.template).spellings()
         texts = [yes + no] * len(prompts)
         result = score_in_chunks(self.asker.backend, prompts, texts, closed=False)
@@ -120,7 +119,7 @@ class YesRanker(Asking):
         for request in part:
             text: dict[str, float] = {}
             hashes, cost = [], Cost()
-            for item, (digest, scores) in zip(_candidates(request), odds, strict=False):
+            for item, (digest, scores) in zip(candidates_of(request), odds, strict=False):
                 self.engine = scores.engine
                 text[item] = yes_over_no(scores.logprobs, len(yes))
                 hashes.append(digest)
@@ -150,7 +149,7 @@ def ranked(found: Scored) -> Ranking:
     Raises:
         LlmrecError: If the request has no candidate set: scoring a whole catalogue title by title is too expensive.
     """
-    items, scores = _candidates(found.request), found.scores
+    items, scores = candidates_of(found.request), found.scores
     order = sorted(range(len(items)), key=lambda i: -scores.logprobs[i])
     return Ranking(
         request_id=found.request.id,
@@ -159,13 +158,3 @@ def ranked(found: Scored) -> Ranking:
         prompt_hash=found.prompt_hash,
         cost=cost_of(scores),
     )
-
-
-def _candidates(request: Request) -> tuple[str, ...]:
-    if request.candidates is None:
-        raise LlmrecError(
-            f"request {request.id} has no candidates to rank; set Request.candidates",
-            kind="missing-value",
-            column="candidates",
-        )
-    return request.candidates

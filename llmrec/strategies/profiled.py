@@ -32,9 +32,7 @@ class TwoStepRanker:
             RecipeError: If the template does not show a profile.
         """
         asker.needs("generate")
-        task = asker.task
-        self._task = task
-        if not task.shows_profile(asker.template):
+        if not asker.task.shows_profile(asker.template):
             raise RecipeError(
                 f"template {asker.template}: the strategy two-step generates a user profile, but this template does "
                 "not show `profile`; use with-profile, or another template with `profile`",
@@ -74,8 +72,9 @@ class TwoStepRanker:
     def _profiles(self, requests: Sequence[Request]) -> list[tuple[str | None, Cost]]:
         """Return the generated profile of each request and its cost."""
         pending = [request for request in requests if not request.context.get("profile")]
-        prompts = [self._task.profile_prompt(request) for request in pending]
-        result = iter(self.asker.backend.generate(prompts, max_tokens=self._task.profile_tokens) if prompts else [])
+        task, backend = self.asker.task, self.asker.backend
+        prompts = [task.profile_prompt(request) for request in pending]
+        result = iter(backend.generate(prompts, max_tokens=task.profile_tokens) if prompts else [])
         message: list[tuple[str | None, Cost]] = []
         for request in requests:
             done = None if request.context.get("profile") else next(result)

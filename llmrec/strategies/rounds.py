@@ -112,7 +112,7 @@ class Rounds:
         answers: list[Answer] = []
         for start in range(0, len(requests), self.asker.batch):
             part = requests[start : start + self.asker.batch]
-            games = [_Game(request, self._steps(_with_candidates(request))) for request in part]
+            games = [_Game(request, self._steps(request)) for request in part]
             for game in games:
                 game.go()
             while open_games := [game for game in games if game.order is None]:
@@ -123,9 +123,8 @@ class Rounds:
 
     def first_prompt(self, request: Request) -> Prompt:
         """Return the first prompt for a request, for reports."""
-        questions = next(self._steps(_with_candidates(request)), None)
-        question = questions[0] if questions else Question(_with_candidates(request).candidates or ())
-        return self._pose(request, question).prompt
+        questions = next(self._steps(request), None)
+        return self._pose(request, questions[0] if questions else Question(candidates_of(request))).prompt
 
     def _round(self, games: Sequence[_Game]) -> None:
         """Score the pending prompts of all requests in one batch, and continue each request with its result."""
@@ -184,9 +183,6 @@ class Rounds:
 
         It is the mean over the training questions of a position's label log-probability, normalised over the labels.
         Items have random positions, so that the mean is an estimate of the position bias.
-
-        Raises:
-            LlmrecError: If no training question has that many items.
         """
         if not self._training or size < 2:
             return np.zeros(size)
@@ -261,14 +257,19 @@ def _left(question: Question) -> tuple[str, ...]:
     return tuple(item for item in question.shown if item not in question.given)
 
 
-def _with_candidates(request: Request) -> Request:
+def candidates_of(request: Request) -> tuple[str, ...]:
+    """Return the candidates of a request.
+
+    Raises:
+        LlmrecError: If there are none.
+    """
     if not request.candidates:
         raise LlmrecError(
             f"request {request.id} has no candidates to rank; set Request.candidates",
             kind="missing-value",
             column="candidates",
         )
-    return request
+    return request.candidates
 
 
 # --------------------------------------------------------------------------- lists
@@ -295,7 +296,7 @@ def label_ranker(asker: Prompting, *, permutations: int = 1, training: Sequence[
 
 
 def _at_once(request: Request) -> Steps:
-    (text,) = yield [Question(request.candidates or ())]
+    (text,) = yield [Question(candidates_of(request))]
     return by_score(text)
 
 
@@ -318,7 +319,7 @@ def permutation_ranker(
 
 
 def _one_by_one(request: Request, *, depth: int) -> Steps:
-    pool = request.candidates or ()
+    pool = candidates_of(request)
     chosen: tuple[str, ...] = ()
     text: Said = dict.fromkeys(pool, 0.0)
     for _ in range(min(depth, len(pool) - 1)):
@@ -375,7 +376,7 @@ def window_ranker(
 
 
 def _slide(request: Request, *, window: int, step: int) -> Steps:
-    items = list(request.candidates or ())
+    items = list(candidates_of(request))
     for begin, end in window_places(len(items), window, step):
         (text,) = yield [Question(mixed(request, items[begin:end]))]
         items[begin:end] = sorted(items[begin:end], key=lambda item: -text[item])
@@ -412,7 +413,7 @@ def pairwise_ranker(asker: Prompting, *, all_pairs: int, depth: int) -> Rounds:
 
 
 def _compare(request: Request, *, all_pairs: int, depth: int) -> Steps:
-    items = list(request.candidates or ())
+    items = list(candidates_of(request))
     if len(items) < 2:
         return placed(items)
     if len(items) <= all_pairs:
@@ -468,7 +469,7 @@ def setwise_ranker(
 
 
 def _heap(request: Request, *, children: int, depth: int) -> Steps:
-    heap = list(request.candidates or ())
+    heap = list(candidates_of(request))
     for node in reversed(range(-(-(len(heap) - 1) // children))):
         yield from _sift(request, heap, node, children)
     best: list[str] = []

@@ -5,19 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from llmrec.errors import DataError, RecipeError
-from llmrec.index.titles import title_key
 from llmrec.prompts.template import Template
 from llmrec.prompts.values import Fields
 from llmrec.recipe.schema import AlignmentSection
 from llmrec.registry import BASELINES, STRATEGIES, answering
-from llmrec.tasks.base import Values, View, keyed, listed, passes, ranking_reward, refuse_test, solved_examples
+from llmrec.tasks.base import (
+    Values,
+    View,
+    asked_item,
+    keyed,
+    listed,
+    passes,
+    refuse_test,
+    solved_examples,
+)
 from llmrec.tasks.family import Family
 from llmrec.tasks.fewshot import Drawn, Window
 from llmrec.tasks.held_items import hold_out, request_name
-from llmrec.tasks.parsing import read_line
 from llmrec.tasks.rows import chat_example, solved_chat, with_shots
+from llmrec.tasks.sequential import items_by_text, read_item
 from llmrec.tasks.task import Task, TaskInputs, Want, only_one
-from llmrec.tasks.templates import choose
+from llmrec.tasks.templates import choose, refuse_list
 from llmrec.types import Answer, Case, Event, Example, Message, Prompt, Ranking, Request, SplitName
 
 NOBODY = ""
@@ -144,15 +152,7 @@ class AlignmentTask(Task):
         """Match the first line against the titles or codes of the candidates; equal matches share a rank."""
         chosen = self._chosen.get(template)
         name = "code" if chosen.answers_with_code else "title"
-        for key in read_line(completion):
-            items = tuple(i for i in listed(request, self.family) if title_key(str(self._view.item(i)[name])) == key)
-            if items:
-                return Ranking(request_id=request.id, items=items, scores=(1.0,) * len(items))
-        return None
-
-    def reward(self, answer: Answer, case: Case) -> float:
-        """Return 1 / log2(1 + rank) of the true item, averaged over ties; 0 if it is not ranked."""
-        return ranking_reward(answer, case)
+        return read_item(completion, items_by_text(self._view, name, listed(request, self.family)), request)
 
     def shows(self, template: Template, shots: int) -> str:
         """Describe what a prompt shows; see `Task`."""
@@ -169,18 +169,8 @@ class AlignmentTask(Task):
     # ----------------------------------------------------------------------- building blocks
 
     def _check(self, template: Template) -> None:
-        """Reject templates that do not map codes to texts or texts to codes.
-
-        Raises:
-            RecipeError: If the template is invalid; the message names it and the problem.
-        """
-        if template.shape == "list":
-            raise RecipeError(
-                f"template {template.id}: alignment templates have one answer; use shape: chat",
-                kind="unsupported",
-                at=template.id,
-                column="shape",
-            )
+        """Reject templates that do not map codes to texts or texts to codes."""
+        refuse_list(template)
         if template.asks_with_code == template.answers_with_code:
             raise RecipeError(
                 f"template {template.id}: an alignment template shows item.code and asks for item.title, or shows "
@@ -217,14 +207,9 @@ class AlignmentTask(Task):
         return solved_chat(template, self._question(template, item), self._answer(template, item))
 
     def _item(self, request: Request) -> str:
-        item = request.item if request.item is not None else self._named.get(request.id)
-        if item is None:
-            raise DataError(
-                f"request {request.id!r}: the alignment task needs an item; set Request.item",
-                kind="missing-value",
-                column="item",
-            )
-        return item
+        if request.item is None and request.id in self._named:
+            return self._named[request.id]
+        return asked_item(request, self.family)
 
 
 FAMILY = Family(

@@ -19,8 +19,6 @@ from llmrec.errors import DataError
 from llmrec.guard import TEXT_LIMIT, TITLE_LIMIT
 from llmrec.prompts.template import Template, clean
 from llmrec.prompts.values import Fields
-from llmrec.recipe.schema import RatingSection, SequentialSection
-from llmrec.tasks.templates import Chosen
 from llmrec.types import (
     Answer,
     Case,
@@ -310,33 +308,6 @@ def passes(family: str, users: Sequence[str], seed: int, limit: int | None) -> I
             yield f"{family}/train/{number}/{user}", user, keyed(f"{family} row", seed, str(number), user)
         done += len(order)
         number += 1
-
-
-def branch_events(
-    family: str,
-    chosen: Chosen,
-    section: RatingSection | SequentialSection,
-    events: tuple[Event, ...],
-    number: int,
-    user: str,
-    *,
-    seed: int,
-) -> tuple[Template, tuple[Event, ...]]:
-    """Draw the template and the interactions of a user's training example.
-
-    A chat template shows the history that all families show in the pass, and the next interaction.
-    """
-    rng = keyed(f"{family} branch", seed, str(number), user)
-    template = rng.choice(chosen.train)
-    if template.shape == "list":
-        return template, window(events, section.window, rng)
-    at = branch_point(seed, number, user, len(events))
-    return template, events[max(0, at - section.history) : at + 1]
-
-
-def branch_point(seed: int, number: int, user: str, events: int) -> int:
-    """Return the history length of a user's training example; the same for tasks with the same history."""
-    return keyed("branch point", seed, str(number), user).randrange(1, events) if events > 1 else 0
 
 
 def refuse_test(split: SplitName) -> None:

@@ -23,11 +23,9 @@ from llmrec.tasks.base import (
     Values,
     View,
     asked_item,
-    counted_rows,
     passes,
     rated,
     refuse_test,
-    shows_events,
     window,
 )
 from llmrec.tasks.cases import Cases, held_out
@@ -75,6 +73,7 @@ class CtrTask(Task):
     """
 
     family = "ctr"
+    _column = "rating"
     kinds = (YES, NO)
 
     def __init__(self, section: CtrSection, inputs: TaskInputs) -> None:
@@ -120,19 +119,16 @@ class CtrTask(Task):
         for row, user, rng in passes(self.family, list(self._events), self._seed, limit):
             template = rng.choice(self._chosen.train)
             events = self._events[user]
-            if self._listwise is not None:
-                at = rng.randrange(min(1, len(events) - 1), len(events))
-                swapped = self.liked - 1 if self._yes(events[at].rating) else self.liked
-                ends = (events[at], replace(events[at], rating=swapped))
-                yield preferred(self._asking(template, row, user, events[:at], end) for end in ends)
-                continue
-            if template.shape == "list":
+            if template.shape == "list" and self._listwise is None:
                 shown = _last_of_each(window(events, self._section.window, rng))
                 yield self._listed(template, row, user, shown, last_only=False)
                 continue
             # The first interaction has no history, so it is used only for users without other interactions.
             at = rng.randrange(min(1, len(events) - 1), len(events))
-            yield self._asking(template, row, user, events[:at], events[at])
+            ends = [events[at]]
+            if self._listwise is not None:
+                ends.append(replace(events[at], rating=self.liked - 1 if self._yes(events[at].rating) else self.liked))
+            yield preferred(self._asking(template, row, user, events[:at], end) for end in ends)
 
     def kind(self, example: Example) -> str:
         """Return the class of a training example, such as yes or no, for balancing."""
@@ -187,9 +183,7 @@ class CtrTask(Task):
         """Draw training interactions for few-shot examples; also return the remaining history of the question."""
         item = asked_item(request, self.family)
         past = others(rated(request.history), item)
-        return self._shots.draw(
-            request, past, shots, self._section.history, lambda events: self._past.show(events, [item])
-        )
+        return self._shots.draw(request, past, shots, self._section.history, self._past.show(past, [item]))
 
     def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
         """Return the words for yes and no of a template.
@@ -209,14 +203,6 @@ class CtrTask(Task):
         if not isinstance(answer, Probability):
             return 0.0
         return 1.0 - (answer.value - float(case.truth)) ** 2
-
-    def shows(self, template: Template, shots: int) -> str:
-        """Describe what a prompt shows; see `Task`."""
-        return shows_events(template, self._section.history, shots)
-
-    def training_size(self) -> int:
-        """Return the number of training ratings."""
-        return counted_rows(self._data, "rating")
 
     def scored_by(self, template: Template) -> str:
         """Return the strategy that compares the probabilities of yes and no."""

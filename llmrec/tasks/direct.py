@@ -22,13 +22,10 @@ from llmrec.tasks.base import (
     Pasts,
     Values,
     View,
-    counted_rows,
     keyed,
     listed,
     passes,
-    ranking_reward,
     refuse_test,
-    shows_events,
 )
 from llmrec.tasks.cases import Cases, held_out, ranking_cases
 from llmrec.tasks.ctr import read_choice
@@ -40,10 +37,9 @@ from llmrec.tasks.rating import find_scale
 from llmrec.tasks.rows import Listwise, chat_example, solved_chat, with_shots
 from llmrec.tasks.sequential import items_by_text, read_item
 from llmrec.tasks.task import Task, TaskInputs, Want
-from llmrec.tasks.templates import choose
+from llmrec.tasks.templates import choose, refuse_list
 from llmrec.types import (
     Answer,
-    Case,
     Event,
     Example,
     Interaction,
@@ -98,13 +94,7 @@ def check_words(template: Template) -> None:
     Raises:
         RecipeError: If there are any, if the template is a list, or if its answer is not yes or no.
     """
-    if template.shape == "list":
-        raise RecipeError(
-            f"template {template.id}: direct templates have one answer; use shape: chat",
-            kind="unsupported",
-            at=template.id,
-            column="shape",
-        )
+    refuse_list(template)
     asks, variables = asks_for(template), ABOUT_USER | {"history"}
     if asks == "yes":
         template.check(turns=variables | {"item", "item_id", "fields"}, lead=(), target={"answer"})
@@ -402,14 +392,6 @@ class DirectTask(Task):
 
     # ----------------------------------------------------------------------- asking
 
-    def shows(self, template: Template, shots: int) -> str:
-        """Describe what a prompt contains; see `Task`."""
-        return shows_events(template, self._section.history, shots)
-
-    def training_size(self) -> int:
-        """Return the number of training interactions."""
-        return counted_rows(self._data)
-
     def asked_by(self, template: Template, strategies: Sequence[str], *, tuned: bool) -> tuple[str, ...]:
         """Return the strategies that support the answers of a template."""
         return tuple(name for name in strategies if fits(template, name))
@@ -424,10 +406,8 @@ class DirectTask(Task):
 
     def draw_shots(self, request: Request, shots: int) -> Drawn:
         """Draw training interactions for few-shot examples; also return the remaining history of the question."""
-        about = listed(request, self.family)
-        return self._shots.draw(
-            request, request.history, shots, self._section.history, lambda past: self._past.show(past, about)
-        )
+        past, about = request.history, listed(request, self.family)
+        return self._shots.draw(request, past, shots, self._section.history, self._past.show(past, about))
 
     def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
         """Return the labels, titles or codes of the candidates in stored order, or the words for yes and no."""
@@ -461,19 +441,11 @@ class DirectTask(Task):
         scores = tuple(float(len(places) - rank) for rank in range(len(places)))
         return Ranking(request_id=request.id, items=tuple(pool[place] for place in places), scores=scores)
 
-    def reward(self, answer: Answer, case: Case) -> float:
-        """Return 1 / log2(1 + rank) of the true item, averaged over ties; 0 if it is not ranked."""
-        return ranking_reward(answer, case)
-
     # ----------------------------------------------------------------------- building blocks
 
     @cached_property
     def _asked_users(self) -> list[str]:
-        """Users with training examples.
-
-        Raises:
-            DataError: If the retriever finds no training item.
-        """
+        """Users with training examples."""
         if self._lists is None:
             return list(self._events)
         results = [user for user in self._events if self._lists.of(user)]
@@ -580,18 +552,8 @@ class DirectTask(Task):
         if want == "ranking":
             # The data determine only the first rank; the others keep their order.
             best = str(answer["label"])
-            answer |= {
-                "label": ", ".join(
-                    (
-                        best,
-                        *(
-                            candidate_label
-                            for candidate_label in candidate_labels(len(pool))
-                            if candidate_label != best
-                        ),
-                    )
-                )
-            }
+            others = [label for label in candidate_labels(len(pool)) if label != best]
+            answer |= {"label": ", ".join([best, *others])}
         return solved_chat(template, values, answer)
 
     def _solved_yes(

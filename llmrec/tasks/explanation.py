@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from llmrec.data.knowledge import FIELD, cited
 from llmrec.data.split import request_of
-from llmrec.errors import DataError, RecipeError
+from llmrec.errors import DataError
 from llmrec.guard import TEXT_LIMIT
 from llmrec.prompts.template import Template, clean
 from llmrec.recipe.schema import ExplanationSection
@@ -26,10 +26,8 @@ from llmrec.tasks.base import (
     Values,
     View,
     asked_item,
-    counted_rows,
     passes,
     refuse_test,
-    shows_events,
     text_of,
 )
 from llmrec.tasks.cases import Cases, held_out
@@ -38,7 +36,7 @@ from llmrec.tasks.fewshot import Drawn
 from llmrec.tasks.pool import with_other_texts
 from llmrec.tasks.rows import chat_example, preferred, solved_chat, with_shots
 from llmrec.tasks.task import Task, TaskInputs, Want, only_one
-from llmrec.tasks.templates import choose
+from llmrec.tasks.templates import choose, refuse_list
 from llmrec.types import Answer, Case, Event, Example, Interaction, Message, Prompt, Request, SplitName, Text
 
 # A rating before the text, in answers that have both.
@@ -49,6 +47,7 @@ class ExplanationTask(Task):
     """The explanation task: given a user's texts about earlier items, generate a text about another item."""
 
     family = "explanation"
+    _column = "text"
 
     def __init__(self, section: ExplanationSection, inputs: TaskInputs) -> None:
         data, templates = inputs.data, inputs.templates
@@ -56,13 +55,7 @@ class ExplanationTask(Task):
         self._chosen = choose(self.family, section, templates, inputs.index, reviews=bool(data.dataset.reviews))
         self._view = View(data, inputs.index)
         for template in templates.values():
-            if template.shape == "list":
-                raise RecipeError(
-                    f"template {template.id}: explanation templates have one text; use shape: chat",
-                    kind="unsupported",
-                    at=template.id,
-                    column="shape",
-                )
+            refuse_list(template)
             variables = ABOUT_USER | ABOUT_ITEM | USER_STATS | {"history", "rating", "feature", "headline"}
             # evaluation does not ask for the rating
             shown = variables - {"rating"} if _rates(template) else variables
@@ -147,18 +140,14 @@ class ExplanationTask(Task):
 
     def draw_shots(self, request: Request, shots: int) -> Drawn:
         """Draw training interactions for few-shot examples; also return the remaining history of the question."""
-        about = [asked_item(request, self.family)]
+        past, about = _with_text(request.history), [asked_item(request, self.family)]
         return self._shots.draw(
             request,
-            _with_text(request.history),
+            past,
             shots,
             self._section.history,
-            lambda past: self._past.show(past, about),
+            self._past.show(past, about),
         )
-
-    def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
-        """Return an empty list: texts are generated."""
-        return ()
 
     def parse(self, completion: str, request: Request, *, template: str) -> Answer | None:
         """Return the generated text on one line, without citations of missing facts; None if it is empty."""
@@ -177,14 +166,6 @@ class ExplanationTask(Task):
         if not isinstance(answer, Text):
             return 0.0
         return shared_words(answer.text, str(case.truth))
-
-    def shows(self, template: Template, shots: int) -> str:
-        """Describe what a prompt contains; see `Task`."""
-        return shows_events(template, self._section.history, shots)
-
-    def training_size(self) -> int:
-        """Return the number of training texts."""
-        return counted_rows(self._data, "text")
 
     @property
     def strategy_options(self) -> Mapping[str, int]:

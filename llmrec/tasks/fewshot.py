@@ -110,7 +110,7 @@ class ShotPool:
         past: Sequence[Event],
         shots: int,
         history: int,
-        show: Callable[[Sequence[Event]], Shown] | None = None,
+        shown: Shown | None = None,
     ) -> Drawn:
         """Draw ``shots`` examples for a request.
 
@@ -122,12 +122,12 @@ class ShotPool:
             past: The available interactions of its history, oldest first.
             shots: Number of examples.
             history: The maximum number of interactions in the question.
-            show: Selects these interactions; by default the latest.
+            shown: These interactions; by default the latest.
 
         Raises:
             DataError: If there are fewer other users than requested examples.
         """
-        shown = show(past) if show else Shown(tuple(past[-history:]))
+        shown = shown or Shown(tuple(past[-history:]))
         if shots == 0:
             return Drawn((), shown.events, shown.summary)
         length = max(1, history // 2)

@@ -21,13 +21,10 @@ from llmrec.tasks.base import (
     Values,
     View,
     asked_item,
-    branch_events,
-    counted_rows,
     keyed,
     passes,
     rated,
     refuse_test,
-    shows_events,
     window,
 )
 from llmrec.tasks.cases import Cases, at_most, held_out
@@ -44,14 +41,14 @@ from llmrec.tasks.rows import (
     steps,
     with_shots,
 )
-from llmrec.tasks.task import Task, TaskInputs, Want, only_one
+from llmrec.tasks.task import Branching, TaskInputs, Want, only_one
 from llmrec.tasks.templates import choose
 from llmrec.types import Answer, Case, Event, Example, Interaction, Message, Prompt, Rating, Request, SplitName
 
 _MOST_LABELS = 101
 
 
-class RatingTask(Task):
+class RatingTask(Branching):
     """The rating prediction task.
 
     A list template has one user's ratings in order; the history is part of the answer, so that one training example
@@ -59,6 +56,8 @@ class RatingTask(Task):
     """
 
     family = "rating"
+    _column = "rating"
+    _section: RatingSection
 
     def __init__(self, section: RatingSection, inputs: TaskInputs) -> None:
         data, templates = inputs.data, inputs.templates
@@ -104,40 +103,20 @@ class RatingTask(Task):
                 event = Event(item_id=asked_item(case.request, self.family), rating=float(case.truth))
                 shown = self._past.show(rated(case.request.history), [event.item_id])
                 row, events = f"rating/valid/{case.request.id}", (*shown.events, event)
-                context, template = shown.context({}), self._chosen.train[0]
-                yield self._example(template, row, case.request.user_id, events, last_only=True, context=context)
+                context, template, last = shown.context({}), self._chosen.train[0], len(events) - 1
+                yield self._example(template, row, case.request.user_id, events, first_target=last, context=context)
             return
         for row, user, rng in passes(self.family, list(self._events), self._seed, limit):
             template = rng.choice(self._chosen.train)
             events, context = self._train_events(template, user, rng)
             if self._listwise is None:
-                yield self._example(template, row, user, events, last_only=False, context=context)
+                yield self._example(template, row, user, events, context=context)
                 continue
+            past, last = events[:-1], len(events) - 1
             ends = self.scale.misrated(events[-1], self._listwise.size, rng)
             yield preferred(
-                self._example(template, row, user, (*events[:-1], end), last_only=True, context=context) for end in ends
+                self._example(template, row, user, (*past, end), first_target=last, context=context) for end in ends
             )
-
-    @property
-    def branches(self) -> bool:
-        """Whether a template asks its question after the history, so that several tasks can share the history.
-
-        A history that is selected for the question, or summarised, cannot be shared.
-        """
-        return self._chosen.branches and self._section.past == "latest"
-
-    def branch(self, number: int, user: str) -> Example | None:
-        """Return a user's training example that begins with the same history in all tasks.
-
-        None if the user has no ratings.
-        """
-        events = self._events.get(user)
-        if events is None:
-            return None
-        template, events = branch_events(
-            self.family, self._chosen, self._section, events, number, user, seed=self._seed
-        )
-        return self._example(template, f"rating/branch/{number}/{user}", user, events, last_only=False)
 
     def cases(self, split: SplitName) -> Cases:
         """Return the held-out ratings, at most ``per_user`` per user."""
@@ -166,10 +145,8 @@ class RatingTask(Task):
 
     def draw_shots(self, request: Request, shots: int) -> Drawn:
         """Draw training interactions for few-shot examples; also return the remaining history of the question."""
-        about = [asked_item(request, self.family)]
-        return self._shots.draw(
-            request, rated(request.history), shots, self._section.history, lambda past: self._past.show(past, about)
-        )
+        past, about = rated(request.history), [asked_item(request, self.family)]
+        return self._shots.draw(request, past, shots, self._section.history, self._past.show(past, about))
 
     def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
         """Return the labels of the rating scale, lowest first."""
@@ -185,14 +162,6 @@ class RatingTask(Task):
         if not isinstance(answer, Rating):
             return 0.0
         return self.scale.nearness(answer.value, float(case.truth))
-
-    def shows(self, template: Template, shots: int) -> str:
-        """Describe what a prompt contains; see `Task`."""
-        return shows_events(template, self._section.history, shots)
-
-    def training_size(self) -> int:
-        """Return the number of training ratings."""
-        return counted_rows(self._data, "rating")
 
     def asked_by(self, template: Template, strategies: Sequence[str], *, tuned: bool) -> tuple[str, ...]:
         """Return the strategies for the fine-tuned or the base model.
@@ -233,7 +202,7 @@ class RatingTask(Task):
         user: str,
         events: tuple[Event, ...],
         *,
-        last_only: bool,
+        first_target: int = 0,
         context: Mapping[str, str] | None = None,
     ) -> Example:
         if template.shape == "chat":
@@ -242,8 +211,8 @@ class RatingTask(Task):
             if learned_only(template):
                 values, target = self._with_stars(row, values, events[-1], template.words)
             return chat_example(template, row, user, values, target, past=events[:-1], event=events[-1])
-        first = len(events) - 1 if last_only else 0
-        return list_row(template, row, user, self._about(user, context), events, self._answered, first_target=first)
+        values = self._about(user, context)
+        return list_row(template, row, user, values, events, self._answered, first_target=first_target)
 
     def _solved(self, template: Template, user: str, events: tuple[Event, ...]) -> tuple[Message, ...]:
         if template.shape == "chat":

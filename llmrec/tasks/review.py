@@ -41,7 +41,7 @@ from llmrec.tasks.pool import with_other_texts
 from llmrec.tasks.rating import Scale, find_scale
 from llmrec.tasks.rows import chat_example, preferred, solved_chat, with_shots
 from llmrec.tasks.task import Task, TaskInputs, Want, only_one
-from llmrec.tasks.templates import choose
+from llmrec.tasks.templates import choose, refuse_list
 from llmrec.types import (
     Answer,
     Case,
@@ -247,20 +247,10 @@ class ReviewTask(Task):
 
 
 def _kind(templates: Mapping[str, Template]) -> tuple[str, Target]:
-    """Return the task to which templates belong, and what they predict.
-
-    Raises:
-        RecipeError: If one is a list, or their answers differ.
-    """
+    """Return the task to which templates belong, and what they predict."""
     targets: dict[Target, str] = {}
     for template in templates.values():
-        if template.shape == "list":
-            raise RecipeError(
-                f"template {template.id}: review templates have one answer; use shape: chat",
-                kind="unsupported",
-                at=template.id,
-                column="shape",
-            )
+        refuse_list(template)
         named = template.names("target")
         written: Target = "rating" if "rating" in named and "headline" not in named else "headline"
         targets[written] = template.id

@@ -20,12 +20,8 @@ from llmrec.tasks.base import (
     Pasts,
     Values,
     View,
-    branch_events,
-    counted_rows,
     passes,
-    ranking_reward,
     refuse_test,
-    shows_events,
     window,
 )
 from llmrec.tasks.cases import Cases, held_out, ranking_cases
@@ -43,7 +39,7 @@ from llmrec.tasks.rows import (
     steps,
     with_shots,
 )
-from llmrec.tasks.task import Task, TaskInputs, Want
+from llmrec.tasks.task import Branching, TaskInputs, Want
 from llmrec.tasks.templates import choose
 from llmrec.types import (
     Answer,
@@ -59,7 +55,7 @@ from llmrec.types import (
 )
 
 
-class SequentialTask(Task):
+class SequentialTask(Branching):
     """The sequential recommendation task.
 
     A list template is a list to continue; the history is part of the answer, so that one training example teaches the
@@ -71,6 +67,7 @@ class SequentialTask(Task):
     def __init__(self, section: SequentialSection, inputs: TaskInputs) -> None:
         data, templates = inputs.data, inputs.templates
         self._data, self._section, self._seed, self._candidates = data, section, inputs.seed, inputs.candidates
+        self._warm_up = section.warm_up
         self._chosen = choose(self.family, section, templates, inputs.index)
         self._view = View(data, inputs.index)
         self._rating = find_scale(data).label if data.train["rating"].null_count() < len(data.train) else None
@@ -137,33 +134,11 @@ class SequentialTask(Task):
         for row, user, rng in passes(self.family, list(self._events), self._seed, limit):
             template = rng.choice(self._chosen.train)
             events = self._train_events(template, user, rng)
-            yield Draw(row, user, template, events, self._section.warm_up)
+            yield Draw(row, user, template, events, self._warm_up)
 
     def example(self, draw: Draw) -> Example:
         """Render a sampled training example as text."""
         return self._example(draw.template, draw.id, draw.user_id, draw.events, first_target=draw.first_target)
-
-    @property
-    def branches(self) -> bool:
-        """Whether a template asks its question after the history, so that tasks can share the history.
-
-        A history that is selected for the question, or summarised, cannot be shared.
-        """
-        return self._chosen.branches and self._section.past == "latest"
-
-    def branch(self, number: int, user: str) -> Example | None:
-        """Return a user's training example that begins with the same history in all tasks.
-
-        None if the user has too few interactions.
-        """
-        events = self._events.get(user)
-        if events is None:
-            return None
-        template, events = branch_events(
-            self.family, self._chosen, self._section, events, number, user, seed=self._seed
-        )
-        row = f"sequential/branch/{number}/{user}"
-        return self._example(template, row, user, events, first_target=self._section.warm_up)
 
     def cases(self, split: SplitName) -> Cases:
         """Return all held-out interactions with their candidates."""
@@ -173,7 +148,7 @@ class SequentialTask(Task):
         """Yield training interactions as questions with the history before them; see `Task`."""
         for row, user, rng in passes(f"{self.family} question", list(self._events), self._seed, None):
             events = self._events[user]
-            at = rng.randrange(max(1, self._section.warm_up), len(events))
+            at = rng.randrange(max(1, self._warm_up), len(events))
             yield Case(request=Request(id=row, user_id=user, history=events[:at]), truth=events[at].item_id)
 
     def prompt(self, request: Request, *, template: str, shots: int = 0, want: Want = "one") -> Prompt:
@@ -200,7 +175,8 @@ class SequentialTask(Task):
 
     def draw_shots(self, request: Request, shots: int) -> Drawn:
         """Draw training interactions for few-shot examples; also return the remaining history of the question."""
-        return self._shots.draw(request, request.history, shots, self._section.history, self._past.show)
+        past = request.history
+        return self._shots.draw(request, past, shots, self._section.history, self._past.show(past))
 
     def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
         """Return the titles or codes of the candidates in stored order, or of the `catalogue`."""
@@ -226,18 +202,6 @@ class SequentialTask(Task):
         known = self._catalogue(name) if candidates is None else items_by_text(self._view, name, candidates)
         return read_item(completion, known, request)
 
-    def reward(self, answer: Answer, case: Case) -> float:
-        """Return 1 / log2(1 + rank) of the true item, averaged over ties; 0 if it is not ranked."""
-        return ranking_reward(answer, case)
-
-    def shows(self, template: Template, shots: int) -> str:
-        """Describe what a prompt contains; see `Task`."""
-        return shows_events(template, self._section.history, shots)
-
-    def training_size(self) -> int:
-        """Return the number of training interactions."""
-        return counted_rows(self._data)
-
     def scored_by(self, template: Template) -> str:
         """Return beam search if the whole catalogue is ranked, otherwise likelihood scoring of the candidates."""
         return "search" if self._candidates is None else "likelihood"
@@ -245,11 +209,7 @@ class SequentialTask(Task):
     # ----------------------------------------------------------------------- building blocks
 
     def _check_bare(self) -> None:
-        """Check that codes in lists consist of item tokens, so that no code is a prefix of another.
-
-        Raises:
-            RecipeError: If they are ordinary text.
-        """
+        """Check that codes in lists consist of item tokens, so that no code is a prefix of another."""
         names = dict.fromkeys((*(t.name for t in self._chosen.train), *self._chosen.evaluate))
         bare = [name for name in names if self._chosen.get(name).bare]
         # Requests have candidates, so the task needs no catalogue.
@@ -277,7 +237,7 @@ class SequentialTask(Task):
         return (*self._past.show(events[:at]).events, events[at])
 
     def _example(
-        self, template: Template, row: str, user: str, events: tuple[Event, ...], *, first_target: int
+        self, template: Template, row: str, user: str, events: tuple[Event, ...], *, first_target: int = 0
     ) -> Example:
         if template.shape == "chat":
             values = self._question(user, events)

@@ -5,6 +5,7 @@ The defaults suit most families; a task that derives from `Task` overrides only 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -14,7 +15,8 @@ from llmrec.data.split import SplitDataset
 from llmrec.errors import RecipeError
 from llmrec.prompts.template import Template
 from llmrec.prompts.words import Words, english
-from llmrec.recipe.schema import PreferenceSection, TaskSection
+from llmrec.recipe.schema import PreferenceSection, RatingSection, SequentialSection, TaskSection
+from llmrec.tasks.base import Pasts, counted_rows, keyed, ranking_reward, shows_events, window
 from llmrec.tasks.fewshot import Drawn, ShotPool
 from llmrec.tasks.held_items import HeldItems
 from llmrec.tasks.history import HistorySelector, ItemVectors
@@ -102,7 +104,11 @@ class Task(Protocol):
     """A recommendation task on one data set; the same object is used for training, evaluation and rewards."""
 
     family: str
+    _data: SplitDataset
+    # The column of interactions that examples need; None: every interaction can be an example.
+    _column: str | None = None
     _chosen: Chosen
+    _past: HistorySelector
     _listwise: Listwise | None = None
 
     @property
@@ -136,24 +142,27 @@ class Task(Protocol):
         ...
 
     def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
-        """Return the texts whose likelihoods answer the request: one per candidate, or one per label."""
-        ...
+        """Return the texts whose likelihoods answer a request, one per candidate or label; none for generation."""
+        return ()
 
     def parse(self, completion: str, request: Request, *, template: str) -> Answer | None:
         """Parse a generated text; None if it contains no answer."""
         ...
 
     def reward(self, answer: Answer, case: Case) -> float:
-        """Return a reward in [0, 1] for an answer, for preference and reinforcement training."""
-        ...
+        """Return a reward in [0, 1] for an answer, for preference and reinforcement training.
+
+        For a ranking it is 1 / log2(1 + rank) of the true item, averaged over ties; 0 if it is not ranked.
+        """
+        return ranking_reward(answer, case)
 
     def shows(self, template: Template, shots: int) -> str:
         """Describe what a prompt contains, for a table column."""
-        ...
+        return shows_events(template, self._past.history, shots)
 
     def training_size(self) -> int:
         """Return the number of training interactions (or items) from which the task can draw examples."""
-        ...
+        return counted_rows(self._data, self._column)
 
     # ----------------------------------------------------------------------- optional methods
 
@@ -259,6 +268,48 @@ class Task(Protocol):
 
     def _lacks(self, what: str) -> RecipeError:
         return RecipeError(f"tasks.{self.family} {what}", kind="unsupported", column=f"tasks.{self.family}")
+
+
+class Branching(Task):
+    """A task that can draw an example of a user with the same history as other tasks."""
+
+    _section: RatingSection | SequentialSection
+    _events: Pasts
+    _seed: int
+    _warm_up = 0
+
+    @property
+    def branches(self) -> bool:
+        """Whether a template asks its question after the history, so that tasks can share the history.
+
+        A history that is selected for the question, or summarised, cannot be shared.
+        """
+        return self._section.past == "latest" and any(template.shape == "chat" for template in self._chosen.train)
+
+    def branch(self, number: int, user: str) -> Example | None:
+        """Return the training example of a user for pass ``number``; None if the user has too few interactions.
+
+        A chat template shows the history that all families show in the pass, and the next interaction.
+        """
+        events = self._events.get(user)
+        if events is None:
+            return None
+        rng = keyed(f"{self.family} branch", self._seed, str(number), user)
+        template = rng.choice(self._chosen.train)
+        if template.shape == "list":
+            events = window(events, self._section.window, rng)
+        else:
+            # The same for all families with the same history.
+            at = keyed("branch point", self._seed, str(number), user).randrange(min(1, len(events) - 1), len(events))
+            events = events[max(0, at - self._section.history) : at + 1]
+        row = f"{self.family}/branch/{number}/{user}"
+        return self._example(template, row, user, events, first_target=self._warm_up)
+
+    @abstractmethod
+    def _example(
+        self, template: Template, row: str, user: str, events: tuple[Event, ...], *, first_target: int = 0
+    ) -> Example:
+        """Return an example of the interactions, the last of which a chat template asks for."""
 
 
 def only_one(family: str, want: Want) -> None:

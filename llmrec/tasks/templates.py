@@ -35,11 +35,6 @@ class Chosen:
         """All templates for training examples and questions of the task."""
         return (*self.train, *(self.every[name] for name in self.evaluate))
 
-    @property
-    def branches(self) -> bool:
-        """Whether a template asks its question after the history, so that tasks can share the history."""
-        return any(template.shape == "chat" for template in self.train)
-
     def training(self, name: str) -> list[Template]:
         """Return a template by name, or all templates of a set that can be used for training.
 
@@ -97,6 +92,21 @@ class Chosen:
                 f"template {result.id} {lacking}, or choose another template", kind="unsupported", at=result.id
             )
         return result
+
+
+def refuse_list(template: Template) -> None:
+    """Reject a list template of a family whose templates have one answer.
+
+    Raises:
+        RecipeError: If it is a list.
+    """
+    if template.shape == "list":
+        raise RecipeError(
+            f"template {template.id}: {template.family} templates have one answer; use shape: chat",
+            kind="unsupported",
+            at=template.id,
+            column="shape",
+        )
 
 
 def of_set(templates: Mapping[str, Template], name: str) -> list[Template]:

@@ -24,7 +24,7 @@ from llmrec.prompts.template import Template
 from llmrec.recipe.schema import TrainSection
 from llmrec.tasks.base import Draw, keyed
 from llmrec.tasks.rows import Listwise, against, as_context
-from llmrec.tasks.task import Task
+from llmrec.tasks.task import Branching, Task
 from llmrec.train.batches import fit_row, target_rows
 from llmrec.types import Event, Example
 
@@ -42,20 +42,6 @@ def _fitted(example: Example, encoder: Encoder, limit: int, *, texts: bool) -> T
 
 
 # Draws the examples of a user together, so that tasks whose question follows the history can share the history.
-
-
-@runtime_checkable
-class Branching(Protocol):
-    """A task that can draw an example of a user with the same history as other tasks."""
-
-    @property
-    def branches(self) -> bool:
-        """Whether a template asks its question after the history."""
-        ...
-
-    def branch(self, number: int, user: str) -> Example | None:
-        """Return the training example of a user for epoch ``number``; None if the user has too few interactions."""
-        ...
 
 
 def branching_rows(

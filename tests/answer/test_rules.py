@@ -107,14 +107,6 @@ def test_nothing_forbidden_is_allowed_and_nothing_else_is_left_out(items: dict[s
     assert rules.allowed(items) == {key for key, each in items.items() if passes(rules, key, each.fields)}
 
 
-@given(items=catalogues(), rules=all_rules(), k=st.integers(0, 8))
-def test_nothing_forbidden_is_ever_listed(items: dict[str, Item], rules: Rules, k: int) -> None:
-    allowed = rules.allowed(items)
-    chosen = rules.arrange([pair for pair in ranked(items) if pair[0] in allowed], items, k)
-    assert all(passes(rules, key, items[key].fields) for key in ids(chosen))
-    assert len(set(ids(chosen))) == len(chosen) <= k
-
-
 def test_a_text_counts_by_each_value_and_as_a_whole() -> None:
     items = catalogue("Acme, Inc.", "Inc.", " acme ", "Acmeland", "", field="maker")
     found = {
@@ -205,16 +197,6 @@ def fits(chosen: Sequence[str], items: Mapping[str, Item], quotas: Sequence[Quot
     )
 
 
-@given(items=catalogues(), quotas=QUOTAS, diversity=DIVERSITIES, k=st.integers(0, 8))
-def test_quotas_hold_and_no_item_is_left_that_would_fit(
-    items: dict[str, Item], quotas: tuple[Quota, ...], diversity: float, k: int
-) -> None:
-    chosen = ids(Rules(quotas=quotas, diversity=diversity).arrange(ranked(items), items, k))
-    assert fits(chosen, items, quotas)
-    if len(chosen) < k:
-        assert not any(fits([*chosen, key], items, quotas) for key in items if key not in chosen)
-
-
 @given(items=catalogues(largest=8), quotas=QUOTAS, diversity=DIVERSITIES, k=st.integers(0, 8))
 def test_how_short_a_list_can_be(items: dict[str, Item], quotas: tuple[Quota, ...], diversity: float, k: int) -> None:
     """A p-th of the longest list at least, where items have at most p values under quotas: with p = 1 all of it."""
@@ -226,17 +208,6 @@ def test_how_short_a_list_can_be(items: dict[str, Item], quotas: tuple[Quota, ..
         if any(fits(some, items, quotas) for some in combinations(items, size))
     )
     assert longest / p <= len(Rules(quotas=quotas, diversity=diversity).arrange(ranked(items), items, k)) <= longest
-
-
-@given(items=catalogues(), quotas=QUOTAS, k=st.integers(0, 8))
-def test_without_diversity_items_that_fit_are_taken_in_order(
-    items: dict[str, Item], quotas: tuple[Quota, ...], k: int
-) -> None:
-    expected: list[str] = []
-    for key in items:
-        if len(expected) < k and fits([*expected, key], items, quotas):
-            expected.append(key)
-    assert ids(Rules(quotas=quotas).arrange(ranked(items), items, k)) == expected
 
 
 def test_a_quota_worked_by_hand() -> None:
@@ -304,14 +275,6 @@ def test_diversity_worked_by_hand() -> None:
 def test_without_rules_a_list_is_how_the_ranking_begins(items: dict[str, Item], k: int, scores: list[float]) -> None:
     order = list(zip(items, sorted(scores, reverse=True), strict=False))
     assert Rules(block=frozenset({"0"})).arrange(order, {}, k) == order[: max(k, 0)]
-
-
-@given(items=catalogues(), quotas=QUOTAS, diversity=DIVERSITIES, k=st.integers(0, 8))
-def test_a_longer_list_begins_with_the_shorter_one(
-    items: dict[str, Item], quotas: tuple[Quota, ...], diversity: float, k: int
-) -> None:
-    rules = Rules(quotas=quotas, diversity=diversity)
-    assert rules.arrange(ranked(items), items, k + 1)[:k] == rules.arrange(ranked(items), items, k)
 
 
 @given(items=catalogues(), rules=all_rules(), k=st.integers(0, 8), seed=st.integers(0, 99))

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from llmrec.answer.prompting import notes_of, rank_requests
-from llmrec.answer.strategy import Asking, choose_way
+from llmrec.answer.strategy import Asking
 from llmrec.backends.encode import Encoder
 from llmrec.backends.hf.backend import HFBackend
 from llmrec.data.requests import RankRequest, read_request
@@ -85,10 +85,3 @@ def test_small_questions_take_sets_that_no_prompt_holds(tools: tuple[bundle.Bund
             assert isinstance(answer, Unparsed) and "more than the maximum of 620" in answer.reason
         else:
             assert isinstance(answer, Ranking) and len(answer.items) == 40
-
-
-def test_a_strategy_chooses_its_family(tools: tuple[bundle.Bundle, HFBackend, Encoder]) -> None:
-    found = tools[0]
-    assert choose_way(found, strategy="window") == Asking("direct", "after-history", "window")
-    assert choose_way(found, strategy="likelihood-prior").family == "sequential"
-    assert choose_way(found).strategy == "likelihood"

@@ -239,14 +239,6 @@ def test_the_engine_is_closed_when_it_fails() -> None:
     assert not engine.is_open
 
 
-def test_scores_are_sums_of_full_log_probabilities() -> None:
-    paths = [(0, END), (1, END)]
-    (found,) = beam(MadeEngine(5), Catalogue.of(paths), [(2,)], k=2, width=2)
-    total = sum(math.exp(value) for value in found.scores)
-    assert total < 1
-    assert found.scores == pytest.approx(sorted((score(5, (2,), path) for path in paths), reverse=True))
-
-
 @pytest.mark.parametrize("broken", [math.nan, -math.inf])
 def test_scores_that_are_no_numbers_end_an_exact_search(broken: float) -> None:
     class Broken(FastEngine):

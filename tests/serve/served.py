@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import httpx
+from pydantic import TypeAdapter
 
 from llmrec.serve.app import make_app
 from llmrec.serve.gates import Auth
@@ -19,6 +20,7 @@ from llmrec.serve.keys import Keys, new_key
 from llmrec.serve.mcp import mount
 from llmrec.serve.options import ServeOptions
 from llmrec.serve.run import make_service
+from llmrec.serve.schema import Failed
 from llmrec.serve.server import make_server
 from llmrec.serve.service import Service
 from tests.answer.rank_cases import toy_run
@@ -90,12 +92,26 @@ def listening(*apps: Any, **limits: Any) -> Iterator[list[str]]:
         thread.join()
 
 
+def until(condition: Callable[[], bool], what: str = "", pause: float = 0.01) -> None:
+    """Wait until a condition holds."""
+    ends = time.monotonic() + _PATIENCE
+    while not condition():
+        assert time.monotonic() < ends, what
+        time.sleep(pause)
+
+
 def wait_ready(url: str) -> None:
     """Wait until questions are answered."""
-    ends = time.monotonic() + _PATIENCE
-    while (found := httpx.get(f"{url}/ready")).status_code != 200:
-        assert time.monotonic() < ends, found.text
-        time.sleep(0.1)
+    until(lambda: httpx.get(f"{url}/ready").status_code == 200, f"{url} is not ready", pause=0.1)
+
+
+def failure(answer: httpx.Response, status: int | None = None) -> dict[str, Any]:
+    """Return the one form of failures, and check that it is one."""
+    assert status in (None, answer.status_code), answer.text
+    assert answer.headers["content-type"] == "application/json"
+    error = TypeAdapter(Failed).validate_json(answer.content).error
+    assert set(answer.json()) == {"error"} and error.kind and error.message
+    return error.model_dump()
 
 
 @contextmanager

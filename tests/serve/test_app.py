@@ -13,17 +13,15 @@ from urllib.parse import quote
 
 import httpx
 import pytest
-from pydantic import TypeAdapter
 
 from tests.serve.fake_engine import faking
-from tests.serve.served import Served
+from tests.serve.served import Served, failure
 
 pytest.importorskip("prometheus_client", reason="the serve extra is not installed")
 
 from prometheus_client.parser import text_string_to_metric_families
 
 from llmrec.metrics.stats import wilson
-from llmrec.serve.schema import Failed
 
 CLASSIC = ("popularity", "item-knn", "markov-1", "markov")
 EVERY = ("tuned", *CLASSIC)
@@ -59,15 +57,6 @@ class Asking:
 
 def ids(answer: dict[str, Any]) -> list[str]:
     return [item["item_id"] for item in answer["items"]]
-
-
-def failure(answer: httpx.Response, status: int) -> dict[str, Any]:
-    """Return the one form of failures."""
-    assert answer.status_code == status, answer.text
-    assert answer.headers["content-type"] == "application/json"
-    error = TypeAdapter(Failed).validate_json(answer.content).error
-    assert set(answer.json()) == {"error"} and error.kind and error.message
-    return error.model_dump()
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,7 @@ import pickle
 import signal
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -34,7 +33,7 @@ from llmrec.serve.gates import Auth
 from llmrec.serve.service import Service, Settings
 from llmrec.serve.store import ServiceStore
 from tests.serve.fake_engine import ITEMS, Faked, fake_engines, faking, told
-from tests.serve.served import listening, wait_ready
+from tests.serve.served import failure, listening, until, wait_ready
 
 # For what must come; no result depends on it.
 _LONG = 600.0
@@ -58,13 +57,6 @@ def ask(faked: Faked, profile: str = "", **body: Any) -> httpx.Response:
     return httpx.post(f"{faked.url}/v1/rank", json=body, timeout=_LONG)
 
 
-def until(condition: Callable[[], bool], what: str) -> None:
-    ends = time.monotonic() + _LONG
-    while not condition():
-        assert time.monotonic() < ends, what
-        time.sleep(0.01)
-
-
 def working(faked: Faked) -> None:
     """Wait until the engine works on a question."""
     until(lambda: bool(faked.service.batcher._asked), "the engine is not asked")
@@ -73,13 +65,6 @@ def working(faked: Faked) -> None:
 def made(folder: Path, options: Any) -> Service:
     store = ServiceStore.open(str(folder / "store.sqlite"))
     return Service(Settings(options=options), Known(ITEMS, Histories.none()), store)
-
-
-def failure(answer: httpx.Response) -> dict[str, Any]:
-    """Return the one form of failures, and check that it is one."""
-    body = answer.json()
-    assert set(body) == {"error"} and set(body["error"]) == {"kind", "message", "at"}, body
-    return dict(body["error"])
 
 
 def listed(answer: httpx.Response) -> list[str]:

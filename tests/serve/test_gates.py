@@ -19,16 +19,14 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pydantic import TypeAdapter
 
 pytest.importorskip("fastapi", reason="the serve extra is not installed")
 pytest.importorskip("uvicorn", reason="the serve extra is not installed")
 
 from llmrec.serve.gates import Auth
 from llmrec.serve.keys import Keys, RateLimit, new_key, revoke
-from llmrec.serve.schema import Failed
 from tests.serve.fake_engine import faking
-from tests.serve.served import Served
+from tests.serve.served import Served, failure
 
 QUESTION = json.dumps({"history": ["k01"], "candidates": ["k02", "k03"]}).encode()
 JSON = "Content-Type: application/json"
@@ -73,13 +71,6 @@ def request(start: str, *headers: str, body: bytes = b"", host: str = "localhost
     if body:
         lines.append(f"Content-Length: {len(body)}")
     return "\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n" + body
-
-
-def failure(answer: httpx.Response) -> dict[str, Any]:
-    """Return the one form of failures."""
-    error = TypeAdapter(Failed).validate_json(answer.content).error
-    assert set(answer.json()) == {"error"} and error.kind and error.message
-    return error.model_dump()
 
 
 # --------------------------------------------------------------------------- ways around the key
@@ -333,11 +324,7 @@ def test_a_key_works_from_when_it_is_made_until_it_is_taken_back(keyed: Keyed) -
     # An unknown key takes nothing from anybody's limit.
     noticed(lambda: keyed.ask(key), 200)
     revoke(keyed.file, "comes-and-goes")
-    gone = keyed.ask(key)
-    while gone.status_code != 401:
-        assert gone.status_code == 200
-        time.sleep(0.3)
-        gone = keyed.ask(key)
+    gone = noticed(lambda: keyed.ask(key), 401)
     assert failure(gone)["kind"] == "missing-key"
 
 

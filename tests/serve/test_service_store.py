@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -20,6 +20,7 @@ from llmrec.serve import service as module
 from llmrec.serve.schema import LONGEST_TEXT, MOST_EVENTS
 from llmrec.serve.store import IN_LOG
 from tests.serve.fake_engine import Faked, faking
+from tests.serve.served import until
 
 # For what must come; no result depends on it.
 PATIENCE = 120.0
@@ -45,13 +46,6 @@ def ask(faked: Faked, path: str, method: str = "POST", **body: Any) -> httpx.Res
 def known(faked: Faked, user: str) -> list[dict[str, Any]]:
     found = ask(faked, f"/v1/users/{user}", "GET")
     return found.json()["history"] if found.status_code == 200 else []
-
-
-def until(what: Callable[[], bool]) -> None:
-    ends = time.monotonic() + PATIENCE
-    while not what():
-        assert time.monotonic() < ends
-        time.sleep(0.02)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from llmrec.backends.fake import FakeBackend
 from llmrec.errors import BackendError
 from llmrec.strategies.asking import Prompting
 from llmrec.strategies.raters import HeadRater
-from llmrec.types import Answer, Case, Cost, Message, Prompt, Rating, Read, Request, Segment
+from llmrec.types import Cost, Message, Prompt, Rating, Read, Request, Segment
 from tests.facts import Facts, raises
 
 torch = pytest.importorskip("torch", reason="the train extra is not installed")
@@ -21,26 +21,8 @@ torch = pytest.importorskip("torch", reason="the train extra is not installed")
 class Toy:
     """Asks about a user's name, so that prompts have different lengths."""
 
-    family: str = "rating"
-    eval_templates = ("toy",)
-
     def prompt(self, request: Request, *, template: str, shots: int = 0, want: str = "one") -> Prompt:
         return Prompt(messages=(Message("user", (Segment("item", f"Rate it, {request.user_id}"),)),))
-
-    def examples(self, split: str, limit: int | None = None) -> Any:
-        yield from ()
-
-    def cases(self, split: str) -> list[Case]:
-        return []
-
-    def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
-        return ()
-
-    def parse(self, completion: str, request: Request, *, template: str) -> Answer | None:
-        return None
-
-    def reward(self, answer: Answer, case: Case) -> float:
-        return 0.0
 
 
 class Lengths(FakeBackend):

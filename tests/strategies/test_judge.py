@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -26,17 +25,8 @@ pytest.importorskip("transformers")
 class Asking:
     """Asks a fixed question whose two answers are given."""
 
-    family = "ctr"
-    eval_templates = ("t",)
-
     def __init__(self, yes: str = "Yes", no: str = "No") -> None:
         self._answers = (yes, no)
-
-    def examples(self, split: str, limit: int | None = None) -> Iterator[Example]:
-        return iter(())
-
-    def cases(self, split: str) -> list[Case]:
-        return []
 
     def prompt(self, request: Request, *, template: str, shots: int = 0, want: str = "one") -> Prompt:
         return Prompt(messages=(Message("user", (Segment("text", f"Will {request.id} like it?"),)),))
@@ -47,9 +37,6 @@ class Asking:
     def parse(self, completion: str, request: Request, *, template: str) -> Answer | None:
         place = read_choice(completion, self._answers)
         return None if place is None else Probability(request_id=request.id, value=1.0 - place)
-
-    def reward(self, answer: Answer, case: Case) -> float:
-        return 0.0
 
 
 def requests(n: int = 3) -> list[Request]:
@@ -226,6 +213,7 @@ def test_a_backend_that_cannot_is_refused_at_the_door() -> None:
     class Mute(FakeBackend):
         capabilities = frozenset({"rate"})  # type: ignore[assignment]
 
-    for judge in (YesNoJudge, ParsedYesNoJudge):
-        with raises(BackendError, Facts("unsupported", column="eval.backend", says="'fake'")):
+    for judge, capability in ((YesNoJudge, "score"), (ParsedYesNoJudge, "generate")):
+        says = (f"'fake' does not support {capability}", "supports rate")
+        with raises(BackendError, Facts("unsupported", column="eval.backend", says=says)):
             judge(asker(Mute()))

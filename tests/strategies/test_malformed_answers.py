@@ -16,8 +16,9 @@ from llmrec.evaluate.predictor import evaluate
 from llmrec.strategies.asking import Prompting
 from llmrec.strategies.raters import ParsedRater, Writer
 from llmrec.tasks.family import family_of
-from llmrec.types import Case, Ranking, Request, Unparsed
-from tests.strategies.strategy_cases import cases, data, strategy, task, title
+from llmrec.tasks.parsing import read_ranking
+from llmrec.types import Case, Completion, Ranking, Request, Unparsed
+from tests.strategies.strategy_cases import cases, data, strategy, title
 from tests.tasks.task_data import make_task
 
 COUNT = 800
@@ -68,8 +69,6 @@ def scripted(family: str) -> FakeBackend:
 
     class Whole(FakeBackend):
         def generate(self, prompts: Any, *, max_tokens: int) -> Any:
-            from llmrec.types import Completion
-
             return [Completion(text=next(found), prompt_tokens=1, completion_tokens=3) for _ in prompts]
 
     return Whole()
@@ -147,8 +146,6 @@ def test_malformed_ratings_and_texts_stay_in_the_denominator(family: str) -> Non
     ],
 )
 def test_titles_in_json_and_markdown_lists(text: str, places: list[int]) -> None:
-    from llmrec.tasks.parsing import read_ranking
-
     titles = ["The Shawshank Redemption", "Terminator 2: Judgment Day", "Cinema Paradiso"]
     for place, each in enumerate(titles):
         text = text.replace(f"{{{place}}}", each)
@@ -156,13 +153,6 @@ def test_titles_in_json_and_markdown_lists(text: str, places: list[int]) -> None
 
 
 def test_a_misspelling_of_two_titles_is_neither() -> None:
-    from llmrec.tasks.parsing import read_ranking
-
     assert read_ranking("1. The Long Nighx", "AB", ["The Long Night", "The Long Nighs"]) == []
     assert read_ranking("1. The Long Nighs", "AB", ["The Long Night", "The Long Nighs"]) == [1]
     assert read_ranking("Rocky III", "AB", ["Rocky II", "Rocky IV"]) == []
-
-
-def test_the_same_seed_gives_the_same_answers() -> None:
-    assert texts("direct") == texts("direct") and len(set(texts("direct"))) > COUNT // 2
-    assert task("direct").family == "direct"

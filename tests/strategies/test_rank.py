@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from llmrec.backends.fake import FakeBackend
-from llmrec.errors import BackendError, LlmrecError
 from llmrec.strategies.asking import Prompting, prompt_hash
 from llmrec.strategies.pointwise import LikelihoodRanker
 from llmrec.strategies.raters import ExpectedRater, ParsedRater, Writer
-from llmrec.strategies.rounds import ListRanker, label_ranker
-from llmrec.types import Answer, Case, Example, Message, Prompt, Ranking, Rating, Request, Segment, Text, Unparsed
-from tests.facts import Facts, raises
+from llmrec.strategies.rounds import ListRanker
+from llmrec.types import Answer, Message, Prompt, Ranking, Rating, Request, Segment, Text, Unparsed
 
 LETTERS = "ABCD"
 
@@ -23,18 +21,9 @@ LETTERS = "ABCD"
 class ToyTask:
     """Labels A-D for candidates, digits for ratings; reads the first thing that it knows."""
 
-    family = "direct"
-    eval_templates = ("t",)
-
     def __init__(self, labels: Sequence[str] = LETTERS) -> None:
         self.labels = tuple(labels)
         self.wants: list[str] = []
-
-    def examples(self, split: str, limit: int | None = None) -> Iterator[Example]:
-        return iter(())
-
-    def cases(self, split: str) -> list[Case]:
-        return []
 
     def prompt(self, request: Request, *, template: str, shots: int = 0, want: str = "one") -> Prompt:
         self.wants.append(want)
@@ -51,9 +40,6 @@ class ToyTask:
             items = tuple(request.candidates[LETTERS.index(c)] for c in listed)
             return Ranking(request_id=request.id, items=items, scores=tuple(-float(k) for k in range(len(items))))
         return Text(request_id=request.id, text=completion) if completion else None
-
-    def reward(self, answer: Answer, case: Case) -> float:
-        return 0.0
 
 
 def requests(n: int = 5) -> list[Request]:
@@ -74,17 +60,6 @@ def test_likelihood_sorts_by_score_and_keeps_ties() -> None:
         assert answer.items == ("i2", "i4", "i3", "i1")
         assert answer.scores == (-1.0, -1.0, -2.0, -3.0)
         assert answer.prompt_hash
-
-
-def test_a_dummy_that_likes_the_first_label_scores_chance_over_positions() -> None:
-    ranker = label_ranker(asker(FakeBackend(prefer=lambda text, label: -float(LETTERS.index(label)))))
-    tops = []
-    for k in range(4):
-        rotated = ("i1", "i2", "i3", "i4")[k:] + ("i1", "i2", "i3", "i4")[:k]
-        (answer,) = ranker.answer([Request(id="r", user_id="u", candidates=rotated)])
-        assert isinstance(answer, Ranking)
-        tops.append(answer.items[0])
-    assert sorted(tops) == ["i1", "i2", "i3", "i4"]
 
 
 def test_lists_ask_for_a_ranking_and_count_failures() -> None:
@@ -134,19 +109,6 @@ def test_progress_counts_every_request() -> None:
     done: list[int] = []
     LikelihoodRanker(asker(FakeBackend(), advance=done.append)).answer(requests(5))
     assert done == [2, 2, 1]
-
-
-def test_refusals() -> None:
-    class Mute(FakeBackend):
-        capabilities = frozenset({"rate"})  # type: ignore[assignment]
-
-    with raises(
-        BackendError,
-        Facts("unsupported", column="eval.backend", says=("'fake' does not support score", "supports rate")),
-    ):
-        LikelihoodRanker(asker(Mute()))
-    with raises(LlmrecError, Facts("missing-value", column="candidates")):
-        LikelihoodRanker(asker(FakeBackend())).answer([Request(id="r", user_id="u")])
 
 
 def test_prompt_hash_sees_every_part() -> None:

@@ -15,7 +15,6 @@ from task_data import (
     make_index,
     make_split,
     make_task,
-    mixture,
     prompt_text,
     targets,
 )
@@ -154,12 +153,6 @@ def test_valid_rows_are_of_the_held_out_items_and_take_templates_in_turn() -> No
     assert len(list(task.examples("valid", limit=3))) == 3
     with pytest.raises(ValueError, match="test split"):
         next(iter(task.examples("test")))
-
-
-def test_a_mixture_with_next_items_follows_the_weights() -> None:
-    tasks: Any = {"sequential": (make_task("sequential", DATA), 1.0), "alignment": (make_task("alignment", DATA), 3.0)}
-    counts = collections.Counter(row.task for row in islice(mixture(tasks, 0), 400))
-    assert counts == {"sequential": 100, "alignment": 300}
 
 
 # --------------------------------------------------------------------------- questions
@@ -307,11 +300,6 @@ def test_a_question_cannot_show_its_answer(user: str, target: str, key: str | No
     kind: ErrorKind = "unknown-name" if key else "bad-value"
     with raises(RecipeError, Facts(kind, "alignment/x", column=key, says=named)):
         built(one(f"Answer this: {user}", target), eval_templates=())
-
-
-def test_a_list_is_refused() -> None:
-    with raises(RecipeError, Facts("unsupported", "alignment/x", column="shape", says="shape: chat")):
-        built(one("{{ item.title }}", "{{ item.code }}", shape="list", tail="\n"), eval_templates=())
 
 
 # --------------------------------------------------------------------------- next items in the other form

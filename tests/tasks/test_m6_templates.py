@@ -35,18 +35,8 @@ from tests.facts import Facts, raises
 from tests.tasks.making import make
 
 DATA = make_split(make_dataset(hostile=False))
-NAMED = [
-    (family, name)
-    for family in FAMILIES
-    for name, template in load_templates(family).items()
-    if template.set == "m6" and template.use == "named"
-]
-UNSEEN = [
-    (family, name)
-    for family in FAMILIES
-    for name, template in load_templates(family).items()
-    if template.set == "m6" and template.use == "unseen"
-]
+M6 = [template for family in FAMILIES for template in load_templates(family).values() if template.set == "m6"]
+NAMED, UNSEEN = ([(t.family, t.name) for t in M6 if t.use == use] for use in ("named", "unseen"))
 
 
 def rows_of(family: str, name: str, data: SplitDataset = DATA, **section: Any) -> Iterator[Example]:

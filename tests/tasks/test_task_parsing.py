@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import random
 
+import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,7 +15,7 @@ from llmrec.index.titles import title_key
 from llmrec.tasks.direct import candidate_labels
 from llmrec.tasks.parsing import read_line, read_number, read_ranking
 from llmrec.tasks.rating import expected, find_scale
-from llmrec.types import Ranking, Rating, Request
+from llmrec.types import Item, Ranking, Rating, Request
 from tests.facts import Facts, raises
 
 TITLES = [
@@ -257,8 +258,6 @@ def test_expected() -> None:
 
 
 def scaled(ratings: list[float], scale: tuple[float, float] | None) -> tuple[str, ...]:
-    import polars as pl
-
     base = make_dataset(hostile=False)
     rng = random.Random(0)
     column = pl.Series("rating", [rng.choice(ratings) for _ in range(base.interactions.height)])
@@ -281,8 +280,6 @@ def test_scales() -> None:
 
 def test_half_points_are_shown_and_read() -> None:
     base = make_dataset(hostile=False)
-    import polars as pl
-
     data = Dataset(
         name="x",
         noun="films",
@@ -334,8 +331,6 @@ def test_title_key_is_stable(title: str) -> None:
 
 
 def test_items_of_one_title_share_the_first_place() -> None:
-    from llmrec.types import Item
-
     base = make_dataset(hostile=False)
     items = {**base.items, "i02": Item(item_id="i02", title="Twice"), "i03": Item(item_id="i03", title="twice!")}
     data = Dataset(name="x", noun="films", interactions=base.interactions, items=items, rating_scale=(1, 5))

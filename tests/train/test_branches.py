@@ -13,7 +13,8 @@ from llmrec.errors import DataError, RecipeError
 from llmrec.pipeline.study import Study, build_study
 from llmrec.pipeline.training import plan_training
 from llmrec.recipe.load import load_recipe
-from llmrec.train.rows import Branching, branching_rows
+from llmrec.tasks.task import Branching
+from llmrec.train.rows import branching_rows
 from tests.conftest import make_tokenizer
 from tests.facts import Facts, raises
 from tests.tasks.task_data import make_split, make_task

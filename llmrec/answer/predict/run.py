@@ -87,7 +87,7 @@ def _predict(options: PredictOptions, out: Path) -> tuple[Mapping[str, str | int
                 result: Answer = next(answers) if isinstance(request, RankRequest) else request
                 records.append(_record(raw, len(records) + 1, request, result))
                 failed += records[-1].error is not None
-            bar.advance(len(raws))
+            bar.answered(len(raws))
         write_records(out, records, Predicted)
         digest = recommender.weights[:12]
     summary: dict[str, str | int] = {

@@ -139,14 +139,12 @@ OF_CLUSTERS = ("actors", "cpus", "gpus", "shards")
 
 def check_cluster(options: RankOptions) -> None:
     """Reject cluster options if no cluster is used."""
-    plain = RankOptions()
-    for name in OF_CLUSTERS:
-        if options.ray is None and getattr(options, name) != getattr(plain, name):
-            raise RecipeError(
-                f"--{name} configures a Ray cluster, but --ray is missing; add --ray, or drop --{name}",
-                kind="contradiction",
-                column=f"--{name}",
-            )
+    if options.ray is None and (unused := options.given(OF_CLUSTERS)):
+        raise RecipeError(
+            f"--{unused[0]} configures a Ray cluster, but --ray is missing; add --ray, or drop --{unused[0]}",
+            kind="contradiction",
+            column=f"--{unused[0]}",
+        )
 
 
 def _given(value: Path | None, option: str, what: str) -> Path:

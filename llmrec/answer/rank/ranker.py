@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from types import TracebackType
@@ -98,11 +98,9 @@ def open_loaded(options: RankOptions) -> Loaded:
     return Loaded(model_options, open_models(model_options, [options.by or offered(bundles.read(options.model))[0]]))
 
 
-def _changed(options: RankOptions, names: Sequence[str]) -> list[str]:
+def _changed(options: RankOptions, names: Iterable[str]) -> list[str]:
     """Return the given options that differ from their defaults, as written on the command line."""
-    plain = RankOptions()
-    changed = [name for name in names if getattr(options, name) != getattr(plain, name)]
-    return ["--set" if name == "settings" else f"--{name.replace('_', '-')}" for name in changed]
+    return ["--set" if name == "settings" else f"--{name.replace('_', '-')}" for name in options.given(names)]
 
 
 def _check_named(options: RankOptions) -> None:
@@ -124,17 +122,15 @@ def _check_named(options: RankOptions) -> None:
 
 def _open_classic(options: RankOptions) -> Models:
     """Fit a baseline on the data of a recipe."""
-    plain = RecommenderOptions(model="")
-    for name in (field.name for field in fields(RecommenderOptions)):
-        if name not in _SHARED and getattr(options, name) != getattr(plain, name):
-            option = f"--{name.replace('_', '-')}"
-            more = "; --top sets the number of items" if option == "--k" else ""
-            raise RecipeError(
-                f"{option} configures a language model, but --baseline does not use one; drop one of these "
-                f"options{more}",
-                kind="contradiction",
-                column=option,
-            )
+    names = (field.name for field in fields(RecommenderOptions) if field.name not in _SHARED)
+    if changed := _changed(options, names):
+        more = "; --top sets the number of items" if changed[0] == "--k" else ""
+        raise RecipeError(
+            f"{changed[0]} configures a language model, but --baseline does not use one; drop one of these "
+            f"options{more}",
+            kind="contradiction",
+            column=changed[0],
+        )
     if options.recipe is None:
         raise RecipeError(
             "--baseline needs training data; give a recipe or a run folder with --recipe",
@@ -160,11 +156,6 @@ class _NamedRanker:
 
     A request without a history gets the stored history of its user, or the most popular items if the user is
     unknown, as in a service.
-
-    Args:
-        options: The options of the command.
-        loaded: The open model.
-        budget: The recorder of seconds per stage.
     """
 
     def __init__(self, options: RankOptions, loaded: Loaded, budget: Budget) -> None:

@@ -14,7 +14,6 @@ from itertools import islice
 from operator import itemgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import TracebackType
 from typing import Any
 
 from llmrec import terminal
@@ -309,7 +308,7 @@ def rank_parts(
                 before = budget.stages.get("ranking", 0.0)
                 with budget.stage("ranking"):
                     requests = [row.asked(recommender) for row in lines]
-                    answers = recommender.rank(requests, advance=bar.advance, part=number)
+                    answers = recommender.rank(requests, advance=bar.answered, part=number)
                     records = [row.record(answer) for row, answer in zip(lines, answers, strict=True)]
                 write_part(path, records)
                 tally.add(records, seconds=budget.stages["ranking"] - before)
@@ -431,37 +430,24 @@ class Tally:
                 self.notes.append({"line": record.line, "request_id": record.request_id, "notes": list(record.notes)})
 
 
-class RankBar:
+class RankBar(Bar):
     """The progress of a ranking, with the speed of this call."""
 
     def __init__(self, total: int) -> None:
-        self._bar = Bar("ranking", total, unit="requests")
-        self._done = 0
-        self._begin: float | None = None
+        super().__init__("ranking", total, unit="requests")
+        self._ranked = 0
+        self._first: float | None = None
 
-    def __enter__(self) -> RankBar:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop(failed=error is not None)
-
-    def skip(self, count: int) -> None:
-        """Count requests that were ranked by an earlier call."""
-        self._bar.skip(count)
-
-    def advance(self, count: int) -> None:
+    def answered(self, count: int) -> None:
         """Count requests that were just ranked."""
         rate = ""
-        if self._begin is None:
+        if self._first is None:
             # The time of the first answers includes starting the engine.
-            self._begin = time.monotonic()
+            self._first = time.monotonic()
         else:
-            self._done += count
-            rate = f"{self._done / max(time.monotonic() - self._begin, 0.001):.1f} requests/s"
-        self._bar.advance(count, rate)
+            self._ranked += count
+            rate = f"{self._ranked / max(time.monotonic() - self._first, 0.001):.1f} requests/s"
+        self.advance(count, rate)
 
 
 def console_rows(summary: Mapping[str, Any]) -> dict[str, str]:

@@ -97,16 +97,15 @@ def rank_users(options: RankOptions) -> Mapping[str, str | int]:
 
 def _refuse_others(options: RankOptions) -> None:
     """Reject options that do not apply with ``--all-users``."""
-    plain = RankOptions()
     named = ("requests", "out", "form", "fuse", "retrieve", "rationale", "candidates", "template", "task")
-    for name in (*named, "shard", "ray", *(("by",) if options.baseline is not None else ("settings",))):
-        if getattr(options, name) != getattr(plain, name):
-            option = {"requests": "--in", "settings": "--set"}.get(name, f"--{name}")
-            raise DataError(
-                f"{option} has no effect with --all-users, which ranks the catalogue with --by; drop {option}",
-                kind="contradiction",
-                column=option,
-            )
+    more = ("shard", "ray", "settings" if options.baseline is None else "by")
+    if unused := options.given((*named, *more)):
+        option = {"requests": "--in", "settings": "--set"}.get(unused[0], f"--{unused[0]}")
+        raise DataError(
+            f"{option} has no effect with --all-users, which ranks the catalogue with --by; drop {option}",
+            kind="contradiction",
+            column=option,
+        )
 
 
 def _ranked(rec: Loaded, users: Sequence[str], folder: Path, key: str, k: int, strategy: str) -> Iterator[Path]:
@@ -121,7 +120,7 @@ def _ranked(rec: Loaded, users: Sequence[str], folder: Path, key: str, k: int, s
                 result = rec.recommend(pa.table({"id": part, "user_id": part}), k=k, strategy=strategy)
                 with replacing(path) as draft:
                     pq.write_table(result.select(LISTS.names), draft)
-                bar.advance(len(part))
+                bar.answered(len(part))
             yield path
 
 
