@@ -147,7 +147,8 @@ def test_a_refresh_sees_each_event_once_whatever_comes_meanwhile(
 
 @pytest.mark.parametrize("seed", range(3))
 def test_two_processes_that_share_a_store_agree_with_a_model(where: str, seed: int) -> None:
-    assert agree(where, seed, 80).total() == 80
+    # The first sequence also has locks of other programs, killed processes and stores that are opened again.
+    assert agree(where, seed, 80, faults=seed == 0).total() == 80
 
 
 # --------------------------------------------------------------------------- many at once, and kills
