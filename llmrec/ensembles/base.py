@@ -102,11 +102,7 @@ class Ensemble:
         return self._apart[gone]
 
     def _refuse(self, parts: Sequence[tuple[str, object]], cases: Sequence[Case]) -> None:
-        """Reject users on whom a member was selected or stopped early.
-
-        Raises:
-            LlmrecError: If ``looked_at`` of a member contains one of the users.
-        """
+        """Reject users on whom a member was selected or stopped early."""
         users = {case.request.user_id for case in cases}
         for name, part in parts:
             if seen := users & getattr(part, "looked_at", frozenset()):

@@ -72,11 +72,7 @@ class FusedFinder:
         return _weighed(self._parts(rest), [_last(data, user) for user in users[:MOST]], Context(rest))
 
     def _parts(self, data: SplitDataset) -> list[Member]:
-        """Return the baselines, fitted on training interactions.
-
-        Raises:
-            RecipeError: If there are fewer than two baselines.
-        """
+        """Return the baselines, fitted on training interactions."""
         results = []
         for section in self.baselines:
             made = lookup(BASELINES, section.name, "baseline")
@@ -98,11 +94,7 @@ class FusedFinder:
 
 
 def _weighed(parts: Sequence[Member], cases: Sequence[Case], context: Context) -> CatalogueEnsemble:
-    """Return an ensemble with weights fitted on these cases.
-
-    Raises:
-        DataError: If there are too few users.
-    """
+    """Return an ensemble with weights fitted on these cases."""
     users = len({case.request.user_id for case in cases})
     if users < 2 * FOLDS:
         raise DataError(
