@@ -145,7 +145,7 @@ def mean_of(statistics: Sequence[Statistic]) -> Statistic:
     return lambda rows: np.mean([statistic(rows) for statistic in statistics], axis=0)
 
 
-def interval_of(statistic: Statistic, n: int, *, resamples: int, seed: int, method: Method = "percentile") -> Interval:
+def interval_of(statistic: Statistic, n: int, *, resamples: int, seed: int) -> Interval:
     """Bootstrap a metric that is not a mean, such as corpus BLEU, over n users.
 
     Args:
@@ -153,20 +153,9 @@ def interval_of(statistic: Statistic, n: int, *, resamples: int, seed: int, meth
         n: Number of users, or of requests with one request per user.
         resamples: See `interval`.
         seed: See `interval`.
-        method: See `interval`; ``bca`` adds n evaluations of the statistic.
     """
-    value = at_all(statistic, n)
-    draws = _resample(statistic, n, resamples, seed)
-    left_out = np.empty(0)
-    if method == "bca" and n > 1:
-        rows = max(1, _CHUNK // n)
-        others = np.arange(n - 1)
-        parts = []
-        for start in range(0, n, rows):
-            dropped = np.arange(start, min(n, start + rows))[:, None]
-            parts.append(statistic(others + (others >= dropped)))
-        left_out = np.concatenate(parts)
-    return Interval(value, *_bounds(draws, value, left_out, method, _tails()))
+    low, high = np.quantile(_resample(statistic, n, resamples, seed), _tails())
+    return Interval(at_all(statistic, n), float(low), float(high))
 
 
 def paired(
