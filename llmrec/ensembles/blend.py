@@ -202,7 +202,7 @@ class Blend(Ensemble):
             if ("alone", name) in settled(bases):
                 continue
             fits["alone", name] = partial(given, _Line(0.0, np.eye(len(self.names))[index]))
-        less = {}
+        less: dict[str, dict[int, _Fit]] = {}
         for base in bases:
             free = free_of(base, self.names)
             for penalty in _PENALTIES:
