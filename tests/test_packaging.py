@@ -100,22 +100,15 @@ def test_wheel_holds_every_module_and_shipped_file(wheel: zipfile.ZipFile) -> No
     assert not [name for name in held if "benchmarks" in name]
 
 
-def test_wheel_metadata(wheel: zipfile.ZipFile) -> None:
-    metadata = wheel.read(f"llmrec-{llmrec.__version__}.dist-info/METADATA").decode()
-    assert "License-Expression: Apache-2.0" in metadata
-    assert "License-File: LICENSE" in metadata
-    assert (
-        "llmrec = llmrec.cli.main:main"
-        in wheel.read(f"llmrec-{llmrec.__version__}.dist-info/entry_points.txt").decode()
-    )
-
-
 def test_metadata_is_what_an_index_takes_and_shows(wheel: zipfile.ZipFile) -> None:
     from email.parser import Parser
 
     from trove_classifiers import classifiers
 
-    metadata = Parser().parsestr(wheel.read(f"llmrec-{llmrec.__version__}.dist-info/METADATA").decode())
+    held = f"llmrec-{llmrec.__version__}.dist-info"
+    assert "llmrec = llmrec.cli.main:main" in wheel.read(f"{held}/entry_points.txt").decode()
+    metadata = Parser().parsestr(wheel.read(f"{held}/METADATA").decode())
+    assert (metadata["License-Expression"], metadata["License-File"]) == ("Apache-2.0", "LICENSE")
     assert (metadata["Name"], metadata["Version"]) == ("llmrec", llmrec.__version__)
     for field in ("Summary", "Author", "Keywords", "Requires-Python", "Description-Content-Type"):
         assert metadata[field], field

@@ -29,8 +29,8 @@ from llmrec.durable import write_json
 from llmrec.evaluate.catalogue import evaluate_catalogue
 from llmrec.evaluate.compare import Contrast, Standing
 from llmrec.evaluate.figures import EvalProtocol
-from llmrec.metrics.significance import ALPHA, attainable, enough, flip_p, holm, signflip
-from llmrec.metrics.stats import Difference, StatisticName, paired, verdict
+from llmrec.metrics.significance import attainable, enough, flip_p, holm, signflip
+from llmrec.metrics.stats import ALPHA, Difference, StatisticName, paired, verdict
 from llmrec.pipeline.study import load_split
 from llmrec.recipe.load import load_suite
 from llmrec.registry import better

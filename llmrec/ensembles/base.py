@@ -40,10 +40,6 @@ if TYPE_CHECKING:
 _DISSECTED, _LEAST = 300_000, 500
 
 
-def _nothing(rows: NDArray[np.int64], start: Weights | None) -> Weights:
-    raise RuntimeError("the ensemble is not fitted; call fit() first")
-
-
 class Ensemble:
     """Base class of ensembles of rankers, with the fitted weights and the types that were compared.
 
@@ -70,7 +66,8 @@ class Ensemble:
         self.without: tuple[Without, ...] = ()
         self.crossed: NDArray[np.float64] | None = None
         # Users and form of the last fit, and cached results of `apart_from`: that of no users is the fit itself.
-        self._fitted_to: tuple[tuple[str, ...], Callable[[NDArray[np.int64], Any], Any]] = (), _nothing
+        # An ensemble whose weights were given was not fitted to anybody.
+        self._fitted_to: tuple[tuple[str, ...], Callable[[NDArray[np.int64], Any], Any]] = (), lambda _, whole: whole
         self._apart: dict[frozenset[str], Any] = {}
 
     @property
@@ -99,18 +96,13 @@ class Ensemble:
             `Weights` of rankings; an intercept and weights of ratings and probabilities.
         """
         if gone not in self._apart:
-            # An ensemble whose weights were given was not fitted to anybody.
             (users, fit), whole = self._fitted_to, self._apart[frozenset()] if self._apart else self.fitted
             rows = np.array([row for row, user in enumerate(users) if user not in gone], dtype=np.int64)
             self._apart[gone] = whole if len(rows) == len(users) else fit(rows, whole)
         return self._apart[gone]
 
     def _refuse(self, parts: Sequence[tuple[str, object]], cases: Sequence[Case]) -> None:
-        """Reject users on whom a member was selected or stopped early.
-
-        Raises:
-            LlmrecError: If ``looked_at`` of a member contains one of the users.
-        """
+        """Reject users on whom a member was selected or stopped early."""
         users = {case.request.user_id for case in cases}
         for name, part in parts:
             if seen := users & getattr(part, "looked_at", frozenset()):
@@ -189,10 +181,11 @@ class Ensemble:
             if ("alone", name) not in settled(onto):
                 yield _Option("alone", name, partial(_bound, alone, member=member, repeats=repeats))
         for base in (_Base(ensemble, self.names, users) for ensemble in onto):
+            others = " and ".join(self.names[place] for place in base.free)
             form, name = base.of.fitted.form, base.of.name
             yield _Option(form, name, base.unchanged)
             extended: Form = "pool" if form == "pool" else "logit"
-            yield _Option(extended, f"{name} and {base.others(self.names)}", base.put, base.free)
+            yield _Option(extended, f"{name} and {others}", base.put, base.free)
 
 
 @dataclass(frozen=True)
@@ -249,10 +242,6 @@ class _Base:
     def __init__(self, of: Ensemble, names: Sequence[str], users: Sequence[str]) -> None:
         self.of, self.free = of, free_of(of, names)
         self._names, self._users = names, users
-
-    def others(self, names: Sequence[str]) -> str:
-        """Return the names of the members that are not in the smaller ensemble."""
-        return " and ".join(names[place] for place in self.free)
 
     def as_is(self, rows: NDArray[np.int64], start: Weights | None = None) -> Weights:
         """Return the weights of the smaller ensemble, fitted only on the users of these cases."""

@@ -107,7 +107,7 @@ class Blend(Ensemble):
         if bases:
             self._bounds = bases[0]._bounds
         every = np.arange(len(users))
-        fits, beside = self._forms(bases, truth, users)
+        fits, less = self._forms(bases, truth, users)
         if only is not None:
             fits = {item: fit for item, fit in fits.items() if item == (only.form, only.name)}
         crossed = {item: self._crossed(fit, features, truth, folds) for item, fit in fits.items()}
@@ -122,40 +122,30 @@ class Blend(Ensemble):
         self._apart = {frozenset(): self._line}
         self._fitted_to = tuple(users), lambda rows, whole: fits[best](rows, features)
         self.weights = Weights(form, tuple(self._line.weights.tolist()))
-        if name in (base.name for base in bases):
+        if form == "alone" or name in (base.name for base in bases):
             return
-        # For ratings, these are squared errors.
-        statistic: StatisticName = "mean" if self._judges else "root_mean"
-        if name in beside:
-            if dissect:
-                put = beside[name]
-                rest = [
-                    self._crossed(put.fit([item for item in put.free if item != place]), features, truth, folds)
-                    for place in put.free
-                ]
-                self.without = tuple(
-                    left_out(self.names[place], item, crossed[best], users, statistic)
-                    for place, item in zip(put.free, rest, strict=True)
-                )
-            return
-        if form == "alone":
-            return
-        low, high = self._limits(self._line, features, truth, users)
-        self.weights = Weights(form, self.weights.parts, 0.0, low, high)
+        if name not in less:
+            low, high = self._limits(self._line, features, truth, users)
+            self.weights = Weights(form, self.weights.parts, 0.0, low, high)
         if dissect:
-            rest = [
-                self._crossed(fits[best], np.delete(features, place, axis=1), truth, folds)
-                for place in range(len(self.names))
-            ]
+            # For ratings, these are squared errors.
+            statistic: StatisticName = "mean" if self._judges else "root_mean"
+            rest = (
+                {place: self._crossed(fit, features, truth, folds) for place, fit in less[name].items()}
+                if name in less
+                else {
+                    place: self._crossed(fits[best], np.delete(features, place, axis=1), truth, folds)
+                    for place in range(len(self.names))
+                }
+            )
             self.without = tuple(
-                left_out(part, values, crossed[best], users, statistic)
-                for part, values in zip(self.names, rest, strict=True)
+                left_out(self.names[place], values, crossed[best], users, statistic) for place, values in rest.items()
             )
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Answer every request with a rating or a probability; see `Predictor.answer`."""
-        weights = self.fitted
-        assert weights is not None and self._line is not None
+        if self._line is None:
+            raise RuntimeError(f"{self.name!r} is not fitted; call fit() first")
         values = self._line.of(self._features(self._said(requests))) if requests else np.empty(0)
         values = expit(values) if self._judges else np.clip(values, *self._bounds)
         made = Probability if self._judges else Rating
@@ -178,8 +168,11 @@ class Blend(Ensemble):
 
     def _forms(
         self, bases: Sequence[Blend], truth: NDArray[np.float64], users: Sequence[str]
-    ) -> tuple[dict[tuple[Form, str], _Fit], dict[str, _Put]]:
-        """Return, by name, the functions that fit each type of ensemble or extend a smaller one."""
+    ) -> tuple[dict[tuple[Form, str], _Fit], dict[str, dict[int, _Fit]]]:
+        """Return the functions that fit each type of ensemble, and those that add all members but one to a smaller one.
+
+        The latter are given by the name of the type and the index of the member that is left out.
+        """
         form: Form = "logit" if self._judges else "ridge"
 
         def plain(penalty: float, rows: NDArray[np.int64], features: NDArray[np.float64]) -> _Line:
@@ -188,6 +181,20 @@ class Blend(Ensemble):
         def given(line: _Line, rows: NDArray[np.int64], features: NDArray[np.float64]) -> _Line:
             return line
 
+        def put(
+            base: Blend,
+            free: Sequence[int],
+            penalty: float,
+            rows: NDArray[np.int64],
+            features: NDArray[np.float64],
+        ) -> _Line:
+            inside = {users[row] for row in rows.tolist()}
+            result: _Line = base.apart_from(frozenset(users) - inside)
+            weights = np.zeros(features.shape[1])
+            weights[[self.names.index(name) for name in base.names]] = result.weights
+            line = _Line(result.intercept, weights)
+            return self.onto(line, free, penalty, features[rows], truth[rows]) if free else line
+
         fits: dict[tuple[Form, str], _Fit] = {
             (form, f"penalty {penalty:g}"): partial(plain, penalty) for penalty in _PENALTIES
         }
@@ -195,15 +202,18 @@ class Blend(Ensemble):
             if ("alone", name) in settled(bases):
                 continue
             fits["alone", name] = partial(given, _Line(0.0, np.eye(len(self.names))[index]))
-        beside = {}
+        less: dict[str, dict[int, _Fit]] = {}
         for base in bases:
+            free = free_of(base, self.names)
             for penalty in _PENALTIES:
-                put = _Put(self, base, free_of(base, self.names), penalty, truth, users)
-                name = f"{base.name} and {' and '.join(self.names[item] for item in put.free)}, penalty {penalty:g}"
-                beside[name], fits[form, name] = put, put.fit(put.free)
+                name = f"{base.name} and {' and '.join(self.names[place] for place in free)}, penalty {penalty:g}"
+                fits[form, name] = partial(put, base, free, penalty)
+                less[name] = {
+                    place: partial(put, base, [other for other in free if other != place], penalty) for place in free
+                }
             # Without additional members the penalty has no effect.
-            fits[base.fitted.form, base.name] = put.fit([])
-        return fits, beside
+            fits[base.fitted.form, base.name] = partial(put, base, (), penalty)
+        return fits, less
 
     def _crossed(
         self, fit: _Fit, features: NDArray[np.float64], truth: NDArray[np.float64], folds: NDArray[np.int64]
@@ -282,27 +292,3 @@ class Blend(Ensemble):
             scores, curvature = wide * (values - truth)[:, None], wide.T @ wide
         low, high = limits_of(np.array([line.intercept, *line.weights]), scores, curvature, users)
         return low[1:], high[1:]
-
-
-@dataclass(frozen=True)
-class _Put:
-    """A smaller ensemble, the members to add to it, and the penalty for adding them."""
-
-    blend: Blend
-    base: Blend
-    free: tuple[int, ...]
-    penalty: float
-    truth: NDArray[np.float64]
-    users: Sequence[str]
-
-    def fit(self, free: Sequence[int]) -> _Fit:
-        """Return a function that fits the weights of the members ``free``, with the other members' weights fixed."""
-        return partial(self._fitted, tuple(free))
-
-    def _fitted(self, free: tuple[int, ...], rows: NDArray[np.int64], features: NDArray[np.float64]) -> _Line:
-        inside = {self.users[row] for row in rows.tolist()}
-        result: _Line = self.base.apart_from(frozenset(self.users) - inside)
-        weights = np.zeros(features.shape[1])
-        weights[[self.blend.names.index(name) for name in self.base.names]] = result.weights
-        line = _Line(result.intercept, weights)
-        return self.blend.onto(line, free, self.penalty, features[rows], self.truth[rows]) if free else line

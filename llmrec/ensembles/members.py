@@ -113,19 +113,19 @@ def weights_of(model: Any) -> FusionWeights | None:
     """Return the weights of an ensemble for results; None for other models."""
     if not isinstance(model, CatalogueEnsemble | ListEnsemble | Blend):
         return None
-    return record_of(model.fitted, model.names, {item.name: item for item in model.without})
+    return record_of(model.fitted, model.names, model.without)
 
 
-def record_of(weights: Weights, names: Sequence[str], without: Mapping[str, Without]) -> FusionWeights:
+def record_of(weights: Weights, names: Sequence[str], without: Sequence[Without] = ()) -> FusionWeights:
     """Convert weights to their stored form.
 
     Args:
         weights: The weights.
         names: The members.
-        without: The loss without each member, by name.
+        without: The loss without each member.
     """
     low, high = weights.low or (None,) * len(weights.parts), weights.high or (None,) * len(weights.parts)
-    losses = {item.name: {"loss": item.loss, "loss_low": item.low, "loss_high": item.high} for item in without.values()}
+    losses = {item.name: {"loss": item.loss, "loss_low": item.low, "loss_high": item.high} for item in without}
     parts = tuple(
         PartWeight(name=name, weight=weight, low=least, high=most, **losses.get(name, {}))
         for name, weight, least, most in zip(names, weights.parts, low, high, strict=False)
@@ -139,7 +139,7 @@ def record_of(weights: Weights, names: Sequence[str], without: Mapping[str, With
             "trees": StoredTrees(text=text, features=weights.trees.names),
         }
     if weights.base is not None:
-        more = {"base": record_of(weights.base, names, {}), "scale": weights.scale}
+        more = {"base": record_of(weights.base, names), "scale": weights.scale}
     return FusionWeights(form=weights.form, parts=parts, repeat=weights.repeat or None, **more)
 
 

@@ -13,6 +13,7 @@ from llmrec.baselines.parameters import stops_early
 from llmrec.baselines.retrieve import FUSED
 from llmrec.data.split import SplitDataset, halves, request_of
 from llmrec.ensembles.context import Context
+from llmrec.ensembles.members import NOTHING
 from llmrec.ensembles.rankers import CatalogueEnsemble, Member
 from llmrec.ensembles.weights import FOLDS
 from llmrec.errors import DataError, RecipeError
@@ -23,7 +24,6 @@ from llmrec.types import Case, CatalogueScorer, Request, SplitName
 
 MOST = 5000
 """Maximum number of users for ensemble weights; more change them little and take longer."""
-_RANDOM = "random"
 
 
 @dataclass(frozen=True)
@@ -72,16 +72,12 @@ class FusedFinder:
         return _weighed(self._parts(rest), [_last(data, user) for user in users[:MOST]], Context(rest))
 
     def _parts(self, data: SplitDataset) -> list[Member]:
-        """Return the baselines, fitted on training interactions.
-
-        Raises:
-            RecipeError: If there are fewer than two baselines.
-        """
+        """Return the baselines, fitted on training interactions."""
         results = []
         for section in self.baselines:
             made = lookup(BASELINES, section.name, "baseline")
             encoder = str(section.parameters.get("encoder", LSA))
-            if section.name == _RANDOM or stops_early(section.name):
+            if section.name == NOTHING or stops_early(section.name):
                 continue
             if encoder != LSA and learned_from(encoder):
                 continue
@@ -98,11 +94,7 @@ class FusedFinder:
 
 
 def _weighed(parts: Sequence[Member], cases: Sequence[Case], context: Context) -> CatalogueEnsemble:
-    """Return an ensemble with weights fitted on these cases.
-
-    Raises:
-        DataError: If there are too few users.
-    """
+    """Return an ensemble with weights fitted on these cases."""
     users = len({case.request.user_id for case in cases})
     if users < 2 * FOLDS:
         raise DataError(

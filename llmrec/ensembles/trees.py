@@ -128,11 +128,7 @@ _LEFT, _SEEN = 2, 8
 
 @lru_cache(maxsize=16)
 def _arrays(text: str, features: int) -> _Arrays:
-    """Parse and validate trees from LightGBM's text format.
-
-    Raises:
-        ModelError: If they are not valid trees over this number of features; the file may be damaged or malicious.
-    """
+    """Parse and validate trees from LightGBM's text format; the file may be damaged or malicious."""
     try:
         blocks = text.split("\nend of trees", 1)[0].split("\nTree=")[1:]
         trees = [dict(line.split("=", 1) for line in block.split("\n") if "=" in line) for block in blocks]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,9 +21,6 @@ CLIP = 1e-15
 BINS = 10
 """Number of bins of the calibration error."""
 
-Weights = Literal["users", "requests"]
-Binning = Literal["width", "mass"]
-
 
 @dataclass(frozen=True, slots=True)
 class Within:
@@ -33,14 +30,12 @@ class Within:
         value: The mean; NaN if no user has both classes.
         users: Names of all users, sorted, shape (u,).
         values: AUC of each user, NaN where a class is missing, shape (u,).
-        weights: Weight of each user, 0 where a class is missing, shape (u,).
         left_out: Number of users excluded, since all their labels are equal.
     """
 
     value: float
     users: tuple[str, ...]
     values: NDArray[np.float64]
-    weights: NDArray[np.float64]
     left_out: int
 
 
@@ -76,17 +71,16 @@ def auc(scores: ArrayLike, labels: ArrayLike) -> float:
     return float(_auc_by(np.zeros(len(guess), dtype=np.int64), guess, truth, 1)[0])
 
 
-def gauc(scores: ArrayLike, labels: ArrayLike, users: Sequence[str], weights: Weights = "users") -> Within:
+def gauc(scores: ArrayLike, labels: ArrayLike, users: Sequence[str]) -> Within:
     """Compute GAUC: the AUC per user, averaged over the users with both classes.
 
     Unlike pooled AUC it does not reward distinguishing users: predicting each user's share of yes scores 0.5. Zhu et
-    al. (KDD 2017) weight users by impressions (``requests``); the default weights them equally.
+    al. (KDD 2017) weight users by impressions; here they have equal weights.
 
     Args:
         scores: See `auc`.
         labels: See `auc`.
         users: The user of each request.
-        weights: ``users`` or ``requests``.
 
     Raises:
         ValueError: See `auc`.
@@ -96,11 +90,9 @@ def gauc(scores: ArrayLike, labels: ArrayLike, users: Sequence[str], weights: We
         raise ValueError(f"each answer needs a user: there are {len(guess)} answers, but {len(users)} users")
     names, owner = np.unique(np.array(users, dtype=object), return_inverse=True)
     values = _auc_by(owner, guess, truth, len(names))
-    sizes = np.bincount(owner) if weights == "requests" else np.ones(len(names))
     both = np.isfinite(values)
-    heavy = np.where(both, sizes, 0.0).astype(np.float64)
-    value = float(np.sum(heavy[both] * values[both]) / heavy.sum()) if both.any() else float("nan")
-    return Within(value, tuple(names), values, heavy, int(np.sum(~both)))
+    value = float(np.sum(values[both]) / both.sum()) if both.any() else float("nan")
+    return Within(value, tuple(names), values, int(np.sum(~both)))
 
 
 def pooled_auc(probabilities: ArrayLike, labels: ArrayLike, owners: Sequence[str]) -> Taken:
@@ -114,7 +106,7 @@ def pooled_auc(probabilities: ArrayLike, labels: ArrayLike, owners: Sequence[str
 def grouped_auc(probabilities: ArrayLike, labels: ArrayLike, owners: Sequence[str]) -> Taken:
     """Compute the AUC of each user with both classes, with equal weights; see `gauc`."""
     within = gauc(probabilities, labels, owners)
-    both = within.weights > 0
+    both = np.isfinite(within.values)
     if not both.any():
         return Taken(result=None, undefined="no user has both positive and negative labels")
     names = [name for name, kept in zip(within.users, both, strict=True) if kept]
@@ -134,46 +126,38 @@ def log_loss(probabilities: ArrayLike, labels: ArrayLike) -> NDArray[np.float64]
     return lost
 
 
-def calibration_error(
-    probabilities: ArrayLike, labels: ArrayLike, *, bins: int = BINS, binning: Binning = "mass"
-) -> float:
-    """Compute the expected calibration error: the mean gap between mean probability and share of yes over bins.
+def calibration_error(probabilities: ArrayLike, labels: ArrayLike) -> float:
+    """Compute the expected calibration error: the mean gap between mean probability and share of yes over ten bins.
 
-    ``sum over bins of (size / n) |mean probability - share of yes|`` (Naeini et al., AAAI 2015). It is biased upwards
-    with small bins, so compare only over the same number of answers.
+    ``sum over bins of (size / n) |mean probability - share of yes|`` (Naeini et al., AAAI 2015). Bins have equal
+    numbers of answers (Nguyen and O'Connor, EMNLP 2015); equal probabilities are in the same bin, so sizes may differ.
+    The error is biased upwards with small bins, so compare only over the same number of answers.
 
     Args:
         probabilities: P(yes), shape (n,).
         labels: 1 for yes and 0 for no, shape (n,).
-        bins: Number of bins.
-        binning: ``width`` splits [0, 1] into equal intervals, ``mass`` the answers into equal numbers (Nguyen and
-            O'Connor, EMNLP 2015); equal probabilities are in the same bin, so sizes may differ.
 
     Returns:
         A value in [0, 1].
 
     Raises:
-        ValueError: See `log_loss`; also if ``bins`` is below 1.
+        ValueError: See `log_loss`.
     """
-    _, text, so = _binned(probabilities, labels, bins, binning)
+    _, text, so = _binned(probabilities, labels)
     return float(np.abs(text - so).sum() / len(np.ravel(probabilities)))
 
 
-def reliability(
-    probabilities: ArrayLike, labels: ArrayLike, *, bins: int = BINS, binning: Binning = "mass"
-) -> tuple[Bin, ...]:
+def reliability(probabilities: ArrayLike, labels: ArrayLike) -> tuple[Bin, ...]:
     """Return the reliability curve: the non-empty bins of `calibration_error`.
 
     Args:
         probabilities: See `calibration_error`.
         labels: See `calibration_error`.
-        bins: See `calibration_error`.
-        binning: See `calibration_error`.
 
     Raises:
         ValueError: See `calibration_error`.
     """
-    sizes, text, so = _binned(probabilities, labels, bins, binning)
+    sizes, text, so = _binned(probabilities, labels)
     return tuple(
         Bin(int(n), float(sum_said / n), float(sum_so / n))
         for n, sum_said, sum_so in zip(sizes, text, so, strict=True)
@@ -220,19 +204,14 @@ def auc_statistic(scores: ArrayLike, labels: ArrayLike, users: Sequence[str] | N
 
 
 def _binned(
-    probabilities: ArrayLike, labels: ArrayLike, bins: int, binning: Binning
+    probabilities: ArrayLike, labels: ArrayLike
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
-    """Return the size, sum of probabilities and number of yes answers of each bin, shape (bins,) each."""
+    """Return the size, sum of probabilities and number of yes answers of each bin, shape (BINS,) each."""
     guess, truth = _probabilities(probabilities, labels)
-    if bins < 1:
-        raise ValueError(f"bins must be at least 1, not {bins}")
-    if binning == "width":
-        own = np.minimum((guess * bins).astype(np.int64), bins - 1)
-    else:
-        borders = np.sort(guess)[(np.arange(1, bins) * len(guess)) // bins]
-        own = np.searchsorted(borders, guess, side="right")
-    text, so = (np.bincount(own, weights, minlength=bins).astype(np.float64) for weights in (guess, truth))
-    return np.bincount(own, minlength=bins).astype(np.int64), text, so
+    borders = np.sort(guess)[(np.arange(1, BINS) * len(guess)) // BINS]
+    own = np.searchsorted(borders, guess, side="right")
+    text, so = (np.bincount(own, weights, minlength=BINS).astype(np.float64) for weights in (guess, truth))
+    return np.bincount(own, minlength=BINS).astype(np.int64), text, so
 
 
 def _auc_by(

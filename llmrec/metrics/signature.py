@@ -9,7 +9,7 @@ candidates, and text metrics name the tokenisation. ``users`` and ``slice`` name
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from llmrec.registry import metric_of
 
@@ -48,7 +48,6 @@ def signature(
     metric: str,
     *,
     gain: str = "binary",
-    ties: str = "expected",
     candidates: str | None = None,
     seen: str | None = None,
     users: str | None = None,
@@ -59,10 +58,12 @@ def signature(
 ) -> str:
     """Return the signature of a metric.
 
+    Ties are ``expected`` (averaged over their orders) in ranking metrics, and ``seeded`` (one random order) in those of
+    lists.
+
     Args:
         metric: A name of `llmrec.registry.METRICS`, with its cut-off if any, such as ``NDCG@10``.
         gain: Gain of the relevant item, for ranking metrics only.
-        ties: Treatment of tied scores by ranking metrics: ``expected``, or ``seeded`` for lists with one random order.
         candidates: ``full``, or kind and number such as ``uniform-20``; required by metrics of rankings and lists.
         seen: ``excluded`` or ``included``: whether items of the history can be ranked; required by the same metrics.
         users: Name or number of the evaluated users; None to omit it.
@@ -78,23 +79,27 @@ def signature(
     entry = metric_of(metric)
     if entry is None:
         raise ValueError(f"unknown metric {metric!r}")
-    common = Signature(
-        metric=metric,
-        users=_part_or_none(users),
-        slice=_part_or_none(slice),
-        text=entry.words,
-        how=_part_or_none(how),
-        split=_part(split),
-        version=_part(version),
-    )
-    if entry.kind not in ("ranking", "lists"):
-        return str(common)
-    if candidates is None or seen is None:
+    listed = entry.kind in ("ranking", "lists")
+    if listed and (candidates is None or seen is None):
         raise ValueError(f"the signature of {metric} needs candidates and seen")
-    common = replace(common, candidates=_part(candidates), seen=_part(seen))
-    if entry.kind == "lists":
-        return str(replace(common, ties="seeded"))
-    return str(replace(common, gain=_part(gain), ties=_part(ties)))
+    for part in (gain, candidates, seen, users, slice, how, split, version):
+        if part is not None and (not part or re.search(r"[|\s]", part)):
+            raise ValueError(f"a part of a signature must be one word without '|', not {part!r}")
+    return str(
+        Signature(
+            metric=metric,
+            gain=gain if entry.kind == "ranking" else None,
+            ties={"ranking": "expected", "lists": "seeded"}.get(entry.kind),
+            candidates=candidates if listed else None,
+            seen=seen if listed else None,
+            users=users,
+            slice=slice,
+            text=entry.words,
+            how=how,
+            split=split,
+            version=version,
+        )
+    )
 
 
 def parse_signature(text: str) -> Signature:
@@ -122,13 +127,3 @@ def parse_signature(text: str) -> Signature:
         split=parts["split"],
         version=parts["llmrec"],
     )
-
-
-def _part_or_none(value: str | None) -> str | None:
-    return None if value is None else _part(value)
-
-
-def _part(value: str) -> str:
-    if not value or re.search(r"[|\s]", value):
-        raise ValueError(f"a part of a signature must be one word without '|', not {value!r}")
-    return value

@@ -19,17 +19,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.special import gammaln, stdtrit
 
-from llmrec.metrics.stats import Sampled, StatisticName, by_user, finite, root_or_not, tail_p
+from llmrec.metrics.stats import ALPHA, Sampled, StatisticName, arms, root_or_not, tail_p
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
-
-    from llmrec.metrics.stats import Sampled
 
 
 EXACT = 1 << 16
 """Maximum number of patterns that are enumerated; more are sampled."""
 
+# Probability with which a minimum detectable effect is detected.
+_POWER = 0.8
 # Number of random signs per batch, 4 MB.
 _CHUNK = 1 << 19
 
@@ -56,7 +56,7 @@ def signflip(
     Raises:
         ValueError: If the systems differ in length, are empty or have values that are not finite.
     """
-    left, right, sizes = _arms(a, b, statistic, users)
+    left, right, sizes = arms(a, b, statistic, users)
     value = float(root_or_not(left.sum() / sizes.sum(), statistic) - root_or_not(right.sum() / sizes.sum(), statistic))
     if statistic == "mean":
         value = float((left - right).sum() / sizes.sum())
@@ -157,12 +157,10 @@ def detectable(
     comparisons: int = 1,
     statistic: StatisticName = "mean",
     users: Sequence[str] | None = None,
-    alpha: float = 0.05,
-    power: float = 0.8,
 ) -> float | None:
-    """Return the minimum detectable effect: the smallest true difference that is detected with the given power.
+    """Return the minimum detectable effect: the smallest true difference that is detected with a probability of 0.8.
 
-    ``(t(1 - alpha / (2 m)) + t(power)) sd / sqrt(n)`` with the standard deviation of the n users' differences,
+    ``(t(1 - alpha / (2 m)) + t(0.8)) sd / sqrt(n)`` with the standard deviation of the n users' differences,
     quantiles of Student's t with n - 1 degrees of freedom, and m comparisons: alpha / m is the level of Holm's method
     for the smallest p, so the value is conservative. If the true difference is smaller, a non-significant result is
     inconclusive.
@@ -173,36 +171,30 @@ def detectable(
         comparisons: Number of comparisons corrected together.
         statistic: See `signflip`; for root means, the differences are those of the linearised RMSE.
         users: See `signflip`.
-        alpha: Level after correction.
-        power: Probability of detection.
 
     Returns:
         A difference above 0, in units of the figure; None if the differences of all users are equal.
     """
-    left, right, sizes = _arms(a, b, statistic, users)
+    left, right, sizes = arms(a, b, statistic, users)
     influence = _influence(left, sizes, statistic) - _influence(right, sizes, statistic)
     n = influence.size
     sd = float(np.std(influence, ddof=1)) if n > 1 else 0.0
     if sd <= 1e-12 * (float(np.abs(influence).max(initial=0.0)) + 1e-300):
         return None
-    return detectable_from(sd / math.sqrt(n), n, comparisons=comparisons, alpha=alpha, power=power)
+    return detectable_from(sd / math.sqrt(n), n, comparisons=comparisons)
 
 
-def detectable_from(
-    error: float, users: int, *, comparisons: int = 1, alpha: float = 0.05, power: float = 0.8
-) -> float | None:
+def detectable_from(error: float, users: int, *, comparisons: int = 1) -> float | None:
     """Return the minimum detectable effect from a standard error, for metrics that are not means; see `detectable`.
 
     Args:
         error: Standard error of the difference, such as the standard deviation of its resamples.
         users: Number of users.
         comparisons: See `detectable`.
-        alpha: See `detectable`.
-        power: See `detectable`.
     """
     if users < 2 or error <= 0:
         return None
-    reach = stdtrit(users - 1, 1 - alpha / (2 * comparisons)) + stdtrit(users - 1, power)
+    reach = stdtrit(users - 1, 1 - ALPHA / (2 * comparisons)) + stdtrit(users - 1, _POWER)
     return float(reach * error)
 
 
@@ -230,16 +222,6 @@ def detectable_line(metric: str, found: Sequence[float | None], *, users: int, c
 
 
 # --------------------------------------------------------------------------- helpers
-
-
-def _arms(
-    a: ArrayLike, b: ArrayLike, statistic: StatisticName, users: Sequence[str] | None
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    first, second = finite(a, statistic), finite(b, statistic)
-    if first.shape != second.shape:
-        raise ValueError(f"paired models must have the same requests, but have {first.size} and {second.size} values")
-    (left, sizes), (right, _) = by_user(first, users), by_user(second, users)
-    return left, right, sizes
 
 
 def _influence(sums: NDArray[np.float64], sizes: NDArray[np.float64], statistic: StatisticName) -> NDArray[np.float64]:
@@ -328,8 +310,6 @@ def _drawn(
 # corrected p is above .05. Each interval covers at least 1 - alpha; simultaneous coverage is not claimed.
 
 
-ALPHA = 0.05
-"""The largest corrected p-value of a significant difference."""
 # Minimum number of draws beyond each end of the widest interval; with fewer, its ends are noisy.
 _BEYOND = 20
 
@@ -370,7 +350,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(value) for value in adjusted]
 
 
-def holm_levels(p_values: Sequence[float], alpha: float = ALPHA) -> list[float]:
+def holm_levels(p_values: Sequence[float]) -> list[float]:
     """Return the level at which Holm's procedure last tested each difference, in the given order.
 
     ``alpha / (m - i + 1)`` for the i-th smallest if it is rejected; for the others that of the failed step. A p-value
@@ -381,10 +361,10 @@ def holm_levels(p_values: Sequence[float], alpha: float = ALPHA) -> list[float]:
     """
     p, order = _ordered(p_values)
     left = np.arange(p.size, 0, -1)
-    failed = np.flatnonzero(p[order] * left > alpha)
+    failed = np.flatnonzero(p[order] * left > ALPHA)
     last = failed[0] if len(failed) else p.size
     levels = np.empty_like(p)
-    levels[order] = alpha / left[np.minimum(np.arange(p.size), last)]
+    levels[order] = ALPHA / left[np.minimum(np.arange(p.size), last)]
     return [float(value) for value in levels]
 
 
@@ -398,7 +378,7 @@ def enough(resamples: int, comparisons: int) -> int:
     return max(resamples, math.ceil(2 * _BEYOND * comparisons / ALPHA))
 
 
-def decide(found: Sequence[Sampled], alpha: float = ALPHA, *, more: int = 0) -> list[Decision]:
+def decide(found: Sequence[Sampled], *, more: int = 0) -> list[Decision]:
     """Correct p-values for multiple tests, and adjust the confidence intervals to agree with them.
 
     The interval comes from resamples, p from an exact count or other draws, so they can disagree at the border. Then p
@@ -407,14 +387,13 @@ def decide(found: Sequence[Sampled], alpha: float = ALPHA, *, more: int = 0) -> 
 
     Args:
         found: The differences; see `enough` for the required resamples.
-        alpha: Largest corrected p that is significant.
         more: Number of differences of the family that are not yet known; they count as p = 1.
     """
     p_values = [*(item.p for item in found), *[1.0] * more]
     decisions = []
-    for item, p, asked in zip(found, holm(p_values), holm_levels(p_values, alpha), strict=False):
+    for item, p, asked in zip(found, holm(p_values), holm_levels(p_values), strict=False):
         plain = item.at(1 - asked)
-        low, high = _agreeing(plain.low, plain.high, item, differs=p <= alpha and item.value != 0)
+        low, high = _agreeing(plain.low, plain.high, item, differs=p <= ALPHA and item.value != 0)
         decisions.append(Decision(value=item.value, low=low, high=high, p=p, p_raw=item.p, level=1 - asked))
     return decisions
 

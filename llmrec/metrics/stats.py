@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 StatisticName = Literal["mean", "root_mean"]
 Method = Literal["percentile", "bca"]
 
+ALPHA = 0.05
+"""The largest p-value of a significant difference, after correction for several comparisons."""
+
 # Number of indices per batch, 4 MB, so that the gathered values stay in the cache.
 _CHUNK = 1 << 19
 # Minimum distance of percentiles from 0 and 1, whose normal quantiles are infinite.
@@ -101,9 +104,10 @@ def interval(
     users: Sequence[str] | None = None,
     method: Method = "percentile",
     widen: bool = False,
-    level: float = 0.95,
 ) -> Interval:
     """Bootstrap the mean (or root mean) of per-request values, or its average over training seeds.
+
+    Intervals have a nominal coverage of 95 %.
 
     Args:
         values: One value per request, shape (n,), such as NDCG, or squared errors with ``root_mean`` for RMSE; for
@@ -117,7 +121,6 @@ def interval(
         widen: Widen percentiles for few users, as Student's t does compared with the normal distribution
             (Hesterberg, "What Teachers Should Know About the Bootstrap", 2015): plain ones are too narrow by a factor
             of sqrt(1 - 1 / n) and the ratio of the quantiles of t and z. From about 200 users on it has no effect.
-        level: Nominal coverage.
 
     Raises:
         ValueError: If there are no values or some are not finite.
@@ -126,7 +129,7 @@ def interval(
     draws = _resample(mean_of([_statistic(*row, statistic) for row in rows]), rows[0][0].size, resamples, seed)
     left_out = np.mean([_left_out(*row, statistic) for row in rows], axis=0)
     value = float(np.mean([root_or_not(sums.sum() / sizes.sum(), statistic) for sums, sizes in rows]))
-    tails = _tails(level, left_out.size if widen else None)
+    tails = _tails(widened_for=left_out.size if widen else None)
     return Interval(value, *_bounds(draws, value, left_out, method, tails))
 
 
@@ -142,9 +145,7 @@ def mean_of(statistics: Sequence[Statistic]) -> Statistic:
     return lambda rows: np.mean([statistic(rows) for statistic in statistics], axis=0)
 
 
-def interval_of(
-    statistic: Statistic, n: int, *, resamples: int, seed: int, method: Method = "percentile", level: float = 0.95
-) -> Interval:
+def interval_of(statistic: Statistic, n: int, *, resamples: int, seed: int) -> Interval:
     """Bootstrap a metric that is not a mean, such as corpus BLEU, over n users.
 
     Args:
@@ -152,21 +153,9 @@ def interval_of(
         n: Number of users, or of requests with one request per user.
         resamples: See `interval`.
         seed: See `interval`.
-        method: See `interval`; ``bca`` adds n evaluations of the statistic.
-        level: See `interval`.
     """
-    value = at_all(statistic, n)
-    draws = _resample(statistic, n, resamples, seed)
-    left_out = np.empty(0)
-    if method == "bca" and n > 1:
-        rows = max(1, _CHUNK // n)
-        others = np.arange(n - 1)
-        parts = []
-        for start in range(0, n, rows):
-            dropped = np.arange(start, min(n, start + rows))[:, None]
-            parts.append(statistic(others + (others >= dropped)))
-        left_out = np.concatenate(parts)
-    return Interval(value, *_bounds(draws, value, left_out, method, _tails(level)))
+    low, high = np.quantile(_resample(statistic, n, resamples, seed), _tails())
+    return Interval(at_all(statistic, n), float(low), float(high))
 
 
 def paired(
@@ -178,7 +167,6 @@ def paired(
     statistic: StatisticName = "mean",
     users: Sequence[str] | None = None,
     method: Method = "percentile",
-    level: float = 0.95,
 ) -> Difference:
     """Bootstrap the difference a − b of two systems on the same requests.
 
@@ -192,27 +180,24 @@ def paired(
         statistic: See `interval`.
         users: See `interval`.
         method: See `interval`. With few users, ``bca`` intervals of differences exclude 0 too often.
-        level: See `interval`.
 
     Returns:
         The difference with its interval. ``p`` is twice the smaller share of resamples at or beyond 0,
-        counting the observed one, so it is below ``1 - level`` (about) if the interval excludes 0.
+        counting the observed one, so it is below 0.05 (about) if the interval excludes 0.
 
     Raises:
         ValueError: If the systems differ in length, are empty or have values that are not finite.
     """
-    first, second = finite(a, statistic), finite(b, statistic)
-    if first.shape != second.shape:
-        raise ValueError(f"paired models must have the same requests, but have {first.size} and {second.size} values")
-    (sums, sizes), (others, _) = by_user(first, users), by_user(second, users)
+    sums, others, sizes = arms(a, b, statistic, users)
     if statistic == "mean":
         # One lookup instead of two; the difference of equal systems is exactly 0.
         difference = _statistic(sums - others, sizes, "mean")
     else:
-        left, right = _statistic(sums, sizes, statistic), _statistic(others, sizes, statistic)
-        difference = _less(left, right)
+        difference = _less(_statistic(sums, sizes, statistic), _statistic(others, sizes, statistic))
     left_out = _left_out(sums, sizes, statistic) - _left_out(others, sizes, statistic)
-    return _difference(difference, sums.size, resamples, seed, method, left_out, level)
+    draws = _resample(difference, sums.size, resamples, seed)
+    value = at_all(difference, sums.size)
+    return Difference(value, *_bounds(draws, value, left_out, method, _tails()), tail_p(draws))
 
 
 def paired_of(difference: Statistic, n: int, *, resamples: int, seed: int) -> Sampled:
@@ -221,27 +206,18 @@ def paired_of(difference: Statistic, n: int, *, resamples: int, seed: int) -> Sa
     return Sampled(at_all(difference, n), tail_p(draws), draws)
 
 
-def verdict(
-    difference: Difference,
-    better: Better = "higher",
-    *,
-    p: float | None = None,
-    alpha: float = 0.05,
-) -> Verdict:
+def verdict(difference: Difference, better: Better = "higher") -> Verdict:
     """Return the verdict on whether system a is better than system b.
 
     Args:
         difference: The difference a − b.
         better: Whether higher or lower figures are better.
-        p: The p-value after correction for several comparisons; None for the difference's own.
-        alpha: Largest p of a significant difference.
 
     Returns:
-        ``"shown"`` or ``"contradicted"`` if the interval excludes 0 and p is at most alpha, by the sign; otherwise
+        ``"shown"`` or ``"contradicted"`` if the interval excludes 0 and p is at most 0.05, by the sign; otherwise
         ``"not shown"``.
     """
-    own = difference.p if p is None else p
-    if own > alpha or difference.low <= 0 <= difference.high:
+    if difference.p > ALPHA or difference.low <= 0 <= difference.high:
         return "not shown"
     return "shown" if (difference.value > 0) == (better == "higher") else "contradicted"
 
@@ -278,6 +254,17 @@ def mean_ranks(values: ArrayLike) -> NDArray[np.float64]:
     return (np.cumsum(counts) - (counts - 1) / 2)[place]
 
 
+def arms(
+    a: ArrayLike, b: ArrayLike, statistic: StatisticName, users: Sequence[str] | None
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Return the sums of two systems and the number of values for each user."""
+    first, second = finite(a, statistic), finite(b, statistic)
+    if first.shape != second.shape:
+        raise ValueError(f"paired models must have the same requests, but have {first.size} and {second.size} values")
+    (left, sizes), (right, _) = by_user(first, users), by_user(second, users)
+    return left, right, sizes
+
+
 def by_user(array: NDArray[np.float64], users: Sequence[str] | None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the sum and the number of values for each user."""
     if users is None:
@@ -302,20 +289,6 @@ def _left_out(sums: NDArray[np.float64], sizes: NDArray[np.float64], statistic: 
 
 def _less(left: Statistic, right: Statistic) -> Statistic:
     return lambda rows: left(rows) - right(rows)
-
-
-def _difference(
-    difference: Statistic,
-    n: int,
-    resamples: int,
-    seed: int,
-    method: Method,
-    left_out: NDArray[np.float64],
-    level: float,
-) -> Difference:
-    draws = _resample(difference, n, resamples, seed)
-    value = at_all(difference, n)
-    return Difference(value, *_bounds(draws, value, left_out, method, _tails(level)), tail_p(draws))
 
 
 def tail_p(draws: NDArray[np.float64]) -> float:
@@ -348,7 +321,7 @@ def _resample(statistic: Statistic, n: int, resamples: int, seed: int) -> NDArra
     return np.concatenate([statistic(rows) for rows in _draws(n, resamples, seed)])
 
 
-def _tails(level: float, widened_for: int | None = None) -> NDArray[np.float64]:
+def _tails(level: float = 0.95, widened_for: int | None = None) -> NDArray[np.float64]:
     """Return the two percentiles that bound an interval."""
     tails = np.array([(1 - level) / 2, (1 + level) / 2])
     if widened_for is None or widened_for < 2:

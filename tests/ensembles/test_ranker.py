@@ -214,9 +214,9 @@ def test_weights_are_read_back_from_their_record_with_trees_and_with_a_ranker_as
     trees = ranker(cells, setting=Setting("lambdarank", ROUNDS[1]))
     joined = Weights("logit", (0.0, 0.3), base=trees, scale=0.9)
     for weights in (trees, joined, Weights("pool", (0.4, 0.6), -2.0)):
-        record = FusionWeights.model_validate_json(record_of(weights, cells.names, {}).model_dump_json())
+        record = FusionWeights.model_validate_json(record_of(weights, cells.names).model_dump_json())
         assert np.array_equal(restored(record).scores(cells), weights.scores(cells))
-    record = record_of(trees, cells.names, {})
+    record = record_of(trees, cells.names)
     assert record.trees is not None and sum(feature.gain or 0 for feature in record.features) == pytest.approx(1)
     damaged = record.model_copy(update={"trees": record.trees.model_copy(update={"text": "no base64"})})
     with raises(ModelError, Facts(kind="damaged")):

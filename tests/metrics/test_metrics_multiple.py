@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmrec.metrics.significance import ALPHA, decide, enough, holm, holm_levels, signflip
-from llmrec.metrics.stats import Sampled, StatisticName
+from llmrec.metrics.significance import decide, enough, holm, holm_levels, signflip
+from llmrec.metrics.stats import ALPHA, Sampled, StatisticName
 
 _P = st.lists(st.sampled_from([0.0, 0.001, 0.01, 0.0125, 0.02, 0.025, 0.03, 0.05, 0.3, 1.0]), min_size=1, max_size=8)
 
@@ -18,7 +18,9 @@ def test_levels_by_hand() -> None:
     assert holm_levels([0.04, 0.015, 0.01, 0.03]) == pytest.approx([0.025, 0.05 / 3, 0.0125, 0.025])
     assert holm([0.04, 0.015, 0.01, 0.03]) == pytest.approx([0.06, 0.045, 0.04, 0.06])
     assert holm_levels([0.001, 0.04]) == [0.025, 0.05]
-    assert holm_levels([]) == []
+    assert holm([]) == holm_levels([]) == []
+    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+        holm([1.2])
 
 
 def test_the_level_of_the_largest_step_so_far_would_not_do() -> None:
@@ -31,6 +33,14 @@ def test_the_level_of_the_largest_step_so_far_would_not_do() -> None:
 def test_a_p_is_at_most_its_level_exactly_if_the_adjusted_one_is_at_most_alpha(p_values: list[float]) -> None:
     for p, adjusted, level in zip(p_values, holm(p_values), holm_levels(p_values), strict=True):
         assert (adjusted <= ALPHA) == (p <= level + 1e-15)
+
+
+@given(p=st.lists(st.floats(0, 1), min_size=1, max_size=20))
+def test_holm_never_lowers_and_keeps_the_order(p: list[float]) -> None:
+    adjusted = holm(p)
+    assert all(own <= new <= min(1.0, len(p) * own + 1e-12) or new == 1.0 for own, new in zip(p, adjusted, strict=True))
+    order = np.argsort(p, kind="stable")
+    assert (np.diff(np.array(adjusted)[order]) >= 0).all()
 
 
 def test_resamples_suffice_for_the_smallest_level() -> None:

@@ -56,9 +56,6 @@ def test_gauc_by_hand() -> None:
     assert found.users == ("a", "b", "c")
     assert found.values.tolist() == pytest.approx([1.0, 0.25, math.nan], nan_ok=True)
     assert (found.value, found.left_out) == (pytest.approx((1 + 0.25) / 2), 1)
-    assert found.weights.tolist() == [1.0, 1.0, 0.0]
-    weighed = gauc([0.9, 0.1, 0.5, 0.5, 0.6, 0.7], [1, 0, 1, 0, 0, 1], users, "requests")
-    assert weighed.value == pytest.approx((2 * 1 + 3 * 0.25) / 5)
     none = gauc([0.1, 0.2], [1, 0], ["a", "b"])
     assert math.isnan(none.value) and none.left_out == 2
 
@@ -94,50 +91,35 @@ def test_log_loss_by_hand() -> None:
     assert (found >= 0).all()
 
 
-def test_calibration_by_hand() -> None:
-    said, so = [0.05, 0.15, 0.95, 0.95], [0, 1, 1, 0]
-    # Widths of a tenth: (.05, no), (.15, yes), two of .95 of which one is yes.
-    assert calibration_error(said, so, binning="width") == pytest.approx((0.05 + 0.85 + 2 * 0.45) / 4)
-    # Two halves: means .1 and .95, shares .5 and .5.
-    assert calibration_error(said, so, bins=2) == pytest.approx((2 * 0.4 + 2 * 0.45) / 4)
-    assert calibration_error([1.0, 0.0], [1, 0], binning="width") == 0.0
+def test_calibration_and_reliability_by_hand() -> None:
+    # Two answers of each probability share a bin: means .1 and .9, shares 0.5 and 1.
+    said, so = [0.1, 0.1, 0.9, 0.9], [0, 1, 1, 1]
+    assert calibration_error(said, so) == pytest.approx((2 * 0.4 + 2 * 0.1) / 4)
+    assert reliability(said, so) == (Bin(2, 0.1, 0.5), Bin(2, 0.9, 1.0))
+    assert calibration_error([1.0, 0.0], [1, 0]) == 0.0
     assert calibration_error([0.3] * 10, [1] * 3 + [0] * 7) == pytest.approx(0.0)
 
 
-@given(answers=_ANSWERS, bins=st.integers(1, 15), binning=st.sampled_from(["width", "mass"]), seed=st.integers(0, 9))
-def test_calibration_is_a_share_and_has_no_order(
-    answers: list[tuple[float, int]], bins: int, binning: str, seed: int
-) -> None:
+@given(answers=_ANSWERS, seed=st.integers(0, 9))
+def test_calibration_is_a_share_and_has_no_order(answers: list[tuple[float, int]], seed: int) -> None:
     said, so = (np.array(each) for each in zip(*answers, strict=True))
-    value = calibration_error(said, so, bins=bins, binning=binning)
+    value = calibration_error(said, so)
     assert 0 <= value <= 1
     order = np.random.default_rng(seed).permutation(len(said))
-    assert calibration_error(said[order], so[order], bins=bins, binning=binning) == pytest.approx(value, abs=1e-12)
-    assert calibration_error(said, so, bins=1, binning=binning) == pytest.approx(
-        abs(said.mean() - so.mean()), abs=1e-12
-    )
+    assert calibration_error(said[order], so[order]) == pytest.approx(value, abs=1e-12)
+    bins = reliability(said, so)
+    assert sum(each.n for each in bins) == len(said)
+    total = sum(each.n / len(said) * abs(each.said - each.so) for each in bins)
+    assert total == pytest.approx(value, abs=1e-12)
 
 
 def test_bins_of_equal_mass_hold_equally_many() -> None:
     said = np.linspace(0, 1, 100, endpoint=False)
     so = np.zeros(100)
     so[45:] = 1
+    assert [each.n for each in reliability(said, so)] == [10] * 10
     by_hand = np.mean([abs(said[n : n + 10].mean() - so[n : n + 10].mean()) for n in range(0, 100, 10)])
     assert calibration_error(said, so) == pytest.approx(by_hand)
-
-
-def test_reliability_by_hand_and_as_what_the_error_sums() -> None:
-    said, so = [0.05, 0.15, 0.95, 0.95], [0, 1, 1, 0]
-    assert reliability(said, so, binning="width") == (Bin(1, 0.05, 0.0), Bin(1, 0.15, 1.0), Bin(2, 0.95, 0.5))
-    halves = reliability(said, so, bins=2)
-    assert [each.n for each in halves] == [2, 2] and halves[0].said == pytest.approx(0.1)
-    rng = np.random.default_rng(0)
-    guess, truth = rng.random(500), rng.integers(0, 2, 500)
-    for binning in ("width", "mass"):
-        found = reliability(guess, truth, binning=binning)  # type: ignore[arg-type]
-        assert sum(each.n for each in found) == 500
-        total = sum(each.n / 500 * abs(each.said - each.so) for each in found)
-        assert total == pytest.approx(calibration_error(guess, truth, binning=binning))  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------ resampling and errors
@@ -184,7 +166,5 @@ def test_malformed_answers_are_errors() -> None:
     for metric in (log_loss, calibration_error):
         with pytest.raises(ValueError, match=r"\[0, 1\]"):
             metric([1.2], [1])
-    with pytest.raises(ValueError, match="bins must"):
-        calibration_error([0.2], [1], bins=0)
     with pytest.raises(ValueError, match="1 answers, but 2 users"):
         gauc([0.2], [1], ["a", "b"])

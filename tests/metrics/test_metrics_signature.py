@@ -49,7 +49,7 @@ _WORD = st.text(alphabet="abcXYZ019._-:", min_size=1, max_size=12)
 
 _PARTS = st.fixed_dictionaries(
     {"candidates": _WORD, "seen": _WORD, "split": _WORD, "version": _WORD},
-    optional={"users": _WORD, "slice": _WORD, "how": _WORD, "gain": _WORD, "ties": _WORD},
+    optional={"users": _WORD, "slice": _WORD, "how": _WORD, "gain": _WORD},
 )
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Literal
@@ -11,6 +12,7 @@ import pytest
 import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import ArrayLike
 
 from eval.benchmarks.calibration import KINDS, MODELS, calibrate, familywise, keeps, run_like, swapped
 from llmrec.evaluate.compare import Contrast
@@ -22,7 +24,7 @@ from llmrec.metrics.significance import (
     over_users_and_seeds,
     signflip,
 )
-from llmrec.metrics.stats import Difference, interval, paired, verdict
+from llmrec.metrics.stats import Difference, StatisticName, interval, paired, verdict
 
 _DIFFERENCES = st.lists(st.sampled_from([-1.0, -0.5, 0.0, 0.0, 0.25, 0.5, 1.0, 1.7]), min_size=1, max_size=9)
 
@@ -104,13 +106,22 @@ def test_many_different_values_leave_no_gap() -> None:
 # ------------------------------------------------------------------ the interval
 
 
-def test_pairing_removes_what_both_arms_share() -> None:
+def _flipped(*arms: ArrayLike, resamples: int, seed: int, statistic: StatisticName = "mean") -> Difference:
+    return signflip(*arms, resamples=resamples, seed=seed, statistic=statistic).at()
+
+
+BOTH = pytest.mark.parametrize("compare", [paired, _flipped])
+
+
+@BOTH
+def test_pairing_removes_what_both_arms_share(compare: Callable[..., Difference]) -> None:
     rng = np.random.default_rng(0)
     user = rng.normal(0, 5, size=300)
-    found = signflip(user + 0.3 + rng.normal(0, 0.5, 300), user + rng.normal(0, 0.5, 300), resamples=2000, seed=0).at()
+    found = compare(user + 0.3 + rng.normal(0, 0.5, 300), user + rng.normal(0, 0.5, 300), resamples=2000, seed=0)
     assert found.value == pytest.approx(0.3, abs=0.1)
     assert 0 < found.low < found.value < found.high < 0.5
-    assert found.p == pytest.approx(1 / 2001)
+    # The bootstrap counts both sides.
+    assert found.p == pytest.approx((2 if compare is paired else 1) / 2001)
     assert verdict(found) == "shown"
 
 
@@ -136,12 +147,11 @@ def test_interval_and_p_agree_about_zero(differences: list[float], seed: int) ->
         assert not outside
 
 
-def test_equal_arms_differ_by_nothing() -> None:
+@BOTH
+def test_equal_arms_differ_by_nothing(compare: Callable[..., Difference]) -> None:
     values = np.random.default_rng(0).random(100)
     for statistic in ("mean", "root_mean"):
-        assert signflip(values, values, resamples=100, seed=0, statistic=statistic).at() == Difference(
-            0.0, 0.0, 0.0, 1.0
-        )
+        assert compare(values, values, resamples=100, seed=0, statistic=statistic) == Difference(0.0, 0.0, 0.0, 1.0)
 
 
 @pytest.mark.parametrize("statistic", ["mean", "root_mean"])
@@ -156,23 +166,28 @@ def test_requests_of_one_user_are_swapped_together(statistic: Literal["mean", "r
     assert many.high - many.low == pytest.approx(once.high - once.low, rel=0.1)
 
 
+@BOTH
 @given(pairs=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=12))
-def test_swapping_the_arms_turns_the_difference_round(pairs: list[tuple[float, float]]) -> None:
+def test_swapping_the_arms_turns_the_difference_round(
+    compare: Callable[..., Difference], pairs: list[tuple[float, float]]
+) -> None:
     a, b = np.array(pairs).T
     for statistic in ("mean", "root_mean"):
-        forth = signflip(a, b, resamples=200, seed=0, statistic=statistic).at()
-        back = signflip(b, a, resamples=200, seed=0, statistic=statistic).at()
+        forth = compare(a, b, resamples=200, seed=0, statistic=statistic)
+        back = compare(b, a, resamples=200, seed=0, statistic=statistic)
         assert [forth.value, forth.low, forth.high] == pytest.approx([-back.value, -back.high, -back.low], abs=1e-12)
         assert forth.p == pytest.approx(back.p)
+        assert 0 < forth.p <= 1
 
 
-def test_arms_that_cannot_be_paired_are_errors() -> None:
+@BOTH
+def test_arms_that_cannot_be_paired_are_errors(compare: Callable[..., Difference]) -> None:
     with pytest.raises(ValueError, match="2 and 1 values"):
-        signflip([0.5, 1.0], [0.5], resamples=10, seed=0)
+        compare([0.5, 1.0], [0.5], resamples=10, seed=0)
     with pytest.raises(ValueError, match="not finite"):
-        signflip([math.nan], [0.5], resamples=10, seed=0)
+        compare([math.nan], [0.5], resamples=10, seed=0)
     with pytest.raises(ValueError, match="resamples"):
-        signflip([0.5], [0.1], resamples=0, seed=0)
+        compare([0.5], [0.1], resamples=0, seed=0)
 
 
 # ------------------------------------------------------------------ calibration

@@ -9,7 +9,6 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmrec.metrics.significance import holm
 from llmrec.metrics.stats import Difference, interval, interval_of, mean_ranks, paired, paired_of, verdict, wilson
 
 _VALUES = st.lists(st.floats(0, 1, allow_subnormal=False), min_size=1, max_size=40)
@@ -50,22 +49,11 @@ def test_bca_equals_scipy(statistic: Literal["mean", "root_mean"]) -> None:
     assert found.high > plain.high + 0.01  # skewed to the right: the correction moves the interval up
 
 
-def test_bca_corrects_a_biased_figure_as_scipy_does() -> None:
-    values = np.random.default_rng(4).normal(0, 1, size=25)  # the plug-in variance is low by 1 part in 25
-    found = interval_of(lambda rows: values[rows].var(axis=1), 25, resamples=40_000, seed=0, method="bca")
-    theirs = scipy.stats.bootstrap((values,), np.var, n_resamples=40_000, method="BCa", rng=1).confidence_interval
-    plain = interval_of(lambda rows: values[rows].var(axis=1), 25, resamples=40_000, seed=0)
-    assert found.low == pytest.approx(theirs.low, abs=0.02)
-    assert found.high == pytest.approx(theirs.high, abs=0.03)
-    assert found.low > plain.low + 0.05 and found.high > plain.high + 0.05
-
-
 def test_a_callable_gives_the_same_interval_as_the_mean_it_computes() -> None:
     values = np.random.default_rng(0).random(700)
-    for method in ("percentile", "bca"):
-        direct = interval(values, resamples=3000, seed=5, method=method)
-        called = interval_of(lambda rows: values[rows].mean(axis=1), 700, resamples=3000, seed=5, method=method)
-        assert [direct.value, direct.low, direct.high] == pytest.approx([called.value, called.low, called.high])
+    direct = interval(values, resamples=3000, seed=5)
+    called = interval_of(lambda rows: values[rows].mean(axis=1), 700, resamples=3000, seed=5)
+    assert [direct.value, direct.low, direct.high] == pytest.approx([called.value, called.low, called.high])
 
 
 @given(values=_VALUES, seed=st.integers(0, 9), method=st.sampled_from(["percentile", "bca"]))
@@ -109,21 +97,9 @@ def test_values_that_cannot_be_resampled_are_errors() -> None:
         interval([0.5, -1.0], resamples=10, seed=0, statistic="root_mean")
     with pytest.raises(ValueError, match="resamples"):
         interval([0.5], resamples=0, seed=0)
-    with pytest.raises(ValueError, match="2 and 1 values"):
-        paired([0.5, 1.0], [0.5], resamples=10, seed=0)
 
 
 # ------------------------------------------------------------------ paired differences
-
-
-def test_pairing_removes_what_both_arms_share() -> None:
-    rng = np.random.default_rng(0)
-    user = rng.normal(0, 5, size=300)
-    found = paired(user + 0.3 + rng.normal(0, 0.5, 300), user + rng.normal(0, 0.5, 300), resamples=2000, seed=0)
-    assert found.value == pytest.approx(0.3, abs=0.1)
-    assert 0 < found.low < found.value < found.high < 0.5
-    assert found.p == pytest.approx(2 / 2001)
-    assert verdict(found) == "shown"
 
 
 def test_a_paired_root_mean_is_a_difference_of_rmse() -> None:
@@ -133,21 +109,6 @@ def test_a_paired_root_mean_is_a_difference_of_rmse() -> None:
     assert found.value == pytest.approx(math.sqrt(a.mean()) - math.sqrt(b.mean()))
     assert verdict(found, better="lower") == "contradicted"
     assert verdict(found, better="higher") == "shown"
-
-
-def test_equal_arms_differ_by_nothing() -> None:
-    values = np.random.default_rng(0).random(100)
-    for statistic in ("mean", "root_mean"):
-        assert paired(values, values, resamples=300, seed=0, statistic=statistic) == Difference(0.0, 0.0, 0.0, 1.0)
-
-
-@given(pairs=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=2, max_size=30), seed=st.integers(0, 9))
-def test_swapping_the_arms_mirrors_the_difference(pairs: list[tuple[float, float]], seed: int) -> None:
-    a, b = np.array(pairs).T
-    forth, back = paired(a, b, resamples=200, seed=seed), paired(b, a, resamples=200, seed=seed)
-    assert [forth.value, forth.low, forth.high] == pytest.approx([-back.value, -back.high, -back.low], abs=1e-12)
-    assert forth.p == pytest.approx(back.p)
-    assert 0 < forth.p <= 1
 
 
 def test_bca_of_a_difference_is_that_of_its_values() -> None:
@@ -258,24 +219,7 @@ def test_every_value_needs_its_user() -> None:
         interval([1.0, 2.0, 3.0], resamples=10, seed=0, users=["a", "b"])
 
 
-# ------------------------------------------------------------------ corrections and verdicts
-
-
-def test_holm_by_hand() -> None:
-    # Sorted .005 .01 .03 .04 times 4 3 2 1 is .02 .03 .06 .04; the last may not fall below .06.
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
-    assert holm([]) == []
-    with pytest.raises(ValueError, match=r"\[0, 1\]"):
-        holm([1.2])
-
-
-@given(p=st.lists(st.floats(0, 1), min_size=1, max_size=20))
-def test_holm_never_lowers_and_keeps_the_order(p: list[float]) -> None:
-    adjusted = holm(p)
-    assert all(own <= new <= min(1.0, len(p) * own + 1e-12) or new == 1.0 for own, new in zip(p, adjusted, strict=True))
-    order = np.argsort(p, kind="stable")
-    assert (np.diff(np.array(adjusted)[order]) >= 0).all()
+# ------------------------------------------------------------------ verdicts
 
 
 def test_verdicts() -> None:
@@ -285,8 +229,7 @@ def test_verdicts() -> None:
     assert verdict(up, "lower") == "contradicted"
     assert verdict(down, "lower") == "shown"
     assert verdict(Difference(0.1, -0.01, 0.2, 0.08)) == "not shown"
-    assert verdict(up, p=0.06) == "not shown"  # after correction for several comparisons
-    assert verdict(up, alpha=0.005) == "not shown"
+    assert verdict(Difference(0.1, 0.02, 0.2, 0.06)) == "not shown"
 
 
 @given(st.lists(st.integers(-3, 3) | st.floats(-2, 2), min_size=1, max_size=12))

@@ -83,14 +83,6 @@ def test_the_statistic_can_count_users(sacrebleu: object) -> None:
         bleu4_statistic(TEXTS, REFERENCES, ["a"])
 
 
-def test_orders_without_a_match_are_smoothed_as_sacrebleu_does(sacrebleu: object) -> None:
-    texts, references = ["a fine old red lamp"], ["a red and fine lamp"]
-    # 4 of 5 words match and no longer run: the empty orders count as 1/2, 1/4 and 1/8 matches.
-    expected = (4 / 5 * (1 / 2) / 4 * (1 / 4) / 3 * (1 / 8) / 2) ** 0.25
-    assert bleu4(texts, references) == pytest.approx(expected)
-    assert bleu4_statistic(texts, references)(np.array([[0], [0]])).tolist() == pytest.approx([expected] * 2)
-
-
 def test_intervals_of_a_corpus_bleu(sacrebleu: object) -> None:
     statistic = bleu4_statistic(TEXTS, REFERENCES)
     found = interval_of(statistic, len(TEXTS), resamples=500, seed=0)

@@ -1,21 +1,13 @@
-"""Chains of `llmrec run`, `export` and `rank` that are killed with SIGKILL at a named point or after some seconds.
+"""Chains of `llmrec run`, `export` and `rank` that are killed with SIGKILL at a named point.
 
-The command that was killed is given again, the others follow, and all that they left is compared with a chain that
-nothing disturbed. The processes are forked by `tests.recovery.zygote`.
-
-    python -m tests.recovery.kills build/recovery.json
-
-runs every named point and 20 random ones and writes what came out.
+The processes are forked by `tests.recovery.zygote`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import random
 import shutil
-import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +16,8 @@ from typing import Any
 import polars as pl
 
 from llmrec.durable import checked
-from tests.recovery import points
 from tests.recovery import zygote as zygotes
-from tests.recovery.points import POINTS, REQUESTS
-from tests.recovery.zygote import Child, Ended
+from tests.recovery.points import REQUESTS
 
 SMALL = (
     "eval.fusion={}",
@@ -54,8 +44,6 @@ SMALL = (
     "eval.backend=hf",
 )
 
-RANDOM = 20
-STEPS = ("run", "export", "rank")
 # Exit codes of commands that did their work: two lines of the ranked file are faulty on purpose.
 DONE = {"run": 0, "export": 0, "rank": 1}
 FAULTY = (40, 100)
@@ -127,11 +115,10 @@ class Zygote:
     log: Path
     processes: zygotes.Zygote
 
-    def do(self, chain: Chain, step: str, point: str | None = None, after: float | None = None) -> Ended:
-        """Take one step of a chain, with a kill at a point or after some seconds."""
+    def do(self, chain: Chain, step: str, point: str | None = None) -> int:
+        """Take one step of a chain, with a kill at a point, and return its exit status."""
         chain.folder.mkdir(parents=True, exist_ok=True)
-        words = chain.command(step, self.model)
-        return self.processes.do(Child(words=words, log=str(self.log), point=point, after=after))[0]
+        return self.processes.do(chain.command(step, self.model), self.log, point)
 
 
 @contextlib.contextmanager
@@ -190,99 +177,3 @@ def rank_outcome(chain: Chain) -> dict[str, Any]:
         "summary": {key: summary[key] for key in kept},
         "beside": sorted(p.name for p in [*chain.folder.glob("ranked*"), *chain.folder.glob(".ranked*")]),
     }
-
-
-def whole_outcome(chain: Chain) -> dict[str, Any]:
-    """Return everything that must be equal after a kill anywhere in a chain."""
-    exported = export_outcome(chain)
-    del exported["apart"]
-    return {"run": outcome(chain.run), "export": exported, "rank": rank_outcome(chain)}
-
-
-# --------------------------------------------------------------------------- all of it
-
-
-def _chain(runs: Zygote, chain: Chain, steps: tuple[str, ...] = STEPS) -> list[float]:
-    """Take steps that nothing disturbs; return their seconds of processor time."""
-    seconds = []
-    for step in steps:
-        ended = runs.do(chain, step)
-        assert ended.status == DONE[step], runs.log.read_text(encoding="utf-8", errors="replace")[-3000:]
-        seconds.append(ended.used)
-    return seconds
-
-
-def _kill(
-    runs: Zygote, chain: Chain, expected: dict[str, Any], step: str, point: str | None, after: float | None
-) -> dict[str, Any]:
-    """Kill one step, give its command again, take the steps after it, and compare."""
-    before, later = STEPS[: STEPS.index(step)], STEPS[STEPS.index(step) + 1 :]
-    _chain(runs, chain, tuple(each for each in before if not _has(chain, each)))
-    first = runs.do(chain, step, point, after)
-    again = runs.do(chain, step)
-    sound = again.status == DONE[step]
-    if sound:
-        _chain(runs, chain, later)
-    row = {
-        "kill": point or f"random, in llmrec {step}",
-        "killed": first.killed,
-        "after_s": round(first.used, 2),
-        "equal": sound and whole_outcome(chain) == expected,
-    }
-    sys.stdout.write(f"{json.dumps(row)}\n")
-    sys.stdout.flush()
-    return row
-
-
-def _has(chain: Chain, step: str) -> bool:
-    return {"run": chain.run, "export": chain.exported, "rank": chain.ranked}[step].exists()
-
-
-def _at(seconds: list[float], moment: float) -> tuple[str, float]:
-    """Return the step in which a moment of a chain falls, and how long after its start."""
-    for step, length in zip(STEPS[:-1], seconds, strict=False):
-        if moment < length:
-            return step, moment
-        moment -= length
-    return STEPS[-1], moment
-
-
-def main(target: Path) -> None:
-    """Kill at every named point and at 20 random moments; write what came out."""
-    from tests.conftest import make_model
-
-    steps = {**dict.fromkeys(points.RUN, "run"), **dict.fromkeys(points.EXPORT, "export")}
-    with tempfile.TemporaryDirectory() as name:
-        place = Path(name)
-        with zygote(make_model(place / "model"), place / "log") as runs:
-            whole = Chain(place / "whole")
-            _chain(runs, whole)
-            expected = whole_outcome(whole)
-            seconds = _chain(runs, Chain(place / "again"))
-            rows = []
-            for label in POINTS:
-                rows.append(_kill(runs, Chain(place / "killed"), expected, steps.get(label, "rank"), label, None))
-                shutil.rmtree(place / "killed")
-            draw, moments = random.Random(0), 0
-            while moments < RANDOM:
-                step, after = _at(seconds, draw.uniform(0, sum(seconds)))
-                row = _kill(runs, Chain(place / "killed"), expected, step, None, after)
-                shutil.rmtree(place / "killed")
-                if row["killed"]:  # the step may end before its moment comes
-                    moments += 1
-                    rows.append(row)
-    record = {
-        "command": "make bench NAME=recovery",
-        "what": "SIGKILL, then the same command and those after it. Compared: adapter sha256, results.json without "
-        "times, predictions, log and report of the run; every file of the export; every line of the ranking; leftovers",
-        "adapter_sha256": expected["run"]["results"]["training"]["adapter_sha256"],
-        "seconds": dict(zip(STEPS, (round(each, 1) for each in seconds), strict=True)),
-        "kills": rows,
-        "equal": sum(row["equal"] and row["killed"] for row in rows),
-        "of": len(rows),
-    }
-    target.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -38,7 +38,7 @@ def whole(runs: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Chain:
     """A run, its export and a ranking that nothing disturbed."""
     chain = Chain(tmp_path_factory.mktemp("whole"))
     for step, status in DONE.items():
-        assert runs.do(chain, step).status == status, runs.log.read_text(encoding="utf-8")[-3000:]
+        assert runs.do(chain, step) == status, runs.log.read_text(encoding="utf-8")[-3000:]
     return chain
 
 
@@ -51,7 +51,7 @@ def expected(whole: Chain) -> dict[str, Any]:
 def trained(runs: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Chain:
     """A run that was killed after its training, so that kills in the stages after it need not train again."""
     chain = Chain(tmp_path_factory.mktemp("trained"))
-    assert runs.do(chain, "run", "between stages, before evaluation").status == -9
+    assert runs.do(chain, "run", "between stages, before evaluation") == -9
     return chain
 
 
@@ -90,9 +90,9 @@ def test_a_kill_changes_nothing(
     point: str, runs: Zygote, expected: dict[str, Any], trained: Chain, tmp_path: Path
 ) -> None:
     chain = trained.copy(tmp_path / "chain") if point in AFTER_TRAINING else Chain(tmp_path / "chain")
-    assert runs.do(chain, "run", point).status == -9
+    assert runs.do(chain, "run", point) == -9
     kept = answers(chain.run)
-    assert runs.do(chain, "run").status == 0
+    assert runs.do(chain, "run") == 0
     assert outcome(chain.run) == expected
     # What was answered before the kill was not asked again: each stored answer still carries its first seconds.
     after = answers(chain.run)
@@ -111,13 +111,13 @@ def test_a_second_run_computes_nothing_and_mends_a_changed_merged_model(
     weights = chain.run / "merged" / "model.safetensors"
     content, written = weights.read_bytes(), weights.stat().st_mtime_ns
     first = answers(chain.run)
-    assert runs.do(chain, "run").status == 0
+    assert runs.do(chain, "run") == 0
     assert outcome(chain.run) == expected and answers(chain.run) == first
     assert weights.stat().st_mtime_ns == written
     changed = bytearray(content)
     changed[-1] ^= 1
     weights.write_bytes(changed)
-    assert runs.do(chain, "run").status == 0
+    assert runs.do(chain, "run") == 0
     assert outcome(chain.run) == expected and weights.read_bytes() == content
 
 
@@ -142,14 +142,14 @@ def answers(folder: Path) -> dict[str, str]:
 @pytest.mark.parametrize("point", one_of_each(points.EXPORT))
 def test_a_killed_export_ends_like_one_that_was_not(point: str, runs: Zygote, whole: Chain, tmp_path: Path) -> None:
     chain = part(whole, tmp_path / "chain", "run")
-    assert runs.do(chain, "export", point).status == -9
+    assert runs.do(chain, "export", point) == -9
     left = sorted(path.name for path in chain.folder.glob("films*"))
     # Under the final name stands a whole folder or nothing.
     assert left == ["films"] if point == "mid-export, after the rename" else left[0].startswith("films.llmrec-tmp-")
     if point == "mid-export, weights half written":
         (half,) = chain.folder.glob("films.llmrec-tmp-*/model.safetensors")
         assert 0 < half.stat().st_size < (whole.exported / half.name).stat().st_size
-    assert runs.do(chain, "export").status == 0
+    assert runs.do(chain, "export") == 0
     assert export_outcome(chain) == export_outcome(whole)
     assert export_outcome(chain)["beside"] == ["films"]
 
@@ -167,13 +167,13 @@ def test_the_ranking_is_worth_comparing(whole: Chain) -> None:
 @pytest.mark.parametrize("point", one_of_each(points.RANK))
 def test_a_killed_ranking_ends_like_one_that_was_not(point: str, runs: Zygote, whole: Chain, tmp_path: Path) -> None:
     chain = part(whole, tmp_path / "chain", "films", "requests.jsonl")
-    assert runs.do(chain, "rank", point).status == -9
+    assert runs.do(chain, "rank", point) == -9
     parts = chain.ranked.with_name("ranked.jsonl.parts")
     kept = {path.name: path.read_bytes() for path in parts.glob("part-*")}
     assert len(kept) == {"before a part is stored": 1, "after a part is stored": 2}.get(
         point.partition(", ")[2], len(kept)
     )
-    assert runs.do(chain, "rank").status == DONE["rank"]
+    assert runs.do(chain, "rank") == DONE["rank"]
     assert rank_outcome(chain) == rank_outcome(whole)
     assert rank_outcome(chain)["beside"] == ["ranked.jsonl", "ranked.jsonl.summary.json"]
     summary = json.loads(chain.ranked.with_name("ranked.jsonl.summary.json").read_text(encoding="utf-8"))

@@ -128,9 +128,11 @@ def test_a_refresh_sees_each_event_once_whatever_comes_meanwhile(
     assert seen == [str(n) for n in range(31)]
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_two_processes_that_share_a_store_agree_with_a_model(where: str, seed: int) -> None:
-    assert agree(where, seed, 80).total() == 80
+@pytest.mark.parametrize(
+    ("seed", "faults"), [*((n, False) for n in range(3)), pytest.param(4, True, marks=pytest.mark.slow)]
+)
+def test_two_processes_that_share_a_store_agree_with_a_model(where: str, seed: int, faults: bool) -> None:
+    assert agree(where, seed, 80, faults=faults).total() == 80
 
 
 # --------------------------------------------------------------------------- many at once, and kills

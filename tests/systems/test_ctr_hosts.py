@@ -76,21 +76,6 @@ def test_features_that_tell_the_answer_are_used_and_dealt_out_anew_they_are_not(
     assert told > _auc(name, data, features=folder, shuffled=True) + 0.05
 
 
-@pytest.mark.parametrize("name", HOSTS)
-def test_answers_depend_on_the_seed_and_not_on_who_else_is_asked(name: str) -> None:
-    data, _, _ = _planted()
-    asked = [
-        Request(id=str(n), user_id=held.user_id, item=held.item_id, history=data.history(held.user_id, "test"))
-        for n, held in enumerate(list(data.holdouts("test"))[:9])
-    ]
-    hosts = [make(name, QUICK | {"epochs": 1}, seed=seed) for seed in (0, 0, 1)]
-    for host in hosts:
-        host.fit(data)
-    first, again, other = (host.answer(asked) for host in hosts)
-    assert first == again != other
-    assert [hosts[0].answer([request])[0] for request in asked] == first and hosts[0].answer([]) == []
-
-
 def test_rows_that_a_feature_has_seen_are_left_out_or_refused(tmp_path: Path) -> None:
     data, users, items = _planted()
     pairs = list(data.train.select("user_id", "item_id").iter_rows())

@@ -25,10 +25,9 @@ _LONG = 200
 
 
 def main() -> None:
-    """Test this checkout, or another one, with every malformed input."""
+    """Test every malformed input."""
     parser = argparse.ArgumentParser(prog="python -m eval.benchmarks.campaign", description=__doc__)
     parser.add_argument("target", type=Path)
-    parser.add_argument("--against", type=Path, help="another checkout of llmrec, counted under `earlier`")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--further", action="store_true", help="keep the counts of other seeds in the file")
     parser.add_argument("--surface", choices=list(SURFACES), action="append", help="run only this; write nothing")
@@ -36,30 +35,25 @@ def main() -> None:
     parser.add_argument("--count", type=int, help="number of inputs per surface")
     parser.add_argument("--show", choices=["unplaced", "answered", "refused", "slow"], action="append", default=[])
     chosen = parser.parse_args()
-    checkout = (chosen.against or Path()).resolve()
     begin = time.monotonic()
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="llmrec-campaign-") as name:
-        bases = made(Path(name) / "bases", checkout)
+        bases = made(Path(name) / "bases")
         for surface in chosen.surface or SURFACES:
-            asked = _Asked(surface, SURFACES[surface], bases, Path(name) / "case", Worker(checkout, chosen.gib * 2**30))
-            asked.older = chosen.against is not None
+            asked = _Asked(surface, SURFACES[surface], bases, Path(name) / "case", Worker(chosen.gib * 2**30))
             found[surface] = asked.all(chosen.seed, chosen.count or SURFACES[surface].count, chosen.show)
             _say(json.dumps({surface: found[surface]}, indent=1))
-    if chosen.surface or (chosen.count and not chosen.against and not chosen.further):
+    if chosen.surface or (chosen.count and not chosen.further):
         return
     state = {
         "date": date.today().isoformat(),
-        "commit": commit(checkout),
+        "commit": commit(),
         "seed": chosen.seed,
         "gib": chosen.gib,
         **_summed(found),
     }
     state["seconds"] = round(time.monotonic() - begin)
     stored = json.loads(chosen.target.read_text(encoding="utf-8")) if chosen.target.is_file() else {}
-    if chosen.against is not None:
-        write_json(chosen.target, {**stored, "earlier": state})
-        return
     if chosen.further:
         write_json(chosen.target, {**stored, "further": {**stored.get("further", {}), str(chosen.seed): state}})
         return
@@ -70,12 +64,13 @@ def main() -> None:
         "cpu_seconds": SECONDS,
         **provenance(),
     }
+    # `earlier` counts an older checkout, before its defects were fixed.
     kept = {key: stored[key] for key in ("further", "earlier") if key in stored}
     write_json(chosen.target, {**head, **state, **kept})
 
 
-def made(bases: Path, checkout: Path) -> Path:
-    """Create the folders of valid files: configs with a table, a model, an index, and a run of the checkout."""
+def made(bases: Path) -> Path:
+    """Create the folders of valid files: configs with a table, a model, an index, and a run."""
     from llmrec.index.table import ItemIndex
     from tests.conftest import make_model
 
@@ -94,8 +89,8 @@ def made(bases: Path, checkout: Path) -> Path:
     run = bases / "run"
     shutil.copytree(page, run, symlinks=True)
     (run / "page.yaml").write_text(json.dumps(good.RECIPES[0]), encoding="utf-8")
-    worker = Worker(checkout)
-    (told,) = worker.warm([{"surface": "make run", "folder": str(run), "given": {"overrides": []}, "names": []}])
+    worker = Worker()
+    (told,) = worker.warm([{"surface": "make run", "folder": str(run), "given": {"overrides": []}}])
     worker.close()
     if told["how"] != "answered":
         raise SystemExit(f"cannot create the valid run: {told}")
@@ -107,7 +102,7 @@ class _Asked:
 
     def __init__(self, name: str, surface: Surface, bases: Path, folder: Path, worker: Worker) -> None:
         self._name, self._surface, self._bases, self._folder = name, surface, bases, folder
-        self._worker, self.older = worker, False
+        self._worker = worker
 
     def all(self, seed: int, count: int, show: list[str]) -> dict[str, Any]:
         """Test every input, and return the counts and the distinct defects with an example each."""
@@ -115,8 +110,7 @@ class _Asked:
         for asked, told in zip(sound, self._worker.warm(sound), strict=True):
             if told["how"] != "answered":
                 _say(f"{self._name}: a sound input is not answered: {asked} {told}")
-                if not self.older:
-                    raise SystemExit(1)
+                raise SystemExit(1)
         counts: Counter[str] = Counter()
         defects: dict[str, dict[str, Any]] = {}
         for case in cases(self._name, self._surface, self._bases, seed, count):
@@ -159,8 +153,7 @@ class _Asked:
         shutil.copytree(self._bases / case.base, folder, symlinks=True)
         for name, content in case.files.items():
             _write(folder / name, content)
-        names = [Path(name).stem for name in case.files]
-        return {"surface": self._name, "folder": str(folder), "given": dict(case.given), "names": names}
+        return {"surface": self._name, "folder": str(folder), "given": dict(case.given)}
 
 
 def _write(path: Path, content: Content) -> None:

@@ -1,4 +1,4 @@
-"""The functions that a user calls, by surface, in this checkout of llmrec and in older ones with other names."""
+"""The functions that a user calls, by surface."""
 
 from __future__ import annotations
 
@@ -9,11 +9,32 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib import import_module
-from inspect import signature
 from io import StringIO
 from pathlib import Path
 from typing import Any
+
+from llmrec.answer.loaded import load as load_run
+from llmrec.backends.cache import AnswerStore, CachedBackend, StoredLedger
+from llmrec.backends.encode import Encoder
+from llmrec.backends.server.backend import OpenAIBackend
+from llmrec.cli.check import CheckOptions, check
+from llmrec.data.request_file import open_requests
+from llmrec.data.requests import read_request
+from llmrec.data.sets.table import load as load_table
+from llmrec.errors import DataError
+from llmrec.exports.export import export
+from llmrec.index import table as index_table
+from llmrec.models.load import check_weights, load_config, load_model, load_tokenizer
+from llmrec.pipeline import bundle, preflight
+from llmrec.pipeline import run as pipeline
+from llmrec.pipeline.audit import audit
+from llmrec.pipeline.runs import open_run
+from llmrec.pipeline.study import load_split
+from llmrec.prompts.template import load_templates
+from llmrec.recipe.load import load_recipe
+from llmrec.recipe.schema import DataSection, IndexSection, ModelSection, ServerSection
+from llmrec.start.init import init
+from llmrec.types import Item, Message, Prompt, Segment
 
 Given = Mapping[str, Any]
 
@@ -31,46 +52,14 @@ class Lines:
     placed: bool
 
 
-def named(*places: str) -> Any:
-    """Return the first existing function of some names ``module:name``."""
-    for place in places:
-        module, _, name = place.partition(":")
-        try:
-            return getattr(import_module(module), name)
-        except (ModuleNotFoundError, AttributeError):
-            continue
-    raise LookupError(places)
-
-
-def _schema(name: str) -> Any:
-    return named(f"llmrec.recipe.schema:{name}", f"llmrec.recipe:{name}")
-
-
-def _load_recipe(page: Path, overrides: list[str]) -> Any:
-    return named("llmrec.recipe.load:load_recipe", "llmrec.recipe_file:load_recipe")(str(page), overrides)
-
-
-def _build_study(recipe: Any) -> Any:
-    return named("llmrec.pipeline.study:build_study", "llmrec.build.study:build_study")(recipe)
-
-
 def recipe(folder: Path, given: Given) -> None:
     """``llmrec check`` of a recipe."""
-    loaded = _load_recipe(folder / "page.yaml", given.get("overrides", []))
-    named("llmrec.pipeline.preflight:checked_study", "llmrec.build.study:build_study")(loaded)
+    preflight.checked_study(load_recipe(str(folder / "page.yaml"), given.get("overrides", [])))
 
 
 def suite(folder: Path, given: Given) -> None:
-    """``llmrec check`` of a suite or a benchmark; in older checkouts, loading it as ``eval`` does."""
-    page = str(folder / "page.yaml")
-    try:
-        check = named("llmrec.cli.check:check")
-    except LookupError:
-        kind = named("llmrec.recipe_file:kind_of_page")(page)
-        named(f"llmrec.recipe_file:load_{kind}")(page, given.get("overrides", []))
-    else:
-        options = named("llmrec.cli.check:CheckOptions")
-        check(options(recipe=page, overrides=tuple(given.get("overrides", ()))))
+    """``llmrec check`` of a suite or a benchmark."""
+    check(CheckOptions(recipe=str(folder / "page.yaml"), overrides=tuple(given.get("overrides", ()))))
 
 
 _EVENTS = [{"title": "Heat", "rating": "4", "item_id": "i1", "fields": [{"name": "genre", "value": "Drama"}]}] * 3
@@ -84,8 +73,7 @@ _VALUES = {
 def template(folder: Path, given: Given) -> None:
     """Read a family's templates with an additional one, and render it."""
     own = _shipped()
-    load = named("llmrec.prompts.template:load_templates", "llmrec.prompts:load_templates")
-    for name, each in load("rating", folder / "prompts").items():
+    for name, each in load_templates("rating", folder / "prompts").items():
         if name not in own:
             each.turns(_VALUES)
             each.step(_VALUES)
@@ -93,19 +81,15 @@ def template(folder: Path, given: Given) -> None:
 
 @cache
 def _shipped() -> frozenset[str]:
-    return frozenset(named("llmrec.prompts.template:load_templates", "llmrec.prompts:load_templates")("rating"))
+    return frozenset(load_templates("rating"))
 
 
 def table(folder: Path, given: Given) -> None:
     """``llmrec init`` of a table, or reading it as a recipe's data."""
     if given["by"] == "init":
-        init = named("llmrec.start.init:init", "llmrec.build.init:init")
-        # Data statistics take seconds and read nothing new.
-        brief = {"measure": False} if "measure" in signature(init).parameters else {}
-        init(str(folder / given["file"]), out=folder / "made.yaml", name="mine", force=True, backend="hf", **brief)
+        init(str(folder / given["file"]), out=folder / "made.yaml", name="mine", force=True, backend="hf")
         return
-    load = named("llmrec.data.sets.table:load", "llmrec.data.sets:load")
-    load(_schema("DataSection")(**_resolved(folder, given["section"])), seed=0)
+    load_table(DataSection(**_resolved(folder, given["section"])), seed=0)
 
 
 def _resolved(folder: Path, section: Given) -> dict[str, Any]:
@@ -114,37 +98,31 @@ def _resolved(folder: Path, section: Given) -> dict[str, Any]:
 
 def requests(folder: Path, given: Given) -> Lines | None:
     """Read requests as ``llmrec rank`` does."""
-    opened = named("llmrec.data.request_file:open_requests", "llmrec.data.request_files:open_requests")
-    read = named("llmrec.data.requests:read_request")
-    error = named("llmrec.errors:DataError")
-    item = named("llmrec.types:Item")
-    known = {f"i{n}": item(item_id=f"i{n}", title=f"Film {n}") for n in range(15)} if given.get("known") else None
+    known = {f"i{n}": Item(item_id=f"i{n}", title=f"Film {n}") for n in range(15)} if given.get("known") else None
     refused: list[tuple[int, str]] = []
-    for number, raw in enumerate(opened(folder / given["file"]), start=1):
+    for number, raw in enumerate(open_requests(folder / given["file"]), start=1):
         if raw.error or raw.record is None:
             refused.append((raw.line, raw.error))
             continue
         try:
-            read(raw.record, number, known)
-        except error as problem:
+            read_request(raw.record, number, known)
+        except DataError as problem:
             refused.append((raw.line, str(problem)))
     return Lines(refused[0][1], all(line > 0 for line, _ in refused)) if refused else None
 
 
 @cache
 def _split(events: Path) -> Any:
-    data = _schema("DataSection")(source="table", path=str(events))
-    return named("llmrec.pipeline.study:load_split", "llmrec.build.study:load_split")(data, 0)
+    return load_split(DataSection(source="table", path=str(events)), 0)
 
 
 def index(folder: Path, given: Given) -> None:
     """Read codes from a file, or an index that `llmrec index` wrote, and write and read every code of it."""
     if given["by"] == "file":
-        build = named("llmrec.index.table:build", "llmrec.index.index:build")
-        section = _schema("IndexSection")(scheme="external", path=str(folder / given["file"]))
-        made = build(section, _split(Path(given["events"])), seed=0)
+        section = IndexSection(scheme="external", path=str(folder / given["file"]))
+        made = index_table.build(section, _split(Path(given["events"])), seed=0)
     else:
-        made = named("llmrec.index.table:ItemIndex", "llmrec.index.index:ItemIndex").load(folder / "index")
+        made = index_table.ItemIndex.load(folder / "index")
     for item in made.codes:
         made.decode(made.encode(item))
     hash(made.digest)
@@ -156,66 +134,44 @@ def model(folder: Path, given: Given) -> None:
 
 
 def _open_model(folder: Path, *, weights: bool) -> None:
-    section = _schema("ModelSection")(name=str(folder), dtype="float32")
-    types = "llmrec.types"
-    message, segment, prompt = (named(f"{types}:{name}") for name in ("Message", "Segment", "Prompt"))
-    found = named("llmrec.pipeline.bundle:read", "llmrec.build.bundle:read")(str(folder))
-    loads = ("llmrec.models.load", "llmrec.backends.models")
-    tokenizer = named(*(f"{place}:load_tokenizer" for place in loads))(found.folder, section)
-    encoder = named("llmrec.backends.encode:Encoder")(tokenizer, max_length=64)
-    encoder.prompt(prompt(messages=(message("user", (segment("text", "Heat"),)),)))
-    named(*(f"{place}:load_config" for place in loads))(found.folder, section)
-    try:
-        check = named("llmrec.models.load:check_weights")
-    except LookupError:
-        check = None
-    if check is not None:
-        check(found.folder, section)
+    section = ModelSection(name=str(folder), dtype="float32")
+    found = bundle.read(str(folder))
+    encoder = Encoder(load_tokenizer(found.folder, section), max_length=64)
+    encoder.prompt(Prompt(messages=(Message("user", (Segment("text", "Heat"),)),)))
+    load_config(found.folder, section)
+    check_weights(found.folder, section)
     if weights:
-        named(*(f"{place}:load_model" for place in loads))(found.folder, section)
+        load_model(found.folder, section)
 
 
 # --------------------------------------------------------------------------- runs
 
 
 def make_run(folder: Path, given: Given) -> None:
-    """Create a valid run with the tested checkout."""
-    run = named("llmrec.pipeline.run:run", "llmrec.build.pipeline:run")
-    run(_load_recipe(folder / "page.yaml", given["overrides"]), folder / "run")
+    """Create a valid run."""
+    pipeline.run(load_recipe(str(folder / "page.yaml"), given["overrides"]), folder / "run")
 
 
 def run(folder: Path, given: Given) -> None:
     """Open a run folder to report, audit, export, rank with or resume it."""
     home, by = folder / "run", given["by"]
+    page = str(folder / "page.yaml")
     if by == "report":
-        named("llmrec.pipeline.run:report", "llmrec.build.pipeline:report")(home)
+        pipeline.report(home)
     elif by == "audit":
-        named("llmrec.pipeline.audit:audit", "llmrec.build.audit:audit")(home)
+        audit(home)
     elif by in ("open", "weights"):
-        named("llmrec.pipeline.runs:open_run", "llmrec.build.finished:open_run")(home)
+        open_run(home)
         _open_model(home, weights=by == "weights")
     elif by == "train":
-        train = named("llmrec.pipeline.run:train", "llmrec.build.pipeline:train")
-        train(_load_recipe(folder / "page.yaml", given["overrides"]), home)
+        pipeline.train(load_recipe(page, given["overrides"]), home)
     elif by == "load":
-        _load(home)
+        with load_run(str(home), models=("popularity",)) as rec:
+            rec.rank(history=["i1", "i2"], k=3)
     elif by == "again":
-        again = named("llmrec.pipeline.run:run", "llmrec.build.pipeline:run")
-        again(_load_recipe(folder / "page.yaml", given["overrides"]), home, may_train=False)
+        pipeline.run(load_recipe(page, given["overrides"]), home, may_train=False)
     else:
-        export = named("llmrec.exports.export:export")
         export(home, folder / "out", check_users=0, licence="mit", base_licence="mit", quiet=True)
-
-
-def _load(home: Path) -> None:
-    """Open a run and rank with its baselines; in older checkouts, open its models."""
-    try:
-        load = named("llmrec.answer.loaded:load")
-    except LookupError:
-        named("llmrec.build.bundle:read")(str(home))
-        return
-    with load(str(home), models=("popularity",)) as rec:
-        rec.rank(history=["i1", "i2"], k=3)
 
 
 # --------------------------------------------------------------------------- a server
@@ -277,26 +233,18 @@ def _serving(good: Mapping[str, Any], spoiled: Given, body: bytes) -> Iterator[s
 
 def server(folder: Path, given: Given) -> None:
     """Request texts and scores from a server, and store the responses, as a run does."""
-    section, message, segment, prompt = (
-        _schema("ServerSection"),
-        *(named(f"llmrec.types:{name}") for name in ("Message", "Segment", "Prompt")),
-    )
-    client = named("llmrec.backends.server.backend:OpenAIBackend", "llmrec.backends.openai:OpenAIBackend")
-    store_of, cached, ledger = (
-        named(f"llmrec.backends.cache:{name}") for name in ("AnswerStore", "CachedBackend", "StoredLedger")
-    )
     limits = {"timeout": 1.0, "attempts": 2, "backoff": 0.01, "longest_wait": 0.02, "concurrency": 2}
     with _serving(given["good"], given, (folder / "answer").read_bytes()) as url:
-        asked = section(url=url, model="films", **limits)
-        store = store_of(folder / "answers.sqlite")
-        started = []
+        asked = ServerSection(url=url, model="films", **limits)
+        store = AnswerStore(folder / "answers.sqlite")
+        started: list[OpenAIBackend] = []
 
-        def start() -> Any:
-            started.append(client(asked, ledger=ledger(store, "campaign")))
+        def start() -> OpenAIBackend:
+            started.append(OpenAIBackend(asked, ledger=StoredLedger(store, "campaign")))
             return started[-1]
 
-        backend = cached(store, asked.answering() | {"url": "the server"}, client, start)
-        question = prompt(messages=(message("user", (segment("text", "Which film is next?"),)),))
+        backend = CachedBackend(store, asked.answering() | {"url": "the server"}, OpenAIBackend, start)
+        question = Prompt(messages=(Message("user", (Segment("text", "Which film is next?"),)),))
         try:
             backend.generate([question], max_tokens=8)
             if "score" in started[-1].capabilities:

@@ -30,10 +30,10 @@ _QUIET = {
 
 
 class Worker:
-    """One process that makes calls of one surface in some checkout of llmrec."""
+    """One process that makes calls of one surface."""
 
-    def __init__(self, checkout: Path, most: int = BYTES) -> None:
-        self._checkout, self._most = checkout, most
+    def __init__(self, most: int = BYTES) -> None:
+        self._most = most
         self._process: subprocess.Popen[bytes] | None = None
         self._first: list[dict[str, Any]] = []
 
@@ -78,10 +78,10 @@ class Worker:
 
     def _start(self) -> subprocess.Popen[bytes]:
         self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("worker.py"))],
+            [sys.executable, "-m", "eval.benchmarks.campaign.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, **_QUIET, "PYTHONPATH": str(self._checkout)},
+            env={**os.environ, **_QUIET},
         )
         return self._process
 

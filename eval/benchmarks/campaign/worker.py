@@ -1,7 +1,4 @@
-"""Makes the calls read from standard input, and writes their outcomes to standard output.
-
-``python worker.py`` is run by path, so that PYTHONPATH determines the tested checkout of llmrec.
-"""
+"""Makes the calls read from standard input, and writes their outcomes to standard output."""
 
 from __future__ import annotations
 
@@ -14,7 +11,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from calls import Lines, quietly
+from eval.benchmarks.campaign.calls import Lines, quietly
+from llmrec.errors import LlmrecError
 
 _SHOWN = 600
 
@@ -28,32 +26,24 @@ def limit(more: int) -> None:
 
 def outcome(asked: dict[str, Any]) -> dict[str, Any]:
     """Make a call and return its outcome."""
-    from llmrec.errors import LlmrecError
-
     folder = Path(asked["folder"])
     os.chdir(folder)
     try:
         found = quietly(asked["surface"], folder, asked["given"])
     except LlmrecError as error:
-        return {"how": "refused", "placed": _placed(error, asked), "says": _short(error), "kind": _kind(error)}
+        return {"how": "refused", "placed": _placed(error), "says": _short(error)}
     except BaseException as error:  # a panic in a Rust library is not an Exception
         if isinstance(error, KeyboardInterrupt):
             raise
         return {"how": "traceback", "says": f"{type(error).__name__}: {_short(error)}", "at": _at(error)}
     if isinstance(found, Lines):
-        return {"how": "refused", "placed": found.placed, "says": _short(found.said), "kind": "line"}
+        return {"how": "refused", "placed": found.placed, "says": _short(found.said)}
     return {"how": "answered"}
 
 
-def _placed(error: Any, asked: dict[str, Any]) -> bool:
-    """Whether an error has a location: in its attributes or, in older checkouts, in its message."""
-    if hasattr(error, "kind"):
-        return any(getattr(error, name, None) is not None for name in ("file", "row", "line", "column"))
-    return any(name in str(error) for name in asked["names"])
-
-
-def _kind(error: Any) -> str | None:
-    return getattr(error, "kind", None)
+def _placed(error: LlmrecError) -> bool:
+    """Whether an error has a location."""
+    return any(getattr(error, name) is not None for name in ("file", "row", "line", "column"))
 
 
 def _short(error: object) -> str:

@@ -32,11 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=names, default=names, help="these checks alone")
     parser.add_argument("--again", action="store_true", help="also what has passed")
     parser.add_argument("--on", choices=("gpu", "cpu"), default="gpu", help="cpu: run the code with a tiny model")
-    parser.add_argument("--page", action="store_true", help="write the page from the stored result, and run nothing")
     chosen = parser.parse_args(arguments)
-    if chosen.page:
-        _write(stored(RESULT))
-        return 0
     result = RESULT if chosen.on == "gpu" else WORK / "cpu.json"
     gpus = _lines("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
     if chosen.on == "gpu" and not gpus:

@@ -14,11 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class DINConfig(HostConfig):
-    """Parameters of `DIN`."""
-
-
-class DIN(Host[DINConfig]):
+class DIN(Host[HostConfig]):
     """Deep interest network (Zhou et al., KDD 2018, section 4.3).
 
     The weight of a history item h for the item q is a network over ``[q, h, q - h, q * h]``. Weights are not
@@ -26,7 +22,7 @@ class DIN(Host[DINConfig]):
     """
 
     name = "din"
-    Config = DINConfig
+    Config = HostConfig
     POOLED: ClassVar[int] = 1
 
     def _build(self, sizes: Sizes) -> Any:
@@ -63,18 +59,14 @@ def attended(weigh: Any, item: Any, events: Any, mask: torch.Tensor) -> Any:
     return (weights[:, :, None] * events).sum(dim=1)
 
 
-class DeepFMConfig(HostConfig):
-    """Parameters of `DeepFM`."""
-
-
-class DeepFM(Host[DeepFMConfig]):
+class DeepFM(Host[HostConfig]):
     """A factorisation machine and a deep network over the same embeddings (Guo et al., IJCAI 2017, section 2.1).
 
     Each feature has a weight in the first-order term, stored after its vector.
     """
 
     name = "deepfm"
-    Config = DeepFMConfig
+    Config = HostConfig
     FIRST_ORDER = True
 
     def _build(self, sizes: Sizes) -> Any:
