@@ -190,12 +190,12 @@ class Dataset(Displayed):
             interactions=interactions,
             items={item_id: item for item_id, item in self.items.items() if item_id in kept_items},
             users={user_id: known for user_id, known in self.users.items() if user_id in kept_users},
-            reviews={
-                pair: self.reviews[pair]
-                for pair in interactions.select("user_id", "item_id").iter_rows()
-                if pair in self.reviews
-            },
+            reviews=self._reviews_of(interactions) if self.reviews else {},
         )
+
+    def _reviews_of(self, interactions: pl.DataFrame) -> Mapping[tuple[str, str], Review]:
+        kept = set(interactions.select("user_id", "item_id").iter_rows())
+        return {pair: review for pair, review in self.reviews.items() if pair in kept}
 
     def _told(self) -> list[str]:
         """Return a hash over the reviews; empty without reviews."""
