@@ -44,7 +44,8 @@ class Column(Page):
         suite: The suite with its results.
         title: Its name on the leaderboard.
         table: The table of the suite; empty for its first.
-        further: Suites of the same requests, whose other models are added.
+        further: Suites of the same requests, whose other models are added; none of a suite whose results differ in data
+            or protocol.
     """
 
     suite: str
@@ -256,28 +257,16 @@ class _Source:
 
 
 def _column(column: Column, known: Mapping[str, BenchmarkResult]) -> _Source:
-    """Return the results of a column.
-
-    Raises:
-        DataError: If a further suite has other data or another protocol, or its best model is one of those to add.
-    """
+    """Return the results of a column; a further suite is left out if it has other data or another protocol."""
     result, pages = known[column.suite], dict[str, str]()
     table = next((table for table in result.tables if table.name == column.table), result.tables[0])
     for other in (known[name] for name in column.further if name in known):
-        own = other.standings(table)
-        rows = [row for row, _ in own if all(row.name != entry.name for entry in result.rows)]
-        protocols = {figures.metrics[table.metric].signature for _, figures in [*own, *result.standings(table)]}
-        if result.data != other.data or len(protocols) > 1 or own[0][0] in rows:
-            raise DataError(
-                f"{SETTINGS}: the models of {other.benchmark} cannot be added to those of {result.benchmark}, because "
-                "it has another protocol or other data, or its best model is not in both; run them in one suite",
-                kind="mismatch",
-                at=other.benchmark,
-            )
-        names = {row.name for row in rows}
-        more = [pair for pair in other.comparisons if pair.table == table.name and pair.b in names]
-        result = result.model_copy(update={"rows": (*result.rows, *rows), "comparisons": (*result.comparisons, *more)})
-        pages |= dict.fromkeys(names, f"{other.benchmark}.md")
+        every = [*result.standings(table), *other.standings(table)]
+        if result.data != other.data or len({own.metrics[table.metric].signature for _, own in every}) > 1:
+            continue
+        rows = [row for row in other.rows if all(row.name != entry.name for entry in result.rows)]
+        result = result.model_copy(update={"rows": (*result.rows, *rows)})
+        pages |= {row.name: f"{other.benchmark}.md" for row in rows}
     return _Source(result, table, pages)
 
 
@@ -303,7 +292,8 @@ def _lines(board: Board, columns: Sequence[_Source]) -> Iterator[Line]:
 def _cells(board: Board, column: _Source) -> dict[str, Cell]:
     """Return the results on a data set by model, best first."""
     table = column.table
-    # The best model is compared with all others; models to which it is not significantly superior count as equal.
+    # The best model is compared with all others; models to which it is not significantly superior count as equal. With
+    # models of further suites it is not compared, so these only count as best if their value is.
     beaten = {
         pair.b
         for pair in column.result.comparisons
@@ -317,7 +307,14 @@ def _cells(board: Board, column: _Source) -> dict[str, Cell]:
     ]
     figures = [(row.name, figure) for row, figure in entries if figure.value is not None]
     return {
-        name: Cell(figure.value or 0.0, figure.low, figure.high, name not in beaten, rank, column.pages.get(name, ""))
+        name: Cell(
+            figure.value or 0.0,
+            figure.low,
+            figure.high,
+            rank == 1 if name in column.pages else name not in beaten,
+            rank,
+            column.pages.get(name, ""),
+        )
         for rank, (name, figure) in enumerate(figures, 1)
     }
 
