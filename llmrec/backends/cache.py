@@ -324,9 +324,6 @@ class Streaming(Protocol):
     listener: Callable[[str], None] | None
 
 
-_Answers = Iterable[tuple[Sequence[int], Sequence[Any]]]
-
-
 class Offer(NamedTuple):
     """An engine that can be started when it is needed.
 
@@ -343,10 +340,14 @@ class Offer(NamedTuple):
 
 
 class CachedBackend:
-    """A backend that caches the answers of an engine; without a store, it only starts the engine when needed.
+    """A backend that caches the answers of an engine.
 
-    The engine is described by an `Offer`; it is started at most once, and never if every answer is cached. ``instead``
-    returns a replacement for an engine that failed, or None if there is none.
+    Args:
+        store: The stored answers; None disables the cache.
+        identity: See `Offer`.
+        kind: See `Offer`.
+        start: Starts the engine; called at most once, and never if every answer is cached.
+        instead: Returns a replacement for an engine that failed, or None if there is none.
     """
 
     def __init__(
@@ -383,32 +384,41 @@ class CachedBackend:
 
     def generate(self, prompts: Sequence[Prompt], *, max_tokens: int) -> list[Completion]:
         """Continue each prompt, using cached answers; see `Backend.generate`."""
-
-        def ask(engine: Backend, indices: list[int]) -> _Answers:
-            part = [prompts[i] for i in indices]
-            if isinstance(engine, OneByOne):
-                each = engine.generate_each(part, max_tokens=max_tokens)
-                return (([indices[n]], [completion]) for n, completion in each)
-            return [(indices, engine.generate(part, max_tokens=max_tokens))]
-
-        answers = self._answered("generate", prompts, [{"max_tokens": max_tokens}] * len(prompts), ask)
-        return [Completion(**answer) for answer in answers]
+        questions = _Questions(
+            self, lambda: [self._key("generate", prompt, max_tokens=max_tokens) for prompt in prompts]
+        )
+        while indices := questions.missing():
+            engine, part = self.start(), [prompts[i] for i in indices]
+            with questions.replaced_on_failure():
+                if isinstance(engine, OneByOne):
+                    for n, completion in engine.generate_each(part, max_tokens=max_tokens):
+                        questions.keep([indices[n]], [completion])
+                else:
+                    questions.keep(indices, engine.generate(part, max_tokens=max_tokens))
+        return [Completion(**answer) for answer in questions.answers]
 
     def score(
         self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]], *, closed: bool = True
     ) -> list[Scores]:
         """Score candidate continuations, using cached answers; see `Backend.score`."""
-
-        def ask(engine: Backend, indices: list[int]) -> _Answers:
-            part, texts = [prompts[i] for i in indices], [candidates[i] for i in indices]
-            if isinstance(engine, OneByOne):
-                return (([indices[n]], [scores]) for n, scores in engine.score_each(part, texts, closed=closed))
-            return [(indices, engine.score(part, texts, closed=closed))]
-
-        questions = [{"candidates": list(texts), "closed": closed} for texts in candidates]
+        questions = _Questions(
+            self,
+            lambda: [
+                self._key("score", prompt, candidates=list(texts), closed=closed)
+                for prompt, texts in zip(prompts, candidates, strict=True)
+            ],
+        )
+        while indices := questions.missing():
+            engine, part, texts = self.start(), [prompts[i] for i in indices], [candidates[i] for i in indices]
+            with questions.replaced_on_failure():
+                if isinstance(engine, OneByOne):
+                    for n, scores in engine.score_each(part, texts, closed=closed):
+                        questions.keep([indices[n]], [scores])
+                else:
+                    questions.keep(indices, engine.score(part, texts, closed=closed))
         return [
             Scores(**answer | {"logprobs": tuple(answer["logprobs"]), "tokens": tuple(answer["tokens"])})
-            for answer in self._answered("score", prompts, questions, ask)
+            for answer in questions.answers
         ]
 
     def search(
@@ -422,18 +432,23 @@ class CachedBackend:
         exact: bool = False,
     ) -> list[SearchResult]:
         """Search a catalogue, using cached answers; see `Backend.search`."""
-        out = [sorted(set(excluded[n])) if excluded else [] for n in range(len(prompts))]
-
-        def ask(engine: Backend, indices: list[int]) -> _Answers:
-            part, barred = [prompts[i] for i in indices], [out[i] for i in indices]
-            return [(indices, engine.search(part, texts, k=k, width=width, excluded=barred, exact=exact))]
-
         catalogue = hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()
         question = {"texts": catalogue, "k": k, "width": width, "exact": exact}
-        questions = [question | {"excluded": barred} for barred in out]
+        out = [sorted(set(excluded[n])) if excluded else [] for n in range(len(prompts))]
+        questions = _Questions(
+            self,
+            lambda: [
+                self._key("search", prompt, **question, excluded=barred)
+                for prompt, barred in zip(prompts, out, strict=True)
+            ],
+        )
+        while indices := questions.missing():
+            engine, part, barred = self.start(), [prompts[i] for i in indices], [out[i] for i in indices]
+            with questions.replaced_on_failure():
+                questions.keep(indices, engine.search(part, texts, k=k, width=width, excluded=barred, exact=exact))
         return [
             SearchResult(**answer | {"items": tuple(answer["items"]), "scores": tuple(answer["scores"])})
-            for answer in self._answered("search", prompts, questions, ask)
+            for answer in questions.answers
         ]
 
     def rate(self, prompts: Sequence[Prompt]) -> list[Read]:
@@ -442,17 +457,18 @@ class CachedBackend:
         Raises:
             BackendError: If the engine has no rating head.
         """
-
-        def ask(engine: Backend, indices: list[int]) -> _Answers:
+        questions = _Questions(self, lambda: [self._key("rate", prompt) for prompt in prompts])
+        while indices := questions.missing():
+            engine = self.start()
             if not isinstance(engine, HeadBackend):
                 raise BackendError(
                     f"backend {self.name!r} has no rating head; set eval.backend=hf",
                     kind="unsupported",
                     column="eval.backend",
                 )
-            return [(indices, engine.rate([prompts[i] for i in indices]))]
-
-        return [Read(**answer) for answer in self._answered("rate", prompts, [{}] * len(prompts), ask)]
+            with questions.replaced_on_failure():
+                questions.keep(indices, engine.rate([prompts[i] for i in indices]))
+        return [Read(**answer) for answer in questions.answers]
 
     def close(self) -> None:
         """Close the engine, if it was started."""
@@ -498,51 +514,6 @@ class CachedBackend:
         self.replaced += 1
         return True
 
-    def _answered(
-        self,
-        verb: str,
-        prompts: Sequence[Prompt],
-        questions: Sequence[Mapping[str, Any]],
-        ask: Callable[[Backend, list[int]], _Answers],
-    ) -> list[dict[str, Any]]:
-        """Return an answer for each prompt: some are cached, and the engine, or its replacement, computes the others.
-
-        Args:
-            verb: Name of the method.
-            prompts: The prompts.
-            questions: The other arguments for each prompt that can change its answer.
-            ask: Returns the engine's answers to the prompts with the given indices, in batches.
-        """
-        while True:
-            replaced = self.replaced
-            keys = [self._key(verb, prompt, **more) for prompt, more in zip(prompts, questions, strict=True)]
-            known = {} if self.store is None else self.store.get(keys)
-            missing = {key: i for i, key in reversed(list(enumerate(keys))) if key not in known}
-            if missing:
-                self.start()  # not part of the cost of an answer
-            if self.replaced != replaced:
-                continue
-            recalled, recalled_seconds = sum(key in known for key in keys), sum(e["seconds"] for e in known.values())
-            count_answers(recalled)
-            begin = time.monotonic()
-            try:
-                for indices, answers in ask(self.start(), sorted(missing.values())) if missing else ():
-                    # Each answer of a batch gets its share of the time.
-                    share = (time.monotonic() - begin) / len(indices)
-                    pairs = zip(indices, answers, strict=True)
-                    fresh = {keys[i]: Stored(seconds=share, answer=asdict(answer)) for i, answer in pairs}
-                    if self.store is not None:
-                        self.store.put(fresh.items())
-                    known |= fresh
-                    begin = time.monotonic()
-            except EngineFailure as failure:
-                if not self.replace(failure):
-                    raise
-                continue
-            self.recalled += recalled
-            self.recalled_seconds += recalled_seconds
-            return [known[key]["answer"] for key in keys]
-
     def _key(self, verb: str, prompt: Prompt, **question: Any) -> str:
         fields = {
             "verb": verb,
@@ -556,3 +527,66 @@ class CachedBackend:
             fields["part"] = self.part
         text = json.dumps([dict(self.identity), fields], sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+class _Questions:
+    """The prompts of one call: some answers are cached, and the engine (or its replacement) computes the others."""
+
+    def __init__(self, backend: CachedBackend, keys_of: Callable[[], list[str]]) -> None:
+        self._backend, self._keys_of = backend, keys_of
+        self._keys: list[str] = []
+        self._known: dict[str, Any] = {}
+        self._begin = 0.0
+
+    @property
+    def answers(self) -> list[dict[str, Any]]:
+        """The answers in the order of the prompts."""
+        return [self._known[key]["answer"] for key in self._keys]
+
+    def missing(self) -> list[int]:
+        """Start the engine, and return the indices of prompts that it must answer; empty if all are cached."""
+        backend = self._backend
+        if self._keys and all(key in self._known for key in self._keys):
+            return []
+        while True:
+            self._keys, replaced = self._keys_of(), backend.replaced
+            self._known = {} if backend.store is None else backend.store.get(self._keys)
+            missing = {key: i for i, key in reversed(list(enumerate(self._keys))) if key not in self._known}
+            if missing:
+                backend.start()  # not part of the cost of an answer
+            if backend.replaced == replaced:
+                break
+        self._recalled = sum(key in self._known for key in self._keys)
+        self._recalled_seconds = sum(entry["seconds"] for entry in self._known.values())
+        count_answers(self._recalled)
+        if not missing:
+            self._count()
+        self._begin = time.monotonic()
+        return sorted(missing.values())
+
+    @contextmanager
+    def replaced_on_failure(self) -> Iterator[None]:
+        """Run the engine; if it fails and is replaced, repeat with the new engine."""
+        try:
+            yield
+        except EngineFailure as failure:
+            if not self._backend.replace(failure):
+                raise
+            self._keys = []
+        else:
+            self._count()
+
+    def keep(self, indices: Sequence[int], answers: Sequence[Any]) -> None:
+        """Store answers computed in one batch, each with its share of the time."""
+        now = time.monotonic()
+        share = (now - self._begin) / len(indices)
+        self._begin = now
+        pairs = zip(indices, answers, strict=True)
+        fresh = {self._keys[i]: Stored(seconds=share, answer=asdict(answer)) for i, answer in pairs}
+        if self._backend.store is not None:
+            self._backend.store.put(fresh.items())
+        self._known |= fresh
+
+    def _count(self) -> None:
+        self._backend.recalled += self._recalled
+        self._backend.recalled_seconds += self._recalled_seconds
