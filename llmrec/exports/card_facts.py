@@ -193,7 +193,7 @@ def build(
     source: Source,
     options: ExportOptions,
     study: Study | None,
-    told: Mapping[str, Any],
+    content: Mapping[str, Any],
     encoder: Encoder,
     *,
     base: str,
@@ -207,7 +207,7 @@ def build(
         source: The run.
         options: The options of the export.
         study: The study of the run; None if its data could not be read.
-        told: The content of ``llmrec.json``.
+        content: The content of ``llmrec.json``.
         encoder: The tokenizer of the export.
         base: The folder of the base model as it was published.
         dtype: The dtype of its weights.
@@ -218,16 +218,16 @@ def build(
     tuned = {family: recipe.tasks.present()[family] for family in recipe.trained()}
     templates = {
         family: {entry["name"]: Template.of_stored(entry) for entry in entries}
-        for family, entries in told["templates"].items()
+        for family, entries in content["templates"].items()
     }
-    scale = told["rating_scale"]
+    scale = content["rating_scale"]
     sample = sample_prompt(
         tuned,
         templates,
-        noun=str(told["noun"]),
+        noun=str(content["noun"]),
         scale=(float(scale[0]), float(scale[1])) if scale else None,
         seed=recipe.seed,
-        index=stored_index(source.folder / "merged", told.get("index")),
+        index=stored_index(source.folder / "merged", content.get("index")),
     )
     result, measured = _results(source)
     model = origin(recipe.model, base)
@@ -236,7 +236,7 @@ def build(
         address=options.address,
         description=recipe.description,
         version=__version__,
-        noun=str(told["noun"]),
+        noun=str(content["noun"]),
         adapter_only=options.adapter_only,
         dtype=dtype,
         max_length=recipe.model.max_length,
@@ -248,7 +248,7 @@ def build(
         training=source.record,
         data=_data(recipe, study),
         asked=tuple(
-            _asked(family, section, templates[family], source.record, coded=told.get("index") is not None)
+            _asked(family, section, templates[family], source.record, coded=content.get("index") is not None)
             for family, section in tuned.items()
         ),
         example=example_of(sample, encoder),

@@ -270,9 +270,9 @@ def _write(
                     column="--with-interactions",
                 )
             carry(study.data, draft / "items.parquet", source.folder, draft)
-        told = read_json(draft / bundle.FILE, "export the run again")
+        content = read_json(draft / bundle.FILE, "export the run again")
         written = card_facts.build(
-            source, options, study, told, encoder, base=origin, dtype=dtype, agreement=result, notes=notes
+            source, options, study, content, encoder, base=origin, dtype=dtype, agreement=result, notes=notes
         )
         write_text(draft / "README.md", card.render(written))
         card_facts.put_licence(written, origin, draft)
