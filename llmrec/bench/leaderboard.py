@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 from markupsafe import Markup
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from llmrec.bench.pages import engine, own_pages, published_beside, read_results
 from llmrec.bench.records import BenchmarkResult, BenchmarkRow, BenchmarkTable, place
@@ -44,14 +44,14 @@ class Column(Page):
         suite: The suite with its results.
         title: Its name on the leaderboard.
         table: The table of the suite; empty for its first.
-        further: Suites of the same requests, whose other models are added; none of a suite whose results differ in data
-            or protocol.
+        further: Models of further suites with the same requests, by suite; they replace those of the same name. A suite
+            is left out if its results differ in data or protocol.
     """
 
     suite: str
     title: str
     table: str = ""
-    further: tuple[str, ...] = ()
+    further: Mapping[str, tuple[str, ...]] = Field(default_factory=dict)
 
 
 class Group(Page):
@@ -260,12 +260,13 @@ def _column(column: Column, known: Mapping[str, BenchmarkResult]) -> _Source:
     """Return the results of a column; a further suite is left out if it has other data or another protocol."""
     result, pages = known[column.suite], dict[str, str]()
     table = next((table for table in result.tables if table.name == column.table), result.tables[0])
-    for other in (known[name] for name in column.further if name in known):
+    for other, names in ((known[suite], names) for suite, names in column.further.items() if suite in known):
         every = [*result.standings(table), *other.standings(table)]
         if result.data != other.data or len({own.metrics[table.metric].signature for _, own in every}) > 1:
             continue
-        rows = [row for row in other.rows if all(row.name != entry.name for entry in result.rows)]
-        result = result.model_copy(update={"rows": (*result.rows, *rows)})
+        kept = [row for row in result.rows if row.name not in names]
+        rows = [row for row in other.rows if row.name in names]
+        result = result.model_copy(update={"rows": (*kept, *rows)})
         pages |= {row.name: f"{other.benchmark}.md" for row in rows}
     return _Source(result, table, pages)
 

@@ -310,13 +310,19 @@ def test_a_column_takes_models_of_further_suites_on_the_same_requests(tmp_path: 
     films["rows"] = [row for row in films["rows"] if row["name"] != "item-knn"]
     settings = copy.deepcopy(SETTINGS)
     settings["groups"][0]["columns"] = [
-        {"suite": "films", "title": "Films", "table": "excluded", "further": ["later", "not-run-yet"]}
+        {
+            "suite": "films",
+            "title": "Films",
+            "table": "excluded",
+            "further": {"later": ["item-knn", "random"], "not-run-yet": ["sasrec"]},
+        }
     ]
     settings["models"]["item-knn"]["type"] = "language model"
     text, (table,) = _board(tmp_path, settings, films, later)
     lines = {row["model"]: (row["type"], row["cells"][0]["best"]) for row in table["rows"]}
     assert lines["Item-kNN"] == ("language model", False) and "| [0.1170](later.md) |" in text
-    assert "| **0.1560** |" in text  # a model of both has the result of the data set's own page
+    assert "[0.0130](later.md)" in text  # in place of the result on the data set's own page
+    assert "| **0.1560** |" in text  # named by no further suite that has results
     board = leaderboard.load_board(tmp_path)
     assert board is not None and leaderboard.missing(board, read_results(tmp_path / "results")) == []
     later["rows"] = [row for row in later["rows"] if row["name"] == "item-knn"]  # a run that is not finished
