@@ -42,20 +42,20 @@ def check_choices(options: RecommenderOptions) -> None:
                 kind="bad-value",
                 column=f"--{name.replace('_', '-')}",
             )
-    if options.whole and options.retrieve is not None:
+    if options.ranks_catalogue and options.retrieve is not None:
         raise RecipeError(
             "--candidates all ranks every item, so --retrieve has no effect; drop --retrieve",
             kind="contradiction",
             column="--retrieve",
         )
-    if options.whole and options.fuse != "none":
+    if options.ranks_catalogue and options.fuse != "none":
         raise RecipeError(
             "--candidates all is incompatible with --fuse, which combines rankings of candidates; give each request "
             "candidates, or retrieve candidates with --retrieve",
             kind="contradiction",
             column="--fuse",
         )
-    if options.whole and options.backend == "openai":
+    if options.ranks_catalogue and options.backend == "openai":
         raise RecipeError(
             "--backend openai: servers do not support searching the catalogue (--candidates all); use --backend hf "
             "or vllm",
@@ -81,19 +81,19 @@ def check_choices(options: RecommenderOptions) -> None:
 
 def strategy_of(options: RecommenderOptions) -> str:
     """Return the requested strategy; if the whole catalogue is ranked, this is beam search."""
-    if options.whole and options.strategy not in ("auto", "search"):
+    if options.ranks_catalogue and options.strategy not in ("auto", "search"):
         raise DataError(
             f"--candidates all requires a search, unlike --strategy {options.strategy}; drop one of them",
             kind="contradiction",
             column="--strategy",
         )
-    if not options.whole and options.strategy == "search":
+    if not options.ranks_catalogue and options.strategy == "search":
         raise DataError(
             "--strategy search ranks the whole catalogue; add --candidates all",
             kind="contradiction",
             column="--strategy",
         )
-    return "search" if options.whole else options.strategy
+    return "search" if options.ranks_catalogue else options.strategy
 
 
 def engine_section(options: RecommenderOptions) -> EvalSection:
@@ -124,9 +124,9 @@ def _server_values(options: RecommenderOptions) -> dict[str, str | tuple[str, ..
     return {"url": _addresses(options.server_url), "model": options.server_model, "key_env": options.server_key_env}
 
 
-def _addresses(given: str | tuple[str, ...]) -> str | tuple[str, ...] | None:
+def _addresses(urls: str | tuple[str, ...]) -> str | tuple[str, ...] | None:
     """Return the value of ``url`` for a recipe; Python callers may pass a single address instead of a tuple."""
-    return given if isinstance(given, str) else given[0] if len(given) == 1 else given or None
+    return urls if isinstance(urls, str) else urls[0] if len(urls) == 1 else urls or None
 
 
 def _server(options: RecommenderOptions) -> ServerSection:

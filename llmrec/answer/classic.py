@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from llmrec.answer.prompting import NOBODY
+from llmrec.answer.prompting import NO_USER
 from llmrec.answer.recommender import RANK, Answered, Kind, Question, Recommender, check_only_auto
 from llmrec.baselines.fits import fitted
 from llmrec.baselines.retrieve import best, shuffled
@@ -69,7 +69,7 @@ class Naming:
         """Convert a request to item ids of the data set; unknown candidates get a prefix."""
         return Request(
             id=request.id,
-            user_id=NOBODY if request.user_id is None else request.user_id,
+            user_id=NO_USER if request.user_id is None else request.user_id,
             history=self.known(request)[0],
             candidates=tuple(self._names(request)),
         )
@@ -205,19 +205,19 @@ class Classic(Displayed):
             return [Answered(answer=answer) for answer in self.model.answer(pairs)]
         check_only_auto(self, question)
         answers: dict[int, Ranking | Unparsed] = {}
-        given = [n for n, request in enumerate(requests) if request.candidates]
-        for n, answer in zip(given, self.model.answer([translated[n] for n in given]), strict=True):
+        indices = [n for n, request in enumerate(requests) if request.candidates]
+        for n, answer in zip(indices, self.model.answer([translated[n] for n in indices]), strict=True):
             answers[n] = (
                 self._naming.back(answer, requests[n]) if isinstance(answer, Ranking) else _unread(answer, requests[n])
             )
         rest = [n for n in range(len(requests)) if n not in answers]
         if rest:
             assert isinstance(self.model, CatalogueScorer)
-            whole = [replace(translated[n], candidates=None) for n in rest]
-            asked = [requests[n] for n in rest]
-            scores = np.asarray(self.model.scores(whole), dtype=np.float64)
-            able = listable(asked, whole, self._columns, self.items)
-            answers.update(zip(rest, best_of(asked, self.model.items, scores, able, question.depth), strict=True))
+            unranked = [replace(translated[n], candidates=None) for n in rest]
+            originals = [requests[n] for n in rest]
+            scores = np.asarray(self.model.scores(unranked), dtype=np.float64)
+            mask = listable(originals, unranked, self._columns, self.items)
+            answers.update(zip(rest, best_of(originals, self.model.items, scores, mask, question.depth), strict=True))
         return [
             answered(answers[n], request, self.items, self._naming.known(request)[1])
             for n, request in enumerate(requests)
@@ -253,18 +253,18 @@ def listable(
     """
     # The catalogue may change between two calls.
     inside = np.fromiter((name in items for name in columns), dtype=bool, count=len(columns))
-    able = np.tile(inside, (len(requests), 1))
-    for row, request, same in zip(able, requests, translated, strict=True):
+    mask = np.tile(inside, (len(requests), 1))
+    for row, request, same in zip(mask, requests, translated, strict=True):
         seen = () if request.keep_seen else (event.item_id for event in same.history)
         row[[columns[name] for name in (*request.barred, *seen) if name in columns]] = False
-    return able
+    return mask
 
 
 def best_of(
     requests: Sequence[RankRequest],
     names: Sequence[str],
     scores: NDArray[np.float64],
-    able: NDArray[np.bool_],
+    mask: NDArray[np.bool_],
     depth: int,
 ) -> list[Ranking]:
     """Return the ``depth`` highest-scoring `listable` items for each request.
@@ -275,11 +275,11 @@ def best_of(
         requests: The requests.
         names: The items of the columns.
         scores: Finite scores, shape (n, columns).
-        able: The `listable` items, shape (n, columns).
+        mask: The `listable` items, shape (n, columns).
         depth: The maximum length of a list.
     """
     rankings = []
-    for request, row in zip(requests, np.where(able, scores, -np.inf), strict=True):
+    for request, row in zip(requests, np.where(mask, scores, -np.inf), strict=True):
         length = min(depth, int(np.isfinite(row).sum()))
         # Only items that can be in the list are sorted: all that are not below the last one.
         border = np.partition(row, len(row) - length)[len(row) - length] if length else np.inf
@@ -324,7 +324,7 @@ class Retriever:
             rows = [n for n, (events, _) in known.items() if cold == (not events)]
             if not rows:
                 continue
-            histories = [Request(id=requests[n].id, user_id=NOBODY, history=known[n][0]) for n in rows]
+            histories = [Request(id=requests[n].id, user_id=NO_USER, history=known[n][0]) for n in rows]
             for n, retrieved in zip(rows, best(self._fitted(name), histories, self.count), strict=True):
                 filled[n] = self._filled(requests[n], retrieved, known[n][1], cold=cold)
         return filled
@@ -372,8 +372,8 @@ def answered(
 ) -> Answered:
     """Return the answer to a request, with notes on ``unknown`` items of its history."""
     ignored = (f"history: ignored items missing in the training data: {some(unknown)}",) if unknown else ()
-    given = {item.item_id: item for item in request.candidates}
-    titles = () if isinstance(answer, Unparsed) else ((given.get(name) or items[name]).title for name in answer.items)
+    pool = {item.item_id: item for item in request.candidates}
+    titles = () if isinstance(answer, Unparsed) else ((pool.get(name) or items[name]).title for name in answer.items)
     return Answered(
         answer=answer,
         titles=tuple(titles),

@@ -122,16 +122,16 @@ class Ensemble:
         if question.verb == EXPLAIN:
             return [self._explained(request) for request in requests]
         depth, filled = question.depth, list(requests)
-        whole = [n for n, request in enumerate(requests) if not request.candidates]
+        unfilled = [n for n, request in enumerate(requests) if not request.candidates]
         answers: dict[int, Ranking | Unparsed] = {}
         if self._model is None:
-            answers.update(zip(whole, self._lists([requests[n] for n in whole], depth), strict=True))
+            answers.update(zip(unfilled, self._lists([requests[n] for n in unfilled], depth), strict=True))
         else:
-            for n in whole:
+            for n in unfilled:
                 filled[n] = self._filled(requests[n], depth)
-        able = [n for n, request in enumerate(filled) if request.candidates]
-        posed = [filled[n] for n in able]
-        for n, answer in zip(able, self.join(posed, self._rankings(posed, depth)), strict=True):
+        rankable = [n for n, request in enumerate(filled) if request.candidates]
+        posed = [filled[n] for n in rankable]
+        for n, answer in zip(rankable, self.join(posed, self._rankings(posed, depth)), strict=True):
             if isinstance(answer, Ranking) and not requests[n].candidates:
                 answer = replace(answer, items=answer.items[:depth], scores=answer.scores[:depth])
             answers[n] = answer
@@ -154,17 +154,17 @@ class Ensemble:
             ranked: The answers of the language model; None if it is not a member.
         """
         fusion, translated = self._fusion(requests, ranked)
-        joined: list[Ranking | Unparsed] = []
+        results: list[Ranking | Unparsed] = []
         for n, answer in enumerate(fusion.answer(translated)):
-            given = ranked[n] if ranked else None
-            if isinstance(given, Unparsed):
-                joined.append(given)
+            reply = ranked[n] if ranked else None
+            if isinstance(reply, Unparsed):
+                results.append(reply)
             elif isinstance(answer, Ranking):
                 back = self._naming.back(answer, requests[n])
-                joined.append(back if given is None else replace(back, raw=given.raw, cost=given.cost))
+                results.append(back if reply is None else replace(back, raw=reply.raw, cost=reply.cost))
             else:
-                joined.append(Unparsed(request_id=requests[n].id, reason="there is nothing to rank"))
-        return joined
+                results.append(Unparsed(request_id=requests[n].id, reason="there is nothing to rank"))
+        return results
 
     def reasons(
         self, requests: Sequence[RankRequest], lists: Sequence[Answered], question: Question, first: int
@@ -251,9 +251,9 @@ class Ensemble:
         """Rank the whole catalogue for requests without candidates, using baselines that score all items."""
         if not requests:
             return []
-        whole = [replace(self._naming.request(request), candidates=None) for request in requests]
-        able = listable(requests, whole, self._columns, self._items)
-        rankings = best_of(requests, self._whole.items, self._whole.scores(whole, ~able), able, depth)
+        translated = [replace(self._naming.request(request), candidates=None) for request in requests]
+        mask = listable(requests, translated, self._columns, self._items)
+        rankings = best_of(requests, self._catalogue.items, self._catalogue.scores(translated, ~mask), mask, depth)
         return [
             ranking if ranking.items else Unparsed(request_id=ranking.request_id, reason=NOTHING_LEFT)
             for ranking in rankings
@@ -261,10 +261,10 @@ class Ensemble:
 
     @cached_property
     def _columns(self) -> Mapping[str, int]:
-        return columns_of(self._whole)
+        return columns_of(self._catalogue)
 
     @cached_property
-    def _whole(self) -> CatalogueEnsemble:
+    def _catalogue(self) -> CatalogueEnsemble:
         """The ensemble of the same baselines over the whole catalogue."""
         members = []
         for part in self._fused.parts:

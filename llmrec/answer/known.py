@@ -117,15 +117,15 @@ class Catalogue:
         sought = words.casefold().strip()
         if sought:
             inside = texts.str.contains(sought, literal=True) | ids.str.contains(words.strip(), literal=True)
-            places = np.flatnonzero(inside.to_numpy())
-            result = texts.gather(places)
-            begins = result.str.starts_with(sought) | (ids.gather(places) == words.strip())
+            rows = np.flatnonzero(inside.to_numpy())
+            result = texts.gather(rows)
+            begins = result.str.starts_with(sought) | (ids.gather(rows) == words.strip())
             word = result.str.contains(f" {sought}", literal=True)
             order = np.where(begins.to_numpy(), 0, np.where(word.to_numpy(), 1, 2))
-            places = places[np.argsort(order, kind="stable")]
+            rows = rows[np.argsort(order, kind="stable")]
         else:
-            places = np.arange(len(ids))
-        return [items[name] for name in ids.gather(places[offset : offset + limit])], len(places)
+            rows = np.arange(len(ids))
+        return [items[name] for name in ids.gather(rows[offset : offset + limit])], len(rows)
 
     def _texts(self) -> tuple[Mapping[str, Item], pl.Series, pl.Series]:
         result, items = self._search, self.items
@@ -425,8 +425,8 @@ def read_known(
     Raises:
         DataError: If the request cannot be ranked.
     """
-    given, stored = with_history(record, events, items or {}, profile)
-    request = read_request(given, row, items, whole=whole, retrieves=retrieves)
+    completed, stored = with_history(record, events, items or {}, profile)
+    request = read_request(completed, row, items, whole=whole, retrieves=retrieves)
     if request.user_id is None or record.get("history") is not None:
         return request
     return of_user(request, known=stored)

@@ -138,7 +138,7 @@ class LanguageModel:
         bundle: Bundle | None = None,
         ranks: bool = True,
         adapters: Sequence[Adapter] = (),
-        beside: LanguageModel | None = None,
+        peer: LanguageModel | None = None,
     ) -> LanguageModel:
         """Open a model with its catalogue and data; weights are loaded for the first request.
 
@@ -149,7 +149,7 @@ class LanguageModel:
             bundle: The model, if not the one that ``options.model`` names.
             ranks: Require a model that ranks; False admits one tuned only on questions about single items.
             adapters: The adapters of all models that share an engine on a GPU.
-            beside: The model that was opened with these adapters, to share its engine where possible.
+            peer: The model opened with these adapters, whose engine is shared where possible.
 
         Raises:
             LlmrecError: If an option, a file or the model cannot be used.
@@ -193,18 +193,18 @@ class LanguageModel:
                 budget,
                 answers,
                 adapters=adapters,
-                beside=None if beside is None else beside.engines,
+                beside=None if peer is None else peer.engines,
             ),
             weights=weights,
             store=answers,
             budget=budget,
         )
-        if beside is not None and model.engines.is_shared("vllm", weights):
+        if peer is not None and model.engines.is_shared("vllm", weights):
             # An engine handles one call at a time.
-            model._lock = beside._lock
+            model._lock = peer._lock
         only = not ranks and not ranking_families_of(bundle)
         asking = way_about(bundle, next(iter(about_families(bundle)), "rating")) if only else None
-        model.default = model._made(options, asking)
+        model.default = model._build_way(options, asking)
         return model
 
     def close(self) -> None:
@@ -264,7 +264,7 @@ class LanguageModel:
             "items": None if self.items is None else digest_items(self.items),
             "top": options.top,
             "batch": options.batch,
-            "whole": (options.beams, options.exact) if options.whole else None,
+            "whole": (options.beams, options.exact) if options.ranks_catalogue else None,
             "fused": way.ensemble.identity if way.ensemble else None,
             "retrieved": self.retriever.identity if self.retriever else None,
             "rationale": (reasoner.template.sha, reasoner.first, TOKENS) if reasoner else None,
@@ -386,14 +386,14 @@ class LanguageModel:
                     "preselect candidates with a baseline or an ensemble"
                 )
                 answers[n] = Answered(answer=Unparsed(request_id=request.id, reason=reason), notes=request.notes)
-        given = [n for n, request in enumerate(requests) if request.candidates and n not in answers]
-        if given:
+        indices = [n for n, request in enumerate(requests) if request.candidates and n not in answers]
+        if indices:
             strategy = self.options.strategy if question.strategy == "auto" else question.strategy
             way = self._way(candidates="file", strategy=strategy)
-            answers.update(zip(given, self._ranked(way, [requests[n] for n in given]), strict=True))
+            answers.update(zip(indices, self._ranked(way, [requests[n] for n in indices]), strict=True))
         rest = [n for n in range(len(requests)) if n not in answers]
         if rest:
-            answers.update(zip(rest, self._whole([requests[n] for n in rest], question), strict=True))
+            answers.update(zip(rest, self._rank_catalogue([requests[n] for n in rest], question), strict=True))
         return [answers[n] for n in range(len(requests))]
 
     def about(
@@ -403,7 +403,7 @@ class LanguageModel:
         with self.backend(way.strategy) as backend:
             if listener is None:
                 return answer_about(self.bundle, requests, way=way, backend=backend, encoder=self.encoder)
-            with backend.heard(_cleaned(listener)):
+            with backend.streaming(_cleaned(listener)):
                 return answer_about(self.bundle, requests, way=way, backend=backend, encoder=self.encoder)
 
     def reasons(
@@ -459,10 +459,10 @@ class LanguageModel:
         if key not in self._ways:
             options = replace(self.options, **changes)
             check_choices(options)
-            self._ways[key] = self._made(options)
+            self._ways[key] = self._build_way(options)
         return self._ways[key]
 
-    def _made(self, options: RecommenderOptions, asking: Asking | None = None) -> Way:
+    def _build_way(self, options: RecommenderOptions, asking: Asking | None = None) -> Way:
         bundle, encoder = self.bundle, self.encoder
         asking = asking or choose_way(
             bundle,
@@ -478,7 +478,7 @@ class LanguageModel:
         if options.rationale:
             first = options.rationale if options.top is None else min(options.rationale, options.top)
             reasoner = Reasoner(bundle, asking, rationale_template(), encoder, first=first, batch=options.batch)
-        if options.whole and self.items:
+        if options.ranks_catalogue and self.items:
             search = CatalogueRanking(
                 bundle, self.items, asking, encoder, beams=max(options.beams, options.top or 1), exact=options.exact
             )
@@ -504,11 +504,11 @@ class LanguageModel:
         if not self.items or not self._searches:
             return None
         # Beam widths are the minimum times powers of two, to limit the number of configurations.
-        wanted = max(min(depth, MOST_SEARCHED), self.options.beams)
-        beams = _LEAST_BEAMS * 2 ** max(0, math.ceil(math.log2(wanted / _LEAST_BEAMS)))
+        needed = max(min(depth, MOST_SEARCHED), self.options.beams)
+        beams = _LEAST_BEAMS * 2 ** max(0, math.ceil(math.log2(needed / _LEAST_BEAMS)))
         return self._way(candidates="all", beams=beams)
 
-    def _whole(self, requests: Sequence[RankRequest], question: Question) -> list[Answered]:
+    def _rank_catalogue(self, requests: Sequence[RankRequest], question: Question) -> list[Answered]:
         """Rank the whole catalogue, by beam search or by reranking retrieved candidates."""
         searching = self._searching(question.depth) if question.strategy in ("auto", "search") else None
         if searching is not None:
@@ -544,14 +544,14 @@ class LanguageModel:
             if self._closed:
                 raise LlmrecError("this recommender is closed; open it again", kind="closed")
             ready = [self._ready(way, request) for request in self._retrieved(way, requests)]
-            able = [request for request in ready if isinstance(request, RankRequest)]
-            advance(len(ready) - len(able))
+            valid = [request for request in ready if isinstance(request, RankRequest)]
+            advance(len(ready) - len(valid))
             if way.ensemble is not None and not way.ensemble.asks_model and way.reasoner is None:
-                joined = way.ensemble.join(able, None)
-                advance(len(able))
-                ranked = iter([(ranking, Reasons()) for ranking in joined])
+                rankings = way.ensemble.join(valid, None)
+                advance(len(valid))
+                ranked = iter([(ranking, Reasons()) for ranking in rankings])
             else:
-                ranked = iter(self._with_model(way, able, advance, part))
+                ranked = iter(self._with_model(way, valid, advance, part))
         return [
             Answered(answer=item) if isinstance(item, Unparsed) else self._answered(way, item, *next(ranked))
             for item in ready
@@ -630,8 +630,8 @@ class LanguageModel:
             return common
         top = way.options.top
         items = answer.items[:top]
-        whole = self.items if way.search is not None else None
-        known = whole or {item.item_id: item for item in request.candidates}
+        catalogue = self.items if way.search is not None else None
+        known = catalogue or {item.item_id: item for item in request.candidates}
         return replace(
             common,
             answer=replace(answer, items=items, scores=answer.scores[:top]),
@@ -652,7 +652,7 @@ def _items(
         retriever = Retriever(options.retrieve, data, items, count=options.k, seed=bundle.seed)
         return items, None if bundle.run is None else data.dataset, retriever
     known, dataset = catalogue_of(bundle, options.items)
-    if options.whole and not known:
+    if options.ranks_catalogue and not known:
         raise DataError(
             "--candidates all needs a catalogue; give a table of items with --items",
             kind="missing-key",

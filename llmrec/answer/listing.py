@@ -16,7 +16,7 @@ from llmrec.answer.rules import Rules, deep_enough
 from llmrec.data.requests import USER_FIELDS, RankRequest
 from llmrec.errors import DataError
 
-WHOLE = 20
+DEFAULT_LENGTH = 20
 """Default length of a list over the whole catalogue."""
 COLD = "no data about the user: the most popular items"
 """The note on the list for a request that `is_cold`."""
@@ -30,7 +30,7 @@ class Wanted:
     """What a list should contain: number of items, rules, and model.
 
     Attributes:
-        k: The maximum number of items; None: all candidates, or `WHOLE` items of a catalogue.
+        k: The maximum number of items; None: all candidates, or `DEFAULT_LENGTH` items of a catalogue.
         model: The name of a model; None: the default. For similar items, ``interactions`` or ``text``.
         strategy: How a language model orders candidates.
         exclude_seen: Exclude seen items when the catalogue is ranked.
@@ -49,36 +49,36 @@ class Wanted:
     def __post_init__(self) -> None:
         """Check the number of items."""
         try:
-            able = self.k is None or operator.index(self.k) >= 1
+            valid = self.k is None or operator.index(self.k) >= 1
         except TypeError:
-            able = False
-        if not able:
+            valid = False
+        if not valid:
             raise DataError(f"k: {self.k!r} is not an integer of at least 1", kind="bad-value", column="k")
 
 
-Asked = tuple[Question, RankRequest]
+Query = tuple[Question, RankRequest]
 
 
 def listing(
-    request: RankRequest, wanted: Wanted, catalogue: Catalogue, verb: str = RANK
-) -> Generator[Asked, Answered, Answered]:
+    request: RankRequest, spec: Wanted, catalogue: Catalogue, verb: str = RANK
+) -> Generator[Query, Answered, Answered]:
     """Yield the questions for models, receive the answers, and return the final list.
 
     The depth increases while quotas leave too few items, up to the whole catalogue.
 
     Args:
         request: The request; without candidates the catalogue is ranked.
-        wanted: The specification of the list.
+        spec: The specification of the list.
         catalogue: The catalogue.
         verb: The verb of the question; a cold-start user gets the most popular items.
 
     Raises:
         DataError: If the rules allow no item, or the ranking failed.
     """
-    rules, items = wanted.rules, catalogue.items
-    k = wanted.k or len(request.candidates) or WHOLE
-    request = _allowed(request, wanted, catalogue)
-    question = Question(model=wanted.model, verb=verb, strategy=wanted.strategy)
+    rules, items = spec.rules, catalogue.items
+    k = spec.k or len(request.candidates) or DEFAULT_LENGTH
+    request = _allowed(request, spec, catalogue)
+    question = Question(model=spec.model, verb=verb, strategy=spec.strategy)
     if is_cold(request):
         question = replace(question, verb=POPULAR, strategy="auto")
     most = len(items) - len(request.barred)
@@ -86,14 +86,14 @@ def listing(
     while True:
         answer = yield replace(question, depth=depth), request
         ranking = ranking_of(answer)
-        given = {item.item_id: item for item in request.candidates}
+        candidates = {item.item_id: item for item in request.candidates}
         # A model may list an item that was just added or removed, without applying the rules to it.
         pairs = [
             (name, score)
             for name, score in zip(ranking.items, ranking.scores, strict=True)
-            if name in given or (name in items and name not in request.barred)
+            if name in candidates or (name in items and name not in request.barred)
         ]
-        known = {name: given.get(name) or items[name] for name, _ in pairs} if rules else items
+        known = {name: candidates.get(name) or items[name] for name, _ in pairs} if rules else items
         chosen = rules.arrange(pairs, known, k)
         if len(chosen) >= k or request.candidates or len(ranking.items) < depth or depth >= most:
             break
@@ -108,17 +108,17 @@ def is_cold(request: RankRequest) -> bool:
     return not request.history and not request.profile and USER_FIELDS not in request.context
 
 
-def _allowed(request: RankRequest, wanted: Wanted, catalogue: Catalogue) -> RankRequest:
+def _allowed(request: RankRequest, spec: Wanted, catalogue: Catalogue) -> RankRequest:
     """Remove the items that the rules forbid from a request, before ranking."""
-    request, items = replace(request, keep_seen=not wanted.exclude_seen), catalogue.items
-    if not wanted.rules:
+    request, items = replace(request, keep_seen=not spec.exclude_seen), catalogue.items
+    if not spec.rules:
         return request
     # The rules use catalogue fields rather than fields of the request.
-    given = {item.item_id: items.get(item.item_id, item) for item in request.candidates}
-    left = wanted.rules.allowed(given) if given else catalogue.allowed(wanted.rules)
+    candidates = {item.item_id: items.get(item.item_id, item) for item in request.candidates}
+    left = spec.rules.allowed(candidates) if candidates else catalogue.allowed(spec.rules)
     kept = tuple(item for item in request.candidates if item.item_id in left)
-    if not (kept if given else left):
+    if not (kept if candidates else left):
         raise DataError(
             "the rules exclude every item; relax the rules, or change the candidates", kind="empty", column="rules"
         )
-    return replace(request, candidates=kept, barred=frozenset() if given else frozenset(items.keys() - left))
+    return replace(request, candidates=kept, barred=frozenset() if candidates else frozenset(items.keys() - left))

@@ -190,9 +190,9 @@ class Loaded(Displayed):
             LlmrecError: If a request cannot be answered; for a frame, if it cannot be read, or no column has users,
                 histories or candidates.
         """
-        wanted = Wanted(k, model, strategy, exclude_seen, Rules.read(where or {}))
+        spec = Wanted(k, model, strategy, exclude_seen, Rules.read(where or {}))
         if (sequence := _sequence(self.users if users is None else users)) is None:
-            return like(users, self._table(as_arrow(users, "requests frame").to_pylist(), wanted))
+            return like(users, self._table(as_arrow(users, "requests frame").to_pylist(), spec))
         histories = any(not isinstance(entry, str | int | float | None) for entry in sequence)
         if not histories:
             self._warn_of_unknown(sequence)
@@ -201,7 +201,7 @@ class Loaded(Displayed):
             for n, entry in enumerate(sequence)
         ]
         with Bar("recommending", len(rows), unit="lists", passing=True) as bar:
-            table = self._table(rows, wanted, bar) if rows else _SCHEMA.empty_table()
+            table = self._table(rows, spec, bar) if rows else _SCHEMA.empty_table()
         return like(self._like(users), table.select(["id" if histories else "user_id", *_SCHEMA.names[2:6]]))
 
     @_named_in_python
@@ -238,9 +238,9 @@ class Loaded(Displayed):
         Raises:
             LlmrecError: If the question cannot be answered.
         """
-        wanted = Wanted(k, model, strategy, exclude_seen, Rules.read(where or {}))
+        spec = Wanted(k, model, strategy, exclude_seen, Rules.read(where or {}))
         record = {"id": id, "user_id": user, "history": history, "candidates": candidates, "profile": profile}
-        (answer,) = self.lists([self._request(record, 1)], wanted)
+        (answer,) = self.lists([self._request(record, 1)], spec)
         if isinstance(answer, LlmrecError):
             raise answer
         self._warn(answer, user)
@@ -367,18 +367,18 @@ class Loaded(Displayed):
         )
 
     def lists(
-        self, requests: Sequence[RankRequest], wanted: Wanted, *, rationale: int = 0
+        self, requests: Sequence[RankRequest], spec: Wanted, *, rationale: int = 0
     ) -> list[Answered | LlmrecError]:
         """Return a list or an error for every request; requests with the same settings are answered in one batch.
 
         Args:
             requests: The requests.
-            wanted: The specification of the lists.
+            spec: The specification of the lists.
             rationale: The number of first items with a rationale.
         """
-        check_verb(self._models.get(wanted.model), RANK)
+        check_verb(self._models.get(spec.model), RANK)
         lists: dict[int, Answered | LlmrecError] = {}
-        steps = {n: listing(request, wanted, self._catalogue) for n, request in enumerate(requests)}
+        steps = {n: listing(request, spec, self._catalogue) for n, request in enumerate(requests)}
         pending: dict[int, tuple[Question, RankRequest]] = {}
 
         def advance(n: int, answer: Answered | None) -> None:
@@ -482,7 +482,7 @@ class Loaded(Displayed):
         known = {key: value for key, value in record.items() if value is not None}
         return self.read(known, row, whole="candidates" not in known)
 
-    def _table(self, rows: Sequence[Mapping[str, Any]], wanted: Wanted, bar: Bar | None = None) -> pa.Table:
+    def _table(self, rows: Sequence[Mapping[str, Any]], spec: Wanted, bar: Bar | None = None) -> pa.Table:
         """Rank requests and return a table with one row per item or failed request."""
         columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
         rows = _read(rows)
@@ -502,7 +502,7 @@ class Loaded(Displayed):
                     requests[number] = self._request(row, number)
                 except LlmrecError as error:
                     answers[number] = error
-            answers.update(zip(requests, self.lists(list(requests.values()), wanted), strict=True))
+            answers.update(zip(requests, self.lists(list(requests.values()), spec), strict=True))
             for number, row in part:
                 answer = answers[number]
                 if isinstance(answer, LlmrecError):
@@ -556,14 +556,14 @@ class Loaded(Displayed):
             raise DataError(f"{family}: {reason}", kind="failed")
         return value
 
-    def _warn(self, asked: Answered | RankRequest, user: object) -> None:
+    def _warn(self, entry: Answered | RankRequest, user: object) -> None:
         """Warn once about each unknown user and item in a request."""
         messages = []
-        if asked.unknown_user:
+        if entry.unknown_user:
             messages.append(f"unknown user {shown(str(user))}")
-        if asked.unknown_items:
-            messages.append(f"unknown items of a history, ignored: {some(asked.unknown_items)}")
-        cold = isinstance(asked, Answered) and asked.cold
+        if entry.unknown_items:
+            messages.append(f"unknown items of a history, ignored: {some(entry.unknown_items)}")
+        cold = isinstance(entry, Answered) and entry.cold
         for text in messages:
             if text not in self._warned:
                 self._warned.add(text)
@@ -605,14 +605,14 @@ def _scored(answer: Answered) -> Ranked:
     return Ranked(Scored(*item) for item in zip(ranking.items, answer.titles, ranking.scores, strict=True))
 
 
-def _sequence(given: Any) -> list[Any] | None:
+def _sequence(value: Any) -> list[Any] | None:
     """Return ids or histories as a list; None for a data frame."""
-    if isinstance(given, str | int):
-        return [given]
-    if isinstance(given, list | tuple | set | frozenset | range):
-        rows = bool(given) and isinstance(next(iter(given)), Mapping)
+    if isinstance(value, str | int):
+        return [value]
+    if isinstance(value, list | tuple | set | frozenset | range):
+        rows = bool(value) and isinstance(next(iter(value)), Mapping)
         # convert NumPy scalars to Python
-        return None if rows else [entry.item() if isinstance(entry, np.generic) else entry for entry in given]
-    framed = isinstance(given, pa.Table | pa.RecordBatch) or hasattr(given, "columns") or hasattr(given, "features")
-    listing = next((name for name in ("to_list", "to_pylist", "tolist") if hasattr(given, name)), None)
-    return None if framed or listing is None else list(getattr(given, listing)())
+        return None if rows else [entry.item() if isinstance(entry, np.generic) else entry for entry in value]
+    framed = isinstance(value, pa.Table | pa.RecordBatch) or hasattr(value, "columns") or hasattr(value, "features")
+    listing = next((name for name in ("to_list", "to_pylist", "tolist") if hasattr(value, name)), None)
+    return None if framed or listing is None else list(getattr(value, listing)())

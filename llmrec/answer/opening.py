@@ -228,7 +228,7 @@ def open_models(options: RecommenderOptions, names: Sequence[str] = ()) -> Model
     bundle = bundle_of(base_options)
     fusions = _fusions(bundle)
     languages = _open_languages(base_options, bundle, names, fusions) if bundle.weights else {}
-    base = languages.get(own_name(bundle))
+    base = languages.get(language_model_name(bundle))
     items = Items((base.items if base else catalogue_of(bundle, options.items)[0]) or {})
     data = training_data(bundle, "--models") if _learns(bundle) else None
     models = Models(
@@ -252,14 +252,14 @@ def _open_languages(
     options: RecommenderOptions, bundle: Bundle, names: Sequence[str], fusions: Mapping[str, stored.Fused]
 ) -> dict[str, LanguageModel]:
     """Return the language model of a folder and other requested models by name, if possible on one GPU engine."""
-    own, runs = own_name(bundle), _other_runs(options, names)
+    base_name, runs = language_model_name(bundle), _other_runs(options, names)
     base = {UNTUNED: _untuned(bundle)} if UNTUNED in names else {}
     if runs:
         together = [bundle, *runs.values()]
         _check_equal("base model", {str(item.run): weights_stamp(_pretrained(item)) for item in together})
         _check_equal("item codes", {str(item.run): item.index and item.index.digest for item in together})
-    asks_own = not {own, *fusions}.isdisjoint(names)
-    tuned = [*([bundle] if asks_own else []), *runs.values()]
+    needs_bundle = not {base_name, *fusions}.isdisjoint(names)
+    tuned = [*([bundle] if needs_bundle else []), *runs.values()]
     adapters = _adapters(tuned, _untuned(bundle)) if len(tuned) + len(base) > 1 else []
     if len(adapters) + len(base) == 1:
         # A single model is served with merged weights.
@@ -268,18 +268,18 @@ def _open_languages(
     def opened(options: RecommenderOptions) -> dict[str, LanguageModel]:
         first = LanguageModel.open(options, bundle=bundle, ranks=False, adapters=adapters)
         others = {
-            name: LanguageModel.open(replace(options, model=str(other.run)), bundle=other, ranks=False, beside=first)
+            name: LanguageModel.open(replace(options, model=str(other.run)), bundle=other, ranks=False, peer=first)
             for name, other in {**runs, **base}.items()
         }
-        return {own: first, **others}
+        return {base_name: first, **others}
 
     models = opened(options)
     if runs:
         _check_equal("catalogue", {str(item.bundle.run): digest_items(item.items or {}) for item in models.values()})
-    requested = [model for name, model in models.items() if name != own or asks_own]
+    requested = [model for name, model in models.items() if name != base_name or needs_bundle]
     shared = [model for model in requested if model.engines.is_shared("vllm", model.weights)]
     engines = len(requested) - max(0, len(shared) - 1)
-    if engines > 1 and options.gpu_memory is None and options.backend != "hf" and models[own].on_gpu:
+    if engines > 1 and options.gpu_memory is None and options.backend != "hf" and models[base_name].on_gpu:
         # Otherwise the first engine takes all free GPU memory.
         models = opened(replace(options, gpu_memory=free_share(options.tensor_parallel) / engines))
     return models
@@ -328,9 +328,9 @@ def _reserved_names() -> set[str]:
 
 def _check_equal(what: str, values: Mapping[str, object]) -> None:
     """Reject models that differ in a property."""
-    (served, wanted), *others = values.items()
+    (served, expected), *others = values.items()
     for folder, value in others:
-        if value != wanted:
+        if value != expected:
             raise RecipeError(
                 f"--models: {folder} and {served} do not have the same {what}, so one service cannot use both; "
                 "serve them separately",
@@ -362,7 +362,7 @@ def offered(bundle: Bundle, items: Mapping[str, Item] | None = None) -> list[str
         bundle: The model.
         items: The catalogue; without it the text-similarity recommender, which a run adds at the end, is missing.
     """
-    first = [default_of(bundle), own_name(bundle)]
+    first = [default_of(bundle), language_model_name(bundle)]
     return list(dict.fromkeys([*filter(None, first), *_fusions(bundle), *_cheap(bundle, items or {})]))
 
 
@@ -389,14 +389,14 @@ def default_of(bundle: Bundle) -> str | None:
     choice = stored.read(_folder(bundle)).choice
     if choice is None or not _learns(bundle):
         return None
-    return stored.name_of(choice, _fusions(bundle), own_name(bundle))
+    return stored.name_of(choice, _fusions(bundle), language_model_name(bundle))
 
 
 def _folder(bundle: Bundle) -> Path:
     return bundle.run or Path(bundle.folder)
 
 
-def own_name(bundle: Bundle) -> str:
+def language_model_name(bundle: Bundle) -> str:
     """Return the name of the language model; empty if there is none."""
     return "" if not bundle.weights else TUNED if bundle.tuned else PLAIN
 
@@ -422,10 +422,10 @@ def _opened(
     if (language := models._languages.get(_run_name(name) or name)) is not None:
         return language
     # An ensemble can be named by its name or by its id in the report.
-    joined = next((key for key, fused in fusions.items() if name in (key, fused.id)), None)
-    if joined is not None and models.data is not None:
-        asks_model = any(part.baseline is None for part in fusions[joined].parts)
-        return Ensemble(fusions[joined], models.data, models.items, joined, base if asks_model else None, finder)
+    fusion = next((key for key, fused in fusions.items() if name in (key, fused.id)), None)
+    if fusion is not None and models.data is not None:
+        asks_model = any(part.baseline is None for part in fusions[fusion].parts)
+        return Ensemble(fusions[fusion], models.data, models.items, fusion, base if asks_model else None, finder)
     section = _section(bundle.tasks, name)
     if (section.name in BASELINES or is_plugin(BASELINES, section.name)) and models.data is not None:
         return _classic(section, models.data, models.items, seed=bundle.seed, reserved=reserved_by(bundle))

@@ -155,6 +155,6 @@ class RecommenderOptions(ModelOptions):
     ] = None
 
     @property
-    def whole(self) -> bool:
+    def ranks_catalogue(self) -> bool:
         """Whether the whole catalogue is ranked."""
         return self.candidates == "all"

@@ -43,7 +43,7 @@ from llmrec.types import (
     Unparsed,
 )
 
-NOBODY = "unknown"
+NO_USER = "unknown"
 """The user name in prompts for a request without one."""
 CONTEXT = frozenset({"review", "feature", "headline", "rating"})
 """Names of context values that a question may have in addition to a history."""
@@ -53,8 +53,8 @@ _SLICE = 1024
 # Maximum number of generated tokens: for a label, and for a label or number about one item with surrounding text.
 _LABEL, _VALUE = 4, 8
 _QUOTED = 200
-# Catalogue ids never contain this character, so that these ids cannot equal them.
-_OWN = "\x1f"
+# Prefix of the ids of items that the index lacks; catalogue ids never contain this character.
+_UNINDEXED = "\x1f"
 
 
 # --------------------------------------------------------------------------- requests as tasks
@@ -65,15 +65,15 @@ class TaskRequests:
     """Requests converted for a task, together with the original requests.
 
     Every mention of an item has a separate id, so that two requests can have different titles for an item.
-    ``places`` are the positions of candidates in the seeded order of their request.
+    ``positions`` maps each candidate to its position in the seeded order of its request.
     """
 
     way: Asking
     task: Task
-    asked: Sequence[RankRequest]
+    originals: Sequence[RankRequest]
     requests: Sequence[Request]
     items: Mapping[str, Item]
-    places: Mapping[str, int]
+    positions: Mapping[str, int]
 
 
 def pose(bundle: Bundle, requests: Sequence[RankRequest], way: Asking, index: ItemIndex | None = None) -> TaskRequests:
@@ -84,7 +84,7 @@ def pose(bundle: Bundle, requests: Sequence[RankRequest], way: Asking, index: It
     index = index or bundle.index
     items: dict[str, Item] = {}
     texts: dict[str, Item] = {}
-    places: dict[str, int] = {}
+    positions: dict[str, int] = {}
 
     def register(key: str, item: Item) -> str:
         items[key] = item
@@ -103,16 +103,16 @@ def pose(bundle: Bundle, requests: Sequence[RankRequest], way: Asking, index: It
             for position, event in enumerate(request.history)
         ]
         pool = []
-        for position, given in enumerate(_seeded_order(request, bundle.seed)):
-            pool.append(register(f"{n}/candidates/{position}", request.candidates[given]))
-            places[pool[-1]] = position
+        for position, original in enumerate(_seeded_order(request, bundle.seed)):
+            pool.append(register(f"{n}/candidates/{position}", request.candidates[original]))
+            positions[pool[-1]] = position
         if way.by_title:
             # Rounding depends on a title's position in the forward pass; sorting makes scores of a set reproducible.
             pool.sort(key=lambda key: (items[key].title, items[key].item_id))
         posed.append(
             Request(
                 id=request.id,
-                user_id=NOBODY if request.user_id is None else request.user_id,
+                user_id=NO_USER if request.user_id is None else request.user_id,
                 history=tuple(past),
                 # A request without candidates ranks the whole catalogue.
                 candidates=tuple(pool) or None,
@@ -120,13 +120,13 @@ def pose(bundle: Bundle, requests: Sequence[RankRequest], way: Asking, index: It
             )
         )
     codes = CodesByMention(index, items, requests) if index else None
-    return TaskRequests(way, task_of(bundle, way.family, texts, codes), requests, posed, items, places)
+    return TaskRequests(way, task_of(bundle, way.family, texts, codes), requests, posed, items, positions)
 
 
 def _seeded_order(request: RankRequest, seed: int) -> list[int]:
     ids = [item.item_id for item in request.candidates]
     keys = hash64("rank candidates", seed, [request.id] * len(ids), ids)
-    return sorted(range(len(ids)), key=lambda place: (int(keys[place]), ids[place]))
+    return sorted(range(len(ids)), key=lambda index: (int(keys[index]), ids[index]))
 
 
 class CodesByMention:
@@ -168,12 +168,12 @@ class CodesByMention:
     def _name(self, item: Item, request: RankRequest) -> str:
         """Return the id of an item in the index, or an unused id if the index lacks the item."""
         if item.item_id in request.titled:
-            return _OWN + item.item_id
+            return _UNINDEXED + item.item_id
         if self._index.scheme == "title" and item.item_id in self._index.codes:
             (written,) = self._index.codes[item.item_id]
             # A suffix of the title distinguishes items with the same title.
             if not title_key(written).startswith(title_key(item.title)):
-                return _OWN + item.item_id
+                return _UNINDEXED + item.item_id
         return item.item_id
 
     def _with_new(self, request: RankRequest) -> ItemIndex:
@@ -289,11 +289,11 @@ def _answers(posed: TaskRequests, part: range, backend: Backend, encoder: Encode
         size = len(pool) if posed.way.strategy == "list" else 0
         calls[size] += slices
         owners[size] += [n] * len(slices)
-    for size, asked in calls.items():
-        asker = Prompting(backend=backend, task=posed.task, template=posed.way.template, batch=len(asked))
+    for size, group in calls.items():
+        asker = Prompting(backend=backend, task=posed.task, template=posed.way.template, batch=len(group))
         strategy: Any = strategy_of(posed.way.strategy, asker, **posed.way.options)
         answers = (
-            _two_steps(strategy, asked, encoder) if posed.way.strategy == TWO_STEP else _in_halves(strategy, asked)
+            _two_steps(strategy, group, encoder) if posed.way.strategy == TWO_STEP else _in_halves(strategy, group)
         )
         for n, answer in zip(owners[size], answers, strict=True):
             _add(outcomes[n], answer)
@@ -301,38 +301,38 @@ def _answers(posed: TaskRequests, part: range, backend: Backend, encoder: Encode
         yield _result(posed, n, outcomes[n])
 
 
-def _in_halves(strategy: Any, asked: Sequence[Request]) -> list[Ranking | Unparsed]:
+def _in_halves(strategy: Any, requests: Sequence[Request]) -> list[Ranking | Unparsed]:
     """Answer requests; if a request is too long, split the batch so that only this request fails."""
     try:
-        answers: list[Ranking | Unparsed] = strategy.answer(asked)
+        answers: list[Ranking | Unparsed] = strategy.answer(requests)
         return answers
     except BackendError as error:
         if error.kind != "too-large":
             raise
-        if len(asked) == 1:
-            return [Unparsed(request_id=asked[0].id, reason=str(error))]
-        half = len(asked) // 2
-        return [*_in_halves(strategy, asked[:half]), *_in_halves(strategy, asked[half:])]
+        if len(requests) == 1:
+            return [Unparsed(request_id=requests[0].id, reason=str(error))]
+        half = len(requests) // 2
+        return [*_in_halves(strategy, requests[:half]), *_in_halves(strategy, requests[half:])]
 
 
-def _two_steps(strategy: Any, asked: Sequence[Request], encoder: Encoder) -> list[Ranking | Unparsed]:
+def _two_steps(strategy: Any, requests: Sequence[Request], encoder: Encoder) -> list[Ranking | Unparsed]:
     """Answer requests in two steps; a profile that does not fit the second prompt fails only its own request.
 
     The generated profile is known only between the steps, so the second prompts are checked when one is rejected.
     """
     try:
-        answers: list[Ranking | Unparsed] = strategy.answer(asked)
+        answers: list[Ranking | Unparsed] = strategy.answer(requests)
         return answers
     except BackendError:
-        faults = {n: fault for n, request in enumerate(asked) if (fault := _fault(strategy, request, encoder))}
+        faults = {n: fault for n, request in enumerate(requests) if (fault := _fault(strategy, request, encoder))}
         if not faults:
             raise
-        rest = iter(strategy.answer([request for n, request in enumerate(asked) if n not in faults]))
+        rest = iter(strategy.answer([request for n, request in enumerate(requests) if n not in faults]))
         return [
             Unparsed(request_id=request.id, reason=f"two-step, second prompt: {faults[n]}")
             if n in faults
             else next(rest)
-            for n, request in enumerate(asked)
+            for n, request in enumerate(requests)
         ]
 
 
@@ -374,8 +374,8 @@ def _slices(posed: TaskRequests, request: Request, encoder: Encoder) -> list[Req
     """Split a request into slices for one forward pass each; scores do not depend on other candidates."""
     tails: list[int] = []
     for prompt, tails in _longest(posed, request, encoder):
-        given = sum(len(encoder.piece(text)) for text in pieces(prompt.answer_prefix))
-        length = len(encoder.chat(prompt.messages)) + given
+        prefix_length = sum(len(encoder.piece(text)) for text in pieces(prompt.answer_prefix))
+        length = len(encoder.chat(prompt.messages)) + prefix_length
         if length + max(tails) > encoder.max_length:
             raise DataError(
                 f"the prompt has {length} tokens and its longest answer {max(tails)}, together more than the maximum "
@@ -406,14 +406,14 @@ def _add(outcome: _Outcome, answer: Ranking | Unparsed) -> None:
 
 
 def _result(posed: TaskRequests, n: int, outcome: _Outcome) -> Ranking | Unparsed:
-    request_id = posed.asked[n].id
+    request_id = posed.originals[n].id
     if not outcome.failure and not all(math.isfinite(score) for score in outcome.scores.values()):
         outcome.failure = "the model returned a score that is not finite; try --dtype float32"
     if outcome.failure:
         return Unparsed(request_id=request_id, reason=outcome.failure, raw=outcome.raw, cost=outcome.cost)
     # Candidates that a generated list lacks are ranked last.
     pool = sorted(
-        posed.requests[n].candidates or (), key=lambda item: (-outcome.scores.get(item, 0.0), posed.places[item])
+        posed.requests[n].candidates or (), key=lambda item: (-outcome.scores.get(item, 0.0), posed.positions[item])
     )
     return Ranking(
         request_id=request_id,
@@ -474,8 +474,8 @@ class CatalogueRanking:
         failures = {n: reason for n, request in enumerate(posed.requests) if (reason := self._fault(posed, request))}
         # Numbers are used instead of ids, since two requests may have the same id.
         numbered = [replace(request, id=str(n)) for n, request in enumerate(posed.requests)]
-        able = [request for n, request in enumerate(numbered) if n not in failures]
-        apart = {request.id: self._apart(posed, request, requests[int(request.id)]) for request in able}
+        valid = [request for n, request in enumerate(numbered) if n not in failures]
+        excluded = {request.id: self._apart(posed, request, requests[int(request.id)]) for request in valid}
         ranker = CatalogueRanker(
             Prompting(
                 backend=backend,
@@ -486,20 +486,20 @@ class CatalogueRanking:
             ),
             beams=self._beams,
             exact=self._exact,
-            apart=lambda request: apart[request.id],
+            apart=lambda request: excluded[request.id],
         )
-        outcome = iter(ranker.answer(able))
+        outcome = iter(ranker.answer(valid))
         advance(len(failures))
         return [
             Unparsed(request_id=request.id, reason=failures[n]) if n in failures else _named(request, next(outcome))
             for n, request in enumerate(requests)
         ]
 
-    def _apart(self, posed: TaskRequests, request: Request, asked: RankRequest) -> frozenset[str]:
+    def _apart(self, posed: TaskRequests, request: Request, original: RankRequest) -> frozenset[str]:
         """Return the catalogue items that are excluded from the answer to a request."""
-        if asked.keep_seen:
-            return asked.barred
-        return asked.barred | {self._known_as(posed.items[event.item_id], asked) for event in request.history}
+        if original.keep_seen:
+            return original.barred
+        return original.barred | {self._known_as(posed.items[event.item_id], original) for event in request.history}
 
     def _known_as(self, item: Item, request: RankRequest) -> str:
         """Return the catalogue id of an item in a history, found by id or by unique title."""
@@ -577,22 +577,22 @@ def answer_about(
         Ratings, probabilities or texts, depending on the family; an `Unparsed` with the reason for a failure.
     """
     posed = pose(bundle, requests, way)
-    asked: dict[int, Request] = {}
+    ready: dict[int, Request] = {}
     failures: dict[int, str] = {}
     for n, request in enumerate(posed.requests):
         if request.candidates is None or len(request.candidates) != 1:
             failures[n] = f"{way.family} needs exactly one item; give it as 'item'"
             continue
-        asked[n] = _of_item(request)
+        ready[n] = _of_item(request)
         try:
-            _check_length(posed.task.prompt(asked[n], template=way.template), way, posed.task.strategy_options, encoder)
+            _check_length(posed.task.prompt(ready[n], template=way.template), way, posed.task.strategy_options, encoder)
         except LlmrecError as error:
             failures[n] = str(error)
-    able = [n for n in asked if n not in failures]
+    valid = [n for n in ready if n not in failures]
     options = {**posed.task.strategy_options, **options_of(way.strategy, way.asking)}
     asker = Prompting(backend=backend, task=posed.task, template=way.template)
     strategy = strategy_of(way.strategy, asker, **options)
-    result = dict(zip(able, strategy.answer([asked[n] for n in able]), strict=True)) if able else {}
+    result = dict(zip(valid, strategy.answer([ready[n] for n in valid]), strict=True)) if valid else {}
     return [
         Unparsed(request_id=request.id, reason=failures[n])
         if n in failures

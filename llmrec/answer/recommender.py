@@ -23,7 +23,7 @@ EXPLAIN = "explanation"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """The question that is asked about all requests of a batch.
+    """The question about all requests of a batch.
 
     Attributes:
         model: The name of a model; None: the default. With `SIMILAR`, ``interactions`` or ``text``.
@@ -140,11 +140,11 @@ class Recommender(Protocol):
         ...
 
 
-def ranking_of(found: Answered) -> Ranking:
+def ranking_of(answered: Answered) -> Ranking:
     """Return the ranking in an answer, or raise the error of a failed answer."""
-    if isinstance(found.answer, Ranking):
-        return found.answer
-    reason = found.answer.reason if isinstance(found.answer, Unparsed) else "there is no ranking"
+    if isinstance(answered.answer, Ranking):
+        return answered.answer
+    reason = answered.answer.reason if isinstance(answered.answer, Unparsed) else "there is no ranking"
     raise DataError(reason, kind="failed")
 
 

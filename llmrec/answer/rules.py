@@ -112,21 +112,21 @@ class Rules:
                 ids), ``quotas`` (a list of ``{"field": ..., "most": ...}``) and ``diversity``; all are optional. Values
                 and ids are texts or integers.
         """
-        given = _mapping("", record, _KEYS)
-        only = _conditions("only", given.get("only", {}))
+        settings = _mapping("", record, _KEYS)
+        only = _conditions("only", settings.get("only", {}))
         if empty := next((f"only.{name}" for name, values in only.items() if not values), None):
             wrong = f"{empty} is empty, so no item would be allowed; list values, or omit the field"
             raise DataError(wrong, kind="empty", column=empty)
-        diversity = given.get("diversity", 0.0)
+        diversity = settings.get("diversity", 0.0)
         if not isinstance(diversity, int | float) or isinstance(diversity, bool):
             raise _wrong("diversity", "a number is expected", diversity)
         return cls(
             only=only,
-            without=_conditions("without", given.get("without", {})),
-            block=_texts("block", given.get("block", [])),
+            without=_conditions("without", settings.get("without", {})),
+            block=_texts("block", settings.get("block", [])),
             quotas=tuple(
                 _quota(f"quotas.{position}", entry)
-                for position, entry in enumerate(_list("quotas", given.get("quotas", [])))
+                for position, entry in enumerate(_list("quotas", settings.get("quotas", [])))
             ),
             diversity=diversity,
         )
@@ -311,10 +311,10 @@ class _Room:
         return full
 
 
-def _in_order(found: Sequence[_Fields], room: _Room, k: int) -> list[int]:
+def _in_order(items: Sequence[_Fields], room: _Room, k: int) -> list[int]:
     """Return the indices of the first k items that satisfy the quotas."""
     rows: list[int] = []
-    for row, fields in enumerate(found):
+    for row, fields in enumerate(items):
         if len(rows) >= k:
             break
         if room.has(fields):
@@ -323,21 +323,21 @@ def _in_order(found: Sequence[_Fields], room: _Room, k: int) -> list[int]:
     return rows
 
 
-def _diverse(found: Sequence[_Fields], room: _Room, diversity: float, k: int) -> list[int]:
+def _diverse(items: Sequence[_Fields], room: _Room, diversity: float, k: int) -> list[int]:
     """Return the indices of k items selected by maximal marginal relevance."""
-    similarity = _Similarity(found)
-    holders = cache(lambda name: similarity.fields.get(name) or _holders(found, name))
-    relevance = (1.0 - diversity) / np.log2(np.arange(len(found)) + 2.0)
-    closest = np.zeros(len(found))
+    similarity = _Similarity(items)
+    holders = cache(lambda name: similarity.fields.get(name) or _holders(items, name))
+    relevance = (1.0 - diversity) / np.log2(np.arange(len(items)) + 2.0)
+    closest = np.zeros(len(items))
     rows: list[int] = []
-    while len(rows) < min(k, len(found)):
+    while len(rows) < min(k, len(items)):
         # Among ties, argmax returns the item that was ranked first.
         best = int(np.argmax(relevance - diversity * closest))
         if relevance[best] == -np.inf:
             break
         rows.append(best)
         relevance[best] = -np.inf
-        for name, value in room.take(found[best]):
+        for name, value in room.take(items[best]):
             relevance[holders(name)[value]] = -np.inf
         np.maximum(closest, similarity.to(best), out=closest)
     return rows
@@ -346,14 +346,14 @@ def _diverse(found: Sequence[_Fields], room: _Room, diversity: float, k: int) ->
 class _Similarity:
     """Similarity of items: Jaccard index of their (field, value) pairs, for fields that distinguish items."""
 
-    def __init__(self, found: Sequence[_Fields]) -> None:
-        self._found = found
+    def __init__(self, items: Sequence[_Fields]) -> None:
+        self._items = items
         self.fields: dict[str, dict[str, NDArray[np.int64]]] = {}
-        self._sizes = np.zeros(len(found), dtype=np.int64)
-        for name in {name for fields in found for name in fields} - _NO_FIELDS:
-            holders = _holders(found, name, MOST_VALUES)
+        self._sizes = np.zeros(len(items), dtype=np.int64)
+        for name in {name for fields in items for name in fields} - _NO_FIELDS:
+            holders = _holders(items, name, MOST_VALUES)
             counts = [len(rows) for rows in holders.values()]
-            if counts and max(counts) > 1 and min(counts) < len(found):
+            if counts and max(counts) > 1 and min(counts) < len(items):
                 self.fields[name] = holders
                 for rows in holders.values():
                     self._sizes[rows] += 1
@@ -362,16 +362,16 @@ class _Similarity:
         """Return the similarity of every item to a given item, shape (items,)."""
         both = np.zeros_like(self._sizes)
         for name, holders in self.fields.items():
-            for value in _listed(self._found[row].get(name, "")):
+            for value in _listed(self._items[row].get(name, "")):
                 both[holders[value]] += 1
         return np.asarray(both / np.maximum(self._sizes + self._sizes[row] - both, 1), dtype=np.float64)
 
 
-def _holders(found: Sequence[_Fields], name: str, most: int | None = None) -> dict[str, NDArray[np.int64]]:
+def _holders(items: Sequence[_Fields], name: str, most: int | None = None) -> dict[str, NDArray[np.int64]]:
     """Return the items with each value of a field; empty if the field has more than ``most`` values."""
     same: dict[str, list[int]] = {}
     lists: dict[str, list[list[int]]] = {}
-    for row, fields in enumerate(found):
+    for row, fields in enumerate(items):
         text = fields.get(name, "")
         if (rows := same.get(text)) is None:
             rows = same[text] = []
@@ -424,11 +424,11 @@ def _conditions(key: str, value: object) -> dict[str, frozenset[str]]:
 
 
 def _quota(key: str, value: object) -> Quota:
-    given = _mapping(key, value, ("field", "most"))
+    settings = _mapping(key, value, ("field", "most"))
     for part in ("field", "most"):
-        if part not in given:
+        if part not in settings:
             raise DataError(f"key '{key}.{part}' is missing; add it", kind="missing-key", column=f"{key}.{part}")
-    name, most = given["field"], given["most"]
+    name, most = settings["field"], settings["most"]
     if not isinstance(name, str) or not name:
         raise _wrong(f"{key}.field", "a field name is expected", name)
     if not isinstance(most, int) or isinstance(most, bool):
@@ -436,5 +436,5 @@ def _quota(key: str, value: object) -> Quota:
     return Quota(name, most)
 
 
-def _wrong(key: str, wanted: str, value: object) -> DataError:
-    return DataError(f"{key}: {wanted}, got {value!r:.80}", kind="bad-value", column=key)
+def _wrong(key: str, expected: str, value: object) -> DataError:
+    return DataError(f"{key}: {expected}, got {value!r:.80}", kind="bad-value", column=key)

@@ -105,13 +105,13 @@ def choose_way(
             name = _template(bundle, family, strategy, template)
             chosen = _strategy(bundle, family, strategy, name)
             return Asking(family, name, chosen, settings_of(chosen, settings))
-    given = [f"--task {task}", f"--strategy {strategy}", f"--template {template}" if template else ""]
+    options = [f"--task {task}", f"--strategy {strategy}", f"--template {template}" if template else ""]
     known = "; ".join(
         f"{family} with {' or '.join(_strategies(bundle, family))}, templates {', '.join(templates[family])}"
         for family in here
     )
     raise RecipeError(
-        f"{' '.join(filter(None, given))} are incompatible; {bundle.folder} has {known}",
+        f"{' '.join(filter(None, options))} are incompatible; {bundle.folder} has {known}",
         kind="contradiction",
         at=bundle.folder,
     )
@@ -124,17 +124,17 @@ def _strategies(bundle: Bundle, family: str) -> tuple[str, ...]:
     return (*family_of(family).strategies, *further)
 
 
-def _strategy(bundle: Bundle, family: str, asked: str, template: str) -> str:
+def _strategy(bundle: Bundle, family: str, requested: str, template: str) -> str:
     """Return the requested strategy, or the first one that is compatible with the template."""
     known = family_of(family)
     if not known.lists:
-        return known.strategies[0] if asked == "auto" else asked
+        return known.strategies[0] if requested == "auto" else requested
     words = bundle.templates[family][template]
-    if asked == "auto":
+    if requested == "auto":
         return reader_of(words)
-    if not fits(words, asked):
-        refuse(words, asked)
-    return asked
+    if not fits(words, requested):
+        refuse(words, requested)
+    return requested
 
 
 def settings_of(strategy: str, settings: Sequence[str]) -> EvalSection:
@@ -208,11 +208,11 @@ def one_of(what: str, name: str, known: Sequence[str]) -> None:
         )
 
 
-def _template(bundle: Bundle, family: str, strategy: str, asked: str | None) -> str:
+def _template(bundle: Bundle, family: str, strategy: str, requested: str | None) -> str:
     """Return the name of the requested template, or of the default template for the strategy."""
     known = bundle.templates[family]
-    names: list[str] = [] if asked is None else [asked.rpartition("/")[2]]
-    if asked is None:
+    names: list[str] = [] if requested is None else [requested.rpartition("/")[2]]
+    if requested is None:
         names = [task_of(bundle, family, {}, bundle.index).eval_templates[0]]
         names += [_SHOWS_PROFILE, *known] if strategy == TWO_STEP else []
     if strategy != TWO_STEP:
@@ -221,7 +221,7 @@ def _template(bundle: Bundle, family: str, strategy: str, asked: str | None) -> 
     if not shows:
         could = ", ".join(name for name, item in known.items() if item.shows_profile) or "none"
         raise RecipeError(
-            f"--template {asked}: two-step generates a user profile, but this template does not show profiles; use "
+            f"--template {requested}: two-step generates a user profile, but this template does not show profiles; use "
             f"one of {could}",
             kind="contradiction",
             at=bundle.folder,

@@ -70,7 +70,7 @@ class AnswerStore:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._further = AnswerStore(further) if further is not None and further.is_file() else None
         self._path = path
-        self._told = False
+        self._warned = False
         self._connection: sqlite3.Connection | None = None
         self._tried(lambda _: None)
 
@@ -110,9 +110,9 @@ class AnswerStore:
         if result is None:
             return Cost()
         if result[3] != _sum(*result[:3]):
-            if not self._told:
+            if not self._warned:
                 log.warning("the spent budget of %s in %s is damaged; it is counted again from 0", name, self._path)
-            self._told = True
+            self._warned = True
             return Cost()
         return Cost(prompt_tokens=result[1], completion_tokens=result[2])
 
@@ -165,7 +165,7 @@ class AnswerStore:
 
     def _open(self) -> sqlite3.Connection:
         """Open the database; a new one gets its tables."""
-        _own(self._path)
+        _break_hard_link(self._path)
         connection = _connect(self._path)
         self._connection = connection
         run = connection.execute
@@ -229,7 +229,7 @@ class AnswerStore:
         """Rename the damaged database, and copy its intact rows to a new one."""
         self.close()
         names = (f"{self._path.name}.damaged{f'-{n}' if n > 1 else ''}" for n in count(1))
-        aside = next(place for name in names if not (place := self._path.with_name(name)).exists())
+        aside = next(path for name in names if not (path := self._path.with_name(name)).exists())
         for suffix in ("", "-wal", "-shm"):
             part = self._path.with_name(self._path.name + suffix)
             if part.exists():
@@ -253,7 +253,7 @@ class AnswerStore:
 _Run = Callable[..., sqlite3.Cursor]
 
 
-def _own(path: Path) -> None:
+def _break_hard_link(path: Path) -> None:
     """Copy a hard-linked database before writing, since SQLite writes in place and would also change a backup."""
     for part in (path, *(path.with_name(path.name + ending) for ending in ("-wal", "-shm"))):
         if part.is_file() and not part.is_symlink() and part.stat().st_nlink > 1:
@@ -477,7 +477,7 @@ class CachedBackend:
             self._started = None
 
     @contextmanager
-    def heard(self, listener: Callable[[str], None]) -> Iterator[None]:
+    def streaming(self, listener: Callable[[str], None]) -> Iterator[None]:
         """Stream the text for a single prompt as it is generated, if the engine supports it."""
         engine = self.start()
         if not isinstance(engine, Streaming):

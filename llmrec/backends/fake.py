@@ -71,11 +71,11 @@ class FakeBackend:
         for n, prompt in enumerate(prompts):
             out = set(excluded[n]) if excluded else set()
             scores = {
-                place: self._prefer(text_of(prompt), text) for place, text in enumerate(texts) if place not in out
+                index: self._prefer(text_of(prompt), text) for index, text in enumerate(texts) if index not in out
             }
-            best = sorted(scores, key=lambda place: -scores[place])[:k]
+            best = sorted(scores, key=lambda index: -scores[index])[:k]
             short = "" if len(best) == k else f"only {len(scores)} of {len(texts)} items are valid answers"
-            result = tuple(scores[place] for place in best)
+            result = tuple(scores[index] for index in best)
             results.append(
                 SearchResult(
                     items=tuple(best), scores=result, certified=True, width=max(k, width), short=short, engine="fake"

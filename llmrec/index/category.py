@@ -15,7 +15,7 @@ from llmrec.durable import Json
 from llmrec.errors import DataError, RecipeError, did_you_mean
 from llmrec.guard import TEXT_LIMIT, clean
 from llmrec.index.numbers import shuffled
-from llmrec.index.table import Embed, ItemIndex, own_token, token
+from llmrec.index.table import Embed, ItemIndex, item_token, token
 from llmrec.recipe.schema import CategoryIndex, IndexSection
 from llmrec.types import Item
 
@@ -59,7 +59,7 @@ class Category:
         rank = {item: number for number, item in enumerate(order)}
         for path, group in groups.items():
             for number, item in enumerate(group):
-                codes[item] = (*path, own_token(rank[item] if section.item_token else number))
+                codes[item] = (*path, item_token(rank[item] if section.item_token else number))
         largest = max(map(len, groups.values()), default=0)
         ends = len(codes) if section.item_token else largest
         return ItemIndex(
@@ -68,7 +68,7 @@ class Category:
             # One more token at the first level, for items without a category.
             tokens=(
                 *(token(level, n) for level, names in enumerate(ranked) for n in range(len(names) + (level == 0))),
-                *map(own_token, range(ends)),
+                *map(item_token, range(ends)),
             ),
             settings={
                 **filing.settings(),
@@ -98,10 +98,10 @@ class Category:
         used = Counter(pieces[:-1] for pieces in index.codes.values())
         codes: dict[str, tuple[str, ...]] = {}
         for number, item in enumerate(shuffled(items, int(index.settings["seed"])), len(index.codes)):
-            wanted = _tokens(filing.names(items[item]), numbers)
-            places = [wanted[:length] for length in range(len(wanted), -1, -1)]
-            path = wanted if hybrid else next((place for place in places if used[place] < ends), wanted)
-            codes[item] = (*path, own_token(number if hybrid else used[path]))
+            full = _tokens(filing.names(items[item]), numbers)
+            prefixes = [full[:length] for length in range(len(full), -1, -1)]
+            path = full if hybrid else next((prefix for prefix in prefixes if used[prefix] < ends), full)
+            codes[item] = (*path, item_token(number if hybrid else used[path]))
             used[path] += 1
         return index.adding(codes, [pieces[-1] for pieces in codes.values()])
 

@@ -20,7 +20,7 @@ from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 from llmrec.data.read.codes import codes, in_numbers
 from llmrec.errors import DataError, RecipeError
 from llmrec.index.numbers import shuffled
-from llmrec.index.table import Embed, ItemIndex, own_token, token
+from llmrec.index.table import Embed, ItemIndex, item_token, token
 from llmrec.recipe.schema import CollaborativeIndex, IndexSection
 from llmrec.types import Item
 
@@ -55,7 +55,7 @@ class Collaborative:
         users = _histories(data, names)
         order = shuffled(names, seed)
         warm = np.flatnonzero(users.sum(axis=0))
-        trained = {names[place] for place in warm}
+        trained = {names[index] for index in warm}
         cold = [name for name in order if name not in trained]
         _need_room(shape, len(warm), len(cold))
         leaves = list(_leaves(_within(users, warm), warm, shape)) if len(warm) else []
@@ -63,12 +63,12 @@ class Collaborative:
         levels = max(1, depth)
         while len(cold) > _cold_room(shape.clusters, shape.leaf, levels):
             levels += 1
-        rank = {name: place for place, name in enumerate(order)}
+        rank = {name: index for index, name in enumerate(order)}
         codes: dict[str, tuple[str, ...]] = {}
         for path, members in leaves:
-            inside = sorted((names[place] for place in members), key=rank.__getitem__)
+            inside = sorted((names[index] for index in members), key=rank.__getitem__)
             for number, name in enumerate(inside):
-                last = own_token(rank[name] if section.item_token else number)
+                last = item_token(rank[name] if section.item_token else number)
                 codes[name] = (*(token(level, child) for level, child in enumerate(path)), last)
         settings = {
             "seed": seed,
@@ -79,7 +79,7 @@ class Collaborative:
             "cold": len(cold),
         }
         for slot, name in enumerate(cold):
-            codes[name] = (*_cold_path(settings, slot), own_token(_number(settings, slot, rank[name])))
+            codes[name] = (*_cold_path(settings, slot), item_token(_number(settings, slot, rank[name])))
         ends = len(names) if section.item_token else shape.leaf
         return ItemIndex(
             "collaborative",
@@ -87,7 +87,7 @@ class Collaborative:
             # One more token at the first level, for items without training interactions.
             tokens=(
                 *(token(level, n) for level in range(levels) for n in range(shape.clusters + (level == 0))),
-                *map(own_token, range(ends)),
+                *map(item_token, range(ends)),
             ),
             settings=settings,
             figures=_figures(users, leaves, depth, len(cold)),
@@ -113,7 +113,7 @@ class Collaborative:
             )
         codes, first = {}, len(index.codes)
         for position, name in enumerate(shuffled(items, int(known["seed"]))):
-            last = own_token(_number(known, start + position, first + position))
+            last = item_token(_number(known, start + position, first + position))
             codes[name] = (*_cold_path(known, start + position), last)
         # known tokens are not added again
         return index.adding(codes, [pieces[-1] for pieces in codes.values()], cold=start + len(items))
@@ -121,8 +121,8 @@ class Collaborative:
 
 def _histories(data: SplitDataset, names: Sequence[str]) -> Any:
     """Return the training interactions as a sparse binary matrix, shape (users, items)."""
-    place = {name: number for number, name in enumerate(names)}
-    columns = in_numbers(data.train["item_id"], lambda known: np.array([place.get(name, -1) for name in known]))
+    column_of = {name: number for number, name in enumerate(names)}
+    columns = in_numbers(data.train["item_id"], lambda known: np.array([column_of.get(name, -1) for name in known]))
     _, rows = np.unique(codes(data.train["user_id"])[1], return_inverse=True)
     result = sparse.csr_array((np.ones(len(rows)), (rows, columns)), shape=(int(rows.max(initial=-1)) + 1, len(names)))
     result.sum_duplicates()
@@ -187,8 +187,8 @@ def _cold_path(settings: Mapping[str, Any], slot: int) -> tuple[str, ...]:
     return (token(0, clusters), *(token(level, digit) for level, digit in enumerate(reversed(digits), 1)))
 
 
-def _number(settings: Mapping[str, Any], slot: int, own: int) -> int:
-    return own if settings["item_token"] else slot % int(settings["leaf"])
+def _number(settings: Mapping[str, Any], slot: int, number: int) -> int:
+    return number if settings["item_token"] else slot % int(settings["leaf"])
 
 
 # --------------------------------------------------------------------------- the tree
@@ -284,9 +284,9 @@ def _in_order(users: Any) -> Ints:
     for component in _components(users):
         if len(component) > 2:
             inside = _within(users, component)
-            place = np.round(_spectrum(inside, 2)[:, 1] / np.sqrt(_degrees(inside)), 12)
-            far = int(np.argmax(np.abs(place)))
-            component = component[np.argsort(place * np.copysign(1.0, place[far]), kind="stable")]
+            positions = np.round(_spectrum(inside, 2)[:, 1] / np.sqrt(_degrees(inside)), 12)
+            far = int(np.argmax(np.abs(positions)))
+            component = component[np.argsort(positions * np.copysign(1.0, positions[far]), kind="stable")]
         results.append(component)
     return np.concatenate(results)
 

@@ -175,20 +175,20 @@ def diagnose(index: ItemIndex, counts: Mapping[str, int] | None = None) -> Diagn
     """
     codes = index.codes
     texts = {item: "".join(pieces) for item, pieces in codes.items()}
-    made = bool(index.tokens)
-    paths: Iterable[Sequence[str]] = codes.values() if made else texts.values()
+    has_tokens = bool(index.tokens)
+    paths: Iterable[Sequence[str]] = codes.values() if has_tokens else texts.values()
     parents = Counter(pieces[:-1] for pieces in codes.values() if len(pieces) > 1)
     return Diagnostics(
         scheme=index.scheme,
         items=len(codes),
         tokens=len(index.tokens),
         hybrid=bool(index.settings.get("item_token", False)),
-        levels=_levels(index, counts) if made else (),
-        depths=_depths(list(codes.values())) if made else (),
-        pieces=_spread(map(len, codes.values())) if made else None,
-        characters=None if made else _spread(map(len, texts.values())),
-        first_words=None if made else _first_words(list(texts.values())),
-        bucket=max(parents.values()) if made and parents else None,
+        levels=_levels(index, counts) if has_tokens else (),
+        depths=_depths(list(codes.values())) if has_tokens else (),
+        pieces=_spread(map(len, codes.values())) if has_tokens else None,
+        characters=None if has_tokens else _spread(map(len, texts.values())),
+        first_words=None if has_tokens else _first_words(list(texts.values())),
+        bucket=max(parents.values()) if has_tokens and parents else None,
         duplicates=sum(index.decode(text) != item for item, text in texts.items()),
         begun=_begun(paths),
         figures=dict(index.figures),
@@ -225,8 +225,8 @@ def neighbours(
         for prefix in (result for result in largest if len(under[result]) > 1):
             best = sorted(under[prefix], key=lambda item: (-chosen.get(item, 0), item))[:members]
             entries = tuple(_entry(index, titles, item) for item in best)
-            text, message = "".join(prefix), _said(index, prefix)
-            groups.append(Group(length=length, prefix=text, said=message, size=len(under[prefix]), entries=entries))
+            text, categories = "".join(prefix), _categories(index, prefix)
+            groups.append(Group(length=length, prefix=text, said=categories, size=len(under[prefix]), entries=entries))
     return tuple(groups)
 
 
@@ -237,8 +237,8 @@ def nearest(index: ItemIndex, item: str, titles: Mapping[str, str], *, most: int
         DataError: If the item is not in the index.
     """
     index.encode(item)
-    own = index.codes[item]
-    shared = {other: _common(own, pieces) for other, pieces in index.codes.items() if other != item}
+    code = index.codes[item]
+    shared = {other: _common(code, pieces) for other, pieces in index.codes.items() if other != item}
     order = sorted((other for other, length in shared.items() if length), key=lambda other: (-shared[other], other))
     longest = [other for other in order if shared[other] == shared[order[0]]]
     return tuple(_entry(index, titles, other) for other in longest[:most])
@@ -254,7 +254,7 @@ def examples(index: ItemIndex, titles: Mapping[str, str], most: int, first: Sequ
         index.encode(item)
     rest = [item for item in index.codes if item not in set(first)]
     room = max(0, min(most - len(first), len(rest)))
-    spread = [rest[place * len(rest) // room] for place in range(room)]
+    spread = [rest[n * len(rest) // room] for n in range(room)]
     return tuple(_entry(index, titles, item) for item in (*first, *spread))
 
 
@@ -354,15 +354,15 @@ def _stretches(index: ItemIndex, titles: Mapping[str, str], groups: int, members
     members = min(members, len(order))
     room = max(1, min(groups, len(order) // members))
     results = []
-    for place in range(room):
-        start = place * (len(order) - members) // max(1, room - 1)
+    for n in range(room):
+        start = n * (len(order) - members) // max(1, room - 1)
         entries = tuple(_entry(index, titles, item) for item in order[start : start + members])
         prefix = f"{entries[0].code}–{entries[-1].code}"
         results.append(Group(length=0, prefix=prefix, said="", size=len(entries), entries=entries))
     return tuple(results)
 
 
-def _said(index: ItemIndex, prefix: Pieces) -> str:
+def _categories(index: ItemIndex, prefix: Pieces) -> str:
     """Return the categories of the tokens in a prefix, if the index has stored them."""
     names = index.settings.get("names")
     if index.scheme != "category" or not names:

@@ -1,4 +1,4 @@
-"""Codes made by other programs, read from a file."""
+"""Codes created by other programs, read from a file."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class External:
         return ItemIndex(
             "external",
             known,
-            tokens=tuple(sorted(tokens, key=_place)),
+            tokens=tuple(sorted(tokens, key=_token_order)),
             settings={"kind": kind, "sha256": sha256, "spare": spare},
             figures={"spare": float(len(spare)), "longest": float(max(map(len, known.values()), default=0))},
         )
@@ -97,23 +97,23 @@ class External:
         codes = {item: tuple(spare[item]) for item in sorted(items)}
         tokens = {piece for pieces in codes.values() for piece in pieces} if index.tokens else set()
         left = {item: list(pieces) for item, pieces in spare.items() if item not in codes}
-        return index.adding(codes, sorted(tokens, key=_place), spare=left)
+        return index.adding(codes, sorted(tokens, key=_token_order), spare=left)
 
 
 @dataclass(frozen=True)
 class _Row:
     """A code in the file: text as in a table, or a list."""
 
-    place: Place
+    location: Place
     item: str
     code: str | list[object]
 
     @property
     def where(self) -> str:
-        return f"{self.place}, item {shown(self.item)}"
+        return f"{self.location}, item {shown(self.item)}"
 
     def error(self, kind: ErrorKind, problem: str) -> DataError:
-        return DataError(f"{self.where}: {problem}", kind=kind, at=self.place, column=_CODE)
+        return DataError(f"{self.where}: {problem}", kind=kind, at=self.location, column=_CODE)
 
 
 # --------------------------------------------------------------------------- files
@@ -174,20 +174,20 @@ def _table(path: Path) -> tuple[list[_Row], str]:
     first: dict[str, int] = {}
     rows: list[_Row] = []
     for number, (item, code) in enumerate(table.frame.select(_ITEM, _CODE).iter_rows()):
-        place = table.where(number)
+        location = table.where(number)
         if item is None or not str(item).strip():
             raise DataError(
-                f"{place}: the {_ITEM} is missing; add the {_ITEM}, or remove the row",
+                f"{location}: the {_ITEM} is missing; add the {_ITEM}, or remove the row",
                 kind="missing-value",
-                at=place,
+                at=location,
                 column=_ITEM,
             )
-        row = _Row(place, str(item), code if isinstance(code, list) else "" if code is None else str(code))
+        row = _Row(location, str(item), code if isinstance(code, list) else "" if code is None else str(code))
         if row.item in first:
             raise DataError(
                 f"{row.where} is also in row {first[row.item] + 1}; keep one row",
                 kind="duplicate",
-                at=place,
+                at=location,
                 column=_ITEM,
             )
         first[row.item] = number
@@ -292,7 +292,7 @@ def _check_distinct(rows: Sequence[_Row], codes: Mapping[str, Pieces], kind: Kin
             )
 
 
-def _place(piece: str) -> tuple[int, str, int, str]:
+def _token_order(piece: str) -> tuple[int, str, int, str]:
     """Return the sort key of a token by level and number, with item tokens last."""
     name, _, number = piece[1:-1].rpartition("_")
     return len(name), name, int(number), number

@@ -15,7 +15,7 @@ import numpy as np
 
 from llmrec.data.hashing import hash64
 from llmrec.errors import DataError
-from llmrec.index.table import Embed, ItemIndex, own_token, token, user_token
+from llmrec.index.table import Embed, ItemIndex, item_token, token, user_token
 from llmrec.recipe.schema import IndexSection
 from llmrec.types import Item
 
@@ -65,7 +65,7 @@ class OwnTokens:
     @staticmethod
     def build(section: IndexSection, data: SplitDataset, *, seed: int, embed: Embed | None = None) -> ItemIndex:
         """Assign codes to items; see `Scheme`."""
-        codes = {item: (own_token(n),) for n, item in enumerate(shuffled(data.dataset.items, seed))}
+        codes = {item: (item_token(n),) for n, item in enumerate(shuffled(data.dataset.items, seed))}
         return ItemIndex("token", codes, tokens=tuple(piece for (piece,) in codes.values()), settings={"seed": seed})
 
     @staticmethod
@@ -73,7 +73,7 @@ class OwnTokens:
         """Add a token for each new item, which a trained model does not know; see `Scheme`."""
         start = len(index.tokens)
         order = shuffled(items, int(index.settings["seed"]))
-        codes = {item: (own_token(n),) for n, item in enumerate(order, start)}
+        codes = {item: (item_token(n),) for n, item in enumerate(order, start)}
         return index.adding(codes, [piece for (piece,) in codes.values()])
 
 
@@ -81,20 +81,20 @@ def user_tokens(users: Iterable[str], seed: int) -> dict[str, str]:
     """Return one token for each user, in the order of a seeded hash (P5-I, RecSys 2022)."""
     names = sorted(users)
     order = np.argsort(hash64("user tokens", seed, names), kind="stable")
-    return {names[place]: user_token(number) for number, place in enumerate(order)}
+    return {names[index]: user_token(number) for number, index in enumerate(order)}
 
 
 def shuffled(items: Mapping[str, Item] | Sequence[str], seed: int) -> list[str]:
     """Return items in the order of a seeded hash of their ids."""
     names = sorted(items)
-    return [names[place] for place in np.argsort(hash64("item codes", seed, names), kind="stable")]
+    return [names[index] for index in np.argsort(hash64("item codes", seed, names), kind="stable")]
 
 
 def user_order(histories: Mapping[str, Sequence[str]], order: str, seed: int) -> list[str]:
     """Sort users by id (numerically if possible), by length of training history, or by hash; ties by id."""
     users = sorted(histories, key=_natural)
     if order == "random":
-        return [users[place] for place in np.argsort(hash64("user order", seed, users), kind="stable")]
+        return [users[index] for index in np.argsort(hash64("user order", seed, users), kind="stable")]
     if order == "user":
         return users
     return sorted(users, key=lambda user: len(histories[user]), reverse=order == "longest")

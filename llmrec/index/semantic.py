@@ -20,7 +20,7 @@ from scipy.sparse import csr_array
 from llmrec.data.hashing import hash64
 from llmrec.errors import DataError, RecipeError, did_you_mean, require
 from llmrec.guard import TEXT_LIMIT, clean
-from llmrec.index.table import Embed, ItemIndex, own_token, token
+from llmrec.index.table import Embed, ItemIndex, item_token, token
 from llmrec.machine import has_cuda
 from llmrec.progress import Bar
 from llmrec.recipe.schema import IndexSection, RQVAEIndex, SemanticIndex
@@ -100,15 +100,15 @@ def fit(x: Floats, section: RQVAEIndex, levels: int, k: int, *, seed: int = 0, q
         seed: Seed of weights and batches.
         quiet: Show no progress bar.
     """
-    torch, place = require("torch", "train"), _place(section)
-    rng, source = np.random.default_rng([seed, 7]), torch.from_numpy(np.ascontiguousarray(x, np.float32)).to(place)
-    network = made(x.shape[1], section, levels, k, seed, place=place)
+    torch, device = require("torch", "train"), _device(section)
+    rng, source = np.random.default_rng([seed, 7]), torch.from_numpy(np.ascontiguousarray(x, np.float32)).to(device)
+    network = untrained(x.shape[1], section, levels, k, seed, device=device)
     _first_codewords(network, source[rng.permutation(len(x))[: section.batch]], seed)
     optimiser = torch.optim.AdamW(network.parameters(), lr=section.learning_rate, weight_decay=_WEIGHT_DECAY)
     means = []
     with Bar("RQ-VAE", section.epochs, unit="epochs", quiet=quiet, passing=True) as bar:
         for _ in range(section.epochs):
-            total, used, order = 0.0, torch.zeros(levels, k, dtype=torch.bool, device=place), rng.permutation(len(x))
+            total, used, order = 0.0, torch.zeros(levels, k, dtype=torch.bool, device=device), rng.permutation(len(x))
             for start in range(0, len(x), section.batch):
                 rows = source[order[start : start + section.batch]]
                 losses, codes = forward(network, rows)
@@ -117,7 +117,7 @@ def fit(x: Floats, section: RQVAEIndex, levels: int, k: int, *, seed: int = 0, q
                 loss.backward()
                 optimiser.step()
                 total += float(loss.detach()) * len(rows)
-                used[torch.arange(levels, device=place), codes] = True
+                used[torch.arange(levels, device=device), codes] = True
             means.append(total / len(x))
             if len(means) < section.epochs:
                 _revive(network, source, used, rng)
@@ -125,7 +125,7 @@ def fit(x: Floats, section: RQVAEIndex, levels: int, k: int, *, seed: int = 0, q
     return _numbers(network, x, (means[0], means[-1]))
 
 
-def _place(section: RQVAEIndex) -> str:
+def _device(section: RQVAEIndex) -> str:
     """Return the device for training.
 
     Raises:
@@ -157,7 +157,7 @@ def encode(weights: Mapping[str, Floats], x: Floats) -> Floats:
     return np.concatenate(results)
 
 
-def made(width: int, section: RQVAEIndex, levels: int, k: int, seed: int, *, place: str = "cpu") -> Network:
+def untrained(width: int, section: RQVAEIndex, levels: int, k: int, seed: int, *, device: str = "cpu") -> Network:
     """Return an untrained network; layers are initialised as in He et al. (ICCV 2015), codewords with 0."""
     torch = require("torch", "train")
     generator = torch.Generator().manual_seed(seed)
@@ -166,13 +166,13 @@ def made(width: int, section: RQVAEIndex, levels: int, k: int, seed: int, *, pla
         results = []
         for inside, outside in pairwise(sizes):
             # Drawn on the CPU, so that training on a GPU starts from the same weights.
-            weight = (torch.randn(outside, inside, generator=generator) * (2 / inside) ** 0.5).to(place)
-            results.append((weight.requires_grad_(), torch.zeros(outside, device=place).requires_grad_()))
+            weight = (torch.randn(outside, inside, generator=generator) * (2 / inside) ** 0.5).to(device)
+            results.append((weight.requires_grad_(), torch.zeros(outside, device=device).requires_grad_()))
         return results
 
     sizes = (width, *section.hidden, section.dim)
     return Network(
-        layers(sizes), layers(sizes[::-1]), torch.zeros(levels, k, section.dim, device=place).requires_grad_()
+        layers(sizes), layers(sizes[::-1]), torch.zeros(levels, k, section.dim, device=device).requires_grad_()
     )
 
 
@@ -221,8 +221,8 @@ def _revive(network: Network, source: Any, used: Any, rng: np.random.Generator) 
     with torch.no_grad():
         rest = _through(network.encoder, source[rng.permutation(len(source))[:k]])
         for level, codewords in enumerate(network.codebooks):
-            places = np.flatnonzero(dead[level])
-            codewords[places] = rest[rng.integers(len(rest), size=len(places))]
+            unused = np.flatnonzero(dead[level])
+            codewords[unused] = rest[rng.integers(len(rest), size=len(unused))]
             rest = rest - codewords[(codewords.square().sum(1) - 2 * rest @ codewords.T).argmin(1)]
 
 
@@ -436,16 +436,16 @@ def bounded(costs: Floats, most: int, *, bid: float = 0.0) -> Ints:
     codes: Ints = costs.argmin(axis=1)
     while (over := np.bincount(codes, minlength=k) > most).any():
         rows = np.flatnonzero(over[codes])
-        own, place = codes[rows], np.arange(len(rows))
+        columns, indices = codes[rows], np.arange(len(rows))
         offers = costs[rows] + prices
-        kept = offers[place, own]
-        offers[place, own] = np.inf
+        kept = offers[indices, columns]
+        offers[indices, columns] = np.inf
         # The loss of each row in its next best column: rows with the smallest loss are moved.
         margin = np.maximum(offers.min(axis=1) - kept, 0)
-        order = np.lexsort((rows, -margin, own))
-        leaving = order[place - np.searchsorted(own[order], own[order]) >= most]
+        order = np.lexsort((rows, -margin, columns))
+        leaving = order[indices - np.searchsorted(columns[order], columns[order]) >= most]
         rise = np.zeros(k, np.float32)
-        np.maximum.at(rise, own[leaving], margin[leaving])
+        np.maximum.at(rise, columns[leaving], margin[leaving])
         prices[over] += rise[over] + np.float32(bid)
         codes[rows[leaving]] = (costs[rows[leaving]] + prices).argmin(axis=1)
         rounds += 1
@@ -494,8 +494,8 @@ class Semantic:
         grid = [token(level, number) for level in range(semantic.levels) for number in range(semantic.codes)]
         rows, added = [tuple(map(int, row)) for row in result.codes], []
         if section.item_token:
-            added = [own_token(number) for number in range(len(rows))]
-            codes = {name: (*_pieces(row), own) for name, row, own in zip(names, rows, added, strict=True)}
+            added = [item_token(number) for number in range(len(rows))]
+            codes = {name: (*_pieces(row), last) for name, row, last in zip(names, rows, added, strict=True)}
         elif semantic.repair == "extra_level":
             numbers = _counted(rows, names, data, seed)
             added = [token(semantic.levels, number) for number in range(max(numbers) + 1)]
@@ -534,20 +534,20 @@ class Semantic:
         x = encode(arrays, x) if arrays else x
         spare = len(index.tokens) - codebooks.shape[0] * codebooks.shape[1]
         if index.settings["item_token"]:
-            new = [own_token(number) for number in range(spare, spare + len(names))]
+            new = [item_token(number) for number in range(spare, spare + len(names))]
             rows = (tuple(map(int, row)) for row in nearest(x, codebooks))
-            return index.adding({n: (*_pieces(row), own) for n, row, own in zip(names, rows, new, strict=True)}, new)
+            return index.adding({n: (*_pieces(row), last) for n, row, last in zip(names, rows, new, strict=True)}, new)
         levels, room = len(codebooks), max(1, spare)
         held = Counter(pieces[:levels] for pieces in index.codes.values())
         codes = {}
         for name, vector in zip(names, x, strict=True):
-            place = next((p for c in _by_distance(vector, codebooks) if held[p := _pieces(c)] < room), None)
-            if place is None:
+            code = next((p for c in _by_distance(vector, codebooks) if held[p := _pieces(c)] < room), None)
+            if code is None:
                 raise DataError(
                     f"index semantic: no free code for item {name!r}; build the index again", kind="exhausted"
                 )
-            codes[name] = (*place, token(levels, held[place])) if spare else place
-            held[place] += 1
+            codes[name] = (*code, token(levels, held[code])) if spare else code
+            held[code] += 1
         return index.adding(codes)
 
 
@@ -652,11 +652,11 @@ def _quantised(
 def _counted(rows: Sequence[tuple[int, ...]], names: Sequence[str], data: SplitDataset, seed: int) -> list[int]:
     """Number the items with the same code by training popularity, then by hash."""
     popular = Counter(dict(data.train.group_by("item_id").len().iter_rows()))
-    chance = hash64("semantic codes", seed, names)
+    hashes = hash64("semantic codes", seed, names)
     numbers, seen = [0] * len(names), Counter[tuple[int, ...]]()
-    for place in sorted(range(len(names)), key=lambda n: (-popular[names[n]], int(chance[n]))):
-        numbers[place] = seen[rows[place]]
-        seen[rows[place]] += 1
+    for row in sorted(range(len(names)), key=lambda n: (-popular[names[n]], int(hashes[n]))):
+        numbers[row] = seen[rows[row]]
+        seen[rows[row]] += 1
     return numbers
 
 

@@ -41,7 +41,7 @@ def token(level: int, number: int) -> str:
     return f"<{LETTERS[level]}_{number}>"
 
 
-def own_token(number: int) -> str:
+def item_token(number: int) -> str:
     """Return the token of an item, or of its position in a cluster: ``<item_12>``."""
     return f"<item_{number}>"
 

@@ -198,7 +198,7 @@ def generated(
     requests: Sequence[Request],
     *,
     max_tokens: int,
-    wanted: type[Ranking] | type[Rating] | type[Probability] | type[Text],
+    answer_type: type[Ranking] | type[Rating] | type[Probability] | type[Text],
     reason: str,
 ) -> list[Answer]:
     """Generate and parse an answer for every request; if parsing fails, it is `Unparsed`."""
@@ -208,7 +208,7 @@ def generated(
             part, prompts, asker.backend.generate(prompts, max_tokens=max_tokens), strict=True
         ):
             parsed = asker.task.parse(done.text, request, template=asker.template)
-            answer = parsed if isinstance(parsed, wanted) else Unparsed(request_id=request.id, reason=reason)
+            answer = parsed if isinstance(parsed, answer_type) else Unparsed(request_id=request.id, reason=reason)
             answers.append(replace(answer, raw=done.text, prompt_hash=prompt_hash(prompt), cost=cost_of(done)))
     return answers
 

@@ -48,7 +48,7 @@ class CatalogueRanker:
         self.engine = ""
         self._texts: tuple[str, ...] = ()
         self._groups: list[list[str]] = []
-        self._places: dict[str, int] = {}
+        self._group_of: dict[str, int] = {}
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Rank the catalogue for every request; see `Predictor.answer`.
@@ -67,7 +67,7 @@ class CatalogueRanker:
                 self._texts,
                 k=self._beams,
                 width=self._beams,
-                excluded=[self._gone(request) for request in part],
+                excluded=[self._excluded_groups(request) for request in part],
                 exact=self._exact,
             )
             for request, prompt, item in zip(part, prompts, result, strict=True):
@@ -88,29 +88,29 @@ class CatalogueRanker:
         for item, text in zip(task.catalogue, task.continuations(request, template=self.asker.template), strict=True):
             groups.setdefault(text, []).append(item)
         self._texts, self._groups = tuple(groups), list(groups.values())
-        self._places = {item: index for index, items in enumerate(self._groups) for item in items}
+        self._group_of = {item: index for index, items in enumerate(self._groups) for item in items}
 
-    def _gone(self, request: Request) -> list[int]:
+    def _excluded_groups(self, request: Request) -> list[int]:
         """Return the texts whose items are all excluded."""
-        apart = self._apart(request)
-        places = {self._places[item] for item in apart if item in self._places}
-        return sorted(place for place in places if apart.issuperset(self._groups[place]))
+        excluded = self._apart(request)
+        groups = {self._group_of[item] for item in excluded if item in self._group_of}
+        return sorted(group for group in groups if excluded.issuperset(self._groups[group]))
 
-    def _ranking(self, request: Request, found: SearchResult, prompt: str) -> Ranking:
-        self.engine = found.engine
-        apart = self._apart(request)
+    def _ranking(self, request: Request, result: SearchResult, prompt: str) -> Ranking:
+        self.engine = result.engine
+        excluded = self._apart(request)
         ranked = [
             (item, score)
-            for place, score in zip(found.items, found.scores, strict=True)
-            for item in self._groups[place]
-            if item not in apart
+            for group, score in zip(result.items, result.scores, strict=True)
+            for item in self._groups[group]
+            if item not in excluded
         ]
         return Ranking(
             request_id=request.id,
             items=tuple(item for item, _ in ranked),
             scores=tuple(score for _, score in ranked),
             prompt_hash=prompt,
-            cost=Cost(prompt_tokens=found.prompt_tokens, completion_tokens=found.tokens, forwards=1),
+            cost=Cost(prompt_tokens=result.prompt_tokens, completion_tokens=result.tokens, forwards=1),
         )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from llmrec.recipe.schema import EvalSection
-from llmrec.strategies.rounds import window_places
+from llmrec.strategies.rounds import window_bounds
 from llmrec.tasks.task import Want
 
 
@@ -49,7 +49,7 @@ def _permutation(n: int, section: EvalSection) -> Count:
 
 
 def _window(n: int, section: EvalSection) -> Count:
-    windows = sum(1 for _ in window_places(n, section.window, section.window_step))
+    windows = sum(1 for _ in window_bounds(n, section.window, section.window_step))
     return Count(section.permutations * windows, min(n, section.window))
 
 
@@ -62,7 +62,7 @@ def _pairwise(n: int, section: EvalSection) -> Count:
 def _setwise(n: int, section: EvalSection) -> Count:
     children = section.set_size - 1
     built = sum(_levels(node, n, children) for node in range(-(-(n - 1) // children)))
-    count = sum(_levels(0, n - place, children) for place in range(1, min(section.depth, n)))
+    count = sum(_levels(0, n - position, children) for position in range(1, min(section.depth, n)))
     return Count(section.permutations * (built + count), min(n, section.set_size))
 
 

@@ -13,7 +13,7 @@ from llmrec.types import Answer, Cost, Prompt, Ranking, Request
 
 # Titles per user-independent prompt, because the cost of a forward pass over a tree of titles is quadratic.
 _PRIORS = 64
-_NOBODY = Request(id="prior", user_id="")
+_NO_USER = Request(id="prior", user_id="")
 
 
 class LikelihoodRanker(Asking):
@@ -72,12 +72,12 @@ class PriorRanker(Asking):
     def _bare(self, request: Request) -> tuple[str, ...]:
         """Return the candidate titles as texts that follow the prompt without a user."""
         return self.asker.task.continuations(
-            replace(_NOBODY, candidates=candidates_of(request)), template=self.asker.template
+            replace(_NO_USER, candidates=candidates_of(request)), template=self.asker.template
         )
 
     def _learn(self, texts: Sequence[str]) -> Cost:
         slices = [texts[start : start + _PRIORS] for start in range(0, len(texts), _PRIORS)]
-        prompt = self.asker.task.prompt(_NOBODY, template=self.asker.template, shots=self.asker.shots)
+        prompt = self.asker.task.prompt(_NO_USER, template=self.asker.template, shots=self.asker.shots)
         scores = score_in_chunks(self.asker.backend, [prompt] * len(slices), slices, closed=True)
         for part, item in zip(slices, scores, strict=True):
             self._priors.update(zip(part, item.logprobs, strict=True))
@@ -143,18 +143,18 @@ def yes_over_no(logprobs: Sequence[float], spelt: int) -> float:
     return float(np.logaddexp.reduce(logs[:spelt]) - np.logaddexp.reduce(logs[spelt:]))
 
 
-def ranked(found: Scored) -> Ranking:
+def ranked(result: Scored) -> Ranking:
     """Return the candidates sorted by score; equal scores keep the stored order and are ties.
 
     Raises:
         LlmrecError: If the request has no candidate set: scoring a whole catalogue title by title is too expensive.
     """
-    items, scores = candidates_of(found.request), found.scores
+    items, scores = candidates_of(result.request), result.scores
     order = sorted(range(len(items)), key=lambda i: -scores.logprobs[i])
     return Ranking(
-        request_id=found.request.id,
+        request_id=result.request.id,
         items=tuple(items[i] for i in order),
         scores=tuple(scores.logprobs[i] for i in order),
-        prompt_hash=found.prompt_hash,
+        prompt_hash=result.prompt_hash,
         cost=cost_of(scores),
     )

@@ -42,7 +42,7 @@ class TwoStepRanker:
         self.asker = asker
         self._second = label_ranker(asker, permutations=permutations)
         # By identity: clients choose the ids of requests to a service, which may not be unique.
-        self._told: dict[int, tuple[Request, str | None]] = {}
+        self._profiled: dict[int, tuple[Request, str | None]] = {}
 
     @property
     def engine(self) -> str:
@@ -54,19 +54,19 @@ class TwoStepRanker:
         answers: list[Answer] = []
         for start in range(0, len(requests), self.asker.batch):
             part = requests[start : start + self.asker.batch]
-            message = self._profiles(part)
-            self._told |= {id(request): (request, text) for request, (text, _) in zip(part, message, strict=True)}
+            profiles = self._profiles(part)
+            self._profiled |= {id(request): (request, text) for request, (text, _) in zip(part, profiles, strict=True)}
             second = self._second.answer(
-                [_with(request, text) for request, (text, _) in zip(part, message, strict=True)]
+                [_with(request, text) for request, (text, _) in zip(part, profiles, strict=True)]
             )
-            for (text, cost), answer in zip(message, second, strict=True):
+            for (text, cost), answer in zip(profiles, second, strict=True):
                 assert isinstance(answer, Ranking)
                 answers.append(replace(answer, cost=answer.cost + cost, raw=text))
         return answers
 
     def first_prompt(self, request: Request) -> Prompt:
         """Return the prompt of the second step, with the profile generated for this request."""
-        _, text = self._told.get(id(request), (request, None))
+        _, text = self._profiled.get(id(request), (request, None))
         return self._second.first_prompt(_with(request, text))
 
     def _profiles(self, requests: Sequence[Request]) -> list[tuple[str | None, Cost]]:
@@ -75,12 +75,12 @@ class TwoStepRanker:
         task, backend = self.asker.task, self.asker.backend
         prompts = [task.profile_prompt(request) for request in pending]
         result = iter(backend.generate(prompts, max_tokens=task.profile_tokens) if prompts else [])
-        message: list[tuple[str | None, Cost]] = []
+        profiles: list[tuple[str | None, Cost]] = []
         for request in requests:
             done = None if request.context.get("profile") else next(result)
-            message.append((None, Cost()) if done is None else (clean(done.text), cost_of(done)))
-        return message
+            profiles.append((None, Cost()) if done is None else (clean(done.text), cost_of(done)))
+        return profiles
 
 
-def _with(request: Request, told: str | None) -> Request:
-    return replace(request, context={**request.context, "profile": told}) if told else request
+def _with(request: Request, profile: str | None) -> Request:
+    return replace(request, context={**request.context, "profile": profile}) if profile else request

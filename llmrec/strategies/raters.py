@@ -50,7 +50,7 @@ class ParsedRater(Asking):
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Rate the item of every request; see `Predictor.answer`."""
         reason = "no number on the rating scale in the answer"
-        return generated(self.asker, requests, max_tokens=_NUMBER_TOKENS, wanted=Rating, reason=reason)
+        return generated(self.asker, requests, max_tokens=_NUMBER_TOKENS, answer_type=Rating, reason=reason)
 
 
 class HeadRater:
@@ -136,7 +136,7 @@ class ParsedYesNoJudge(Asking):
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Answer yes or no about the item of every request; see `Predictor.answer`."""
         reason = "neither a yes nor a no at the beginning of the answer"
-        return generated(self.asker, requests, max_tokens=_ANSWER_TOKENS, wanted=Probability, reason=reason)
+        return generated(self.asker, requests, max_tokens=_ANSWER_TOKENS, answer_type=Probability, reason=reason)
 
 
 # --------------------------------------------------------------------------- calibration
@@ -194,20 +194,20 @@ class Calibrated:
         ]
 
 
-def fit_curve(said: Sequence[float], truth: Sequence[float]) -> Curve:
+def fit_curve(probabilities: Sequence[float], truth: Sequence[float]) -> Curve:
     """Fit a calibration curve to probabilities and labels by log loss.
 
     Args:
-        said: P(yes), shape (n,).
+        probabilities: P(yes), shape (n,).
         truth: 1 for yes and 0 for no, shape (n,).
     """
-    odds, so = np.array([_odds(value) for value in said]), np.array(truth)
-    yes, no = so.sum(), (1 - so).sum()
-    wanted = np.where(so == 1, (yes + 1) / (yes + 2), 1 / (no + 2))
+    odds, labels = np.array([_odds(value) for value in probabilities]), np.array(truth)
+    yes, no = labels.sum(), (1 - labels).sum()
+    targets = np.where(labels == 1, (yes + 1) / (yes + 2), 1 / (no + 2))
 
     def loss(point: np.ndarray[tuple[int], np.dtype[np.float64]]) -> float:
         score = math.exp(point[0]) * odds + point[1]
-        return float((np.logaddexp(0, score) - wanted * score).mean())
+        return float((np.logaddexp(0, score) - targets * score).mean())
 
     # Importing scipy takes 0.1 s, which most commands do not need.
     from scipy.optimize import minimize
@@ -233,4 +233,4 @@ class Writer(Asking):
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Generate a text for every request; see `Predictor.answer`."""
-        return generated(self.asker, requests, max_tokens=self._max_tokens, wanted=Text, reason="empty answer")
+        return generated(self.asker, requests, max_tokens=self._max_tokens, answer_type=Text, reason="empty answer")

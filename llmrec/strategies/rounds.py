@@ -38,11 +38,11 @@ class Question:
     given: tuple[str, ...] = ()
 
 
-Said = Mapping[str, float]
+ItemScores = Mapping[str, float]
 """Item -> log-probability of its label, in nats, for each queried item in the order shown."""
 Order = Sequence[tuple[str, float]]
 """Items with scores, best first."""
-Steps = Generator[list[Question], list[Said], Order]
+Steps = Generator[list[Question], list[ItemScores], Order]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +65,10 @@ class _Game:
     cost: Cost = field(default_factory=Cost)
     hashes: list[str] = field(default_factory=list)
 
-    def go(self, said: list[Said] | None = None) -> None:
+    def go(self, scores: list[ItemScores] | None = None) -> None:
         """Advance to the next questions, or to the end."""
         try:
-            self.waiting = next(self.steps) if said is None else self.steps.send(said)
+            self.waiting = next(self.steps) if scores is None else self.steps.send(scores)
         except StopIteration as stop:
             self.waiting, self.order = [], stop.value
 
@@ -136,16 +136,16 @@ class Rounds:
         result = iter(self._score([entry for _, entry in posed]))
         for game, entry in posed:
             game.hashes.append(prompt_hash(entry.prompt))
-        replies: dict[int, list[Said]] = {id(game): [] for game in games}
+        replies: dict[int, list[ItemScores]] = {id(game): [] for game in games}
         for game, question, orders in pending:
             sums = dict.fromkeys((item for item in question.shown if item not in question.given), 0.0)
             for order in orders:
                 scores = next(result)
                 self.engine = scores.engine
                 game.cost += cost_of(scores)
-                worth = dict(zip(order.shown, biases[len(order.shown)].tolist(), strict=True))
+                bias = dict(zip(order.shown, biases[len(order.shown)].tolist(), strict=True))
                 for item, logprob in zip(_left(order), scores.logprobs, strict=True):
-                    sums[item] += (logprob - worth[item]) / len(orders)
+                    sums[item] += (logprob - bias[item]) / len(orders)
             replies[id(game)].append(sums)
         for game in games:
             game.go(replies[id(game)])
@@ -155,7 +155,7 @@ class Rounds:
         orders = [question]
         for number in range(1, self._permutations):
             shown = list(question.shown)
-            keyed("permutation", 0, request.id, str(number), *_places(request, shown)).shuffle(shown)
+            keyed("permutation", 0, request.id, str(number), *_stored_positions(request, shown)).shuffle(shown)
             orders.append(Question(tuple(shown), question.given))
         return orders
 
@@ -226,24 +226,24 @@ def mixed(request: Request, items: Sequence[str]) -> tuple[str, ...]:
     """
     unordered = set(items)
     shown = [item for item in request.candidates or () if item in unordered]
-    keyed("shown", 0, request.id, *_places(request, shown)).shuffle(shown)
+    keyed("shown", 0, request.id, *_stored_positions(request, shown)).shuffle(shown)
     return tuple(shown)
 
 
-def _places(request: Request, items: Sequence[str]) -> list[str]:
-    """Return items by index in the stored order."""
+def _stored_positions(request: Request, items: Sequence[str]) -> list[str]:
+    """Return the positions of items in the stored order, as strings."""
     stored = {item: index for index, item in enumerate(request.candidates or ())}
     return [str(stored[item]) for item in items]
 
 
-def placed(best: Sequence[str], rest: Sequence[str] = ()) -> Order:
+def by_position(best: Sequence[str], rest: Sequence[str] = ()) -> Order:
     """Score items by position from the end; items in ``rest`` share the last position."""
     return [*((item, float(len(best) - index)) for index, item in enumerate(best)), *((item, 0.0) for item in rest)]
 
 
-def by_score(said: Said) -> Order:
+def by_score(scores: ItemScores) -> Order:
     """Return items sorted by score, best first."""
-    return sorted(said.items(), key=lambda pair: -pair[1])
+    return sorted(scores.items(), key=lambda pair: -pair[1])
 
 
 def joint_hash(hashes: Sequence[str]) -> str | None:
@@ -296,8 +296,8 @@ def label_ranker(asker: Prompting, *, permutations: int = 1, training: Sequence[
 
 
 def _at_once(request: Request) -> Steps:
-    (text,) = yield [Question(candidates_of(request))]
-    return by_score(text)
+    (scores,) = yield [Question(candidates_of(request))]
+    return by_score(scores)
 
 
 def permutation_ranker(
@@ -321,18 +321,18 @@ def permutation_ranker(
 def _one_by_one(request: Request, *, depth: int) -> Steps:
     pool = candidates_of(request)
     chosen: tuple[str, ...] = ()
-    text: Said = dict.fromkeys(pool, 0.0)
+    scores: ItemScores = dict.fromkeys(pool, 0.0)
     for _ in range(min(depth, len(pool) - 1)):
-        (text,) = yield [Question(pool, chosen)]
-        chosen = (*chosen, max(text, key=lambda item: text[item]))
-    return _behind(chosen, by_score({item: value for item, value in text.items() if item not in chosen}))
+        (scores,) = yield [Question(pool, chosen)]
+        chosen = (*chosen, max(scores, key=lambda item: scores[item]))
+    return _behind(chosen, by_score({item: value for item, value in scores.items() if item not in chosen}))
 
 
 def _behind(chosen: Sequence[str], rest: Order) -> Order:
     """Put the chosen items before the rest, and score the rest relative to its best item."""
     best = rest[0][1] if rest else 0.0
-    places = [(item, float(len(chosen) - index)) for index, item in enumerate(chosen)]
-    return [*places, *((item, value - best) for item, value in rest)]
+    ahead = [(item, float(len(chosen) - index)) for index, item in enumerate(chosen)]
+    return [*ahead, *((item, value - best) for item, value in rest)]
 
 
 class ListRanker:
@@ -349,7 +349,7 @@ class ListRanker:
         """Rank the candidates of every request; see `Predictor.answer`."""
         room = list_room(max((len(r.candidates or ()) for r in requests), default=1))
         reason = "no candidate label or title in the answer"
-        return generated(self.asker, requests, max_tokens=room, wanted=Ranking, reason=reason)
+        return generated(self.asker, requests, max_tokens=room, answer_type=Ranking, reason=reason)
 
 
 # --------------------------------------------------------------------------- windows
@@ -377,13 +377,13 @@ def window_ranker(
 
 def _slide(request: Request, *, window: int, step: int) -> Steps:
     items = list(candidates_of(request))
-    for begin, end in window_places(len(items), window, step):
-        (text,) = yield [Question(mixed(request, items[begin:end]))]
-        items[begin:end] = sorted(items[begin:end], key=lambda item: -text[item])
-    return placed(items)
+    for begin, end in window_bounds(len(items), window, step):
+        (scores,) = yield [Question(mixed(request, items[begin:end]))]
+        items[begin:end] = sorted(items[begin:end], key=lambda item: -scores[item])
+    return by_position(items)
 
 
-def window_places(count: int, window: int, step: int) -> Iterator[tuple[int, int]]:
+def window_bounds(count: int, window: int, step: int) -> Iterator[tuple[int, int]]:
     """Yield start and end of the windows over ``count`` items, from the last to the first."""
     begin = max(0, count - window)
     while count > 1:
@@ -415,32 +415,32 @@ def pairwise_ranker(asker: Prompting, *, all_pairs: int, depth: int) -> Rounds:
 def _compare(request: Request, *, all_pairs: int, depth: int) -> Steps:
     items = list(candidates_of(request))
     if len(items) < 2:
-        return placed(items)
+        return by_position(items)
     if len(items) <= all_pairs:
         pairs = list(arrangements(items, 2))
-        text = yield [Question(pair) for pair in pairs]
-        return by_score(_wins(items, dict(zip(pairs, text, strict=True))))
+        scores = yield [Question(pair) for pair in pairs]
+        return by_score(_wins(items, dict(zip(pairs, scores, strict=True))))
     passes = min(depth, len(items) - 1)
     for front in range(passes):
-        for place in range(len(items) - 1, front, -1):
-            ahead, behind = items[place - 1], items[place]
+        for position in range(len(items) - 1, front, -1):
+            ahead, behind = items[position - 1], items[position]
             one, other = yield [Question((ahead, behind)), Question((behind, ahead))]
             if _lead(behind, ahead, one, other) > 0:
-                items[place - 1], items[place] = behind, ahead
+                items[position - 1], items[position] = behind, ahead
     decided = len(items) if passes == len(items) - 1 else passes
-    return placed(items[:decided], items[decided:])
+    return by_position(items[:decided], items[decided:])
 
 
-def _lead(first: str, second: str, one: Said, other: Said) -> float:
+def _lead(first: str, second: str, one: ItemScores, other: ItemScores) -> float:
     """Return the log-odds of the first item over the second, averaged over both orders."""
     return (one[first] - one[second] + other[first] - other[second]) / 2
 
 
-def _wins(items: Sequence[str], said: Mapping[tuple[str, ...], Said]) -> dict[str, float]:
+def _wins(items: Sequence[str], scores: Mapping[tuple[str, ...], ItemScores]) -> dict[str, float]:
     """Return the expected number of other items that each item beats."""
     wins = dict.fromkeys(items, 0.0)
-    for first, second in said:
-        lead = _lead(first, second, said[first, second], said[second, first])
+    for first, second in scores:
+        lead = _lead(first, second, scores[first, second], scores[second, first])
         wins[first] += 0.5 * (1 + math.tanh(lead / 2))
     return wins
 
@@ -480,14 +480,16 @@ def _heap(request: Request, *, children: int, depth: int) -> Steps:
             heap[0] = last
             if len(best) < depth:
                 yield from _sift(request, heap, 0, children)
-    return placed(best, heap)
+    return by_position(best, heap)
 
 
-def _sift(request: Request, heap: list[str], node: int, children: int) -> Generator[list[Question], list[Said], None]:
+def _sift(
+    request: Request, heap: list[str], node: int, children: int
+) -> Generator[list[Question], list[ItemScores], None]:
     """Move an item down the heap until it is the best of its set; on ties the upper item stays."""
-    while places := range(node * children + 1, min((node + 1) * children + 1, len(heap))):
-        (text,) = yield [Question(mixed(request, [heap[place] for place in (node, *places)]))]
-        best = max((node, *places), key=lambda place: text[heap[place]])
+    while below := range(node * children + 1, min((node + 1) * children + 1, len(heap))):
+        (scores,) = yield [Question(mixed(request, [heap[index] for index in (node, *below)]))]
+        best = max((node, *below), key=lambda index: scores[heap[index]])
         if best == node:
             return
         heap[node], heap[best] = heap[best], heap[node]

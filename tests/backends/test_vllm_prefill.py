@@ -163,10 +163,10 @@ def test_a_tree_is_covered_by_paths_that_share_no_node() -> None:
     assert entries == list(range(9))
     # A request has a limit of ids; a node that is wider is asked for in parts.
     asked, entries = plan(nodes, starts, ids, chains=True, limit=3)
-    assert [len({i for row in ask.wanted for i in row}) for ask in asked] == [2, 3, 2, 1, 1]
+    assert [len({i for row in ask.targets for i in row}) for ask in asked] == [2, 3, 2, 1, 1]
     assert sorted(entries) == list(range(9))
     wide, entries = plan([()], [0, 5], [1, 2, 3, 4, 5], chains=True, limit=2)
-    assert [ask.wanted for ask in wide] == [((1, 2),), ((3, 4),), ((5,),)] and entries == [0, 1, 2, 3, 4]
+    assert [ask.targets for ask in wide] == [((1, 2),), ((3, 4),), ((5,),)] and entries == [0, 1, 2, 3, 4]
     alone, _ = plan(nodes, starts, ids, chains=False, limit=9)
     assert [ask.text for ask in alone] == nodes and not any(ask.forced for ask in alone)
 

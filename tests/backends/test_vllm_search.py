@@ -50,10 +50,10 @@ class MadeEngine:
         wanted: list[tuple[tuple[int, ...], int]] = []
         values = []
         for ask in asked:
-            assert len(ask.wanted) == len(ask.forced) + 1 and all(ask.wanted) and (self.forces or not ask.forced)
-            assert len({token for row in ask.wanted for token in row}) <= self.limit
-            assert all(token in row for token, row in zip(ask.forced, ask.wanted, strict=False))
-            pairs = [(ask.text + ask.forced[:n], token) for n, row in enumerate(ask.wanted) for token in row]
+            assert len(ask.targets) == len(ask.forced) + 1 and all(ask.targets) and (self.forces or not ask.forced)
+            assert len({token for row in ask.targets for token in row}) <= self.limit
+            assert all(token in row for token, row in zip(ask.forced, ask.targets, strict=False))
+            pairs = [(ask.text + ask.forced[:n], token) for n, row in enumerate(ask.targets) for token in row]
             values.append([logprob(*pair) for pair in pairs])
             wanted += pairs
         assert len(set(wanted)) == len(wanted), "a value was asked for twice"
@@ -114,7 +114,7 @@ def test_a_wide_node_is_asked_in_groups_and_equal_texts_once() -> None:
     tokens = np.array([*range(10), 3, 2, 1, *range(9, -1, -1)])
     values = tree.open([(5,), (6,), (5,)], Wanted(after, tokens))
     assert [ask.text for ask in made.rounds[0]] == [(5,), (5,), (5,), (6,)]
-    assert [len(ask.wanted[0]) for ask in made.rounds[0]] == [4, 4, 2, 3]
+    assert [len(ask.targets[0]) for ask in made.rounds[0]] == [4, 4, 2, 3]
     assert values[:10].tolist() == values[13:][::-1].tolist()
     assert values[10] == logprob((6,), 3)
 

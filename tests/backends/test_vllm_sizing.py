@@ -44,8 +44,8 @@ def test_the_cache_holds_the_largest_batch_as_far_as_there_is_room(tokens: int, 
 
 def test_a_larger_model_may_have_a_larger_cache() -> None:
     seven = Workload(tokens=64 * 2048, token_bytes=131_072, weights=14 * 10**9)
-    assert seven.wanted(2048) == 14 * 10**9
-    assert Workload(tokens=64 * 500, token_bytes=131_072, weights=14 * 10**9).wanted(2048) == 64 * 500 * 131_072
+    assert seven.needed(2048) == 14 * 10**9
+    assert Workload(tokens=64 * 500, token_bytes=131_072, weights=14 * 10**9).needed(2048) == 64 * 500 * 131_072
 
 
 class Machine:

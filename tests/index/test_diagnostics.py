@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from llmrec.errors import DataError
 from llmrec.index.diagnostics import Depth, Spread, diagnose, examples, nearest, neighbours
-from llmrec.index.table import ItemIndex, own_token, token
+from llmrec.index.table import ItemIndex, item_token, token
 from tests.facts import Facts, raises
 
 TOKENS = (*(token(0, n) for n in range(3)), *(token(1, n) for n in range(4)))
@@ -67,7 +67,7 @@ def test_codes_of_several_lengths_by_hand() -> None:
 
 
 def test_one_token_an_item() -> None:
-    tokens = tuple(own_token(n) for n in range(5))
+    tokens = tuple(item_token(n) for n in range(5))
     found = diagnose(ItemIndex("token", {f"i{n}": (piece,) for n, piece in enumerate(tokens)}, tokens=tokens))
     (level,) = found.levels
     assert (level.name, level.counts, found.bucket) == ("item", (1,) * 5, None)
@@ -76,8 +76,8 @@ def test_one_token_an_item() -> None:
 
 
 def test_a_last_level_of_own_tokens_comes_after_the_letters() -> None:
-    tokens = (own_token(0), own_token(1), token(1, 0), token(0, 0))
-    codes = {f"i{n}": (token(0, 0), token(1, 0), own_token(n)) for n in range(2)}
+    tokens = (item_token(0), item_token(1), token(1, 0), token(0, 0))
+    codes = {f"i{n}": (token(0, 0), token(1, 0), item_token(n)) for n in range(2)}
     found = diagnose(ItemIndex("category", codes, tokens=tokens, settings={"item_token": True}))
     assert [level.name for level in found.levels] == ["a", "b", "item"] and found.hybrid
 
@@ -125,7 +125,7 @@ def test_neighbours_of_numbers_are_stretches_and_titles_have_none() -> None:
 
 
 def test_categories_of_a_prefix_are_named() -> None:
-    codes = {f"i{n}": (token(0, n // 4), token(1, n // 2 % 2), own_token(n % 2)) for n in range(8)}
+    codes = {f"i{n}": (token(0, n // 4), token(1, n // 2 % 2), item_token(n % 2)) for n in range(8)}
     tokens = tuple(sorted({piece for code in codes.values() for piece in code}))
     index = ItemIndex("category", codes, tokens, {"names": [["Tools"], ["Saws", "Drills"]]})
     assert [group.said for group in neighbours(index, {})] == [

@@ -11,7 +11,7 @@ from catalogues import trained
 
 from llmrec.data.split import SplitDataset
 from llmrec.errors import DataError, RecipeError
-from llmrec.index.table import ItemIndex, build, own_token
+from llmrec.index.table import ItemIndex, build, item_token
 from llmrec.recipe.schema import IndexSection
 from llmrec.types import Item
 from tests.facts import Facts, raises
@@ -128,8 +128,8 @@ def test_items_of_a_path_are_counted_by_training_interactions() -> None:
     values = dict.fromkeys("abcdef", "Same > Path")
     train = [("u0", "c"), ("u1", "c"), ("u2", "c"), ("u0", "e"), ("u1", "e"), ("u0", "a")]
     index = coded(filed(values, train))
-    assert [index.codes[name][-1] for name in "cea"] == [own_token(n) for n in range(3)]
-    assert {index.codes[name][-1] for name in "bdf"} == {own_token(n) for n in range(3, 6)}
+    assert [index.codes[name][-1] for name in "cea"] == [item_token(n) for n in range(3)]
+    assert {index.codes[name][-1] for name in "bdf"} == {item_token(n) for n in range(3, 6)}
     orders = {tuple(coded(filed(values, train), seed=seed).codes[name][-1] for name in "bdf") for seed in range(8)}
     assert len(orders) > 1
 
@@ -137,8 +137,8 @@ def test_items_of_a_path_are_counted_by_training_interactions() -> None:
 def test_with_item_tokens_each_item_has_its_own() -> None:
     plain, own = coded(filed()), coded(filed(), item_token=True)
     assert paths(plain) == paths(own)
-    assert sorted(pieces[-1] for pieces in own.codes.values()) == [own_token(n) for n in range(len(FILED))]
-    assert own.tokens[-len(FILED) :] == tuple(own_token(n) for n in range(len(FILED)))
+    assert sorted(pieces[-1] for pieces in own.codes.values()) == [item_token(n) for n in range(len(FILED))]
+    assert own.tokens[-len(FILED) :] == tuple(item_token(n) for n in range(len(FILED)))
 
 
 # --------------------------------------------------------------------------- extension

@@ -22,7 +22,7 @@ from llmrec.data.split import SplitDataset
 from llmrec.errors import DataError, RecipeError
 from llmrec.index import collaborative
 from llmrec.index.collaborative import cluster_qr
-from llmrec.index.table import ItemIndex, build, own_token, token
+from llmrec.index.table import ItemIndex, build, item_token, token
 from llmrec.recipe.schema import IndexSection
 from llmrec.types import Item
 from tests.facts import Facts, raises
@@ -243,14 +243,14 @@ def test_tokens_are_listed_level_by_level() -> None:
     index = coded(mixed(), clusters=3, leaf=8)
     levels = int(index.settings["levels"])
     clusters = [token(level, n) for level in range(levels) for n in range(4 if level == 0 else 3)]
-    assert list(index.tokens) == clusters + [own_token(n) for n in range(8)]
+    assert list(index.tokens) == clusters + [item_token(n) for n in range(8)]
     assert levels == max(index.figures["depth"], 1)
 
 
 def test_with_item_tokens_the_last_piece_is_an_items_own() -> None:
     plain, own = (coded(mixed(), clusters=3, leaf=8, item_token=item_token) for item_token in (False, True))
     last = [pieces[-1] for pieces in own.codes.values()]
-    assert sorted(last) == sorted(own_token(n) for n in range(len(own.codes)))
+    assert sorted(last) == sorted(item_token(n) for n in range(len(own.codes)))
     assert {item: pieces[:-1] for item, pieces in own.codes.items()} == {i: p[:-1] for i, p in plain.codes.items()}
 
 

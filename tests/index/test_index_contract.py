@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from llmrec.errors import DataError, ErrorKind
 from llmrec.guard import is_item_token
-from llmrec.index.table import ItemIndex, build, own_token, token
+from llmrec.index.table import ItemIndex, build, item_token, token
 from llmrec.index.titles import title_key
 from llmrec.recipe.schema import IndexSection
 from llmrec.registry import INDEXES
@@ -196,7 +196,7 @@ def test_codes_that_are_none_name_their_file(tmp_path: Path) -> None:
 
 def test_a_stored_index_is_json_and_safetensors_only(tmp_path: Path) -> None:
     index = ItemIndex(
-        "x", {"i": (own_token(0),)}, tokens=(own_token(0),), arrays={"c": np.ones((2, 3), dtype=np.float32)}
+        "x", {"i": (item_token(0),)}, tokens=(item_token(0),), arrays={"c": np.ones((2, 3), dtype=np.float32)}
     )
     index.save(tmp_path / "index")
     assert sorted(file.name for file in (tmp_path / "index").iterdir()) == ["index.json", "index.safetensors"]

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from llmrec.errors import DataError
 from llmrec.guard import is_item_token
 from llmrec.index.numbers import user_tokens
-from llmrec.index.table import ItemIndex, build, own_token, user_token
+from llmrec.index.table import ItemIndex, build, item_token, user_token
 from llmrec.pipeline.indexing import build_index
 from llmrec.recipe.schema import IndexSection
 from llmrec.types import Code, Item
@@ -78,7 +78,7 @@ def test_a_user_tells_nothing_of_order_and_names_stay_apart() -> None:
 
 def test_an_index_without_users_reads_as_before(tmp_path: Path) -> None:
     """A folder that was written before users could have tokens."""
-    index = ItemIndex("token", {"a": (own_token(0),)}, tokens=(own_token(0),))
+    index = ItemIndex("token", {"a": (item_token(0),)}, tokens=(item_token(0),))
     index.save(tmp_path / "index")
     file = tmp_path / "index" / "index.json"
     told = json.loads(file.read_text())
@@ -88,8 +88,8 @@ def test_an_index_without_users_reads_as_before(tmp_path: Path) -> None:
 
 
 def test_two_users_or_a_user_and_an_item_cannot_share_a_token() -> None:
-    index = ItemIndex("token", {"a": (own_token(0),)}, tokens=(own_token(0),))
-    for users in ({"u": user_token(0), "v": user_token(0)}, {"u": own_token(0)}):
+    index = ItemIndex("token", {"a": (item_token(0),)}, tokens=(item_token(0),))
+    for users in ({"u": user_token(0), "v": user_token(0)}, {"u": item_token(0)}):
         with raises(DataError, Facts("duplicate")):
             replace(index, users=users)
     with raises(DataError, Facts("bad-value", says=("'u'", "<a_12>"))):

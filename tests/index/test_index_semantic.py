@@ -16,7 +16,7 @@ from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset, split
 from llmrec.errors import DataError, RecipeError
 from llmrec.index.semantic import encode, nearest
-from llmrec.index.table import ItemIndex, build, own_token, token
+from llmrec.index.table import ItemIndex, build, item_token, token
 from llmrec.recipe.schema import IndexSection, Split
 from llmrec.types import Item
 from tests.facts import Facts, raises
@@ -118,9 +118,9 @@ def test_more_items_of_equal_first_pieces_than_codes_is_an_error_that_says_what_
 def test_the_last_piece_may_be_the_items_own() -> None:
     data = titled(["a", "a", "b"])
     index = index_of(data, item_token=True, balance=0)
-    assert [pieces[2] for pieces in index.codes.values()] == [own_token(n) for n in range(3)]
+    assert [pieces[2] for pieces in index.codes.values()] == [item_token(n) for n in range(3)]
     assert index.codes["i000"][:2] == index.codes["i001"][:2] != index.codes["i002"][:2]
-    assert index.tokens[16:] == (own_token(0), own_token(1), own_token(2))
+    assert index.tokens[16:] == (item_token(0), item_token(1), item_token(2))
 
 
 def test_planted_kinds_share_their_first_piece() -> None:
@@ -206,7 +206,7 @@ def test_further_items_move_nothing_and_get_codes_of_their_own(options: dict[str
     assert all(more.codes[item] == pieces for item, pieces in index.codes.items())
     assert len({*more.codes.values()}) == 130 and {len(p) for p in more.codes.values()} == {len(index.codes["i000"])}
     fresh = more.tokens[len(index.tokens) :]
-    assert fresh == (tuple(own_token(n) for n in range(40, 130)) if options.get("item_token") else ())
+    assert fresh == (tuple(item_token(n) for n in range(40, 130)) if options.get("item_token") else ())
     # One by one is the same as all at once.
     single = index
     for name, item in new.items():

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmrec.index.semantic import Floats, Network, encode, fit, forward, made, nearest, perplexity, residual_kmeans
+from llmrec.index.semantic import Floats, Network, encode, fit, forward, nearest, perplexity, residual_kmeans, untrained
 from llmrec.recipe.schema import RQVAEIndex
 
 torch = pytest.importorskip("torch")
@@ -17,7 +17,7 @@ SMALL = RQVAEIndex(hidden=(10,), dim=4, epochs=30, batch=64, learning_rate=3e-3)
 
 def network(seed: int = 0) -> Network:
     """In double precision, with codewords about as long as the encodings."""
-    found = made(6, SMALL, 3, 5, seed)
+    found = untrained(6, SMALL, 3, 5, seed)
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.tensor([1, 0.5, 0.25])[:, None, None]
     codebooks = torch.randn(3, 5, 4, generator=generator, dtype=torch.float64) * lengths

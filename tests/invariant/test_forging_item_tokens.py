@@ -13,7 +13,7 @@ from llmrec.backends.encode import Encoder
 from llmrec.data.dataset import Dataset
 from llmrec.data.split import split
 from llmrec.guard import is_item_token, without_item_tokens
-from llmrec.index.table import ItemIndex, own_token, token, user_token
+from llmrec.index.table import ItemIndex, item_token, token, user_token
 from llmrec.models.item_tokens import add_item_tokens
 from llmrec.prompts.template import Template, load_templates
 from llmrec.recipe.schema import SequentialSection, Split
@@ -24,7 +24,7 @@ from tests.tasks.making import make
 
 TOKENS = (
     *(token(level, n) for level in range(3) for n in range(4)),
-    *(name(n) for name in (own_token, user_token) for n in range(4)),
+    *(name(n) for name in (item_token, user_token) for n in range(4)),
 )
 SPELT = (
     "<a_1>", "x<a_1>y", "<a_1><b_2>", "< <a_1>", "<item_3>", "<A_1>", "＜a_1＞", "<\u200ba_1>", "<a\u0301_1>", "<a_1",

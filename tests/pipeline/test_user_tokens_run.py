@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from llmrec.data.split import SplitDataset
-from llmrec.index.table import ItemIndex, own_token, user_token
+from llmrec.index.table import ItemIndex, item_token, user_token
 from llmrec.pipeline import bundle
 from llmrec.pipeline.run import Run, open_session, run
 from llmrec.pipeline.study import Study, build_study
@@ -64,8 +64,8 @@ def said(data: SplitDataset, index: ItemIndex, user: str, item: str) -> str:
 
 def test_ids_are_written_as_tokens_and_stay_ids_to_all_else() -> None:
     data = histories("abcxy", "bcdxz")
-    tokens = {item: (own_token(n),) for n, item in enumerate(data.dataset.items)}
-    names = tuple(own_token(n) for n in range(len(tokens)))
+    tokens = {item: (item_token(n),) for n, item in enumerate(data.dataset.items)}
+    names = tuple(item_token(n) for n in range(len(tokens)))
     plain = ItemIndex("token", tokens, tokens=names)
     coded = ItemIndex("token", tokens, tokens=names, users={"u0": user_token(4)}, writes_ids=True)
     assert said(data, coded, "u0", "b") == "<user_4> <item_1>"

@@ -14,7 +14,7 @@ import pytest
 from llmrec.durable import write_json
 from llmrec.errors import DataError
 from llmrec.index.diagnostics import diagnose, examples, neighbours
-from llmrec.index.table import ItemIndex, own_token, token
+from llmrec.index.table import ItemIndex, item_token, token
 from llmrec.registry import INDEXES
 from llmrec.report import index_page, index_plots, index_summary, page
 from tests.facts import Facts, raises
@@ -45,7 +45,7 @@ def content(index: ItemIndex, titles: dict[str, str], **more: Any) -> index_page
 def tree_index(items: int, *, hybrid: bool = False) -> ItemIndex:
     """Codes of three tokens, or of two and one of the item's own."""
     codes = {
-        f"i{n}": (token(0, n % 5), token(1, n // 5 % 4), own_token(n) if hybrid else token(2, n // 20))
+        f"i{n}": (token(0, n % 5), token(1, n // 5 % 4), item_token(n) if hybrid else token(2, n // 20))
         for n in range(items)
     }
     tokens = sorted({piece for code in codes.values() for piece in code})
@@ -122,7 +122,7 @@ def test_tokens_of_single_items_are_not_plotted() -> None:
     drawn = [shape.text for shape in index_plots.pictures(found)["usage"][0].shapes]
     assert [text for text in drawn if text.startswith("items per")] == ["items per <a_…>", "items per <b_…>"]
     assert index_summary.HYBRID in index_summary.sentence(found)
-    tokens = tuple(own_token(n) for n in range(9))
+    tokens = tuple(item_token(n) for n in range(9))
     alone = diagnose(ItemIndex("token", {f"i{n}": (piece,) for n, piece in enumerate(tokens)}, tokens=tokens))
     assert index_plots.pictures(alone) == {}
 

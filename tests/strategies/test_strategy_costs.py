@@ -13,7 +13,7 @@ from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.predictor import evaluate
 from llmrec.recipe.schema import EvalSection
 from llmrec.strategies.counting import questions_of
-from llmrec.strategies.rounds import window_places
+from llmrec.strategies.rounds import window_bounds
 from llmrec.tasks.family import family_of
 from llmrec.types import Request
 from tests.strategies.strategy_cases import SCORED, Counting, cases, pick_first, strategy, task
@@ -56,7 +56,7 @@ def test_windows_by_formula() -> None:
     for n in range(1, 60):
         for w in range(2, 12):
             for s in range(1, w):
-                places = list(window_places(n, w, s))
+                places = list(window_bounds(n, w, s))
                 assert len(places) == (0 if n == 1 else 1 if n <= w else -(-(n - w) // s) + 1)
                 assert n == 1 or (places[-1][0] == 0 and places[0][1] == n)
 

@@ -81,8 +81,8 @@ def _predict(options: PredictOptions, out: Path) -> tuple[Mapping[str, str | int
         rows = islice(source, total)
         while raws := list(islice(rows, options.batch)):
             read = [_read(raw, len(records) + n, recommender) for n, raw in enumerate(raws, start=1)]
-            able = [request for request in read if isinstance(request, RankRequest)]
-            answers = iter(recommender.about(able, way))
+            valid = [request for request in read if isinstance(request, RankRequest)]
+            answers = iter(recommender.about(valid, way))
             for raw, request in zip(raws, read, strict=True):
                 result: Answer = next(answers) if isinstance(request, RankRequest) else request
                 records.append(_record(raw, len(records) + 1, request, result))
@@ -103,11 +103,11 @@ def _predict(options: PredictOptions, out: Path) -> tuple[Mapping[str, str | int
     return summary, records
 
 
-def _family(recommender: LanguageModel, asked: str) -> str:
+def _family(recommender: LanguageModel, requested: str) -> str:
     """Return the requested task, or the only task that the model supports."""
     known = list(about_families(recommender.bundle))
-    if asked != "auto":
-        return asked
+    if requested != "auto":
+        return requested
     if len(known) != 1:
         has = f"has {', '.join(known)}; choose one with --family" if known else "has no task about one item"
         raise DataError(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, get_args
 
 from llmrec.answer.options import PLAIN, TUNED, About, RecommenderOptions
-from llmrec.answer.rank.outputs import summary_beside
+from llmrec.answer.rank.outputs import summary_path
 from llmrec.errors import RecipeError
 from llmrec.recipe.shared import Form
 
@@ -110,7 +110,7 @@ class RankOptions(RecommenderOptions):
     @property
     def bare(self) -> bool:
         """Whether requests may lack candidates, which are then retrieved."""
-        return self.whole or self.retrieve is not None or self.baseline is not None or self.named is not None
+        return self.ranks_catalogue or self.retrieve is not None or self.baseline is not None or self.named is not None
 
     @property
     def named(self) -> str | None:
@@ -130,7 +130,7 @@ class RankOptions(RecommenderOptions):
     @property
     def summary(self) -> Path:
         """Path of the summary."""
-        return summary_beside(self.target)
+        return summary_path(self.target)
 
 
 OF_CLUSTERS = ("actors", "cpus", "gpus", "shards")

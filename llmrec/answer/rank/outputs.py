@@ -14,8 +14,8 @@ from llmrec.errors import DataError, RecipeError
 from llmrec.fingerprint import digest_of
 
 
-def summary_beside(out: Path) -> Path:
-    """Return the path of the summary next to an output file, which records how the file was made."""
+def summary_path(out: Path) -> Path:
+    """Return the path of the summary next to an output file, which records how the file was created."""
     return out.with_name(out.name + ".summary.json")
 
 
@@ -48,7 +48,7 @@ def check_out(
     waits = parts is not None and parts.exists()
     if waits or not out.exists():
         return
-    if not summary_beside(out).exists():
+    if not summary_path(out).exists():
         raise DataError(
             f"{option} {out} exists and was not written by `llmrec {by}`; remove it, or choose another file",
             kind="exists",
@@ -100,24 +100,24 @@ def into_table(
     database.check(name, schema, replace=replace)
     rows = Path(f"{name}-{digest_of(to=to)[:8]}.jsonl")
     yield database, rows
-    for path in (rows, summary_beside(rows)):
+    for path in (rows, summary_path(rows)):
         path.unlink(missing_ok=True)
 
 
 def outdate(out: Path) -> None:
     """Mark an output as outdated, so that it is merged again."""
-    if summary_beside(out).is_file():
-        write_checked(summary_beside(out), {"key": "", "sha256": _recorded(out)})
+    if summary_path(out).is_file():
+        write_checked(summary_path(out), {"key": "", "sha256": _recorded(out)})
 
 
 def _recorded(out: Path) -> str | None:
     """Return the hash of an output from its summary; None if the summary has none."""
     try:
-        return str(checked(summary_beside(out).read_bytes())["sha256"])
+        return str(checked(summary_path(out).read_bytes())["sha256"])
     except (OSError, ValueError, LookupError, TypeError):
         return None
 
 
 def write_summary(out: Path, summary: Mapping[str, Json]) -> None:
     """Write the summary of an output to the file next to it."""
-    write_json(summary_beside(out), {**summary, "sha256": sha256_of(out)})
+    write_json(summary_path(out), {**summary, "sha256": sha256_of(out)})

@@ -12,7 +12,7 @@ from llmrec.answer.known import Histories, Known
 from llmrec.answer.language_model import LanguageModel
 from llmrec.answer.listing import Wanted
 from llmrec.answer.loaded import Loaded
-from llmrec.answer.opening import Models, offered, open_classics, open_models, own_name
+from llmrec.answer.opening import Models, language_model_name, offered, open_classics, open_models
 from llmrec.answer.options import ModelOptions, RecommenderOptions
 from llmrec.answer.rank.options import RankOptions
 from llmrec.answer.recommender import Answered
@@ -27,8 +27,8 @@ from llmrec.types import Item, Unparsed
 # Options that also apply to baselines; all others configure a language model.
 _SHARED = ("items", "candidates", "settings", "top", "batch")
 # Options to rank with the language model of a folder, and to open it.
-_ASKED = ("task", "template", "strategy", "beams", "exact", "settings", "retrieve", "k", "fuse")
-_OPENED = (*(field.name for field in fields(ModelOptions) if field.name not in ("model", "items")), "max_length")
+_RANK_OPTIONS = ("task", "template", "strategy", "beams", "exact", "settings", "retrieve", "k", "fuse")
+_OPEN_OPTIONS = (*(field.name for field in fields(ModelOptions) if field.name not in ("model", "items")), "max_length")
 
 
 def resolved(options: RankOptions) -> RankOptions:
@@ -49,13 +49,13 @@ def resolved(options: RankOptions) -> RankOptions:
         return options
     _check_named(options)
     bundle = bundles.read(options.model)
-    own = own_name(bundle)
-    changed = _changed(options, _ASKED)
-    by = options.by or (own if own and (changed or options.rationale) else offered(bundle)[0])
+    base = language_model_name(bundle)
+    changed = _changed(options, _RANK_OPTIONS)
+    by = options.by or (base if base and (changed or options.rationale) else offered(bundle)[0])
     if not bundle.weights:
-        changed += _changed(options, _OPENED)
-    if by != own and changed:
-        ranks = f"--by selects {by!r}" if own else f"{options.model} has no language model and ranks with {by}"
+        changed += _changed(options, _OPEN_OPTIONS)
+    if by != base and changed:
+        ranks = f"--by selects {by!r}" if base else f"{options.model} has no language model and ranks with {by}"
         raise RecipeError(
             f"{changed[0]} configures a language model, but {ranks}; drop {changed[0]}",
             kind="contradiction",
@@ -168,7 +168,7 @@ class _NamedRanker:
     @property
     def identity(self) -> dict[str, object]:
         options, signature = self._options, self._loaded.signature()
-        known = {"signature": signature, "whole": options.whole, "top": options.top, "batch": options.batch}
+        known = {"signature": signature, "whole": options.ranks_catalogue, "top": options.top, "batch": options.batch}
         return {**known, "rationale": options.rationale} if options.rationale else known
 
     @property
@@ -185,7 +185,7 @@ class _NamedRanker:
         return self._loaded.histories
 
     def read(self, record: Mapping[str, object], row: int = 1) -> RankRequest | Unparsed:
-        whole = self._options.whole or record.get("candidates") is None
+        whole = self._options.ranks_catalogue or record.get("candidates") is None
         try:
             return self._loaded.read(record, row, whole=whole)
         except DataError as error:
@@ -202,8 +202,8 @@ class _NamedRanker:
         advance: Callable[[int], None] = lambda done: None,
         part: int | None = None,
     ) -> list[Answered]:
-        able = [request for request in requests if isinstance(request, RankRequest)]
-        lists = iter(self._loaded.lists(able, Wanted(k=self._options.top), rationale=self._options.rationale))
+        valid = [request for request in requests if isinstance(request, RankRequest)]
+        lists = iter(self._loaded.lists(valid, Wanted(k=self._options.top), rationale=self._options.rationale))
         answers = [
             _answered(request, next(lists) if isinstance(request, RankRequest) else None) for request in requests
         ]

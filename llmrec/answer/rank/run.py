@@ -18,7 +18,7 @@ from typing import Any
 
 from llmrec import terminal
 from llmrec.answer.rank.options import RankOptions
-from llmrec.answer.rank.outputs import check_out, into_table, summary_beside
+from llmrec.answer.rank.outputs import check_out, into_table, summary_path
 from llmrec.answer.rank.ranker import Ranker, open_ranker, resolved
 from llmrec.answer.recommender import Answered
 from llmrec.data.ranked import (
@@ -82,15 +82,15 @@ class Row:
                 error = f"duplicate id {request_id!r}, first used in line {first}; give each request a unique id"
         return cls(raw, number, request_id, user_id, error)
 
-    def asked(self, recommender: Ranker) -> RankRequest | Unparsed:
+    def parse(self, recommender: Ranker) -> RankRequest | Unparsed:
         """Parse the request of the row, or return why it is invalid."""
         if self.error or self.raw.record is None:
             return Unparsed(request_id=self.request_id or "", reason=self.error)
         return recommender.read(self.raw.record, self.number)
 
-    def record(self, found: Answered) -> Ranked:
+    def record(self, answered: Answered) -> Ranked:
         """Return the record to write for an answer."""
-        answer, reasons = found.answer, found.reasons
+        answer, reasons = answered.answer, answered.reasons
         ranking = answer if isinstance(answer, Ranking) else None
         return Ranked(
             request_id=self.request_id,
@@ -98,14 +98,14 @@ class Row:
             line=self.raw.line,
             items=ranking.items if ranking else (),
             scores=ranking.scores if ranking else (),
-            titles=found.titles,
+            titles=answered.titles,
             error=answer.reason if isinstance(answer, Unparsed) else None,
-            notes=found.notes,
+            notes=answered.notes,
             prompt_tokens=answer.cost.prompt_tokens,
             completion_tokens=answer.cost.completion_tokens,
             forwards=answer.cost.forwards,
-            retrieved=found.retrieved,
-            profile=found.profile,
+            retrieved=answered.retrieved,
+            profile=answered.profile,
             rationale=tuple(reasons.texts),
             rationale_prompt_tokens=reasons.cost.prompt_tokens,
             rationale_completion_tokens=reasons.cost.completion_tokens,
@@ -156,7 +156,7 @@ def _rank_into(options: RankOptions) -> Mapping[str, Any]:
     budget = Budget()
     with budget.stage("start"):
         source = open_requests(options.source, bare=options.bare)
-    with locked(options.parts, own):
+    with locked(options.parts, is_rank_file):
         if options.restart:
             empty(options.parts)
         with opening(options, source, options.parts, budget) as (recommender, key):
@@ -215,7 +215,7 @@ def check_titled(options: RankOptions, source: RequestFile, recommender: Ranker)
 
 def finished(target: Path, form: Form, key: str) -> Mapping[str, Any] | None:
     """Return the summary of an existing output with the same inputs, if the file is unchanged."""
-    done = read_stage(summary_beside(target), key, itemgetter("sha256"))
+    done = read_stage(summary_path(target), key, itemgetter("sha256"))
     same = done is not None and done.get("form") == form and target.is_file() and sha256_of(target) == done["sha256"]
     return done if same else None
 
@@ -233,7 +233,7 @@ def _claim(folder: Path, key: str) -> None:
     mark = folder / "key"
     if mark.is_file() and mark.read_text(encoding="utf-8") == key:
         return
-    others = [path for path in folder.glob(part_name("*")) if own(path.name)]
+    others = [path for path in folder.glob(part_name("*")) if is_rank_file(path.name)]
     if others:
         log.warning("%d partial results in %s are from other inputs or options and are discarded", len(others), folder)
     for path in others:
@@ -241,18 +241,18 @@ def _claim(folder: Path, key: str) -> None:
     write_text(mark, key)
 
 
-_OWN = re.compile(r"\.lock|\.?(key|part-[0-9]{8}\.jsonl|shard\.json)((\.llmrec)?\.draft)?|answers\.sqlite.*")
+_RANK_FILE = re.compile(r"\.lock|\.?(key|part-[0-9]{8}\.jsonl|shard\.json)((\.llmrec)?\.draft)?|answers\.sqlite.*")
 
 
-def own(name: str) -> bool:
+def is_rank_file(name: str) -> bool:
     """Whether a file name in a folder of parts was written by `llmrec rank`."""
-    return _OWN.fullmatch(name) is not None
+    return _RANK_FILE.fullmatch(name) is not None
 
 
 def empty(folder: Path) -> None:
     """Remove the parts from a folder, but not its lock."""
     for path in folder.iterdir():
-        if path.name != LOCK and own(path.name) and (path.is_symlink() or path.is_file()):
+        if path.name != LOCK and is_rank_file(path.name) and (path.is_symlink() or path.is_file()):
             path.unlink()
 
 
@@ -307,7 +307,7 @@ def rank_parts(
             else:
                 before = budget.stages.get("ranking", 0.0)
                 with budget.stage("ranking"):
-                    requests = [row.asked(recommender) for row in lines]
+                    requests = [row.parse(recommender) for row in lines]
                     answers = recommender.rank(requests, advance=bar.answered, part=number)
                     records = [row.record(answer) for row, answer in zip(lines, answers, strict=True)]
                 write_part(path, records)
@@ -331,7 +331,7 @@ def _work(options: RankOptions, source: RequestFile, recommender: Ranker, key: s
         paths.append(options.parts / part_name(len(paths)))
     with budget.stage("write"):
         write_lists(options.target, stored(paths), form, options.tag)
-    summary = summary_of(asked_of(options, source, recommender, key), tally, budget.stages)
+    summary = summary_of(inputs_of(options, source, recommender, key), tally, budget.stages)
     write_checked(options.summary, summary)
     return summary
 
@@ -503,7 +503,7 @@ def _cost(spent: Mapping[str, Any]) -> str:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Inputs:
     """The inputs of a ranking, for its summary.
 
     Attributes:
@@ -523,31 +523,31 @@ class Asked:
     key: str
 
 
-def asked_of(options: RankOptions, source: RequestFile, recommender: Ranker, key: str) -> Asked:
+def inputs_of(options: RankOptions, source: RequestFile, recommender: Ranker, key: str) -> Inputs:
     """Return the inputs of a ranking for its summary."""
-    return Asked(str(options.source), options.target, options.layout, source.blank, recommender.described, key)
+    return Inputs(str(options.source), options.target, options.layout, source.blank, recommender.described, key)
 
 
-def summary_of(asked: Asked, tally: Tally, seconds: Mapping[str, float]) -> dict[str, Any]:
+def summary_of(inputs: Inputs, tally: Tally, seconds: Mapping[str, float]) -> dict[str, Any]:
     """Return the summary for the terminal and the JSON file.
 
     Args:
-        asked: The inputs.
+        inputs: The inputs.
         tally: The counts and costs.
         seconds: The seconds per stage.
     """
     ranking = seconds.get("ranking", 0.0)
-    model = dict(asked.model)
+    model = dict(inputs.model)
     reasons = bool(model.pop("rationales", False))
     return {
-        "key": asked.key,
-        "requests": asked.requests,
-        "out": str(asked.out),
-        "form": asked.form,
-        "sha256": sha256_of(asked.out),
+        "key": inputs.key,
+        "requests": inputs.requests,
+        "out": str(inputs.out),
+        "form": inputs.form,
+        "sha256": sha256_of(inputs.out),
         **model,
         "lines": tally.lines,
-        "blank_lines": asked.blank_lines,
+        "blank_lines": inputs.blank_lines,
         "ranked": tally.lines - tally.failed,
         "failed": tally.failed,
         "failures": tally.failures,
@@ -576,6 +576,6 @@ def _seconds(tally: Tally) -> dict[str, float] | None:
     """Return the seconds per request of this call: mean, fastest part and slowest part."""
     if not tally.parts:
         return None
-    item = [part.seconds / part.lines for part in tally.parts]
-    whole = sum(part.seconds for part in tally.parts) / sum(part.lines for part in tally.parts)
-    return {"mean": round(whole, 4), "fastest_part": round(min(item), 4), "slowest_part": round(max(item), 4)}
+    seconds = [part.seconds / part.lines for part in tally.parts]
+    mean = sum(part.seconds for part in tally.parts) / sum(part.lines for part in tally.parts)
+    return {"mean": round(mean, 4), "fastest_part": round(min(seconds), 4), "slowest_part": round(max(seconds), 4)}

@@ -11,20 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from llmrec.answer.rank.options import RankOptions
-from llmrec.answer.rank.outputs import check_out, outdate, summary_beside
+from llmrec.answer.rank.outputs import check_out, outdate, summary_path
 from llmrec.answer.rank.ranker import Ranker, resolved
 from llmrec.answer.rank.run import (
     STDOUT,
-    Asked,
+    Inputs,
     Part,
     Tally,
-    asked_of,
     check_owners,
     check_titled,
     empty,
     finished,
+    inputs_of,
+    is_rank_file,
     opening,
-    own,
     part_name,
     part_sizes,
     rank_key,
@@ -73,7 +73,7 @@ def rank_shard(options: RankOptions, shard: Shard, *, ranker: Ranker | None = No
     with budget.stage("start"):
         source = open_requests(options.source, bare=options.bare)
     try:
-        with locked(folder, own):
+        with locked(folder, is_rank_file):
             if options.restart:
                 empty(folder)
                 outdate(options.target)
@@ -93,7 +93,7 @@ def rank_shard(options: RankOptions, shard: Shard, *, ranker: Ranker | None = No
                     deque(rank_parts(options, source, recommender, folder, key, tally, shard), maxlen=0)
                     names = [part_name(number) for number in shard.chunks(*part_sizes(options, source))]
                     seconds = {name: spent - before.get(name, 0.0) for name, spent in budget.stages.items()}
-                    summary = _summary(asked_of(options, source, recommender, key), options, tally, seconds)
+                    summary = _summary(inputs_of(options, source, recommender, key), options, tally, seconds)
                     finish(folder, "rank", shard, key, names, summary)
             # The part contains the answers, so the answer cache is not needed.
             for path in folder.glob("answers.sqlite*"):
@@ -111,7 +111,7 @@ def drop_shards(target: Path) -> None:
         LlmrecError: If a shard is in progress.
     """
     for folder in sorted(shards_of(target).glob("*-of-*")):
-        with locked(folder, own):
+        with locked(folder, is_rank_file):
             remove(folder)
     outdate(target)
 
@@ -126,53 +126,53 @@ def merge_rank(target: Path, folders: Sequence[Path] = ()) -> Mapping[str, Any]:
     Raises:
         LlmrecError: If shards are missing, damaged, duplicated or from other inputs, or the file cannot be written.
     """
-    result = gathered(target, folders)
-    first = result[0].told
-    inputs = Asked(first["requests"], target, first["form"], first["blank_lines"], first["told"], result[0].key)
+    shards = gathered(target, folders)
+    first = shards[0].told
+    inputs = Inputs(first["requests"], target, first["form"], first["blank_lines"], first["told"], shards[0].key)
     form_of(target, inputs.form)
     parts = target.with_name(target.name + ".parts")
     check_out(target, (Path(inputs.requests),), option="the file to merge into", by="rank", parts=parts)
-    with locked(parts, own):
+    with locked(parts, is_rank_file):
         done = finished(target, inputs.form, inputs.key)
         if done is not None:
             log.warning("%s is already complete", target)
-        summary = done or _merged(result, inputs)
+        summary = done or _merged(shards, inputs)
         remove(parts)
     return summary
 
 
-def _merged(found: Sequence[Finished], asked: Asked) -> Mapping[str, Any]:
-    paths = [item.folder / name for item in found for name in item.files]
+def _merged(shards: Sequence[Finished], inputs: Inputs) -> Mapping[str, Any]:
+    paths = [item.folder / name for item in shards for name in item.files]
     tally = Tally()
     owners: dict[str, int] = {}
     for path in paths:
         records = list(stored([path]))
         tally.add(records)
-        if asked.form != "records":
-            check_owners(Path(asked.requests), records, owners)
-    write_lists(asked.out, stored(paths), asked.form, found[0].told["tag"])
+        if inputs.form != "records":
+            check_owners(Path(inputs.requests), records, owners)
+    write_lists(inputs.out, stored(paths), inputs.form, shards[0].told["tag"])
     seconds: Counter[str] = Counter()
-    for result in found:
-        seconds.update(result.told["seconds"])
-        tally.parts += [Part(**part) for part in result.told["parts"]]
+    for shard in shards:
+        seconds.update(shard.told["seconds"])
+        tally.parts += [Part(**part) for part in shard.told["parts"]]
         for name in _FRESH:
-            setattr(tally, name, getattr(tally, name) + result.told[name])
-    summary = summary_of(asked, tally, seconds)
+            setattr(tally, name, getattr(tally, name) + shard.told[name])
+    summary = summary_of(inputs, tally, seconds)
     summary["shards"] = [
-        {"shard": str(result.shard), **{name: result.told[name] for name in ("seconds", "versions", "machine")}}
-        for result in found
+        {"shard": str(shard.shard), **{name: shard.told[name] for name in ("seconds", "versions", "machine")}}
+        for shard in shards
     ]
-    write_checked(summary_beside(asked.out), summary)
+    write_checked(summary_path(inputs.out), summary)
     return summary
 
 
-def _summary(asked: Asked, options: RankOptions, tally: Tally, seconds: Mapping[str, float]) -> Mapping[str, Any]:
+def _summary(inputs: Inputs, options: RankOptions, tally: Tally, seconds: Mapping[str, float]) -> Mapping[str, Any]:
     """Return the values of a shard that the summary of all shards needs."""
     return {
-        "requests": asked.requests,
-        "form": asked.form,
-        "blank_lines": asked.blank_lines,
-        "told": dict(asked.model),
+        "requests": inputs.requests,
+        "form": inputs.form,
+        "blank_lines": inputs.blank_lines,
+        "told": dict(inputs.model),
         "tag": options.tag,
         "lines": tally.lines,
         "failed": tally.failed,

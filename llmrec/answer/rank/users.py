@@ -62,12 +62,12 @@ def rank_users(options: RankOptions) -> Mapping[str, str | int]:
                 kind="empty",
                 column="--all-users",
             )
-        opened.enter_context(locked(_parts(to), _own))
+        opened.enter_context(locked(_parts(to), _is_part))
         users, signature = rec.users[: options.limit], rec.signature()
         # If an engine does not fit into memory, continue with a smaller one.
         changing = [field.name for field in fields(RecommenderOptions) if field.name not in _NEUTRAL]
-        asks = {name: repr(getattr(options, name)) for name in changing}
-        key = digest_of(signature=signature, k=k, users=users, histories=rec.histories, by=options.by, asked=asks)
+        settings = {name: repr(getattr(options, name)) for name in changing}
+        key = digest_of(signature=signature, k=k, users=users, histories=rec.histories, by=options.by, asked=settings)
         if options.restart:
             for path in _parts(to).glob("part-*.parquet"):
                 path.unlink()
@@ -170,5 +170,5 @@ def _parts(to: str) -> Path:
     return path.with_name(path.name + ".parts")
 
 
-def _own(name: str) -> bool:
+def _is_part(name: str) -> bool:
     return name == ".lock" or (name.startswith((".part-", "part-")) and ".parquet" in name)

@@ -52,7 +52,7 @@ class Listening:
     def __init__(self, encoder: Encoder, stop: str | None, listener: Callable[[str], None]) -> None:
         self._encoder, self._stop, self._listener = encoder, stop, listener
         self._ids: list[int] = []
-        self._said = 0
+        self._sent = 0
         self._prompt = True
 
     def put(self, value: Any) -> None:
@@ -62,9 +62,9 @@ class Listening:
             return
         self._ids += value.flatten().tolist()
         text = self._encoder.completion(self._ids, self._stop, 0).text
-        if len(text) > self._said and not text.endswith("\ufffd"):
-            self._listener(text[self._said :])
-            self._said = len(text)
+        if len(text) > self._sent and not text.endswith("\ufffd"):
+            self._listener(text[self._sent :])
+            self._sent = len(text)
 
     def end(self) -> None:
         """Receive the end of the text."""
@@ -356,14 +356,14 @@ class HFBackend:
 
     def _score_labels(self, ids: list[int], labels: Sequence[int]) -> list[float]:
         torch, device = self._torch, self.model.device
-        wanted = torch.tensor(list(labels), device=device)
+        targets = torch.tensor(list(labels), device=device)
         row = torch.tensor([ids], device=device)
         with torch.inference_mode():
             if not self._states:
                 logits = self.model(input_ids=row, logits_to_keep=1).logits
-                return [float(item) for item in _picked(logits[0, -1].expand(len(labels), -1), wanted)]
+                return [float(item) for item in _picked(logits[0, -1].expand(len(labels), -1), targets)]
             states = self._prefixes.last(ids) if self._reads_trees() else states_of(self.model, row)[0, -1:]
-            result = chosen_logprobs(self.model.get_output_embeddings(), states, torch.zeros_like(wanted), wanted)
+            result = chosen_logprobs(self.model.get_output_embeddings(), states, torch.zeros_like(targets), targets)
         return [float(item) for item in result]
 
     def _score_packed(self, ids: list[int], tails: Sequence[tuple[int, ...]]) -> list[float]:
@@ -376,12 +376,12 @@ class HFBackend:
         if self._paired:
             return read_through(MaskedTree(self.model, self.encoder.tokenizer.pad_token_id), [ids], [tails])[0]
         tree = Candidates.of(tails)
-        after, wanted = (torch.from_numpy(item).to(device) for item in (tree.after, tree.wanted))
+        after, targets = (torch.from_numpy(item).to(device) for item in (tree.after, tree.targets))
         if self._states and len(tree.tokens) <= BLOCK:
             # Few tokens after the prompt: answers such as yes and no, whose prompts share prefixes.
             states = self._prefixes.tree(ids, tree.tokens, tree.sees, tree.depths)
             with torch.inference_mode():
-                result = chosen_logprobs(self.model.get_output_embeddings(), states, after, wanted).cpu().numpy()
+                result = chosen_logprobs(self.model.get_output_embeddings(), states, after, targets).cpu().numpy()
             return sums(result, tree.owners, len(tails))
         size = start + len(tree.tokens)
         seen = np.tri(size, start, dtype=bool)
@@ -389,22 +389,22 @@ class HFBackend:
         dtype = self.model.dtype
         mask = torch.zeros(seen.shape, dtype=dtype, device=device)
         mask.masked_fill_(torch.from_numpy(~seen).to(device), torch.finfo(dtype).min)
-        places = np.concatenate([np.arange(start), start + tree.depths])
+        positions = np.concatenate([np.arange(start), start + tree.depths])
         inputs = {
             "input_ids": torch.tensor([[*ids, *tree.tokens]], device=device),
             "attention_mask": mask[None, None],
-            "position_ids": torch.from_numpy(places)[None].to(device),
+            "position_ids": torch.from_numpy(positions)[None].to(device),
             "use_cache": False,
         }
         with torch.inference_mode():
             if self._states:
                 states = self.model.get_decoder()(**inputs).last_hidden_state[0, start - 1 :]
-                result = chosen_logprobs(self.model.get_output_embeddings(), states, after, wanted).cpu().numpy()
+                result = chosen_logprobs(self.model.get_output_embeddings(), states, after, targets).cpu().numpy()
             else:
                 kept = torch.arange(start - 1, size, device=device)
                 logits = self.model(**inputs, logits_to_keep=kept).logits[0]
                 totals = torch.cat([part.float().logsumexp(-1) for part in logits.split(_ROWS)])
-                result = (logits[after, wanted].float() - totals[after]).double().cpu().numpy()
+                result = (logits[after, targets].float() - totals[after]).double().cpu().numpy()
         return sums(result, tree.owners, len(tails))
 
     def _score_rows(self, ids: list[int], tails: Sequence[tuple[int, ...]]) -> list[float]:
@@ -415,15 +415,15 @@ class HFBackend:
         results = []
         for tail in tails:
             row = torch.tensor([ids + list(tail)], device=self.model.device)
-            wanted = row[0, len(ids) :]
+            targets = row[0, len(ids) :]
             with torch.inference_mode():
                 if self._states:
                     states, after = states_of(self.model, row)[0, len(ids) - 1 : -1], torch.arange(len(tail))
                     head = self.model.get_output_embeddings()
-                    result = chosen_logprobs(head, states, after.to(row.device), wanted)
+                    result = chosen_logprobs(head, states, after.to(row.device), targets)
                 else:
                     logits = self.model(input_ids=row, logits_to_keep=len(tail) + 1, use_cache=False).logits[0, :-1]
-                    result = _picked(logits, wanted).double()
+                    result = _picked(logits, targets).double()
                 results.append(float(result.sum()))
         return results
 

@@ -35,14 +35,14 @@ class Body(Protocol):
         """Start with new prompts, and return the first token ids of each row."""
         ...
 
-    def run(self, ids: torch.Tensor, mask: torch.Tensor, places: torch.Tensor, cache: Any) -> tuple[Any, Any]:
+    def run(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any) -> tuple[Any, Any]:
         """Compute the hidden states of new tokens after the tokens in the key-value cache.
 
         Args:
             ids: Token ids, shape (rows, columns).
             mask: 1 or 0 for every column so far, shape (rows, all columns), or values to add to
                 attention, shape (rows, 1, columns, all columns).
-            places: Position ids, shape (rows, columns).
+            positions: Position ids, shape (rows, columns).
             cache: The cache that the previous call returned; None at first.
 
         Returns:
@@ -68,9 +68,9 @@ def padded(texts: Sequence[Sequence[int]], pad: int, device: Any, *, left: bool 
     ids = torch.full((len(texts), longest), pad)
     mask = torch.zeros_like(ids)
     for row, text in enumerate(texts):
-        place = slice(longest - len(text), longest) if left else slice(len(text))
-        ids[row, place] = torch.tensor(list(text))
-        mask[row, place] = 1
+        columns = slice(longest - len(text), longest) if left else slice(len(text))
+        ids[row, columns] = torch.tensor(list(text))
+        mask[row, columns] = 1
     return ids.to(device), mask.to(device)
 
 
@@ -98,8 +98,8 @@ def reads_states(model: torch.nn.Module) -> bool:
             states = states_of(model, ids, encoder_hidden_states=encoded)
         else:
             logits, states = model(input_ids=ids, use_cache=False).logits, states_of(model, ids)
-        made = model.get_output_embeddings()(states)
-    return bool(torch.allclose(made.float(), logits.float(), atol=1e-4, rtol=0.02))
+        expected = model.get_output_embeddings()(states)
+    return bool(torch.allclose(expected.float(), logits.float(), atol=1e-4, rtol=0.02))
 
 
 class CausalBody:
@@ -112,10 +112,10 @@ class CausalBody:
         """Return the prompts unchanged, because a decoder reads them directly; see `Body`."""
         return prompts
 
-    def run(self, ids: torch.Tensor, mask: torch.Tensor, places: torch.Tensor, cache: Any) -> tuple[Any, Any]:
+    def run(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any) -> tuple[Any, Any]:
         """Compute columns; see `Body`."""
         out = self._decoder(
-            input_ids=ids, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         )
         return out.last_hidden_state, out.past_key_values
 
@@ -131,22 +131,22 @@ class PairedBody:
         self._bias = model.get_decoder().block[0].layer[0].SelfAttention
         self._states: Any = None
         self._seen: Any = None
-        self._places: Any = None
+        self._positions: Any = None
 
     def begin(self, prompts: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
         """Encode prompts, padded on the right, and return the start token of the decoder for each."""
         ids, self._seen = padded(prompts, 0, self._model.device)
         out = self._model.get_encoder()(input_ids=ids, attention_mask=self._seen)
-        self._states, self._places = out.last_hidden_state, None
+        self._states, self._positions = out.last_hidden_state, None
         return [(self._start,)] * len(prompts)
 
-    def run(self, ids: torch.Tensor, mask: torch.Tensor, places: torch.Tensor, cache: Any) -> tuple[Any, Any]:
+    def run(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any) -> tuple[Any, Any]:
         """Compute columns; see `Body`."""
-        known = places if self._places is None else self._torch.cat([self._places, places], dim=1)
-        self._places = known
+        known = positions if self._positions is None else self._torch.cat([self._positions, positions], dim=1)
+        self._positions = known
         out = self._model.get_decoder()(
             input_ids=ids,
-            attention_mask=mask if mask.dim() == 2 else self._placed(mask, places, known),
+            attention_mask=mask if mask.dim() == 2 else self._bias_corrected(mask, positions, known),
             encoder_hidden_states=self._states,
             encoder_attention_mask=self._seen,
             past_key_values=cache,
@@ -154,16 +154,16 @@ class PairedBody:
         )
         return out.last_hidden_state * self._scale, out.past_key_values
 
-    def _placed(self, mask: torch.Tensor, places: torch.Tensor, known: Any) -> Any:
+    def _bias_corrected(self, mask: torch.Tensor, positions: torch.Tensor, known: Any) -> Any:
         """Return the mask with corrected position bias, shape (rows, heads, columns, all columns).
 
         The model adds a bias by the distance of two columns. In a tree the distance is one of depth, so the difference
         of both biases is added to the mask, which enters the same sum.
         """
         bias, torch = self._bias, self._torch
-        columns, wide = places.shape[1], known.shape[1]
+        columns, wide = positions.shape[1], known.shape[1]
         apart = bias._relative_position_bucket(
-            known[:, None, :] - places[:, :, None],
+            known[:, None, :] - positions[:, :, None],
             bidirectional=False,
             num_buckets=bias.relative_attention_num_buckets,
             max_distance=bias.relative_attention_max_distance,
@@ -203,7 +203,7 @@ class MaskedTree:
         self._prompts: list[tuple[int, ...]] = []
         self.tokens = self.forwards = self.head_rows = 0
 
-    def open(self, prompts: Sequence[Sequence[int]], wanted: Wanted) -> Floats:
+    def open(self, prompts: Sequence[Sequence[int]], targets: Wanted) -> Floats:
         """Read prompts, padded on the left; see `TreeEngine`.
 
         With ``warm`` a single prompt continues from the previous single prompt, as far as they share a prefix.
@@ -226,12 +226,12 @@ class MaskedTree:
         for row, prompt in enumerate(prompts):
             ids[row, longest - known - (len(prompt) - known) :] = prompt[known:]
         mask = np.arange(longest) >= (longest - lengths)[:, None]
-        places = np.clip(np.cumsum(mask, axis=1) - 1, 0, None)[:, known:]
-        hidden = self._forward(ids, torch.from_numpy(mask.astype(np.int64)), places)
+        positions = np.clip(np.cumsum(mask, axis=1) - 1, 0, None)[:, known:]
+        hidden = self._forward(ids, torch.from_numpy(mask.astype(np.int64)), positions)
         self.tokens += int(lengths.sum()) - known * len(prompts)
-        return self._logprobs(hidden[:, -1], wanted, wanted.after)
+        return self._logprobs(hidden[:, -1], targets, targets.after)
 
-    def feed(self, fed: Fed, wanted: Wanted) -> Floats:
+    def feed(self, fed: Fed, targets: Wanted) -> Floats:
         """Read tokens after the prompts; see `TreeEngine`."""
         torch, count = self._torch, len(fed.tokens)
         base, before = len(self._positions), self._sees.shape[1]
@@ -239,18 +239,18 @@ class MaskedTree:
         wide = int(slots.max()) + 1
         self._grow(fed, slots, wide)
         ids = np.full((len(self._lengths), wide), self._pad)
-        places = np.zeros((len(self._lengths), wide), dtype=np.int64)
+        positions = np.zeros((len(self._lengths), wide), dtype=np.int64)
         ids[fed.users, slots] = fed.tokens
-        places[fed.users, slots] = self._positions[base:]
+        positions[fed.users, slots] = self._positions[base:]
         seen = np.zeros((len(self._lengths), wide, self._width + before + wide), dtype=bool)
         seen[:, :, : self._width] = np.arange(self._width) >= (self._width - self._lengths)[:, None, None]
         seen[fed.users, slots, self._width :] = self._sees[base:]
         dtype = self._model.dtype
         mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~torch.from_numpy(seen), torch.finfo(dtype).min)
-        hidden = self._forward(ids, mask[:, None], places)
+        hidden = self._forward(ids, mask[:, None], positions)
         self.tokens += count
         rows = torch.from_numpy(fed.users * wide + slots).to(hidden.device)
-        return self._logprobs(hidden.flatten(0, 1)[rows], wanted, wanted.after - base)
+        return self._logprobs(hidden.flatten(0, 1)[rows], targets, targets.after - base)
 
     def close(self) -> None:
         """Discard the tree; with ``warm``, keep the cache of a single prompt."""
@@ -284,17 +284,17 @@ class MaskedTree:
             sees[n, before + slot] = True
         self._positions, self._sees = positions, sees
 
-    def _forward(self, ids: NDArray[np.int64], mask: torch.Tensor, places: NDArray[np.int64]) -> Any:
+    def _forward(self, ids: NDArray[np.int64], mask: torch.Tensor, positions: NDArray[np.int64]) -> Any:
         """Run the model on new columns, and return the last hidden states, shape (prompts, columns, d)."""
         torch, device = self._torch, self._model.device
         with torch.inference_mode():
             hidden, self._cache = self._body.run(
-                torch.from_numpy(ids).to(device), mask.to(device), torch.from_numpy(places).to(device), self._cache
+                torch.from_numpy(ids).to(device), mask.to(device), torch.from_numpy(positions).to(device), self._cache
             )
         self.forwards += 1
         return hidden
 
-    def _logprobs(self, hidden: torch.Tensor, wanted: Wanted, rows: NDArray[np.int64]) -> Floats:
+    def _logprobs(self, hidden: torch.Tensor, targets: Wanted, rows: NDArray[np.int64]) -> Floats:
         """Return full-softmax log-probabilities of given tokens; ``rows`` selects the preceding hidden states."""
         torch, head = self._torch, self._model.get_output_embeddings()
         result = np.empty(len(rows))
@@ -305,7 +305,7 @@ class MaskedTree:
             with torch.inference_mode():
                 states = hidden[torch.from_numpy(part).to(hidden.device)]
                 at = torch.from_numpy(group[selected] - start).to(hidden.device)
-                ids = torch.from_numpy(wanted.tokens[selected]).to(hidden.device)
+                ids = torch.from_numpy(targets.tokens[selected]).to(hidden.device)
                 result[selected] = chosen_logprobs(head, states, at, ids).cpu().numpy()
             self.head_rows += len(part)
         return result
@@ -362,40 +362,40 @@ class PlainTree:
         self._encoded: Any = None
         self.tokens = self.forwards = self.head_rows = 0
 
-    def open(self, prompts: Sequence[Sequence[int]], wanted: Wanted) -> Floats:
+    def open(self, prompts: Sequence[Sequence[int]], targets: Wanted) -> Floats:
         """Read prompts; see `TreeEngine`."""
         self._users = list(range(len(prompts)))
         if not self._paired:
             self._texts = [tuple(prompt) for prompt in prompts]
-            return self._answers(wanted)
+            return self._answers(targets)
         ids, mask = padded(prompts, self._pad, self._model.device)
         with self._torch.inference_mode():
             self._encoded = self._model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
         self._mask = mask
         self.tokens += int(mask.sum())
         self._texts = [(int(self._model.config.decoder_start_token_id),)] * len(prompts)
-        return self._answers(wanted)
+        return self._answers(targets)
 
-    def feed(self, fed: Fed, wanted: Wanted) -> Floats:
+    def feed(self, fed: Fed, targets: Wanted) -> Floats:
         """Add tokens, and compute the rows whose logits are needed; see `TreeEngine`."""
         for user, parent, token in zip(fed.users.tolist(), fed.parents.tolist(), fed.tokens.tolist(), strict=True):
             self._texts.append((*self._texts[parent], token))
             self._users.append(user)
-        return self._answers(wanted)
+        return self._answers(targets)
 
     def close(self) -> None:
         """Discard all texts."""
         self._texts, self._users, self._encoded = [], [], None
 
-    def _answers(self, wanted: Wanted) -> Floats:
-        torch, result = self._torch, np.empty(len(wanted.tokens))
-        used, group = np.unique(wanted.after, return_inverse=True)
+    def _answers(self, targets: Wanted) -> Floats:
+        torch, result = self._torch, np.empty(len(targets.tokens))
+        used, group = np.unique(targets.after, return_inverse=True)
         for start in range(0, len(used), _BLOCK):
             part = used[start : start + _BLOCK].tolist()
             selected = np.flatnonzero((group >= start) & (group < start + len(part)))
             last = self._last(part)
             at = torch.from_numpy(group[selected] - start).to(last.device)
-            ids = torch.from_numpy(wanted.tokens[selected]).to(last.device)
+            ids = torch.from_numpy(targets.tokens[selected]).to(last.device)
             if self._states:
                 with torch.inference_mode():
                     values = chosen_logprobs(self._model.get_output_embeddings(), last, at, ids)
@@ -558,7 +558,7 @@ class Candidates:
         sees: The attention mask: each token sees its ancestors and itself, shape (tokens, tokens).
         owners: The candidate of every token of every candidate.
         after: The token that it follows, counted from 1; 0 is the prompt.
-        wanted: The token itself.
+        targets: The token itself.
     """
 
     tokens: list[int]
@@ -567,14 +567,14 @@ class Candidates:
     sees: NDArray[np.bool_]
     owners: NDArray[np.int64]
     after: NDArray[np.int64]
-    wanted: NDArray[np.int64]
+    targets: NDArray[np.int64]
 
     @staticmethod
     def of(tails: Sequence[tuple[int, ...]]) -> Candidates:
         """Build a tree from the tokens of candidates, in which common prefixes occur once."""
         numbers: dict[tuple[int, ...], int] = {(): 0}
         parents: list[int] = []
-        owners, after, wanted = [], [], []
+        owners, after, targets = [], [], []
         # Sorted by tokens: half precision depends on the column, and a score must not depend on the order of
         # candidates.
         for owner, tail in sorted(enumerate(tails), key=lambda pair: pair[1]):
@@ -585,7 +585,7 @@ class Candidates:
                     numbers[before] = len(numbers)
                 owners.append(owner)
                 after.append(numbers[before])
-                wanted.append(token)
+                targets.append(token)
         prefixes = list(numbers)[1:]
         sees = np.eye(len(prefixes), dtype=bool)
         for number, parent in enumerate(parents):
@@ -598,7 +598,7 @@ class Candidates:
             sees=sees,
             owners=np.array(owners, dtype=np.int64),
             after=np.array(after, dtype=np.int64),
-            wanted=np.array(wanted, dtype=np.int64),
+            targets=np.array(targets, dtype=np.int64),
         )
 
 
@@ -613,23 +613,23 @@ def read_through(
     parents = [
         np.where(np.array(tree.parents) == 0, n, np.array(tree.parents) - 1 + begins[n]) for n, tree in enumerate(trees)
     ]
-    every, wanted = np.concatenate(after), np.concatenate([tree.wanted for tree in trees])
+    every, targets = np.concatenate(after), np.concatenate([tree.targets for tree in trees])
     order = np.argsort(every, kind="stable")
     first, later = order[every[order] < len(prompts)], order[every[order] >= len(prompts)]
     result = np.empty(len(order))
     try:
-        result[first] = engine.open(prompts, Wanted(every[first], wanted[first]))
+        result[first] = engine.open(prompts, Wanted(every[first], targets[first]))
         if len(later):
             users = np.repeat(np.arange(len(prompts)), [len(tree.tokens) for tree in trees])
             tokens = np.array([token for tree in trees for token in tree.tokens])
             fed = Fed(users, np.concatenate(parents).astype(np.int64), tokens)
-            result[later] = engine.feed(fed, Wanted(every[later], wanted[later]))
+            result[later] = engine.feed(fed, Wanted(every[later], targets[later]))
     finally:
         engine.close()
-    parts = np.split(result, np.cumsum([len(tree.wanted) for tree in trees])[:-1])
+    parts = np.split(result, np.cumsum([len(tree.targets) for tree in trees])[:-1])
     return [sums(part, tree.owners, len(tails)) for part, tree, tails in zip(parts, trees, candidates, strict=True)]
 
 
-def sums(found: NDArray[np.float64], owners: NDArray[np.int64], count: int) -> list[float]:
+def sums(logprobs: NDArray[np.float64], owners: NDArray[np.int64], count: int) -> list[float]:
     """Sum the log-probabilities over the tokens of each candidate."""
-    return [float(total) for total in np.bincount(owners, weights=found, minlength=count)]
+    return [float(total) for total in np.bincount(owners, weights=logprobs, minlength=count)]

@@ -136,8 +136,8 @@ class OpenAIBackend(Backend):
         finally:
             self.spending.book()
 
-    def _generation(self, asked: _Question, most: int) -> Callable[[], Awaitable[Completion]]:
-        section, encoder, prompt = self._section, self._encoder, asked.prompt
+    def _generation(self, question: _Question, most: int) -> Callable[[], Awaitable[Completion]]:
+        section, encoder, prompt = self._section, self._encoder, question.prompt
         if self.offers.exact and encoder is not None:
             ids = encoder.prompt(prompt)
             room = max(1, min(most + section.thinking_tokens, encoder.max_length - len(ids)))
@@ -151,28 +151,28 @@ class OpenAIBackend(Backend):
         def read(value: Any) -> Completion:
             return probe.completion(value, stop=prompt.stop, chat=path != "/completions")
 
-        return lambda: self.wire.ask(path, body, read, what=asked.named)
+        return lambda: self.wire.ask(path, body, read, what=question.named)
 
-    def _exact_scores(self, asked: _Question, texts: tuple[str, ...], closed: bool) -> Callable[[], Awaitable[Scores]]:
+    def _exact_scores(self, query: _Question, texts: tuple[str, ...], closed: bool) -> Callable[[], Awaitable[Scores]]:
         assert self._encoder is not None
-        ids = self._encoder.prompt(asked.prompt)
-        tails = self._encoder.continuations(asked.prompt, ids, texts, closed=closed)
+        ids = self._encoder.prompt(query.prompt)
+        tails = self._encoder.continuations(query.prompt, ids, texts, closed=closed)
         labels = single_token_labels(tails, closed=closed)
         if labels is not None and self.offers.named:
-            return lambda: self._named(asked, ids, labels)
+            return lambda: self._named(query, ids, labels)
         if labels is not None and self.offers.top:
-            return lambda: self._top(asked, ids, labels)
+            return lambda: self._top(query, ids, labels)
         if self.offers.likelihood:
-            return lambda: self._whole(asked, ids, tails)
+            return lambda: self._echoed(query, ids, tails)
         raise BackendError(
-            f"the server {self._section.where} returns log-probabilities of the first token only, but {asked.named()} "
+            f"the server {self._section.where} returns log-probabilities of the first token only, but {query.named()} "
             f"needs log-probabilities of longer texts, such as {texts[0]!r}. Strategies with one-token labels (label, "
             f"expected) work, and {_WRITTEN} (tasks.<family>.strategies)",
             kind="unsupported",
             at=self._section.where,
         )
 
-    async def _named(self, asked: _Question, ids: list[int], labels: Labels) -> Scores:
+    async def _named(self, question: _Question, ids: list[int], labels: Labels) -> Scores:
         """Score labels by the exact log-probabilities of their tokens."""
         results: list[float] = []
         for start in range(0, len(labels.distinct), _NAMED):
@@ -180,49 +180,49 @@ class OpenAIBackend(Backend):
             keys = {"logprobs": 1, "logprob_token_ids": list(part), "return_tokens_as_token_ids": True}
             body = completion_body(self._section, [*ids, *labels.shared], room=1, **keys)
             read = partial(probe.named_labels, ids=part)
-            results += await self.wire.ask("/completions", body, read, what=asked.named)
+            results += await self.wire.ask("/completions", body, read, what=question.named)
         return _scores(results, len(ids), "openai:one-token")
 
-    async def _top(self, asked: _Question, ids: list[int], labels: Labels) -> Scores:
+    async def _top(self, question: _Question, ids: list[int], labels: Labels) -> Scores:
         """Score labels that are among the most likely tokens."""
         assert self._encoder is not None
         spellings = [_spellings(self._encoder, i) for i in labels.distinct]
         body = completion_body(self._section, [*ids, *labels.shared], room=1, logprobs=self.offers.top)
         read = partial(probe.top_labels, spellings=spellings)
-        result = await self.wire.ask("/completions", body, read, what=asked.named)
+        result = await self.wire.ask("/completions", body, read, what=question.named)
         self._note(result)
         return _scores(result.logprobs, len(ids), f"openai:top-{self.offers.top}")
 
-    async def _whole(self, asked: _Question, ids: list[int], tails: Sequence[tuple[int, ...]]) -> Scores:
+    async def _echoed(self, question: _Question, ids: list[int], tails: Sequence[tuple[int, ...]]) -> Scores:
         """Score whole texts by the log-probabilities of echoed prompts."""
         sums: list[float] = []
         for start in range(0, len(tails), _TOGETHER):
             part = tails[start : start + _TOGETHER]
             body = likelihood_body(self._section, [[*ids, *tail] for tail in part])
             read = partial(probe.tail_sums, start=len(ids), tails=part)
-            sums += await self.wire.ask("/completions", body, read, what=asked.named)
+            sums += await self.wire.ask("/completions", body, read, what=question.named)
         lengths = tuple(len(tail) for tail in tails)
         return Scores(logprobs=tuple(sums), tokens=lengths, prompt_tokens=len(ids), engine="openai:echo")
 
-    def _chat_scores(self, asked: _Question, texts: tuple[str, ...], closed: bool) -> Callable[[], Awaitable[Scores]]:
+    def _chat_scores(self, query: _Question, texts: tuple[str, ...], closed: bool) -> Callable[[], Awaitable[Scores]]:
         labels = [text.strip() for text in texts]
         if closed or len(set(labels)) != len(labels) or not all(label.isalnum() for label in labels):
             raise BackendError(
                 f"the server {self._section.where} is used through the chat API, which returns log-probabilities of "
-                f"the first token only, but {asked.named()} needs log-probabilities of whole texts, such as "
+                f"the first token only, but {query.named()} needs log-probabilities of whole texts, such as "
                 f"{texts[0]!r}; {_WRITTEN} (tasks.<family>.strategies). If model.name is the server's model, "
                 "eval.server.chat=completions may score them",
                 kind="unsupported",
                 at=self._section.where,
                 column="eval.server.chat",
             )
-        body = self._chat(asked.prompt, 1, logprobs=True, top_logprobs=self.offers.top)
+        body = self._chat(query.prompt, 1, logprobs=True, top_logprobs=self.offers.top)
 
         def read(value: Any) -> tuple[Labelled, int]:
             return probe.chat_labels(value, labels), (usage(value) or Cost()).prompt_tokens
 
         async def ask() -> Scores:
-            result, length = await self.wire.ask("/chat/completions", body, read, what=asked.named)
+            result, length = await self.wire.ask("/chat/completions", body, read, what=query.named)
             self._note(result)
             return _scores(result.logprobs, length, f"openai:chat-top-{self.offers.top}")
 
@@ -232,9 +232,9 @@ class OpenAIBackend(Backend):
         control = self._encoder.control if self._encoder is not None else ()
         return chat_body(self._section, prompt, room=room, control=control, continues=self.offers.continues, **keys)
 
-    def _note(self, found: Labelled) -> None:
+    def _note(self, labelled: Labelled) -> None:
         """Log once that some labels got the minimum score."""
-        if found.floored and not self._floored:
+        if labelled.floored and not self._floored:
             self._floored = True
             log.warning(
                 "%s returns log-probabilities of only the %d most likely tokens; all other labels get the same "
@@ -249,7 +249,7 @@ class OpenAIBackend(Backend):
 class _Question:
     """A prompt and its number within a call, from 1."""
 
-    place: int
+    number: int
     count: int
     prompt: Prompt
 
@@ -257,7 +257,7 @@ class _Question:
         """Return the name of the prompt in errors."""
         last = clean(self.prompt.messages[-1].text, _LONG) if self.prompt.messages else ""
         shown = f"... {last[-_SHOWN:]}" if len(last) > _SHOWN else last
-        return f"request {self.place} of {self.count} ({shown!r})"
+        return f"request {self.number} of {self.count} ({shown!r})"
 
 
 def _questions(prompts: Sequence[Prompt]) -> list[_Question]:
@@ -274,6 +274,6 @@ def _scores(logprobs: Sequence[float], prompt_tokens: int, engine: str) -> Score
     return Scores(logprobs=tuple(logprobs), tokens=(1,) * len(logprobs), prompt_tokens=prompt_tokens, engine=engine)
 
 
-def _in_order(found: Iterator[tuple[int, T]]) -> list[T]:
+def _in_order(answers: Iterator[tuple[int, T]]) -> list[T]:
     """Sort answers in the order of the prompts."""
-    return [answer for _, answer in sorted(found, key=itemgetter(0))]
+    return [answer for _, answer in sorted(answers, key=itemgetter(0))]

@@ -206,13 +206,13 @@ class Fleet:
         server.faults += 1
         if len(self._servers) == 1 or (server.until and not server.tried):
             return
-        gone = fault.startswith("no connection") or server.faults >= _PATIENCE or server.tried
-        if not (gone or wait):
+        unavailable = fault.startswith("no connection") or server.faults >= _PATIENCE or server.tried
+        if not (unavailable or wait):
             return
-        rest = max(wait or 0.0, server.rest if gone else 0.0)
+        rest = max(wait or 0.0, server.rest if unavailable else 0.0)
         if not server.tried:
             log.warning("%s is not used for %.0f s (%s); requests go to the other servers", server.url, rest, fault)
-        if gone:
+        if unavailable:
             server.rest = min(self._longest, 2 * server.rest)
         server.until, server.tried = self._clock() + rest, False
 
@@ -278,7 +278,7 @@ class Wire:
         self._fleet = Fleet(section.urls, section.longest_wait)
         self._key = key_of(section)
         # shared by the copies for single servers, like all counters
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
         self.where = section.where
         self.attempts: Counter[str] = Counter()
         """Attempts by how they ended: ``ok`` or the kind of fault."""
@@ -421,10 +421,10 @@ class Wire:
                 column="eval.server.max_tokens_budget",
             )
 
-    def _pause(self, attempt: int, asked: float | None) -> float:
+    def _pause(self, attempt: int, wait: float | None) -> float:
         """Return the seconds to wait before the next attempt, at least the server's Retry-After."""
         bound = min(self._section.longest_wait, self._section.backoff * 2.0 ** (attempt - 1))
-        return (asked or 0.0) + random.uniform(0.0, bound)
+        return (wait or 0.0) + random.uniform(0.0, bound)
 
     def _words(self, text: str) -> str:
         """Return the message of a server as one short line without the API key."""
@@ -437,8 +437,8 @@ class Wire:
         if self._key is None or len(self._key) < _SECRET:
             return value
         masked = _replaced(value, self._key, _MASK)
-        if masked != value and not self._told:
-            self._told.add(_MASK)
+        if masked != value and not self._warned:
+            self._warned.add(_MASK)
             log.warning("%s repeats the API key in its answers; the key is replaced with %s", self.where, _MASK)
         return masked
 
@@ -558,7 +558,7 @@ class Loop:
         work = asyncio.run_coroutine_threadsafe(_all(jobs, together, done), self._loop)
         try:
             while (result := done.get()) is not None:
-                yield result.place, result.result
+                yield result.index, result.result
                 self._loop.call_soon_threadsafe(result.taken.set)
             if (failure := work.result()) is not None:
                 raise failure
@@ -578,7 +578,7 @@ class Loop:
 class _Done(Generic[T]):
     """A result, and a signal that it was received."""
 
-    place: int
+    index: int
     result: T
     taken: asyncio.Event
 
@@ -590,9 +590,9 @@ async def _all(
     failures: list[Exception] = []
 
     async def work() -> None:
-        for place, job in waiting:
+        for index, job in waiting:
             try:
-                result = _Done(place, await job(), asyncio.Event())
+                result = _Done(index, await job(), asyncio.Event())
             except Exception as failure:
                 failures.append(failure)
                 return

@@ -53,10 +53,10 @@ def choices(value: Any, count: int) -> list[Mapping[str, Any]]:
         ValueError: If one is missing or duplicate.
     """
     result = value["choices"]
-    places = [choice.get("index", 0 if len(result) == 1 else None) for choice in result]
-    if len(result) != count or set(places) != set(range(count)):
-        raise ValueError(f"expected {count} choices, received choices with the indices {places}")
-    return [choice for _, choice in sorted(zip(places, result, strict=True), key=itemgetter(0))]
+    indices = [choice.get("index", 0 if len(result) == 1 else None) for choice in result]
+    if len(result) != count or set(indices) != set(range(count)):
+        raise ValueError(f"expected {count} choices, received choices with the indices {indices}")
+    return [choice for _, choice in sorted(zip(indices, result, strict=True), key=itemgetter(0))]
 
 
 def completion(value: Any, *, stop: str | None, chat: bool) -> Completion:
@@ -142,15 +142,15 @@ def chat_first(value: Any) -> dict[str, float]:
     return {name: _log_sum(values) for name, values in result.items()}
 
 
-def by_name(found: Mapping[str, float], names: Sequence[str]) -> Labelled:
+def by_name(returned: Mapping[str, float], names: Sequence[str]) -> Labelled:
     """Return the log-probability of each label; missing labels get a value below the smallest returned one.
 
     Raises:
         ValueError: If nothing was returned.
     """
-    if not found:
+    if not returned:
         raise ValueError("no log-probability was returned")
-    values = {name: _nats(value) for name, value in found.items()}
+    values = {name: _nats(value) for name, value in returned.items()}
     floor = min(values.values()) - MARGIN
     return Labelled(
         tuple(values.get(name, floor) for name in names),
@@ -237,8 +237,8 @@ async def probe_all(wire: Wire, section: ServerSection, encoder: Encoder | None)
         return offers[0]
     differ = [_different(offers[0], offer) for offer in offers]
     if not any(differ):
-        message = [await _told(one, section, encoder, offers[0]) for one in wires]
-        differ = [_contradicts(message[0], item) for item in message]
+        reports = [await _report_of(one, section, encoder, offers[0]) for one in wires]
+        differ = [_contradicts(reports[0], item) for item in reports]
     for one, difference in zip(wires, differ, strict=True):
         if difference:
             raise BackendError(
@@ -259,7 +259,7 @@ class _Reported:
     tokens: dict[str, float]
 
 
-async def _told(wire: Wire, section: ServerSection, encoder: Encoder | None, offers: Offers) -> _Reported:
+async def _report_of(wire: Wire, section: ServerSection, encoder: Encoder | None, offers: Offers) -> _Reported:
     """Request a server's list of models, and log-probabilities after a prompt if it returns any."""
 
     def listed(value: Any) -> bool:
@@ -348,9 +348,9 @@ async def _labels(wire: Wire, section: ServerSection, ids: list[int]) -> tuple[i
         body = completion_body(section, ids, room=1, logprobs=top)
         if not await _offered(wire, "/completions", body, lambda value: top_labels(value, [("",)])):
             continue
-        wanted = ids[:2]
-        keys: dict[str, Json] = {"logprob_token_ids": wanted, "return_tokens_as_token_ids": True}
-        read = partial(named_labels, ids=wanted)
+        requested = ids[:2]
+        keys: dict[str, Json] = {"logprob_token_ids": requested, "return_tokens_as_token_ids": True}
+        read = partial(named_labels, ids=requested)
         return top, await _offered(wire, "/completions", body | {"logprobs": 1} | keys, read)
     return 0, False
 

@@ -63,7 +63,7 @@ class Workload:
         """Return the smallest cache that vLLM accepts: one request of ``longest`` tokens, and a reserved block."""
         return self.token_bytes * BLOCK * (-(-longest // BLOCK) + 2)
 
-    def wanted(self, longest: int) -> int:
+    def needed(self, longest: int) -> int:
         """Return the bytes that the largest batch needs, up to the upper limit.
 
         A strategy that repeats the prompts of a batch finds them cached only if all of them fit.
@@ -71,9 +71,9 @@ class Workload:
         return max(self.least(longest), min(self.tokens * self.token_bytes, max(_MOST, self.weights)))
 
     def sizes(self, longest: int, free: int) -> Iterator[int]:
-        """Yield cache sizes to try: the wanted size, limited to ``free``, then half of it, down to the smallest."""
+        """Yield cache sizes to try: the needed size, limited to ``free``, then half of it, down to the smallest."""
         least = self.least(longest)
-        size = max(least, min(self.wanted(longest), free - self.weights - _PROCESSES))
+        size = max(least, min(self.needed(longest), free - self.weights - _PROCESSES))
         while size > least:
             yield size
             size = max(least, size // 2)
@@ -98,12 +98,12 @@ class Ask(NamedTuple):
     Attributes:
         text: The token ids of the prompt.
         forced: The following tokens.
-        wanted: The tokens whose log-probabilities are requested after ``text`` and each of ``forced``; none is empty.
+        targets: The tokens whose log-probabilities are requested after ``text`` and each of ``forced``; none is empty.
     """
 
     text: tuple[int, ...]
     forced: tuple[int, ...]
-    wanted: tuple[tuple[int, ...], ...]
+    targets: tuple[tuple[int, ...], ...]
 
 
 class Answers(NamedTuple):
@@ -128,12 +128,12 @@ def plan(
     Args:
         texts: The text of each node, all different, parents before children.
         starts: The first entry of each node, and the end of the last.
-        ids: The tokens whose log-probabilities are wanted, node by node.
+        ids: The tokens whose log-probabilities are needed, node by node.
         chains: Whether requests may follow a path; otherwise each node is one request.
         limit: The maximum number of different ids per request.
     """
     follow = _links(texts, starts, ids, limit) if chains else {}
-    wanted: list[Ask] = []
+    asks: list[Ask] = []
     entries: list[int] = []
     for head in sorted(set(range(len(texts))) - set(follow.values())):
         at: int | None = head
@@ -151,11 +151,11 @@ def plan(
                 entries.extend(group[:limit])
                 wide += [(at, group[n : n + limit]) for n in range(limit, len(group), limit)]
                 last, at = at, follow.get(at)
-            wanted.append(Ask(text, texts[last][len(text) :], tuple(rows)))
+            asks.append(Ask(text, texts[last][len(text) :], tuple(rows)))
             for node, rest in wide:
-                wanted.append(Ask(texts[node], (), (tuple(ids[n] for n in rest),)))
+                asks.append(Ask(texts[node], (), (tuple(ids[n] for n in rest),)))
                 entries.extend(rest)
-    return wanted, entries
+    return asks, entries
 
 
 def _links(texts: Sequence[tuple[int, ...]], starts: Sequence[int], ids: Sequence[int], limit: int) -> dict[int, int]:
@@ -192,31 +192,31 @@ class VLLMTree:
         self._texts: list[tuple[int, ...]] = []
         self.tokens = self.requests = self.forwards = 0
 
-    def open(self, prompts: Sequence[Sequence[int]], wanted: Wanted) -> Floats:
+    def open(self, prompts: Sequence[Sequence[int]], targets: Wanted) -> Floats:
         """Add prompts, and return log-probabilities of the next tokens; see `TreeEngine`."""
         self._texts = [tuple(prompt) for prompt in prompts]
-        return self._answers(wanted)
+        return self._answers(targets)
 
-    def feed(self, fed: Fed, wanted: Wanted) -> Floats:
+    def feed(self, fed: Fed, targets: Wanted) -> Floats:
         """Add tokens, and return log-probabilities of the next tokens; see `TreeEngine`."""
         for parent, token in zip(fed.parents.tolist(), fed.tokens.tolist(), strict=True):
             self._texts.append((*self._texts[parent], token))
-        return self._answers(wanted)
+        return self._answers(targets)
 
     def close(self) -> None:
         """Discard the texts; the engine's cache keeps them until the space is needed."""
         self._texts = []
 
-    def _answers(self, wanted: Wanted) -> Floats:
+    def _answers(self, targets: Wanted) -> Floats:
         """Request each distinct text and token once."""
-        if not len(wanted.tokens):
+        if not len(targets.tokens):
             return np.empty(0)
         numbers: dict[tuple[int, ...], int] = {}
-        used, group = np.unique(wanted.after, return_inverse=True)
+        used, group = np.unique(targets.after, return_inverse=True)
         rows = np.array([numbers.setdefault(self._texts[n], len(numbers)) for n in used.tolist()], dtype=np.int64)
         owners = rows[group]
-        base = int(wanted.tokens.max()) + 1
-        keys, place = np.unique(owners * base + wanted.tokens, return_inverse=True)
+        base = int(targets.tokens.max()) + 1
+        keys, inverse = np.unique(owners * base + targets.tokens, return_inverse=True)
         starts = np.searchsorted(keys // base, np.arange(len(numbers) + 1)).tolist()
         ids = (keys % base).tolist()
         requests, entries = plan(list(numbers), starts, ids, chains=self._chains, limit=self._limit)
@@ -226,7 +226,7 @@ class VLLMTree:
         self.forwards += 1
         result = np.empty(len(keys))
         result[entries] = [value for values in answers.values for value in values]
-        return result[place]
+        return result[inverse]
 
 
 def parameters(vllm: Any, ask: Ask, *, prefill: bool) -> Any:
@@ -236,11 +236,11 @@ def parameters(vllm: Any, ask: Ask, *, prefill: bool) -> Any:
     """
     # With forced tokens, requests with and without ids cannot be mixed in one step, so all have some. In a
     # prompt, the ids after its last token are requested like those of a label, and the others by its rows.
-    rows = [list(row) for row in ask.wanted[:-1]] if prefill else []
-    ids = ask.wanted[-1] if prefill else dict.fromkeys(token for row in ask.wanted for token in row)
+    rows = [list(row) for row in ask.targets[:-1]] if prefill else []
+    ids = ask.targets[-1] if prefill else dict.fromkeys(token for row in ask.targets for token in row)
     return vllm.SamplingParams(
         temperature=0,
-        max_tokens=1 if prefill else len(ask.wanted),
+        max_tokens=1 if prefill else len(ask.targets),
         ignore_eos=True,
         logprob_token_ids=list(ids),
         prompt_logprob_token_ids=rows or None,
@@ -265,7 +265,7 @@ def answered(output: Any, ask: Ask, *, prefill: bool) -> list[float] | None:
     if prefill and ask.forced:
         if (scores := output.prompt_token_id_logprobs) is None:
             return None
-        before = [values[: len(row)] for values, row in zip(scores.tolist(), ask.wanted[:-1], strict=True)]
+        before = [values[: len(row)] for values, row in zip(scores.tolist(), ask.targets[:-1], strict=True)]
         return [value for values in (*before, *steps) for value in values]
     if tuple(text.token_ids[: len(ask.forced)]) != ask.forced:
         raise BackendError(
@@ -279,7 +279,7 @@ def answered(output: Any, ask: Ask, *, prefill: bool) -> list[float] | None:
 
 def _rows(steps: Sequence[Any], ask: Ask, prefill: bool) -> Iterator[tuple[Any, tuple[int, ...]]]:
     """Yield the generated steps with the tokens requested for each."""
-    return zip(steps, ask.wanted[-1:] if prefill else ask.wanted, strict=False)
+    return zip(steps, ask.targets[-1:] if prefill else ask.targets, strict=False)
 
 
 log = logging.getLogger(__name__)
@@ -422,10 +422,10 @@ class VLLMBackend(Backend):
                 self._process = _Process(watch, watch.start(build))
             except Exception as error:
                 if on_cpu:
-                    asked, node = f"{os.environ['VLLM_CPU_KVCACHE_SPACE']} GiB of KV cache", node_memory()
+                    memory, node = f"{os.environ['VLLM_CPU_KVCACHE_SPACE']} GiB of KV cache", node_memory()
                 else:
-                    asked, node = f"{options['gpu_memory_utilization']:.0%} of the memory", _gpu_memory()
-                raise _not_started(folder, error, asked, node) from error
+                    memory, node = f"{options['gpu_memory_utilization']:.0%} of the memory", _gpu_memory()
+                raise _not_started(folder, error, memory, node) from error
         if forces:
             self.route = "forced"
         elif route == "auto":
@@ -475,11 +475,11 @@ class VLLMBackend(Backend):
         labels = [single_token_labels(group, closed=closed) for group in tails]
         # Labels share all tokens except the last; the shared tokens are part of the prompt.
         shared = [() if value is None else value.shared for value in labels]
-        wanted = [
+        groups = [
             group if value is None else [(token,) for token in value.distinct]
             for group, value in zip(tails, labels, strict=True)
         ]
-        sums = self._sums([(*ids, *more) for ids, more in zip(encoded, shared, strict=True)], wanted)
+        sums = self._sums([(*ids, *more) for ids, more in zip(encoded, shared, strict=True)], groups)
         return [
             Scores(
                 logprobs=tuple(values),
@@ -487,14 +487,14 @@ class VLLMBackend(Backend):
                 prompt_tokens=len(ids),
                 engine=f"vllm:{self.route if value is None else 'one-token'}",
             )
-            for ids, group, value, values in zip(encoded, wanted, labels, sums, strict=True)
+            for ids, group, value, values in zip(encoded, groups, labels, sums, strict=True)
         ]
 
     def _sums(
         self, prompts: Sequence[tuple[int, ...]], tails: Sequence[Sequence[tuple[int, ...]]]
     ) -> list[list[float]]:
         """Return the log-probability of each continuation after its prompt."""
-        asked: list[Ask] = []
+        asks: list[Ask] = []
         pairs: list[list[tuple[tuple[int, ...], int]]] = []
         for ids, group in zip(prompts, tails, strict=True):
             children: dict[tuple[int, ...], dict[int, None]] = {}
@@ -503,14 +503,14 @@ class VLLMBackend(Backend):
                     children.setdefault(tail[:k], {})[token] = None
             nodes = list(children)
             starts = [0, *accumulate(map(len, children.values()))]
-            wanted = [(node, token) for node in nodes for token in children[node]]
+            node_tokens = [(node, token) for node in nodes for token in children[node]]
             # Requests with the same prompt are adjacent, so that it stays in the cache.
             part, entries = plan(
-                nodes, starts, [token for _, token in wanted], chains=self.route != "nodes", limit=_MAX_IDS
+                nodes, starts, [token for _, token in node_tokens], chains=self.route != "nodes", limit=_MAX_IDS
             )
-            asked += [ask._replace(text=(*ids, *ask.text)) for ask in part]
-            pairs.append([wanted[entry] for entry in entries])
-        values = iter([value for row in self._read(asked, len(prompts)).values for value in row])
+            asks += [ask._replace(text=(*ids, *ask.text)) for ask in part]
+            pairs.append([node_tokens[entry] for entry in entries])
+        values = iter([value for row in self._read(asks, len(prompts)).values for value in row])
         result = []
         for group, keys in zip(tails, pairs, strict=True):
             table = dict(zip(keys, values, strict=False))
@@ -582,14 +582,14 @@ class VLLMBackend(Backend):
             self.close()
             raise
 
-    def _read(self, asked: Sequence[Ask], prompts: int = 0) -> Answers:
+    def _read(self, asks: Sequence[Ask], prompts: int = 0) -> Answers:
         """Answer requests; values that vLLM dropped are requested again, one node at a time."""
-        if not asked:
+        if not asks:
             return Answers([], 0, 0)
         prefill = self.route == "prefill"
-        texts = [ask.text + ask.forced if prefill else ask.text for ask in asked]
-        outputs = self._run(texts, [parameters(self._vllm, ask, prefill=prefill) for ask in asked], prompts)
-        values = [answered(output, ask, prefill=prefill) for output, ask in zip(outputs, asked, strict=True)]
+        texts = [ask.text + ask.forced if prefill else ask.text for ask in asks]
+        outputs = self._run(texts, [parameters(self._vllm, ask, prefill=prefill) for ask in asks], prompts)
+        values = [answered(output, ask, prefill=prefill) for output, ask in zip(outputs, asks, strict=True)]
         # the last generated token is not read
         tokens = sum(
             len(text) - (output.num_cached_tokens or 0) + len(output.outputs[0].token_ids) - 1
@@ -597,19 +597,17 @@ class VLLMBackend(Backend):
         )
         dropped = [n for n, value in enumerate(values) if value is None]
         if not dropped:
-            return Answers([value for value in values if value is not None], tokens, len(asked))
+            return Answers([value for value in values if value is not None], tokens, len(asks))
         nodes = [
-            Ask(asked[n].text + asked[n].forced[:k], (), (row,))
-            for n in dropped
-            for k, row in enumerate(asked[n].wanted)
+            Ask(asks[n].text + asks[n].forced[:k], (), (row,)) for n in dropped for k, row in enumerate(asks[n].targets)
         ]
         again = self._read(nodes)
         rows = iter(again.values)
         filled = [
-            [number for _ in ask.wanted for number in next(rows)] if value is None else value
-            for value, ask in zip(values, asked, strict=True)
+            [number for _ in ask.targets for number in next(rows)] if value is None else value
+            for value, ask in zip(values, asks, strict=True)
         ]
-        return Answers(filled, tokens + again.tokens, len(asked) + again.requests)
+        return Answers(filled, tokens + again.tokens, len(asks) + again.requests)
 
     def _room(self) -> int:
         """Return how many tokens can be searched together without evicting the previous round from the cache."""
@@ -712,9 +710,9 @@ def _short(folder: str, need: str, node: Node) -> EngineFailure:
     )
 
 
-def _not_started(folder: str, error: Exception, asked: str, node: Node) -> EngineFailure:
+def _not_started(folder: str, error: Exception, memory: str, node: Node) -> EngineFailure:
     return EngineFailure(
-        f"vLLM could not start on {folder}: {_cause(error)} (it requested {asked}, and {_free(node)}); try {INSTEAD}, "
+        f"vLLM could not start on {folder}: {_cause(error)} (it requested {memory}, and {_free(node)}); try {INSTEAD}, "
         "a smaller eval.gpu_memory (--gpu-memory) on a GPU, or llmrec doctor",
         kind="failed",
         at=folder,
