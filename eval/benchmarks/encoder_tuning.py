@@ -152,8 +152,8 @@ class Trainer(PairEpoch):
         hard = [] if self._near is None else [self._near[first, self.rng.integers(0, self._variant.hard, len(first))]]
         candidates = np.concatenate([then, *hard])
         # Only targets are drawn by their frequency; additional negatives are not.
-        often = np.where(np.arange(len(candidates)) < len(first), self.often[candidates], 0.0)
-        logits = self.similarities(first, candidates) - FREQUENT * torch.from_numpy(often).float()
+        frequency = np.where(np.arange(len(candidates)) < len(first), self.log_frequency[candidates], 0.0)
+        logits = self.similarities(first, candidates) - FREQUENT * torch.from_numpy(frequency).float()
         same = first[:, None] == candidates[None, :]
         if self._weights is not None:
             # The drawn pair keeps a positive target even if its weight is 0.

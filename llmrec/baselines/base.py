@@ -32,7 +32,7 @@ LSA = "lsa"
 """Name of latent semantic analysis of the texts, used instead of a text encoder."""
 
 TOP = 100
-"""Maximum number of items returned from a whole catalogue."""
+"""Maximum number of items returned by full ranking."""
 
 # Number of scores per block: 32 MB of float64.
 _CELLS = 1 << 22
@@ -90,21 +90,21 @@ class Auto:
     seconds: float = 0.0
 
 
-def config_from(made: type[C], name: str, parameters: Mapping[str, Any], where: str) -> C:
+def config_from(config_class: type[C], name: str, parameters: Mapping[str, Any], where: str) -> C:
     """Return the validated configuration of a baseline.
 
     Args:
-        made: The class of the config.
+        config_class: The class of the configuration.
         name: The name of the baseline.
         parameters: Parameters by name; missing ones have their defaults.
-        where: Where they are given, for the error message.
+        where: The key or class that takes them, for the error message.
 
     Raises:
         RecipeError: If a parameter is unknown, or a value is out of bounds.
     """
-    known = list(made.model_fields)
+    known = list(config_class.model_fields)
     try:
-        return made.model_validate(parameters)
+        return config_class.model_validate(parameters)
     except ValidationError as error:
         problems = []
         for detail in error.errors():
@@ -367,9 +367,9 @@ class Log:
     @staticmethod
     def of(data: SplitDataset, catalogue: Catalogue) -> Log:
         """Return the training interactions of a split as indices."""
-        _, result = codes(data.train["user_id"])
-        present = np.bincount(result) > 0
-        users = (np.cumsum(present) - 1).astype(np.int32)[result]
+        _, user_codes = codes(data.train["user_id"])
+        present = np.bincount(user_codes) > 0
+        users = (np.cumsum(present) - 1).astype(np.int32)[user_codes]
         items = in_numbers(data.train["item_id"], catalogue.places)
         times = data.train["timestamp"].to_numpy().astype(np.float64, copy=False)
         if (users[1:] < users[:-1]).any():
@@ -388,16 +388,16 @@ class Log:
 
     def steps(self, gap: int, size: int, weight: float = 1.0) -> Any:
         """Return weighted counts of item j following item i at a given distance, sparse, shape (items, items)."""
-        whole = max(0, len(self.items) - gap)
+        pairs = max(0, len(self.items) - gap)
         # Single precision suffices for a hundred million transitions, and reduces memory by a third.
-        kind = np.float64 if whole <= _EXACT else np.float32
+        kind = np.float64 if pairs <= _EXACT else np.float32
         total = sparse.csr_array((size, size), dtype=kind)
         # In blocks, because index pairs of all transitions would take several times the memory of their sums.
-        for start in range(0, max(1, whole), _STEPS):
-            part, after = (slice(start + by, min(start + _STEPS, whole) + by) for by in (0, gap))
+        for start in range(0, max(1, pairs), _STEPS):
+            part, after = (slice(start + offset, min(start + _STEPS, pairs) + offset) for offset in (0, gap))
             same = self.users[after] == self.users[part]
-            places = self.items[part][same], self.items[after][same]
-            result = sparse.csr_array((np.full(len(places[0]), weight, dtype=kind), places), shape=(size, size))
+            coords = self.items[part][same], self.items[after][same]
+            result = sparse.csr_array((np.full(len(coords[0]), weight, dtype=kind), coords), shape=(size, size))
             result.sum_duplicates()
             total = total + result if start else result
         return total
@@ -435,25 +435,25 @@ class Warm:
     """The items with training interactions; embeddings and weights can be learned only for these.
 
     Attributes:
-        catalogue: The whole catalogue.
-        places: Catalogue index of each warm item, ascending, shape (warm,).
+        catalogue: The full catalogue.
+        indices: Catalogue index of each warm item, ascending, shape (warm,).
         column: Warm index of each catalogue item, -1 for a cold-start item, shape (items,).
         popular: Training interactions of each warm item, divided by the maximum, shape (warm,).
     """
 
     catalogue: Catalogue
-    places: NDArray[np.int64]
+    indices: NDArray[np.int64]
     column: NDArray[np.int64]
     popular: NDArray[np.float64]
 
     @staticmethod
     def of(log: Log, catalogue: Catalogue) -> Warm:
         """Return the items that have training interactions."""
-        result = counts(log, catalogue)
-        places = np.flatnonzero(result)
+        freq = counts(log, catalogue)
+        indices = np.flatnonzero(freq)
         column = np.full(len(catalogue.ids), -1, dtype=np.int64)
-        column[places] = np.arange(len(places))
-        return Warm(catalogue=catalogue, places=places, column=column, popular=result[places] / result.max(initial=1.0))
+        column[indices] = np.arange(len(indices))
+        return Warm(catalogue=catalogue, indices=indices, column=column, popular=freq[indices] / freq.max(initial=1.0))
 
     def log(self, log: Log) -> Log:
         """Return the same interactions with indices of warm items."""
@@ -463,8 +463,8 @@ class Warm:
 
     def histories(self, requests: Sequence[Request]) -> list[NDArray[np.int64]]:
         """Return the warm items of each history, oldest first."""
-        numbers = [self.column[self.catalogue.history(request)] for request in requests]
-        return [result[result >= 0] for result in numbers]
+        rows = [self.column[self.catalogue.history(request)] for request in requests]
+        return [row[row >= 0] for row in rows]
 
     def spread(
         self, scores: NDArray[np.floating[Any]], histories: Sequence[NDArray[np.int64]]
@@ -476,10 +476,10 @@ class Warm:
             histories: The result of `histories`.
         """
         scores[[index for index, history in enumerate(histories) if not len(history)]] = self.popular
-        lowest = scores.min(axis=1, keepdims=True) if len(self.places) else np.zeros((len(scores), 1), scores.dtype)
-        whole = np.repeat(lowest - 1, len(self.catalogue.ids), axis=1)
-        whole[:, self.places] = scores
-        return whole
+        lowest = scores.min(axis=1, keepdims=True) if len(self.indices) else np.zeros((len(scores), 1), scores.dtype)
+        result = np.repeat(lowest - 1, len(self.catalogue.ids), axis=1)
+        result[:, self.indices] = scores
+        return result
 
 
 def fading(histories: Sequence[NDArray[np.int64]], columns: int, decay: float, dtype: type = np.float64) -> Any:
@@ -496,9 +496,9 @@ def fading(histories: Sequence[NDArray[np.int64]], columns: int, decay: float, d
     """
     # Reversed, so that the first position of an item is its latest one.
     latest = [np.unique(history[::-1], return_index=True) for history in histories]
-    items = np.concatenate([np.empty(0, dtype=np.int64), *(result for result, _ in latest)])
+    items = np.concatenate([np.empty(0, dtype=np.int64), *(unique for unique, _ in latest)])
     ages = np.concatenate([np.empty(0, dtype=np.int64), *(ages for _, ages in latest)])
-    ends = np.cumsum([0, *(len(result) for result, _ in latest)])
+    ends = np.cumsum([0, *(len(unique) for unique, _ in latest)])
     return sparse.csr_array(
         ((decay ** ages.astype(np.float64)).astype(dtype), items, ends), shape=(len(latest), columns)
     )
@@ -517,12 +517,12 @@ def recent(requests: Sequence[Request], catalogue: Catalogue, window: int, decay
         Sparse matrix of shape (requests, items); an item that occurs twice has the sum of its weights.
     """
     latest = [[event.item_id for event in reversed(request.history[-window:])] for request in requests]
-    places = catalogue.places(item for items in latest for item in items)
+    indices = catalogue.places(item for items in latest for item in items)
     lengths = np.array([len(items) for items in latest], dtype=np.int64)
-    ages = np.arange(len(places)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    rows, known = np.repeat(np.arange(len(requests)), lengths), places >= 0
+    ages = np.arange(len(indices)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    rows, known = np.repeat(np.arange(len(requests)), lengths), indices >= 0
     return sparse.csr_array(
-        (decay ** ages[known].astype(np.float64), (rows[known], places[known])),
+        (decay ** ages[known].astype(np.float64), (rows[known], indices[known])),
         shape=(len(requests), len(catalogue.ids)),
     )
 
@@ -541,11 +541,11 @@ def rank_all(requests: Sequence[Request], catalogue: Catalogue, scorer: Scorer) 
 def ranking(request: Request, items: Sequence[str], scores: NDArray[np.floating[Any]]) -> Ranking:
     """Return all items sorted by score, best first, ties by id."""
     values = scores.tolist()
-    order = sorted(range(len(items)), key=lambda place: (-values[place], items[place]))
+    order = sorted(range(len(items)), key=lambda index: (-values[index], items[index]))
     return Ranking(
         request_id=request.id,
-        items=tuple(items[place] for place in order),
-        scores=tuple(values[place] for place in order),
+        items=tuple(items[index] for index in order),
+        scores=tuple(values[index] for index in order),
     )
 
 
@@ -568,21 +568,21 @@ def unseen(request: Request, catalogue: Catalogue) -> NDArray[np.int64]:
 
 
 def top_of(
-    request: Request, catalogue: Catalogue, places: NDArray[np.int64], scores: NDArray[np.floating[Any]]
+    request: Request, catalogue: Catalogue, indices: NDArray[np.int64], scores: NDArray[np.floating[Any]]
 ) -> Ranking:
     """Return the `TOP` highest-scoring items, and further items with the same score as the last one.
 
     Truncating a tied block would decide at random, or by id, whether the target is in the list.
     """
-    if len(places) > TOP:
+    if len(indices) > TOP:
         border = np.partition(scores, len(scores) - TOP)[len(scores) - TOP]
         kept = scores >= border
-        places, scores = places[kept], scores[kept]
+        indices, scores = indices[kept], scores[kept]
     # Indices follow ids, so a stable sort by score breaks ties by id.
     order = np.argsort(-scores, kind="stable")
     return Ranking(
         request_id=request.id,
-        items=tuple(map(catalogue.ids.__getitem__, places[order].tolist())),
+        items=tuple(map(catalogue.ids.__getitem__, indices[order].tolist())),
         scores=tuple(scores[order].tolist()),
     )
 
@@ -591,9 +591,9 @@ def _answer(request: Request, catalogue: Catalogue, scores: NDArray[np.floating[
     if (refused := refusal(request)) is not None:
         return refused
     if request.candidates is None:
-        places = unseen(request, catalogue)
-        return top_of(request, catalogue, places, scores[places])
-    places = catalogue.places(request.candidates)
+        indices = unseen(request, catalogue)
+        return top_of(request, catalogue, indices, scores[indices])
+    indices = catalogue.places(request.candidates)
     # Unknown candidates rank below all known ones.
     lowest = scores.min(initial=0.0)
-    return ranking(request, request.candidates, np.where(places >= 0, scores[places], lowest - (lowest < 0)))
+    return ranking(request, request.candidates, np.where(indices >= 0, scores[indices], lowest - (lowest < 0)))

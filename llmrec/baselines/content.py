@@ -32,7 +32,7 @@ class _Texts:
     popular: NDArray[np.float64]
     synthetic: FeatureStore | None = None
 
-    def made_up(self, requests: Sequence[Request], config: ContentConfig) -> NDArray[np.float64]:
+    def synthetic_vectors(self, requests: Sequence[Request], config: ContentConfig) -> NDArray[np.float64]:
         """Return the whitened vectors of users' synthetic items, weighted like the oldest interaction, shape (n, k).
 
         They are 0 for users without one and for users with more than ``cold`` interactions; without a store, k is 1.
@@ -104,7 +104,7 @@ class Content(ScoredBaseline[ContentConfig, _Texts]):
         model, config = self._fitted, self._config
         vectors = model.vectors.whitened(config.whitening)
         weights = recent(requests, model.catalogue, config.history, config.decay)
-        similarity = (weights @ vectors + model.made_up(requests, config)) @ vectors.T
+        similarity = (weights @ vectors + model.synthetic_vectors(requests, config)) @ vectors.T
         # Shifted to at least 1, so that the popularity term for ties and empty histories has the same size everywhere.
         return filled(1 + similarity - similarity.min(axis=1, keepdims=True, initial=0.0), model.popular)
 
@@ -120,10 +120,10 @@ def _synthetic(data: SplitDataset, config: ContentConfig) -> FeatureStore:
     if "synthetic" not in store.kinds:
         raise DataError.at(config.synthetic, "missing-value", " has no synthetic items; set augment.synthetic")
     if config.folders[:-1]:
-        ours = FeatureStore.open(config.folders[0]).provenance("item").encoder.get("stamp")
+        expected = FeatureStore.open(config.folders[0]).provenance("item").encoder.get("stamp")
     else:
-        ours = None if config.encoder == LSA else text_embedder(config.encoder).stamp
-    if ours is None or store.provenance("synthetic").encoder.get("stamp") != ours:
+        expected = None if config.encoder == LSA else text_embedder(config.encoder).stamp
+    if expected is None or store.provenance("synthetic").encoder.get("stamp") != expected:
         raise DataError.at(
             config.synthetic,
             "mismatch",

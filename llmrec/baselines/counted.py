@@ -65,16 +65,16 @@ class Counts:
 
     def of_item(self, item: str) -> tuple[float, float]:
         """Return the share of likes of an item, shrunk towards the overall share, and its number of ratings."""
-        place = self.item_index.get(item)
-        if place is None:
+        index = self.item_index.get(item)
+        if index is None:
             return self.share, 0.0
-        count = float(self.counts[place])
-        return (float(self.likes[place]) + _PRIOR * self.share) / (count + _PRIOR), count
+        count = float(self.counts[index])
+        return (float(self.likes[index]) + _PRIOR * self.share) / (count + _PRIOR), count
 
     def level(self, item: str) -> float:
         """Return an item's mean rating minus the overall mean, shrunk towards 0; 0 for an unknown item."""
-        place = self.item_index.get(item)
-        return 0.0 if place is None else float(self.levels[place])
+        index = self.item_index.get(item)
+        return 0.0 if index is None else float(self.levels[index])
 
     @cached_property
     def levels(self) -> NDArray[np.float64]:
@@ -133,15 +133,15 @@ class Counted:
             DataError: If the training interactions carry no ratings.
         """
         known = ratings(data, name)
-        result = Counts.of(known, liked)
-        past = _Past.of(data, known, result)
-        rows = _others(known, result, past, before=before)
+        counts = Counts.of(known, liked)
+        past = _Past.of(data, known, counts)
+        rows = _others(known, counts, past, before=before)
         if decay is not None:
             rows = np.column_stack([rows, _before(past, decay)])
         mean, scale = rows.mean(axis=0), rows.std(axis=0)
         # The standard deviation of a constant feature is a rounding error, which must not be scaled to 1.
         scale[scale <= _ROUNDING * np.maximum(np.abs(mean), 1.0)] = 1.0
-        return Counted(result, mean, scale, decay), known, (rows - mean) / scale
+        return Counted(counts, mean, scale, decay), known, (rows - mean) / scale
 
     def row(self, request: Request) -> NDArray[np.float64]:
         """Return the features of a request, shape (k,)."""
@@ -149,14 +149,14 @@ class Counted:
 
     def plain(self, request: Request) -> list[float]:
         """Return the features of a request before standardisation."""
-        result, item = self.counts, request.item or ""
-        (user_share, user_count), (item_share, item_count) = result.of_history(request), result.of_item(item)
-        left = result.residuals(request)
+        counts, item = self.counts, request.item or ""
+        (user_share, user_count), (item_share, item_count) = counts.of_history(request), counts.of_item(item)
+        residuals = counts.residuals(request)
         row = [_odds(user_share), float(np.log1p(user_count)), _odds(item_share), float(np.log1p(item_count))]
-        row += [result.level(item), float(left.sum() / (len(left) + _OF_USER))]
+        row += [counts.level(item), float(residuals.sum() / (len(residuals) + _OF_USER))]
         if self.decay is not None:
-            weights = self.decay ** np.arange(len(left) - 1, -1, -1, dtype=np.float64)
-            row.append(float((weights * left).sum() / (weights.sum() + _LATELY)))
+            weights = self.decay ** np.arange(len(residuals) - 1, -1, -1, dtype=np.float64)
+            row.append(float((weights * residuals).sum() / (weights.sum() + _LATELY)))
         return row
 
 
@@ -172,77 +172,78 @@ class _Past:
     Attributes:
         users: User indices as in `Ratings`, shape (n,), ascending.
         likes: 1 for a like, shape (n,).
-        left: Rating minus its item's level, shape (n,).
-        place: Index of each training rating among these, in the order of `Ratings`, shape (training,).
+        residuals: Rating minus its item's level, shape (n,).
+        train_rows: Index of each training rating among these, in the order of `Ratings`, shape (training,).
     """
 
     users: NDArray[np.int64]
     likes: NDArray[np.float64]
-    left: NDArray[np.float64]
-    place: NDArray[np.int64]
+    residuals: NDArray[np.float64]
+    train_rows: NDArray[np.int64]
 
     def summed(self, values: NDArray[np.float64], *, before: bool) -> NDArray[np.float64]:
         """Return, for each training rating, the sum over the user's other (or earlier) ratings."""
         if not before:
-            return np.bincount(self.users, weights=values)[self.users][self.place] - values[self.place]
+            return np.bincount(self.users, weights=values)[self.users][self.train_rows] - values[self.train_rows]
         running = np.cumsum(values) - values
         starts = np.concatenate([[True], self.users[1:] != self.users[:-1]])
         first = np.maximum.accumulate(np.where(starts, np.arange(len(values)), 0))
-        return np.asarray((running - running[first])[self.place])
+        return np.asarray((running - running[first])[self.train_rows])
 
     @staticmethod
-    def of(data: SplitDataset, known: Ratings, found: Counts) -> _Past:
+    def of(data: SplitDataset, known: Ratings, counts: Counts) -> _Past:
         train = data.train.drop_nulls("rating").select("user_id", "item_id", "rating", "timestamp")
         early = data.known.drop_nulls("rating").select("user_id", "item_id", "rating", "timestamp")
         frames = [entry.with_columns(pl.col("user_id", "item_id").cast(pl.String)) for entry in (early, train)]
-        whole = pl.concat(frames).with_row_index("_row")
-        number = whole["user_id"].replace_strict(dict(known.user_index), default=None, return_dtype=pl.Int64)
-        whole = whole.with_columns(number.alias("_user")).drop_nulls("_user")
+        combined = pl.concat(frames).with_row_index("_row")
+        user_index = combined["user_id"].replace_strict(dict(known.user_index), default=None, return_dtype=pl.Int64)
+        combined = combined.with_columns(user_index.alias("_user")).drop_nulls("_user")
         # A given split may hold out ratings that are older than training ratings.
         keys = ["_user", "timestamp", "_row"] if data.kind == "given" else ["_user", "_row"]
-        whole = whole.sort(keys)
-        levels = np.append(found.levels, 0.0)
-        items = np.array([known.item_index.get(item, len(levels) - 1) for item in whole["item_id"]], dtype=np.int64)
-        values = whole["rating"].to_numpy().astype(np.float64)
-        rows = whole["_row"].to_numpy().astype(np.int64) - early.height
-        place = np.empty(train.height, dtype=np.int64)
-        place[rows[rows >= 0]] = np.flatnonzero(rows >= 0)
+        combined = combined.sort(keys)
+        levels = np.append(counts.levels, 0.0)
+        items = np.array([known.item_index.get(item, len(levels) - 1) for item in combined["item_id"]], dtype=np.int64)
+        values = combined["rating"].to_numpy().astype(np.float64)
+        rows = combined["_row"].to_numpy().astype(np.int64) - early.height
+        train_rows = np.empty(train.height, dtype=np.int64)
+        train_rows[rows[rows >= 0]] = np.flatnonzero(rows >= 0)
         return _Past(
-            users=whole["_user"].to_numpy().astype(np.int64),
-            likes=(values >= found.liked).astype(np.float64),
-            left=values - found.mean - levels[items],
-            place=place[known.order],
+            users=combined["_user"].to_numpy().astype(np.int64),
+            likes=(values >= counts.liked).astype(np.float64),
+            residuals=values - counts.mean - levels[items],
+            train_rows=train_rows[known.order],
         )
 
 
-def _others(known: Ratings, found: Counts, past: _Past, *, before: bool = False) -> Rows:
+def _others(known: Ratings, counts: Counts, past: _Past, *, before: bool = False) -> Rows:
     """Return the leave-one-out features of all training ratings, shape (n, 6).
 
     With ``before``, user features use only previous ratings.
     """
-    truth = (known.values >= found.liked).astype(np.float64)
-    count, likes, left = (past.summed(item, before=before) for item in (np.ones(len(past.left)), past.likes, past.left))
+    truth = (known.values >= counts.liked).astype(np.float64)
+    summands = (np.ones(len(past.likes)), past.likes, past.residuals)
+    count, likes, residuals = (past.summed(item, before=before) for item in summands)
     columns = []
     of_item = np.bincount(known.items)[known.items] - 1.0
     liked = np.bincount(known.items, weights=truth)[known.items] - truth
     for number, yes in ((count, likes), (of_item, liked)):
-        share = np.clip((yes + _PRIOR * found.share) / (number + _PRIOR), 1e-6, 1 - 1e-6)
+        share = np.clip((yes + _PRIOR * counts.share) / (number + _PRIOR), 1e-6, 1 - 1e-6)
         columns += [np.log(share / (1 - share)), np.log1p(number)]
-    columns.append((found.sums[known.items] - known.values - of_item * found.mean) / (of_item + _OF_ITEM))
-    columns.append(left / (count + _OF_USER))
+    columns.append((counts.sums[known.items] - known.values - of_item * counts.mean) / (of_item + _OF_ITEM))
+    columns.append(residuals / (count + _OF_USER))
     return np.stack(columns, axis=1)
 
 
 def _before(past: _Past, decay: float) -> NDArray[np.float64]:
     """Return the decayed mean of the user's residuals before each training rating, shape (n,)."""
     sizes = np.bincount(past.users)
-    starts, means = np.cumsum(sizes) - sizes, np.zeros(len(past.left))
+    starts, means = np.cumsum(sizes) - sizes, np.zeros(len(past.residuals))
     total, weight = np.zeros(len(sizes)), np.zeros(len(sizes))
     # First the first ratings of all users, then the second ones, and so on.
     for step in range(int(sizes.max())):
         users = np.flatnonzero(sizes > step)
         rows = starts[users] + step
         means[rows] = total[users] / (weight[users] + _LATELY)
-        total[users] = decay * total[users] + past.left[rows]
+        total[users] = decay * total[users] + past.residuals[rows]
         weight[users] = decay * weight[users] + 1
-    return means[past.place]
+    return means[past.train_rows]

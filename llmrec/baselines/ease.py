@@ -75,7 +75,7 @@ class EASE(ScoredBaseline[EASEConfig, _Linear]):
         catalogue = Catalogue.of(data)
         log = Log.of(data, catalogue)
         warm = Warm.of(log, catalogue)
-        binary = warm.log(log).binary(len(warm.places)).astype(self._config.dtype)
+        binary = warm.log(log).binary(len(warm.indices)).astype(self._config.dtype)
         gram: NDArray[np.floating[Any]] = (binary.T @ binary).toarray()
         gram[np.diag_indices_from(gram)] += self._config.penalty
         weights = _inverse(gram)
@@ -96,8 +96,8 @@ class EASE(ScoredBaseline[EASEConfig, _Linear]):
         """Return the scores for every request and item, shape (n, items)."""
         model = self._fitted
         histories = model.warm.histories(requests)
-        have = fading(histories, len(model.warm.places), self._config.decay, model.weights.dtype.type)
-        return model.warm.spread(have @ model.weights, histories)
+        weights = fading(histories, len(model.warm.indices), self._config.decay, model.weights.dtype.type)
+        return model.warm.spread(weights @ model.weights, histories)
 
 
 def _inverse(matrix: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
@@ -119,5 +119,5 @@ def _inverse(matrix: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
         inverse[start:end, end:] = inverse[end:, start:end].T
         tile = inverse[start:end, start:end]
         tile[:] = np.tril(tile) + np.tril(tile, -1).T
-    whole: NDArray[np.floating[Any]] = inverse.T
-    return whole
+    result: NDArray[np.floating[Any]] = inverse.T
+    return result

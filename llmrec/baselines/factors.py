@@ -40,7 +40,7 @@ class _Vectors:
 
     def by_item(self) -> dict[str, NDArray[np.float32]]:
         """Return the vector of each item with training interactions, by item id."""
-        return {self.catalogue.ids[place]: self.vectors[row] for row, place in enumerate(self.warm.places.tolist())}
+        return {self.catalogue.ids[index]: self.vectors[row] for row, index in enumerate(self.warm.indices.tolist())}
 
 
 class ALSConfig(Section):
@@ -125,12 +125,12 @@ class ALS(ScoredBaseline[ALSConfig, _Vectors]):
         """Return the dot products of user and item vectors, shape (n, items)."""
         model = self._fitted
         histories = model.warm.histories(requests)
-        have = fading(histories, len(model.vectors), self._config.decay, np.float32)
+        weights = fading(histories, len(model.vectors), self._config.decay, np.float32)
         if self._config.user == "mean":
-            users = _means(have, model.vectors)
+            users = _means(weights, model.vectors)
         else:
             with _pinned():
-                users = model.library.recalculate_user(np.arange(len(requests)), sparse.csr_matrix(have))
+                users = model.library.recalculate_user(np.arange(len(requests)), sparse.csr_matrix(weights))
         return model.warm.spread(users @ model.vectors.T, histories)
 
 
@@ -205,15 +205,15 @@ class BPR(ScoredBaseline[BPRConfig, _Vectors]):
     def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
         """Return the dot products of mean history vectors and item vectors, shape (n, items)."""
         model = self._fitted
-        weights = recent(requests, model.warm.catalogue, _WINDOW, self._config.decay)[:, model.warm.places]
+        weights = recent(requests, model.warm.catalogue, _WINDOW, self._config.decay)[:, model.warm.indices]
         users = _means(weights, model.vectors)
         return model.warm.spread(users @ model.vectors.T, model.warm.histories(requests))
 
 
 def _means(weights: Any, vectors: NDArray[np.float32]) -> NDArray[np.floating[Any]]:
     """Return weighted means of vectors, shape (b, factors); 0 if all weights are 0."""
-    whole = np.maximum(np.asarray(weights.sum(axis=1)).ravel(), 1e-12)
-    means: NDArray[np.floating[Any]] = (sparse.diags_array(1 / whole) @ weights) @ vectors
+    totals = np.maximum(np.asarray(weights.sum(axis=1)).ravel(), 1e-12)
+    means: NDArray[np.floating[Any]] = (sparse.diags_array(1 / totals) @ weights) @ vectors
     return means
 
 
@@ -226,7 +226,7 @@ def _training(data: SplitDataset) -> tuple[Warm, Any]:
     catalogue = Catalogue.of(data)
     log = Log.of(data, catalogue)
     warm = Warm.of(log, catalogue)
-    return warm, sparse.csr_matrix(warm.log(log).binary(len(warm.places)).astype(np.float32))
+    return warm, sparse.csr_matrix(warm.log(log).binary(len(warm.indices)).astype(np.float32))
 
 
 @contextmanager

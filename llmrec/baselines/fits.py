@@ -144,7 +144,7 @@ def _trim(folder: Path, limit: float) -> None:
         return
     from safetensors import SafetensorError, safe_open
 
-    def worth(file: Path) -> tuple[bool, float, float]:
+    def priority(file: Path) -> tuple[bool, float, float]:
         try:
             with safe_open(file, framework="numpy") as opened:
                 seconds = float((opened.metadata() or {})["seconds"])
@@ -153,7 +153,7 @@ def _trim(folder: Path, limit: float) -> None:
         read = file.stat().st_mtime
         return time.time() - read < 86_400 * STALE, seconds / sizes[file], read
 
-    for file in sorted(sizes, key=worth):
+    for file in sorted(sizes, key=priority):
         if size <= limit:
             break
         file.unlink(missing_ok=True)

@@ -55,6 +55,6 @@ class GRU4Rec(SequenceNetwork[GRU4RecConfig]):
 
     def _encode(self, network: torch.nn.Module, items: Any) -> Any:
         functional = require("torch", "baselines").nn.functional
-        given = functional.dropout(self._embedded(network, items), self._config.dropout, network.training)
-        state = functional.dropout(network["recur"](given)[0], self._config.dropout, network.training)
+        inputs = functional.dropout(self._embedded(network, items), self._config.dropout, network.training)
+        state = functional.dropout(network["recur"](inputs)[0], self._config.dropout, network.training)
         return network["last_norm"](network["out"](state))

@@ -161,11 +161,11 @@ def text_vectors(
         return _stored(data, ids, folder)[order]
     items = [data.dataset.items[item] for item in ids]
     texts = texts_of(items)
-    message = texts if change is None else [change(text) for text in texts]
+    inputs = texts if change is None else [change(text) for text in texts]
     if config.encoder == LSA:
-        return latent(texts, message)[order]
+        return latent(texts, inputs)[order]
     if change is not None:
-        return fitting(config.encoder, data)(message)[order]
+        return fitting(config.encoder, data)(inputs)[order]
     return item_vectors(items, item_fields(items, SemanticIndex()), fitting(config.encoder, data))[order]
 
 
@@ -206,8 +206,8 @@ def texts_of(items: Sequence[Item]) -> list[str]:
     return [item_text(item, fields) for item in items]
 
 
-def latent(texts: Sequence[str], said: Sequence[str]) -> NDArray[np.float64]:
-    """Return normalised TF-IDF vectors projected on the leading singular vectors of ``texts``.
+def latent(texts: Sequence[str], inputs: Sequence[str]) -> NDArray[np.float64]:
+    """Return normalised TF-IDF vectors of ``inputs``, projected on the leading singular vectors of ``texts``.
 
     Subspace iteration starts from fixed values (Halko et al., SIAM Review 2011, algorithm 4.4), so that results are
     reproducible.
@@ -223,7 +223,7 @@ def latent(texts: Sequence[str], said: Sequence[str]) -> NDArray[np.float64]:
         basis = matrix @ np.linalg.qr(matrix.T @ np.linalg.qr(basis)[0])[0]
     rows = (matrix.T @ np.linalg.qr(basis)[0]).T
     directions = np.linalg.svd(rows, full_matrices=False)[2][:width]
-    result = (matrix if said is texts else model.vectors(said)) @ directions.T
+    result = (matrix if inputs is texts else model.vectors(inputs)) @ directions.T
     lengths = np.linalg.norm(result, axis=1, keepdims=True)
     vectors: NDArray[np.float64] = np.divide(result, lengths, out=np.zeros_like(result), where=lengths > 1e-9)
     return vectors

@@ -30,45 +30,45 @@ _BLOCK = 256
 _DENSE = 4096
 
 
-class Kept:
+class MatrixCache:
     """Caches the last matrix of each kind, because most are unchanged between tuning steps."""
 
     def __init__(self) -> None:
         """Create an empty cache."""
-        self._made: dict[str, tuple[Any, Any]] = {}
+        self._cache: dict[str, tuple[Any, Any]] = {}
 
     def __call__(self, name: str, key: Any, make: Callable[[], Any]) -> Any:
         """Return a matrix, computed again only if its parameters have changed."""
-        if name not in self._made or self._made[name][0] != key:
-            self._made[name] = key, make()
-        return self._made[name][1]
+        if name not in self._cache or self._cache[name][0] != key:
+            self._cache[name] = key, make()
+        return self._cache[name][1]
 
 
 @dataclass(frozen=True)
-class _Readers:
+class _UserItems:
     """The binary user-item matrix, shape (users, items), and item popularity.
 
     Attributes:
         catalogue: The item indices.
         binary: The matrix.
         popular: Training interactions of each item, shape (items,).
-        kept: Cached matrices of the last parameters.
+        cache: Cached matrices of the last parameters.
     """
 
     catalogue: Catalogue
     binary: Any
     popular: NDArray[np.float64]
-    kept: Kept = field(default_factory=Kept, compare=False)
+    cache: MatrixCache = field(default_factory=MatrixCache, compare=False)
 
     @staticmethod
-    def of(data: SplitDataset) -> _Readers:
+    def of(data: SplitDataset) -> _UserItems:
         catalogue = Catalogue.of(data)
         log = Log.of(data, catalogue)
-        return _Readers(catalogue, log.binary(len(catalogue.ids)), counts(log, catalogue))
+        return _UserItems(catalogue, log.binary(len(catalogue.ids)), counts(log, catalogue))
 
 
 def _votes(
-    weights: Any, model: _Readers, matrix: Any, similar: Similar, *, matrix_key: Any, key: Any
+    weights: Any, model: _UserItems, matrix: Any, similar: Similar, *, matrix_key: Any, key: Any
 ) -> NDArray[np.float64]:
     """Return, for every item, the sum of its similarities to the history items.
 
@@ -84,22 +84,22 @@ def _votes(
         Sums, shape (b, items); an item is not a neighbour of itself.
     """
     if weights.shape[1] > _DENSE:
-        return _votes_of_few(weights, matrix, model.kept("readers", matrix_key, matrix.T.tocsr), similar)
-    both = model.kept("products", matrix_key, lambda: (matrix.T @ matrix).toarray())
+        return _votes_of_few(weights, matrix, model.cache("transposed", matrix_key, matrix.T.tocsr), similar)
+    both = model.cache("products", matrix_key, lambda: (matrix.T @ matrix).toarray())
 
     def near() -> NDArray[np.float64]:
-        places = np.arange(len(both))
+        indices = np.arange(len(both))
         result = np.zeros(both.shape)
         # Items without a common user have similarity 0, whatever the divisor.
         with np.errstate(divide="ignore", invalid="ignore"):
-            np.copyto(result, similar(both, places[:, None], places[None]), where=both > 0)
+            np.copyto(result, similar(both, indices[:, None], indices[None]), where=both > 0)
         np.fill_diagonal(result, 0.0)
         return result
 
-    return np.asarray(weights.tocsr() @ model.kept("near", (matrix_key, key), near))
+    return np.asarray(weights.tocsr() @ model.cache("near", (matrix_key, key), near))
 
 
-def _votes_of_few(weights: Any, matrix: Any, readers: Any, similar: Similar) -> NDArray[np.float64]:
+def _votes_of_few(weights: Any, matrix: Any, transposed: Any, similar: Similar) -> NDArray[np.float64]:
     """Sum similarities for catalogues whose item pairs do not fit in memory.
 
     Sums of each `_BLOCK` of items are added up. Blocks with few items of the histories are computed together: a single
@@ -108,7 +108,7 @@ def _votes_of_few(weights: Any, matrix: Any, readers: Any, similar: Similar) -> 
     Args:
         weights: Weights of the items of each history, sparse, shape (b, items).
         matrix: Training users and items, sparse, shape (users, items).
-        readers: The same transposed.
+        transposed: The transposed ``matrix``.
         similar: See `_votes`.
     """
     total = np.zeros(weights.shape)
@@ -116,7 +116,7 @@ def _votes_of_few(weights: Any, matrix: Any, readers: Any, similar: Similar) -> 
     order = np.lexsort((weights.row, weights.col))
     rows, items, values = weights.row[order], weights.col[order], weights.data[order]
     blocks = items // _BLOCK
-    # Ends of runs of whole blocks that have at most `_BLOCK` different items together.
+    # Each run consists of complete blocks with at most `_BLOCK` different items in total.
     start = 0
     while start < len(items):
         end = int(np.searchsorted(blocks, blocks[start], side="right"))
@@ -126,17 +126,17 @@ def _votes_of_few(weights: Any, matrix: Any, readers: Any, similar: Similar) -> 
                 break
             end = further
         part = slice(start, end)
-        asked, places = np.unique(items[part], return_inverse=True)
-        both = (readers[asked] @ matrix).tocoo()
-        other = both.col != asked[both.row]
+        unique, positions = np.unique(items[part], return_inverse=True)
+        both = (transposed[unique] @ matrix).tocoo()
+        other = both.col != unique[both.row]
         past, columns = both.row[other], both.col[other]
-        near = sparse.csr_array((similar(both.data[other], asked[past], columns), (past, columns)), shape=both.shape)
+        near = sparse.csr_array((similar(both.data[other], unique[past], columns), (past, columns)), shape=both.shape)
         # One row per request and block, so that the sums of a request do not depend on other requests.
-        sums, own = np.unique(blocks[part] * len(total) + rows[part], return_inverse=True)
-        votes = sparse.csr_array((values[part], (own, places)), shape=(len(sums), len(asked))) @ near
-        voters = np.repeat(sums % len(total), np.diff(votes.indptr))
-        _, firsts = np.unique(sums // len(total), return_index=True)
-        for cells in map(slice, votes.indptr[firsts], votes.indptr[[*firsts[1:], len(sums)]]):
+        groups, group_of = np.unique(blocks[part] * len(total) + rows[part], return_inverse=True)
+        votes = sparse.csr_array((values[part], (group_of, positions)), shape=(len(groups), len(unique))) @ near
+        voters = np.repeat(groups % len(total), np.diff(votes.indptr))
+        _, firsts = np.unique(groups // len(total), return_index=True)
+        for cells in map(slice, votes.indptr[firsts], votes.indptr[[*firsts[1:], len(groups)]]):
             # In a large catalogue, few items have a similarity to one block, so a dense sum would be slow.
             total[voters[cells], votes.indices[cells]] += votes.data[cells]
         start = end
@@ -166,7 +166,7 @@ class ItemKNNConfig(Section):
     )
 
 
-class ItemKNN(ScoredBaseline[ItemKNNConfig, _Readers]):
+class ItemKNN(ScoredBaseline[ItemKNNConfig, _UserItems]):
     """ItemKNN: scores items by similarity to the latest history items, over all neighbours.
 
     ``score(i) = sum_j decay**age(j) * x_i . x_j / (|x_i|**(2 a) * |x_j|**(2 (1 - a)) + shrinkage)`` over the last
@@ -192,21 +192,21 @@ class ItemKNN(ScoredBaseline[ItemKNNConfig, _Readers]):
 
     def learn(self, data: SplitDataset) -> None:
         """Store the user-item matrix."""
-        self._model = _Readers.of(data)
+        self._model = _UserItems.of(data)
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
         """Return the summed similarities for every request, shape (n, items)."""
         model, config = self._fitted, self._config
-        matrix = model.kept("matrix", config.weighting, lambda: _weighed(model.binary, config.weighting))
+        matrix = model.cache("matrix", config.weighting, lambda: _weighed(model.binary, config.weighting))
 
         def powers() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
             squares = np.asarray(matrix.multiply(matrix).sum(axis=0)).ravel()
             return np.power(squares, config.asymmetry), np.power(squares, 1 - config.asymmetry)
 
-        shares = model.kept("powers", (config.weighting, config.asymmetry), powers)
+        norms = model.cache("powers", (config.weighting, config.asymmetry), powers)
 
-        def similar(both: NDArray[np.float64], past: NDArray[np.int64], item: NDArray[np.int64]) -> Any:
-            return both / (shares[0][item] * shares[1][past] + config.shrinkage)
+        def similar(both: NDArray[np.float64], source: NDArray[np.int64], item: NDArray[np.int64]) -> Any:
+            return both / (norms[0][item] * norms[1][source] + config.shrinkage)
 
         weights = recent(requests, model.catalogue, config.history, config.decay)
         key = config.asymmetry, config.shrinkage
@@ -227,7 +227,7 @@ class RP3BetaConfig(Section):
     beta: float = Field(0.6, ge=0, description="Exponent of item popularity in the divisor of the scores.")
 
 
-class RP3Beta(ScoredBaseline[RP3BetaConfig, _Readers]):
+class RP3Beta(ScoredBaseline[RP3BetaConfig, _UserItems]):
     """RP3beta: scores items by three-step random-walk probability, divided by popularity (Paudel et al., TiiS 2016).
 
     The walk goes from the user to an item j of the history, to a user u of j, and to another item i of u:
@@ -250,7 +250,7 @@ class RP3Beta(ScoredBaseline[RP3BetaConfig, _Readers]):
 
     def learn(self, data: SplitDataset) -> None:
         """Store the user-item matrix."""
-        self._model = _Readers.of(data)
+        self._model = _UserItems.of(data)
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
         """Return the random-walk probabilities divided by popularity, shape (n, items)."""
@@ -265,11 +265,11 @@ class RP3Beta(ScoredBaseline[RP3BetaConfig, _Readers]):
             of_item = np.maximum(np.asarray(model.binary.sum(axis=0)).ravel(), 1)
             return np.power(of_item, -config.alpha), np.power(of_item, -config.beta)
 
-        matrix = model.kept("matrix", config.alpha, walked)
-        leaving, arriving = model.kept("powers", (config.alpha, config.beta), powers)
+        matrix = model.cache("matrix", config.alpha, walked)
+        source_weight, target_weight = model.cache("powers", (config.alpha, config.beta), powers)
 
-        def similar(both: NDArray[np.float64], past: NDArray[np.int64], item: NDArray[np.int64]) -> Any:
-            return both * leaving[past] * arriving[item]
+        def similar(both: NDArray[np.float64], source: NDArray[np.int64], item: NDArray[np.int64]) -> Any:
+            return both * source_weight[source] * target_weight[item]
 
         weights = recent(requests, model.catalogue, config.history, config.decay)
         votes = _votes(weights, model, matrix, similar, matrix_key=config.alpha, key=config.beta)
@@ -284,7 +284,7 @@ def _weighed(binary: Any, weighting: str) -> Any:
     if weighting == "user-idf":
         # at least 1, since every user has an interaction
         return (sparse.diags_array(np.log1p(items / np.asarray(binary.sum(axis=1)).ravel())) @ binary).tocsr()
-    readers = np.maximum(np.asarray(binary.sum(axis=0)).ravel(), 1)
-    rows = (binary @ sparse.diags_array(np.log1p(users / readers))).tocsr()
+    item_users = np.maximum(np.asarray(binary.sum(axis=0)).ravel(), 1)
+    rows = (binary @ sparse.diags_array(np.log1p(users / item_users))).tocsr()
     lengths = np.sqrt(np.asarray(rows.multiply(rows).sum(axis=1)).ravel())
     return (sparse.diags_array(1 / lengths) @ rows).tocsr()

@@ -75,7 +75,7 @@ class LLMSequence(SequenceNetwork[LLMSequenceConfig]):
         super()._open(data)
         catalogue = Catalogue.of(data)
         texts = Turned.of(text_vectors(data, catalogue.ids, self._config)).whitened(self._config.whitening)
-        self._vectors = texts[Warm.of(Log.of(data, catalogue), catalogue).places].astype(np.float32)
+        self._vectors = texts[Warm.of(Log.of(data, catalogue), catalogue).indices].astype(np.float32)
 
     def _build(self, items: int) -> Any:
         torch, config = require("torch", "baselines"), self._config
@@ -85,7 +85,7 @@ class LLMSequence(SequenceNetwork[LLMSequenceConfig]):
         if not config.pretrained:
             layers = type(layers)(layers.config)
         layers.requires_grad_(True)
-        # Items have vectors of their own.
+        # The network embeds items itself.
         layers.set_input_embeddings(nn.Identity())
         hidden = int(layers.config.hidden_size)
         # The noise tells apart items with equal texts, or none.
@@ -107,9 +107,9 @@ class LLMSequence(SequenceNetwork[LLMSequenceConfig]):
     def _encode(self, network: torch.nn.Module, items: Any) -> Any:
         torch, share = require("torch", "baselines"), self._config.dropout
         drop = torch.nn.functional.dropout
-        given = network["into"](drop(network["table"](items), share, network.training))
-        with torch.autocast(given.device.type, torch.bfloat16, enabled=self._config.half):
-            state = network["layers"](inputs_embeds=given, use_cache=False).last_hidden_state
+        inputs = network["into"](drop(network["table"](items), share, network.training))
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self._config.half):
+            state = network["layers"](inputs_embeds=inputs, use_cache=False).last_hidden_state
         return network["out"](drop(state.float(), share, network.training))
 
     def _rates(self, network: torch.nn.Module) -> Sequence[Mapping[str, Any]]:

@@ -49,8 +49,8 @@ class _Factors:
         known = self.known
 
         def of_item(item: str) -> float:
-            place = known.item_index.get(item)
-            return 0.0 if place is None else float(self.item_bias[place])
+            index = known.item_index.get(item)
+            return 0.0 if index is None else float(self.item_bias[index])
 
         def of_user(request: Request) -> OfItems:
             row = known.user_index.get(request.user_id)
@@ -61,9 +61,9 @@ class _Factors:
                 level, vector = known.mean + float(self.user_bias[row]), self.users[row]
 
             def of_items(items: Sequence[str]) -> NDArray[np.float64]:
-                places = np.array([known.item_index.get(item, -1) for item in items])
-                result = self.item_bias[places] + self.items[places] @ vector
-                return np.asarray(level + np.where(places >= 0, result, 0.0), dtype=np.float64)
+                indices = np.array([known.item_index.get(item, -1) for item in items])
+                result = self.item_bias[indices] + self.items[indices] @ vector
+                return np.asarray(level + np.where(indices >= 0, result, 0.0), dtype=np.float64)
 
             return of_items
 
@@ -112,10 +112,10 @@ class MF(Baseline[MFConfig, _Factors]):
         residual = known.values - known.mean
         penalty = config.penalty
         for _ in range(config.rounds):
-            left = residual - item_bias[known.items]
-            user_bias, users = _solve(known.users, items[known.items], left, by_user, config.user_penalty, penalty)
-            left = residual - user_bias[known.users]
-            item_bias, items = _solve(known.items, users[known.users], left, by_item, config.item_penalty, penalty)
+            target = residual - item_bias[known.items]
+            user_bias, users = _solve(known.users, items[known.items], target, by_user, config.user_penalty, penalty)
+            target = residual - user_bias[known.users]
+            item_bias, items = _solve(known.items, users[known.users], target, by_item, config.item_penalty, penalty)
         self._model = _Factors(known, user_bias, item_bias, users, items)
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
@@ -172,11 +172,11 @@ class SVD(Baseline[SVDConfig, _Factors]):
             order = rng.permutation(len(residual))
             for start in range(0, len(order), config.batch):
                 rows = order[start : start + config.batch]
-                of, to = known.users[rows], known.items[rows]
-                own, other = users[of], items[to]
-                error = (residual[rows] - np.einsum("nk,nk->n", own, other))[:, None]
-                _step(users, of, error * other - config.penalty * own, 1, config.learning_rate)
-                _step(items, to, error * own - config.penalty * other, 0, config.learning_rate)
+                user_rows, item_rows = known.users[rows], known.items[rows]
+                user_vectors, item_vectors = users[user_rows], items[item_rows]
+                error = (residual[rows] - np.einsum("nk,nk->n", user_vectors, item_vectors))[:, None]
+                _step(users, user_rows, error * item_vectors - config.penalty * user_vectors, 1, config.learning_rate)
+                _step(items, item_rows, error * user_vectors - config.penalty * item_vectors, 0, config.learning_rate)
         self._model = _Factors(known, users[:, 0], items[:, 1], users[:, 2:], items[:, 2:])
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
@@ -185,19 +185,19 @@ class SVD(Baseline[SVDConfig, _Factors]):
 
 
 def _step(
-    table: NDArray[np.float64], places: NDArray[np.int64], slope: NDArray[np.float64], ones: int, rate_of: float
+    table: NDArray[np.float64], rows: NDArray[np.int64], slope: NDArray[np.float64], ones: int, learning_rate: float
 ) -> None:
     """Update the rows of a table by the gradients of a batch, except the column of ones."""
     slope[:, ones] = 0.0
-    present, where = np.unique(places, return_inverse=True)
-    sums = sparse.csr_array((np.ones(len(places)), (where, np.arange(len(places)))), shape=(len(present), len(places)))
-    table[present] += rate_of * (sums @ slope)
+    present, positions = np.unique(rows, return_inverse=True)
+    sums = sparse.csr_array((np.ones(len(rows)), (positions, np.arange(len(rows)))), shape=(len(present), len(rows)))
+    table[present] += learning_rate * (sums @ slope)
 
 
 def _solve(
     owners: NDArray[np.int64],
     others: NDArray[np.float64],
-    wanted: NDArray[np.float64],
+    targets: NDArray[np.float64],
     order: NDArray[np.int64],
     bias_penalty: float,
     penalty: float,
@@ -207,7 +207,7 @@ def _solve(
     Args:
         owners: Owner of each rating, shape (n,); every owner has at least one.
         others: Vector of the other side of each rating, shape (n, k).
-        wanted: Target of the sum of bias and product, shape (n,).
+        targets: Target of the sum of bias and product, shape (n,).
         order: Sorts ratings by owner.
         bias_penalty: Ridge penalty of the bias.
         penalty: Ridge penalty of the vector, per rating.
@@ -215,12 +215,12 @@ def _solve(
     Returns:
         Biases, shape (owners,), and vectors, shape (owners, k).
     """
-    features = np.column_stack([np.ones(len(wanted)), others])[order]
+    features = np.column_stack([np.ones(len(targets)), others])[order]
     number = np.bincount(owners)
     ends = np.cumsum(number)
     width = features.shape[1]
     normal = np.empty((len(number), width, width))
-    right = np.add.reduceat(features * wanted[order][:, None], ends - number, axis=0)
+    right = np.add.reduceat(features * targets[order][:, None], ends - number, axis=0)
     for owner, (start, end) in enumerate(zip((ends - number).tolist(), ends.tolist(), strict=True)):
         rows = features[start:end]
         normal[owner] = rows.T @ rows

@@ -163,15 +163,15 @@ def pieces_of(events: Log, max_len: int, leads: NDArray[np.int64] | None = None)
 def batches_of(sequences: Sequence[NDArray[np.int64]], size: int, rng: np.random.Generator) -> Iterator[Batch]:
     """Yield batches of about ``size`` targets from sequences of similar length, in random order."""
     mixed = rng.permutation(len(sequences))
-    lengths = np.array([len(sequences[place]) - 1 for place in mixed])
+    lengths = np.array([len(sequences[index]) - 1 for index in mixed])
     order = mixed[np.argsort(lengths, kind="stable")]
     groups: list[list[int]] = [[]]
-    for place in order.tolist():
-        if groups[-1] and (len(groups[-1]) + 1) * (len(sequences[place]) - 1) > size:
+    for index in order.tolist():
+        if groups[-1] and (len(groups[-1]) + 1) * (len(sequences[index]) - 1) > size:
             groups.append([])
-        groups[-1].append(place)
+        groups[-1].append(index)
     for number in rng.permutation(len(groups)).tolist():
-        rows = [sequences[place] for place in groups[number]]
+        rows = [sequences[index] for index in groups[number]]
         if rows:
             yield _padded(rows)
 
@@ -189,8 +189,8 @@ def of_one_length(histories: Sequence[NDArray[np.int64]], most: int) -> Iterator
     """Yield the indices of non-empty histories of equal length, at most ``most`` at a time."""
     lengths = np.array([len(history) for history in histories], dtype=np.int64)
     for length in np.unique(lengths[lengths > 0]).tolist():
-        places = np.flatnonzero(lengths == length)
-        yield from (places[start : start + most] for start in range(0, len(places), most))
+        indices = np.flatnonzero(lengths == length)
+        yield from (indices[start : start + most] for start in range(0, len(indices), most))
 
 
 log = logging.getLogger(__name__)
@@ -243,10 +243,10 @@ class SequenceConfig(NeuralConfig):
     @property
     def half(self) -> bool:
         """Whether products with the item embeddings use bfloat16."""
-        return gpu_has_bf16() if self.precision == "auto" and self.place == "cuda" else super().half
+        return gpu_has_bf16() if self.precision == "auto" and self.torch_device == "cuda" else super().half
 
     @property
-    def place(self) -> Literal["cpu", "cuda"]:
+    def torch_device(self) -> Literal["cpu", "cuda"]:
         """The device to use; ``auto`` selects the GPU if there is one.
 
         Raises:
@@ -343,7 +343,7 @@ class SequenceNetwork(ScoredBaseline[N, Trained]):
         self._open(data)
         self._model = train(
             data,
-            self._whole,
+            self._build_all,
             self._encode,
             self._config,
             self._seed,
@@ -367,9 +367,9 @@ class SequenceNetwork(ScoredBaseline[N, Trained]):
         warm = Warm.of(Log.of(data, catalogue), catalogue)
         self._open(data)
         with require("torch", "baselines").random.fork_rng(devices=[]):
-            network = self._whole(len(warm.places))
+            network = self._build_all(len(warm.indices))
         put_back(network, state)
-        network.to(self._config.place)
+        network.to(self._config.torch_device)
         epochs, looked_at = int(state["epochs"][0]), stopped_by(stop_cases(data, self._config, _STOP_CASES))
         most = self._config.max_len
         self._model = Trained(
@@ -385,7 +385,7 @@ class SequenceNetwork(ScoredBaseline[N, Trained]):
                 config.features, data, config.whitening, shuffle=config.shuffled, experts=config.experts
             )
 
-    def _whole(self, items: int) -> Any:
+    def _build_all(self, items: int) -> Any:
         network = self._build(items)
         if self._profiles is not None:
             network["profiles"] = self._profiles.build(network["table"].embedding_dim)
@@ -433,16 +433,16 @@ def train(
     catalogue = Catalogue.of(data)
     events = Log.of(data, catalogue)
     warm = Warm.of(events, catalogue)
-    leads = None if profiles is None else profiles.numbers(list(data.train_counts()), len(warm.places))
+    leads = None if profiles is None else profiles.numbers(list(data.train_counts()), len(warm.indices))
     sequences = pieces_of(warm.log(events), config.max_len, leads)
     cases = stop_cases(data, config, _STOP_CASES)
     # Seeds torch only for this fit; the random state of the caller is unchanged.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = build(len(warm.places)).to(config.place)
+        network = build(len(warm.indices)).to(config.torch_device)
         model = Trained(catalogue, warm, network, encode, config.max_len, 0, name=name, profiles=profiles)
-        whole = partial(over_all, half=config.half)
-        loss = whole if config.negatives is None else _Sampled(warm, config.negatives, seed)
+        full_loss = partial(over_all, half=config.half)
+        loss = full_loss if config.negatives is None else _Sampled(warm, config.negatives, seed)
         rng = np.random.default_rng(seed)
         batches = partial(batches_of, sequences, config.batch, rng)
         epoch = until_best(
@@ -473,8 +473,8 @@ def weights_of(network: torch.nn.Module) -> dict[str, NDArray[Any]]:
 def put_back(network: torch.nn.Module, state: Mapping[str, NDArray[Any]]) -> None:
     """Load weights into a network and set it to evaluation mode."""
     torch = require("torch", "baselines")
-    own = {name.removeprefix("network."): array for name, array in state.items() if name.startswith("network.")}
-    network.load_state_dict({name: torch.from_numpy(array) for name, array in own.items()})
+    weights = {name.removeprefix("network."): array for name, array in state.items() if name.startswith("network.")}
+    network.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()})
     network.eval()
 
 
@@ -521,13 +521,13 @@ def _epoch(
     table = network["table"].weight
     for batch in batches:
         optimiser.zero_grad(set_to_none=True)
-        wanted, items = (torch.from_numpy(item).to(table.device) for item in (batch.targets, batch.items))
-        rows = wanted >= 0
+        targets, items = (torch.from_numpy(item).to(table.device) for item in (batch.targets, batch.items))
+        rows = targets >= 0
         vectors = encode(network, items)[rows]
         with torch.no_grad():
-            value, of_vectors, of_table = loss(vectors.detach(), table.detach(), wanted[rows])
-        vectors.backward(of_vectors)
-        table.grad += of_table
+            value, vector_grad, table_grad = loss(vectors.detach(), table.detach(), targets[rows])
+        vectors.backward(vector_grad)
+        table.grad += table_grad
         optimiser.step()
         total, count = total + value * len(vectors), count + len(vectors)
     return total / max(1, count)
@@ -549,21 +549,21 @@ def over_all(vectors: Any, table: Any, targets: torch.Tensor, *, half: bool = Fa
         half: Multiply in bfloat16; the softmax stays in the precision of ``vectors``.
     """
     torch = require("torch", "baselines")
-    of_vectors, of_table, total = torch.empty_like(vectors), torch.zeros_like(table), 0.0
+    vector_grad, table_grad, total = torch.empty_like(vectors), torch.zeros_like(table), 0.0
     kind = torch.bfloat16 if half else vectors.dtype
     left, right = vectors.to(kind), table.to(kind)
     block = max(1, (_GPU_CELLS if table.is_cuda else _CELLS) // len(table))
     for start in range(0, len(vectors), block):
-        rows, wanted = left[start : start + block], targets[start : start + block, None]
+        rows, block_targets = left[start : start + block], targets[start : start + block, None]
         logits = (rows @ right.T).to(vectors.dtype)
-        share = torch.softmax(logits, dim=-1)
-        picked = share.gather(-1, wanted)
+        probabilities = torch.softmax(logits, dim=-1)
+        picked = probabilities.gather(-1, block_targets)
         total -= float(picked.clamp_min(1e-38).log().sum())
-        share.scatter_(-1, wanted, picked - 1)
-        share = share.to(kind)
-        of_vectors[start : start + block] = share @ right
-        of_table += share.T @ rows
-    return total / len(vectors), of_vectors / len(vectors), of_table / len(vectors)
+        probabilities.scatter_(-1, block_targets, picked - 1)
+        probabilities = probabilities.to(kind)
+        vector_grad[start : start + block] = probabilities @ right
+        table_grad += probabilities.T @ rows
+    return total / len(vectors), vector_grad / len(vectors), table_grad / len(vectors)
 
 
 def info_nce(logits: torch.Tensor, hidden: torch.Tensor) -> Any:
@@ -593,23 +593,23 @@ class _Sampled:
     """
 
     def __init__(self, warm: Warm, negatives: int, seed: int) -> None:
-        self._chance = warm.popular / warm.popular.sum()
+        self._probability = warm.popular / warm.popular.sum()
         self._negatives = negatives
         self._rng = np.random.default_rng([seed, 1])
 
     def __call__(self, vectors: Any, table: Any, targets: torch.Tensor) -> tuple[float, Any, Any]:
         torch = require("torch", "baselines")
-        drawn = self._rng.choice(len(self._chance), size=self._negatives, p=self._chance)
-        offset = torch.from_numpy(np.log(self._negatives * self._chance[drawn])).to(vectors)
-        items = torch.from_numpy(drawn).to(targets.device)
-        others = vectors @ table[items].T - offset
-        others.masked_fill_(items[None, :] == targets[:, None], -math.inf)
-        own = (vectors * table[targets]).sum(-1, keepdim=True)
-        share = torch.softmax(torch.cat([own, others], dim=1), dim=-1)
-        loss = -float(share[:, 0].clamp_min(1e-38).log().mean())
-        share[:, 0] -= 1
-        share /= len(vectors)
-        of_table = torch.zeros_like(table)
-        of_table.index_add_(0, targets, share[:, :1] * vectors)
-        of_table.index_add_(0, items, share[:, 1:].T @ vectors)
-        return loss, share[:, :1] * table[targets] + share[:, 1:] @ table[items], of_table
+        sampled = self._rng.choice(len(self._probability), size=self._negatives, p=self._probability)
+        offset = torch.from_numpy(np.log(self._negatives * self._probability[sampled])).to(vectors)
+        items = torch.from_numpy(sampled).to(targets.device)
+        sampled_logits = vectors @ table[items].T - offset
+        sampled_logits.masked_fill_(items[None, :] == targets[:, None], -math.inf)
+        target_logits = (vectors * table[targets]).sum(-1, keepdim=True)
+        probabilities = torch.softmax(torch.cat([target_logits, sampled_logits], dim=1), dim=-1)
+        loss = -float(probabilities[:, 0].clamp_min(1e-38).log().mean())
+        probabilities[:, 0] -= 1
+        probabilities /= len(vectors)
+        table_grad = torch.zeros_like(table)
+        table_grad.index_add_(0, targets, probabilities[:, :1] * vectors)
+        table_grad.index_add_(0, items, probabilities[:, 1:].T @ vectors)
+        return loss, probabilities[:, :1] * table[targets] + probabilities[:, 1:] @ table[items], table_grad

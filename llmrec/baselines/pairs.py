@@ -174,9 +174,9 @@ class TransitionsTuned(TransitionsText):
         torch, config = require("torch", "train"), self._config
         refuse_unpretrained(self.name, config.encoder, "transitions-text")
         refuse_other_split(config.encoder, data)
-        own = texts_of([data.dataset.items[item] for item in steps.catalogue.ids])
-        text = [own[place] for place in config.order(len(own))]
-        encoder = TunedEncoder(find_encoder(config.encoder)[0], text, blocks=config.blocks)
+        texts = texts_of([data.dataset.items[item] for item in steps.catalogue.ids])
+        texts = [texts[index] for index in config.order(len(texts))]
+        encoder = TunedEncoder(find_encoder(config.encoder)[0], texts, blocks=config.blocks)
         cases = stop_cases(data, config, _STOP_CASES)
         self.looked_at = stopped_by(cases)
         pairs = Pairs.of(steps, config.apart, config.nearby)
@@ -221,8 +221,8 @@ class PairEpoch:
         self, encoder: TunedEncoder, pairs: Pairs, config: TransitionsTunedConfig, rng: np.random.Generator
     ) -> None:
         self.encoder, self.pairs, self.config, self.rng = encoder, pairs, config, rng
-        often = np.bincount(pairs.then, weights=pairs.weights, minlength=pairs.seen.shape[0])
-        self.often = np.log(np.maximum(often, 1e-12))
+        frequency = np.bincount(pairs.then, weights=pairs.weights, minlength=pairs.seen.shape[0])
+        self.log_frequency = np.log(np.maximum(frequency, 1e-12))
         self._done = 0
 
     def __call__(self, optimiser: torch.optim.Optimizer) -> float:
@@ -244,14 +244,14 @@ class PairEpoch:
     def loss(self, first: NDArray[np.int64], then: NDArray[np.int64]) -> Any:
         """Return the loss of the pairs of a batch in nats, a tensor with gradients."""
         torch = require("torch", "train")
-        logits = self.similarities(first, then) - FREQUENT * torch.from_numpy(self.often[then]).float()
+        logits = self.similarities(first, then) - FREQUENT * torch.from_numpy(self.log_frequency[then]).float()
         return info_nce(logits, ~torch.from_numpy(self.pairs.unknown(first, then)))
 
     def similarities(self, first: NDArray[np.int64], others: NDArray[np.int64]) -> Any:
         """Return similarities divided by the temperature, with gradients, shape (len(first), len(others))."""
         torch = require("torch", "train")
-        rows, places = np.unique(np.concatenate([first, others]), return_inverse=True)
-        vectors = _read_texts(self.encoder, rows)[torch.from_numpy(places)]
+        rows, positions = np.unique(np.concatenate([first, others]), return_inverse=True)
+        vectors = _read_texts(self.encoder, rows)[torch.from_numpy(positions)]
         return vectors[: len(first)] @ vectors[len(first) :].T / self.config.temperature
 
 
@@ -259,6 +259,6 @@ def _read_texts(encoder: TunedEncoder, rows: NDArray[np.int64]) -> Any:
     """Encode texts in groups of similar length, with gradients; returns vectors of shape (n, d)."""
     torch = require("torch", "train")
     groups = batches_of([encoder.length(int(row)) for row in rows])
-    order = torch.tensor([place for group in groups for place in group])
-    result = torch.cat([encoder([int(rows[place]) for place in group]) for group in groups])
+    order = torch.tensor([position for group in groups for position in group])
+    result = torch.cat([encoder([int(rows[position]) for position in group]) for group in groups])
     return result[torch.argsort(order)]

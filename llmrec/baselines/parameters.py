@@ -30,8 +30,8 @@ def config_of(name: str, parameters: Mapping[str, Any], where: str) -> Section:
     Raises:
         RecipeError: If the baseline or a parameter is unknown, or a value is out of bounds.
     """
-    made: type[Section] = lookup(BASELINES, name, f"baseline of {where}", key=where).Config
-    return config_from(made, name, parameters, where)
+    config_class: type[Section] = lookup(BASELINES, name, f"baseline of {where}", key=where).Config
+    return config_from(config_class, name, parameters, where)
 
 
 def stops_early(name: str) -> bool:
@@ -62,13 +62,13 @@ def hashes_of(name: str, parameters: Mapping[str, Any]) -> Hashes:
     result: dict[str, str | dict[str, str] | None] = {"stores": stores}
     # Parameters of plug-ins are unknown here; their code is hashed instead.
     if type(config).__module__.startswith("llmrec."):
-        held = config.model_dump(mode="json")
-        start, words = Path(held.get("start") or "") / MANIFEST, Path(held.get("lexicon") or "")
-        result["encoder"] = weights_of(held.get("encoder"))
-        result["align"] = weights_of((held.get("align") or {}).get("encoder"))
-        result["model"] = weights_of(held.get("model"))
-        result["start"] = sha256_of(start) if start.is_file() and held.get("start") else None
-        result["lexicon"] = sha256_of(words) if words.is_file() else None
+        values = config.model_dump(mode="json")
+        start, lexicon = Path(values.get("start") or "") / MANIFEST, Path(values.get("lexicon") or "")
+        result["encoder"] = weights_of(values.get("encoder"))
+        result["align"] = weights_of((values.get("align") or {}).get("encoder"))
+        result["model"] = weights_of(values.get("model"))
+        result["start"] = sha256_of(start) if start.is_file() and values.get("start") else None
+        result["lexicon"] = sha256_of(lexicon) if lexicon.is_file() else None
     return {key: value for key, value in result.items() if value}
 
 

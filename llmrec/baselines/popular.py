@@ -75,10 +75,10 @@ class Random(_SameForAll[NoParameters]):
             return refused
         if request.candidates is not None:
             return ranking(request, request.candidates, np.zeros(len(request.candidates)))
-        places = unseen(request, catalogue)
-        drawn = np.random.default_rng(hash_one("random baseline", 0, request.id)).permutation(places)[:TOP]
+        indices = unseen(request, catalogue)
+        drawn = np.random.default_rng(hash_one("random baseline", 0, request.id)).permutation(indices)[:TOP]
         result = top_of(request, catalogue, drawn, np.zeros(len(drawn)))
-        return replace(result, unlisted=len(places) - len(drawn))
+        return replace(result, unlisted=len(indices) - len(drawn))
 
 
 class Popularity(_SameForAll[NoParameters]):

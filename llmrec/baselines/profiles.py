@@ -73,14 +73,14 @@ class Table:
 
     def vectors(self, names: Sequence[str]) -> NDArray[np.float32]:
         """Return normalised whitened vectors, shape (n, k); zeros for unknown names."""
-        asked = names if self.shuffled is None else [self.shuffled.get(name, name) for name in names]
-        vectors, known = self.store.get(self.kind, asked)
+        sources = names if self.shuffled is None else [self.shuffled.get(name, name) for name in names]
+        vectors, known = self.store.get(self.kind, sources)
         result = (vectors - self.centre) @ self.whitening
         # A vector equal to the mean leaves a rounding error without a meaningful direction.
         result[~known] = 0
         lengths = np.linalg.norm(result, axis=1, keepdims=True)
-        long = np.divide(result, lengths, out=np.zeros_like(result), where=lengths > 0)
-        return np.asarray(long, dtype=np.float32)
+        normalised = np.divide(result, lengths, out=np.zeros_like(result), where=lengths > 0)
+        return np.asarray(normalised, dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -131,14 +131,14 @@ class Adaptor:
         tables, seen = [], set[Pair]()
         for folder in folders:
             store = FeatureStore.open(Path(folder), split=data.readable)
-            able = [kind for kind in store.kinds if kind in kinds]
-            if not able:
+            kinds_read = [kind for kind in store.kinds if kind in kinds]
+            if not kinds_read:
                 raise DataError.at(
                     folder,
                     "missing-value",
                     f" has only features of {' and '.join(store.kinds)}s; set sides accordingly",
                 )
-            for kind in able:
+            for kind in kinds_read:
                 names = sorted(set((rows.user_names if kind == "user" else rows.item_names).tolist()))
                 tables.append(Table.of(store, kind, names, exponent, shuffle=shuffle))
                 seen |= store.seen(kind)
@@ -153,13 +153,13 @@ class Adaptor:
         """Return the feature vectors of each table for several training rows."""
         results = []
         for table in self.tables:
-            names, places = np.unique(
+            names, indices = np.unique(
                 (rows.user_names if table.kind == "user" else rows.item_names).astype(str), return_inverse=True
             )
             vectors = table.vectors(names.tolist())
-            wide = np.zeros((len(vectors), self.width), dtype=np.float32)
-            wide[:, : table.width] = vectors
-            results.append(Columns(wide, places.astype(np.int64)))
+            padded = np.zeros((len(vectors), self.width), dtype=np.float32)
+            padded[:, : table.width] = vectors
+            results.append(Columns(padded, indices.astype(np.int64)))
         return results
 
     def build(self, dim: int, experts: int) -> Any:
@@ -191,8 +191,8 @@ def adapt(network: torch.nn.Module, table: int, vectors: Any) -> Any:
     """
     torch = require("torch", "baselines")
     weights = torch.softmax(network["gates"][table](vectors), dim=1)
-    made = torch.stack([expert(vectors) for expert in (*network["shared"], *network["own"][table])], dim=1)
-    return (weights[:, :, None] * made).sum(dim=1)
+    outputs = torch.stack([expert(vectors) for expert in (*network["shared"], *network["own"][table])], dim=1)
+    return (weights[:, :, None] * outputs).sum(dim=1)
 
 
 @dataclass(frozen=True)
@@ -201,13 +201,13 @@ class Profiles:
 
     Attributes:
         adaptor: An adaptor with a single table.
-        places: Row index of each user.
+        rows: Row index of each user.
         vectors: Shape (users + 1, width); the last row, zeros, belongs to unknown users.
         experts: Number of experts of the adaptor, in addition to the shared ones.
     """
 
     adaptor: Adaptor
-    places: Mapping[str, int]
+    rows: Mapping[str, int]
     vectors: Any
     experts: int
 
@@ -246,7 +246,7 @@ class Profiles:
     def numbers(self, users: Sequence[str], items: int) -> NDArray[np.int64]:
         """Return the indices of users, which follow the given number of items, shape (n,)."""
         unknown = len(self.vectors) - 1
-        return np.array([items + self.places.get(user, unknown) for user in users], dtype=np.int64)
+        return np.array([items + self.rows.get(user, unknown) for user in users], dtype=np.int64)
 
     def before(
         self, histories: Sequence[NDArray[np.int64]], users: Sequence[str], items: int
@@ -259,5 +259,5 @@ class Profiles:
         """Return the vector of the user followed by the item vectors, shape (b, t, dim)."""
         torch, table = require("torch", "baselines"), network["table"]
         adaptor = network["profiles"]
-        own = adaptor.vectors[items[:, 0] - table.num_embeddings]
-        return torch.cat([adapt(adaptor, 0, own)[:, None], table(items[:, 1:])], dim=1)
+        user_vectors = adaptor.vectors[items[:, 0] - table.num_embeddings]
+        return torch.cat([adapt(adaptor, 0, user_vectors)[:, None], table(items[:, 1:])], dim=1)

@@ -100,9 +100,9 @@ def ridge_biases(
     of_users, of_items = np.zeros(len(user_weight)), np.zeros(len(item_weight))
     for _ in range(_ROUNDS):
         of_items = np.bincount(known.items, weights=residual - of_users[known.users]) / item_weight
-        moved = np.bincount(known.users, weights=residual - of_items[known.items]) / user_weight
-        step = float(np.abs(moved - of_users).max())
-        of_users = moved
+        updated = np.bincount(known.users, weights=residual - of_items[known.items]) / user_weight
+        step = float(np.abs(updated - of_users).max())
+        of_users = updated
         if step < _TOLERANCE:
             break
     return of_users, of_items
@@ -157,5 +157,5 @@ def rate_lately(
 
 def bias_of_history(request: Request, mean: float, of_item: Callable[[str], float], user_penalty: float) -> float:
     """Estimate the bias of an unknown user from the ratings in the history; 0 without ratings."""
-    left = [event.rating - mean - of_item(event.item_id) for event in request.history if event.rating is not None]
-    return sum(left) / (len(left) + user_penalty)
+    residuals = [event.rating - mean - of_item(event.item_id) for event in request.history if event.rating is not None]
+    return sum(residuals) / (len(residuals) + user_penalty)

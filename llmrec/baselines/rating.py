@@ -130,8 +130,8 @@ class UserItemBias(Baseline[UserItemBiasConfig, _Levels]):
         of_users, of_items = ridge_biases(known, self._config.user_penalty, self._config.item_penalty)
         self._model = _Levels(
             mean=known.mean,
-            by_user={user: float(of_users[place]) for user, place in known.user_index.items()},
-            by_item={item: float(of_items[place]) for item, place in known.item_index.items()},
+            by_user={user: float(of_users[index]) for user, index in known.user_index.items()},
+            by_item={item: float(of_items[index]) for item, index in known.item_index.items()},
             scale=known.scale,
         )
 
@@ -143,19 +143,19 @@ class UserItemBias(Baseline[UserItemBiasConfig, _Levels]):
             return model.by_item.get(item, 0.0)
 
         def of_user(request: Request) -> OfItems:
-            own = model.by_user.get(request.user_id)
-            if own is None:
-                own = bias_of_history(request, model.mean, of_item, self._config.user_penalty)
-            level = model.mean + own
+            bias = model.by_user.get(request.user_id)
+            if bias is None:
+                bias = bias_of_history(request, model.mean, of_item, self._config.user_penalty)
+            level = model.mean + bias
             return lambda items: np.array([level + of_item(item) for item in items])
 
         return rate_lately(requests, model.scale, of_user, self._config)
 
 
 def _means(known: Ratings) -> _Levels:
-    def group(places: NDArray[np.int64], index: Mapping[str, int]) -> dict[str, float]:
-        means = np.bincount(places, weights=known.values) / np.bincount(places)
-        return {name: float(means[place]) for name, place in index.items()}
+    def group(indices: NDArray[np.int64], index_of: Mapping[str, int]) -> dict[str, float]:
+        means = np.bincount(indices, weights=known.values) / np.bincount(indices)
+        return {name: float(means[index]) for name, index in index_of.items()}
 
     return _Levels(
         mean=known.mean,

@@ -87,7 +87,7 @@ class Single:
                 kind="unsupported",
                 column=self.key,
             )
-        inside = [user for user, own in parts.items() if own == part]
+        inside = [user for user, user_part in parts.items() if user_part == part]
         rest = replace(data, train=data.train.filter(~pl.col("user_id").is_in(inside)))
         model: CatalogueScorer = fitted(self.name, {}, rest, seed=self.seed)
         return model
@@ -134,10 +134,10 @@ def retrieve(
     finder = finder or finder_of(section, seed)
     held = data.holdouts(split).of(users)
     sets: dict[str, tuple[str, ...]] = {}
-    for model, own in finder.fitted(data, split):
-        asked = held.of(own)
-        for start in range(0, len(asked), _BLOCK):
-            requests = [request_of(data, one, split) for one in asked[start : start + _BLOCK]]
+    for model, subset in finder.fitted(data, split):
+        selected = held.of(subset)
+        for start in range(0, len(selected), _BLOCK):
+            requests = [request_of(data, one, split) for one in selected[start : start + _BLOCK]]
             for request, items in zip(requests, best(model, requests, section.count), strict=True):
                 if len(items) < section.count:
                     raise DataError(
@@ -187,7 +187,7 @@ class Lists:
 
     def of(self, user: str) -> Sequence[tuple[int, tuple[str, ...]]]:
         """Return positions in a user's training history, each with the candidates retrieved for that position."""
-        return self._made.get(user, ())
+        return self._candidates.get(user, ())
 
     def held(self) -> Mapping[str, tuple[str, ...]]:
         """Return the retrieved candidates of validation requests by id, if they contain the target."""
@@ -200,17 +200,17 @@ class Lists:
         return {name: items for name, items in sets.items() if targets[name] in items}
 
     @cached_property
-    def _made(self) -> Mapping[str, Sequence[tuple[int, tuple[str, ...]]]]:
+    def _candidates(self) -> Mapping[str, Sequence[tuple[int, tuple[str, ...]]]]:
         finder = self.finder or finder_of(self.section, self.seed)
         result: dict[str, list[tuple[int, tuple[str, ...]]]] = {}
         users = [user for user in self.data.users() if len(self.data.train_events(user)) > 1]
-        parts, looked = {user: hash_one("retrieved lists", self.seed, user) % _FOLDS for user in users}, 0
+        parts, total = {user: hash_one("retrieved lists", self.seed, user) % _FOLDS for user in users}, 0
         for part in sorted(set(parts.values())):
             model = finder.apart(self.data, parts, part)
-            asked = [(user, at) for user in users if parts[user] == part for at in self._places(user)]
-            looked += len(asked)
-            for start in range(0, len(asked), _BLOCK):
-                block = asked[start : start + _BLOCK]
+            queries = [(user, at) for user in users if parts[user] == part for at in self._sampled_positions(user)]
+            total += len(queries)
+            for start in range(0, len(queries), _BLOCK):
+                block = queries[start : start + _BLOCK]
                 requests = [
                     Request(id=f"list/{user}/{at}", user_id=user, history=self.data.train_events(user)[:at])
                     for user, at in block
@@ -219,8 +219,8 @@ class Lists:
                 for (user, at), items in zip(block, best(model, requests, self.section.count + more), strict=True):
                     events = self.data.train_events(user)
                     if self.others:
-                        had = {event.item_id for event in events[at:]}
-                        items = [item for item in items if item not in had][: self.section.count]
+                        later_items = {event.item_id for event in events[at:]}
+                        items = [item for item in items if item not in later_items][: self.section.count]
                     enough = len(items) >= (self.least or self.section.count)
                     if enough and (self.others or events[at].item_id in items):
                         result.setdefault(user, []).append((at, tuple(items)))
@@ -230,15 +230,15 @@ class Lists:
                 "%s: %d of %d training items are among its %d candidates",
                 finder.name,
                 count,
-                looked,
+                total,
                 self.section.count,
             )
         return result
 
-    def _places(self, user: str) -> list[int]:
-        places = range(1, len(self.data.train_events(user)))
+    def _sampled_positions(self, user: str) -> list[int]:
+        positions = range(1, len(self.data.train_events(user)))
         rng = keyed("retrieved list", self.seed, user)
-        return sorted(rng.sample(places, min(_EVENTS, len(places))))
+        return sorted(rng.sample(positions, min(_EVENTS, len(positions))))
 
 
 def check_retriever(name: str, where: str, *others: str) -> None:
@@ -264,8 +264,8 @@ def check_retriever(name: str, where: str, *others: str) -> None:
 
 def _scores(name: str) -> bool:
     """Whether a name belongs to a plug-in that scores all items."""
-    made = lookup(BASELINES, name, "baseline") if is_plugin(BASELINES, name) else None
-    return all(hasattr(made, verb) for verb in ("scores", "items"))
+    baseline_class = lookup(BASELINES, name, "baseline") if is_plugin(BASELINES, name) else None
+    return all(hasattr(baseline_class, verb) for verb in ("scores", "items"))
 
 
 def best(model: CatalogueScorer, requests: Sequence[Request], count: int) -> list[list[str]]:
@@ -274,13 +274,13 @@ def best(model: CatalogueScorer, requests: Sequence[Request], count: int) -> lis
     Ties are ordered by a hash of the request's id, so that results are reproducible and not biased by item ids.
     """
     scores = np.array(model.scores(requests), dtype=np.float64)
-    column = {item: place for place, item in enumerate(model.items)}
+    column = {item: index for index, item in enumerate(model.items)}
     results = []
     for request, row in zip(requests, scores, strict=True):
         row[[column[event.item_id] for event in request.history if event.item_id in column]] = -np.inf
-        drawn = np.random.default_rng(hash_one("retrieved ties", 0, request.id)).random(len(row))
-        places = np.lexsort((drawn, -row))[: min(count, int(np.isfinite(row).sum()))]
-        results.append([model.items[place] for place in places])
+        noise = np.random.default_rng(hash_one("retrieved ties", 0, request.id)).random(len(row))
+        order = np.lexsort((noise, -row))[: min(count, int(np.isfinite(row).sum()))]
+        results.append([model.items[index] for index in order])
     return results
 
 

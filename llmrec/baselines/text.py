@@ -54,18 +54,18 @@ class TfIdf:
         """
         frequency = Counter(word for text in texts for word in set(_grams(text, longest)))
         words = sorted(word for word, count in frequency.items() if count >= least)
-        have = np.array([frequency[word] for word in words], dtype=np.float64)
+        document_counts = np.array([frequency[word] for word in words], dtype=np.float64)
         return TfIdf(
             index={word: index for index, word in enumerate(words)},
-            weights=np.log((1 + len(texts)) / (1 + have)) + 1,
+            weights=np.log((1 + len(texts)) / (1 + document_counts)) + 1,
             longest=longest,
         )
 
     def vectors(self, texts: Sequence[str]) -> Any:
         """Return normalised TF-IDF vectors, sparse, shape (n, words); 0 for a text without known words."""
-        places = [[self.index[word] for word in _grams(text, self.longest) if word in self.index] for text in texts]
-        rows = np.repeat(np.arange(len(texts)), [len(row) for row in places])
-        columns = np.array([place for row in places for place in row], dtype=np.int64)
+        indices = [[self.index[word] for word in _grams(text, self.longest) if word in self.index] for text in texts]
+        rows = np.repeat(np.arange(len(texts)), [len(row) for row in indices])
+        columns = np.array([index for row in indices for index in row], dtype=np.int64)
         matrix = sparse.csr_array((self.weights[columns], (rows, columns)), shape=(len(texts), len(self.index)))
         matrix.sum_duplicates()
         lengths = np.sqrt(np.asarray(matrix.multiply(matrix).sum(axis=1)).ravel())
@@ -153,8 +153,8 @@ class NearestText(Baseline[NoParameters, _Library]):
             known=known,
             model=model,
             vectors=vectors,
-            of_item=_places(known.items),
-            of_user=_places(known.users),
+            of_item=_rows_by_name(known.items),
+            of_user=_rows_by_name(known.users),
             titles=titles,
             fallback=_most_frequent(known.texts, vectors),
         )
@@ -261,11 +261,11 @@ class TextRidge(Baseline[TextRidgeConfig, _Read]):
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Predict the rating of the review in each request."""
-        read = self._fitted
-        vectors = read.model.vectors([request.context.get("review", "") for request in requests])
-        moved = np.where(np.diff(vectors.indptr) > 0, vectors @ read.weights - read.average, 0.0)
-        values = iter((read.mean + moved)[[request.item is not None for request in requests]].tolist())
-        return rate(requests, read.scale, lambda user, item, request: float(next(values)))
+        fitted = self._fitted
+        vectors = fitted.model.vectors([request.context.get("review", "") for request in requests])
+        offsets = np.where(np.diff(vectors.indptr) > 0, vectors @ fitted.weights - fitted.average, 0.0)
+        values = iter((fitted.mean + offsets)[[request.item is not None for request in requests]].tolist())
+        return rate(requests, fitted.scale, lambda user, item, request: float(next(values)))
 
 
 # --------------------------------------------------------------------------- helpers
@@ -291,21 +291,21 @@ def _texts(data: SplitDataset, name: str) -> _Texts:
     return _Texts(users=users, items=items, texts=texts)
 
 
-def _places(names: Sequence[str]) -> dict[str, NDArray[np.int64]]:
+def _rows_by_name(names: Sequence[str]) -> dict[str, NDArray[np.int64]]:
     rows: dict[str, list[int]] = {}
     for index, name in enumerate(names):
         rows.setdefault(name, []).append(index)
-    return {name: np.array(places) for name, places in rows.items()}
+    return {name: np.array(indices) for name, indices in rows.items()}
 
 
 def _most_frequent(texts: Sequence[str], vectors: Any) -> str:
     counts = Counter(texts)
     most = max(counts.values())
-    tied = np.array([place for place, text in enumerate(texts) if counts[text] == most])
+    tied = np.array([row for row, text in enumerate(texts) if counts[text] == most])
     centre = np.asarray(vectors.sum(axis=0)).ravel()
     # Rounded, so that ties are broken by spelling and not by the last bits of a sum.
-    typical = np.round(vectors[tied] @ centre, 9).tolist()
-    ranked = [(-closeness, texts[place]) for closeness, place in zip(typical, tied.tolist(), strict=True)]
+    similarity = np.round(vectors[tied] @ centre, 9).tolist()
+    ranked = [(-value, texts[row]) for value, row in zip(similarity, tied.tolist(), strict=True)]
     text: str = min(ranked)[1]
     return text
 
@@ -314,18 +314,18 @@ def _nearest(request: Request, library: _Library) -> str:
     item = request.item or ""
     title = library.titles.get(item, "")
     if item in library.of_item:
-        places = library.of_item[item]
-        text = [event.text for event in request.history if event.text]
-        query = library.model.vectors([" ".join([title, *request.context.values(), *text])])
-        near = (library.vectors[places] @ query.T).toarray().ravel()
+        rows = library.of_item[item]
+        history_texts = [event.text for event in request.history if event.text]
+        query = library.model.vectors([" ".join([title, *request.context.values(), *history_texts])])
+        similarity = (library.vectors[rows] @ query.T).toarray().ravel()
     elif request.user_id in library.of_user:
-        places = library.of_user[request.user_id]
-        own = library.model.vectors([library.titles.get(library.known.items[place], "") for place in places])
-        near = (own @ library.model.vectors([title]).T).toarray().ravel()
+        rows = library.of_user[request.user_id]
+        title_vectors = library.model.vectors([library.titles.get(library.known.items[row], "") for row in rows])
+        similarity = (title_vectors @ library.model.vectors([title]).T).toarray().ravel()
     else:
         return library.fallback
-    best = int(np.argmax(np.round(near, 9)))
-    return library.known.texts[int(places[best])]
+    best = int(np.argmax(np.round(similarity, 9)))
+    return library.known.texts[int(rows[best])]
 
 
 def _write(request: Request, text: str) -> Answer:

@@ -12,7 +12,7 @@ from scipy import sparse
 
 from llmrec.baselines.base import DECAYS, Auto, Catalogue, Decay, Log, ScoredBaseline, counts, filled, recent
 from llmrec.baselines.item_texts import TextsConfig, text_vectors
-from llmrec.baselines.knn import Kept
+from llmrec.baselines.knn import MatrixCache
 from llmrec.recipe.schema import Positive, Section
 from llmrec.results import Reads
 
@@ -41,7 +41,7 @@ class Steps:
         popular: Training interactions of each item, shape (items,).
         near: Positive text similarity to the most similar items, sparse, shape (items, items); None without text.
         vectors: Text vectors of ``near``, of length 1, shape (items, d), if the encoder was fine-tuned; else None.
-        kept: Cached matrices of the last parameters.
+        cache: Cached matrices of the last parameters.
     """
 
     catalogue: Catalogue
@@ -49,7 +49,7 @@ class Steps:
     popular: NDArray[np.float64]
     near: Any = None
     vectors: NDArray[Any] | None = None
-    kept: Kept = field(default_factory=Kept, compare=False)
+    cache: MatrixCache = field(default_factory=MatrixCache, compare=False)
 
 
 class TransitionsConfig(Section):
@@ -163,12 +163,12 @@ class TransitionsText(ScoredBaseline[TransitionsTextConfig, Steps]):
         """Return the weighted transitions and similarities for every request, shape (n, items)."""
         model, config = self._fitted, self._config
         steps = normalised(model, config)
-        alike = model.kept("alike", config.sharpness, lambda: _shares(model.near, config.sharpness))
+        similarity = model.cache("similarity", config.sharpness, lambda: _shares(model.near, config.sharpness))
         votes = recent(requests, model.catalogue, config.history, config.decay) @ steps
         last = recent(requests, model.catalogue, config.text_history, config.text_decay)
         # One product for both text terms, with the weights of these requests only, because the product A T is large.
-        resembling = (config.onward * votes + config.text * last) @ alike
-        return filled(votes.toarray() + resembling.toarray(), model.popular)
+        text_votes = (config.onward * votes + config.text * last) @ similarity
+        return filled(votes.toarray() + text_votes.toarray(), model.popular)
 
 
 def nearest(vectors: NDArray[np.floating[Any]], count: int) -> Any:
@@ -208,14 +208,14 @@ def normalised(model: Steps, config: TransitionsConfig) -> Any:
             steps = steps + config.fade**gap * model.gaps[gap]
         return (steps + config.backward * steps.T).tocsr()
 
-    both = model.kept("steps", shape, summed)
+    both = model.cache("steps", shape, summed)
 
     def divided() -> Any:
         leaving = (np.asarray(both.sum(axis=1)).ravel() + config.smoothing) ** -config.leaving
         arriving = (model.popular + 1) ** -config.arriving
         return (sparse.diags_array(leaving) @ both @ sparse.diags_array(arriving)).tocsr()
 
-    return model.kept("divided", (*shape, config.smoothing, config.leaving, config.arriving), divided)
+    return model.cache("divided", (*shape, config.smoothing, config.leaving, config.arriving), divided)
 
 
 def _shares(near: Any, sharpness: float) -> Any:

@@ -159,10 +159,10 @@ def _climb(ladders: Grid, start: Point, table: str, judge: Judge) -> None:
 
 def _ways(values: Sequence[Any], current: Any) -> list[Sequence[Any]]:
     """Return the values on each side of the current value, nearest first."""
-    place = list(values).index(current)
+    position = list(values).index(current)
     if not _ordered(values):
         return [[value for value in values if value != current]]
-    return [values[place + 1 :], values[:place][::-1]]
+    return [values[position + 1 :], values[:position][::-1]]
 
 
 log = logging.getLogger(__name__)
@@ -251,25 +251,25 @@ def tune(
         RecipeError: If the baseline or a parameter is unknown, or the baseline writes texts.
         DataError: If the split has no validation interactions.
     """
-    made = lookup(BASELINES, name, "baseline")
+    baseline_class = lookup(BASELINES, name, "baseline")
     if _answers(name, Text):
         raise RecipeError(
             f"the baseline {name!r} generates texts, which have no metric for tuning; do not tune this baseline",
             kind="contradiction",
         )
     metric, measure = _measured(name, data, tables)
-    declared: Grid = made.GRID if grid is None else grid
+    declared: Grid = baseline_class.GRID if grid is None else grid
     single = {key: values[0] for key, values in declared.items() if len(values) == 1}
     defaults = config_of(name, single, f"grid of {name}").model_dump()
-    search = _Search(name, data, seed, metric, measure, kept, made.FITS, list(known))
-    explore(declared, defaults, tables, search.judge, most=made.FITS)
+    search = _Search(name, data, seed, metric, measure, kept, baseline_class.FITS, list(known))
+    explore(declared, defaults, tables, search.judge, most=baseline_class.FITS)
     choices = {}
     for table in tables:
         best = search.best(table)
         model = search.model(best)
         if model is not None and len(search.trials) > 1:
             model.looked_at |= frozenset(data.valid["user_id"].to_list())
-        choices[table] = Choice(best.parameters, borders(made.Config, declared, best.parameters), model)
+        choices[table] = Choice(best.parameters, borders(baseline_class.Config, declared, best.parameters), model)
     return Tuned(choices=choices, trials=tuple(search.trials), metric=metric, recalled=search.recalled)
 
 

@@ -44,13 +44,13 @@ def ranking_cases(data: SplitDataset, limit: int | None = None) -> list[Case]:
     return [
         Case(
             request=Request(
-                id=request_id(users[place], items[place]),
-                user_id=users[place],
-                history=data.history(users[place], "valid"),
+                id=request_id(users[row], items[row]),
+                user_id=users[row],
+                history=data.history(users[row], "valid"),
             ),
-            truth=items[place],
+            truth=items[row],
         )
-        for place in order.tolist()
+        for row in order.tolist()
     ]
 
 

@@ -57,7 +57,7 @@ class LikeRatio(Baseline[LikeRatioConfig, Counts]):
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Predict the share of likes in each history; without ratings, the share in training."""
         model = self._fitted
-        return _say(requests, np.array([model.of_history(request)[0] for request in requests]))
+        return _answers(requests, np.array([model.of_history(request)[0] for request in requests]))
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,9 @@ class Logistic(Baseline[LogisticConfig, _Linear]):
         users: Mapping[str, int] = known.user_index if config.features == "ids" else {}
         items: Mapping[str, int] = known.item_index if config.features == "ids" else {}
         if users:
-            item, ones = np.arange(len(truth)), np.ones(len(truth))
-            of_users = sparse.csr_array((ones, (item, known.users)), shape=(len(truth), len(users)))
-            of_items = sparse.csr_array((ones, (item, known.items)), shape=(len(truth), len(items)))
+            row_numbers, ones = np.arange(len(truth)), np.ones(len(truth))
+            of_users = sparse.csr_array((ones, (row_numbers, known.users)), shape=(len(truth), len(users)))
+            of_items = sparse.csr_array((ones, (row_numbers, known.items)), shape=(len(truth), len(items)))
             rows = sparse.hstack([sparse.csr_array(rows), of_users, of_items]).tocsr()
             penalties = np.append(penalties, np.full(len(users) + len(items), config.id_penalty))
         weights = _weights(rows, truth, penalties)
@@ -129,8 +129,8 @@ class Logistic(Baseline[LogisticConfig, _Linear]):
             counted=counted,
             weights=weights[:size],
             bias=float(weights[-1]),
-            of_users={name: float(weights[size + place]) for name, place in users.items()},
-            of_items={name: float(weights[size + len(users) + place]) for name, place in items.items()},
+            of_users={name: float(weights[size + index]) for name, index in users.items()},
+            of_items={name: float(weights[size + len(users) + index]) for name, index in items.items()},
         )
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
@@ -139,7 +139,7 @@ class Logistic(Baseline[LogisticConfig, _Linear]):
         # One row at a time, so that the last bits do not depend on the batch size.
         scores = np.array([(model.counted.row(request) * model.weights).sum() for request in requests]) + model.bias
         ids = [model.of_users.get(r.user_id, 0.0) + model.of_items.get(r.item or "", 0.0) for r in requests]
-        return _say(requests, 1 / (1 + np.exp(-(scores + np.array(ids)))))
+        return _answers(requests, 1 / (1 + np.exp(-(scores + np.array(ids)))))
 
 
 def _weights(features: Any, truth: NDArray[np.float64], penalties: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -167,7 +167,7 @@ def _weights(features: Any, truth: NDArray[np.float64], penalties: NDArray[np.fl
     return best
 
 
-def _say(requests: Sequence[Request], values: NDArray[np.float64]) -> list[Answer]:
+def _answers(requests: Sequence[Request], values: NDArray[np.float64]) -> list[Answer]:
     return [
         Unparsed(request_id=request.id, reason="the request has no item to judge")
         if request.item is None

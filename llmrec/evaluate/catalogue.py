@@ -102,24 +102,24 @@ def rank_catalogue(
     if not cases:
         raise LlmrecError("there are no test cases; relax the filters, or choose another split", kind="empty")
     items = scorer.items
-    index = {item: place for place, item in enumerate(items)}
+    index = {item: position for position, item in enumerate(items)}
     if not items or len(index) != len(items):
         raise LlmrecError(f"{scorer.name}: its catalogue is empty or has duplicate items; fix the model", kind="defect")
     length = min(max(cutoffs, default=0), len(items))
-    names = hash64("list ties", seed, items) if length else np.zeros(0, dtype=np.uint64)
-    parts: dict[str, list[Standings]] = {entry: [] for entry in seen}
+    item_hash = hash64("list ties", seed, items) if length else np.zeros(0, dtype=np.uint64)
+    parts: dict[str, list[Standings]] = {convention: [] for convention in seen}
     step = batch if batch is not None else max(1, _CELLS // len(items))
     for start in range(0, len(cases), step):
         part = cases[start : start + step]
         scores = _scores(scorer, part, len(items))
-        own = np.array([index.get(str(case.truth), -1) for case in part], dtype=np.int64)
-        place = _SeenItems.of(part, index, own)
-        rows = hash64("list ties", seed, [case.request.id for case in part]) if length else names
-        for entry, result in _standings(scores, own, place, seen, length, rows, names).items():
-            parts[entry].append(result)
+        targets = np.array([index.get(str(case.truth), -1) for case in part], dtype=np.int64)
+        seen_items = _SeenItems.of(part, index, targets)
+        row_hash = hash64("list ties", seed, [case.request.id for case in part]) if length else item_hash
+        for convention, result in _standings(scores, targets, seen_items, seen, length, row_hash, item_hash).items():
+            parts[convention].append(result)
         if progress is not None:
             progress(len(part))
-    return {entry: _joined(result) for entry, result in parts.items()}
+    return {convention: _joined(result) for convention, result in parts.items()}
 
 
 def evaluate_catalogue(
@@ -159,8 +159,8 @@ def evaluate_catalogue(
     result = rank_catalogue(scorer, cases, cutoffs=protocol.cutoffs, seen=seen, seed=protocol.seed, progress=progress)
     seconds = time.monotonic() - start
     return {
-        item: _evaluated(scorer.items, cases, protocol, item, place, seconds, background)
-        for item, place in result.items()
+        convention: _evaluated(scorer.items, cases, protocol, convention, standings, seconds, background)
+        for convention, standings in result.items()
     }
 
 
@@ -175,11 +175,11 @@ class _SeenItems:
     columns: NDArray[np.int64]
 
     @staticmethod
-    def of(cases: Sequence[Case], index: Mapping[str, int], own: NDArray[np.int64]) -> _SeenItems:
+    def of(cases: Sequence[Case], index: Mapping[str, int], targets: NDArray[np.int64]) -> _SeenItems:
         pairs = [
             (row, column)
             for row, case in enumerate(cases)
-            for column in {index.get(event.item_id, -1) for event in case.request.history} - {-1, int(own[row])}
+            for column in {index.get(event.item_id, -1) for event in case.request.history} - {-1, int(targets[row])}
         ]
         table = np.array(pairs, dtype=np.int64).reshape(-1, 2)
         return _SeenItems(table[:, 0], table[:, 1])
@@ -197,7 +197,7 @@ def _scores(scorer: CatalogueScorer, cases: Sequence[Case], items: int) -> NDArr
         scores = scores.astype(np.float64)
     finite = np.isfinite(scores)
     if not finite.all():
-        row, column = (int(place[0]) for place in np.nonzero(~finite))
+        row, column = (int(indices[0]) for indices in np.nonzero(~finite))
         raise LlmrecError(
             f"request {cases[row].request.id!r}: {scorer.name} gave item {scorer.items[column]!r} the score "
             f"{scores[row, column]}, which cannot be ranked because training diverged or values overflowed; lower the "
@@ -209,31 +209,32 @@ def _scores(scorer: CatalogueScorer, cases: Sequence[Case], items: int) -> NDArr
 
 def _standings(
     scores: NDArray[Any],
-    own: NDArray[np.int64],
-    place: _SeenItems,
+    targets: NDArray[np.int64],
+    seen_items: _SeenItems,
     seen: Sequence[Seen],
     length: int,
     row_hash: NDArray[np.uint64],
     item_hash: NDArray[np.uint64],
 ) -> dict[str, Standings]:
     n, items = scores.shape
-    known = own >= 0
-    target = scores[np.arange(n), np.maximum(own, 0)]
-    greater = np.count_nonzero(scores > target[:, None], axis=1)
-    tied = np.count_nonzero(scores >= target[:, None], axis=1) - greater
-    of_seen = scores[place.rows, place.columns]
+    known = targets >= 0
+    target_scores = scores[np.arange(n), np.maximum(targets, 0)]
+    greater = np.count_nonzero(scores > target_scores[:, None], axis=1)
+    tied = np.count_nonzero(scores >= target_scores[:, None], axis=1) - greater
+    rows, columns = seen_items.rows, seen_items.columns
+    of_seen = scores[rows, columns]
     result = {}
-    for item in seen:
+    for convention in seen:
         above, block, pool, shown = greater, tied, np.full(n, items), scores
-        if item == "excluded":
-            pool = pool - np.bincount(place.rows, minlength=n)
-            above = above - np.bincount(place.rows, of_seen > target[place.rows], minlength=n).astype(np.int64)
-            block = block - np.bincount(place.rows, of_seen == target[place.rows], minlength=n).astype(np.int64)
+        if convention == "excluded":
+            pool = pool - np.bincount(rows, minlength=n)
+            above = above - np.bincount(rows, of_seen > target_scores[rows], minlength=n).astype(np.int64)
+            block = block - np.bincount(rows, of_seen == target_scores[rows], minlength=n).astype(np.int64)
             if length:
                 shown = scores.copy()
-                shown[place.rows, place.columns] = -np.inf
+                shown[rows, columns] = -np.inf
         lists, kept = _top(shown, length, row_hash, item_hash)
-        result[str(item)] = Standings(
+        result[str(convention)] = Standings(
             greater=np.where(known, above, pool), tied=np.where(known, block, 0), pool=pool, lists=lists, scores=kept
         )
     return result
@@ -293,37 +294,38 @@ def _evaluated(
     cases: Sequence[Case],
     protocol: EvalProtocol,
     seen: str,
-    place: Standings,
+    standings: Standings,
     seconds: float,
     background: Background | None,
 ) -> Evaluated:
     users = [case.request.user_id for case in cases]
-    inputs = {"greater": place.greater, "tied": place.tied, "pool": place.pool}
+    inputs = {"greater": standings.greater, "tied": standings.tied, "pool": standings.pool}
     taken, more = (
         measure("ranking", inputs, users, protocol, cutoffs=protocol.cutoffs, full=full, seen=seen)
         for full in (False, True)
     )
     metrics, values = taken.metrics | more.metrics, taken.values
     if background is not None:
-        listed = list_figures(Lists(place.lists, items, seen), cases, protocol, background)
+        listed = list_figures(Lists(standings.lists, items, seen), cases, protocol, background)
         metrics, values = metrics | listed.metrics, values | listed.values
     figures = Measured(
         n=len(cases),
         parse_rate=1.0,
-        tie_rate=rank_metrics.tie_rate(place.tied),
+        tie_rate=rank_metrics.tie_rate(standings.tied),
         metrics=metrics,
         cost=Cost(seconds=seconds, prompt_tokens=0, completion_tokens=0),
         failures=(),
         seen=seen,
-        pool=float(np.mean(place.pool)),
+        pool=float(np.mean(standings.pool)),
     )
-    return Evaluated(figures, values, _records(items, cases, place))
+    return Evaluated(figures, values, _records(items, cases, standings))
 
 
-def _records(items: Sequence[str], cases: Sequence[Case], place: Standings) -> list[Prediction]:
-    columns = standing_columns(place.greater, place.tied, place.pool)
+def _records(items: Sequence[str], cases: Sequence[Case], standings: Standings) -> list[Prediction]:
+    columns = standing_columns(standings.greater, standings.tied, standings.pool)
     records = []
-    for row, (case, numbers, scores) in enumerate(zip(cases, place.lists.tolist(), place.scores.tolist(), strict=True)):
+    rows = zip(cases, standings.lists.tolist(), standings.scores.tolist(), strict=True)
+    for row, (case, numbers, scores) in enumerate(rows):
         count = sum(number >= 0 for number in numbers)
         shown = tuple(items[number] for number in numbers[:count])
         answer = Ranking(request_id=case.request.id, items=shown, scores=tuple(scores[:count]))

@@ -70,17 +70,17 @@ class Contrast:
         """Return the difference between the models, with its bootstrap resamples."""
         return sampled(self.metric, self.a.values, self.b.values, self.users, resamples=resamples, seed=seed)
 
-    def detectable(self, found: Sampled, comparisons: int) -> float | None:
+    def detectable(self, difference: Sampled, comparisons: int) -> float | None:
         """Return the minimum detectable effect at a power of 80 %.
 
         Args:
-            found: The result of `sampled`; its resamples give the standard error of metrics that are not means, and of
-                models with several seeds.
+            difference: The result of `sampled`; its resamples give the standard error of metrics that are not means
+                and of models with several seeds.
             comparisons: Number of comparisons corrected together.
         """
         if not _is_mean(self.metric) or max(np.ndim(row.values) for row in (self.a, self.b)) > 1:
             # Half the width of the central 68 %, because resamples over seeds have heavy tails.
-            low, high = np.quantile(found.draws, [0.15866, 0.84134])
+            low, high = np.quantile(difference.draws, [0.15866, 0.84134])
             return detectable_from(float(high - low) / 2, len(set(self.users)), comparisons=comparisons)
         one, other, users = _means(self.metric, self.a.values, self.b.values, self.users)
         return detectable(one, other, comparisons=comparisons, users=users, statistic=statistic_of(self.metric))
@@ -116,16 +116,16 @@ def compare_tables(tables: Sequence[Plan], *, resamples: int, seed: int = 0, mor
     tested = iter(planned(family, resamples=resamples, seed=seed, more=more))
     results = []
     for table in tables:
-        own, partial = ([next(tested) for _ in contrasts] for contrasts in (table.planned, table.partial))
+        planned_pairs, partial = ([next(tested) for _ in contrasts] for contrasts in (table.planned, table.partial))
         described = exploratory(table.described, resamples=resamples, seed=seed)
         # Comparisons may have different numbers of users.
         groups: dict[int, list[Pair]] = {}
-        for contrast, pair in zip((*table.planned, *table.described), (*own, *described), strict=True):
+        for contrast, pair in zip((*table.planned, *table.described), (*planned_pairs, *described), strict=True):
             groups.setdefault(len(set(contrast.users)), []).append(pair)
         lines = [
             reach(table.metric, pairs, users=users, comparisons=len(family) + more) for users, pairs in groups.items()
         ]
-        results.append(Comparisons(own, described, partial, " ".join(lines)))
+        results.append(Comparisons(planned_pairs, described, partial, " ".join(lines)))
     return results
 
 
@@ -240,11 +240,11 @@ def sampled(
     if not _is_mean(metric):
         truth = _truth(metric, *np.atleast_2d(a), *np.atleast_2d(b))
         first, second = (mean_of(_statistics(metric, np.atleast_2d(row), truth, users)) for row in (a, b))
-        found = paired_of(lambda rows: first(rows) - second(rows), len(set(users)), resamples=resamples, seed=seed)
+        difference = paired_of(lambda rows: first(rows) - second(rows), len(set(users)), resamples=resamples, seed=seed)
     else:
         one, other, owners = _means(metric, a, b, users)
-        found = signflip(one, other, users=owners, resamples=resamples, seed=seed, statistic=statistic_of(metric))
-    return over_users_and_seeds(found, *(_by_seed(metric, row, users) for row in (a, b)), seed=seed)
+        difference = signflip(one, other, users=owners, resamples=resamples, seed=seed, statistic=statistic_of(metric))
+    return over_users_and_seeds(difference, *(_by_seed(metric, row, users) for row in (a, b)), seed=seed)
 
 
 def _by_seed(metric: str, values: NDArray[np.float64], users: Sequence[str]) -> NDArray[np.float64]:
@@ -257,7 +257,7 @@ def _by_seed(metric: str, values: NDArray[np.float64], users: Sequence[str]) -> 
     truth = _truth(metric, *seeds)
     if not _is_mean(metric):
         return np.array([at_all(entry, len(set(users))) for entry in _statistics(metric, seeds, truth, users)])
-    return np.array([np.mean(np.asarray(_again(metric, row, truth, users).result)) for row in seeds])
+    return np.array([np.mean(np.asarray(_recompute(metric, row, truth, users).result)) for row in seeds])
 
 
 def is_by_request(metric: str) -> bool:
@@ -281,12 +281,12 @@ def _means(
         # Means of equal values over different numbers of seeds may differ by rounding.
         return first, np.where(np.abs(first - second) < _DUST, first, second), users
     truth = _truth(metric, *left, *right)
-    of_users = ([_again(metric, row, truth, users) for row in seeds] for seeds in (left, right))
+    of_users = ([_recompute(metric, row, truth, users) for row in seeds] for seeds in (left, right))
     first, second = (np.mean([np.asarray(result.result) for result in seeds], axis=0) for seeds in of_users)
     return first, second, None
 
 
-def _again(metric: str, values: NDArray[np.float64], truth: NDArray[np.bool_], users: Sequence[str]) -> Taken:
+def _recompute(metric: str, values: NDArray[np.float64], truth: NDArray[np.bool_], users: Sequence[str]) -> Taken:
     """Recompute a metric of probabilities from the stored values of a model."""
     entry = metric_of(metric)
     assert entry is not None
@@ -302,7 +302,7 @@ def _again(metric: str, values: NDArray[np.float64], truth: NDArray[np.bool_], u
 def _statistics(
     metric: str, seeds: NDArray[np.float64], truth: NDArray[np.bool_], users: Sequence[str]
 ) -> list[Statistic]:
-    results = [_again(metric, row, truth, users).result for row in seeds]
+    results = [_recompute(metric, row, truth, users).result for row in seeds]
     return [result for result in results if callable(result)]
 
 
@@ -368,6 +368,6 @@ def _interval(metric: str, seeds: Sequence[NDArray[np.float64]], users: Sequence
         statistic = mean_of(_statistics(metric, values, _truth(metric, *values), users))
         return interval_of(statistic, len(set(users)), resamples=resamples, seed=0)
     if not is_by_request(metric):
-        results = [_again(metric, row, _truth(metric, *values), users) for row in values]
+        results = [_recompute(metric, row, _truth(metric, *values), users) for row in values]
         values, owners = np.array([item.result for item in results]), list(results[0].users or ())
     return mean_interval(metric, values, owners, resamples=resamples, seed=0)

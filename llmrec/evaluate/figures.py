@@ -99,25 +99,25 @@ def measure(
     cut = [
         (f"{name}@{k}", entry, k) for k in cutoffs for name, entry in entries.items() if entry.cut and k >= entry.least
     ]
-    whole = [(name, entry, None) for name, entry in entries.items() if not entry.cut]
-    value = Measurements()
-    for name, entry, k in [*whole, *cut] if full else [*cut, *whole]:
+    uncut = [(name, entry, None) for name, entry in entries.items() if not entry.cut]
+    measurements = Measurements()
+    for name, entry, k in [*uncut, *cut] if full else [*cut, *uncut]:
         if (result := taken(name, entry, {**inputs, "k": k} if k is not None else inputs)) is None:
             continue
         sign = protocol.sign(name, seen=seen, how=result.how or entry.how)
         owners = users if result.users is None else result.users
         if isinstance(result.result, np.ndarray):
-            value.metrics[name] = mean_figure(
+            measurements.metrics[name] = mean_figure(
                 name, result.result, owners, sign, resamples=protocol.resamples, seed=protocol.seed
             )
         elif callable(result.result):
             drawn = interval_of(result.result, len(set(owners)), resamples=protocol.resamples, seed=protocol.seed)
-            value.metrics[name] = figure(drawn.value, drawn.low, drawn.high, sign)
+            measurements.metrics[name] = figure(drawn.value, drawn.low, drawn.high, sign)
         else:
-            value.metrics[name] = figure(result.result, None, None, sign, result.undefined)
+            measurements.metrics[name] = figure(result.result, None, None, sign, result.undefined)
         if entry.compared and isinstance(result.result, np.ndarray) and entry.unit == "request":
-            value.values[name] = result.result
-    return value
+            measurements.values[name] = result.result
+    return measurements
 
 
 def taken(name: str, entry: MetricEntry, inputs: Mapping[str, object]) -> Taken | None:

@@ -1,4 +1,4 @@
-"""Metrics of whole lists, such as coverage and diversity."""
+"""List metrics, such as coverage and diversity."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ class Background:
         items = tuple(sorted(data.dataset.items))
         index = {item: position for position, item in enumerate(items)}
         pairs = data.train.select("user_id", "item_id").unique()
-        places = [index[item] for item in pairs["item_id"].to_list()]
-        counts = np.bincount(np.array(places, dtype=np.int64), minlength=len(items)).astype(np.float64)
+        indices = [index[item] for item in pairs["item_id"].to_list()]
+        counts = np.bincount(np.array(indices, dtype=np.int64), minlength=len(items)).astype(np.float64)
         words = None
         if field is not None:
             words = tuple(_words(data.dataset.items[item].fields.get(field, "")) for item in items)
@@ -101,7 +101,7 @@ def list_figures(lists: Lists, cases: Sequence[Case], protocol: EvalProtocol, ba
         )
     k = min(_USUAL if _USUAL in protocol.cutoffs else max(protocol.cutoffs), lists.numbers.shape[1])
     index = {item: position for position, item in enumerate(background.items)}
-    held = [_places([event.item_id for event in case.request.history], index) for case in cases]
+    held = [_indices([event.item_id for event in case.request.history], index) for case in cases]
     users = [case.request.user_id for case in cases]
     targets = np.array([index.get(str(case.truth), -1) for case in cases])
     hidden = held if lists.seen == "excluded" else [held[0][:0]] * len(held)
@@ -144,7 +144,7 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(word for word in _WORDS.split(text.strip().casefold()) if word)
 
 
-def _places(items: Sequence[str], index: Mapping[str, int]) -> NDArray[np.int64]:
+def _indices(items: Sequence[str], index: Mapping[str, int]) -> NDArray[np.int64]:
     return np.array([index[item] for item in items if item in index], dtype=np.int64)
 
 
@@ -154,8 +154,8 @@ def _popular(
     """Return the k most popular items that can be ranked for each request, shape (n, k)."""
     order = np.argsort(-background.counts, kind="stable")
     lists = np.full((len(hidden), k), -1, dtype=np.int64)
-    for row, (gone, target) in enumerate(zip(hidden, targets, strict=True)):
-        first = order[: k + len(gone)]
-        kept = first[~np.isin(first, gone[gone != target])][:k]
+    for row, (hidden_items, target) in enumerate(zip(hidden, targets, strict=True)):
+        first = order[: k + len(hidden_items)]
+        kept = first[~np.isin(first, hidden_items[hidden_items != target])][:k]
         lists[row, : len(kept)] = kept
     return lists

@@ -119,33 +119,33 @@ def _texts(
     taken = measure("text", inputs, users, protocol)
     if background is None:
         return taken
-    copies, own = explained.copies(written, background), explained.copies(truth, background)
+    copies, in_truth = explained.copies(written, background), explained.copies(truth, background)
     # Short texts recur naturally, so the copy rate of the true texts is given for comparison.
-    columns: dict[str, Sequence[object]] = {"copied": (copies == 1).tolist(), "truth_copied": (own == 1).tolist()}
+    columns: dict[str, Sequence[object]] = {"copied": (copies == 1).tolist(), "truth_copied": (in_truth == 1).tolist()}
     if features is None or named is None:
-        return replace(taken, rates=Rates(truth_copy_rate=float(own.mean())), columns=columns)
-    people = explained.named(truth, users, items, features)
+        return replace(taken, rates=Rates(truth_copy_rate=float(in_truth.mean())), columns=columns)
+    truth_named = explained.named(truth, users, items, features)
     # Reviews of an item are incomplete: true texts also mention features that no other review mentions.
     rates = Rates(
-        truth_copy_rate=float(own.mean()),
-        truth_hallucination_rate=people.hallucination,
+        truth_copy_rate=float(in_truth.mean()),
+        truth_hallucination_rate=truth_named.hallucination,
         features_asked=len(named.known),
         features_named=int(named.counts[:, 0].sum()),
     )
-    columns |= _feature_columns(named, [features.asked.get(pair) for pair in zip(users, items, strict=True)])
+    columns |= _feature_columns(named, [features.annotated.get(pair) for pair in zip(users, items, strict=True)])
     columns |= {
-        f"truth_{name}": people.counts[:, index].astype(int).tolist()
+        f"truth_{name}": truth_named.counts[:, index].astype(int).tolist()
         for index, name in enumerate(("features", "unsupported"))
     }
     return replace(taken, rates=rates, columns=columns)
 
 
-def _feature_columns(named: explained.Named, asked: Sequence[tuple[str, ...] | None]) -> dict[str, Sequence[object]]:
+def _feature_columns(named: explained.Named, expected: Sequence[tuple[str, ...] | None]) -> dict[str, Sequence[object]]:
     match = dict(zip(named.known.tolist(), named.match.tolist(), strict=True))
     return {
-        "feature": [" ".join(words) if words else None for words in asked],
-        "feature_named": [match[place] == 1 if place in match else None for place in range(len(asked))],
-        "features": [sorted(" ".join(words) for words in result) for result in named.found],
+        "feature": [" ".join(words) if words else None for words in expected],
+        "feature_named": [match[index] == 1 if index in match else None for index in range(len(expected))],
+        "features": [sorted(" ".join(words) for words in result) for result in named.mentions],
         "unsupported": named.counts[:, 1].astype(int).tolist(),
     }
 
@@ -154,23 +154,23 @@ def _probabilities(
     cases: Sequence[Case], answers: Sequence[Answer], protocol: EvalProtocol, fallback: Fallback
 ) -> Measurements:
     truth = np.array([float(case.truth) for case in cases])
-    text = np.full(len(cases), UNKNOWN)
+    probabilities = np.full(len(cases), UNKNOWN)
     for i, (case, answer) in enumerate(zip(cases, answers, strict=True)):
         if isinstance(answer, Probability):
-            text[i] = answer.value
+            probabilities[i] = answer.value
         elif fallback is not None:
-            text[i] = fallback(case.request)
+            probabilities[i] = fallback(case.request)
     users = _users(cases)
-    inputs = {"probabilities": text, "labels": truth, "owners": users}
+    inputs = {"probabilities": probabilities, "labels": truth, "owners": users}
     taken = measure("probability", inputs, users, protocol)
     # Metrics that are not means are compared by probabilities, with a minus sign where the true answer is no.
-    signed = np.copysign(text, np.where(truth == 1, 1.0, -1.0))
+    signed = np.copysign(probabilities, np.where(truth == 1, 1.0, -1.0))
     values = {name: taken.values.get(name, signed) for name in compared_metrics("probability")}
-    bins = tuple(Reliability(**asdict(item)) for item in probability.reliability(text, truth))
-    _, own, sizes = np.unique(text, return_inverse=True, return_counts=True)
-    rates = Rates(users_left_out=probability.gauc(text, truth, users).left_out, reliability=bins)
-    ties = float((sizes[own] > 1).mean())
-    return replace(taken, values=values, rates=rates, tie_rate=ties, columns={"value": text.tolist()})
+    bins = tuple(Reliability(**asdict(item)) for item in probability.reliability(probabilities, truth))
+    _, groups, sizes = np.unique(probabilities, return_inverse=True, return_counts=True)
+    rates = Rates(users_left_out=probability.gauc(probabilities, truth, users).left_out, reliability=bins)
+    ties = float((sizes[groups] > 1).mean())
+    return replace(taken, values=values, rates=rates, tie_rate=ties, columns={"value": probabilities.tolist()})
 
 
 def background_of(data: SplitDataset) -> explained.Background:
@@ -181,11 +181,11 @@ def background_of(data: SplitDataset) -> explained.Background:
         parts = (data.train, data.valid, data.test)
         rows = (row for part in parts for row in part.select(columns).drop_nulls().iter_rows())
         features = {(user, item): feature for user, item, feature in rows}
-    message = list(data.train.select("user_id", "item_id", "text").iter_rows())
+    entries = list(data.train.select("user_id", "item_id", "text").iter_rows())
     # If a text is one sentence of a review, the whole review supports features and can be copied from.
-    reviews = ((user, item, data.dataset.reviews.get((user, item))) for user, item, _ in message)
-    message += [(user, item, review.text) for user, item, review in reviews if review is not None]
-    users, items, texts = zip(*message, strict=True)
+    reviews = ((user, item, data.dataset.reviews.get((user, item))) for user, item, _ in entries)
+    entries += [(user, item, review.text) for user, item, review in reviews if review is not None]
+    users, items, texts = zip(*entries, strict=True)
     return explained.background(users, items, texts, features)
 
 
@@ -283,7 +283,7 @@ def _foreign(answer: Answer) -> Unparsed:
     )
 
 
-def record_of(case: Case, answer: Answer, found: Mapping[str, Any]) -> Prediction:
+def record_of(case: Case, answer: Answer, fields: Mapping[str, Any]) -> Prediction:
     """Return the record of an answer, with further fields."""
     parsed: object = None
     if isinstance(answer, Ranking):
@@ -303,5 +303,5 @@ def record_of(case: Case, answer: Answer, found: Mapping[str, Any]) -> Predictio
         prompt_tokens=answer.cost.prompt_tokens,
         completion_tokens=answer.cost.completion_tokens,
         forwards=answer.cost.forwards,
-        **found,
+        **fields,
     )

@@ -96,10 +96,10 @@ class Scores(Displayed, Record):
         return Summary(f"Scores against {self.truth}", facts, header, rows)
 
 
-def _with_interval(found: Metric | Pair, sign: str = "") -> str:
-    if found.value is None or found.low is None or found.high is None:
+def _with_interval(figure: Metric | Pair, sign: str = "") -> str:
+    if figure.value is None or figure.low is None or figure.high is None:
         return "–"
-    return f"{found.value:{sign}.4f} [{found.low:{sign}.4f}, {found.high:{sign}.4f}]"
+    return f"{figure.value:{sign}.4f} [{figure.low:{sign}.4f}, {figure.high:{sign}.4f}]"
 
 
 @dataclass(frozen=True)
@@ -196,9 +196,9 @@ def score(
         RecipeError: If a cutoff is less than 1, or the planned metric is not computed.
     """
     how = judging(k, resamples, seed, graded=graded, planned=planned, several=against is not None)
-    asked = Entities(user, item)
-    relevant = read_truth(truth, asked)
-    lists = [read_lists(entry, relevant.unit, asked) for entry in (ranked, against) if entry is not None]
+    entities = Entities(user, item)
+    relevant = read_truth(truth, entities)
+    lists = [read_lists(entry, relevant.unit, entities) for entry in (ranked, against) if entry is not None]
     known = [*relevant.columns, *(name for entry in lists for name in entry.columns)]
     for option, column in (("--user", user), ("--item", item)):
         if column is not None and column not in known:
@@ -232,7 +232,7 @@ def score_lists(lists: Sequence[Lists], truth: Truth, how: Judging) -> Scores:
     if len(lists) > 1:
         for name in how.names:
             a, b = (
-                Standing(one.name, one.metrics[name].value, own[name]) for one, own in zip(scored, values, strict=True)
+                Standing(one.name, one.metrics[name].value, row[name]) for one, row in zip(scored, values, strict=True)
             )
             contrast = [Contrast(name, a, b, owners)]
             tested = planned if name == how.planned else exploratory
@@ -252,12 +252,12 @@ def _judged(lists: Lists, truth: Truth, keys: pl.Series, how: Judging) -> tuple[
     """Match ranked lists with relevant items, and count lists and items without a match."""
     known = set(keys.to_list())
     listed = set(lists.frame["key"].unique().to_list())
-    strangers = (listed | lists.empty) - known
+    unknown = (listed | lists.empty) - known
     if not known & (listed | lists.empty):
         raise DataError.at(
             lists.name,
             "mismatch",
-            f": none of its {lists.unit}s ({some(sorted(strangers))}) is in {truth.name} "
+            f": none of its {lists.unit}s ({some(sorted(unknown))}) is in {truth.name} "
             f"({some(keys.to_list())}); check that both files use the same ids",
             "user",
         )
@@ -266,7 +266,7 @@ def _judged(lists: Lists, truth: Truth, keys: pl.Series, how: Judging) -> tuple[
     about: dict[str, int | float] = {
         "judged": len(keys),
         "without_list": int((judged.ranked == 0).sum()),
-        "without_truth": len(strangers),
+        "without_truth": len(unknown),
         "short": int(((judged.ranked > 0) & (judged.ranked < max(how.cutoffs))).sum()),
         "tied": len(tied) / len(keys),
     }
@@ -277,8 +277,8 @@ def _several(how: Judging) -> list[tuple[str, MetricEntry, int | None]]:
     """Return the metrics for several relevant items, with their cut-offs."""
     several = [(name, entry) for name, entry in METRICS.items() if entry.several]
     cut = [(f"{name}@{k}", entry, k) for k in how.cutoffs for name, entry in several if entry.cut or entry.both]
-    whole = [(name, entry, None) for name, entry in several if how.whole and (entry.both or not entry.cut)]
-    return [*cut, *whole]
+    uncut = [(name, entry, None) for name, entry in several if how.whole and (entry.both or not entry.cut)]
+    return [*cut, *uncut]
 
 
 def _values(judged: Judged, how: Judging) -> dict[str, NDArray[np.float64]]:

@@ -65,10 +65,10 @@ def attribute_slices(users: Sequence[str], dataset: Dataset, name: str) -> dict[
     """
     known = {user: text for user, item in dataset.users.items() if (text := _label(item.get(name, "")))}
     counts = Counter(known.values())
-    own = [known.get(user) for user in users]
+    user_values = [known.get(user) for user in users]
     start = f"user:{quote(name, safe='', errors='backslashreplace')}"
     label, none = _labels(counts, start), f"{start}:none"
-    labels = np.array([none if value is None else label(value) for value in own], dtype=object)
+    labels = np.array([none if value is None else label(value) for value in user_values], dtype=object)
     names = dict.fromkeys(label(value) for value in sorted(counts, key=_order(counts)))
     # The subset of all other values comes last.
     ordered = sorted(names, key=lambda slice: slice.endswith(":other"))
@@ -180,8 +180,8 @@ def target_slices(cases: Sequence[Case], data: SplitDataset) -> dict[str, NDArra
     items = [data.dataset.items[target] for target in targets if target in data.dataset.items]
     result = _bins("count", np.array([counts.get(target, 0) for target in targets], dtype=np.int64), _COUNTS)
     if items and len(items) == len(targets) and any(item.fields or item.title != item.item_id for item in items):
-        message = [" ".join((item.title, *item.fields.values())) for item in items]
-        result |= _bins("words", np.array([len(text.split()) for text in message], dtype=np.int64), _WORDS)
+        item_texts = [" ".join((item.title, *item.fields.values())) for item in items]
+        result |= _bins("words", np.array([len(text.split()) for text in item_texts], dtype=np.int64), _WORDS)
     lengths = np.array([len(case.request.history) for case in cases], dtype=np.int64)
     return result | _bins("history", lengths, _LENGTHS)
 
@@ -217,20 +217,20 @@ def slice_figures(
     }
     figures = []
     for name, member in slices_of(cases, data, attributes).items():
-        own = users[member].tolist()
+        ids = users[member].tolist()
         result = {
             metric: mean_figure(
                 metric,
                 item[member],
-                own,
+                ids,
                 str(replace(sign, slice=name)),
                 resamples=protocol.resamples,
                 seed=protocol.seed,
             )
             for metric, (item, sign) in means.items()
-            if own
+            if ids
         }
-        figures.append(SliceOfRow(name=name, n=len(own), users=len(set(own)), small=len(own) < FEW, metrics=result))
+        figures.append(SliceOfRow(name=name, n=len(ids), users=len(set(ids)), small=len(ids) < FEW, metrics=result))
     return tuple(figures)
 
 
@@ -250,27 +250,27 @@ def _least_of_head(counts: NDArray[np.int64]) -> int:
     if not counts.size:
         return 1
     falling = np.sort(counts)[::-1]
-    place = int(np.searchsorted(np.cumsum(falling), HEAD * falling.sum() - 1e-9))
-    return int(falling[min(place, len(falling) - 1)])
+    index = int(np.searchsorted(np.cumsum(falling), HEAD * falling.sum() - 1e-9))
+    return int(falling[min(index, len(falling) - 1)])
 
 
 def _ages(cases: Sequence[Case], items: Sequence[str | None], data: SplitDataset) -> dict[str, NDArray[np.bool_]]:
     """Divide held-out interactions into quarters by time; empty if a case has no time."""
-    asked = pl.DataFrame(
+    pairs = pl.DataFrame(
         {"user_id": [case.request.user_id for case in cases], "item_id": items},
         schema=dict.fromkeys(PAIR, pl.String),
     )
     for held in (data.test, data.valid):
-        times = in_codes_of(asked, held).join(held, on=PAIR, how="inner", maintain_order="left")["timestamp"]
+        times = in_codes_of(pairs, held).join(held, on=PAIR, how="inner", maintain_order="left")["timestamp"]
         if len(times) == len(cases) and not times.has_nulls():
             edges = [held["timestamp"].quantile(share, interpolation="linear") for share in (0.25, 0.5, 0.75)]
-            place = np.searchsorted(np.array(edges, dtype=np.float64), times.to_numpy(), side="right")
-            return {f"age:quarter-{number + 1}": place == number for number in range(4)}
+            quarter = np.searchsorted(np.array(edges, dtype=np.float64), times.to_numpy(), side="right")
+            return {f"age:quarter-{number + 1}": quarter == number for number in range(4)}
     return {}
 
 
 def _bins(kind: str, lengths: NDArray[np.int64], edges: Sequence[int]) -> dict[str, NDArray[np.bool_]]:
-    own = np.searchsorted(np.array(edges), lengths, side="right")
+    bins = np.searchsorted(np.array(edges), lengths, side="right")
     starts = (0, *edges)
     names = [f"{kind}:{start}-{end - 1}" for start, end in zip(starts, edges, strict=False)]
-    return {name: own == index for index, name in enumerate([*names, f"{kind}:from-{starts[-1]}"])}
+    return {name: bins == index for index, name in enumerate([*names, f"{kind}:from-{starts[-1]}"])}

@@ -93,8 +93,8 @@ def gini(lists: ArrayLike, k: int, items: int) -> float:
         raise ValueError("the Gini coefficient is undefined for empty lists")
     if items == 1:
         return 0.0
-    place = np.arange(1, items + 1)
-    return float(np.sum((2 * place - items - 1) * shown) / ((items - 1) * shown.sum()))
+    ranks = np.arange(1, items + 1)
+    return float(np.sum((2 * ranks - items - 1) * shown) / ((items - 1) * shown.sum()))
 
 
 def novelty(lists: ArrayLike, k: int, counts: ArrayLike, users: int) -> NDArray[np.float64]:
@@ -109,14 +109,14 @@ def novelty(lists: ArrayLike, k: int, counts: ArrayLike, users: int) -> NDArray[
         counts: Training users of each item, shape (items,).
         users: Number of training users.
     """
-    held = np.maximum(np.asarray(counts, dtype=np.float64), 1.0)
-    return _mean_over_list(_cut(lists, k, len(held)), np.log2(max(users, 1) / np.minimum(held, max(users, 1))))
+    array = np.maximum(np.asarray(counts, dtype=np.float64), 1.0)
+    return _mean_over_list(_cut(lists, k, len(array)), np.log2(max(users, 1) / np.minimum(array, max(users, 1))))
 
 
 def popularity(lists: ArrayLike, k: int, counts: ArrayLike, users: int) -> NDArray[np.float64]:
     """Return the mean popularity of the items in a list, as shares of training users, shape (n,)."""
-    held = np.asarray(counts, dtype=np.float64)
-    return _mean_over_list(_cut(lists, k, len(held)), held / max(users, 1))
+    array = np.asarray(counts, dtype=np.float64)
+    return _mean_over_list(_cut(lists, k, len(array)), array / max(users, 1))
 
 
 def cold_exposure(lists: ArrayLike, k: int, cold_counts: ArrayLike) -> NDArray[np.float64]:
@@ -188,12 +188,12 @@ def popularity_lift(
         owners: The user of each request; requests of a user are resampled together.
     """
     share = counts / max(users, 1)
-    some = np.array([len(history) > 0 for history in histories])
-    if not some.any() or not sum(float(share[history].sum()) for history in histories):
+    with_history = np.array([len(history) > 0 for history in histories])
+    if not with_history.any() or not sum(float(share[history].sum()) for history in histories):
         return Taken(result=None, undefined="no history contains an item with training users")
-    names = [owner for owner, kept in zip(owners, some, strict=True) if kept]
+    names = [owner for owner, kept in zip(owners, with_history, strict=True) if kept]
     before, _ = by_user(np.array([share[history].mean() for history in histories if len(history)]), names)
-    after, _ = by_user(popularity(lists, k, counts, users)[some], names)
+    after, _ = by_user(popularity(lists, k, counts, users)[with_history], names)
     return Taken(result=popularity_lift_statistic(after, before), users=names)
 
 
@@ -222,16 +222,16 @@ def diversity_by_vectors(lists: ArrayLike, k: int, vectors: ArrayLike) -> NDArra
     lengths = np.linalg.norm(table, axis=1, keepdims=True)
     unit = np.divide(table, lengths, out=np.zeros_like(table), where=lengths > 0)
     known = (lengths[:, 0] > 0).astype(np.float64)
-    alike = np.empty(len(cut))
+    similarity = np.empty(len(cut))
     step = max(1, _CELLS // max(1, cut.shape[1] * table.shape[1]))
     for start in range(0, len(cut), step):
         part = cut[start : start + step]
-        mine = part >= 0
+        valid = part >= 0
         # The squared length of a sum of unit vectors is their number plus twice the sum of the cosines of all pairs.
-        total = np.einsum("nkd,nk->nd", unit[np.maximum(part, 0)], mine)
-        alone = np.sum(known[np.maximum(part, 0)] * mine, axis=1)
-        alike[start : start + step] = (np.einsum("nd,nd->n", total, total) - alone) / 2
-    return _one_minus_mean(alike, cut)
+        total = np.einsum("nkd,nk->nd", unit[np.maximum(part, 0)], valid)
+        squares = np.sum(known[np.maximum(part, 0)] * valid, axis=1)
+        similarity[start : start + step] = (np.einsum("nd,nd->n", total, total) - squares) / 2
+    return _one_minus_mean(similarity, cut)
 
 
 def diversity_by_fields(lists: ArrayLike, k: int, fields: Sequence[frozenset[str]]) -> NDArray[np.float64]:
@@ -248,7 +248,7 @@ def diversity_by_fields(lists: ArrayLike, k: int, fields: Sequence[frozenset[str
     cut = _cut(lists, k, len(fields))
     bits = _bits(fields)
     sizes = np.bitwise_count(bits).sum(axis=1, dtype=np.int64)
-    alike = np.zeros(len(cut))
+    similarity = np.zeros(len(cut))
     step = max(1, _CELLS // max(1, bits.shape[1]))
     for one in range(cut.shape[1]):
         for other in range(one + 1, cut.shape[1]):
@@ -257,8 +257,8 @@ def diversity_by_fields(lists: ArrayLike, k: int, fields: Sequence[frozenset[str
                 a, b = np.maximum(part[:, one], 0), np.maximum(part[:, other], 0)
                 both = np.bitwise_count(bits[a] & bits[b]).sum(axis=1, dtype=np.int64)
                 share = both / np.maximum(sizes[a] + sizes[b] - both, 1)
-                alike[start : start + step] += np.where((part[:, one] >= 0) & (part[:, other] >= 0), share, 0.0)
-    return _one_minus_mean(alike, cut)
+                similarity[start : start + step] += np.where((part[:, one] >= 0) & (part[:, other] >= 0), share, 0.0)
+    return _one_minus_mean(similarity, cut)
 
 
 def serendipity(lists: ArrayLike, k: int, expected: ArrayLike, targets: ArrayLike) -> NDArray[np.float64]:
@@ -274,13 +274,13 @@ def serendipity(lists: ArrayLike, k: int, expected: ArrayLike, targets: ArrayLik
         expected: Lists of the primitive recommender, shape (n, at least k).
         targets: The held-out items, shape (n,) or, with -1 for none, (n, t).
     """
-    own, usual = np.asarray(lists)[:, :k], np.asarray(expected)[:, :k]
-    goal = np.asarray(targets).reshape(len(own), -1)
-    if k < 1 or len(usual) != len(own):
-        raise ValueError(f"serendipity@{k}: {len(own)} lists, but {len(usual)} popularity lists")
-    hit = ((own[:, :, None] == goal[:, None, :]) & (goal[:, None, :] >= 0)).any(axis=2)
-    known = (own[:, :, None] == usual[:, None, :]).any(axis=2)
-    return np.asarray(np.sum(hit & ~known & (own >= 0), axis=1) / k, dtype=np.float64)
+    ranked, usual = np.asarray(lists)[:, :k], np.asarray(expected)[:, :k]
+    goal = np.asarray(targets).reshape(len(ranked), -1)
+    if k < 1 or len(usual) != len(ranked):
+        raise ValueError(f"serendipity@{k}: {len(ranked)} lists, but {len(usual)} popularity lists")
+    hit = ((ranked[:, :, None] == goal[:, None, :]) & (goal[:, None, :] >= 0)).any(axis=2)
+    known = (ranked[:, :, None] == usual[:, None, :]).any(axis=2)
+    return np.asarray(np.sum(hit & ~known & (ranked >= 0), axis=1) / k, dtype=np.float64)
 
 
 # --------------------------------------------------------------------------- helpers
@@ -298,24 +298,24 @@ def _cut(lists: ArrayLike, k: int, items: int) -> Lists:
 
 
 def _mean_over_list(cut: Lists, of_item: NDArray[np.float64]) -> NDArray[np.float64]:
-    mine = cut >= 0
-    total = np.where(mine, of_item[np.maximum(cut, 0)], 0.0).sum(axis=1)
-    return np.asarray(total / np.maximum(mine.sum(axis=1), 1), dtype=np.float64)
+    valid = cut >= 0
+    total = np.where(valid, of_item[np.maximum(cut, 0)], 0.0).sum(axis=1)
+    return np.asarray(total / np.maximum(valid.sum(axis=1), 1), dtype=np.float64)
 
 
-def _one_minus_mean(alike: NDArray[np.float64], cut: Lists) -> NDArray[np.float64]:
+def _one_minus_mean(similarity: NDArray[np.float64], cut: Lists) -> NDArray[np.float64]:
     """Return mean distances, given sums of similarities over pairs."""
     size = np.sum(cut >= 0, axis=1)
     pairs = size * (size - 1) / 2
-    return np.where(pairs > 0, np.clip(1.0 - alike / np.maximum(pairs, 1), 0.0, 2.0), 0.0)
+    return np.where(pairs > 0, np.clip(1.0 - similarity / np.maximum(pairs, 1), 0.0, 2.0), 0.0)
 
 
 def _bits(fields: Sequence[frozenset[str]]) -> NDArray[np.uint64]:
     """Pack the words of each item into bits, shape (items, words / 64)."""
-    words = {word: place for place, word in enumerate(sorted(set().union(*fields)))}
+    words = {word: index for index, word in enumerate(sorted(set().union(*fields)))}
     bits = np.zeros((len(fields), max(1, -(-len(words) // 64))), dtype=np.uint64)
-    for row, own in enumerate(fields):
-        for word in own:
-            place = words[word]
-            bits[row, place // 64] |= np.uint64(1) << np.uint64(place % 64)
+    for row, item_words in enumerate(fields):
+        for word in item_words:
+            index = words[word]
+            bits[row, index // 64] |= np.uint64(1) << np.uint64(index % 64)
     return bits

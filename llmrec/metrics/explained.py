@@ -79,14 +79,14 @@ def library(texts: Iterable[str]) -> Library:
     """Index training texts, both whole and sentence by sentence."""
     units = [words_of(unit) for text in texts for unit in _units(text)]
     known = tuple(dict.fromkeys(unit for unit in units if unit))
-    results = [piece for unit in known for piece in _pieces(unit)]
-    frequency = Counter(results)
+    all_pieces = [piece for unit in known for piece in _pieces(unit)]
+    frequency = Counter(all_pieces)
     # Equally rare words are sorted, so that the index does not depend on the order of texts.
-    number = {piece: index for index, piece in enumerate(sorted(frequency, key=lambda each: (frequency[each], each)))}
+    number = {piece: index for index, piece in enumerate(sorted(frequency, key=lambda key: (frequency[key], key)))}
     lengths = np.array([len(unit) for unit in known], dtype=np.int64)
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     owner = np.repeat(np.arange(len(known)), lengths)
-    pieces = np.array([number[piece] for piece in results], dtype=np.int64)
+    pieces = np.array([number[piece] for piece in all_pieces], dtype=np.int64)
     pieces = pieces[np.lexsort((pieces, owner))]
     rare = np.arange(len(pieces)) - starts[owner] < _prefixes(lengths)[owner]
     order = np.argsort(pieces[rare], kind="stable")
@@ -148,8 +148,8 @@ def _is_copy(words: Words, known: Library) -> bool:
         return bool(words)
     size = len(words)
     # Words that occur in no training text are the rarest.
-    own = sorted(known.number.get(piece, -1) for piece in _pieces(words))
-    rare = [piece for piece in own[: int(_prefixes(np.array([size]))[0])] if piece >= 0]
+    numbers = sorted(known.number.get(piece, -1) for piece in _pieces(words))
+    rare = [piece for piece in numbers[: int(_prefixes(np.array([size]))[0])] if piece >= 0]
     if not rare:
         return False
     texts = np.unique(np.concatenate([known.holders[known.held[piece] : known.held[piece + 1]] for piece in rare]))
@@ -158,21 +158,21 @@ def _is_copy(words: Words, known: Library) -> bool:
     texts, lengths, least = (item[np.minimum(size, lengths) >= least] for item in (texts, lengths, least))
     if not len(texts):
         return False
-    shared = _shared(np.array(own), known, texts, lengths)
+    shared = _shared(np.array(numbers), known, texts, lengths)
     # Texts with the most shared words first, to find copies early.
-    for place in np.argsort(-shared, kind="stable"):
-        if shared[place] >= least[place] and _common(words, known.texts[texts[place]]) >= least[place]:
+    for index in np.argsort(-shared, kind="stable"):
+        if shared[index] >= least[index] and _common(words, known.texts[texts[index]]) >= least[index]:
             return True
     return False
 
 
 def _shared(
-    own: NDArray[np.int64], known: Library, texts: NDArray[np.int64], lengths: NDArray[np.int64]
+    numbers: NDArray[np.int64], known: Library, texts: NDArray[np.int64], lengths: NDArray[np.int64]
 ) -> NDArray[np.int64]:
     """Return the number of words that a text has in common with each of several texts, shape (texts,)."""
     ends = np.cumsum(lengths)
-    places = np.arange(ends[-1]) + np.repeat(known.starts[texts] - (ends - lengths), lengths)
-    hits = np.isin(known.pieces[places], own)
+    positions = np.arange(ends[-1]) + np.repeat(known.starts[texts] - (ends - lengths), lengths)
+    hits = np.isin(known.pieces[positions], numbers)
     sums: NDArray[np.int64] = np.add.reduceat(hits.astype(np.int64), ends - lengths)
     return sums
 
@@ -200,12 +200,12 @@ class Features:
     Attributes:
         vocabulary: Every feature of the training reviews, as its lower-cased words.
         of_item: By item, the features that its training reviews name or are annotated with.
-        asked: The annotated feature of each (user, item), including held-out pairs.
+        annotated: The annotated feature of each (user, item), including held-out pairs.
     """
 
     vocabulary: frozenset[Words]
     of_item: Mapping[str, frozenset[Words]]
-    asked: Mapping[tuple[str, str], Words]
+    annotated: Mapping[tuple[str, str], Words]
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,18 +234,18 @@ def background(
     Raises:
         ValueError: If the three differ in length.
     """
-    message = [(user, item, text or "") for user, item, text in zip(users, items, texts, strict=True)]
-    known = library(text for *_, text in message if text)
-    asked = {pair: words for pair, feature in (features or {}).items() if (words := words_of(feature))}
-    extracted = [asked.get((user, item)) for user, item, _ in message]
-    vocabulary = frozenset(words for words in extracted if words)
+    rows = [(user, item, text or "") for user, item, text in zip(users, items, texts, strict=True)]
+    known = library(text for *_, text in rows if text)
+    annotated = {pair: words for pair, feature in (features or {}).items() if (words := words_of(feature))}
+    references = [annotated.get((user, item)) for user, item, _ in rows]
+    vocabulary = frozenset(words for words in references if words)
     if not vocabulary:
         return Background(known)
     of_item: dict[str, set[Words]] = {}
-    result = features_of([text for *_, text in message], vocabulary)
-    for (_, item, _), held, own in zip(message, result, extracted, strict=True):
-        of_item.setdefault(item, set()).update(held, *([{own}] if own else []))
-    return Background(known, Features(vocabulary, {item: frozenset(held) for item, held in of_item.items()}, asked))
+    mentions = features_of([text for *_, text in rows], vocabulary)
+    for (_, item, _), mentioned, annotation in zip(rows, mentions, references, strict=True):
+        of_item.setdefault(item, set()).update(mentioned, *([{annotation}] if annotation else []))
+    return Background(known, Features(vocabulary, {k: frozenset(v) for k, v in of_item.items()}, annotated))
 
 
 def features_of(texts: Iterable[str], vocabulary: frozenset[Words]) -> list[frozenset[Words]]:
@@ -262,12 +262,12 @@ def features_of(texts: Iterable[str], vocabulary: frozenset[Words]) -> list[froz
     return results
 
 
-def feature_match(texts: Sequence[str], asked: Sequence[Words]) -> NDArray[np.bool_]:
+def feature_match(texts: Sequence[str], expected: Sequence[Words]) -> NDArray[np.bool_]:
     """Return whether each text mentions the feature of its reference; the mean is the feature matching ratio, FMR.
 
     Args:
         texts: Generated texts.
-        asked: The feature of each reference, split by `words_of`.
+        expected: The feature of each reference, split by `words_of`.
 
     Returns:
         Shape (n,).
@@ -275,11 +275,11 @@ def feature_match(texts: Sequence[str], asked: Sequence[Words]) -> NDArray[np.bo
     Raises:
         ValueError: If the two differ in length.
     """
-    pairs = zip(texts, asked, strict=True)
+    pairs = zip(texts, expected, strict=True)
     return np.array([bool(features_of([text], frozenset([words]))[0]) for text, words in pairs], dtype=np.bool_)
 
 
-def feature_coverage(found: Sequence[frozenset[Words]], vocabulary: frozenset[Words]) -> float:
+def feature_coverage(mentions: Sequence[frozenset[Words]], vocabulary: frozenset[Words]) -> float:
     """Compute the feature coverage ratio, FCR: features mentioned by any text, over all training features.
 
     It grows with the number of texts, so compare only over the same requests.
@@ -289,10 +289,10 @@ def feature_coverage(found: Sequence[frozenset[Words]], vocabulary: frozenset[Wo
     """
     if not vocabulary:
         raise ValueError("feature coverage is undefined without features")
-    return len(frozenset().union(*found) & vocabulary) / len(vocabulary)
+    return len(frozenset().union(*mentions) & vocabulary) / len(vocabulary)
 
 
-def feature_diversity(found: Sequence[frozenset[Words]]) -> float | None:
+def feature_diversity(mentions: Sequence[frozenset[Words]]) -> float | None:
     """Compute DIV: the mean number of features that two generated texts share; lower is more diverse.
 
     A feature that c texts name is shared by c (c - 1) / 2 pairs, so pairs need not be enumerated. Texts without
@@ -301,11 +301,11 @@ def feature_diversity(found: Sequence[frozenset[Words]]) -> float | None:
     Returns:
         A value of 0 or more; None for fewer than two texts.
     """
-    if len(found) < 2:
+    if len(mentions) < 2:
         return None
-    counts = Counter(feature for own in found for feature in own)
+    counts = Counter(feature for features in mentions for feature in features)
     shared = sum(count * (count - 1) for count in counts.values())
-    return shared / (len(found) * (len(found) - 1))
+    return shared / (len(mentions) * (len(mentions) - 1))
 
 
 def unique_sentences(texts: Sequence[str]) -> float:
@@ -322,7 +322,7 @@ def unique_sentences(texts: Sequence[str]) -> float:
 
 
 def hallucinated(
-    found: Sequence[frozenset[Words]], items: Sequence[str], of_item: Mapping[str, frozenset[Words]]
+    mentions: Sequence[frozenset[Words]], items: Sequence[str], of_item: Mapping[str, frozenset[Words]]
 ) -> NDArray[np.float64]:
     """Count the features that each text mentions, in total and without support in the item's training reviews.
 
@@ -335,8 +335,8 @@ def hallucinated(
     Raises:
         ValueError: If texts and items differ in number.
     """
-    pairs = list(zip(found, items, strict=True))
-    counts = [(len(own), len(own - of_item.get(item, frozenset()))) for own, item in pairs]
+    pairs = list(zip(mentions, items, strict=True))
+    counts = [(len(features), len(features - of_item.get(item, frozenset()))) for features, item in pairs]
     return np.array(counts, dtype=np.float64).reshape(-1, 2)
 
 
@@ -371,7 +371,7 @@ class Named:
         coverage: FCR.
         diversity: DIV; None for a single text.
         counts: Named features, and of these the unsupported ones, shape (n, 2).
-        found: The features that each of the n texts names.
+        mentions: The features that each of the n texts names.
         vocabulary: Number of features.
     """
 
@@ -380,7 +380,7 @@ class Named:
     coverage: float
     diversity: float | None
     counts: NDArray[np.float64]
-    found: Sequence[frozenset[Words]]
+    mentions: Sequence[frozenset[Words]]
     vocabulary: int
 
     @property
@@ -391,23 +391,23 @@ class Named:
     @property
     def hallucination(self) -> float | None:
         """Share of the mentioned features that are not supported by reviews; None if no feature is mentioned."""
-        held, made_up = self.counts.sum(axis=0)
-        return float(made_up / held) if held else None
+        mentioned, unsupported = self.counts.sum(axis=0)
+        return float(unsupported / mentioned) if mentioned else None
 
 
 def named(texts: Sequence[str], users: Sequence[str], items: Sequence[str], features: Features) -> Named:
     """Count the features in generated texts, each about a user and an item."""
-    asked = [features.asked.get(pair) for pair in zip(users, items, strict=True)]
-    known = [place for place, words in enumerate(asked) if words]
-    result = features_of(texts, features.vocabulary)
-    match = feature_match([texts[place] for place in known], [asked[place] or () for place in known])
+    expected = [features.annotated.get(pair) for pair in zip(users, items, strict=True)]
+    known = [index for index, words in enumerate(expected) if words]
+    mentions = features_of(texts, features.vocabulary)
+    match = feature_match([texts[index] for index in known], [expected[index] or () for index in known])
     return Named(
         known=np.array(known, dtype=np.intp),
         match=match.astype(np.float64),
-        coverage=feature_coverage(result, features.vocabulary),
-        diversity=feature_diversity(result),
-        counts=hallucinated(result, items, features.of_item),
-        found=result,
+        coverage=feature_coverage(mentions, features.vocabulary),
+        diversity=feature_diversity(mentions),
+        counts=hallucinated(mentions, items, features.of_item),
+        mentions=mentions,
         vocabulary=len(features.vocabulary),
     )
 
@@ -421,7 +421,7 @@ def match_rate(named: Named, owners: Sequence[str]) -> Taken:
     """Compute FMR over the requests whose reference has a feature; see `feature_match`."""
     if not len(named.known):
         return Taken(result=None, how=named.how, undefined="no reference text contains a feature")
-    return Taken(result=named.match, users=[owners[place] for place in named.known], how=named.how)
+    return Taken(result=named.match, users=[owners[index] for index in named.known], how=named.how)
 
 
 def coverage_rate(named: Named) -> Taken:

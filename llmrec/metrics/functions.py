@@ -51,8 +51,8 @@ class Metric:
     def per_user(self, lists: Any, truth: Any, k: int | None = 10, *, graded: bool = False) -> dict[str, float]:
         """Return the value of each user, sorted by user; see `__call__`."""
         entry = METRICS[self.name]
-        whole = k is None and entry.both
-        if isinstance(k, bool) or not (whole or (isinstance(k, int) and k >= 1)):
+        uncut = k is None and entry.both
+        if isinstance(k, bool) or not (uncut or (isinstance(k, int) and k >= 1)):
             raise RecipeError(
                 f"k: {k!r} is not a valid cut-off for {self.name}; use at least 1", kind="bad-value", column="k"
             )
@@ -75,33 +75,33 @@ def matched(lists: Lists, truth: Truth, keys: pl.Series, *, graded: bool = False
         keys: The keys of ``truth``, sorted.
         graded: Use the relevance as gain; otherwise every relevant item has gain 1.
     """
-    frame, wanted = lists.frame.filter(pl.col("key").is_in(keys.implode())), truth.frame
-    items = pl.concat([frame["item"], wanted["item"]]).unique().sort()
-    gains = wanted["gain"].to_numpy() if graded else np.ones(wanted.height)
+    frame, relevant = lists.frame.filter(pl.col("key").is_in(keys.implode())), truth.frame
+    items = pl.concat([frame["item"], relevant["item"]]).unique().sort()
+    gains = relevant["gain"].to_numpy() if graded else np.ones(relevant.height)
     ranked = Pairs(_numbers(frame["key"], keys), _numbers(frame["item"], items), frame["score"].to_numpy())
-    return judge(ranked, Pairs(_numbers(wanted["key"], keys), _numbers(wanted["item"], items), gains), len(keys))
+    return judge(ranked, Pairs(_numbers(relevant["key"], keys), _numbers(relevant["item"], items), gains), len(keys))
 
 
 def _numbers(names: pl.Series, known: pl.Series) -> NDArray[np.int64]:
     return known.search_sorted(names).to_numpy().astype(np.int64)
 
 
-def _by_user(given: Any) -> Iterable[tuple[Any, Any]] | None:
+def _by_user(data: Any) -> Iterable[tuple[Any, Any]] | None:
     """Return the entries by user; None for data frames, lists of records and paths."""
-    if isinstance(given, Mapping):
-        return given.items()
-    rows = isinstance(given, list) and given and isinstance(given[0], Mapping)
-    return enumerate(given) if isinstance(given, list | tuple) and not rows else None
+    if isinstance(data, Mapping):
+        return data.items()
+    rows = isinstance(data, list) and data and isinstance(data[0], Mapping)
+    return enumerate(data) if isinstance(data, list | tuple) and not rows else None
 
 
-def _ranked(given: Any) -> Any:
-    users = _by_user(given)
-    return given if users is None else [{"user": str(user), "items": [*map(str, items)]} for user, items in users]
+def _ranked(data: Any) -> Any:
+    users = _by_user(data)
+    return data if users is None else [{"user": str(user), "items": [*map(str, items)]} for user, items in users]
 
 
-def _relevant(given: Any) -> Any:
-    if (users := _by_user(given)) is None:
-        return given
+def _relevant(data: Any) -> Any:
+    if (users := _by_user(data)) is None:
+        return data
     rows = []
     for user, items in users:
         single = isinstance(items, str) or not isinstance(items, Iterable)

@@ -89,32 +89,32 @@ def judge(ranked: Pairs, relevant: Pairs, n: int) -> Judged:
         ValueError: If a request index is not below n, a request has duplicate items, or a gain is not above 0.
     """
     request, item, score, begins = _sorted(ranked, n)
-    wanted, goal, gain, goal_begins = _sorted(relevant, n)
+    goal_request, goal, gain, goal_begins = _sorted(relevant, n)
     if gain.size and not (gain[-1] > 0 and np.isfinite(gain).all() and (gain > 0).all()):
         raise ValueError("the gain of a relevant item must be above 0; remove items without gain")
-    hits = _matches(request, item, begins, wanted, goal, goal_begins)
+    hits = _matches(request, item, begins, goal_request, goal, goal_begins)
     starts, sizes, block = _blocks(request, score, hits)
     first = _changes(block)
-    own = block[first]
-    earned = _gains(request, item, hits, wanted, goal, gain)
-    entry = np.diff(np.append(first, len(block)))
-    of = request[starts[own]]
-    per_request = np.bincount(of, entry, minlength=n).astype(np.int64)
-    running = np.cumsum(entry) - entry
+    hit_blocks = block[first]
+    hit_gains = _gains(request, item, hits, goal_request, goal, gain)
+    counts = np.diff(np.append(first, len(block)))
+    owner = request[starts[hit_blocks]]
+    per_request = np.bincount(owner, counts, minlength=n).astype(np.int64)
+    running = np.cumsum(counts) - counts
     return Judged(
-        request=of,
-        greater=starts[own] - begins[of],
-        tied=sizes[own],
-        relevant=entry,
-        gain=np.add.reduceat(earned, first) if len(first) else np.empty(0),
-        before=running - (np.cumsum(per_request) - per_request)[of],
+        request=owner,
+        greater=starts[hit_blocks] - begins[owner],
+        tied=sizes[hit_blocks],
+        relevant=counts,
+        gain=np.add.reduceat(hit_gains, first) if len(first) else np.empty(0),
+        before=running - (np.cumsum(per_request) - per_request)[owner],
         total=np.diff(goal_begins),
         ranked=np.diff(begins),
         gains=gain,
     )
 
 
-def place(ranked: Pairs, targets: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def target_ranks(ranked: Pairs, targets: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Find the rank of the single target of each request, for the metrics of `llmrec.metrics.ranking`.
 
     Args:
@@ -175,7 +175,7 @@ def _matches(
     request: NDArray[np.int64],
     item: NDArray[np.int64],
     begins: NDArray[np.int64],
-    wanted: NDArray[np.int64],
+    goal_request: NDArray[np.int64],
     goal: NDArray[np.int64],
     goal_begins: NDArray[np.int64],
 ) -> NDArray[np.int64]:
@@ -186,16 +186,16 @@ def _matches(
     table = np.zeros(min(step, max(n, 1)) * width, dtype=bool)
     hits = []
     for start in range(0, n, step):
-        own = slice(begins[start], begins[min(n, start + step)])
+        rows = slice(begins[start], begins[min(n, start + step)])
         goals = slice(goal_begins[start], goal_begins[min(n, start + step)])
-        keys = (request[own] - start) * width + item[own]
-        wished = (wanted[goals] - start) * width + goal[goals]
+        keys = (request[rows] - start) * width + item[rows]
+        goal_keys = (goal_request[goals] - start) * width + goal[goals]
         table[keys] = True
         if np.count_nonzero(table) != len(keys):
             raise ValueError("the ranking of a request has duplicate items")
         table[:] = False
-        table[wished] = True
-        if np.count_nonzero(table) != len(wished):
+        table[goal_keys] = True
+        if np.count_nonzero(table) != len(goal_keys):
             raise ValueError("the relevant items of a request have duplicates")
         hits.append(np.flatnonzero(table[keys]) + begins[start])
         table[:] = False
@@ -228,7 +228,7 @@ def _gains(
     request: NDArray[np.int64],
     item: NDArray[np.int64],
     hits: NDArray[np.int64],
-    wanted: NDArray[np.int64],
+    goal_request: NDArray[np.int64],
     goal: NDArray[np.int64],
     gain: NDArray[np.float64],
 ) -> NDArray[np.float64]:
@@ -236,7 +236,7 @@ def _gains(
     if not len(gain) or (gain == gain[0]).all():
         return np.full(len(hits), gain[0] if len(gain) else 0.0)
     width = int(max(item.max(initial=0), goal.max(initial=0))) + 1
-    goals = wanted * width + goal
+    goals = goal_request * width + goal
     order = np.argsort(goals)
     return np.asarray(gain[order][np.searchsorted(goals[order], request[hits] * width + item[hits])])
 
@@ -271,7 +271,7 @@ def recall(judged: Judged, k: int) -> NDArray[np.float64]:
     Returns:
         Values in [0, 1], shape (n,); 0 for a request without relevant items.
     """
-    return _of_all(_found(judged, k), judged)
+    return _of_all(_expected_hits(judged, k), judged)
 
 
 def precision(judged: Judged, k: int) -> NDArray[np.float64]:
@@ -280,7 +280,7 @@ def precision(judged: Judged, k: int) -> NDArray[np.float64]:
     Returns:
         Values in [0, 1], shape (n,).
     """
-    return np.clip(_found(judged, k) / k, 0.0, 1.0)
+    return np.clip(_expected_hits(judged, k) / k, 0.0, 1.0)
 
 
 def ndcg(judged: Judged, k: int) -> NDArray[np.float64]:
@@ -300,9 +300,9 @@ def ndcg(judged: Judged, k: int) -> NDArray[np.float64]:
     dcg = _sum(judged, at, judged.gain[at] / tied * (sums[np.minimum(greater + tied, k)] - sums[greater]))
     # The largest gains of each request, as a table of shape (n, k).
     deep = min(k, int(judged.total.max(initial=0)))
-    place = (np.cumsum(judged.total) - judged.total)[:, None] + np.arange(deep)
-    held = np.arange(deep) < judged.total[:, None]
-    best = np.where(held, judged.gains[np.where(held, place, 0)], 0.0) if deep else np.zeros((len(judged.total), 0))
+    indices = (np.cumsum(judged.total) - judged.total)[:, None] + np.arange(deep)
+    valid = np.arange(deep) < judged.total[:, None]
+    best = np.where(valid, judged.gains[np.where(valid, indices, 0)], 0.0) if deep else np.zeros((len(judged.total), 0))
     ideal = best @ discounts[:deep]
     values: NDArray[np.float64] = np.divide(dcg, ideal, out=np.zeros_like(dcg), where=ideal > 0)
     return np.clip(values, 0.0, 1.0)
@@ -375,7 +375,7 @@ def _within(judged: Judged, k: int) -> NDArray[np.int64]:
     return np.flatnonzero(judged.greater < _positive(k))
 
 
-def _found(judged: Judged, k: int) -> NDArray[np.float64]:
+def _expected_hits(judged: Judged, k: int) -> NDArray[np.float64]:
     """Return the expected number of relevant items among the first k, shape (n,)."""
     at = _within(judged, k)
     tied = judged.tied[at]
@@ -400,11 +400,11 @@ def _log_choose(n: NDArray[np.int64], m: NDArray[np.int64]) -> NDArray[np.float6
 
 def _first_of_block(greater: int, tied: int, relevant: int, k: int | None) -> float:
     """Return the expected reciprocal rank of the first relevant item in a block of equal scores."""
-    places = np.arange(1, tied - relevant + 2)
+    positions = np.arange(1, tied - relevant + 2)
     if k is not None:
-        places = places[places <= k - greater]
+        positions = positions[positions <= k - greater]
     # p(1) = relevant / tied; p(j + 1) / p(j) = (tied - j - relevant + 1) / (tied - j)
-    steps = places[:-1]
+    steps = positions[:-1]
     ratios = (tied - steps - relevant + 1) / np.maximum(tied - steps, 1)
-    chance = relevant / tied * np.concatenate([[1.0], np.cumprod(ratios)])[: len(places)]
-    return float(np.sum(chance / (greater + places)))
+    probability = relevant / tied * np.concatenate([[1.0], np.cumprod(ratios)])[: len(positions)]
+    return float(np.sum(probability / (greater + positions)))

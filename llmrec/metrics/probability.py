@@ -143,8 +143,8 @@ def calibration_error(probabilities: ArrayLike, labels: ArrayLike) -> float:
     Raises:
         ValueError: See `log_loss`.
     """
-    _, text, so = _binned(probabilities, labels)
-    return float(np.abs(text - so).sum() / len(np.ravel(probabilities)))
+    _, predicted, positive = _binned(probabilities, labels)
+    return float(np.abs(predicted - positive).sum() / len(np.ravel(probabilities)))
 
 
 def reliability(probabilities: ArrayLike, labels: ArrayLike) -> tuple[Bin, ...]:
@@ -157,10 +157,10 @@ def reliability(probabilities: ArrayLike, labels: ArrayLike) -> tuple[Bin, ...]:
     Raises:
         ValueError: See `calibration_error`.
     """
-    sizes, text, so = _binned(probabilities, labels)
+    sizes, predicted, positive = _binned(probabilities, labels)
     return tuple(
-        Bin(int(n), float(sum_said / n), float(sum_so / n))
-        for n, sum_said, sum_so in zip(sizes, text, so, strict=True)
+        Bin(int(n), float(sum_predicted / n), float(sum_positive / n))
+        for n, sum_predicted, sum_positive in zip(sizes, predicted, positive, strict=True)
         if n
     )
 
@@ -209,9 +209,9 @@ def _binned(
     """Return the size, sum of probabilities and number of yes answers of each bin, shape (BINS,) each."""
     guess, truth = _probabilities(probabilities, labels)
     borders = np.sort(guess)[(np.arange(1, BINS) * len(guess)) // BINS]
-    own = np.searchsorted(borders, guess, side="right")
-    text, so = (np.bincount(own, weights, minlength=BINS).astype(np.float64) for weights in (guess, truth))
-    return np.bincount(own, minlength=BINS).astype(np.int64), text, so
+    bins = np.searchsorted(borders, guess, side="right")
+    predicted, positive = (np.bincount(bins, weights, minlength=BINS).astype(np.float64) for weights in (guess, truth))
+    return np.bincount(bins, minlength=BINS).astype(np.int64), predicted, positive
 
 
 def _auc_by(

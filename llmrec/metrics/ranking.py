@@ -74,11 +74,11 @@ def standing(ranking: Ranking, target: str, pool: int) -> Standing:
     if target not in items and not ranking.unlisted:
         return Standing(greater=pool, tied=0, missing=True)
     lowest = min(scores, default=0.0)
-    own = scores[items.index(target)] if target in items else lowest
-    beside = ranking.unlisted if own == lowest else 0
+    target_score = scores[items.index(target)] if target in items else lowest
+    unlisted_ties = ranking.unlisted if target_score == lowest else 0
     return Standing(
-        greater=sum(score > own for score in scores),
-        tied=sum(score == own for score in scores) + beside,
+        greater=sum(score > target_score for score in scores),
+        tied=sum(score == target_score for score in scores) + unlisted_ties,
         missing=False,
     )
 

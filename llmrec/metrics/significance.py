@@ -64,7 +64,7 @@ def signflip(
     return Sampled(value, flip_p(left - right, resamples=resamples, seed=seed), draws)
 
 
-def over_users_and_seeds(found: Sampled, a: ArrayLike, b: ArrayLike, *, seed: int) -> Sampled:
+def over_users_and_seeds(difference: Sampled, a: ArrayLike, b: ArrayLike, *, seed: int) -> Sampled:
     """Add the variance over training seeds to a difference that was resampled over users.
 
     Users and seeds are crossed random effects: with the same users, another set of seeds gives another difference
@@ -74,7 +74,7 @@ def over_users_and_seeds(found: Sampled, a: ArrayLike, b: ArrayLike, *, seed: in
     variance over users is in both terms, which makes the interval conservative.
 
     Args:
-        found: The difference with its resamples over users.
+        difference: The difference with its resamples over users.
         a: The figure of each seed of the first system, shape (seeds,); one value for a deterministic one.
         b: The figures of the second system.
         seed: Seed of the draws.
@@ -84,11 +84,11 @@ def over_users_and_seeds(found: Sampled, a: ArrayLike, b: ArrayLike, *, seed: in
     drawn = [group for group in groups if group.size > 1]
     error = math.sqrt(sum(float(np.var(group, ddof=1)) / group.size for group in drawn))
     if not error:
-        return found
+        return difference
     freedom = min(group.size for group in drawn) - 1
-    noise = np.random.default_rng([seed, 1]).standard_t(freedom, size=len(found.draws))
-    draws = found.draws + error * noise
-    return Sampled(found.value, max(found.p, tail_p(draws)), draws)
+    noise = np.random.default_rng([seed, 1]).standard_t(freedom, size=len(difference.draws))
+    draws = difference.draws + error * noise
+    return Sampled(difference.value, max(difference.p, tail_p(draws)), draws)
 
 
 def flip_p(differences: ArrayLike, *, resamples: int, seed: int) -> float:
@@ -104,13 +104,13 @@ def flip_p(differences: ArrayLike, *, resamples: int, seed: int) -> float:
         resamples: Number of patterns drawn if there are more than `EXACT`.
         seed: Seed of the patterns.
     """
-    item = np.asarray(differences, dtype=np.float64)
-    size = np.abs(item)
+    array = np.asarray(differences, dtype=np.float64)
+    size = np.abs(array)
     if not size.any():
         return 1.0
     # Scaled to avoid underflow and overflow.
     unit = float(size.max())
-    observed = abs(float(np.sum(item / unit)))
+    observed = abs(float(np.sum(array / unit)))
     values, counts = _groups(size[size > 0] / unit)
     slack = 1e-9 * float(values @ counts)
     if np.sum(np.log(counts + 1.0)) <= math.log(EXACT):
@@ -198,16 +198,16 @@ def detectable_from(error: float, users: int, *, comparisons: int = 1) -> float 
     return float(reach * error)
 
 
-def detectable_line(metric: str, found: Sequence[float | None], *, users: int, comparisons: int) -> str:
+def detectable_line(metric: str, effects: Sequence[float | None], *, users: int, comparisons: int) -> str:
     """Return a sentence on the minimum detectable effects of the comparisons in a table.
 
     Args:
         metric: Name of the metric.
-        found: `detectable` of each comparison.
+        effects: `detectable` of each comparison.
         users: Number of users.
         comparisons: Number of planned comparisons corrected together; 0 for exploratory ones.
     """
-    known = sorted(value for value in found if value is not None)
+    known = sorted(value for value in effects if value is not None)
     if not known:
         return f"The minimum detectable effect on {metric} is unknown: all {users:,} users have the same difference."
     reach = f"{known[0]:.2g}" if f"{known[0]:.2g}" == f"{known[-1]:.2g}" else f"{known[0]:.2g} to {known[-1]:.2g}"
@@ -227,10 +227,10 @@ def detectable_line(metric: str, found: Sequence[float | None], *, users: int, c
 def _influence(sums: NDArray[np.float64], sizes: NDArray[np.float64], statistic: StatisticName) -> NDArray[np.float64]:
     """Return the influence of each user on a metric, from which its standard error follows."""
     mean = sums.sum() / sizes.sum()
-    moved: NDArray[np.float64] = (sums - mean * sizes) / sizes.mean()
+    influence: NDArray[np.float64] = (sums - mean * sizes) / sizes.mean()
     if statistic == "mean":
-        return moved
-    return moved / (2 * math.sqrt(mean)) if mean > 0 else np.zeros_like(moved)
+        return influence
+    return influence / (2 * math.sqrt(mean)) if mean > 0 else np.zeros_like(influence)
 
 
 def _bits(rows: int, n: int, rng: np.random.Generator) -> NDArray[np.float64]:
@@ -280,9 +280,9 @@ def _all_patterns(
     sums, weights = np.zeros(1), np.ones(1)
     for value, count in zip(values, counts, strict=True):
         up = np.arange(count + 1)
-        chance = np.exp(gammaln(count + 1) - gammaln(up + 1) - gammaln(count - up + 1) - count * math.log(2))
+        probability = np.exp(gammaln(count + 1) - gammaln(up + 1) - gammaln(count - up + 1) - count * math.log(2))
         sums = (sums[:, None] + value * (2 * up - count)).ravel()
-        weights = (weights[:, None] * chance).ravel()
+        weights = (weights[:, None] * probability).ravel()
     return sums, weights
 
 
@@ -378,7 +378,7 @@ def enough(resamples: int, comparisons: int) -> int:
     return max(resamples, math.ceil(2 * _BEYOND * comparisons / ALPHA))
 
 
-def decide(found: Sequence[Sampled], *, more: int = 0) -> list[Decision]:
+def decide(differences: Sequence[Sampled], *, more: int = 0) -> list[Decision]:
     """Correct p-values for multiple tests, and adjust the confidence intervals to agree with them.
 
     The interval comes from resamples, p from an exact count or other draws, so they can disagree at the border. Then p
@@ -386,25 +386,25 @@ def decide(found: Sequence[Sampled], *, more: int = 0) -> list[Decision]:
     difference nearest to 0 on its side.
 
     Args:
-        found: The differences; see `enough` for the required resamples.
+        differences: The differences; see `enough` for the required resamples.
         more: Number of differences of the family that are not yet known; they count as p = 1.
     """
-    p_values = [*(item.p for item in found), *[1.0] * more]
+    p_values = [*(item.p for item in differences), *[1.0] * more]
     decisions = []
-    for item, p, asked in zip(found, holm(p_values), holm_levels(p_values), strict=False):
-        plain = item.at(1 - asked)
+    for item, p, alpha in zip(differences, holm(p_values), holm_levels(p_values), strict=False):
+        plain = item.at(1 - alpha)
         low, high = _agreeing(plain.low, plain.high, item, differs=p <= ALPHA and item.value != 0)
-        decisions.append(Decision(value=item.value, low=low, high=high, p=p, p_raw=item.p, level=1 - asked))
+        decisions.append(Decision(value=item.value, low=low, high=high, p=p, p_raw=item.p, level=1 - alpha))
     return decisions
 
 
-def _agreeing(low: float, high: float, found: Sampled, *, differs: bool) -> tuple[float, float]:
+def _agreeing(low: float, high: float, difference: Sampled, *, differs: bool) -> tuple[float, float]:
     """Adjust an interval so that 0 is outside exactly if the difference is significant."""
     if not differs:
         return min(low, 0.0), max(high, 0.0)
-    side = 1.0 if found.value > 0 else -1.0
-    same = found.draws[found.draws * side > 0] * side
-    nearest = side * float(same.min() if len(same) else abs(found.value))
+    side = 1.0 if difference.value > 0 else -1.0
+    same = difference.draws[difference.draws * side > 0] * side
+    nearest = side * float(same.min() if len(same) else abs(difference.value))
     return (max(low, nearest), max(high, nearest)) if side > 0 else (min(low, nearest), min(high, nearest))
 
 

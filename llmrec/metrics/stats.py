@@ -250,8 +250,8 @@ def root_or_not(means: NDArray[np.float64], statistic: StatisticName) -> NDArray
 def mean_ranks(values: ArrayLike) -> NDArray[np.float64]:
     """Return ascending ranks from 1, shape (n,); equal values share their mean rank."""
     # Equals scipy.stats.rankdata, whose import takes most of a second.
-    _, place, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[place]
+    _, group, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[group]
 
 
 def arms(
@@ -327,8 +327,8 @@ def _tails(level: float = 0.95, widened_for: int | None = None) -> NDArray[np.fl
     if widened_for is None or widened_for < 2:
         return tails
     n = widened_for
-    further: NDArray[np.float64] = ndtr(np.sqrt(n / (n - 1)) * stdtrit(n - 1, tails))
-    return np.clip(further, _OUTERMOST, 1 - _OUTERMOST)
+    widened: NDArray[np.float64] = ndtr(np.sqrt(n / (n - 1)) * stdtrit(n - 1, tails))
+    return np.clip(widened, _OUTERMOST, 1 - _OUTERMOST)
 
 
 def _bounds(
@@ -361,5 +361,5 @@ def _bca_tails(
     z = bias + ndtri(tails)
     # Beyond the pole of the formula (few, skewed values), use the last percentile.
     room = 1 - acceleration * z
-    moved: NDArray[np.float64] = ndtr(np.where(room > 0, bias + z / np.where(room > 0, room, 1.0), np.sign(z) * np.inf))
-    return moved
+    ends: NDArray[np.float64] = ndtr(np.where(room > 0, bias + z / np.where(room > 0, room, 1.0), np.sign(z) * np.inf))
+    return ends

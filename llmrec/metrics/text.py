@@ -42,7 +42,7 @@ def bleu4_statistic(texts: Sequence[str], references: Sequence[str], owners: Seq
         MissingExtra: If sacrebleu is not installed.
         ValueError: If the two differ in length or are empty.
     """
-    _alike(texts, references)
+    _check_lengths(texts, references)
     scorer = require("sacrebleu", "text").BLEU(force=True)
     counts = np.empty((len(texts), 2 * _ORDER + 2))
     for row, text, reference in zip(counts, texts, references, strict=True):
@@ -92,7 +92,7 @@ def rouge(texts: Sequence[str], references: Sequence[str]) -> dict[str, NDArray[
         MissingExtra: If rouge-score is not installed.
         ValueError: If the two differ in length or are empty.
     """
-    _alike(texts, references)
+    _check_lengths(texts, references)
     scorer = require("rouge_score.rouge_scorer", "text").RougeScorer(list(_ROUGE.values()), use_stemmer=False)
     scores = [scorer.score(reference, text) for text, reference in zip(texts, references, strict=True)]
     return {
@@ -126,7 +126,7 @@ def distinct_n(texts: Sequence[str], n: int = 2) -> float:
     return len(seen) / total if total else 0.0
 
 
-def _alike(texts: Sequence[str], references: Sequence[str]) -> None:
+def _check_lengths(texts: Sequence[str], references: Sequence[str]) -> None:
     if len(texts) != len(references):
         raise ValueError(f"{len(texts)} texts but {len(references)} references")
     if not texts:

@@ -119,7 +119,7 @@ def test_what_reviews_say_of_an_item_is_held_or_extracted() -> None:
     # Features of held-out pairs are asked for, and are no features of training by that.
     assert features.vocabulary == {SOUND, LIFE, PRICE}
     assert features.of_item == {"a": {SOUND, PRICE, LIFE}, "b": {PRICE}}
-    assert features.asked["w", "a"] == ("comfort",)
+    assert features.annotated["w", "a"] == ("comfort",)
 
 
 def test_planted_hallucinations_are_counted() -> None:
@@ -284,7 +284,7 @@ def test_what_is_not_known_is_left_out() -> None:
 def test_a_rate_over_nothing_is_no_figure() -> None:
     held_against = known()
     assert held_against.features is not None
-    found = measured([None] * 4, replace(held_against, features=replace(held_against.features, asked={})))
+    found = measured([None] * 4, replace(held_against, features=replace(held_against.features, annotated={})))
     assert found["FMR"]["value"] is None and found["Hallucination"]["value"] is None
     assert found["USR"]["value"] == 0.0 and found["CopyRate"]["value"] == 0.0
 
@@ -318,7 +318,7 @@ def test_a_column_of_features_is_read_and_held_out_ones_are_asked_for() -> None:
     features = background_of(replace(data, **parts)).features
     assert features is not None
     assert features.vocabulary == {("train", "word")}
-    assert set(features.asked.values()) == {("train", "word"), ("valid", "word"), ("test", "word")}
+    assert set(features.annotated.values()) == {("train", "word"), ("valid", "word"), ("test", "word")}
 
 
 def test_the_rest_of_a_review_supports_features_and_can_be_copied() -> None:

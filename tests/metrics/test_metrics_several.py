@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from llmrec.errors import LlmrecError
 from llmrec.metrics import multi_target, ranking
-from llmrec.metrics.multi_target import Judged, Pairs, judge, place
+from llmrec.metrics.multi_target import Judged, Pairs, judge, target_ranks
 from tests.facts import Facts, raises
 
 
@@ -118,7 +118,7 @@ def test_malformed_tables_are_errors() -> None:
     with pytest.raises(ValueError, match="at least 1"):
         multi_target.ndcg(judge(good, good, 1), 0)
     with pytest.raises(ValueError, match="duplicate items"):
-        place(_pairs([(0, 1, 1.0), (0, 1, 0.5)]), np.array([1]))
+        target_ranks(_pairs([(0, 1, 1.0), (0, 1, 0.5)]), np.array([1]))
 
 
 def test_infinite_scores_are_ranked() -> None:
@@ -227,7 +227,7 @@ def test_one_target_is_the_same_in_both_forms() -> None:
         ranked, _ = _random(rng, 200, levels=levels)
         targets = rng.integers(0, 50, 200)
         judged = judge(ranked, Pairs(np.arange(200), targets, np.ones(200)), 200)
-        greater, tied = place(ranked, targets)
+        greater, tied = target_ranks(ranked, targets)
         for k in (1, 3, 10):
             for name in ("hit_rate", "precision", "ndcg", "average_precision", "reciprocal_rank"):
                 one = getattr(ranking, name)(greater, tied, k)
