@@ -52,11 +52,11 @@ def conform(frame: pl.DataFrame) -> pl.DataFrame:
             raise DataError(f"interactions need a value in every row of {name!r}", kind="missing-value", column=name)
     try:
         nothing = pl.repeat(None, frame.height, dtype=pl.Null, eager=True)
-        given = {name: frame[name] if name in frame.columns else nothing for name in SCHEMA}
-        columns = {name: coded(given[name]) for name in ("user_id", "item_id")}
-        columns |= {name: given[name].cast(SCHEMA[name]) for name in ("rating", "timestamp")}
-        has_text = given["text"].null_count() < frame.height
-        columns["text"] = given["text"].cast(pl.String) if has_text else nothing
+        available = {name: frame[name] if name in frame.columns else nothing for name in SCHEMA}
+        columns = {name: coded(available[name]) for name in ("user_id", "item_id")}
+        columns |= {name: available[name].cast(SCHEMA[name]) for name in ("rating", "timestamp")}
+        has_text = available["text"].null_count() < frame.height
+        columns["text"] = available["text"].cast(pl.String) if has_text else nothing
         return pl.DataFrame(columns)
     except pl.exceptions.PolarsError as error:
         raise DataError(

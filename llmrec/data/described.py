@@ -154,8 +154,8 @@ def refuse_seen(
     if not seen:
         return
     named = pl.DataFrame(sorted(seen), schema=dict.fromkeys(PAIR, pl.String), orient="row")
-    learned = data.train.join(in_codes_of(named, data.train), on=PAIR, how="semi").select(PAIR).head(1).rows()
-    for pairs, what in ((seen & (data.held_out | held), "held out"), (learned, "learned from")):
+    trained = data.train.join(in_codes_of(named, data.train), on=PAIR, how="semi").select(PAIR).head(1).rows()
+    for pairs, what in ((seen & (data.held_out | held), "held out"), (trained, "used for training")):
         if pairs:
             user, item = min((str(user), str(item)) for user, item in pairs)
             raise DataError.at(

@@ -344,8 +344,8 @@ def writing(folder: str | Path) -> Iterator[Path]:
             )
     root.mkdir(parents=True, exist_ok=True)
     refuse_link(root / _LOCK)
-    with (root / _LOCK).open("a") as held:
-        if not lock(held):
+    with (root / _LOCK).open("a") as lock_file:
+        if not lock(lock_file):
             raise LlmrecError(
                 f"{root} is being written by another process; wait until that process has ended", kind="busy", at=root
             )

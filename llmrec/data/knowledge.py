@@ -211,9 +211,9 @@ def cited(answer: str, facts: str) -> tuple[str, tuple[str, ...]]:
     """Return an answer without citations of passages that do not exist, and the passages that it cites."""
     parts = _NUMBER.split(facts)
     known = {number: text.strip() for number, text in zip(parts[1::2], parts[2::2], strict=True)}
-    named = tuple(dict.fromkeys(number for number in _NUMBER.findall(answer) if number in known))
+    numbers = tuple(dict.fromkeys(number for number in _NUMBER.findall(answer) if number in known))
     kept = _NUMBER.sub(lambda match: match.group() if match[1] in known else "", answer)
-    return kept.strip(), tuple(known[number] for number in named)
+    return kept.strip(), tuple(known[number] for number in numbers)
 
 
 def _words(text: str) -> list[str]:

@@ -187,8 +187,8 @@ def _of_objects(name: str, records: Iterable[tuple[Place, Mapping[str, object]]]
             if key in locations and result.columns.pop(key, None) is not None:
                 result.unusable[key] = LISTS  # lists of numbers, which are not joined
     column_names(name, (column.name for column in columns))
-    unusable = {path: _ODD if held == str(_NOTHING) else held for path, held in result.unusable.items()}
-    odd = [path for path, held in unusable.items() if held == _ODD]
+    unusable = {path: _ODD if values == str(_NOTHING) else values for path, values in result.unusable.items()}
+    odd = [path for path, values in unusable.items() if values == _ODD]
     if odd:
         log.warning(
             "%s: %d columns have nested values and are excluded: %s", name, len(odd), ", ".join(map(shown, odd))
@@ -452,7 +452,7 @@ def _type_of(value: object, kind: Kind) -> pa.DataType:
 
 def _typed(types: Mapping[str, Any]) -> list[tuple[str, pa.DataType]]:
     """Return the names and types of columns, including the columns of objects."""
-    return [(key, pa.struct(_typed(held)) if isinstance(held, dict) else held) for key, held in types.items()]
+    return [(key, pa.struct(_typed(kind)) if isinstance(kind, dict) else kind) for key, kind in types.items()]
 
 
 # --------------------------------------------------------------------------- objects of published data sets

@@ -243,7 +243,7 @@ def joined(tables: Sequence[Table]) -> Table:
         "; ".join(table.name for table in tables),
         frame,
         "; ".join(table.sha256 for table in tables),
-        unusable={name: held for table in tables for name, held in table.unusable.items()},
+        unusable={name: values for table in tables for name, values in table.unusable.items()},
         parts=tuple(tables),
         unread=unread,
     )

@@ -76,8 +76,8 @@ def _filtered(table: Table, where: str) -> Table:
     chosen = _Parser(table).parsed(where)
     # Codes are compared as texts; only the named columns are expanded.
     frame = table.frame.lazy().with_columns(selectors.enum().cast(pl.String))
-    held = frame.select(chosen.fill_null(value=False).alias("held")).collect()["held"]
-    rows = held.arg_true()
+    satisfied = frame.select(chosen.fill_null(value=False).alias("held")).collect()["held"]
+    rows = satisfied.arg_true()
     if len(rows) == table.frame.height:
         return table
     return replace(

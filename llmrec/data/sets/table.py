@@ -83,9 +83,9 @@ def parts_of(section: DataSection, table: Table) -> pl.Series | None:
             "split",
         )
     names = texts(table, column).str.strip_chars().str.to_lowercase()
-    result = names.replace_strict({word: PARTS.index(part) for word, part in SPELLED.items()}, default=None)
-    _all_parts(table, column, result)
-    return result.cast(pl.Int8)
+    parts = names.replace_strict({word: PARTS.index(part) for word, part in SPELLED.items()}, default=None)
+    _all_parts(table, column, parts)
+    return parts.cast(pl.Int8)
 
 
 def _all_parts(table: Table, column: str, parts: pl.Series) -> None:
@@ -364,12 +364,12 @@ def explanations(section: DataSection, *, seed: int) -> Dataset:
             absent[0],
         )
     users, items = ids(main, "uid"), ids(main, "iid")
-    given = texts(main, "explanation")
+    series = texts(main, "explanation")
     titles, about = one_per_item(main, items, "title"), one_per_item(main, items, "item_summary")
     return assemble(
         section,
         main,
-        pl.DataFrame({"user_id": users, "item_id": items, "text": given.set(given.str.strip_chars() == "", None)}),
+        pl.DataFrame({"user_id": users, "item_id": items, "text": series.set(series.str.strip_chars() == "", None)}),
         {
             item: Item(item_id=item, title=titles.get(item, item), fields={"about": about.get(item, "")})
             for item in items.unique()
