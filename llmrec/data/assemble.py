@@ -30,8 +30,8 @@ log = logger(__name__)
 _PAIR = ["user_id", "item_id"]
 _ROW, _PART = "_row", "_part"
 # Values that tables write for a missing user, and the share of rows above which a warning is given for such a user.
-_NOBODY = ("na", "n/a", "nan", "null", "none", "nil", "unknown", "undefined", "anonymous", "guest", "-", "?")
-_LARGE, _SEVERAL = 0.2, 20
+_UNKNOWN_USERS = ("na", "n/a", "nan", "null", "none", "nil", "unknown", "undefined", "anonymous", "guest", "-", "?")
+_LARGE_SHARE, _MIN_USERS = 0.2, 20
 # Ids with surrounding spaces or non-ASCII characters, which can look like another id.
 _NOT_PLAIN = r"^\s|\s$|[^\x00-\x7f]"
 
@@ -68,11 +68,11 @@ def assemble(
     """
     frame = conform(interactions).with_row_index(_ROW)
     frame = frame.with_columns(pl.lit(0, pl.Int8).alias(_PART) if parts is None else parts.alias(_PART))
-    _short_ids(table, frame)
-    _one_for_many(table, frame)
-    _look_alike(table, frame)
+    _check_id_lengths(table, frame)
+    _warn_of_placeholders(table, frame)
+    _warn_of_lookalikes(table, frame)
     frame = _without_repeats(section, table, frame)
-    _all_known(table, frame, items)
+    _check_items_known(table, frame, items)
     scale = _scale(section, table, frame, scale)
     kept = frame["item_id"].unique().cast(pl.String)
     if kept.len() < 2:
@@ -86,7 +86,7 @@ def assemble(
         noun=noun if section.noun == default else section.noun,
         interactions=frame.drop(_ROW, _PART),
         items={item_id: items[item_id] for item_id in kept.sort()},
-        users={user: known for user, known in sorted((users or {}).items()) if user in present},
+        users={user: fields for user, fields in sorted((users or {}).items()) if user in present},
         rating_scale=scale,
         provenance=provenance,
         given=GivenSplit(_pairs(frame, "valid"), _pairs(frame, "test")) if parts is not None else None,
@@ -145,13 +145,13 @@ def _pairs(frame: pl.DataFrame, part: str) -> frozenset[tuple[str, str]]:
     return frozenset(frame.filter(pl.col(_PART) == PARTS.index(part)).select(_PAIR).iter_rows())
 
 
-def _short_ids(table: Table, frame: pl.DataFrame) -> None:
+def _check_id_lengths(table: Table, frame: pl.DataFrame) -> None:
     for column in _PAIR:
-        names, result = codes(frame[column])
+        names, row_codes = codes(frame[column])
         long = (names.str.len_chars() > ID_LIMIT).to_numpy()
         if long.any():
-            row = int(long[result].argmax())
-            text = names[int(result[row])]
+            row = int(long[row_codes].argmax())
+            text = names[int(row_codes[row])]
             raise DataError.at(
                 table.where(row),
                 "too-large",
@@ -161,14 +161,14 @@ def _short_ids(table: Table, frame: pl.DataFrame) -> None:
             )
 
 
-def _one_for_many(table: Table, frame: pl.DataFrame) -> None:
+def _warn_of_placeholders(table: Table, frame: pl.DataFrame) -> None:
     """Warn if a user id probably means "unknown user", such as "guest" or an id with a large share of the rows."""
-    names, result = codes(frame["user_id"])
-    sizes = pl.DataFrame({"user_id": names, "count": np.bincount(result, minlength=len(names))})
+    names, row_codes = codes(frame["user_id"])
+    sizes = pl.DataFrame({"user_id": names, "count": np.bincount(row_codes, minlength=len(names))})
     sizes = sizes.filter(pl.col("count") > 0)
-    nobody = pl.col("user_id").str.to_lowercase().is_in(_NOBODY)
-    large = (pl.col("count") > _LARGE * frame.height) & (sizes.height >= _SEVERAL)
-    for user, count in sizes.filter(nobody | large).sort("count", descending=True).iter_rows():
+    unknown = pl.col("user_id").str.to_lowercase().is_in(_UNKNOWN_USERS)
+    large = (pl.col("count") > _LARGE_SHARE * frame.height) & (sizes.height >= _MIN_USERS)
+    for user, count in sizes.filter(unknown | large).sort("count", descending=True).iter_rows():
         log.warning(
             "%s: user %s has %d of %d rows; if this ID stands for unknown users, remove these rows, or use another "
             "column for the user",
@@ -176,10 +176,10 @@ def _one_for_many(table: Table, frame: pl.DataFrame) -> None:
         )
 
 
-def _look_alike(table: Table, frame: pl.DataFrame) -> None:
+def _warn_of_lookalikes(table: Table, frame: pl.DataFrame) -> None:
     """Warn of ids that differ only in surrounding spaces, invisible characters or Unicode composition."""
     for column in _PAIR:
-        names, result = codes(frame[column])
+        names, row_codes = codes(frame[column])
         odd = names.filter(names.str.contains(_NOT_PLAIN))
         seen = odd.str.replace_all(r"\p{Cf}", "").str.normalize("NFC").str.strip_chars()
         plain = names.filter(names.is_in(seen.implode())) if len(odd) else odd
@@ -187,7 +187,7 @@ def _look_alike(table: Table, frame: pl.DataFrame) -> None:
         if pairs["seen"].n_unique() == pairs.height:
             continue
         # The categories of a column may include values that do not occur.
-        pairs = pairs.filter(pl.col("name").is_in(names.gather(np.unique(result)).implode()))
+        pairs = pairs.filter(pl.col("name").is_in(names.gather(np.unique(row_codes)).implode()))
         pairs = pairs.filter(pl.len().over("seen") > 1).sort("seen", "name")
         if not pairs.is_empty():
             what = column.removesuffix("_id")
@@ -201,16 +201,16 @@ def _look_alike(table: Table, frame: pl.DataFrame) -> None:
 def _without_repeats(section: DataSection, table: Table, frame: pl.DataFrame) -> pl.DataFrame:
     if section.duplicates == "keep_all":
         return frame
-    places = repeated(pairs(frame["user_id"], frame["item_id"]))
-    if not len(places):
+    indices = repeated(pairs(frame["user_id"], frame["item_id"]))
+    if not len(indices):
         return frame
-    several = frame[places]
-    again = several.filter(~pl.struct(_PAIR).is_first_distinct())
+    repeats = frame[indices]
+    again = repeats.filter(~pl.struct(_PAIR).is_first_distinct())
     if section.duplicates == "error":
         row, part, user, item = again.select(_ROW, _PART, *_PAIR).row(0)
-        first = several.filter((pl.col("user_id") == user) & (pl.col("item_id") == item)).row(0, named=True)
-        place = table.where(first[_ROW])
-        where = f"row {place.row}" if not table.parts else str(place)
+        first = repeats.filter((pl.col("user_id") == user) & (pl.col("item_id") == item)).row(0, named=True)
+        location = table.where(first[_ROW])
+        where = f"row {location.row}" if not table.parts else str(location)
         names, kept = "", "the latest of each"
         if first[_PART] != part:
             names = f", in the splits {PARTS[first[_PART]]} and {PARTS[part]}"
@@ -223,12 +223,12 @@ def _without_repeats(section: DataSection, table: Table, frame: pl.DataFrame) ->
         )
     # Held-out rows take precedence, then the latest row; with equal or missing timestamps, the last one in the file.
     early = section.duplicates == "keep_first"
-    ordered = several.sort(_PART, "timestamp", _ROW, descending=[False, early, early])
-    result = ordered.unique(subset=_PAIR, keep="last", maintain_order=True)
-    stays = np.ones(frame.height, dtype=bool)
-    stays[places] = False
-    stays[result[_ROW].to_numpy()] = True
-    rows = frame.filter(stays)
+    ordered = repeats.sort(_PART, "timestamp", _ROW, descending=[False, early, early])
+    selected = ordered.unique(subset=_PAIR, keep="last", maintain_order=True)
+    keep = np.ones(frame.height, dtype=bool)
+    keep[indices] = False
+    keep[selected[_ROW].to_numpy()] = True
+    rows = frame.filter(keep)
     return _summed(table, frame, rows) if section.duplicates == "sum" else rows
 
 
@@ -247,12 +247,12 @@ def _summed(table: Table, frame: pl.DataFrame, rows: pl.DataFrame) -> pl.DataFra
     return joined.select(rows.columns)
 
 
-def _all_known(table: Table, frame: pl.DataFrame, items: Mapping[str, Item]) -> None:
-    names, result = codes(frame["item_id"])
-    lacking = np.array([item not in items for item in names.to_list()], dtype=bool)[result]
-    if lacking.any():
-        absent = frame["item_id"].filter(lacking).unique(maintain_order=True)
-        row = frame[_ROW][int(lacking.argmax())]
+def _check_items_known(table: Table, frame: pl.DataFrame, items: Mapping[str, Item]) -> None:
+    names, row_codes = codes(frame["item_id"])
+    missing = np.array([item not in items for item in names.to_list()], dtype=bool)[row_codes]
+    if missing.any():
+        absent = frame["item_id"].filter(missing).unique(maintain_order=True)
+        row = frame[_ROW][int(missing.argmax())]
         raise DataError.at(
             table.where(row),
             "unknown-name",
@@ -294,23 +294,23 @@ class _Listing:
     """A table with one item or user per row, and the id of each row."""
 
     table: Table
-    own: pl.Series
+    keys: pl.Series
     unique: bool
     first: bool = False
 
     def column(self, name: str) -> dict[str, str]:
         """Return the text of a column by id, without HTML; if rows differ, the most frequent or last text."""
         if not self.unique:
-            result = one_per_item(self.table, self.own, name)
+            result = one_per_item(self.table, self.keys, name)
         else:
             values = texts(self.table, name)
-            rows = (self.own.reverse(), values.reverse()) if self.first else (self.own, values)
+            rows = (self.keys.reverse(), values.reverse()) if self.first else (self.keys, values)
             result = dict(zip(*rows, strict=True))
         return {key: plain(text) for key, text in result.items()}
 
 
 def catalogue(
-    section: DataSection, interactions: Table, item_ids: pl.Series, items: Table | None, *, whole: bool = False
+    section: DataSection, interactions: Table, item_ids: pl.Series, items: Table | None, *, complete: bool = False
 ) -> dict[str, Item]:
     """Return the `Item` of every item that has interactions.
 
@@ -322,7 +322,7 @@ def catalogue(
         interactions: The table of interactions.
         item_ids: The item of each of its rows.
         items: The table of items, if any.
-        whole: Also return the entries of the other items of that table.
+        complete: Also return the entries of the other items of that table.
 
     Raises:
         DataError: If a column is in neither table, an item is listed twice, or no item has a title.
@@ -332,8 +332,8 @@ def catalogue(
     if items is not None:
         listing = _listing(section, items, "item")
         listings.insert(0, listing)
-        listed = set(listing.own)
-        known = list(dict.fromkeys(listing.own)) if whole else [item for item in known if item in listed]
+        listed = set(listing.keys)
+        known = list(dict.fromkeys(listing.keys)) if complete else [item for item in known if item in listed]
     fields = {
         name: _source(listings, name, "data.columns.fields=[...]").column(name) for name in section.columns.fields
     }
@@ -368,7 +368,7 @@ def profiles(
     if users is not None:
         listings.insert(0, _listing(section, users, "user"))
         if section.columns.user_fields:
-            check_matched(users.name, listings[0].own, user_ids)
+            check_matched(users.name, listings[0].keys, user_ids)
     result: dict[str, dict[str, str]] = {}
     for name in section.columns.user_fields:
         values = _source(listings, name, "data.columns.user_fields=[...]").column(name)
@@ -383,17 +383,17 @@ def _listing(section: DataSection, listed: Table, kind: Literal["item", "user"])
     # The item of an order is lines[].sku; in a product table it is sku.
     named = leaf(named) if named not in listed.frame.columns and leaf(named) in listed.frame.columns else named
     column = find(listed, named, f"{kind}_id", f"data.columns.{kind}") or ""
-    own = ids(listed, column)
-    again = (~own.is_first_distinct()).arg_true()
+    keys = ids(listed, column)
+    again = (~keys.is_first_distinct()).arg_true()
     if again.len() and section.duplicates == "error":
         raise DataError.at(
             listed.where(again[0]),
             "duplicate",
-            f" repeats {kind} {shown(own[again[0]])} ({again.len()} such rows); "
+            f" repeats {kind} {shown(keys[again[0]])} ({again.len()} such rows); "
             "drop the repeats, or set data.duplicates=keep_last to keep the last of each",
             column,
         )
-    return _Listing(listed, own, True, section.duplicates == "keep_first")
+    return _Listing(listed, keys, True, section.duplicates == "keep_first")
 
 
 def _source(listings: list[_Listing], column: str, setting: str) -> _Listing:

@@ -95,15 +95,15 @@ def draw(
         DataError: If a user has too few items left to draw negatives from.
     """
     catalogue = sorted(data.dataset.items)
-    place = {item: index for index, item in enumerate(catalogue)}
-    weights = _weights(data, place, section.kind)
+    index_of = {item: index for index, item in enumerate(catalogue)}
+    weights = _weights(data, index_of, section.kind)
     total = np.cumsum(weights)
-    had = touched(data, split)
-    # Filtered items have a name but no index, and no user has interacted with them.
-    placed = np.array([place.get(name, -1) for name in had.names])
+    interactions = touched(data, split)
+    # Filtered items have a name but no index, and no interactions.
+    catalogue_indices = np.array([index_of.get(name, -1) for name in interactions.names])
     sets: dict[str, tuple[str, ...]] = {}
     for held in data.holdouts(split).of(users):
-        banned = set(placed[had.places(held.user_id)].tolist())
+        banned = set(catalogue_indices[interactions.indices(held.user_id)].tolist())
         if len(catalogue) - len(banned) < section.count - 1:
             raise DataError(
                 f"user {held.user_id!r} has interacted with {len(banned)} of {len(catalogue)} items, so only "
@@ -114,7 +114,7 @@ def draw(
             )
         name = request_id(held.user_id, held.item_id)
         numbers = _Numbers(hash_one("candidates", seed, name))
-        chosen = [place[held.item_id], *_negatives(numbers, weights, total, banned, section.count - 1)]
+        chosen = [index_of[held.item_id], *_negatives(numbers, weights, total, banned, section.count - 1)]
         sets[name] = tuple(catalogue[index] for index in numbers.shuffled(chosen))
     return CandidateSets.of(section.kind, section.count, seed, sets, users)
 
@@ -129,12 +129,12 @@ class Touched:
         self._items = items[np.argsort(rows, kind="stable")]
         self._runs = Runs(users, rows)
 
-    def places(self, user: str) -> NDArray[np.integer]:
+    def indices(self, user: str) -> NDArray[np.integer]:
         """Return the indices of the items that a user interacted with."""
         return self._items[self._runs.of(user)]
 
     def __getitem__(self, user: str) -> frozenset[str]:
-        return frozenset(map(self.names.__getitem__, self.places(user).tolist()))
+        return frozenset(map(self.names.__getitem__, self.indices(user).tolist()))
 
 
 def touched(data: SplitDataset, split: SplitName) -> Touched:
@@ -164,10 +164,10 @@ def draw_among(
         DataError: If there are too few items.
     """
     pool = sorted(groups)
-    place = {item: index for index, item in enumerate(pool)}
+    index_of = {item: index for index, item in enumerate(pool)}
     members: dict[str, set[int]] = {}
     for item in pool:
-        members.setdefault(groups[item], set()).add(place[item])
+        members.setdefault(groups[item], set()).add(index_of[item])
     weights = np.ones(len(pool), dtype=np.uint64)
     total = np.cumsum(weights)
     sets: dict[str, tuple[str, ...]] = {}
@@ -178,16 +178,16 @@ def draw_among(
                 f"{kind} candidates: {count} items are requested, but there are only {len(pool)}", kind="too-few"
             )
         numbers = _Numbers(hash_one(f"candidates {kind}", seed, name))
-        chosen = [place[target], *_negatives(numbers, weights, total, banned, count - 1)]
+        chosen = [index_of[target], *_negatives(numbers, weights, total, banned, count - 1)]
         sets[name] = tuple(pool[index] for index in numbers.shuffled(chosen))
     return CandidateSets.of(kind, count, seed, sets)
 
 
-def _weights(data: SplitDataset, place: Mapping[str, int], kind: str) -> NDArray[np.uint64]:
-    weights = np.ones(len(place), dtype=np.uint64)
+def _weights(data: SplitDataset, index_of: Mapping[str, int], kind: str) -> NDArray[np.uint64]:
+    weights = np.ones(len(index_of), dtype=np.uint64)
     if kind == "popularity":
-        places = in_numbers(data.train["item_id"], lambda names: np.array([place.get(name, -1) for name in names]))
-        weights += np.bincount(places, minlength=len(place)).astype(np.uint64)
+        indices = in_numbers(data.train["item_id"], lambda names: np.array([index_of.get(name, -1) for name in names]))
+        weights += np.bincount(indices, minlength=len(index_of)).astype(np.uint64)
     return weights
 
 
@@ -199,8 +199,8 @@ def _negatives(
     # Rejecting banned and already drawn items leaves the probabilities of the rest correct. Where this would take long,
     # the rest is listed and sampled directly, which gives the same distribution.
     for _ in range(4):
-        places = np.searchsorted(total, numbers.below(total[-1], 2 * need + 8), side="right")
-        for index in places.tolist():
+        indices = np.searchsorted(total, numbers.below(total[-1], 2 * need + 8), side="right")
+        for index in indices.tolist():
             if index not in banned and len(taken) < need:
                 taken[index] = None
         if len(taken) == need:
@@ -208,9 +208,9 @@ def _negatives(
     rest = np.array([index for index in range(len(weights)) if index not in banned and index not in taken], dtype=int)
     while len(taken) < need:
         sums = np.cumsum(weights[rest])
-        at = int(np.searchsorted(sums, numbers.below(sums[-1], 1), side="right")[0])
-        taken[int(rest[at])] = None
-        rest = np.delete(rest, at)
+        index_in_rest = int(np.searchsorted(sums, numbers.below(sums[-1], 1), side="right")[0])
+        taken[int(rest[index_in_rest])] = None
+        rest = np.delete(rest, index_in_rest)
     return list(taken)
 
 

@@ -52,11 +52,11 @@ def conform(frame: pl.DataFrame) -> pl.DataFrame:
             raise DataError(f"interactions need a value in every row of {name!r}", kind="missing-value", column=name)
     try:
         nothing = pl.repeat(None, frame.height, dtype=pl.Null, eager=True)
-        given = {name: frame[name] if name in frame.columns else nothing for name in SCHEMA}
-        columns = {name: coded(given[name]) for name in ("user_id", "item_id")}
-        columns |= {name: given[name].cast(SCHEMA[name]) for name in ("rating", "timestamp")}
-        has_text = given["text"].null_count() < frame.height
-        columns["text"] = given["text"].cast(pl.String) if has_text else nothing
+        available = {name: frame[name] if name in frame.columns else nothing for name in SCHEMA}
+        columns = {name: coded(available[name]) for name in ("user_id", "item_id")}
+        columns |= {name: available[name].cast(SCHEMA[name]) for name in ("rating", "timestamp")}
+        has_text = available["text"].null_count() < frame.height
+        columns["text"] = available["text"].cast(pl.String) if has_text else nothing
         return pl.DataFrame(columns)
     except pl.exceptions.PolarsError as error:
         raise DataError(
@@ -69,7 +69,7 @@ class Review:
     """A user's review of an item.
 
     Attributes:
-        text: The whole review.
+        text: The full review.
         headline: Its headline; empty if there is none.
         phrases: Keyphrases of its text, best first.
         feature: The keyphrase that it is about, chosen by `llmrec.data.derived`; empty if there is none.
@@ -175,11 +175,11 @@ class Dataset(Displayed):
         ]
         profiles = [
             part
-            for user_id, known in sorted(self.users.items())
-            for part in (user_id, json.dumps(dict(known), sort_keys=True))
+            for user_id, fields in sorted(self.users.items())
+            for part in (user_id, json.dumps(dict(fields), sort_keys=True))
         ]
         parts = (digest_frame(_in_canonical_order(frame)), digest_strings(catalogue), digest_strings(profiles))
-        return digest_strings([self.noun, repr(self.rating_scale), repr(self.has_time), *parts, *self._told()])
+        return digest_strings([self.noun, repr(self.rating_scale), repr(self.has_time), *parts, *self._review_hashes()])
 
     def restrict(self, interactions: pl.DataFrame) -> Dataset:
         """Return the dataset with only these interactions and their users and items."""
@@ -189,7 +189,7 @@ class Dataset(Displayed):
             self,
             interactions=interactions,
             items={item_id: item for item_id, item in self.items.items() if item_id in kept_items},
-            users={user_id: known for user_id, known in self.users.items() if user_id in kept_users},
+            users={user_id: fields for user_id, fields in self.users.items() if user_id in kept_users},
             reviews=self._reviews_of(interactions) if self.reviews else {},
         )
 
@@ -197,12 +197,12 @@ class Dataset(Displayed):
         kept = set(interactions.select("user_id", "item_id").iter_rows())
         return {pair: review for pair, review in self.reviews.items() if pair in kept}
 
-    def _told(self) -> list[str]:
-        """Return a hash over the reviews; empty without reviews."""
+    def _review_hashes(self) -> list[str]:
+        """Return a hash over the reviews, and the derived data; empty without reviews."""
         if not self.reviews:
             return []
-        message = ((*pair, json.dumps(astuple(review))) for pair, review in sorted(self.reviews.items()))
-        return [digest_strings([part for parts in message for part in parts]), *sorted(self.derives)]
+        rows = ((*pair, json.dumps(astuple(review))) for pair, review in sorted(self.reviews.items()))
+        return [digest_strings([part for row in rows for part in row]), *sorted(self.derives)]
 
 
 def _in_canonical_order(frame: pl.DataFrame) -> pl.DataFrame:
@@ -225,10 +225,10 @@ def core(interactions: pl.DataFrame, *, user_core: int, item_core: int) -> pl.Da
     """
     while True:
         before = interactions.height
-        for column, least in (("user_id", user_core), ("item_id", item_core)):
-            if least > 1:
-                result = codes(interactions[column])[1]
-                interactions = interactions.filter(np.bincount(result)[result] >= least)
+        for column, minimum in (("user_id", user_core), ("item_id", item_core)):
+            if minimum > 1:
+                row_codes = codes(interactions[column])[1]
+                interactions = interactions.filter(np.bincount(row_codes)[row_codes] >= minimum)
         if interactions.height == before:
             return interactions
 

@@ -47,9 +47,9 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 _BREAK = re.compile(r"[^\w\s'’&-]+|\s[-&]+\s|--+")
 _TERM = re.compile(r"\w+(?:['’&-]\w+)*")
 # Maximum words per phrase, maximum phrases, and the share of equal letters from which two phrases count as the same.
-_WORDS, _MOST, _ALIKE = 2, 10, 0.9
+_MAX_WORDS, _MAX_PHRASES, _SIMILARITY = 2, 10, 0.9
 # Shorter terms, and numbers, are not part of any phrase.
-_SHORTEST = 3
+_MIN_LENGTH = 3
 _FUNCTION_WORDS = (
     "a about above after again against all almost alone along already also although always am among an and another "
     "any anybody anyone anything anyway are aren't around as at away be became because become becomes been before "
@@ -77,7 +77,7 @@ def extract(text: str) -> list[tuple[float, str]]:
     result: Counter[tuple[str, ...]] = Counter()
     for _, terms in chunks:
         small = [term.casefold() for term in terms]
-        for size in range(1, _WORDS + 1):
+        for size in range(1, _MAX_WORDS + 1):
             for start in range(len(small) - size + 1):
                 phrase = tuple(small[start : start + size])
                 if all(term in scores for term in phrase):
@@ -85,7 +85,7 @@ def extract(text: str) -> list[tuple[float, str]]:
     ranked = sorted((_phrase_score([scores[term] for term in p], times), " ".join(p)) for p, times in result.items())
     kept: list[tuple[float, str]] = []
     for score, candidate in ranked:
-        if len(kept) == _MOST:
+        if len(kept) == _MAX_PHRASES:
             break
         if not any(_similar(candidate, other) for _, other in kept):
             kept.append((score, candidate))
@@ -133,16 +133,16 @@ def _term_scores(chunks: Sequence[tuple[int, Sequence[str]]]) -> dict[str, float
     result = {}
     for key in usable:
         case = max(acronyms[key], capitals[key]) / (1 + math.log(times[key]))
-        place_score = math.log(math.log(3 + median(sentences[key])))
+        position_score = math.log(math.log(3 + median(sentences[key])))
         sides = sum(len(side[key]) / side[key].total() for side in (left, right) if side[key])
         related = 1 + sides * times[key] / top
         spread = len(sentences[key]) / total
-        result[key] = related * place_score / (case + times[key] / usual / related + spread / related)
+        result[key] = related * position_score / (case + times[key] / usual / related + spread / related)
     return result
 
 
 def _usable(term: str) -> bool:
-    return len(term) >= _SHORTEST and term.replace("’", "'") not in _STOP_WORDS and not any(map(str.isdigit, term))
+    return len(term) >= _MIN_LENGTH and term.replace("’", "'") not in _STOP_WORDS and not any(map(str.isdigit, term))
 
 
 def _phrase_score(scores: Sequence[float], times: int) -> float:
@@ -152,14 +152,14 @@ def _phrase_score(scores: Sequence[float], times: int) -> float:
 
 def _similar(first: str, other: str) -> bool:
     matcher = SequenceMatcher(None, first, other, autojunk=False)
-    return all(ratio() > _ALIKE for ratio in (matcher.real_quick_ratio, matcher.quick_ratio, matcher.ratio))
+    return all(ratio() > _SIMILARITY for ratio in (matcher.real_quick_ratio, matcher.quick_ratio, matcher.ratio))
 
 
 NAMES, TITLES = "names", "titles"
 # Phrases per title; up to the second number if several items have the same phrases.
-_IN_TITLE, _MOST_IN_TITLE = 3, 6
+_IN_TITLE, _MAX_IN_TITLE = 3, 6
 # A phrase in fewer training reviews is one author's wording, not a feature.
-_LEAST = 3
+_MIN_REVIEWS = 3
 # Shorter sentences add little to the feature; longer ones do not answer "why?" in one sentence.
 _SENTENCE = (4, 40)
 _SENTENCES = re.compile(r"(?<=[.!?])(?=\s|[A-Z])|\n+")
@@ -191,10 +191,10 @@ def derived(dataset: Dataset, train: pl.DataFrame, *, seed: int) -> Dataset:
         return dataset
     training = [pair for pair in train.select("user_id", "item_id").iter_rows() if pair in dataset.reviews]
     counts = Counter(phrase for pair in training for phrase in dataset.reviews[pair].phrases)
-    known = {phrase for phrase, count in counts.items() if count >= _LEAST and not _opinion(phrase)}
-    result = replace(dataset, reviews={pair: _about(review, known) for pair, review in dataset.reviews.items()})
+    known = {phrase for phrase, count in counts.items() if count >= _MIN_REVIEWS and not _opinion(phrase)}
+    result = replace(dataset, reviews={pair: _with_feature(review, known) for pair, review in dataset.reviews.items()})
     if TITLES in dataset.derives:
-        result = replace(result, items=_titled(dataset, training, counts))
+        result = replace(result, items=_with_titles(dataset, training, counts))
     if NAMES in dataset.derives:
         names = pseudonyms(sorted(set(dataset.interactions["user_id"])), seed=seed)
         result = replace(result, users={user: {**dataset.users.get(user, {}), "name": names[user]} for user in names})
@@ -211,31 +211,31 @@ def _opinion(phrase: str) -> bool:
     return not words or any(word in _OPINION or word.isdigit() for word in words)
 
 
-def _about(review: Review, known: Collection[str]) -> Review:
+def _with_feature(review: Review, known: Collection[str]) -> Review:
     """Return a review with its feature and a sentence about it."""
     low, high = _SENTENCE
-    fair = [sentence for sentence in sentences(review.text) if low <= len(_WORD.findall(sentence)) <= high]
+    usable = [sentence for sentence in sentences(review.text) if low <= len(_WORD.findall(sentence)) <= high]
     for phrase in review.phrases:
         if phrase not in known:
             continue
-        whole = re.compile(rf"(?<!\w){re.escape(phrase)}(?!\w)", re.IGNORECASE)
-        held = next((sentence for sentence in fair if whole.search(sentence)), None)
-        if held is not None:
-            return replace(review, feature=phrase, sentence=held)
+        pattern = re.compile(rf"(?<!\w){re.escape(phrase)}(?!\w)", re.IGNORECASE)
+        result = next((sentence for sentence in usable if pattern.search(sentence)), None)
+        if result is not None:
+            return replace(review, feature=phrase, sentence=result)
     return replace(review, feature="", sentence="")
 
 
 # --------------------------------------------------------------------------- titles
 
 
-def _titled(dataset: Dataset, training: Sequence[tuple[str, str]], counts: Mapping[str, int]) -> dict[str, Item]:
+def _with_titles(dataset: Dataset, training: Sequence[tuple[str, str]], counts: Mapping[str, int]) -> dict[str, Item]:
     """Return every item with its most distinctive phrases as title; items without training reviews keep their id."""
-    own: dict[str, Counter[str]] = defaultdict(Counter)
+    phrase_counts: dict[str, Counter[str]] = defaultdict(Counter)
     for pair in training:
-        own[pair[1]].update(dataset.reviews[pair].phrases)
-    phrases = {item: list(_telling(own[item], counts, len(training))) for item in dataset.items}
+        phrase_counts[pair[1]].update(dataset.reviews[pair].phrases)
+    phrases = {item: list(_distinctive(phrase_counts[item], counts, len(training))) for item in dataset.items}
     titles = {item: ", ".join(result[:_IN_TITLE]) or item for item, result in phrases.items()}
-    for length in range(_IN_TITLE + 1, _MOST_IN_TITLE + 1):
+    for length in range(_IN_TITLE + 1, _MAX_IN_TITLE + 1):
         for item in _shared(titles):
             titles[item] = ", ".join(phrases[item][:length]) or item
     for item in _shared(titles):
@@ -243,18 +243,16 @@ def _titled(dataset: Dataset, training: Sequence[tuple[str, str]], counts: Mappi
     return {item: replace(entry, title=titles[item]) for item, entry in dataset.items.items()}
 
 
-def _telling(phrases: Mapping[str, int], counts: Mapping[str, int], reviews: int) -> Iterator[str]:
+def _distinctive(phrases: Mapping[str, int], counts: Mapping[str, int], reviews: int) -> Iterator[str]:
     """Yield the distinctive phrases of an item, best first."""
     usable = [phrase for phrase in phrases if not _opinion(phrase)]
     # Phrases of a single review are used only if no others are left.
-    usable.sort(
-        key=lambda phrase: (counts[phrase] < _LEAST, -phrases[phrase] * math.log(1 + reviews / counts[phrase]), phrase)
-    )
-    text: set[str] = set()
+    usable.sort(key=lambda p: (counts[p] < _MIN_REVIEWS, -phrases[p] * math.log(1 + reviews / counts[p]), p))
+    used: set[str] = set()
     for phrase in usable:
         words = set(_WORD.findall(phrase))
-        if not words & text:
-            text |= words
+        if not words & used:
+            used |= words
             yield phrase
 
 
@@ -283,8 +281,8 @@ def _name(number: int) -> str:
     parts = []
     for _ in range(2):
         for syllables in (_FIRST, _MIDDLE, _LAST):
-            number, place = divmod(number, len(syllables))
-            parts.append(syllables[place])
+            number, index = divmod(number, len(syllables))
+            parts.append(syllables[index])
     return "".join(parts[:3]) + " " + "".join(parts[3:])
 
 
@@ -296,7 +294,7 @@ _LENGTH = 4000
 
 def keyphrases(texts: Sequence[str]) -> list[tuple[str, ...]]:
     """Return the keyphrases of each text in lower case, best first: at most 10, of one or two words."""
-    settings = f"keyphrases {VERSION} {_WORDS} {_MOST} {_ALIKE} {_LENGTH}"
+    settings = f"keyphrases {VERSION} {_MAX_WORDS} {_MAX_PHRASES} {_SIMILARITY} {_LENGTH}"
     path = cache_dir() / "keyphrases" / f"{digest_strings([settings, *texts])}.json"
     try:
         results = [tuple(map(str, phrases)) for phrases in json.loads(path.read_text(encoding="utf-8"))]

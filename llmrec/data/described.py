@@ -53,45 +53,43 @@ def described(data: SplitDataset, section: TextsSection | None, held: frozenset[
     if section is None:
         return data
     store = FeatureStore.open(section.path, split=data.readable)
-    users, items, counted = dict(data.dataset.users), data.dataset.items, []
+    users, items, coverage = dict(data.dataset.users), data.dataset.items, []
     if section.sides in ("both", "user") and "user" in store.kinds:
         refuse_seen(section.path, store, data, held=held)
-        message = _texts(store, "user", data.users(), shuffled=section.shuffled)
-        _refuse_field(section.path, USER_FIELD, (text for user in message if (text := users.get(user))))
-        titles = held_titles(data, message)
-        silent = {user for user, text in message.items() if any(names(text, title) for title in titles.get(user, ()))}
-        shown = {user: Profile(text) for user, text in message.items() if user not in silent}
+        texts = _texts(store, "user", data.users(), shuffled=section.shuffled)
+        _refuse_field(section.path, USER_FIELD, (text for user in texts if (text := users.get(user))))
+        titles = held_titles(data, texts)
+        excluded = {user for user, text in texts.items() if any(names(text, title) for title in titles.get(user, ()))}
+        shown = {user: Profile(text) for user, text in texts.items() if user not in excluded}
         users |= {user: {**users.get(user, {}), USER_FIELD: text} for user, text in shown.items()}
-        left = (
-            f" ({len(silent)} more users excluded, because their text names one of their held-out items)"
-            if silent
+        note = (
+            f" ({len(excluded)} more users excluded, because their text names one of their held-out items)"
+            if excluded
             else ""
         )
-        counted.append(f"{len(shown)} of {len(data.users())} users{left}")
+        coverage.append(f"{len(shown)} of {len(data.users())} users{note}")
     if section.sides in ("both", "item") and "item" in store.kinds:
         refuse_seen(section.path, store, data, kind="item", held=held)
         items = described_items(items, section)
-        counted.append(f"{sum(ITEM_FIELD in item.fields for item in items.values())} of {len(items)} items")
-    if all(count.startswith("0 ") for count in counted):
+        coverage.append(f"{sum(ITEM_FIELD in item.fields for item in items.values())} of {len(items)} items")
+    if all(count.startswith("0 ") for count in coverage):
         raise DataError.at(
             section.path,
             "missing-value",
-            f" has no text on users or items of {data.dataset.name} ({', '.join(counted) or section.sides}); check "
+            f" has no text on users or items of {data.dataset.name} ({', '.join(coverage) or section.sides}); check "
             "that the ids match, or set data.texts.sides",
         )
-    fields = {"texts": store.stamp, "have texts": ", ".join(counted)}
+    fields = {"texts": store.stamp, "have texts": ", ".join(coverage)}
     dataset = replace(data.dataset, users=users, items=items, provenance={**data.dataset.provenance, **fields})
     return replace(data, dataset=dataset)
 
 
 def names(text: str, title: str) -> bool:
     """Whether a text mentions an item by its title, ignoring case and a year at the end of the title."""
-    whole = clean(title).casefold()
-    bare = _YEAR.sub("", whole)
-    message = bare if len(bare) >= NAMED else whole
-    return (
-        len(message) >= NAMED and re.search(rf"(?<!\w){re.escape(message)}(?!\w)", clean(text).casefold()) is not None
-    )
+    full = clean(title).casefold()
+    bare = _YEAR.sub("", full)
+    phrase = bare if len(bare) >= NAMED else full
+    return len(phrase) >= NAMED and re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", clean(text).casefold()) is not None
 
 
 def held_titles(data: SplitDataset, users: Container[str]) -> dict[str, dict[str, str]]:
@@ -109,10 +107,10 @@ def described_items(items: Mapping[str, Item], section: TextsSection | None) -> 
     store = None if section is None or section.sides == "user" else FeatureStore.open(section.path)
     if section is None or store is None or "item" not in store.kinds:
         return items
-    message = _texts(store, "item", items, shuffled=section.shuffled)
-    _refuse_field(section.path, ITEM_FIELD, (items[item].fields for item in message))
+    texts = _texts(store, "item", items, shuffled=section.shuffled)
+    _refuse_field(section.path, ITEM_FIELD, (items[item].fields for item in texts))
     fields = {
-        item: replace(items[item], fields={**items[item].fields, ITEM_FIELD: text}) for item, text in message.items()
+        item: replace(items[item], fields={**items[item].fields, ITEM_FIELD: text}) for item, text in texts.items()
     }
     return {**items, **fields}
 
@@ -156,8 +154,8 @@ def refuse_seen(
     if not seen:
         return
     named = pl.DataFrame(sorted(seen), schema=dict.fromkeys(PAIR, pl.String), orient="row")
-    learned = data.train.join(in_codes_of(named, data.train), on=PAIR, how="semi").select(PAIR).head(1).rows()
-    for pairs, what in ((seen & (data.held_out | held), "held out"), (learned, "learned from")):
+    trained = data.train.join(in_codes_of(named, data.train), on=PAIR, how="semi").select(PAIR).head(1).rows()
+    for pairs, what in ((seen & (data.held_out | held), "held out"), (trained, "used for training")):
         if pairs:
             user, item = min((str(user), str(item)) for user, item in pairs)
             raise DataError.at(
@@ -171,10 +169,10 @@ def refuse_seen(
 
 def _texts(store: FeatureStore, kind: FeatureKind, ids: Iterable[str], *, shuffled: bool) -> dict[str, str]:
     """Return the texts stored for these ids or, if shuffled, for other ids."""
-    of = reshuffled(sorted(store.ids(kind))) if shuffled else {name: name for name in store.ids(kind)}
-    requested = [name for name in ids if name in of]
-    result = store.texts(kind, {of[name] for name in requested})
-    return {name: text for name in requested if (text := result.get(of[name], "").strip())}
+    source = reshuffled(sorted(store.ids(kind))) if shuffled else {name: name for name in store.ids(kind)}
+    requested = [name for name in ids if name in source]
+    stored = store.texts(kind, {source[name] for name in requested})
+    return {name: text for name in requested if (text := stored.get(source[name], "").strip())}
 
 
 def _refuse_field(path: str, name: str, entries: Iterable[Mapping[str, str]]) -> None:

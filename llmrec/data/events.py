@@ -13,7 +13,7 @@ from llmrec.data.read.codes import Runs, codes
 from llmrec.types import Event
 
 # Number of `Event` objects to cache (about 130 bytes each), because they are requested repeatedly.
-_KEPT = 1_000_000
+_CACHE_SIZE = 1_000_000
 
 
 class Events:
@@ -33,33 +33,33 @@ class Events:
         self._names = names.to_list()
         self._ratings, self._times = (_numbers(frame[name]) for name in ("rating", "timestamp"))
         self._texts = None if frame["text"].null_count() == frame.height else frame["text"]
-        self._kept: OrderedDict[str, tuple[Event, ...]] = OrderedDict()
-        self._held = 0
+        self._cache: OrderedDict[str, tuple[Event, ...]] = OrderedDict()
+        self._cached = 0
 
     def counts(self, *, rated: bool) -> Mapping[str, int]:
         """Return the number of interactions (or rated interactions) by user."""
-        whole = np.ones(len(self._items), dtype=bool)
-        kept = ~np.isnan(self._ratings) if self._ratings is not None else np.zeros_like(whole)
-        sums = np.concatenate([[0], np.cumsum(kept if rated else whole)])
+        all_rows = np.ones(len(self._items), dtype=bool)
+        has_rating = ~np.isnan(self._ratings) if self._ratings is not None else np.zeros_like(all_rows)
+        sums = np.concatenate([[0], np.cumsum(has_rating if rated else all_rows)])
         result = np.diff(sums[self._runs.ends])
         present = result > 0
         return dict(zip(self._runs.users.filter(present).to_list(), result[present].tolist(), strict=True))
 
     def of(self, user: str) -> tuple[Event, ...]:
         """Return the interactions of a user in time order; empty for an unknown user."""
-        result = self._kept.get(user)
+        result = self._cache.get(user)
         if result is not None:
-            self._kept.move_to_end(user)
+            self._cache.move_to_end(user)
             return result
-        result = self._made(user)
+        result = self._create(user)
         if result:
-            self._kept[user] = result
-            self._held += len(result)
-            while self._held > _KEPT:
-                self._held -= len(self._kept.popitem(last=False)[1])
+            self._cache[user] = result
+            self._cached += len(result)
+            while self._cached > _CACHE_SIZE:
+                self._cached -= len(self._cache.popitem(last=False)[1])
         return result
 
-    def _made(self, user: str) -> tuple[Event, ...]:
+    def _create(self, user: str) -> tuple[Event, ...]:
         part = self._runs.of(user)
         count = part.stop - part.start
         if not count:

@@ -53,9 +53,9 @@ _CURRENT, _META, _TEXTS, _LOCK = "current", "meta.json", "features.sqlite", ".lo
 # Folder names of versions and unfinished versions; no other folder is ever removed.
 _VERSION, _DRAFT = re.compile(r"[0-9a-f]{16}"), re.compile(r"\.[0-9a-f]{16}\.draft")
 # Ids are stored in fixed-width fields, so one long id enlarges all of them.
-_WIDEST = 512
+_MAX_ID_BYTES = 512
 # Versions to keep for processes that have them open, including the current one.
-_KEPT = 2
+_KEEP = 2
 KINDS: tuple[FeatureKind, ...] = ("user", "synthetic", "item")
 """The kinds in the order in which texts are written: a synthetic item may be written from its user's text."""
 PLURALS: Mapping[FeatureKind, str] = {"user": "users", "synthetic": "synthetic items", "item": "items"}
@@ -144,8 +144,8 @@ class Features:
             )
             raise DataError(message, kind="bad-value")
         for name in self.ids:
-            if not name or "\0" in name or len(name.encode()) > _WIDEST:
-                message = f"it is empty, contains NUL or is longer than {_WIDEST} bytes"
+            if not name or "\0" in name or len(name.encode()) > _MAX_ID_BYTES:
+                message = f"it is empty, contains NUL or is longer than {_MAX_ID_BYTES} bytes"
                 raise DataError(f"the id {name[:40]!r} is invalid: {message}", kind="bad-value")
 
 
@@ -187,21 +187,21 @@ class FeatureStore:
         Raises:
             DataError: If there is no store, it is damaged, or its texts were written from another split.
         """
-        place = Path(folder).expanduser()
+        root = Path(folder).expanduser()
         try:
-            version = place / _named(place / _CURRENT)
+            version = root / _current_version(root / _CURRENT)
             meta = loads((version / _META).read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise DataError.at(
-                place, "missing-file", " has no features; create them with llmrec augment, or correct the path"
+                root, "missing-file", " has no features; create them with llmrec augment, or correct the path"
             ) from error
         except (OSError, ValueError) as error:
             raise DataError.at(
-                place, "damaged", (f" is not a feature store ({error}); create the store again")
+                root, "damaged", (f" is not a feature store ({error}); create the store again")
             ) from error
         if meta.get("format") != _FORMAT:
             raise DataError.at(
-                place,
+                root,
                 "wrong-format",
                 f" is a feature store of format {meta.get('format')}, but this version reads format {_FORMAT}; create "
                 "the store again",
@@ -209,19 +209,19 @@ class FeatureStore:
         try:
             if (version / MANIFEST).is_file() and not unchanged(version):
                 raise ValueError(f"a file in {version.name} does not match its checksum")
-            store = FeatureStore(place, version, meta)
+            store = FeatureStore(root, version, meta)
         except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
-            raise DataError.at(place, "damaged", f" cannot be read ({error}); create it again") from error
+            raise DataError.at(root, "damaged", f" cannot be read ({error}); create it again") from error
         for kind in store.kinds:
             table, rows = store._tables[kind], meta["kinds"][kind]["rows"]
             if len(table.ids) != rows or len(table.vectors) != rows:
                 raise DataError.at(
-                    place, "damaged", (f" lacks some of its {rows} {PLURALS[kind]}; create the store again")
+                    root, "damaged", (f" lacks some of its {rows} {PLURALS[kind]}; create the store again")
                 )
             made_from = store.provenance(kind).split
             if split is not None and made_from and made_from != split:
                 raise DataError.at(
-                    place,
+                    root,
                     "mismatch",
                     f": the texts of its {PLURALS[kind]} were written from another split ({made_from[:12]}, here "
                     f"{split[:12]}) and may reveal held-out interactions; run llmrec augment with this recipe",
@@ -277,11 +277,11 @@ class FeatureStore:
         # Fields of another width would copy all stored ids; an id longer than all of them is unknown.
         short = np.char.str_len(requested) <= table.ids.dtype.itemsize
         requested = requested.astype(table.ids.dtype)
-        places = np.minimum(np.searchsorted(table.ids, requested), len(table.ids) - 1)
+        rows = np.minimum(np.searchsorted(table.ids, requested), len(table.ids) - 1)
         # An id that ends in NUL would equal the one without it: such ids are never stored, so they are unknown.
-        whole = np.array([not name.endswith("\0") for name in ids])
-        known = short & whole & (table.ids[places] == requested)
-        vectors = np.asarray(table.vectors[places], dtype=np.float32)
+        valid = np.array([not name.endswith("\0") for name in ids])
+        known = short & valid & (table.ids[rows] == requested)
+        vectors = np.asarray(table.vectors[rows], dtype=np.float32)
         vectors[~known] = table.fallback
         return vectors, known
 
@@ -305,19 +305,19 @@ class FeatureStore:
         with closing(self._database()) as base:
             for name, user, item in base.execute("SELECT id, user, item FROM seen WHERE kind = ?", (kind,)):
                 result.setdefault(name, set()).add((user, item))
-        return {name: frozenset(known) for name, known in result.items()}
+        return {name: frozenset(pairs) for name, pairs in result.items()}
 
     def seen(self, kind: FeatureKind | None = None) -> frozenset[Pair]:
         """Return all (user, item) pairs from which any text was written."""
-        where, given = ("", ()) if kind is None else (" WHERE kind = ?", (kind,))
+        where, parameters = ("", ()) if kind is None else (" WHERE kind = ?", (kind,))
         with closing(self._database()) as base:
-            return frozenset(base.execute(f"SELECT DISTINCT user, item FROM seen{where}", given).fetchall())
+            return frozenset(base.execute(f"SELECT DISTINCT user, item FROM seen{where}", parameters).fetchall())
 
     def _database(self) -> sqlite3.Connection:
         return sqlite3.connect(f"{(self._version / _TEXTS).resolve().as_uri()}?mode=ro&immutable=1", uri=True)
 
 
-def _named(current: Path) -> str:
+def _current_version(current: Path) -> str:
     """Return the name of the current version."""
     name = current.read_text(encoding="utf-8").strip()
     if not _VERSION.fullmatch(name):
@@ -332,28 +332,28 @@ def writing(folder: str | Path) -> Iterator[Path]:
     Raises:
         LlmrecError: If the folder is a link or contains files that are not of a store, or another process writes to it.
     """
-    place = Path(folder).expanduser()
-    refuse_link(place)
-    if place.is_dir() and not (place / _CURRENT).is_file():
-        others = [path.name for path in place.iterdir() if not _is_own(path)]
+    root = Path(folder).expanduser()
+    refuse_link(root)
+    if root.is_dir() and not (root / _CURRENT).is_file():
+        others = [path.name for path in root.iterdir() if not _belongs_to_store(path)]
         if others:
             raise LlmrecError(
-                f"{place} contains other files than a feature store, such as {min(others)!r}; use another folder",
+                f"{root} contains other files than a feature store, such as {min(others)!r}; use another folder",
                 kind="exists",
-                at=place,
+                at=root,
             )
-    place.mkdir(parents=True, exist_ok=True)
-    refuse_link(place / _LOCK)
-    with (place / _LOCK).open("a") as held:
-        if not lock(held):
+    root.mkdir(parents=True, exist_ok=True)
+    refuse_link(root / _LOCK)
+    with (root / _LOCK).open("a") as lock_file:
+        if not lock(lock_file):
             raise LlmrecError(
-                f"{place} is being written by another process; wait until that process has ended", kind="busy", at=place
+                f"{root} is being written by another process; wait until that process has ended", kind="busy", at=root
             )
-        with writing_to(place):
-            yield place
+        with writing_to(root):
+            yield root
 
 
-def _is_own(path: Path) -> bool:
+def _belongs_to_store(path: Path) -> bool:
     name = path.name
     known = name in (_CURRENT, _LOCK) or name.startswith((ANSWERS, f".{_CURRENT}"))
     return known or bool(_VERSION.fullmatch(name) or _DRAFT.fullmatch(name))
@@ -361,19 +361,19 @@ def _is_own(path: Path) -> bool:
 
 def publish(folder: str | Path, tables: Sequence[Features]) -> Path:
     """Write features as the new current version, and return its folder; see `writing` and `write_version`."""
-    with writing(folder) as place:
-        return write_version(place, tables)
+    with writing(folder) as root:
+        return write_version(root, tables)
 
 
 def write_version(
-    place: Path, tables: Sequence[Features], *, dtype: Literal["float32", "float16"] = "float32", keep: int = _KEPT
+    folder: Path, tables: Sequence[Features], *, dtype: Literal["float32", "float16"] = "float32", keep: int = _KEEP
 ) -> Path:
     """Write features as the new current version while holding the lock of `writing`, and return its folder.
 
     If interrupted, the previous version stays current.
 
     Args:
-        place: The store.
+        folder: The store.
         tables: At most one per kind.
         dtype: Data type of the stored vectors.
         keep: Versions kept for processes that have them open, including this one.
@@ -384,28 +384,28 @@ def write_version(
     if not tables or len({table.kind for table in tables}) != len(tables):
         raise DataError("a feature store has one table per kind; pass users once and items once", kind="duplicate")
     # unfinished versions of interrupted calls
-    for path in [path for path in place.iterdir() if _DRAFT.fullmatch(path.name)]:
+    for path in [path for path in folder.iterdir() if _DRAFT.fullmatch(path.name)]:
         shutil.rmtree(path, ignore_errors=True)
     name = secrets.token_hex(8)
-    draft = place / f".{name}.draft"
+    draft = folder / f".{name}.draft"
     draft.mkdir()
     try:
         kinds = {table.kind: _written(draft, table, dtype) for table in tables}
         _write_texts(draft / _TEXTS, tables)
         write_json(draft / _META, {"format": _FORMAT, "dtype": dtype, "kinds": kinds})
         seal(draft)
-        draft.replace(place / name)
+        draft.replace(folder / name)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    write_text(place / _CURRENT, name + "\n")
-    drop_older(place, keep=keep)
-    return place / name
+    write_text(folder / _CURRENT, name + "\n")
+    drop_older(folder, keep=keep)
+    return folder / name
 
 
-def drop_older(place: Path, *, keep: int = 1) -> None:
+def drop_older(folder: Path, *, keep: int = 1) -> None:
     """Remove old versions, keeping the ``keep`` newest; requires the lock of `writing`."""
-    current = _named(place / _CURRENT)
-    versions = [path for path in place.iterdir() if _VERSION.fullmatch(path.name) and path.name != current]
+    current = _current_version(folder / _CURRENT)
+    versions = [path for path in folder.iterdir() if _VERSION.fullmatch(path.name) and path.name != current]
     versions.sort(key=lambda path: path.stat().st_mtime, reverse=True)
     for old in versions[keep - 1 :]:
         shutil.rmtree(old, ignore_errors=True)

@@ -65,12 +65,12 @@ def only_for_a_moment() -> Iterator[tuple[Path, Callable[[str], str]]]:
     Raises:
         LlmrecError: Those of the block, with frame names.
     """
-    with TemporaryDirectory() as place, calling_frames(Path(place)) as named:
-        yield Path(place), named
+    with TemporaryDirectory() as folder, calling_frames(Path(folder)) as named:
+        yield Path(folder), named
 
 
 @contextmanager
-def calling_frames(place: Path) -> Iterator[Callable[[str], str]]:
+def calling_frames(folder: Path) -> Iterator[Callable[[str], str]]:
     """Yield a function that replaces the names of temporary files in error messages by frame names.
 
     Raises:
@@ -79,7 +79,7 @@ def calling_frames(place: Path) -> Iterator[Callable[[str], str]]:
 
     def named(text: str) -> str:
         for name in _NAMES.values():
-            text = re.sub(rf"\S*{re.escape(place.name)}/(?:{FOLDER}/)?{name}\.parquet", f"{name} frame", text)
+            text = re.sub(rf"\S*{re.escape(folder.name)}/(?:{FOLDER}/)?{name}\.parquet", f"{name} frame", text)
         return text
 
     try:

@@ -51,12 +51,12 @@ class BM25:
     weights: Any
 
     @staticmethod
-    def of(written: Sequence[str]) -> BM25:
+    def of(texts: Sequence[str]) -> BM25:
         """Compute the weights of words in texts: ``idf tf (k1 + 1) / (tf + k1 (1 - b + b length / mean length))``."""
-        counts = [Counter(_words(text)) for text in written]
+        counts = [Counter(_words(text)) for text in texts]
         frequency = Counter(word for counted in counts for word in counted)
         index = {word: position for position, word in enumerate(sorted(frequency))}
-        idf = {word: np.log(1 + (len(written) - have + 0.5) / (have + 0.5)) for word, have in frequency.items()}
+        idf = {word: np.log(1 + (len(texts) - have + 0.5) / (have + 0.5)) for word, have in frequency.items()}
         mean = max(1.0, sum(map(Counter.total, counts)) / max(1, len(counts)))
         rows, columns, values = [], [], []
         for row, counted in enumerate(counts):
@@ -65,7 +65,7 @@ class BM25:
                 rows.append(row)
                 columns.append(index[word])
                 values.append(idf[word] * times * (_K1 + 1) / (times + slow))
-        shape = (len(written), len(index))
+        shape = (len(texts), len(index))
         return BM25(index, sparse.csr_array((values, (rows, columns)), shape=shape))
 
     def scores(self, question: str, part: slice = slice(None)) -> NDArray[np.float64]:
@@ -118,11 +118,11 @@ class Documents:
         )
 
     @cached_property
-    def _place(self) -> Mapping[str, int]:
-        return {name: place for place, name in reversed(list(enumerate(self.names)))}
+    def _index(self) -> Mapping[str, int]:
+        return {name: index for index, name in reversed(list(enumerate(self.names)))}
 
     @cached_property
-    def _whole(self) -> BM25:
+    def _document_weights(self) -> BM25:
         return BM25.of([f"{name} {name} {text}" for name, text in zip(self.names, self.written, strict=True)])
 
     @cached_property
@@ -138,43 +138,43 @@ class Documents:
         A title of one word must be a word of the document's title: many texts contain "heat", but few are about "Heat".
         """
         if not self.by_title:
-            return self._place.get(item.item_id)
-        if (same := self._place.get(item.title)) is not None:
+            return self._index.get(item.item_id)
+        if (same := self._index.get(item.title)) is not None:
             return same
-        best = int(np.argmax(self._whole.scores(item.title))) if self.names else 0
-        wanted, named = set(_words(item.title)), set(_words(self.names[best])) if self.names else set()
-        held = named | set(_words(self.written[best])) if self.names and len(wanted) > 1 else named
-        return best if wanted and wanted <= held else None
+        best = int(np.argmax(self._document_weights.scores(item.title))) if self.names else 0
+        title_words, name_words = set(_words(item.title)), set(_words(self.names[best])) if self.names else set()
+        searched = name_words | set(_words(self.written[best])) if self.names and len(title_words) > 1 else name_words
+        return best if title_words and title_words <= searched else None
 
-    def passages(self, place: int, question: str, tokens: int) -> list[str]:
+    def passages(self, document: int, question: str, tokens: int) -> list[str]:
         """Return the passages of a document that score highest for a question, in document order.
 
         Args:
-            place: Index of the document.
+            document: Index of the document.
             question: The question in words. If it is empty or no passage has any of its words, the first passages are
                 used.
             tokens: Maximum words and punctuation marks in total; a passage that does not fit is excluded, or truncated
                 if it is the best one.
         """
         flat, begins, weights = self._passages
-        part = slice(int(begins[place]), int(begins[place + 1]))
+        part = slice(int(begins[document]), int(begins[document + 1]))
         texts, room, kept = flat[part], tokens, dict[int, str]()
         scores = weights.scores(question, part)
         # Ties, such as all passages without a question, stay in document order.
         order = np.argsort(-scores, kind="stable")
         matching = order[scores[order] > 0]
-        for place in (matching if len(matching) else order).tolist():
-            marks = list(_MARKS.finditer(texts[place]))
+        for index in (matching if len(matching) else order).tolist():
+            marks = list(_MARKS.finditer(texts[index]))
             if len(marks) <= room:
-                kept[place] = texts[place]
+                kept[index] = texts[index]
                 room -= len(marks)
             elif not kept:
-                kept[place] = texts[place][: marks[room - 1].end()]
+                kept[index] = texts[index][: marks[room - 1].end()]
                 break
-        return [kept[place] for place in sorted(kept)]
+        return [kept[index] for index in sorted(kept)]
 
 
-def informed(dataset: Dataset, section: FactsSection | None) -> Dataset:
+def with_facts(dataset: Dataset, section: FactsSection | None) -> Dataset:
     """Return a data set whose items have the passages retrieved by ``data.facts``.
 
     Raises:
@@ -185,18 +185,18 @@ def informed(dataset: Dataset, section: FactsSection | None) -> Dataset:
     documents, question = Documents.read(section.path, column=section.text), " ".join(section.about)
     items = dict(dataset.items)
     for name, item in dataset.items.items():
-        place = documents.about(item)
-        result = [] if place is None else documents.passages(place, question, section.tokens)
+        document = documents.about(item)
+        result = [] if document is None else documents.passages(document, question, section.tokens)
         if result:
             items[name] = replace(item, fields={**item.fields, FIELD: numbered(result)})
-    had = sum(FIELD in item.fields for item in items.values())
-    if not had:
+    described = sum(FIELD in item.fields for item in items.values())
+    if not described:
         raise DataError.at(
             section.path,
             "empty",
             f" has no document about an item of {dataset.name}; check that the ids match, or raise tokens",
         )
-    fields = {"facts": documents.source, "items with facts": f"{had} of {len(items)}"}
+    fields = {"facts": documents.source, "items with facts": f"{described} of {len(items)}"}
     return replace(dataset, items=items, provenance={**dataset.provenance, **fields})
 
 
@@ -211,9 +211,9 @@ def cited(answer: str, facts: str) -> tuple[str, tuple[str, ...]]:
     """Return an answer without citations of passages that do not exist, and the passages that it cites."""
     parts = _NUMBER.split(facts)
     known = {number: text.strip() for number, text in zip(parts[1::2], parts[2::2], strict=True)}
-    named = tuple(dict.fromkeys(number for number in _NUMBER.findall(answer) if number in known))
-    kept = _NUMBER.sub(lambda found: found.group() if found[1] in known else "", answer)
-    return kept.strip(), tuple(known[number] for number in named)
+    numbers = tuple(dict.fromkeys(number for number in _NUMBER.findall(answer) if number in known))
+    kept = _NUMBER.sub(lambda match: match.group() if match[1] in known else "", answer)
+    return kept.strip(), tuple(known[number] for number in numbers)
 
 
 def _words(text: str) -> list[str]:

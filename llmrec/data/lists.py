@@ -45,7 +45,7 @@ GAINS = ("relevance", "relevant", "rel", "gain", "grade", "label")
 """Names of the relevance column, ignoring case; those of users and items are also as in `llmrec.data.read.words`."""
 
 # Minimum weight of a column name to be accepted; see `llmrec.data.read.words`.
-_SURE = 0.9
+_MIN_WEIGHT = 0.9
 _QRELS = (".qrels", ".qrel")
 _RUN_COLUMNS = ("user", "q0", "item", "rank", "score", "tag")
 _QRELS_COLUMNS = ("user", "iteration", "item", "relevance")
@@ -102,10 +102,10 @@ class Entities:
 
     def find(self, columns: Sequence[str], what: Literal["user", "item"]) -> str | None:
         """Return the column of users or items, as given or recognised by its name."""
-        text, usual = (self.user, USERS) if what == "user" else (self.item, ITEMS)
-        if text in columns:
-            return text
-        return _called(columns, usual) or _meaning(tuple(columns), what)
+        name, default_names = (self.user, USERS) if what == "user" else (self.item, ITEMS)
+        if name in columns:
+            return name
+        return _first_column(columns, default_names) or _meaning(tuple(columns), what)
 
 
 @dataclass(frozen=True)
@@ -117,19 +117,19 @@ class _Records:
     columns: Sequence[str] = ()
 
 
-def read_truth(source: Any, asked: Entities = Entities(), *, by_user: bool = False) -> Truth:
+def read_truth(source: Any, entities: Entities = Entities(), *, by_user: bool = False) -> Truth:
     """Read relevant items.
 
     Args:
         source: The path of a table or of TREC qrels, or a frame (see `llmrec.data.frames.as_arrow`). Columns: a user or
             a request, an item, and for graded relevance a relevance; without it all items are relevant.
-        asked: Names of the columns.
+        entities: Names of the columns.
         by_user: The rows are interactions: items are relevant to users, and repeated pairs count once.
 
     Raises:
         DataError: If it cannot be read, or a pair is repeated.
     """
-    table = _opened(source, "truth", _QRELS, _QRELS_COLUMNS, asked)
+    table = _open(source, "truth", _QRELS, _QRELS_COLUMNS, entities)
     if isinstance(table, _Records):
         raise DataError.at(
             table.name,
@@ -137,12 +137,12 @@ def read_truth(source: Any, asked: Entities = Entities(), *, by_user: bool = Fal
             ": these are ranked lists instead of relevant items; provide a table with a user and an item in each row",
         )
     columns = table.frame.columns
-    requests, users = None if by_user else _found(table, REQUESTS), asked.find(columns, "user")
+    requests, users = None if by_user else _column(table, REQUESTS), entities.find(columns, "user")
     key = requests or users
     if key is None:
-        raise _lacks(table, "user")
-    item = _needed(table, asked)
-    gains = _found(table, GAINS)
+        raise _missing_column(table, "user")
+    item = _item_column(table, entities)
+    gains = _column(table, GAINS)
     frame = pl.DataFrame(
         {
             "key": _ids(table, key),
@@ -155,7 +155,7 @@ def read_truth(source: Any, asked: Entities = Entities(), *, by_user: bool = Fal
     )
     if by_user:
         frame = frame.sort("gain", descending=True, maintain_order=True).unique(["key", "item"], maintain_order=True)
-    _once(frame, table.where, "the relevant items")
+    _check_unique(frame, table.where, "the relevant items")
     kept = frame.filter(pl.col("gain") > 0)
     barren = frozenset(frame["key"].unique()) - frozenset(kept["key"].unique())
     if kept.is_empty():
@@ -163,21 +163,21 @@ def read_truth(source: Any, asked: Entities = Entities(), *, by_user: bool = Fal
     return Truth(table.name, "user" if requests is None else "request", kept, barren, columns)
 
 
-def read_lists(source: Any, unit: Unit = "user", asked: Entities = Entities()) -> Lists:
+def read_lists(source: Any, unit: Unit = "user", entities: Entities = Entities()) -> Lists:
     """Read ranked lists.
 
     Args:
         source: The path of a file or a frame; see the module. Without a score and a rank, the order of a user's rows is
             the ranking.
         unit: What a list belongs to; ``request`` requires a column of requests.
-        asked: Names of the columns.
+        entities: Names of the columns.
 
     Raises:
         DataError: If it cannot be read, an item is repeated in a list, or a score is not a finite number.
     """
-    table = _opened(source, "ranked", TREC, _RUN_COLUMNS, asked)
-    result = _of_records(table, unit, asked) if isinstance(table, _Records) else _of_rows(table, unit, asked)
-    _once(result.frame, result.where, "the list")
+    table = _open(source, "ranked", TREC, _RUN_COLUMNS, entities)
+    result = _of_records(table, unit, entities) if isinstance(table, _Records) else _of_rows(table, unit, entities)
+    _check_unique(result.frame, result.where, "the list")
     return replace(result, columns=table.columns if isinstance(table, _Records) else table.frame.columns)
 
 
@@ -185,11 +185,11 @@ def read_lists(source: Any, unit: Unit = "user", asked: Entities = Entities()) -
 
 
 def _of_rows(table: Table, unit: Unit, names: Entities) -> Lists:
-    requests, users = _found(table, REQUESTS), names.find(table.frame.columns, "user")
+    requests, users = _column(table, REQUESTS), names.find(table.frame.columns, "user")
     key = requests if unit == "request" else users or requests
     if key is None:
-        raise _lacks(table, unit)
-    item, score, rank = _needed(table, names), _found(table, SCORES), _found(table, RANKS)
+        raise _missing_column(table, unit)
+    item, score, rank = _item_column(table, names), _column(table, SCORES), _column(table, RANKS)
     table, failed = _without_failures(table, key, item)
     if score is not None:
         order: Order = "score"
@@ -206,11 +206,11 @@ def _without_failures(table: Table, key: str, item: str) -> tuple[Table, frozens
     """Separate rows with an item from rows in which llmrec recorded why a list is missing."""
     if "error" not in table.frame.columns or table.parts:
         return table, frozenset()
-    message = (typed.texts(table, "error").str.strip_chars() != "") & (typed.texts(table, item).str.strip_chars() == "")
-    if not message.any():
+    failed = (typed.texts(table, "error").str.strip_chars() != "") & (typed.texts(table, item).str.strip_chars() == "")
+    if not failed.any():
         return table, frozenset()
-    rows = (~message).arg_true().to_list()
-    owners = frozenset(typed.texts(table, key).filter(message).cast(pl.String).unique())
+    rows = (~failed).arg_true().to_list()
+    owners = frozenset(typed.texts(table, key).filter(failed).cast(pl.String).unique())
     lines = [table.line(row) for row in rows]
     return replace(table, frame=table.frame[rows], lines=lines, rows=rows), owners
 
@@ -225,12 +225,12 @@ def _is_delimited(name: str) -> bool:
     return any(ending in (".csv", ".tsv", ".txt", ".psv") for ending in Path(name).suffixes)
 
 
-def _found(table: Table, names: Sequence[str]) -> str | None:
+def _column(table: Table, names: Sequence[str]) -> str | None:
     """Return the first of these names that is a column."""
-    return _called(table.frame.columns, names)
+    return _first_column(table.frame.columns, names)
 
 
-def _called(columns: Sequence[str], names: Sequence[str]) -> str | None:
+def _first_column(columns: Sequence[str], names: Sequence[str]) -> str | None:
     known = {column.strip().lower(): column for column in reversed(columns)}
     return next((known[name] for name in names if name in known), None)
 
@@ -238,21 +238,21 @@ def _called(columns: Sequence[str], names: Sequence[str]) -> str | None:
 @cache
 def _meaning(columns: tuple[str, ...], what: str) -> str | None:
     """Return the column whose name means user or item, preferring ids; None if there are several."""
-    text = {column: named(column) for column in columns}
-    best = max((meaning.weight(what) for meaning in text.values()), default=0.0)
-    results = [column for column, meaning in text.items() if meaning.weight(what) == best]
-    ids = [column for column in results if text[column].is_id] or results
-    return ids[0] if best >= _SURE and len(ids) == 1 else None
+    meanings = {column: named(column) for column in columns}
+    best = max((meaning.weight(what) for meaning in meanings.values()), default=0.0)
+    results = [column for column, meaning in meanings.items() if meaning.weight(what) == best]
+    ids = [column for column in results if meanings[column].is_id] or results
+    return ids[0] if best >= _MIN_WEIGHT and len(ids) == 1 else None
 
 
-def _needed(table: Table, names: Entities) -> str:
+def _item_column(table: Table, names: Entities) -> str:
     result = names.find(table.frame.columns, "item")
     if result is None:
-        raise _lacks(table, "item")
+        raise _missing_column(table, "item")
     return result
 
 
-def _lacks(table: Table, what: Literal["user", "item", "request"]) -> DataError:
+def _missing_column(table: Table, what: Literal["user", "item", "request"]) -> DataError:
     columns = table.frame.columns
     name = {"user": USERS, "item": ITEMS, "request": REQUESTS}[what][0]
     fix = f"Rename it to {name!r}" if what == "request" else f"Name it with --{what} COLUMN"
@@ -264,7 +264,7 @@ def _lacks(table: Table, what: Literal["user", "item", "request"]) -> DataError:
     )
 
 
-def _once(frame: pl.DataFrame, where: Callable[[int], Place], what: str) -> None:
+def _check_unique(frame: pl.DataFrame, where: Callable[[int], Place], what: str) -> None:
     """Reject items that occur twice in the same list."""
     repeated = frame.select(~pl.struct("key", "item").is_first_distinct())["key"].arg_true()
     if len(repeated):
@@ -281,93 +281,101 @@ def _once(frame: pl.DataFrame, where: Callable[[int], Place], what: str) -> None
 # --------------------------------------------------------------------------- records written by llmrec
 
 
-def _of_records(records: _Records, unit: Unit, asked: Entities) -> Lists:
+def _of_records(records: _Records, unit: Unit, entities: Entities) -> Lists:
     keys: list[str] = []
     items: list[str] = []
     scores: list[float] = []
     rows: list[int] = []
-    places: list[Place] = []
+    locations: list[Place] = []
     first: dict[str, Place] = {}
     empty: set[str] = set()
     scored = True
-    for place, record in records.rows:
-        key = _key(place, record, unit, asked)
-        if (earlier := first.setdefault(key, place)) is not place:
+    for location, record in records.rows:
+        key = _key(location, record, unit, entities)
+        if (earlier := first.setdefault(key, location)) is not location:
             raise DataError.at(
-                place,
+                location,
                 "duplicate",
                 f": {shown(key)} already has a list in row {earlier.row}; for several lists per user, add a column "
                 "request_id to the relevant items",
                 "request_id" if unit == "request" else "user_id",
             )
-        names, values = _listed(place, record)
+        names, values = _items_and_scores(location, record)
         scored = scored and values is not None
         if not names:
             empty.add(key)
         keys += [key] * len(names)
         items += names
         scores += [-float(n) for n in range(len(names))] if values is None else values
-        rows += [len(places)] * len(names)
-        places.append(place)
-    if not places:
+        rows += [len(locations)] * len(names)
+        locations.append(location)
+    if not locations:
         raise DataError.at(records.name, "empty", " contains no lists; write at least one list")
     frame = pl.DataFrame(
         {"key": keys, "item": items, "score": scores},
         schema={"key": pl.String, "item": pl.String, "score": pl.Float64},
     )
     order: Order = "score" if scored else "order"
-    return Lists(records.name, unit, frame, frozenset(empty), order, lambda row: places[rows[row]])
+    return Lists(records.name, unit, frame, frozenset(empty), order, lambda row: locations[rows[row]])
 
 
-def _key(place: Place, record: Mapping[str, Any], unit: Unit, asked: Entities) -> str:
+def _key(location: Place, record: Mapping[str, Any], unit: Unit, entities: Entities) -> str:
     """Return the key of a list: the user, or the request if there is no user."""
-    user = asked.find(tuple(record), "user") if unit == "user" else None
+    user = entities.find(tuple(record), "user") if unit == "user" else None
     names = REQUESTS if unit == "request" else (*([user] if user else []), *USERS, *REQUESTS)
     for name in names:
         value = record.get(name)
         if value is not None and str(value).strip():
             return str(value)
-    raise DataError.at(place, "missing-value", f": the list has no {names[0]}; add the {names[0]}", names[0])
+    raise DataError.at(location, "missing-value", f": the list has no {names[0]}; add the {names[0]}", names[0])
 
 
-def _listed(place: Place, record: Mapping[str, Any]) -> tuple[list[str], list[float] | None]:
-    items, scores = _list(place, "items", record.get("items")), record.get("scores")
-    names = [_name(place, item) for item in items]
+def _items_and_scores(location: Place, record: Mapping[str, Any]) -> tuple[list[str], list[float] | None]:
+    items, scores = _list(location, "items", record.get("items")), record.get("scores")
+    names = [_name(location, item) for item in items]
     if scores is None:
         return names, None
-    values = [_finite(place, value) for value in _list(place, "scores", scores)]
+    values = [_finite(location, value) for value in _list(location, "scores", scores)]
     if len(values) != len(names):
         raise DataError.at(
-            place, "mismatch", f": {len(names)} items but {len(values)} scores; write one score per item", "scores"
+            location, "mismatch", f": {len(names)} items but {len(values)} scores; write one score per item", "scores"
         )
     return names, values
 
 
-def _list(place: Place, column: str, value: Any) -> list[Any]:
+def _list(location: Place, column: str, value: Any) -> list[Any]:
     if isinstance(value, str):
         try:
             value = json.loads(value) if value.strip() else []
         except (ValueError, RecursionError) as error:
             raise DataError.at(
-                place, "syntax", f": column {column!r} is not a JSON list ({reason(error)}); write a JSON list", column
+                location,
+                "syntax",
+                f": column {column!r} is not a JSON list ({reason(error)}); write a JSON list",
+                column,
             ) from None
     if value is None:
         return []
     if not isinstance(value, list):
-        raise DataError.at(place, "bad-value", f": column {column!r} is not a list; write a list", column)
+        raise DataError.at(location, "bad-value", f": column {column!r} is not a list; write a list", column)
     return value
 
 
-def _name(place: Place, item: Any) -> str:
+def _name(location: Place, item: Any) -> str:
     if isinstance(item, bool) or not isinstance(item, str | int) or not str(item).strip():
-        raise DataError.at(place, "bad-value", f": the item {shown(item)} is not an id; write text or numbers", "items")
+        raise DataError.at(
+            location, "bad-value", f": the item {shown(item)} is not an id; write text or numbers", "items"
+        )
     return str(item)
 
 
-def _finite(place: Place, value: Any) -> float:
+def _finite(location: Place, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise DataError.at(
-            place, "bad-value", f": the score {shown(value)} is not a finite number; correct or drop the list", "scores"
+            location,
+            "bad-value",
+            f": the score {shown(value)} is not a finite number; correct or drop the list",
+            "scores",
         )
     return float(value)
 
@@ -375,9 +383,7 @@ def _finite(place: Place, value: Any) -> float:
 # --------------------------------------------------------------------------- files and frames
 
 
-def _opened(
-    source: Any, what: str, endings: Sequence[str], columns: Sequence[str], names: Entities
-) -> Table | _Records:
+def _open(source: Any, what: str, endings: Sequence[str], columns: Sequence[str], names: Entities) -> Table | _Records:
     """Open a file or a data frame; TREC files are recognised by their extension or their first line."""
     if not isinstance(source, str | Path):
         return _of_arrow(f"{what} frame", as_arrow(source, f"{what} frame"), names)
@@ -389,7 +395,7 @@ def _opened(
     ending = Path(path.stem).suffix.lower() if path.suffix.lower() == ".gz" else path.suffix.lower()
     if ending in endings or (ending in ("", ".txt", *TREC, *_QRELS) and _is_trec(path, columns)):
         raw, sha256 = read_bytes(path)
-        return _blanks(name, decode(name, raw), columns, sha256)
+        return _trec_table(name, decode(name, raw), columns, sha256)
     if ending in PARQUET:
         with parquet_file(name, read_bytes(path, text=False)[0]) as file:
             return _of_arrow(name, file.read(), names)
@@ -399,8 +405,8 @@ def _opened(
         if first is not None and isinstance(first[1].get("items"), list):
             return _Records(name, chain([first], rows), tuple(first[1]))
     table = without_kinds(read_table(path))
-    single = _found(table, ITEMS) or names.item in table.frame.columns
-    return _with_lists(table, names) if _found(table, ("items",)) and not single else table
+    single = _column(table, ITEMS) or names.item in table.frame.columns
+    return _with_lists(table, names) if _column(table, ("items",)) and not single else table
 
 
 def _of_arrow(name: str, table: Any, names: Entities) -> Table | _Records:
@@ -443,7 +449,7 @@ def _is_trec(path: Path, columns: Sequence[str]) -> bool:
     return head[1].upper() == "Q0" if columns is _RUN_COLUMNS else head[3].lstrip("-").isdigit()
 
 
-def _blanks(name: str, text: str, columns: Sequence[str], sha256: str) -> Table:
+def _trec_table(name: str, text: str, columns: Sequence[str], sha256: str) -> Table:
     """Read lines whose fields are separated by white space."""
     rows: list[list[str]] = []
     lines: list[int] = []

@@ -188,8 +188,8 @@ def read_records(path: Path) -> Iterator[Ranked]:
 
 def _checked(line: str) -> Ranked:
     # JSON contains tabs only in escaped form.
-    text, _, message = line.partition("\t")
-    if checksum(text.encode()) != message:
+    text, _, digest = line.partition("\t")
+    if checksum(text.encode()) != digest:
         raise ValueError("the line was modified")
     return _record(json.loads(text))
 
@@ -206,7 +206,7 @@ def _line(record: DataclassInstance) -> str:
 # --------------------------------------------------------------------------- the table
 
 
-def form_of(path: Path, asked: str) -> Form:
+def form_of(path: Path, requested: str) -> Form:
     """Return the format of a file of ranked lists, as given or by its extension.
 
     Raises:
@@ -214,16 +214,16 @@ def form_of(path: Path, asked: str) -> Form:
         DataError: If the ending is unknown.
     """
     ending = Path(path.stem).suffix if path.suffix.lower() == ".gz" else path.suffix
-    own = ENDINGS.get(ending.lower())
-    if own is not None and asked not in ("auto", own):
+    implied = ENDINGS.get(ending.lower())
+    if implied is not None and requested not in ("auto", implied):
         raise RecipeError(
-            f"--form {asked}: {path} ends in {ending}, which means --form {own}; choose another file name, or drop "
-            "--form",
+            f"--form {requested}: {path} ends in {ending}, which means --form {implied}; choose another file name, or "
+            "drop --form",
             kind="contradiction",
             column="--form",
         )
     known: tuple[Form, ...] = get_args(Form)
-    form: Form = own if own is not None else next((form for form in known if form == asked), "records")
+    form: Form = implied if implied is not None else next((form for form in known if form == requested), "records")
     if form not in _SEPARATED:
         kind_of(path)
     return form

@@ -265,18 +265,18 @@ def _unpacked(line: int, record: dict[str, object]) -> Raw:
 
 
 def _list(key: str, cell: str) -> list[Any]:
-    text = cell.strip()
-    if not text:
+    content = cell.strip()
+    if not content:
         return []
-    if _JSON_LIST.match(text) or _MAYBE_JSON_LIST.match(text):
+    if _JSON_LIST.match(content) or _MAYBE_JSON_LIST.match(content):
         try:
-            result = json.loads(text)
+            result = json.loads(content)
         except (ValueError, RecursionError) as error:
             raise DataError(
                 f"{key!r} begins like a JSON list, but is not valid JSON ({reason(error)})", kind="syntax", column=key
             ) from error
         return list(result)
-    return [part.strip() for part in text.split("|")]
+    return [part.strip() for part in content.split("|")]
 
 
 # --------------------------------------------------------------------------- Parquet
@@ -302,9 +302,9 @@ def _values(batch: Any) -> Iterator[dict[str, object] | str]:
         return
     except FAULTS:
         pass  # A row has invalid UTF-8, or a time that Python cannot represent: convert the rows one by one.
-    for place in range(batch.num_rows):
+    for row in range(batch.num_rows):
         try:
-            result = batch.slice(place, 1).to_pylist()[0]
+            result = batch.slice(row, 1).to_pylist()[0]
         except UnicodeDecodeError:
             yield "a value is not UTF-8; write the file again"
         except FAULTS as error:

@@ -30,8 +30,8 @@ LEFT_ASIDE = "candidates: ignored, since all items are ranked"
 """The note on a request that has candidates although the whole catalogue is ranked."""
 
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
-_OWN_KEYS = frozenset({"item_id", "title", "rating", "timestamp", "text"})
-_NAMED = 3
+_ITEM_KEYS = frozenset({"item_id", "title", "rating", "timestamp", "text"})
+_MAX_NAMED = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,18 +87,18 @@ class _Remarks:
 
     skipped: list[str] = field(default_factory=list)
     repeated: list[str] = field(default_factory=list)
-    retold: list[str] = field(default_factory=list)
+    conflicting: list[str] = field(default_factory=list)
     cut: list[str] = field(default_factory=list)
     titled: set[str] = field(default_factory=set)
 
     def notes(self) -> list[str]:
-        text = (
+        remarks = (
             ("history: ignored unknown items without a title", self.skipped),
             ("candidates: repeated items are ranked once", self.repeated),
-            ("candidates: an item is repeated with another text; only the first is ranked", self.retold),
+            ("candidates: an item is repeated with another text; only the first is ranked", self.conflicting),
             (f"cut to {TITLE_LIMIT} characters, the title of", self.cut),
         )
-        return [f"{what}: {some(names)}" for what, names in text if names]
+        return [f"{what}: {some(names)}" for what, names in remarks if names]
 
 
 class _Unknown(Exception):
@@ -179,13 +179,13 @@ def identity(record: Mapping[str, object] | None, row: int) -> tuple[str | None,
     """Return the id and user of a request, if valid, to identify a failed line."""
     if record is None:
         return None, None
-    results: list[str | None] = []
+    values: list[str | None] = []
     for key, default in (("id", str(row)), ("user_id", None)):
         try:
-            results.append(_optional_id(key, record.get(key)) or default)
+            values.append(_optional_id(key, record.get(key)) or default)
         except DataError:
-            results.append(None)
-    return results[0], results[1]
+            values.append(None)
+    return values[0], values[1]
 
 
 # --------------------------------------------------------------------------- lists of items
@@ -215,7 +215,7 @@ def _candidates(
         if (first := items.get(item.item_id)) is None:
             items[item.item_id] = item
         else:
-            (remarks.repeated if first == item else remarks.retold).append(item.item_id)
+            (remarks.repeated if first == item else remarks.conflicting).append(item.item_id)
     if unknown:
         where = "there is no catalogue" if catalogue is None else "they are not in the catalogue"
         example = f'{{"item_id": {json.dumps(next(iter(unknown))[:60], ensure_ascii=False)}, "title": ...}}'
@@ -260,8 +260,8 @@ def _item(where: str, entry: object, catalogue: Mapping[str, Item] | None, remar
     """Return an item with its text, from the request or else from the catalogue."""
     if isinstance(entry, Mapping):
         item_id = _optional_id(f"{where}: item_id", entry.get("item_id"))
-        given = entry.get("title")
-        title = "" if given is None else _text(f"{where}: title", given)
+        raw_title = entry.get("title")
+        title = "" if raw_title is None else _text(f"{where}: title", raw_title)
         fields = _fields(where, entry)
     elif catalogue is None:
         item_id, fields = None, {}
@@ -290,7 +290,7 @@ def _item(where: str, entry: object, catalogue: Mapping[str, Item] | None, remar
 def _fields(where: str, entry: Mapping[object, object]) -> dict[str, str]:
     fields: dict[str, str] = {}
     for key, value in entry.items():
-        if key in _OWN_KEYS:
+        if key in _ITEM_KEYS:
             continue
         name = _text(f"{where}: a key", key)
         if value is None:
@@ -324,18 +324,18 @@ def _text(what: str, value: object) -> str:
     return value
 
 
-def _profile(said: object) -> tuple[str, dict[str, str]]:
+def _profile(profile: object) -> tuple[str, dict[str, str]]:
     """Parse the text about a user, given as one text or as fields by name, such as an age."""
-    if not isinstance(said, Mapping):
-        return ("" if said is None else _text("profile", said)), {}
+    if not isinstance(profile, Mapping):
+        return ("" if profile is None else _text("profile", profile)), {}
     # missing values of data frames are NaN
-    known = {name: value for name, value in said.items() if value is not None and value == value}
-    given = {clean(_text("profile", name)): value for name, value in known.items()}
-    fields = {name: str(int(value) if whole(value) else value) for name, value in given.items() if _plain(value)}
-    if len(fields) < len(given):
-        name = next(name for name in given if name not in fields)
-        said = f"profile: {name[:60]!r} is {_kind(given[name])}; give a text or a number"
-        raise DataError(said, kind="bad-value", column="profile")
+    known = {name: value for name, value in profile.items() if value is not None and value == value}
+    values = {clean(_text("profile", name)): value for name, value in known.items()}
+    fields = {name: str(int(value) if whole(value) else value) for name, value in values.items() if _plain(value)}
+    if len(fields) < len(values):
+        name = next(name for name in values if name not in fields)
+        message = f"profile: {name[:60]!r} is {_kind(values[name])}; give a text or a number"
+        raise DataError(message, kind="bad-value", column="profile")
     return "", {name: clean(_text("profile", value)) for name, value in fields.items()}
 
 
@@ -415,7 +415,7 @@ def _too_long(text: str) -> bool:
 
 def some(names: Sequence[str]) -> str:
     """Return the first few names as one text."""
-    return listed([repr(shortened(name, 60)) for name in names], _NAMED)
+    return listed([repr(shortened(name, 60)) for name in names], _MAX_NAMED)
 
 
 @lru_cache(maxsize=1024)  # all rows of a table have the same keys

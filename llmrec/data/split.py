@@ -45,15 +45,15 @@ class Holdouts(Sequence[Interaction]):
         return self.frame.height
 
     @overload
-    def __getitem__(self, place: int) -> Interaction: ...
+    def __getitem__(self, index: int) -> Interaction: ...
 
     @overload
-    def __getitem__(self, place: slice) -> Holdouts: ...
+    def __getitem__(self, index: slice) -> Holdouts: ...
 
-    def __getitem__(self, place: int | slice) -> Interaction | Holdouts:
-        if isinstance(place, slice):
-            return Holdouts(self.frame[place])
-        return Interaction(**self.frame.row(place, named=True))
+    def __getitem__(self, index: int | slice) -> Interaction | Holdouts:
+        if isinstance(index, slice):
+            return Holdouts(self.frame[index])
+        return Interaction(**self.frame.row(index, named=True))
 
     def __iter__(self) -> Iterator[Interaction]:
         return (Interaction(**row) for row in self.frame.iter_rows(named=True))
@@ -119,11 +119,11 @@ class SplitDataset(Displayed):
         named = pl.DataFrame(sorted(pairs), schema=dict.fromkeys(PAIR, pl.String), orient="row")
 
         def rest(frame: pl.DataFrame) -> pl.DataFrame:
-            gone = in_codes_of(named, frame)
-            return frame.join(gone, on=PAIR, how="anti", maintain_order="left")
+            excluded = in_codes_of(named, frame)
+            return frame.join(excluded, on=PAIR, how="anti", maintain_order="left")
 
-        less = replace(self, train=rest(self.train), known=rest(self.known))
-        return replace(less, dataset=derived(less.dataset, less.train, seed=self.seed))
+        result = replace(self, train=rest(self.train), known=rest(self.known))
+        return replace(result, dataset=derived(result.dataset, result.train, seed=self.seed))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -178,8 +178,8 @@ class SplitDataset(Displayed):
 
     @cached_property
     def _users(self) -> tuple[str, ...]:
-        names, result = codes(self.dataset.interactions["user_id"])
-        return tuple(names.filter(np.bincount(result, minlength=len(names)) > 0))
+        names, row_codes = codes(self.dataset.interactions["user_id"])
+        return tuple(names.filter(np.bincount(row_codes, minlength=len(names)) > 0))
 
     @cached_property
     def _events(self) -> Mapping[str, Events]:
@@ -238,7 +238,7 @@ def split(dataset: Dataset, section: Split, *, seed: int) -> SplitDataset:
     order = time_order(dataset, seed, moments=section.kind == "global_time", ties=section.ties)
     rows = Rows(dataset.interactions[order])
     labels = KINDS[section.kind](dataset, rows, section, seed)
-    frames = [_of_users(rows, labels == label) for label in (TRAIN, VALID, TEST, KNOWN)]
+    frames = [_grouped_by_user(rows, labels == label) for label in (TRAIN, VALID, TEST, KNOWN)]
     if frames[0].is_empty():
         raise DataError.at(
             dataset.name,
@@ -273,13 +273,13 @@ def whole(dataset: Dataset, *, seed: int, ties: Ties = "hash", valid: float = 0.
         valid: Share of users whose last interaction is held out for validation, to stop training.
     """
     rows = Rows(dataset.interactions[time_order(dataset, seed, ties=ties)])
-    train = _of_users(rows, np.ones(rows.frame.height, dtype=np.bool_))
+    train = _grouped_by_user(rows, np.ones(rows.frame.height, dtype=np.bool_))
     none = train.clear()
     data = SplitDataset(derived(dataset, train, seed=seed), "given", seed, train, none, none, frozenset())
     if not valid:
         return data
-    place, count = pl.int_range(pl.len()).over("user_id"), pl.len().over("user_id")
-    last = train.filter((place == count - 1) & (count > 1))
+    position, count = pl.int_range(pl.len()).over("user_id"), pl.len().over("user_id")
+    last = train.filter((position == count - 1) & (count > 1))
     held = last.filter(pl.Series(hash64("stops", seed, last["user_id"]) < np.uint64(valid * 2**64), dtype=pl.Boolean))
     rest = train.join(held, on=PAIR, how="anti", maintain_order="left")
     pairs = frozenset(held.select(PAIR).iter_rows())
@@ -321,25 +321,25 @@ def _tied(times: NDArray[np.float64], users: NDArray[np.integer] | None) -> NDAr
         users: Code of each interaction's user, shape (n,).
     """
     same = times[1:] == times[:-1]
-    places = np.flatnonzero(np.concatenate([[False], same]) | np.concatenate([same, [False]]))
-    if users is None or not len(places):
-        return places
-    begins = np.concatenate([[True], ~same])[places]
-    keys = np.cumsum(begins).astype(np.uint64) << np.uint64(32) | users[places].astype(np.uint64)
-    result = np.argsort(keys)
-    again = keys[result[1:]] == keys[result[:-1]]
+    indices = np.flatnonzero(np.concatenate([[False], same]) | np.concatenate([same, [False]]))
+    if users is None or not len(indices):
+        return indices
+    begins = np.concatenate([[True], ~same])[indices]
+    keys = np.cumsum(begins).astype(np.uint64) << np.uint64(32) | users[indices].astype(np.uint64)
+    order = np.argsort(keys)
+    again = keys[order[1:]] == keys[order[:-1]]
     both = np.concatenate([[False], again]) | np.concatenate([again, [False]])
-    return np.sort(places[result[both]])
+    return np.sort(indices[order[both]])
 
 
-def _of_users(rows: Rows, chosen: NDArray[np.bool_]) -> pl.DataFrame:
+def _grouped_by_user(rows: Rows, chosen: NDArray[np.bool_]) -> pl.DataFrame:
     """Return the chosen rows grouped by user, each group in time order."""
-    places = np.flatnonzero(chosen)
+    indices = np.flatnonzero(chosen)
     # User and row index in one number: sorting numbers takes less memory than sorting indices by a key.
-    keys = rows.users[places].astype(np.uint64)
+    keys = rows.users[indices].astype(np.uint64)
     keys <<= np.uint64(32)
-    keys |= places.astype(np.uint32)
-    del places
+    keys |= indices.astype(np.uint32)
+    del indices
     keys.sort()
     return rows.frame[keys.astype(np.uint32)]
 
@@ -428,7 +428,7 @@ def written(data: SplitDataset, part: Part) -> SplitDataset:
     if not reviews:
         return data
 
-    def said(frame: pl.DataFrame) -> pl.DataFrame:
+    def with_part(frame: pl.DataFrame) -> pl.DataFrame:
         results = [reviews.get(pair) for pair in frame.select("user_id", "item_id").iter_rows()]
         columns = {"text": part, "feature": "feature"} if part == "sentence" else {"text": part}
         return frame.with_columns(
@@ -436,12 +436,11 @@ def written(data: SplitDataset, part: Part) -> SplitDataset:
             for column, name in columns.items()
         )
 
-    whole = data.dataset
     return replace(
         data,
-        dataset=replace(whole, interactions=said(whole.interactions)),
-        train=said(data.train),
-        valid=said(data.valid),
-        test=said(data.test),
-        known=said(data.known),
+        dataset=replace(data.dataset, interactions=with_part(data.dataset.interactions)),
+        train=with_part(data.train),
+        valid=with_part(data.valid),
+        test=with_part(data.test),
+        known=with_part(data.known),
     )

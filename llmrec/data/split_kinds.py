@@ -21,9 +21,9 @@ from llmrec.recipe.schema import Split
 PAIR = ["user_id", "item_id"]
 TRAIN, VALID, TEST, KNOWN = range(4)
 """Labels of rows: training, held out for validation, held out for test, or history only."""
-GONE = 4
+EXCLUDED = 4
 """The label of rows in no part: earlier ones of a held-out pair, and the other interactions with cold items."""
-_LEAST = 3
+_MIN_COUNT = 3
 """Minimum number of items, or of different times, of a user with held-out validation and test interactions."""
 
 Labels = NDArray[np.int8]
@@ -62,28 +62,28 @@ class Rows:
         result = np.full(len(self.users), rest, dtype=np.int8) if isinstance(rest, int) else rest
         if len(self.latest) < len(result):
             keys = pairs(self.frame["user_id"], self.frame["item_id"])
-            result[np.isin(keys, keys[np.concatenate([valid, test])])] = GONE
+            result[np.isin(keys, keys[np.concatenate([valid, test])])] = EXCLUDED
         result[valid], result[test] = VALID, TEST
         return result
 
-    def by_user(self, places: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    def by_user(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Return indices grouped by user, with the group size and the number of later indices, shape (n,) each."""
-        users = self.users[places]
-        places = places[np.argsort(users, kind="stable")]
+        users = self.users[indices]
+        indices = indices[np.argsort(users, kind="stable")]
         counts = np.bincount(users, minlength=len(self.names))
         sizes = np.repeat(counts, counts)
-        return places, sizes, np.repeat(np.cumsum(counts), counts) - 1 - np.arange(len(places))
+        return indices, sizes, np.repeat(np.cumsum(counts), counts) - 1 - np.arange(len(indices))
 
 
 def _leave_one_out(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
     """Hold out each user's last interaction for test and the one before for validation, if a user has enough."""
     counts = np.bincount(rows.users[rows.latest], minlength=len(rows.names))
-    latest = rows.latest[counts[rows.users[rows.latest]] >= _LEAST]
+    latest = rows.latest[counts[rows.users[rows.latest]] >= _MIN_COUNT]
     if not len(latest):
         raise DataError.at(
             dataset.name,
             "too-few",
-            f": no user has {_LEAST} interactions with different items, as leave_one_out requires; "
+            f": no user has {_MIN_COUNT} interactions with different items, as leave_one_out requires; "
             "use another data.split.kind or more data",
             "data.split.kind",
         )
@@ -91,17 +91,17 @@ def _leave_one_out(dataset: Dataset, rows: Rows, section: Split, seed: int) -> L
     return rows.labels(_last(rows, np.setdiff1d(latest, test, assume_unique=True)), test)
 
 
-def _last(rows: Rows, places: NDArray[np.int64]) -> NDArray[np.int64]:
+def _last(rows: Rows, indices: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the last index of every user that has any; indices are ascending."""
-    result = _lasts(rows, places)
+    result = _last_by_user(rows, indices)
     return result[result >= 0]
 
 
-def _lasts(rows: Rows, places: NDArray[np.int64]) -> NDArray[np.int64]:
+def _last_by_user(rows: Rows, indices: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the last index of every user, shape (users,), or -1 if there is none; indices are ascending."""
     result = np.full(len(rows.names), -1, dtype=np.int64)
     # For repeated indices, numpy keeps the last assigned value.
-    result[rows.users[places]] = places
+    result[rows.users[indices]] = indices
     return result
 
 
@@ -110,10 +110,10 @@ def _last_share(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labe
 
     Shares are rounded down, and a user's first item is always training. Short users stay in training.
     """
-    return _last_shares(dataset, rows, section, rows.latest, "here; use another data.split.kind or more data")
+    return _hold_out_last(dataset, rows, section, rows.latest, "here; use another data.split.kind or more data")
 
 
-def _last_shares(
+def _hold_out_last(
     dataset: Dataset,
     rows: Rows,
     section: Split,
@@ -123,20 +123,20 @@ def _last_shares(
     after: str = "",
 ) -> Labels:
     """Hold out the last validation and test share of each user's interactions, among the given rows."""
-    wanted = sum(share > 0 for share in (section.valid, section.test))
-    places, sizes, later = rows.by_user(among)
-    able = sizes > wanted
+    parts = sum(share > 0 for share in (section.valid, section.test))
+    indices, sizes, later = rows.by_user(among)
+    able = sizes > parts
     if not able.any():
         raise DataError.at(
             dataset.name,
             "too-few",
-            f": no user has {wanted + 1} interactions with different items{after}, as {section.kind} requires {remedy}",
+            f": no user has {parts + 1} interactions with different items{after}, as {section.kind} requires {remedy}",
             "data.split.kind",
         )
-    places, sizes, later = places[able], sizes[able], later[able]
-    tests = np.minimum(_part(section.test, sizes), sizes - wanted)
-    valids = np.minimum(_part(section.valid, sizes), sizes - tests - 1)
-    return rows.labels(places[(later >= tests) & (later < tests + valids)], places[later < tests], labels)
+    indices, sizes, later = indices[able], sizes[able], later[able]
+    tests = np.minimum(_share_sizes(section.test, sizes), sizes - parts)
+    valids = np.minimum(_share_sizes(section.valid, sizes), sizes - tests - 1)
+    return rows.labels(indices[(later >= tests) & (later < tests + valids)], indices[later < tests], labels)
 
 
 def _last_basket(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
@@ -151,24 +151,24 @@ def _last_basket(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Lab
             " has no timestamps, which identify baskets; set data.columns.time, or use another data.split.kind",
             "data.split.kind",
         )
-    places, _, _ = rows.by_user(rows.latest)
-    users, times = rows.users[places], rows.frame["timestamp"].to_numpy()[places]
+    indices, _, _ = rows.by_user(rows.latest)
+    users, times = rows.users[indices], rows.frame["timestamp"].to_numpy()[indices]
     last = np.concatenate([users[1:] != users[:-1], [True]])
     begins = np.concatenate([[True], (times[1:] != times[:-1]) | last[:-1]])
     # Consecutive numbers of distinct times; the last number of a user belongs to the user's last interaction.
     moment = np.cumsum(begins)
     counts = np.bincount(users, minlength=len(rows.names))
     ends, starts = (np.repeat(moment[bound], counts[counts > 0]) for bound in _bounds(counts))
-    able = ends - starts + 1 >= _LEAST
+    able = ends - starts + 1 >= _MIN_COUNT
     if not able.any():
         raise DataError.at(
             dataset.name,
             "too-few",
-            f": no user has interactions at {_LEAST} different times, as last_basket requires; use another "
+            f": no user has interactions at {_MIN_COUNT} different times, as last_basket requires; use another "
             "data.split.kind or more data",
             "data.split.kind",
         )
-    return rows.labels(places[able & (moment == ends - 1)], places[able & (moment == ends)])
+    return rows.labels(indices[able & (moment == ends - 1)], indices[able & (moment == ends)])
 
 
 def _bounds(counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -177,11 +177,11 @@ def _bounds(counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.in
     return (ends - 1)[counts > 0], (ends - counts)[counts > 0]
 
 
-def _part(share: float, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+def _share_sizes(share: float, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the number of items for a share of each user's items, at least 1 for a share above 0."""
     # A tenth of 30 is 3, despite the rounding of the binary product.
-    whole: NDArray[np.int64] = np.floor(sizes * share + 1e-9).astype(np.int64)
-    return np.maximum(whole, int(share > 0))
+    counts: NDArray[np.int64] = np.floor(sizes * share + 1e-9).astype(np.int64)
+    return np.maximum(counts, int(share > 0))
 
 
 def _global_time(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
@@ -196,10 +196,10 @@ def _global_time(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Lab
     later = pairs(rows.frame["user_id"], rows.frame["item_id"])
     valid = early.latest[early.latest >= first]
     valid = valid[~np.isin(later[valid], later[test])]
-    _need(dataset, section, len(valid), len(test), f"{total} interactions")
-    result = np.full(total, GONE, dtype=np.int8)
+    _check_sizes(dataset, section, len(valid), len(test), f"{total} interactions")
+    result = np.full(total, EXCLUDED, dtype=np.int8)
     result[:first] = TRAIN
-    result[:first][np.isin(later[:first], later[np.concatenate([valid, test])])] = GONE
+    result[:first][np.isin(later[:first], later[np.concatenate([valid, test])])] = EXCLUDED
     result[valid], result[test] = VALID, TEST
     return result
 
@@ -216,7 +216,7 @@ def _user_disjoint(dataset: Dataset, rows: Rows, section: Split, seed: int) -> L
     group[order[:tests]], group[order[tests : tests + valids]] = TEST, VALID
     last = _last(rows, rows.latest)
     test, valid = (last[group[rows.users[last]] == label] for label in (TEST, VALID))
-    _need(dataset, section, len(valid), len(test), f"{len(order)} users")
+    _check_sizes(dataset, section, len(valid), len(test), f"{len(order)} users")
     return rows.labels(valid, test, np.where(group[rows.users] > 0, KNOWN, TRAIN).astype(np.int8))
 
 
@@ -226,14 +226,14 @@ def _prefix(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
     A language model that writes features may read the history-only rows, so the texts have not seen the interactions
     that a later model is trained on (Xi et al., RecSys 2024, split in this way).
     """
-    places, sizes, later = rows.by_user(np.arange(len(rows.users)))
+    indices, sizes, later = rows.by_user(np.arange(len(rows.users)))
     first = np.minimum(np.ceil(sizes * section.prefix - 1e-9), section.prefix_most).astype(np.int64)
     early = sizes - 1 - later < first
     labels = np.full(len(rows.users), TRAIN, dtype=np.int8)
-    labels[places[early]] = KNOWN
+    labels[indices[early]] = KNOWN
     late = rows.latest[labels[rows.latest] == TRAIN]
     remedy = "here; lower data.split.prefix, use another data.split.kind or more data"
-    return _last_shares(dataset, rows, section, late, remedy, labels, f" after the first {section.prefix:.0%}")
+    return _hold_out_last(dataset, rows, section, late, remedy, labels, f" after the first {section.prefix:.0%}")
 
 
 def cold_parts(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
@@ -273,16 +273,16 @@ def _cold_items(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labe
     part = cold_parts(dataset, rows, section, seed)
     of_latest = part[rows.latest]
     warm = rows.latest[of_latest == TRAIN]
-    last = _lasts(rows, warm)
-    before = _lasts(rows, np.setdiff1d(warm, last, assume_unique=True))
+    last = _last_by_user(rows, warm)
+    before = _last_by_user(rows, np.setdiff1d(warm, last, assume_unique=True))
     free, held = before >= 0, {}
     for label in (TEST, VALID):
-        cold = _lasts(rows, rows.latest[of_latest == label])
+        cold = _last_by_user(rows, rows.latest[of_latest == label])
         evaluated = free & (cold > before)
         held[label], free = np.concatenate([cold[evaluated], last[evaluated]]), free & ~evaluated
     have = f"{rows.frame['item_id'].n_unique()} items and their last interactions"
-    _need(dataset, section, len(held[VALID]), len(held[TEST]), have)
-    return rows.labels(held[VALID], held[TEST], np.where(part == TRAIN, TRAIN, GONE).astype(np.int8))
+    _check_sizes(dataset, section, len(held[VALID]), len(held[TEST]), have)
+    return rows.labels(held[VALID], held[TEST], np.where(part == TRAIN, TRAIN, EXCLUDED).astype(np.int8))
 
 
 def _given(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
@@ -308,13 +308,13 @@ def _given(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
         raise DataError.at(
             dataset.name, "too-few", (": the filter removes all held-out pairs; relax the filter"), "data.filter"
         )
-    away = np.zeros(len(rows.names), dtype=bool)
+    history_only = np.zeros(len(rows.names), dtype=bool)
     known = Names(rows.names)
-    away[[code for user in given.history_only if (code := known.code(user)) is not None]] = True
-    return rows.labels(valid, test, np.where(away[rows.users], KNOWN, TRAIN).astype(np.int8))
+    history_only[[code for user in given.history_only if (code := known.code(user)) is not None]] = True
+    return rows.labels(valid, test, np.where(history_only[rows.users], KNOWN, TRAIN).astype(np.int8))
 
 
-def _need(dataset: Dataset, section: Split, valid: int, test: int, have: str) -> None:
+def _check_sizes(dataset: Dataset, section: Split, valid: int, test: int, have: str) -> None:
     for name, share, rows in (("valid", section.valid, valid), ("test", section.test, test)):
         if share > 0 and not rows:
             raise DataError.at(

@@ -268,10 +268,10 @@ class Template:
             _check_source(part, getattr(self, part))
         if self.words.language != self.language:
             object.__setattr__(self, "words", words_of(self.language))
-        text: dict[str, Any] = {key: getattr(self, key) for key in _KEYS}
+        hashed: dict[str, Any] = {key: getattr(self, key) for key in _KEYS}
         if self.language != ENGLISH:
-            text["words"] = self.words.model_dump(mode="json")
-        content = json.dumps(text, sort_keys=True)
+            hashed["words"] = self.words.model_dump(mode="json")
+        content = json.dumps(hashed, sort_keys=True)
         object.__setattr__(self, "sha", hashlib.sha256(content.encode()).hexdigest()[:12])
 
     def stored(self) -> dict[str, Any]:
@@ -313,7 +313,7 @@ class Template:
     def writes_both(self) -> bool:
         """Whether the template shows the same item by both code and title."""
         text = "\n".join(getattr(self, part) for part in _PARTS)
-        coded, titled = ({result[1] for result in pattern.finditer(text)} for pattern in (_CODED, _TITLED))
+        coded, titled = ({match[1] for match in pattern.finditer(text)} for pattern in (_CODED, _TITLED))
         return not coded.isdisjoint(titled)
 
     @property
@@ -543,27 +543,27 @@ def _check_fields(template: Template) -> None:
 def _read(file: Path) -> Template:
     if file.stat().st_size > 4 * SOURCE_LIMIT:
         raise RecipeError.at(file, "too-large", f": longer than {4 * SOURCE_LIMIT} bytes; a template is a short file")
-    page, places = read_page(file)
+    page, locations = read_page(file)
     values: Mapping[str, Any] = page
     for key in values:
         if key not in _ALL_KEYS:
-            place, known = places.get((str(key),), Place(str(file), line=1)), ", ".join(_ALL_KEYS)
+            location, known = locations.get((str(key),), Place(str(file), line=1)), ", ".join(_ALL_KEYS)
             rest = f": unknown key {key!r}{did_you_mean(str(key), _ALL_KEYS)}; known: {known}"
-            raise RecipeError.at(place, "unknown-key", rest, str(key))
+            raise RecipeError.at(location, "unknown-key", rest, str(key))
     for key in _NEEDED:
         if key not in values:
             raise RecipeError.at(file, "missing-key", f": key {key!r} is missing; add it", key)
     if values["name"] != file.stem:
         rest = f": name is {values['name']!r}, but the file is {file.stem!r}; use the same name"
-        raise RecipeError.at(places[("name",)], "contradiction", rest, "name")
+        raise RecipeError.at(locations[("name",)], "contradiction", rest, "name")
     try:
         language = values.get("language", ENGLISH)
-        spoken = (
+        words = (
             words_of(language, *(at / FOLDER for at in file.parents[:2])) if isinstance(language, str) else english()
         )
-        return Template(**values, words=spoken)
+        return Template(**values, words=words)
     except RecipeError as fault:
         if fault.file is not None:  # the file with the words of a language
             raise
-        place = places.get((fault.column or "",), Place(str(file), line=1))
-        raise RecipeError(f"{place}: {fault}", kind=fault.kind, at=place, column=fault.column) from None
+        location = locations.get((fault.column or "",), Place(str(file), line=1))
+        raise RecipeError(f"{location}: {fault}", kind=fault.kind, at=location, column=fault.column) from None

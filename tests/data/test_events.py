@@ -40,7 +40,7 @@ def test_they_are_those_of_the_rows_in_their_order(rows: Rows) -> None:
 
 
 def test_few_are_kept_and_all_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_KEPT", 5)
+    monkeypatch.setattr(module, "_CACHE_SIZE", 5)
     rows: Rows = [(f"u{n % 7}", f"i{n}", float(n), None, None) for n in range(40)]
     found = Events(pl.DataFrame(rows, schema=dict(SCHEMA), orient="row"))
     for turn in range(30):

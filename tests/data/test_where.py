@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from llmrec.data.read.table import read_table
 from llmrec.data.read.tables import Table
-from llmrec.data.read.where import kept
+from llmrec.data.read.where import filter_rows
 from llmrec.data.sets.table import load
 from llmrec.errors import DataError, LlmrecError, RecipeError
 from llmrec.recipe.schema import DataSection, Filter
@@ -36,7 +36,7 @@ TYPED = pl.DataFrame(
 
 
 def rows(frame: pl.DataFrame, where: str) -> list[int]:
-    table = kept(Table("t.csv", frame.with_row_index("n")), where)
+    table = filter_rows(Table("t.csv", frame.with_row_index("n")), where)
     return table.frame["n"].to_list()
 
 
@@ -124,7 +124,7 @@ def test_rows_of_several_files_are_named_by_their_own(tmp_path: Path) -> None:
     (tmp_path / "b.csv").write_text("user_id,ev\nu4,y\nu5,y\n", encoding="utf-8")
     (tmp_path / "c.csv").write_text("user_id,ev\nu6,n\n", encoding="utf-8")
     whole = read_table(tmp_path)
-    found = kept(whole, "ev == 'y'")
+    found = filter_rows(whole, "ev == 'y'")
     assert found.frame["user_id"].to_list() == ["u3", "u4", "u5"] and found.name == str(tmp_path)
     places = [found.where(row) for row in range(3)]
     assert [(Path(place.file).name, place.row, place.line) for place in places] == [
@@ -133,7 +133,7 @@ def test_rows_of_several_files_are_named_by_their_own(tmp_path: Path) -> None:
         ("b.csv", 2, 3),
     ]
     with raises(DataError, Facts("empty", tmp_path, says="no row of 6")):
-        kept(whole, "ev == 'x'")
+        filter_rows(whole, "ev == 'x'")
 
 
 @pytest.mark.parametrize(

@@ -33,12 +33,12 @@ def from_dictionary(name: str, values: pl.Series, numbers: Iterable[NDArray[np.i
 
 def stacked(name: str, parts: Sequence[pl.Series]) -> pl.Series:
     """Return the concatenation of coded columns."""
-    known = [codes(part) for part in parts]
-    values = pl.concat([own for own, _ in known]).unique().sort()
-    return from_dictionary(name, values, (values.search_sorted(own).to_numpy()[rows] for own, rows in known))
+    known = [codes(series) for series in parts]
+    values = pl.concat([part for part, _ in known]).unique().sort()
+    return from_dictionary(name, values, (values.search_sorted(part).to_numpy()[rows] for part, rows in known))
 
 
-def as_whole(series: pl.Series) -> pl.Series:
+def as_integers(series: pl.Series) -> pl.Series:
     """Return floats as integers if all are whole; other columns unchanged.
 
     Other libraries convert integers to floats, which must not change ids.
@@ -46,8 +46,8 @@ def as_whole(series: pl.Series) -> pl.Series:
     if not series.dtype.is_float():
         return series
     series = series.fill_nan(None)
-    whole = ((series == series.round(0)) & (series.abs() < WHOLE)).all()
-    return series.cast(pl.Int64) if whole else series
+    integral = ((series == series.round(0)) & (series.abs() < WHOLE)).all()
+    return series.cast(pl.Int64) if integral else series
 
 
 def codes(ids: pl.Series) -> tuple[pl.Series, NDArray[np.integer]]:
@@ -67,8 +67,8 @@ def in_numbers(ids: pl.Series, number: Callable[[Sequence[str]], NDArray[np.int6
         ids: Names by row.
         number: Returns the numbers of names.
     """
-    names, result = codes(ids)
-    return number(names.to_list()).astype(np.int32)[result] if len(names) else np.empty(0, dtype=np.int32)
+    names, row_codes = codes(ids)
+    return number(names.to_list()).astype(np.int32)[row_codes] if len(names) else np.empty(0, dtype=np.int32)
 
 
 class Names:
@@ -80,13 +80,13 @@ class Names:
     def __len__(self) -> int:
         return len(self._values)
 
-    def __getitem__(self, place: int) -> str:
-        return str(self._values[place])
+    def __getitem__(self, index: int) -> str:
+        return str(self._values[index])
 
     def code(self, name: str) -> int | None:
         """Return the code of a value; None for an unknown one."""
-        place = bisect_left(self, name)
-        return place if place < len(self) and self[place] == name else None
+        index = bisect_left(self, name)
+        return index if index < len(self) and self[index] == name else None
 
 
 class Runs:

@@ -66,10 +66,10 @@ class Column:
     def add_coded(self, values: pa.Array, numbers: pa.Array) -> None:
         """Append rows of an id column, as indices into a list of values; null counts as an empty text."""
         known = pl.concat([pl.Series(values).cast(pl.String), pl.Series([""])]).cast(self._categories)
-        places = numbers.fill_null(len(values)).to_numpy(zero_copy_only=False)
-        self._blocks.append(known.to_physical().to_numpy()[places])
+        indices = numbers.fill_null(len(values)).to_numpy(zero_copy_only=False)
+        self._blocks.append(known.to_physical().to_numpy()[indices])
 
-    def whole(self) -> pl.Series:
+    def series(self) -> pl.Series:
         """Return all rows as one series; id columns as codes.
 
         Raises:
@@ -116,15 +116,15 @@ def table_of(
     Raises:
         Unusual: If there are no rows, or blocks of a column have different types.
     """
-    read = {column.name: column.whole() for column in columns}
+    read = {column.name: column.series() for column in columns}
     rows = len(next(iter(read.values()), ()))
     if not rows:
         raise Unusual
     nothing = pl.repeat(None, rows, dtype=pl.Null, eager=True)
     frame = pl.DataFrame([read[column] if column in read else nothing.alias(column) for column in names])
-    places = numbered(name, lines)
+    locations = numbered(name, lines)
     unread = frozenset(names) - read.keys()
-    return Table(name, frame, sha256, places.lines, places.header, unusable=unusable or {}, unread=unread)
+    return Table(name, frame, sha256, locations.lines, locations.header, unusable=unusable or {}, unread=unread)
 
 
 def numbered(name: str, lines: Sequence[Sequence[int]]) -> Table:

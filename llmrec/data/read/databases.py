@@ -125,9 +125,9 @@ def without_secrets(message: str, url: str) -> str:
 
     The URL may be invalid, as libpq repeats a password above all if its characters are not percent-encoded.
     """
-    words = {form for found in _SECRET.findall(url) for word in found for form in (word, unquote(word)) if form}
-    for word in sorted(words, key=len, reverse=True):
-        message = message.replace(word, "***")
+    secrets = {form for match in _SECRET.findall(url) for secret in match for form in (secret, unquote(secret)) if form}
+    for secret in sorted(secrets, key=len, reverse=True):
+        message = message.replace(secret, "***")
     return message
 
 

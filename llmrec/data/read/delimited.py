@@ -32,7 +32,7 @@ log = logger(__name__)
 
 _LONGEST_HEADER = 2**20
 # Maximum number of lines above a header, lines needed to recognise it, and characters examined for both.
-_MOST_ABOVE, _ALIKE, _HEAD = 20, 4, 2**16
+_MAX_ABOVE, _MIN_ALIKE, _HEAD = 20, 4, 2**16
 _PARSED = 2 * 2**20
 _LINE = re.compile(r"[\r\n]*([^\r\n]+)(?:\r\n|\r|\n|$)")
 _FIELD = "\x1f"  # one character that replaces a longer separator
@@ -188,7 +188,7 @@ class Delimited:
                 if body.raw[:1] in b"\r\n" and not body.raw.strip(b"\r\n"):
                     continue
                 chosen = [name for name in wanted or () if name in self.names] or list(self.names)
-                block = self._fast(body, chosen, floats, row) or self._careful(body, pieces, chosen, row)
+                block = self._fast(body, chosen, floats, row) or self._row_by_row(body, pieces, chosen, row)
                 again = None if self._form.columns else _second_header(block.frame)
                 if again is not None:
                     fix = "download the file again" if self._source.published else "remove it"
@@ -298,7 +298,7 @@ class Delimited:
         lines = range(piece.line + 1, piece.line + 1 + height)
         return Table(self._source.name, pl.DataFrame(pl.from_arrow(table)), lines=lines, rows=range(row, row + height))
 
-    def _careful(self, piece: Piece, pieces: Pieces, chosen: Sequence[str], row: int) -> Table:
+    def _row_by_row(self, piece: Piece, pieces: Pieces, chosen: Sequence[str], row: int) -> Table:
         """Read lines row by row; an incomplete row is kept for the next piece."""
         name, published = self._source.name, self._source.published
         header = None if published else 0 if self._form.columns else 1
@@ -316,19 +316,19 @@ class Delimited:
         except BrokenRow as broken:
             rest = text[broken.start :].encode(self._encoding) if broken.unfinished and not pieces.ended else b""
             if not rest or (len(rest) > LONGEST and not published):
-                place = Place(name, row + len(rows) + 1, piece.line + broken.line + 1)
-                raise DataError.at(place, "syntax", f": {broken.problem}") from broken
+                location = Place(name, row + len(rows) + 1, piece.line + broken.line + 1)
+                raise DataError.at(location, "syntax", f": {broken.problem}") from broken
             if len(rest) > LONGEST:
                 raise pieces.too_long() from broken
             pieces.keep(rest)
-        places = [self.names.index(column) for column in chosen]
+        indices = [self.names.index(column) for column in chosen]
         columns = [
-            pl.Series(column, [cells[place] for cells in rows], pl.String)
-            for column, place in zip(chosen, places, strict=True)
+            pl.Series(column, [cells[index] for cells in rows], pl.String)
+            for column, index in zip(chosen, indices, strict=True)
         ]
         return Table(name, pl.DataFrame(columns), lines=lines, rows=range(row, row + len(rows)))
 
-    def _ragged(self, place: Place, count: int) -> DataError:
+    def _ragged(self, location: Place, count: int) -> DataError:
         width = len(self.names)
         if self._source.published:
             text = (
@@ -342,7 +342,7 @@ class Delimited:
                 if len(self._separator) == 1
                 else f"fields are separated by {self._separator!r}, so no field may contain it; correct the row"
             )
-        return DataError.at(place, "ragged-row", f" has {count} fields where {text}")
+        return DataError.at(location, "ragged-row", f" has {count} fields where {text}")
 
 
 def _second_header(frame: pl.DataFrame) -> int | None:
@@ -382,13 +382,13 @@ def preamble(text: str, usual: str) -> int:
     They have no separator and are followed by at least three lines that all have the same number of one; or they begin
     with ``#``.
     """
-    lines = text[:_HEAD].split("\n")[: _MOST_ABOVE + _ALIKE]
-    for index, line in enumerate(lines[:_MOST_ABOVE]):
+    lines = text[:_HEAD].split("\n")[: _MAX_ABOVE + _MIN_ALIKE]
+    for index, line in enumerate(lines[:_MAX_ABOVE]):
         mark = separator_of(line, usual)
         if mark not in line or line.startswith("#"):
             continue
-        alike = [line for line in lines[index : index + _ALIKE] if line.strip()]
-        even = len(alike) == _ALIKE and len({line.count(mark) for line in alike}) == 1
+        alike = [line for line in lines[index : index + _MIN_ALIKE] if line.strip()]
+        even = len(alike) == _MIN_ALIKE and len({line.count(mark) for line in alike}) == 1
         above = [line for line in lines[:index] if line.strip()]
         bare = all(line.startswith("#") or mark not in line for line in above)
         return index if above and even and bare and not any('"' in line for line in above) else 0

@@ -350,21 +350,21 @@ def plain_name(name: str) -> str:
     return name
 
 
-def listing(place: Path) -> list[Member]:
+def listing(root: Path) -> list[Member]:
     """Return the files of a folder, or of a zip archive including its subfolders, sorted by name.
 
     Raises:
         DataError: If it cannot be read.
     """
     try:
-        if place.is_dir():
-            return [Member(str(path), path) for path in sorted(place.iterdir())]
-        require_file(place, "check data.path")
-        with zipfile.ZipFile(place) as archive:
-            names = [entry.filename for entry in archived(place, archive)]
+        if root.is_dir():
+            return [Member(str(path), path) for path in sorted(root.iterdir())]
+        require_file(root, "check data.path")
+        with zipfile.ZipFile(root) as archive:
+            names = [entry.filename for entry in archived(root, archive)]
     except (*BROKEN, ValueError) as error:
         raise DataError.at(
-            place, "damaged", f" is not a readable folder or zip archive ({reason(error)}); download it again"
+            root, "damaged", f" is not a readable folder or zip archive ({reason(error)}); download it again"
         ) from error
     shown = [name for name in sorted(names) if not name.startswith("__MACOSX/")]
-    return [Member(f"{place}/{printable(name)}", place, name) for name in shown]
+    return [Member(f"{root}/{printable(name)}", root, name) for name in shown]

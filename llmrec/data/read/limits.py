@@ -37,7 +37,7 @@ BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, Not
 
 _GZIP = b"\x1f\x8b"
 # First bytes of other file types, with their names and the fix.
-_STRANGERS: tuple[tuple[bytes, str, str], ...] = (
+_FILE_TYPES: tuple[tuple[bytes, str, str], ...] = (
     (_GZIP, "a gzip file", "rename it to end in .gz"),
     (b"PK\x03\x04", "a zip archive or a spreadsheet", "extract it, or save its sheet as CSV"),
     (b"PK\x05\x06", "an empty zip archive", "write the file again"),
@@ -128,7 +128,7 @@ def require_file(path: Path, fix: str, what: str = "") -> None:
 
 def stranger(head: bytes) -> str:
     """Return the type of a file that is not text, and how to fix it; empty if unknown."""
-    for start, what, fix in _STRANGERS:
+    for start, what, fix in _FILE_TYPES:
         if head.startswith(start):
             return f"this is {what}; {fix}"
     if head[:64].removeprefix(b"\xef\xbb\xbf").lstrip().lower().startswith(_PAGES):
@@ -136,17 +136,17 @@ def stranger(head: bytes) -> str:
     return ""
 
 
-def check_head(place: Place, head: bytes) -> None:
+def check_head(location: Place, head: bytes) -> None:
     """Reject a file that does not begin like UTF-8 text.
 
     Raises:
         DataError: With the type of the file.
     """
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise DataError.at(place, "encoding", ": this looks like UTF-16; save the file as UTF-8")
+        raise DataError.at(location, "encoding", ": this looks like UTF-16; save the file as UTF-8")
     problem = stranger(head[:100])
     if problem:
-        raise DataError.at(place, "wrong-format", f": {problem}")
+        raise DataError.at(location, "wrong-format", f": {problem}")
 
 
 # --------------------------------------------------------------------------- sizes
@@ -188,7 +188,7 @@ class Capped:
 # --------------------------------------------------------------------------- archives
 
 
-def archived(place: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+def archived(path: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
     """Return the files of an archive after checking all its entries.
 
     Nothing is extracted to disk; still, an archive with a malicious entry is not the published one.
@@ -199,19 +199,19 @@ def archived(place: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
     entries = archive.infolist()
     if len(entries) > MAX_MEMBERS:
         raise DataError.at(
-            place, "too-large", f" contains {len(entries)} files, which is too many for a data set; check its origin"
+            path, "too-large", f" contains {len(entries)} files, which is too many for a data set; check its origin"
         )
     for entry in entries:
         parts = entry.filename.replace("\\", "/").split("/")
         if ".." in parts or not parts[0] or parts[0].endswith(":"):
             raise DataError.at(
-                place,
+                path,
                 "unsafe",
                 f" contains {shown(entry.filename)}, a path outside the archive; download the archive again",
             )
         if stat.S_ISLNK(entry.external_attr >> 16):
             raise DataError.at(
-                place,
+                path,
                 "unsafe",
                 f" contains {shown(entry.filename)}, which is a link, not a file; download the archive again",
             )
@@ -219,7 +219,7 @@ def archived(place: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
     repeated = next((name for name, count in names.items() if count > 1), None)
     if repeated is not None:
         raise DataError.at(
-            place,
+            path,
             "duplicate",
             f" contains two files called {shown(repeated)}; create the archive again with one of them",
         )

@@ -36,7 +36,7 @@ def plain(text: str) -> str:
     """
     if "&" not in text and "<" not in text:
         return text
-    return _untagged(_ENTITY.sub(_meant, _untagged(text)))
+    return _untagged(_ENTITY.sub(_decoded, _untagged(text)))
 
 
 def _untagged(text: str) -> str:
@@ -44,7 +44,7 @@ def _untagged(text: str) -> str:
     return " ".join(result.split()) if count else text
 
 
-def _meant(match: re.Match[str]) -> str:
+def _decoded(match: re.Match[str]) -> str:
     # Python also decodes entities without a semicolon, which may be the beginning of an ordinary word.
-    meant = html.unescape(match[0]) if match[0][1] == "#" else html5.get(match[0][1:], match[0])
-    return meant.replace("\xa0", " ")  # a no-break space
+    decoded = html.unescape(match[0]) if match[0][1] == "#" else html5.get(match[0][1:], match[0])
+    return decoded.replace("\xa0", " ")  # a no-break space

@@ -42,7 +42,7 @@ def leaf(name: str) -> str:
 
 def lists_in(name: str) -> list[str]:
     """Return the lists on a path, outermost first."""
-    return [name[: result.end()] for result in _EACH.finditer(name)]
+    return [name[: match.end()] for match in _EACH.finditer(name)]
 
 
 def paths_within(name: str, kind: Any) -> Iterator[str]:
@@ -91,7 +91,7 @@ def _is_list(kind: Any) -> bool:
     return is_read(inner) if pa.types.is_struct(inner) else is_text(inner) or pa.types.is_integer(inner)
 
 
-def held(kind: Any) -> str:
+def describe(kind: Any) -> str:
     """Describe the values of a nested or unsupported column."""
     if is_read(kind):
         return OBJECTS if pa.types.is_struct(kind) else LISTS
@@ -127,12 +127,12 @@ class Opened:
         if pa.types.is_struct(kind) and depth <= DEEPEST and kind.num_fields <= MOST_KEYS:
             for index, inner in enumerate(kind):
                 self.add(f"{name}.{inner.name}", pc.struct_field(column, [index]), depth + 1)
-            self.unusable[name] = held(kind)
+            self.unusable[name] = describe(kind)
             return
         if _is_list(kind):
             self.lists[name + EACH] = column
         if not is_plain(kind):
-            self.unusable[name] = held(kind)
+            self.unusable[name] = describe(kind)
         elif name in self.columns:
             raise DataError.at(
                 self.file,

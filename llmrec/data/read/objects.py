@@ -22,7 +22,17 @@ from llmrec.data.read.files import Source
 from llmrec.data.read.limits import WHOLE, is_no_text, reason, shown
 from llmrec.data.read.nested import DEEPEST, LISTS, MOST_KEYS, Opened, in_polars, is_path
 from llmrec.data.read.tables import MAX_COLUMNS, Table, check_columns, column_names
-from llmrec.data.read.text import Form, Piece, Pieces, decode, decoded, in_any_encoding, in_arrow, numbered_lines, whole
+from llmrec.data.read.text import (
+    Form,
+    Piece,
+    Pieces,
+    decode,
+    decoded,
+    in_any_encoding,
+    in_arrow,
+    numbered_lines,
+    read_all,
+)
 from llmrec.errors import DataError, LlmrecError, Place
 from llmrec.terminal import logger
 
@@ -50,16 +60,16 @@ def json_lines(source: Source, wanted: Mapping[str, Kind] | None = None) -> Tabl
             return _gathered(source, wanted)
         except (Unusual, NoNumbers, LlmrecError, pa.ArrowException):
             pass  # reading row by row parses the line or reports the error
-    return in_any_encoding(source, _lines_with_care)
+    return in_any_encoding(source, _lines_row_by_row)
 
 
-def _lines_with_care(source: Source) -> Table:
+def _lines_row_by_row(source: Source) -> Table:
     lines: list[int] = []
 
     def records() -> Iterator[tuple[Place, Mapping[str, object]]]:
-        for place, record in json_records(source.name, whole(source)):
-            lines.append(place.line or 0)
-            yield place, record
+        for location, record in json_records(source.name, read_all(source)):
+            lines.append(location.line or 0)
+            yield location, record
 
     return _of_objects(source.name, records(), lines)
 
@@ -74,8 +84,8 @@ def json_records(name: str, raw: bytes) -> Iterator[tuple[Place, dict[str, objec
     for line, text in numbered_lines(decode(name, raw)):
         if text.strip():
             row += 1
-            place = Place(name, row, line + 1)
-            yield place, json_object(place, text)
+            location = Place(name, row, line + 1)
+            yield location, json_object(location, text)
 
 
 def json_file(source: Source) -> Table:
@@ -87,8 +97,8 @@ def json_file(source: Source) -> Table:
 
     def read(source: Source) -> Table:
         # polars fails for other encodings; the file is then checked again as UTF-8.
-        is_array = whole(source).removeprefix(BOM_UTF8).lstrip()[:1] == b"["
-        return (_array if is_array else _lines_with_care)(source)
+        is_array = read_all(source).removeprefix(BOM_UTF8).lstrip()[:1] == b"["
+        return (_array if is_array else _lines_row_by_row)(source)
 
     return in_any_encoding(source, read)
 
@@ -96,18 +106,18 @@ def json_file(source: Source) -> Table:
 def _array(source: Source) -> Table:
     name = source.name
     try:
-        result = json.loads(decode(name, whole(source)), object_pairs_hook=_once, parse_float=as_written)
-    except _Twice as twice:
-        raise _twice(name, twice) from None
+        result = json.loads(decode(name, read_all(source)), object_pairs_hook=_unique_keys, parse_float=as_written)
+    except _RepeatedKey as repeated:
+        raise _repeated_key(name, repeated) from None
     except (ValueError, RecursionError) as error:
         raise DataError.at(name, "syntax", f" is not JSON ({reason(error)}); write the file again") from error
 
     def records() -> Iterator[tuple[Place, Mapping[str, object]]]:
         for number, record in enumerate(result, start=1):
-            place = Place(name, number)
+            location = Place(name, number)
             if not isinstance(record, dict):
-                raise DataError.at(place, "wrong-format", " is not a JSON object; write an array of objects")
-            yield place, record
+                raise DataError.at(location, "wrong-format", " is not a JSON object; write an array of objects")
+            yield location, record
 
     return _of_objects(name, records(), [0] * len(result))
 
@@ -116,22 +126,22 @@ def _of_objects(name: str, records: Iterable[tuple[Place, Mapping[str, object]]]
     """Return objects as a table; nested objects are flattened, and values that cannot be a column are left out."""
     rows: list[dict[str, str]] = []
     names: dict[str, None] = {}
-    places: dict[str, Place] = {}
+    locations: dict[str, Place] = {}
     within: dict[str, dict[int, object]] = {}
     plain: set[str] = set()
     single: set[str] = set()
     # Rows in which integers are written as 1.0, and columns with other fractions.
-    whole: dict[str, list[int]] = {}
+    integral: dict[str, list[int]] = {}
     fractions: set[str] = set()
-    for place, record in records:
+    for location, record in records:
         known = len(names)
         names.update(dict.fromkeys(record))
         if len(names) > known:
             for key in record:
-                _text(place, f": the key {shown(key)}", key, key)
+                _text(location, f": the key {shown(key)}", key, key)
         if len(names) > MAX_COLUMNS:
             raise DataError.at(
-                place, "too-large", f": more than {MAX_COLUMNS} different keys; keep only the required keys"
+                location, "too-large", f": more than {MAX_COLUMNS} different keys; keep only the required keys"
             )
         row = {}
         for key, value in record.items():
@@ -139,12 +149,12 @@ def _of_objects(name: str, records: Iterable[tuple[Place, Mapping[str, object]]]
             if nested or (isinstance(value, list) and value):
                 within.setdefault(key, {})[len(rows)] = value
             if nested:
-                places.setdefault(key, place)
+                locations.setdefault(key, location)
                 continue
-            row[key] = _text(place, f", column {shown(key)}", key, value)
+            row[key] = _text(location, f", column {shown(key)}", key, value)
             if isinstance(value, float):
                 if value.is_integer():
-                    whole.setdefault(key, []).append(len(rows))
+                    integral.setdefault(key, []).append(len(rows))
                 else:
                     fractions.add(key)
             if value is not None and value != []:
@@ -156,29 +166,29 @@ def _of_objects(name: str, records: Iterable[tuple[Place, Mapping[str, object]]]
         what = "contains objects without keys" if rows else "is empty"
         raise DataError.at(name, "empty", f" {what}; write the table again")
     # If some values of a column are plain, a nested value is an error in its row.
-    bad = next((key for key in places if key in plain), None)
+    bad = next((key for key in locations if key in plain), None)
     if bad is not None:
         what = f", column {shown(bad)} is a nested value; flatten or drop the column"
-        raise DataError.at(places[bad], "bad-value", what, bad)
+        raise DataError.at(locations[bad], "bad-value", what, bad)
     # An id must not depend on how a library wrote the number.
-    for key in whole.keys() - fractions:
-        for at in whole[key]:
+    for key in integral.keys() - fractions:
+        for at in integral[key]:
             rows[at][key] = str(int(float(rows[at][key])))
     columns: list[pl.Series] = []
     result = Opened(name)
     for key in names:
-        if key not in places:
+        if key not in locations:
             columns.append(pl.Series(key, [row.get(key, "") for row in rows], pl.String))
         if key in within and key not in single:
             before = set(result.columns)
             result.add(key, _in_arrow(key, [within[key].get(row) for row in range(len(rows))], name, lines))
             inner = {path: column for path, column in result.columns.items() if path not in before and path != key}
             columns.extend(_as_texts(in_polars(inner)) if inner else ())
-            if key in places and result.columns.pop(key, None) is not None:
+            if key in locations and result.columns.pop(key, None) is not None:
                 result.unusable[key] = LISTS  # lists of numbers, which are not joined
     column_names(name, (column.name for column in columns))
-    unusable = {path: _ODD if held == str(_NOTHING) else held for path, held in result.unusable.items()}
-    odd = [path for path, held in unusable.items() if held == _ODD]
+    unusable = {path: _ODD if values == str(_NOTHING) else values for path, values in result.unusable.items()}
+    odd = [path for path, values in unusable.items() if values == _ODD]
     if odd:
         log.warning(
             "%s: %d columns have nested values and are excluded: %s", name, len(odd), ", ".join(map(shown, odd))
@@ -269,7 +279,7 @@ def _in_arrow(key: str, values: Sequence[object], name: str, lines: Sequence[int
             try:
                 results.append(read(value))
             except ValueError:
-                raise _no_text(Place(name, row + 1, lines[row] or None), f", column {shown(key)}", key) from None
+                raise _invalid_text(Place(name, row + 1, lines[row] or None), f", column {shown(key)}", key) from None
         return results
 
     all_values(shape.see)
@@ -282,20 +292,20 @@ def is_nested(value: object) -> bool:
     return isinstance(value, dict) or (isinstance(value, list) and not all(isinstance(part, str) for part in value))
 
 
-def json_object(place: Place | str, line: str) -> dict[str, object]:
+def json_object(location: Place | str, line: str) -> dict[str, object]:
     """Parse one JSON object.
 
     Raises:
         DataError: If the line is not an object, or a key is repeated in it.
     """
     try:
-        record = json.loads(line, object_pairs_hook=_once, parse_float=as_written)
-    except _Twice as twice:
-        raise _twice(place, twice) from None
+        record = json.loads(line, object_pairs_hook=_unique_keys, parse_float=as_written)
+    except _RepeatedKey as repeated:
+        raise _repeated_key(location, repeated) from None
     except (ValueError, RecursionError) as error:
-        raise DataError.at(place, "syntax", f" is not JSON ({reason(error)}); write one object per line") from error
+        raise DataError.at(location, "syntax", f" is not JSON ({reason(error)}); write one object per line") from error
     if not isinstance(record, dict):
-        raise DataError.at(place, "wrong-format", " is not a JSON object; write one object per line")
+        raise DataError.at(location, "wrong-format", " is not a JSON object; write one object per line")
     return record
 
 
@@ -308,36 +318,36 @@ def as_written(number: str) -> float | int:
     return int(Decimal(number)) if abs(result) >= WHOLE and math.isfinite(result) else result
 
 
-class _Twice(Exception):
-    """Raised for a key that occurs twice in one object."""
+class _RepeatedKey(Exception):
+    """Raised for a key that is repeated in one object."""
 
 
-def _twice(place: Place | str, error: _Twice) -> DataError:
+def _repeated_key(location: Place | str, error: _RepeatedKey) -> DataError:
     key = error.args[0]
-    return DataError.at(place, "duplicate", f": the key {shown(key)} is repeated; keep one", key)
+    return DataError.at(location, "duplicate", f": the key {shown(key)} is repeated; keep one", key)
 
 
-def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     result = dict(pairs)
     if len(result) < len(pairs):
-        raise _Twice(next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1))
+        raise _RepeatedKey(next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1))
     return result
 
 
-def _no_text(place: Place, what: str, column: str) -> DataError:
+def _invalid_text(location: Place, what: str, column: str) -> DataError:
     what = f"{what} contains an invalid character (NUL or half of a surrogate pair); remove it"
-    return DataError.at(place, "encoding", what, column)
+    return DataError.at(location, "encoding", what, column)
 
 
-def _text(place: Place, what: str, column: str, value: object) -> str:
+def _text(location: Place, what: str, column: str, value: object) -> str:
     if isinstance(value, list) and all(isinstance(part, str) for part in value):
         value = ", ".join(value)
     if value is None or isinstance(value, str | int | float):
         text = "" if value is None else str(value)
         if is_no_text(text):
-            raise _no_text(place, what, column)
+            raise _invalid_text(location, what, column)
         return text
-    raise DataError.at(place, "bad-value", f"{what} is a nested value; flatten it or drop it", column)
+    raise DataError.at(location, "bad-value", f"{what} is a nested value; flatten it or drop it", column)
 
 
 # --------------------------------------------------------------------------- plain objects, by block
@@ -442,7 +452,7 @@ def _type_of(value: object, kind: Kind) -> pa.DataType:
 
 def _typed(types: Mapping[str, Any]) -> list[tuple[str, pa.DataType]]:
     """Return the names and types of columns, including the columns of objects."""
-    return [(key, pa.struct(_typed(held)) if isinstance(held, dict) else held) for key, held in types.items()]
+    return [(key, pa.struct(_typed(kind)) if isinstance(kind, dict) else kind) for key, kind in types.items()]
 
 
 # --------------------------------------------------------------------------- objects of published data sets
@@ -469,10 +479,10 @@ def object_blocks(source: Source, form: Form, wanted: Mapping[str, Kind]) -> Ite
                 frame = pl.DataFrame(pl.from_arrow(table))
             else:
                 records = list(_objects(piece, form, row))
-                lines = [place.line or 0 for place, _ in records]
+                lines = [location.line or 0 for location, _ in records]
                 frame = pl.DataFrame(
                     [
-                        pl.Series(name, [_cell(place, name, record.get(name)) for place, record in records], pl.String)
+                        pl.Series(name, [_cell(at, name, record.get(name)) for at, record in records], pl.String)
                         for name in wanted
                     ]
                 )
@@ -492,9 +502,9 @@ def object_records(source: Source, form: Form) -> Iterator[tuple[Place, Mapping[
     row = 0
     with source.open() as stream:
         for piece in Pieces(source, stream):
-            for place, record in _objects(piece, form, row):
+            for location, record in _objects(piece, form, row):
                 row += 1
-                yield place, record
+                yield location, record
     if not row:
         raise _no_rows(source)
 
@@ -508,21 +518,21 @@ def _objects(piece: Piece, form: Form, row: int) -> Iterator[tuple[Place, Mappin
     for line, text in numbered_lines(decoded(piece)):
         if text.strip():
             row += 1
-            place = Place(piece.source.name, row, piece.line + line + 1)
-            yield place, _object(place, text, form)
+            location = Place(piece.source.name, row, piece.line + line + 1)
+            yield location, _object(location, text, form)
 
 
-def _cell(place: Place, name: str, value: object) -> str | None:
+def _cell(location: Place, name: str, value: object) -> str | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise DataError.at(
-            place, "bad-value", f": column {name!r} is neither text nor number; use the file of this data set", name
+            location, "bad-value", f": column {name!r} is neither text nor number; use the file of this data set", name
         )
-    return value_text(place, name, value)
+    return value_text(location, name, value)
 
 
-def value_text(place: Place, column: str, value: object) -> str:
+def value_text(location: Place, column: str, value: object) -> str:
     """Return a single value as text; values that are neither text nor number count as missing.
 
     Raises:
@@ -532,27 +542,29 @@ def value_text(place: Place, column: str, value: object) -> str:
         return ""
     text = str(int(value) if isinstance(value, float) and value.is_integer() else value)
     if is_no_text(text):
-        raise _no_text(place, f": column {column!r}", column)
+        raise _invalid_text(location, f": column {column!r}", column)
     return text
 
 
-def _object(place: Place, text: str, form: Form) -> Mapping[str, object]:
+def _object(location: Place, text: str, form: Form) -> Mapping[str, object]:
     try:
         value = json.loads(text, parse_float=as_written)
     except (ValueError, RecursionError) as error:
         if form.kind == "json":
-            raise DataError.at(place, "syntax", f" is not JSON ({reason(error)}); download the file again") from error
-        value = _literal(place, text)
+            raise DataError.at(
+                location, "syntax", f" is not JSON ({reason(error)}); download the file again"
+            ) from error
+        value = _literal(location, text)
     if not isinstance(value, dict):
-        raise DataError.at(place, "wrong-format", " is not a JSON object; use the file of this data set")
+        raise DataError.at(location, "wrong-format", " is not a JSON object; use the file of this data set")
     return value
 
 
-def _literal(place: Place, text: str) -> object:
+def _literal(location: Place, text: str) -> object:
     """Parse a Python literal; `ast.literal_eval` builds values and runs no code."""
     if len(text) > _LONGEST_LITERAL:
         raise DataError.at(
-            place,
+            location,
             "too-large",
             f" is not JSON, and with {len(text)} characters too long for a Python literal (at most "
             f"{_LONGEST_LITERAL}); write it as JSON, or download the file again",
@@ -563,5 +575,5 @@ def _literal(place: Place, text: str) -> object:
             return ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
         raise DataError.at(
-            place, "syntax", f" is neither JSON nor a Python literal ({reason(error)}); download the file again"
+            location, "syntax", f" is neither JSON nor a Python literal ({reason(error)}); download the file again"
         ) from error

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from llmrec.data.read import limits
 from llmrec.data.read.columns import Column, Kind, NoNumbers, Unusual, table_of
 from llmrec.data.read.limits import reason, shown
-from llmrec.data.read.nested import head, held, in_polars, is_path, is_plain, is_read, is_text, opened
+from llmrec.data.read.nested import describe, head, in_polars, is_path, is_plain, is_read, is_text, opened
 from llmrec.data.read.tables import Table, column_names
 from llmrec.data.read.typed import off_calendar
 from llmrec.errors import DataError, LlmrecError
@@ -215,4 +215,4 @@ def from_arrow(name: str, table: Any, sha256: str = "") -> Table:
 
 def unread(schema: pa.Schema, reads: Callable[[Any], bool] = is_read) -> dict[str, str]:
     """Return the columns of unreadable types, each with a description of its values."""
-    return {field.name: held(field.type) for field in schema if not reads(field.type)}
+    return {field.name: describe(field.type) for field in schema if not reads(field.type)}

@@ -40,7 +40,7 @@ def sheets_of(path: Path) -> list[str]:
         MissingExtra: If ``fastexcel`` is not installed.
     """
     try:
-        names, _, _ = _asked(path, path.read_bytes(), None, load=False)
+        names, _, _ = _read_in_process(path, path.read_bytes(), None, load=False)
     except (OSError, DataError):  # the error is reported when the sheet is read
         return []
     return [f"{path}#{name}" for name in names]
@@ -61,7 +61,7 @@ def sheet_of(path: Path, raw: bytes, sha256: str, sheet: str | None) -> Table:
         DataError: If the spreadsheet is damaged or malicious, or the sheet is missing or has no rows.
         MissingExtra: If ``fastexcel`` is not installed.
     """
-    names, head, frame = _asked(path, raw, sheet, load=True)
+    names, head, frame = _read_in_process(path, raw, sheet, load=True)
     if frame is None:
         column_names(str(path), [text or f"column {n}" for n, text in enumerate(head, start=1)])
         if sheet is None:
@@ -82,26 +82,26 @@ def sheet_of(path: Path, raw: bytes, sha256: str, sheet: str | None) -> Table:
     columns = [column.strip() for column in frame.columns]
     frame = frame.rename(dict(zip(frame.columns, columns, strict=True))).fill_null("")
     # Rows that were cleared but not deleted can follow the last data row.
-    result = (pl.all().cast(pl.String).str.strip_chars() != "").fill_null(value=False)
-    filled = frame.select(pl.any_horizontal(result)).to_series() if columns else pl.Series([])
+    has_text = (pl.all().cast(pl.String).str.strip_chars() != "").fill_null(value=False)
+    filled = frame.select(pl.any_horizontal(has_text)).to_series() if columns else pl.Series([])
     rows = filled.arg_true().to_list() if len(filled) else []
     if not rows:
         raise DataError.at(name, "empty", " has a header but no rows; choose another sheet, or write the table again")
     return Table(name, frame[: rows[-1] + 1], sha256, header=1)
 
 
-def _asked(
+def _read_in_process(
     path: Path, raw: bytes, sheet: str | None, *, load: bool
 ) -> tuple[list[str], list[str | None], pl.DataFrame | None]:
     """Read a sheet in a separate process; see `sheet_process`."""
     require("fastexcel", "tables")
     size = _refuse_tricks(path, raw)
-    question = json.dumps(
+    request = json.dumps(
         {"sheet": sheet, "load": load, "bytes": _MEMORY + _MEMORY_PER_BYTE * size, "columns": MAX_COLUMNS}
     )
     done = subprocess.run(
         [sys.executable, "-P", str(Path(__file__).with_name("sheet_process.py"))],
-        input=question.encode() + b"\n" + raw,
+        input=request.encode() + b"\n" + raw,
         # The limit includes the memory that each thread reserves.
         env={**os.environ, "POLARS_MAX_THREADS": "1", "RAYON_NUM_THREADS": "1"},
         capture_output=True,

@@ -94,7 +94,7 @@ def _text(source: Source, kind: str, wanted: Mapping[str, Kind] | None) -> Table
         return json_lines(source, wanted)
     form = Form(kind="delimited", separator=SEPARATORS[kind], quoted=True)
     if kind in ATOMIC and wanted is not None:
-        wanted = {f"{name}{ending}": held for name, held in wanted.items() for ending in ("", *_ATOMIC_KINDS)}
+        wanted = {f"{name}{ending}": values for name, values in wanted.items() for ending in ("", *_ATOMIC_KINDS)}
     table = in_any_encoding(source, lambda source: delimited(source, form, wanted))
     return without_kinds(table) if kind in ATOMIC else table
 

@@ -13,7 +13,7 @@ import polars as pl
 import pyarrow.compute as pc
 
 from llmrec.data.read import limits
-from llmrec.data.read.codes import as_whole, stacked
+from llmrec.data.read.codes import as_integers, stacked
 from llmrec.data.read.limits import enumerated, reason, shown
 from llmrec.data.read.nested import EACH, in_polars, lists_in, opened, paths_within
 from llmrec.errors import DataError, Place, did_you_mean
@@ -81,13 +81,13 @@ class Table:
         return self.lines[index] if self.lines is not None else index + 1 + self.header
 
 
-def column_names(name: str, found: Iterable[str], fix: str = "rename one") -> list[str]:
+def column_names(name: str, columns: Iterable[str], fix: str = "rename one") -> list[str]:
     """Return column names without surrounding spaces.
 
     Raises:
         DataError: If one is repeated, or there are too many.
     """
-    names = [column.strip() for column in found]
+    names = [column.strip() for column in columns]
     if len(names) > MAX_COLUMNS:
         raise DataError.at(
             Place(name, 0, 1),
@@ -243,7 +243,7 @@ def joined(tables: Sequence[Table]) -> Table:
         "; ".join(table.name for table in tables),
         frame,
         "; ".join(table.sha256 for table in tables),
-        unusable={name: held for table in tables for name, held in table.unusable.items()},
+        unusable={name: values for table in tables for name, values in table.unusable.items()},
         parts=tuple(tables),
         unread=unread,
     )
@@ -257,7 +257,7 @@ def _stacked(name: str, parts: Sequence[pl.Series], unread: frozenset[str]) -> p
         return stacked(name, parts)
     plain = [part.cast(pl.String) if isinstance(part.dtype, pl.Enum) else part for part in parts]
     if any(part.dtype == pl.String for part in plain):
-        plain = [as_whole(part) for part in plain]
+        plain = [as_integers(part) for part in plain]
     return pl.concat([part.to_frame(name) for part in plain], how="vertical_relaxed")[name]
 
 
@@ -328,12 +328,12 @@ def _exploded(table: Table, name: str) -> Table:
     result = opened(table.name, {name: pc.list_flatten(column)})
     inner = in_polars(result.columns).with_columns(pl.col(pl.String).fill_null(""))
     frame = pl.concat([table.frame[rows], inner], how="horizontal")
-    places = rows.tolist()
+    indices = rows.tolist()
     return replace(
         table,
         frame=frame,
-        lines=array("q", map(table.line, places)),
-        rows=array("q", (table.rows[row] for row in places) if table.rows is not None else places),
+        lines=array("q", map(table.line, indices)),
+        rows=array("q", (table.rows[row] for row in indices) if table.rows is not None else indices),
         lists=result.lists,
         unusable={**table.unusable, **result.unusable},
     )

@@ -211,7 +211,7 @@ def decoded(piece: Piece, encoding: str = "utf-8", *, header: int | None = None)
     """
     published = piece.source.published
 
-    def place(offset: int) -> Place:
+    def location(offset: int) -> Place:
         line = piece.line + piece.raw.count(b"\n", 0, offset) + 1
         return Place(piece.source.name, None if header is None else max(0, line - header), line)
 
@@ -220,14 +220,14 @@ def decoded(piece: Piece, encoding: str = "utf-8", *, header: int | None = None)
         damage = "the file is damaged; download it again"
         if not published:
             damage = "the file is not a text table or is damaged; write it again, as UTF-8"
-        raise DataError.at(place(nul), "encoding", f": it contains a NUL byte, so {damage}")
+        raise DataError.at(location(nul), "encoding", f": it contains a NUL byte, so {damage}")
     try:
         return piece.raw.decode(encoding)
     except UnicodeDecodeError as error:
         name = encoding.upper()
         fix = f"download the file again or save it as {name}" if published else f"save the file as {name}"
         raise DataError.at(
-            place(error.start), "encoding", f": byte 0x{piece.raw[error.start]:02x} is not {name}; {fix}"
+            location(error.start), "encoding", f": byte 0x{piece.raw[error.start]:02x} is not {name}; {fix}"
         ) from error
 
 
@@ -256,7 +256,7 @@ def first_encoding(source: Source, encodings: tuple[str, ...]) -> str:
     return encodings[-1]
 
 
-def whole(source: Source) -> bytes:
+def read_all(source: Source) -> bytes:
     """Return all bytes of a file."""
     if isinstance(source, Given):
         return source.raw
@@ -279,7 +279,7 @@ def in_any_encoding(source: Source, read: Callable[[Source], Read]) -> Read:
     except DataError as error:
         if error.kind != "encoding":
             raise
-        again = _other(whole(source))
+        again = _other(read_all(source))
         if again is None:
             raise
     encoding, text = again

@@ -11,7 +11,7 @@ from typing import Literal, TypeVar
 
 import polars as pl
 
-from llmrec.data.read.codes import as_whole, codes
+from llmrec.data.read.codes import as_integers, codes
 from llmrec.data.read.limits import WHOLE, shown
 from llmrec.data.read.markup import plain
 from llmrec.data.read.tables import Table
@@ -26,7 +26,7 @@ from llmrec.errors import DataError
 DateOrder = Literal["day-first", "month-first"]
 ORDERS: tuple[DateOrder, ...] = ("day-first", "month-first")
 
-Found = TypeVar("Found")
+Parsed = TypeVar("Parsed")
 
 # Formats that polars and Python parse in the same way, from the year 1 on; Python parses all others, which are rare.
 _ISO = r"^(?:[1-9]\d{3}|0[1-9]\d{2}|00[1-9]\d|000[1-9])-\d{2}-\d{2}([T ]\d{2}:\d{2}:[0-5]\d(\.\d{1,6})?Z?)?$"
@@ -104,15 +104,15 @@ def read_dates(texts: pl.Series, order: DateOrder | None = None) -> Dates:
     parts = pl.DataFrame({"day": rest.str.replace(_APART, ""), "clock": rest.str.extract(_APART, 1)})
     days = _each(parts["day"], _day)
     open_days = [text for text, day in days.items() if not day.sure]
-    result = order or _order([days[text] for text in open_days])
-    numbers = {text: number for text, day in days.items() if (number := day.number(result)) is not None}
+    resolved = order or _order([days[text] for text in open_days])
+    numbers = {text: number for text, day in days.items() if (number := day.number(resolved)) is not None}
     clock = _read(parts["clock"], _each(parts["clock"], _clock)).set(parts["clock"].is_null(), 0)
     read = in_seconds(_read(parts["day"], numbers) * _DAY + clock)
     open_rows = parts["day"].is_in(open_days)
     # Python parses additional forms of ISO 8601.
     further = _each(rest.filter(read.is_null() & ~open_rows), _by_python)
     read = read.fill_null(in_seconds(_read(rest, further))) if further else read
-    return Dates(seconds.scatter(others, read), unsure.scatter(others, open_rows), result if open_days else None)
+    return Dates(seconds.scatter(others, read), unsure.scatter(others, open_rows), resolved if open_days else None)
 
 
 def in_seconds(micro: pl.Series) -> pl.Series:
@@ -121,7 +121,7 @@ def in_seconds(micro: pl.Series) -> pl.Series:
     return seconds.set(micro.is_null(), None)
 
 
-def _each(texts: pl.Series, read: Callable[[str], Found | None]) -> dict[str, Found]:
+def _each(texts: pl.Series, read: Callable[[str], Parsed | None]) -> dict[str, Parsed]:
     """Parse the distinct texts of a column, and return the valid ones with their values."""
     return {text: result for text in texts.drop_nulls().unique() if (result := read(text)) is not None}
 
@@ -155,28 +155,26 @@ def _by_python(text: str) -> int | None:
 
 
 def _day(text: str) -> _Day | None:
-    result = _DIGITS.fullmatch(text) or _SPACED.fullmatch(text)
-    if result is not None:
-        first, mark, second, last = result.groups()
+    match = _DIGITS.fullmatch(text) or _SPACED.fullmatch(text)
+    if match is not None:
+        first, mark, second, last = match.groups()
         if len(first) == 4:
             return _Day(int(first), int(second), int(last), sure=True) if len(last) == 2 else None
         if 3 in (len(first), len(last)):
             return None
         year = int(last) + (0 if len(last) == 4 else 2000 if int(last) < _THIS_CENTURY else 1900)
         return _Day(year, int(first), int(second), sure=False, dotted=mark == ".")
-    result = _NAMED.fullmatch(text)
-    month = _MONTHS.get((result[2] or result[3])[:3].lower()) if result is not None else None
-    return (
-        None if result is None or month is None else _Day(int(result[5]), month, int(result[1] or result[4]), sure=True)
-    )
+    match = _NAMED.fullmatch(text)
+    month = _MONTHS.get((match[2] or match[3])[:3].lower()) if match is not None else None
+    return None if match is None or month is None else _Day(int(match[5]), month, int(match[1] or match[4]), sure=True)
 
 
 def _clock(text: str) -> int | None:
     """Parse a time of day and return its microseconds since midnight, in UTC."""
-    result = _CLOCK.fullmatch(text)
-    if result is None:
+    match = _CLOCK.fullmatch(text)
+    if match is None:
         return None
-    hour, minute, second, fraction, half, zone = result.groups()
+    hour, minute, second, fraction, half, zone = match.groups()
     hours = int(hour) if not half else int(hour) % 12 + (12 if half[0].lower() == "p" else 0)
     if hours > 23 or int(minute) > 59 or int(second or 0) > 59:
         return None
@@ -209,7 +207,7 @@ def texts(rows: Table, column: str) -> pl.Series:
     series = _dated(rows, column)
     if isinstance(series.dtype, pl.List):
         series = series.list.join(", ")
-    result = as_whole(series).cast(pl.String).fill_null("")
+    result = as_integers(series).cast(pl.String).fill_null("")
     _no_nul(rows, column, result)
     return result
 
@@ -217,9 +215,9 @@ def texts(rows: Table, column: str) -> pl.Series:
 def unescaped(rows: Table, column: str) -> pl.Series:
     """Return texts without HTML, see `markup.plain`; null for blank texts."""
     result = texts(rows, column)
-    places = result.str.contains("[<&]").arg_true()
-    if len(places):
-        result = result.scatter(places, [plain(text) for text in result.gather(places)])
+    indices = result.str.contains("[<&]").arg_true()
+    if len(indices):
+        result = result.scatter(indices, [plain(text) for text in result.gather(indices)])
     return result.set(result.str.strip_chars() == "", None)
 
 
@@ -277,8 +275,8 @@ def _spelled(rows: Table, column: str) -> pl.Series:
     return result
 
 
-def _no_nul(rows: Table, column: str, found: pl.Series) -> None:
-    row = _first_of(found, lambda values: values.str.contains("\0", literal=True))
+def _no_nul(rows: Table, column: str, series: pl.Series) -> None:
+    row = _first_of(series, lambda values: values.str.contains("\0", literal=True))
     if row is not None:
         raise DataError.at(rows.where(row), "encoding", f": column {column!r} has a NUL character; remove it", column)
 
@@ -420,18 +418,18 @@ def _one_unit(rows: Table, column: str, values: pl.Series) -> pl.Series:
     A row in another unit would be before or after all others.
     """
     begins = [*_UNITS.values(), float("inf")]
-    place = {
-        unit: at
+    first_rows = {
+        unit: row
         for unit, low, high in zip(_UNITS, begins, begins[1:], strict=False)
-        if (at := _first((values >= low) & (values < high))) is not None
+        if (row := _first((values >= low) & (values < high))) is not None
     }
-    if len(place) < 2:
+    if len(first_rows) < 2:
         return values
-    (first, _), (other, at) = sorted(place.items(), key=lambda item: item[1])[:2]
+    (first, _), (other, row) = sorted(first_rows.items(), key=lambda item: item[1])[:2]
     raise DataError.at(
-        rows.where(at),
+        rows.where(row),
         "bad-value",
-        f": the time in column {column!r} is {values[at]:.15g}, which looks like {other} since 1970, but earlier rows "
+        f": the time in column {column!r} is {values[row]:.15g}, which looks like {other} since 1970, but earlier rows "
         f"look like {first}; write all times in the same unit",
         column,
     )
@@ -504,10 +502,10 @@ def _first(bad: pl.Series) -> int | None:
     return int(bad.arg_max() or 0) if bad.any() else None
 
 
-def _first_of(found: pl.Series, bad: Callable[[pl.Series], pl.Series]) -> int | None:
+def _first_of(series: pl.Series, bad: Callable[[pl.Series], pl.Series]) -> int | None:
     """Return the index of the first row with an invalid text."""
-    if not isinstance(found.dtype, pl.Enum):
-        return _first(bad(found))
-    values, rows = codes(found)
+    if not isinstance(series.dtype, pl.Enum):
+        return _first(bad(series))
+    values, rows = codes(series)
     wrong = bad(values).to_numpy()
     return _first(pl.Series(wrong[rows])) if wrong.any() else None

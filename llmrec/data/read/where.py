@@ -47,7 +47,7 @@ _TURNED: Mapping[type[ast.cmpop], type[ast.cmpop]] = {
 }
 
 
-def kept(table: Table, where: str) -> Table:
+def filter_rows(table: Table, where: str) -> Table:
     """Return the rows of a table that satisfy an expression.
 
     A missing value is neither equal to, unequal to, less than nor greater than anything.
@@ -60,7 +60,7 @@ def kept(table: Table, where: str) -> Table:
         RecipeError: If the expression is outside the grammar.
         DataError: If a column is missing, a cell compared with a number is not a number, or no row satisfies it.
     """
-    results = [rows for part in table.parts or (table,) if (rows := _some(part, where)).frame.height]
+    results = [rows for part in table.parts or (table,) if (rows := _filtered(part, where)).frame.height]
     if not results:
         raise DataError.at(
             table.name,
@@ -71,13 +71,13 @@ def kept(table: Table, where: str) -> Table:
     return replace(joined(results), name=table.name, sha256=table.sha256) if table.parts else results[0]
 
 
-def _some(table: Table, where: str) -> Table:
+def _filtered(table: Table, where: str) -> Table:
     """Return the rows of one file that satisfy an expression, which may be none."""
     chosen = _Parser(table).parsed(where)
     # Codes are compared as texts; only the named columns are expanded.
     frame = table.frame.lazy().with_columns(selectors.enum().cast(pl.String))
-    held = frame.select(chosen.fill_null(value=False).alias("held")).collect()["held"]
-    rows = held.arg_true()
+    satisfied = frame.select(chosen.fill_null(value=False).alias("held")).collect()["held"]
+    rows = satisfied.arg_true()
     if len(rows) == table.frame.height:
         return table
     return replace(
@@ -113,7 +113,7 @@ class _Parser:
             return ~self._truth(node.operand, depth + 1)
         if isinstance(node, ast.Compare):
             return self._comparison(node)
-        raise _wrong(f"{_said(node)} is not a condition; compare a column with a value")
+        raise _wrong(f"{_quoted(node)} is not a condition; compare a column with a value")
 
     def _comparison(self, node: ast.Compare) -> pl.Expr:
         """Translate a comparison; ``1 <= stars <= 5`` becomes the conjunction of its two comparisons."""
@@ -130,7 +130,7 @@ class _Parser:
         if left is None and right is not None and type(op) in _TURNED:
             return self._pair(two, _TURNED[type(op)](), one)
         if left is None:
-            raise _wrong(f"{_said(one)} is not a column; write the column on the left")
+            raise _wrong(f"{_quoted(one)} is not a column; write the column on the left")
         if isinstance(op, ast.In | ast.NotIn):
             return self._among(left, two, isinstance(op, ast.NotIn))
         if isinstance(op, ast.Is | ast.IsNot):
@@ -222,7 +222,7 @@ class _Parser:
         elif isinstance(node, ast.Call):
             plain = isinstance(node.func, ast.Name) and node.func.id == "col" and not node.keywords
             if not plain or len(node.args) != 1 or not isinstance(_value(node.args[0]), str):
-                raise _wrong(f"{_said(node)} is a call; only col('a name') is allowed")
+                raise _wrong(f"{_quoted(node)} is a call; only col('a name') is allowed")
             name = str(_value(node.args[0]))
         else:
             return None
@@ -252,7 +252,7 @@ def _value(node: ast.expr) -> Any:
             return -number
     if isinstance(node, ast.Constant) and (node.value is None or isinstance(node.value, str | bool | int | float)):
         return node.value
-    raise _wrong(f"{_said(node)} is not a value")
+    raise _wrong(f"{_quoted(node)} is not a value")
 
 
 def _moment(text: str) -> datetime:
@@ -263,7 +263,7 @@ def _moment(text: str) -> datetime:
     return moment if moment.tzinfo is None else moment.astimezone(UTC).replace(tzinfo=None)
 
 
-def _said(node: ast.expr) -> str:
+def _quoted(node: ast.expr) -> str:
     return shown(ast.unparse(node))
 
 

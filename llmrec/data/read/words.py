@@ -141,14 +141,14 @@ def _words(name: str) -> list[str]:
     return [word for token in tokens(name) for word in _parts(token.rstrip("0123456789") or token)]
 
 
-def _spoken(path: str) -> str:
+def _main_part(path: str) -> str:
     """Return the relevant part of a path: ``sku`` of ``lines[].sku``, but ``user id`` of ``user.id``.
 
     An id or a name belongs to the object around it; in a list, to one of its elements.
     """
     *outer, last = (_one(part) for part in path.split("."))
-    text = [_MEANING.get(word, {}) for word in _words(last)]
-    bare = all("id" in roles or roles.get("title") == 0.9 for roles in text)
+    meanings = [_MEANING.get(word, {}) for word in _words(last)]
+    bare = all("id" in roles or roles.get("title") == 0.9 for roles in meanings)
     return f"{outer[-1]} {last}" if outer and bare else last
 
 
@@ -160,7 +160,7 @@ def _one(part: str) -> str:
 
 def named(name: str) -> Named:
     """Return what a column name means. The noun comes last: ``product_rating`` is a rating."""
-    words = _words(_spoken(name) if is_path(name) else name)
+    words = _words(_main_part(name) if is_path(name) else name)
     roles: dict[str, float] = {}
     for word in words:
         for role, weight in _MEANING.get(word, {}).items():
@@ -183,32 +183,32 @@ def named(name: str) -> Named:
 
 def _settled(roles: dict[str, float], is_id: bool) -> dict[str, float]:
     """Return the possible roles of a column, after considering all words of its name."""
-    gone: set[str] = set()
+    removed: set[str] = set()
     if "count" in roles:
-        gone = set(roles) - {"count"}
+        removed = set(roles) - {"count"}
     elif is_id:
         # The id of a review or the number of a category is neither a text nor an item attribute.
-        gone = {"rating", "time", "title", "text", "field", "other"}
-        if gone & roles.keys() and not {"user", "item"} & roles.keys():
+        removed = {"rating", "time", "title", "text", "field", "other"}
+        if removed & roles.keys() and not {"user", "item"} & roles.keys():
             roles = {**roles, "row": 1.0}
     elif "other" in roles:
         roles = {role: weight * 0.6 if role == "time" else weight for role, weight in roles.items()}
     elif "time" in roles:
-        gone = {"user", "item", "text", "title", "rating", "row"} if roles["time"] > 0.8 else {"row"}
+        removed = {"user", "item", "text", "title", "rating", "row"} if roles["time"] > 0.8 else {"row"}
     elif {"title", "text"} <= roles.keys():
-        gone = {"title", "text"} if roles["text"] == 1.0 else {"text"}
+        removed = {"title", "text"} if roles["text"] == 1.0 else {"text"}
         roles = {**roles, "headline": 1.0}
     elif {"user", "title"} <= roles.keys():
         # A user name can identify the user if there is no id.
         roles = {**roles, "user": 0.7}
-        gone = {"title", "item"}
-    if {"rating", "title", "text", "field"} & (roles.keys() - gone):
-        gone |= {"item", "row"} | ({"user"} if "title" not in roles else set())
+        removed = {"title", "item"}
+    if {"rating", "title", "text", "field"} & (roles.keys() - removed):
+        removed |= {"item", "row"} | ({"user"} if "title" not in roles else set())
         if "field" in roles:
-            gone |= {"title"}
+            removed |= {"title"}
         if "rating" in roles and roles.get("text") == 1.0:
-            gone |= {"text"}
-    return {role: weight for role, weight in roles.items() if role not in gone}
+            removed |= {"text"}
+    return {role: weight for role, weight in roles.items() if role not in removed}
 
 
 def _parts(token: str) -> list[str]:

@@ -57,12 +57,12 @@ def locate(known: Known, path: str | None, items: str | None) -> Located:
         events = Member(str(chosen), chosen)
         layout, category = _layout_of(known, events)
         return _complete(known, str(chosen.parent), layout, category, events, listing(chosen.parent), items)
-    for place in (chosen, *(chosen / folder for folder in known.folders)):
-        members = listing(place) if place.exists() else []
+    for root in (chosen, *(chosen / folder for folder in known.folders)):
+        members = listing(root) if root.exists() else []
         fitting = _fitting(known, members)
         if fitting:
-            layout, category, events = _only(known, str(place), fitting)
-            return _complete(known, str(place), layout, category, events, members, items)
+            layout, category, events = _only(known, str(root), fitting)
+            return _complete(known, str(root), layout, category, events, members, items)
     if not chosen.exists():
         raise DataError(
             f"data.path={path}: the file or folder does not exist{near(chosen)}; {_ways(known)}",
@@ -92,9 +92,9 @@ def _cached(known: Known) -> Path:
     home = cache_dir() / "data"
     # The name of a data set described by the user is a path, not a folder of the cache.
     for folder in (*known.folders, *((known.name,) if known.shipped else ())):
-        for place in (home / folder, home / f"{folder}.zip"):
-            if place.exists():
-                return place
+        for path in (home / folder, home / f"{folder}.zip"):
+            if path.exists():
+                return path
     if known.download is None:
         raise DataError(
             f"source {known.name!r} needs data.path: {_ways(known)}", kind="missing-key", column="data.path"
@@ -119,15 +119,15 @@ def _wheel_folder(known: Known) -> Path | None:
         spec = find_spec(package) if package else None
     except (ImportError, ValueError):
         return None
-    places = spec.submodule_search_locations if spec is not None else None
-    path = Path(next(iter(places)), folder) if places else None
+    locations = spec.submodule_search_locations if spec is not None else None
+    path = Path(next(iter(locations)), folder) if locations else None
     return path if path is not None and path.is_dir() else None
 
 
 def captured(pattern: str, name: str) -> str | None:
     """Return the text that matches ``*`` in a pattern; None if the name does not match."""
-    result = re.fullmatch(re.escape(pattern).replace(r"\*", "(.+)"), name, flags=re.IGNORECASE)
-    return None if result is None else (result[1] if result.groups() else "")
+    match = re.fullmatch(re.escape(pattern).replace(r"\*", "(.+)"), name, flags=re.IGNORECASE)
+    return None if match is None else (match[1] if match.groups() else "")
 
 
 def fits(layout: Layout, name: str) -> str | None:
@@ -190,19 +190,19 @@ def _complete(
     items: str | None,
 ) -> Located:
     """Return all files of the data set to which a file of interactions belongs."""
-    around = [member for member in members if member.folder == events.folder]
+    siblings = [member for member in members if member.folder == events.folder]
 
-    def beside(patterns: Sequence[str]) -> Member | None:
+    def companion(patterns: Sequence[str]) -> Member | None:
         for pattern in patterns:
             name = pattern.replace("{}", category) if category else pattern.replace("{}", "*")
-            fitting = [member for member in around if captured(name, member.plain) is not None and member != events]
+            fitting = [member for member in siblings if captured(name, member.plain) is not None and member != events]
             if len({member.plain for member in fitting}) == 1:
                 return fitting[0]
         return None
 
     entries: Member | None = None
     if layout.items is not None:
-        entries = Member(items, user_path(items)) if items is not None else beside(layout.items.files)
+        entries = Member(items, user_path(items)) if items is not None else companion(layout.items.files)
         if entries is None and layout.items.complete:
             raise _missing(known, where, layout.items.files[0], "the file of items")
     elif items is not None:
@@ -211,10 +211,10 @@ def _complete(
             kind="contradiction",
             column="data.items",
         )
-    renames = beside(layout.renames.files) if layout.renames is not None else None
+    renames = companion(layout.renames.files) if layout.renames is not None else None
     if renames is None and layout.renames is not None and entries is not None:
         raise _missing(known, where, layout.renames.files[0], "which maps the item ids")
-    people = beside(layout.people.files) if layout.people is not None else None
+    people = companion(layout.people.files) if layout.people is not None else None
     return Located(where, layout, category, events, entries, people, renames)
 
 

@@ -33,11 +33,11 @@ def mind(section: DataSection, *, seed: int) -> Dataset:
     """
     page = known("mind")
     refuse_columns(section, page.name, "text")
-    result = locate(page, section.path, section.items)
-    spec = result.layout.events
+    located = locate(page, section.path, section.items)
+    spec = located.layout.events
     histories: list[pl.DataFrame] = []
     clicks: list[pl.DataFrame] = []
-    for block in blocks(result.events, spec.form, dict.fromkeys(("user", "time", "history", "impressions"), "text")):
+    for block in blocks(located.events, spec.form, dict.fromkeys(("user", "time", "history", "impressions"), "text")):
         users = ids(block, spec.user)
         lines = pl.Series(_LINE, list(block.lines or ()), pl.Int64)
         histories.append(_longest(pl.DataFrame({"user_id": users, "items": block.frame["history"], _LINE: lines})))
@@ -46,19 +46,19 @@ def mind(section: DataSection, *, seed: int) -> Dataset:
     frame = _in_order(_longest(pl.concat(histories)), pl.concat(clicks))
     if frame.is_empty():
         raise DataError.at(
-            result.events.name, "empty", " contains neither histories nor clicks; use the train or dev split of MIND"
+            located.events.name, "empty", " contains neither histories nor clicks; use the train or dev split of MIND"
         )
-    catalogue = catalogue_of(result, set(frame["item_id"].unique()), {})
+    catalogue = catalogue_of(located, set(frame["item_id"].unique()), {})
     return assemble(
         section,
-        by_line(result.events.name, frame),
+        by_line(located.events.name, frame),
         frame.drop(_LINE),
         catalogue.items,
         name=page.name,
         noun=page.noun,
         provenance=origin(
             page.name,
-            (result.events, result.items),
+            (located.events, located.items),
             rows=frame.height,
             licence=page.licence,
             notes=[*page.notes, *catalogue.notes],

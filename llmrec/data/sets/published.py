@@ -57,29 +57,29 @@ def load(page: Known, section: DataSection) -> Dataset:
         DataError: If a file is missing or damaged, or has an invalid row.
     """
     refuse_columns(section, page.name, "text")
-    result = locate(page, section.path, section.items)
-    events = read_events(result.events, result.layout.events, _text_column(page, result.layout.events, section))
-    _check_widths(page, events.frame, result.events.name)
+    located = locate(page, section.path, section.items)
+    events = read_events(located.events, located.layout.events, _text_column(page, located.layout.events, section))
+    _check_widths(page, events.frame, located.events.name)
     item_ids = set(events.frame["item_id"].unique())
-    catalogue = catalogue_of(result, item_ids, events.titles)
+    catalogue = catalogue_of(located, item_ids, events.titles)
     people: dict[str, dict[str, str]] = {}
-    if result.people is not None and result.layout.people is not None:
-        people = read_people(result.people, result.layout.people)
+    if located.people is not None and located.layout.people is not None:
+        people = read_people(located.people, located.layout.people)
     notes = [*page.notes, *catalogue.notes]
-    if result.layout.events.time is None:
+    if located.layout.events.time is None:
         notes.append("the data have no timestamps: a seeded hash orders the items of a user")
     return assemble(
         section,
         events.table,
         events.frame,
         catalogue.items,
-        name="-".join(filter(None, (page.name, result.category.lower()))),
+        name="-".join(filter(None, (page.name, located.category.lower()))),
         provenance=origin(
             page.name,
-            (result.events, result.items, result.people, result.renames),
+            (located.events, located.items, located.people, located.renames),
             rows=events.frame.height,
             licence=page.licence,
-            published=compared(page, result.events.plain, events.frame),
+            published=compared(page, located.events.plain, events.frame),
             notes=notes,
         ),
         users=people,
@@ -213,27 +213,27 @@ class Catalogue:
     notes: tuple[str, ...] = ()
 
 
-def catalogue_of(found: Located, item_ids: set[str], titles: Mapping[str, str]) -> Catalogue:
+def catalogue_of(located: Located, item_ids: set[str], titles: Mapping[str, str]) -> Catalogue:
     """Return the `Item` of every item id, with the titles and fields that were read.
 
     Args:
-        found: The files of the data set.
+        located: The files of the data set.
         item_ids: The wanted items.
         titles: Titles stored with the interactions, by item.
 
     Raises:
         DataError: If a row of the file of items is invalid.
     """
-    spec = found.layout.items
-    if spec is None or found.items is None:
+    spec = located.layout.items
+    if spec is None or located.items is None:
         titles = {item: title for item, title in titles.items() if not has_markup(title)}
         items = {item: Item(item_id=item, title=titles.get(item, item)) for item in item_ids}
-        return Catalogue(items, untitled(found.where, len(item_ids - titles.keys()), len(items)))
+        return Catalogue(items, untitled(located.where, len(item_ids - titles.keys()), len(items)))
     names = {item: item for item in item_ids}
-    if found.renames is not None and found.layout.renames is not None:
+    if located.renames is not None and located.layout.renames is not None:
         # An item that the renaming file lacks gets no entry, even if its number is the id of another item.
-        names = dict.fromkeys(item_ids, "") | _renamed(found.renames, found.layout.renames, item_ids)
-    listed = read_items(found.items, spec, set(names.values()))
+        names = dict.fromkeys(item_ids, "") | _renamed(located.renames, located.layout.renames, item_ids)
+    listed = read_items(located.items, spec, set(names.values()))
     blank = {attribute.name: attribute.missing for attribute in spec.attributes}
     items = {}
     missing = 0
@@ -243,7 +243,7 @@ def catalogue_of(found: Located, item_ids: set[str], titles: Mapping[str, str]) 
             continue  # the check of interactions names the row
         missing += title is None
         items[item] = Item(item_id=item, title=title or item, fields=fields)
-    return Catalogue(items, untitled(found.items.name, missing, len(items)) + listed.notes(found.items.name))
+    return Catalogue(items, untitled(located.items.name, missing, len(items)) + listed.notes(located.items.name))
 
 
 def untitled(where: str, missing: int, total: int) -> tuple[str, ...]:
@@ -314,12 +314,12 @@ def read_items(member: Member, spec: Items, wanted: set[str]) -> Listed:
     repeated = nameless = markup = 0
     named = (spec.item, *spec.titles, *(column for attribute in spec.attributes for column in attribute.columns))
     columns = dict.fromkeys((*named, *((spec.year,) if spec.year else ())))
-    for place, row in records(member, spec.form, list(columns)):
-        item = value_text(place, spec.item, row.get(spec.item))
+    for location, row in records(member, spec.form, list(columns)):
+        item = value_text(location, spec.item, row.get(spec.item))
         if not item.strip():
             if not spec.gaps:
                 raise DataError.at(
-                    place, "missing-value", f": column {spec.item!r} is empty; every item needs an id", spec.item
+                    location, "missing-value", f": column {spec.item!r} is empty; every item needs an id", spec.item
                 )
             nameless += 1
             continue
@@ -328,28 +328,28 @@ def read_items(member: Member, spec: Items, wanted: set[str]) -> Listed:
         if item in result:
             repeated += 1
             continue
-        titles = [title for name in spec.titles if (title := _title(place, spec, name, row))]
+        titles = [title for name in spec.titles if (title := _title(location, spec, name, row))]
         title = next((name for name in titles if not has_markup(name)), None)
         markup += title is None and bool(titles)
         if title is None and spec.complete:
             raise DataError.at(
-                place,
+                location,
                 "missing-value",
                 f": column {spec.titles[0]!r} is empty; every item needs a title",
                 spec.titles[0],
             )
-        fields = {attribute.name: rendered(place, attribute, row) for attribute in spec.attributes}
+        fields = {attribute.name: rendered(location, attribute, row) for attribute in spec.attributes}
         if spec.film and title is not None:
             title, fields[_YEAR] = movie_title(title)
         result[item] = (title, fields)
     return Listed(result, repeated, nameless, markup)
 
 
-def _title(place: Place, spec: Items, column: str, row: Mapping[str, object]) -> str | None:
-    title = plain(value_text(place, column, row.get(column))).strip()
+def _title(location: Place, spec: Items, column: str, row: Mapping[str, object]) -> str | None:
+    title = plain(value_text(location, column, row.get(column))).strip()
     if not title or (spec.junk is not None and spec.junk in title):
         return None
-    year = value_text(place, spec.year, row.get(spec.year)).strip() if spec.year else ""
+    year = value_text(location, spec.year, row.get(spec.year)).strip() if spec.year else ""
     return spec.words.get(title) or (f"{title} ({year})" if year else title)
 
 
@@ -361,28 +361,28 @@ def read_people(member: Member, spec: People) -> dict[str, dict[str, str]]:
     """
     people = {}
     columns = [spec.user, *(column for attribute in spec.attributes for column in attribute.columns)]
-    for place, row in records(member, spec.form, columns):
-        user = value_text(place, spec.user, row.get(spec.user))
+    for location, row in records(member, spec.form, columns):
+        user = value_text(location, spec.user, row.get(spec.user))
         if not user.strip():
             raise DataError.at(
-                place, "missing-value", f": column {spec.user!r} is empty; every profile needs a user", spec.user
+                location, "missing-value", f": column {spec.user!r} is empty; every profile needs a user", spec.user
             )
-        people[user] = {attribute.name: rendered(place, attribute, row) for attribute in spec.attributes}
+        people[user] = {attribute.name: rendered(location, attribute, row) for attribute in spec.attributes}
     return people
 
 
-def rendered(place: Place, attribute: Attribute, row: Mapping[str, object]) -> str:
+def rendered(location: Place, attribute: Attribute, row: Mapping[str, object]) -> str:
     """Return an additional field as one text: lists joined, codes replaced by words, HTML removed."""
     if attribute.flags:
-        value: object = [flag for flag in attribute.flags if value_text(place, flag, row.get(flag)).strip() == "1"]
+        value: object = [flag for flag in attribute.flags if value_text(location, flag, row.get(flag)).strip() == "1"]
     else:
         value = row.get(attribute.column)
     if isinstance(value, list) and value and all(isinstance(path, list) for path in value):
         value = value[0]  # of several category paths, the first is the main one
     if isinstance(value, list):
-        parts = [value_text(place, attribute.column, part) for part in value]
+        parts = [value_text(location, attribute.column, part) for part in value]
     else:
-        text = value_text(place, attribute.column, value)
+        text = value_text(location, attribute.column, value)
         parts = text.split(attribute.split) if attribute.split else [text]
     cleaned = ["" if has_markup(part) else part for part in (plain(part).strip() for part in parts)]
     joined = attribute.join.join(attribute.words.get(part, part) for part in cleaned if part)
@@ -410,14 +410,14 @@ def movie_title(raw: str) -> tuple[str, str]:
     ending = _ENDING.match(raw.strip())
     title = ending["title"] if ending else raw.strip()
     head, bracket, tail = title.partition(" (")
-    further = _BRACKET.sub(lambda found: f"({_article_first(found[1], foreign=True)})", bracket + tail)
-    whole = _article_first(head) + further
-    return (f"{whole} ({ending['years']})", ending["year"]) if ending else (whole, "unknown")
+    further = _BRACKET.sub(lambda match: f"({_article_first(match[1], foreign=True)})", bracket + tail)
+    full_title = _article_first(head) + further
+    return (f"{full_title} ({ending['years']})", ending["year"]) if ending else (full_title, "unknown")
 
 
 def _article_first(title: str, *, foreign: bool = False) -> str:
-    result = _LATER.match(title) or (_FOREIGN.match(title) if foreign else None)
-    if result is None:
+    match = _LATER.match(title) or (_FOREIGN.match(title) if foreign else None)
+    if match is None:
         return title
-    gap = "" if result["article"].endswith("'") else " "
-    return f"{result['also'] or ''}{result['article']}{gap}{result['rest']}"
+    gap = "" if match["article"].endswith("'") else " "
+    return f"{match['also'] or ''}{match['article']}{gap}{match['rest']}"

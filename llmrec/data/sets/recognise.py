@@ -43,7 +43,7 @@ def _names(events: Events) -> set[str]:
 # --------------------------------------------------------------------------- files
 
 
-def source_of(place: Path) -> str | None:
+def source_of(path: Path) -> str | None:
     """Return the data source for a path that is a folder, a zip archive, or not a table.
 
     None if the path is a table, or unknown to all sources.
@@ -51,15 +51,15 @@ def source_of(place: Path) -> str | None:
     Raises:
         DataError: If a folder or an archive cannot be read.
     """
-    if place.is_dir() or place.suffix.lower() == ".zip":
-        members = listing(place)
+    if path.is_dir() or path.suffix.lower() == ".zip":
+        members = listing(path)
         names = {member.plain.lower() for member in members}
         if _SEQUENCES in names:
             return "sequences"
         if all({f"{part}.tsv", f"{part}.csv"} & names for part in _SAMPLES) and _are_samples(members):
             return "samples"
         return next((page.name for page in _sets(members)), None)
-    member = Member(str(place), place)
+    member = Member(str(path), path)
     if member.plain.lower().endswith(".txt"):
         return "sequences" if _holds_sequences(member) else None
     # A file with a header is a table with columns to choose; other files are recognised by their names.

@@ -64,7 +64,7 @@ def amazon_reviews(section: DataSection, *, seed: int) -> Dataset:
             "sha256": member.sha256 if listed is None else f"{member.sha256}; {listed.sha256}",
             "rows": str(frame.height),
             "made": "no",
-            "derived": _said(listed is None),
+            "derived": _derived_parts(listed is None),
             "licence": "research use; the reviews may not be redistributed",
         },
     )
@@ -73,7 +73,7 @@ def amazon_reviews(section: DataSection, *, seed: int) -> Dataset:
     return replace(dataset, reviews=_reviews(dataset.interactions, headlines), derives=derives)
 
 
-def _said(titles: bool) -> str:
+def _derived_parts(titles: bool) -> str:
     derived = "features and sentences (keyphrases), user names (pseudonyms)"
     return f"titles (keyphrases of training reviews), {derived}" if titles else derived
 
@@ -81,12 +81,12 @@ def _said(titles: bool) -> str:
 def _reviews(rows: pl.DataFrame, headlines: pl.DataFrame) -> dict[tuple[str, str], Review]:
     # Of repeated pairs the latest row was kept; take the headline from the same row.
     latest = headlines.with_row_index("_row").sort("timestamp", "_row")
-    above = {
-        (user, item): message for user, item, message in latest.select("user_id", "item_id", "headline").iter_rows()
+    headline_of = {
+        (user, item): headline for user, item, headline in latest.select("user_id", "item_id", "headline").iter_rows()
     }
-    note = [(user, item, text or "") for user, item, text in rows.select("user_id", "item_id", "text").iter_rows()]
-    result = keyphrases([text for *_, text in note])
+    texts = [(user, item, text or "") for user, item, text in rows.select("user_id", "item_id", "text").iter_rows()]
+    result = keyphrases([text for *_, text in texts])
     return {
-        (user, item): Review(text=text, headline=" ".join(above.get((user, item), "").split()), phrases=phrases)
-        for (user, item, text), phrases in zip(note, result, strict=True)
+        (user, item): Review(text=text, headline=" ".join(headline_of.get((user, item), "").split()), phrases=phrases)
+        for (user, item, text), phrases in zip(texts, result, strict=True)
     }

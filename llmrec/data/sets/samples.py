@@ -68,29 +68,29 @@ def samples(section: DataSection, *, seed: int) -> Dataset:
         )
     members = members_of("samples", section.path)
     # If the path names a file, its folder is used, because all three files are needed.
-    result = {
+    files = {
         part: member_of(members, names, section.path, f"with the columns {_HISTORY} and {_TARGET}")
         for part, names in _PARTS.items()
     }
-    rows = {part: list(_read(member)) for part, member in result.items()}
-    people = _follow(rows)
-    learned, dropped = _learned(people)
+    rows = {part: list(_read(member)) for part, member in files.items()}
+    people = _group_by_user(rows)
+    training, dropped = _training_events(people)
     held = {part: _held_out(people, part) for part in ("valid", "test")}
     tables = [
-        by_line(result[part].name, _in_columns(events), header=1) for part, events in {"train": learned, **held}.items()
+        by_line(files[part].name, _in_columns(events), header=1) for part, events in {"train": training, **held}.items()
     ]
     frame = pl.concat([table.frame for table in tables])
     entries = items_member(members, section)
     catalogue, notes = items_of(section, frame["item_id"], entries)
     dataset = assemble(
         section,
-        Table(result["train"].name, frame, parts=tuple(tables)),
+        Table(files["train"].name, frame, parts=tuple(tables)),
         frame,
         catalogue,
-        name=name_of(result["train"], "train"),
+        name=name_of(files["train"], "train"),
         provenance=origin(
             "samples",
-            (*result.values(), entries),
+            (*files.values(), entries),
             rows=" / ".join(f"{part} {len(part_rows)}" for part, part_rows in rows.items()),
             licence=LICENCE,
             notes=[*notes, *_limits(rows, people, dropped)],
@@ -133,7 +133,7 @@ class _Person:
         return next(part_rows[0] for part_rows in self.rows.values() if part_rows)
 
 
-def _follow(rows: Mapping[str, Sequence[_Row]]) -> list[_Person]:
+def _group_by_user(rows: Mapping[str, Sequence[_Row]]) -> list[_Person]:
     """Group the rows by user, independently of their order in the files, with shorter histories first.
 
     People are identified by user names if training rows have some, and otherwise by rows that continue others.
@@ -155,12 +155,12 @@ def _follow(rows: Mapping[str, Sequence[_Row]]) -> list[_Person]:
             person.rows[part].append(row)
             after = (*row.history, row.target)[-longest:] if longest else ()
             waiting.setdefault(name or after, []).append(person)
-    for number, person in enumerate(sorted(people, key=_first_place), start=1):
+    for number, person in enumerate(sorted(people, key=_first_position), start=1):
         person.name = person.name or f"person-{number}"
-    return sorted(people, key=_first_place)
+    return sorted(people, key=_first_position)
 
 
-def _first_place(person: _Person) -> tuple[int, int]:
+def _first_position(person: _Person) -> tuple[int, int]:
     """Return the file part and the line number of the first row of a user."""
     part = next(number for number, part_rows in enumerate(person.rows.values()) if part_rows)
     return part, min(row.line for row in list(person.rows.values())[part])
@@ -174,23 +174,23 @@ class _Events(NamedTuple):
     line: int
 
 
-def _learned(people: Sequence[_Person]) -> tuple[list[_Events], int]:
+def _training_events(people: Sequence[_Person]) -> tuple[list[_Events], int]:
     """Return the training interactions, and how many were left out because they are held out later."""
     events: list[_Events] = []
     dropped = 0
     for person in people:
         held = {row.target for part in ("valid", "test") for row in person.rows[part]}
-        had: list[str] = []
+        seen: list[str] = []
         for row in person.rows["train"]:
             # A row that continues the known interactions adds only its target, even if its history is truncated; other
             # rows of the same user add the items that are not yet known.
-            continues = bool(row.history) and tuple(had[-len(row.history) :]) == row.history
-            more = [row.target] if continues else [item for item in (*row.history, row.target) if item not in had]
-            kept = [item for item in more if item not in held]
-            dropped += len(more) - len(kept)
+            continues = bool(row.history) and tuple(seen[-len(row.history) :]) == row.history
+            new = [row.target] if continues else [item for item in (*row.history, row.target) if item not in seen]
+            kept = [item for item in new if item not in held]
+            dropped += len(new) - len(kept)
             if kept:
                 events.append(_Events(person.name, kept, row.line))
-            had += more
+            seen += new
     return events, dropped
 
 

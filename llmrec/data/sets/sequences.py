@@ -117,18 +117,18 @@ def members_of(source: str, path: str | None) -> list[Member]:
             kind="missing-key",
             column="data.path",
         )
-    place = user_path(path)
-    if not place.exists():
+    root = user_path(path)
+    if not root.exists():
         raise DataError(
             f"data.path={path}: the file or folder does not exist; correct the path",
             kind="missing-file",
-            at=place,
+            at=root,
             column="data.path",
         )
-    if place.is_file() and place.suffix.lower() != ".zip":
-        own = Member(str(place), place)
-        return [own, *(member for member in listing(place.parent) if member.plain != own.plain)]
-    return listing(place)
+    if root.is_file() and root.suffix.lower() != ".zip":
+        main = Member(str(root), root)
+        return [main, *(member for member in listing(root.parent) if member.plain != main.plain)]
+    return listing(root)
 
 
 def is_file_named(path: str | None) -> bool:

@@ -16,7 +16,7 @@ import polars as pl
 from llmrec.data import dataset as filters
 from llmrec.data.assemble import assemble, catalogue, profiles
 from llmrec.data.dataset import PARTS, Dataset
-from llmrec.data.knowledge import informed
+from llmrec.data.knowledge import with_facts
 from llmrec.data.read.columns import Kind
 from llmrec.data.read.databases import hub_name, is_database, is_hub, read_hub, read_query
 from llmrec.data.read.files import Given, read_bytes, user_path
@@ -26,7 +26,7 @@ from llmrec.data.read.sheets import split_sheet
 from llmrec.data.read.table import fitting, is_pattern, read_table
 from llmrec.data.read.tables import Table, find, joined, rows_of
 from llmrec.data.read.typed import ids, numbers, one_per_item, texts, times, unescaped
-from llmrec.data.read.where import kept
+from llmrec.data.read.where import filter_rows
 from llmrec.data.sets.pages import is_page
 from llmrec.data.sets.published import published
 from llmrec.data.split import earlier
@@ -52,9 +52,9 @@ SPELLED: Mapping[str, str] = {
 _KEY = "data.columns.split"
 
 
-def part_of(said: str) -> str | None:
+def part_of(cell: str) -> str | None:
     """Return the part of the split (train, valid or test) that a cell names; None if unknown."""
-    return SPELLED.get(said.strip().lower())
+    return SPELLED.get(cell.strip().lower())
 
 
 def parts_of(section: DataSection, table: Table) -> pl.Series | None:
@@ -82,10 +82,10 @@ def parts_of(section: DataSection, table: Table) -> pl.Series | None:
             "train, valid and test, set data.files to one file per split, or choose another kind",
             "split",
         )
-    text = texts(table, column).str.strip_chars().str.to_lowercase()
-    result = text.replace_strict({word: PARTS.index(part) for word, part in SPELLED.items()}, default=None)
-    _all_parts(table, column, result)
-    return result.cast(pl.Int8)
+    names = texts(table, column).str.strip_chars().str.to_lowercase()
+    parts = names.replace_strict({word: PARTS.index(part) for word, part in SPELLED.items()}, default=None)
+    _all_parts(table, column, parts)
+    return parts.cast(pl.Int8)
 
 
 def _all_parts(table: Table, column: str, parts: pl.Series) -> None:
@@ -110,7 +110,7 @@ def _all_parts(table: Table, column: str, parts: pl.Series) -> None:
             )
 
 
-def told(parts: pl.Series, frame: pl.DataFrame) -> dict[str, str]:
+def split_facts(parts: pl.Series, frame: pl.DataFrame) -> dict[str, str]:
     """Return the provenance entries of a given split, and warn if its parts overlap in time.
 
     Args:
@@ -167,7 +167,7 @@ def load(section: DataSection, *, seed: int) -> Dataset:
             kind="too-few",
             column="data.filter",
         )
-    return informed(dataset, section.facts)
+    return with_facts(dataset, section.facts)
 
 
 def located(section: DataSection) -> DataSection:
@@ -237,7 +237,7 @@ def table(section: DataSection, *, seed: int) -> Dataset:
             "made": "no",
             "licence": "see the owner of the table",
             **({"where": section.filter.where} if section.filter.where is not None else {}),
-            **(told(parts, frame) if parts is not None else {}),
+            **(split_facts(parts, frame) if parts is not None else {}),
         },
     )
 
@@ -254,7 +254,7 @@ def listed_items(section: DataSection) -> dict[str, Item]:
     main = _main(section)
     listed = rows_of(_read(section.items or ""), _named(section.columns))
     item_ids = ids(main, find(main, section.columns.item, "item_id", "data.columns.item") or "")
-    return catalogue(section, main, item_ids, listed, whole=True)
+    return catalogue(section, main, item_ids, listed, complete=True)
 
 
 def _main(section: DataSection) -> Table:
@@ -278,7 +278,7 @@ def _rows(path: str, section: DataSection) -> Table:
     else:
         result = _read(path, _wanted(section.columns) if where is None else None)
     result = rows_of(result, _named(section.columns))
-    return result if where is None else kept(result, where)
+    return result if where is None else filter_rows(result, where)
 
 
 def _queried(path: str, query: str | None) -> Table:
@@ -364,12 +364,12 @@ def explanations(section: DataSection, *, seed: int) -> Dataset:
             absent[0],
         )
     users, items = ids(main, "uid"), ids(main, "iid")
-    given = texts(main, "explanation")
+    series = texts(main, "explanation")
     titles, about = one_per_item(main, items, "title"), one_per_item(main, items, "item_summary")
     return assemble(
         section,
         main,
-        pl.DataFrame({"user_id": users, "item_id": items, "text": given.set(given.str.strip_chars() == "", None)}),
+        pl.DataFrame({"user_id": users, "item_id": items, "text": series.set(series.str.strip_chars() == "", None)}),
         {
             item: Item(item_id=item, title=titles.get(item, item), fields={"about": about.get(item, "")})
             for item in items.unique()
@@ -407,12 +407,12 @@ def made_reviews(section: DataSection, *, seed: int) -> Dataset:
             column="data",
         )
     path = resource("recipes", "made", "reviews.csv")
-    own = {
+    settings = {
         "path": str(path),
         "columns": Columns(fields=("category", "brand", "price")),
         "rating_scale": section.rating_scale or (1.0, 5.0),
         "noun": section.noun if section.noun != DataSection.model_fields["noun"].default else "kitchen products",
     }
-    dataset = table(section.model_copy(update=own), seed=seed)
+    dataset = table(section.model_copy(update=settings), seed=seed)
     provenance = {**dataset.provenance, "source": "made-reviews", "made": "yes", "licence": "the licence of llmrec"}
     return replace(dataset, name="made-reviews", provenance=provenance)
