@@ -55,7 +55,7 @@ _STORE = 100_000_000
 
 
 @dataclass(frozen=True)
-class Places:
+class Allocation:
     """Number of actors on a cluster, logical CPUs and GPUs of each, and number of machines that are alive."""
 
     actors: int
@@ -64,37 +64,37 @@ class Places:
     nodes: int
 
 
-def places(nodes: Sequence[Mapping[str, float]], asked: RaySection, *, least: int = 1) -> Places:
+def allocate(nodes: Sequence[Mapping[str, float]], section: RaySection, *, least: int = 1) -> Allocation:
     """Return the number and resources of actors: as many as fit on the cluster, or the requested number.
 
     Args:
         nodes: The resources of each machine: ``CPU`` and ``GPU``.
-        asked: The maximum number of actors, and the resources of each.
+        section: The maximum number of actors, and the resources of each.
         least: The minimum number of actors.
 
     Raises:
         RecipeError: If fewer fit: the job would wait forever.
     """
-    gpus = asked.gpus if asked.gpus is not None else float(any(node.get("GPU", 0) >= 1 for node in nodes))
-    fitting = [min([node.get("CPU", 0) / asked.cpus, *([node.get("GPU", 0) / gpus] if gpus else [])]) for node in nodes]
-    most = sum(math.floor(fit + 1e-9) for fit in fitting)
+    gpus = section.gpus if section.gpus is not None else float(any(node.get("GPU", 0) >= 1 for node in nodes))
+    fits = [min([node.get("CPU", 0) / section.cpus, *([node.get("GPU", 0) / gpus] if gpus else [])]) for node in nodes]
+    most = sum(math.floor(fit + 1e-9) for fit in fits)
     cpus = sum(node.get("CPU", 0) for node in nodes)
-    while most and cpus - most * asked.cpus < 1:
+    while most and cpus - most * section.cpus < 1:
         most -= 1
     if most < least:
         raise RecipeError(
             f"--ray: {len(nodes)} nodes with {cpus:g} CPUs and {sum(node.get('GPU', 0) for node in nodes):g} GPUs "
-            f"have room for {most} actors of {asked.cpus:g} CPUs and {gpus:g} GPUs (one CPU is reserved for Ray "
+            f"have room for {most} actors of {section.cpus:g} CPUs and {gpus:g} GPUs (one CPU is reserved for Ray "
             f"Data); requested: {least}. Request fewer or smaller actors (ray.actors, ray.cpus, ray.gpus; llmrec "
             "rank: --actors, --cpus, --gpus), or start more nodes first",
             kind="exhausted",
             column="--ray",
         )
-    return Places(min(asked.actors or most, most), asked.cpus, gpus, len(nodes))
+    return Allocation(min(section.actors or most, most), section.cpus, gpus, len(nodes))
 
 
 @contextmanager
-def cluster(address: str, asked: RaySection) -> Iterator[Any]:
+def cluster(address: str, section: RaySection) -> Iterator[Any]:
     """Start Ray on this machine or connect to a cluster, and provide the Ray module.
 
     Raises:
@@ -107,7 +107,7 @@ def cluster(address: str, asked: RaySection) -> Iterator[Any]:
     require("ray.data", _EXTRA)
     fields: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == LOCAL:
-        cpus = max(processor().usable, math.ceil((asked.actors or 0) * asked.cpus)) + 1
+        cpus = max(processor().usable, math.ceil((section.actors or 0) * section.cpus)) + 1
         fields |= {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": _STORE}
     else:
         knock(address)
@@ -141,10 +141,10 @@ def knock(address: str) -> None:
             kind="bad-value",
             column="--ray",
         )
-    asking = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
     try:
         socket.create_connection((host, int(port)), timeout=_KNOCK).close()
-        subprocess.run(asking, timeout=_ANSWER, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        subprocess.run(command, timeout=_ANSWER, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     except (OSError, OverflowError, subprocess.SubprocessError) as error:
         why = "it is not a Ray head node, or requires its token"
         raise LlmrecError(
@@ -179,26 +179,26 @@ def _node_id() -> str:
     return str(require("ray", _EXTRA).get_runtime_context().get_node_id())
 
 
-def spread(ray: Any, told: Mapping[str, Any], asked: RaySection, numbers: Sequence[int]) -> Iterator[Worked]:
+def spread(ray: Any, arguments: Mapping[str, Any], section: RaySection, numbers: Sequence[int]) -> Iterator[Worked]:
     """Run shards on actors; see `llmrec.cluster.jobs.Spread`.
 
     Args:
         ray: The module, connected to a cluster.
-        told: Constructor arguments of an actor.
-        asked: The resources of an actor.
+        arguments: Constructor arguments of an actor.
+        section: The resources of an actor.
         numbers: Numbers of the shards.
     """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     # A lost shard is not an error: it is missing in the results and run again.
     context.max_errored_blocks = -1
-    resources = places(alive(ray), asked)
+    resources = allocate(alive(ray), section)
     rows = ray.data.from_items([{"shard": number} for number in numbers], override_num_blocks=len(numbers))
     pool = ray.data.ActorPoolStrategy(size=min(resources.actors, len(numbers)), max_tasks_in_flight_per_actor=1)
-    # A dead process is restarted on its node, but its shard is not retried there: if the node is gone, the shard
+    # A dead process is restarted on its node, but its shard is not retried there: if the node is lost, the shard
     # would wait forever.
     lasting = {"max_restarts": -1, "max_task_retries": 0, "num_cpus": resources.cpus, "num_gpus": resources.gpus}
-    result = rows.map(Actor, fn_constructor_kwargs=dict(told), compute=pool, **lasting)
+    result = rows.map(Actor, fn_constructor_kwargs=dict(arguments), compute=pool, **lasting)
     try:
         for row in result.iter_rows():
             yield Worked.parse(row["worked"])
@@ -214,7 +214,7 @@ def alive(ray: Any) -> list[Mapping[str, float]]:
 def work_on(
     address: str,
     job: Job,
-    asked: RaySection,
+    section: RaySection,
     most: int | None = None,
     first: Callable[[], object] = lambda: None,
 ) -> bool:
@@ -223,7 +223,7 @@ def work_on(
     Args:
         address: ``local``, or HOST:PORT of a cluster.
         job: The job.
-        asked: The resources of an actor, and the number of shards.
+        section: The resources of an actor, and the number of shards.
         most: The number of shards that would not be empty; None: unknown.
         first: Called when the job is locked and the cluster is ready, before existing shards are read.
 
@@ -233,13 +233,13 @@ def work_on(
     Raises:
         LlmrecError: If the cluster cannot be used, or a shard fails.
     """
-    with published(job) as token, cluster(address, asked) as ray:
-        resources = places(alive(ray), asked, least=asked.actors or 1)
+    with published(job) as token, cluster(address, section) as ray:
+        resources = allocate(alive(ray), section, least=section.actors or 1)
         first()
         default = EACH * resources.actors
-        count = count_of(job.target, asked.shards, default if most is None else max(1, min(default, most)))
+        count = count_of(job.target, section.shards, default if most is None else max(1, min(default, most)))
         fields = {"folder": str(shards_of(job.target).absolute()), "token": token, "count": count}
-        done = work_all(job, count, partial(spread, ray, fields, asked))
+        done = work_all(job, count, partial(spread, ray, fields, section))
         nodes, processes, tokens = facts_of(done)
         spent = sum(entry.seconds for entry in done)
         cost = {"tokens": f"{tokens:,}"} if tokens else {}

@@ -42,7 +42,7 @@ def evaluate_shard(
     Args:
         recipe: See `llmrec.pipeline.run.run`.
         out: The run folder, with the fine-tuned model if the recipe evaluates one; ``runs/<name>`` by default.
-        shard: The shard: whole batches of the cases of each row.
+        shard: The shard: complete batches of the cases of each row.
         quiet: Show no progress bars.
         report: Called with the finished fraction.
 

@@ -60,16 +60,16 @@ class Job:
     Attributes:
         command: The command of the job.
         target: Its output: a rankings file, a run folder, a feature store.
-        asked: Options of `llmrec rank`, or a recipe.
+        options: Options of `llmrec rank`, or a recipe.
     """
 
     command: Command
     target: Path
-    asked: RankOptions | Recipe
+    options: RankOptions | Recipe
 
     def write(self, token: str) -> None:
         """Write the job file for all machines, with a token that identifies the job."""
-        options = self.asked
+        options = self.options
         plain = (
             options.model_dump(mode="json")
             if isinstance(options, Recipe)
@@ -87,7 +87,7 @@ class Job:
         Raises:
             LlmrecError: The errors of the command in one process.
         """
-        options = self.asked
+        options = self.options
         if isinstance(options, RankOptions):
             # Each part contains its results, so answers need not be cached.
             return partial(rank_shard, options, ranker=open_ranker(options, store=None, budget=Budget(quiet=True)))
@@ -200,13 +200,13 @@ class Worker:
         try:
             opened = self._work or read_job(self._folder, self._token).opened(self._advance)
             self._number, self._work = number, opened
-            message = read(_patiently(self._work, shard)).told
+            facts = read(_patiently(self._work, shard)).told
         except Exception as error:
             wrong = fix_of(error)
             text = str(wrong) if wrong else "".join(traceback.format_exception(error))
             return Worked(number, self._node, self._process, time.monotonic() - begin, error=text)
-        cost = message.get("cost") or {}
-        tokens = message.get("fresh_tokens") or sum(cost.get(f"{name}_tokens", 0) for name in ("prompt", "completion"))
+        cost = facts.get("cost") or {}
+        tokens = facts.get("fresh_tokens") or sum(cost.get(f"{name}_tokens", 0) for name in ("prompt", "completion"))
         return Worked(number, self._node, self._process, time.monotonic() - begin, tokens)
 
     def _advance(self, fraction: float) -> None:
@@ -225,33 +225,33 @@ def _patiently(work: Callable[[Shard], Path], shard: Shard) -> Path:
         time.sleep(_PAUSE)
 
 
-def count_of(target: Path, wanted: int | None, default: int) -> int:
+def count_of(target: Path, requested: int | None, default: int) -> int:
     """Return the number of shards of a job; a resumed job keeps its number.
 
     Args:
         target: The output of the job.
-        wanted: The requested number; None: not requested.
+        requested: The requested number; None: not requested.
         default: The number for a new job without a request.
 
     Raises:
         RecipeError: If existing shards have a number other than the requested one.
     """
-    place, counts = shards_of(target), shard_counts(target)
-    if len(counts) > 1 or (counts and wanted not in (None, counts[0])):
+    folder, counts = shards_of(target), shard_counts(target)
+    if len(counts) > 1 or (counts and requested not in (None, counts[0])):
         raise RecipeError(
-            f"{place} has shards of a job that was split into {' and '.join(map(str, counts))}, not into "
-            f"{wanted or 'one number'}; set --shards to the existing number, or move the folder away",
+            f"{folder} has shards of a job that was split into {' and '.join(map(str, counts))}, not into "
+            f"{requested or 'one number'}; set --shards to the existing number, or move the folder away",
             kind="mismatch",
-            at=place,
+            at=folder,
             column="--shards",
         )
-    return counts[0] if counts else wanted or default
+    return counts[0] if counts else requested or default
 
 
 def shard_counts(target: Path) -> list[int]:
     """Return the numbers of shards into which a job was already divided, most frequent first."""
-    place = shards_of(target)
-    names = [_FOLDER.fullmatch(path.name) for path in place.iterdir() if path.is_dir()] if place.is_dir() else []
+    folder = shards_of(target)
+    names = [_FOLDER.fullmatch(path.name) for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
     return [count for count, _ in Counter(int(name[1]) for name in names if name).most_common()]
 
 
@@ -262,13 +262,13 @@ def published(job: Job) -> Iterator[str]:
     Raises:
         LlmrecError: If the job is already running, or the folder cannot be written.
     """
-    place, token = shards_of(job.target), secrets.token_hex(16)
-    with locked(place, (JOB, LOG)):
+    folder, token = shards_of(job.target), secrets.token_hex(16)
+    with locked(folder, (JOB, LOG)):
         job.write(token)
         try:
             yield token
         finally:
-            (place / JOB).unlink(missing_ok=True)
+            (folder / JOB).unlink(missing_ok=True)
 
 
 Spread = Callable[[Sequence[int]], Iterator[Worked | Advanced]]
@@ -303,7 +303,7 @@ def work_all(job: Job, count: int, spread: Spread) -> list[Worked]:
                 if entry.error:
                     raise LlmrecError(f"shard {entry.shard}/{count}, on {entry.node}: {entry.error}", kind="failed")
                 done[entry.shard], fractions[entry.shard] = entry, 1.0
-                bar.reach(sum(fractions.values()), _said(done.values()))
+                bar.reach(sum(fractions.values()), _summary(done.values()))
             lost = [number for number in left if number not in done]
             fruitless = 0 if len(done) > before else fruitless + bool(lost)
             if fruitless == LOST:
@@ -319,7 +319,7 @@ def work_all(job: Job, count: int, spread: Spread) -> list[Worked]:
     return [done[number] for number in sorted(done)]
 
 
-def _said(done: Any) -> str:
+def _summary(done: Any) -> str:
     nodes, processes, tokens = facts_of(list(done))
     where = f" on {nodes} nodes" if nodes > 1 else ""
     return f"{processes} processes{where}{f', {tokens:,} tokens' if tokens else ''}"

@@ -229,8 +229,8 @@ def _loss(model: torch.nn.Module, rows: list[TokenRow], pad: int) -> float:
     ordered = sorted(rows, key=lambda row: len(row.ids))
     for start in range(0, len(ordered), _BATCH):
         ids, labels = padded(ordered[start : start + _BATCH], pad)
-        given = (torch.tensor(ids, device=model.device), torch.tensor(labels, device=model.device))
-        loss, n = label_loss(model, *given)
+        batch = (torch.tensor(ids, device=model.device), torch.tensor(labels, device=model.device))
+        loss, n = label_loss(model, *batch)
         total, count = total + float(loss), count + n
     return total / max(count, 1)
 

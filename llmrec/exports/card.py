@@ -439,13 +439,13 @@ def python_snippet(card: Card) -> str:
 
 def serve_snippet(card: Card) -> str:
     """Return the command that serves the exported folder."""
-    place = shlex.quote(card.address)
+    address = shlex.quote(card.address)
     if card.adapter_only:
         base = shlex.quote(card.base.known_as)
         rank = int((card.lora or {}).get("rank", 0))
         rank = next((known for known in _RANKS if known >= rank), rank)
-        return f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules tuned={place}"
-    return f"vllm serve {place} --max-model-len {card.max_length}"
+        return f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules tuned={address}"
+    return f"vllm serve {address} --max-model-len {card.max_length}"
 
 
 def request_snippet(card: Card) -> str:

@@ -51,7 +51,7 @@ from llmrec.types import Event, Item, Prompt, Request
 
 _TITLES = ("The First Example", "A Second Example", "Third Time Lucky", "Four of a Kind", "Five Fables", "Sixth Sense")
 _USER = "example"
-_SAID = "It does what it says."
+_REVIEW = "It does what it says."
 _LABEL_TOKENS = 8
 _TITLE_TOKENS = 32
 
@@ -97,20 +97,20 @@ def sample_prompt(
         return templates[family][tasks[family].eval_templates[0]].shape
 
     family = next((family for family in tasks if shape(family) == "chat"), next(iter(tasks)))
-    task, own = tasks[family], family_of(family)
+    task, kind = tasks[family], family_of(family)
     template = templates[family][task.eval_templates[0]]
-    asks = asks_for(template) if own.lists else None
+    asks = asks_for(template) if kind.lists else None
     items = list(data.dataset.items)
     request = Request(
         id=_USER,
         user_id=_USER,
         history=tuple(Event(item_id=item, rating=rating) for item, rating, *_ in _rows(scale or (1.0, 5.0))[:3]),
         # Yes/no questions are about a single item.
-        candidates=tuple(items[3:4] if asks == "yes" else items[3:]) if own.ranks_for_users else None,
-        item=None if own.ranks_for_users else items[3],
-        context={"review": _SAID},
+        candidates=tuple(items[3:4] if asks == "yes" else items[3:]) if kind.ranks_for_users else None,
+        item=None if kind.ranks_for_users else items[3],
+        context={"review": _REVIEW},
     )
-    titled = asks == "item" if own.lists else own.answers_with_items
+    titled = asks == "item" if kind.lists else kind.answers_with_items
     longest = _TITLE_TOKENS if titled else _LABEL_TOKENS
     ranks = any(family_of(name).ranks_for_users for name in tasks)
     return Sample(
@@ -166,7 +166,7 @@ def example_of(sample: Sample, encoder: Encoder) -> Example:
 def _rows(scale: tuple[float, float]) -> list[tuple[str, float, float, str]]:
     """Return interactions as (item, rating, time, text), oldest first."""
     low, high = scale
-    return [(f"i{n}", high if n % 2 else low, float(n), _SAID) for n in range(1, len(_TITLES) + 1)]
+    return [(f"i{n}", high if n % 2 else low, float(n), _REVIEW) for n in range(1, len(_TITLES) + 1)]
 
 
 def _invented(noun: str, scale: tuple[float, float]) -> SplitDataset:
@@ -179,7 +179,7 @@ def _invented(noun: str, scale: tuple[float, float]) -> SplitDataset:
         interactions=pl.DataFrame(rows, schema=columns, orient="row"),
         items=items,
         rating_scale=scale,
-        reviews={(_USER, item): Review(text=_SAID, headline=_SAID) for item in items},
+        reviews={(_USER, item): Review(text=_REVIEW, headline=_REVIEW) for item in items},
     )
     return split(dataset, Split(), seed=0)
 
@@ -248,7 +248,7 @@ def build(
         training=source.record,
         data=_data(recipe, study),
         asked=tuple(
-            _asked(family, section, templates[family], source.record, coded=content.get("index") is not None)
+            _settings(family, section, templates[family], source.record, coded=content.get("index") is not None)
             for family, section in tuned.items()
         ),
         example=example_of(sample, encoder),
@@ -414,7 +414,7 @@ def _results(source: Source) -> tuple[Results | None, str | None]:
     return result, _short(model.get("dtype"))
 
 
-def _asked(
+def _settings(
     family: str, section: TaskSection, known: Mapping[str, Template], record: Mapping[str, Any], *, coded: bool
 ) -> Asked:
     chosen = _template(section, known, coded=coded)
@@ -432,5 +432,5 @@ def _template(section: TaskSection, known: Mapping[str, Template], *, coded: boo
     name = next(iter((*section.eval_templates, *section.templates)), None)
     seen = [template for template in known.values() if template.use == "seen" and not template.bare]
     usual = [template for template in seen if template.writes_codes == coded]
-    whole = of_set(known, name) if name else []
-    return known[name] if name and name in known else (whole or usual or seen)[0]
+    of_name = of_set(known, name) if name else []
+    return known[name] if name and name in known else (of_name or usual or seen)[0]

@@ -366,16 +366,16 @@ def _check_room(source: Source, base: str, dtype: str, options: ExportOptions) -
         needed = sum(file.stat().st_size for file in (source.folder / "adapter").iterdir())
     else:
         needed = sum(count for _, count in outlines(Path(base)).values()) * _BYTES[dtype]
-    place = options.out.absolute().parent
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    folder = options.out.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
     if free < needed + _SLACK:
         raise LlmrecError(
-            f"{place} has {free / 1e9:.2f} GB free, and the export needs about {(needed + _SLACK) / 1e9:.2f} GB; free "
+            f"{folder} has {free / 1e9:.2f} GB free, and the export needs about {(needed + _SLACK) / 1e9:.2f} GB; free "
             "disk space, or choose another --out or a smaller --dtype",
             kind="exhausted",
-            at=place,
+            at=folder,
         )
 
 

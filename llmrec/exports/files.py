@@ -35,7 +35,7 @@ _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
 _SOFT = (soft_prompt.CONFIG, bottleneck.WEIGHTS)
 _MODEL = (*_WEIGHTS, WEIGHTS, CONFIG, *_SOFT, "config.json", "generation_config.json", *TOKENIZER)
 # Configuration keys in which libraries store the folder from which something was loaded.
-_PLACES = ("_name_or_path", "name_or_path", "_model_name_or_path", "is_local", "local_files_only")
+_PATH_KEYS = ("_name_or_path", "name_or_path", "_model_name_or_path", "is_local", "local_files_only")
 
 
 def allowed(recipe: Recipe) -> tuple[str, ...]:
@@ -47,16 +47,16 @@ def copy_files(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
     """Copy all files that match a pattern, with their relative paths."""
     for pattern in patterns:
         for file in sorted(source.glob(pattern)):
-            place = target / file.relative_to(source)
-            place.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, place)
+            destination = target / file.relative_to(source)
+            destination.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, destination)
 
 
 def drop_places(path: Path) -> None:
     """Remove folders of this machine from a configuration."""
     if path.is_file():
         values = read_json(path, _RETRAIN)
-        write_json(path, {key: value for key, value in values.items() if key not in _PLACES})
+        write_json(path, {key: value for key, value in values.items() if key not in _PATH_KEYS})
 
 
 def settle_generation(draft: Path, encoder: Encoder) -> None:
@@ -108,16 +108,16 @@ def put_bundle(source: Source, study: Study | None, draft: Path, made_from: str)
     stored = source.folder / "merged" / bundle.FILE
     if stored.is_file():
         bundle.read(str(source.folder))  # Reject a damaged file here, before the export is passed on.
-        message: Mapping[str, Any] = read_json(stored, _RETRAIN)
+        content: Mapping[str, Any] = read_json(stored, _RETRAIN)
     elif study is not None:
-        message = bundle.describe(study)
+        content = bundle.describe(study)
     else:
         raise LlmrecError(
             f"{stored} is missing and the data cannot be read; train again with `llmrec train`",
             kind="missing-file",
             at=stored,
         )
-    write_checked(draft / bundle.FILE, {**message, "made_from": made_from})
+    write_checked(draft / bundle.FILE, {**content, "made_from": made_from})
 
 
 def put_index(source: Source, draft: Path, *, titles: bool) -> None:
@@ -126,8 +126,8 @@ def put_index(source: Source, draft: Path, *, titles: bool) -> None:
     Raises:
         LlmrecError: If they are missing in the merged model.
     """
-    index, message = source.folder / "merged" / FOLDER, read_json(draft / bundle.FILE, _RETRAIN)
-    if message.get("index") is None or (message["index"] == "title" and not titles):
+    index, content = source.folder / "merged" / FOLDER, read_json(draft / bundle.FILE, _RETRAIN)
+    if content.get("index") is None or (content["index"] == "title" and not titles):
         return
     if not index.is_dir():
         raise LlmrecError(
@@ -187,7 +187,7 @@ def placing(target: Path, *, force: bool) -> Iterator[Path]:
     refuse(target, force=force)
     try:
         _sweep(target)
-        draft = _beside(target, "tmp")
+        draft = _sibling(target, "tmp")
         draft.mkdir(parents=True)
     except OSError as error:
         raise _unwritable(target, error) from error
@@ -219,7 +219,7 @@ def refuse(target: Path, *, force: bool) -> None:
 
 
 def _swap(draft: Path, target: Path) -> None:
-    old = _beside(target, "old")
+    old = _sibling(target, "old")
     if target.exists():
         target.rename(old)
     try:
@@ -247,7 +247,7 @@ def _sweep(target: Path) -> None:
                 shutil.rmtree(left)
 
 
-def _beside(target: Path, kind: str) -> Path:
+def _sibling(target: Path, kind: str) -> Path:
     return target.with_name(f"{target.name}.llmrec-{kind}-{os.getpid()}")
 
 

@@ -21,18 +21,18 @@ _SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|API_KEY)$")
 _SHORTEST_SECRET = 8
 
 
-def inspect(folder: Path, places: Iterable[Path], *, own_code: bool) -> None:
+def inspect(folder: Path, private: Iterable[Path], *, own_code: bool) -> None:
     """Reject a folder with an unexpected type of file, a path of this machine, or a secret of the environment.
 
     Args:
         folder: The folder to publish.
-        places: Folders whose names must not occur in it, in addition to home, working and cache folders.
+        private: Folders whose names must not occur in it, in addition to home, working and cache folders.
         own_code: Whether the model has Python files.
 
     Raises:
         LlmrecError: If there is one; the message has the file and the finding, but not the secret.
     """
-    paths = _paths(places)
+    paths = _paths(private)
     secrets = _secrets()
     for file in sorted(file for file in folder.rglob("*") if not file.is_dir()):
         name = file.relative_to(folder).as_posix()
@@ -61,11 +61,11 @@ def inspect(folder: Path, places: Iterable[Path], *, own_code: bool) -> None:
                 )
 
 
-def _paths(places: Iterable[Path]) -> list[str]:
+def _paths(folders: Iterable[Path]) -> list[str]:
     """Return the absolute paths that would reveal something about this machine."""
     result: set[str] = set()
-    for place in (Path.home(), Path.cwd(), cache_dir(), *places):
-        result |= {str(entry) for entry in (place.expanduser().absolute(), place.expanduser().resolve())}
+    for folder in (Path.home(), Path.cwd(), cache_dir(), *folders):
+        result |= {str(entry) for entry in (folder.expanduser().absolute(), folder.expanduser().resolve())}
     return sorted(path for path in result if len(Path(path).parts) > 2 or path == str(Path.home()))
 
 

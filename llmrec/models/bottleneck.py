@@ -81,11 +81,11 @@ def load(model: torch.nn.Module, folder: Path) -> None:
         result = safetensors.load_file(folder / WEIGHTS)
         if not _tensors(model):
             attach(model, next(item for name, item in result.items() if name.endswith("down_weight")).shape[1], seed=0)
-        wanted = _tensors(model)
-        if result.keys() != wanted.keys():
+        parameters = _tensors(model)
+        if result.keys() != parameters.keys():
             raise ValueError("other layers")
         with torch.no_grad():
-            for name, item in wanted.items():
+            for name, item in parameters.items():
                 item.copy_(result[name])
     except (OSError, ValueError, RuntimeError, StopIteration, errors.SafetensorError) as error:
         raise damaged(

@@ -91,9 +91,9 @@ class Exits:
     def score(self, ids: Sequence[int], labels: Sequence[int]) -> list[float]:
         """Return the log-probabilities of labels after a prompt, over the full vocabulary."""
         torch, body = self._torch, self._model.get_decoder()
-        wanted = torch.tensor(list(labels), device=self._model.device)
+        label_ids = torch.tensor(list(labels), device=self._model.device)
         watched = range(len(self._layers)) if self._exit < 1 else [int(self._exit) - 1]
-        hooks = [self._layers[n].register_forward_hook(partial(self._look, n + 1, wanted)) for n in watched]
+        hooks = [self._layers[n].register_forward_hook(partial(self._look, n + 1, label_ids)) for n in watched]
         try:
             with torch.inference_mode():
                 body(input_ids=torch.tensor([list(ids)], device=self._model.device), use_cache=False)
@@ -101,7 +101,7 @@ class Exits:
             self.taken[reached.depth] += 1
             head = self._model.get_output_embeddings()
             with torch.inference_mode():
-                result = chosen_logprobs(head, reached.state, torch.zeros_like(wanted), wanted)
+                result = chosen_logprobs(head, reached.state, torch.zeros_like(label_ids), label_ids)
         finally:
             for hook in hooks:
                 hook.remove()

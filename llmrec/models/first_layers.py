@@ -48,9 +48,9 @@ def first_layers(name: str, count: int | None, *, column: str) -> tuple[Any, str
     body = model.get_decoder()
     if count is not None:
         check(model, "layers")
-        if count > (whole := len(body.layers)):
+        if count > (available := len(body.layers)):
             raise ModelError(
-                f"layers={count} is more than the {whole} layers of {name}; lower layers",
+                f"layers={count} is more than the {available} layers of {name}; lower layers",
                 kind="bad-value",
                 at=name,
                 column="layers",

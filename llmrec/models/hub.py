@@ -35,7 +35,7 @@ def cached(name: str, revision: str | None, *, code: bool) -> str | None:
     except Exception:
         return None
     folder = Path(result)
-    return result if (folder / "config.json").is_file() and is_whole(folder) else None
+    return result if (folder / "config.json").is_file() and is_complete(folder) else None
 
 
 def fetched(name: str, revision: str | None, *, code: bool, weights: bool = True) -> str:
@@ -53,8 +53,8 @@ def fetched(name: str, revision: str | None, *, code: bool, weights: bool = True
     """
     hub = require("huggingface_hub", "train")
     try:
-        message = hub.HfApi(endpoint=_endpoint()).model_info(name, revision=revision, timeout=_PATIENCE)
-        files = [sibling.rfilename for sibling in message.siblings or ()]
+        info = hub.HfApi(endpoint=_endpoint()).model_info(name, revision=revision, timeout=_PATIENCE)
+        files = [sibling.rfilename for sibling in info.siblings or ()]
         if not any(file.endswith(".safetensors") for file in files):
             raise ModelError(
                 f"model {name} has no safetensors files on the hub, and weights in pickle files are not loaded; choose "
@@ -63,15 +63,15 @@ def fetched(name: str, revision: str | None, *, code: bool, weights: bool = True
                 at=name,
                 column="model.name",
             )
-        wanted = _patterns(weights=weights, code=code)
-        return str(hub.snapshot_download(name, revision=revision, allow_patterns=wanted, endpoint=_endpoint()))
+        patterns = _patterns(weights=weights, code=code)
+        return str(hub.snapshot_download(name, revision=revision, allow_patterns=patterns, endpoint=_endpoint()))
     except ModelError:
         raise
     except Exception as error:
         raise _refused(name, revision, error) from error
 
 
-def is_whole(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
     """Whether all safetensors files of a model exist; after an interrupted download, some are missing."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
@@ -94,7 +94,7 @@ def _refused(name: str, revision: str | None, error: Exception) -> ModelError:
     status = next((code for item in chain if (code := _status(item)) is not None), None)
     # the address of a proxy may contain a password
     text = re.sub(r"//[^/@\s]*@", "//", " ".join(str(error).split()))[:300] or type(error).__name__
-    kind, sentence = _disk(name, chain, text) or _answered(name, revision, kinds, status, text) or _unasked(kinds, text)
+    kind, sentence = _disk(name, chain, text) or _response(name, revision, kinds, status, text) or _network(kinds, text)
     key = "model.revision" if "RevisionNotFoundError" in kinds else "model.name"
     return ModelError(f"model {name!r}: {sentence}", kind=kind, at=name, column=key)
 
@@ -110,31 +110,31 @@ def _status(error: BaseException) -> int | None:
     return result if isinstance(result, int) else None
 
 
-def _disk(name: str, chain: list[BaseException], said: str) -> tuple[ErrorKind, str] | None:
+def _disk(name: str, chain: list[BaseException], text: str) -> tuple[ErrorKind, str] | None:
     """Return the error for a download that could not be stored; None if that is not the cause."""
-    place = _cache()
+    folder = _cache()
     numbers = {item.errno for item in chain if isinstance(item, OSError)}
-    if numbers & set(_FULL) or "No space left on device" in said:
-        free = _free(place)
+    if numbers & set(_FULL) or "No space left on device" in text:
+        free = _free(folder)
         return "exhausted", (
-            f"the disk is full: {place} has {free:.1f} GiB left. Free space and run the command again, which resumes "
+            f"the disk is full: {folder} has {free:.1f} GiB left. Free space and run the command again, which resumes "
             "the download, or set HF_HOME to a folder on a larger disk"
         )
     if numbers & {errno.EACCES, errno.EPERM, errno.EROFS}:
         return "unreadable", (
-            f"the hub's cache {place} is not writable; change its owner (chown), or set HF_HOME to another folder"
+            f"the hub's cache {folder} is not writable; change its owner (chown), or set HF_HOME to another folder"
         )
     return None
 
 
-def _answered(
-    name: str, revision: str | None, kinds: set[str], status: int | None, said: str
+def _response(
+    name: str, revision: str | None, kinds: set[str], status: int | None, text: str
 ) -> tuple[ErrorKind, str] | None:
     """Return the error for a response of the hub; None if there was no response."""
     page = f"{_endpoint()}/{name}"
     token = "the token in HF_TOKEN or of `hf auth login`" if _token() else "there is no token (HF_TOKEN)"
     if "HFValidationError" in kinds:
-        return "unknown-name", f"it is neither a local folder nor a valid name on the hub ({said}); correct model.name"
+        return "unknown-name", f"it is neither a local folder nor a valid name on the hub ({text}); correct model.name"
     if "GatedRepoError" in kinds:
         return "unreachable", (
             f"the hub requires accepting its licence, and {token}. Accept it at {page}, and set "
@@ -160,33 +160,33 @@ def _answered(
             f"it is not a local folder, and {_endpoint()} has no model of this name (404); correct it",
         )
     if status == 407:
-        return _unasked({"ProxyError"}, said)
+        return _network({"ProxyError"}, text)
     if status is not None:
         return "unreachable", (
-            f"the hub responds with status {status} ({said}); try again later, or set model.name to a folder"
+            f"the hub responds with status {status} ({text}); try again later, or set model.name to a folder"
         )
     return None
 
 
-def _unasked(kinds: set[str], said: str) -> tuple[ErrorKind, str]:
+def _network(kinds: set[str], text: str) -> tuple[ErrorKind, str]:
     """Return the error for a failed connection to the hub."""
     if "OfflineModeIsEnabled" in kinds:
         return "unreachable", (
             f"HF_HUB_OFFLINE is set, and the hub's cache {_cache()} does not contain the complete model; download the "
             "model once without HF_HUB_OFFLINE, or set model.name to a folder"
         )
-    if "ProxyError" in kinds or "proxy" in said.lower() or (kinds & _UNREACHED and _behind_proxy()):
+    if "ProxyError" in kinds or "proxy" in text.lower() or (kinds & _UNREACHED and _behind_proxy()):
         return "unreachable", (
-            f"the proxy for {_endpoint()} does not work ({said}); correct HTTPS_PROXY and NO_PROXY, or set "
+            f"the proxy for {_endpoint()} does not work ({text}); correct HTTPS_PROXY and NO_PROXY, or set "
             "HF_HUB_OFFLINE=1 to work without the hub"
         )
     if kinds & _UNREACHED:
         return "unreachable", (
-            f"{_endpoint()} cannot be reached ({said}); check the network, set HF_ENDPOINT to a mirror, or set "
+            f"{_endpoint()} cannot be reached ({text}); check the network, set HF_ENDPOINT to a mirror, or set "
             "model.name to a folder"
         )
     return "failed", (
-        f"the download from {_endpoint()} was interrupted ({said}); run the command again to resume the download"
+        f"the download from {_endpoint()} was interrupted ({text}); run the command again to resume the download"
     )
 
 
@@ -212,9 +212,9 @@ def _token() -> bool:
     return bool(require("huggingface_hub", "train").get_token())
 
 
-def _free(place: str) -> float:
+def _free(folder: str) -> float:
     """Return the free GiB on the disk of a folder, which need not exist yet."""
-    parent = Path(place)
+    parent = Path(folder)
     while not parent.exists() and parent != parent.parent:
         parent = parent.parent
     return shutil.disk_usage(os.fspath(parent)).free / 2**30

@@ -18,7 +18,7 @@ from llmrec.errors import LlmrecError, ModelError, did_you_mean, require
 from llmrec.machine import cpu_has_bf16, gpu_has_bf16, gpu_trouble, has_cuda
 from llmrec.models import bottleneck, wheels
 from llmrec.models.hub import cached, fetched
-from llmrec.models.tensors import load_whole
+from llmrec.models.tensors import load_checked
 from llmrec.models.traits import auto_class
 from llmrec.models.wheels import WHEELS
 from llmrec.models.whole_words import load_words
@@ -45,8 +45,8 @@ _REVISION = 1
 
 def made(shape: ShapeSection, seed: int) -> str:
     """Return the folder of a new model with this shape and random weights, created once and cached."""
-    message = json.dumps([_REVISION, shape.model_dump(), seed], sort_keys=True)
-    folder = cache_dir() / "models" / f"new-{hashlib.sha256(message.encode()).hexdigest()[:16]}"
+    inputs = json.dumps([_REVISION, shape.model_dump(), seed], sort_keys=True)
+    folder = cache_dir() / "models" / f"new-{hashlib.sha256(inputs.encode()).hexdigest()[:16]}"
     if not (folder / "model.safetensors").is_file():
         write(shape, folder, seed=seed)
     return str(folder)
@@ -326,7 +326,7 @@ def load_model(folder: str, section: ModelSection, **options: Any) -> Any:
         # Quantised weights are loaded to a visible GPU and cannot be moved later.
         options.setdefault("device_map", {"": "cpu"})
     with _as_model_error(section, folder, "weights"):
-        model = load_whole(
+        model = load_checked(
             auto,
             folder,
             revision=section.revision,

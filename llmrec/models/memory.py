@@ -38,7 +38,7 @@ LOADING = "choose a smaller model.name, set model.dtype=bfloat16 or model.device
 """Advice for a model that does not fit into memory."""
 
 # torch's message without its advice about the allocator.
-_TOLD = re.compile(
+_OUT_OF_MEMORY = re.compile(
     r"Tried to allocate [\d.]+ \w+\.(?: GPU \d+ has a total capacity of [\d.]+ \w+ of which [\d.]+ \w+ is free\.)?"
 )
 
@@ -63,7 +63,7 @@ def reporting_full_memory(what: str, fix: str, column: str, *, instead: bool = F
         # compared by name, to avoid importing torch
         if type(full).__name__ != "OutOfMemoryError":
             raise
-        match = _TOLD.search(str(full))
+        match = _OUT_OF_MEMORY.search(str(full))
         raise LlmrecError(
             f"{what}: the memory of the GPU is full ({match[0].rstrip('.') if match else 'no details'}); {fix}",
             kind="exhausted",
@@ -71,21 +71,21 @@ def reporting_full_memory(what: str, fix: str, column: str, *, instead: bool = F
         ) from error
 
 
-def placed(model: torch.nn.Module, place: str) -> Any:
+def placed(model: torch.nn.Module, target: str) -> Any:
     """Move an unquantised model from the CPU to where it fits: the GPU, the GPU in half precision, or the CPU."""
-    if place == "cpu":
+    if target == "cpu":
         return model
     torch = require("torch", "train")
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     free, gib = free_bytes(), 2.0**30
     if _with_room(size) <= free:
-        return model.to(place)
+        return model.to(target)
     name = str(model.dtype).removeprefix("torch.")
     text = f"the model takes {size / gib:.1f} GiB as {name}, and {free / gib:.1f} GiB of the GPU are free"
     half = torch.bfloat16 if gpu_has_bf16() else torch.float16
     if model.dtype == torch.float32 and _with_room(size // 2) <= free:
         log.warning("%s: using %s for inference", text, str(half).removeprefix("torch."))
-        return model.to(half).to(place)
+        return model.to(half).to(target)
     log.warning("%s: using the CPU for inference, which is slow", text)
     return model
 
@@ -215,16 +215,16 @@ def cpu_memory(folder: str, config: PretrainedConfig, model: ModelSection, train
     total = sum(size for _, size in tensors.values())
     # tensors of single experts are joined, which makes a copy
     joined = sum(size for name, (_, size) in tensors.items() if _EXPERT.search(name))
-    wanted = torch.float32 if train.method == "full" else dtype(model)
-    on_gpu, mapped = device(model) == "cuda", stored == wanted
+    loaded_dtype = torch.float32 if train.method == "full" else dtype(model)
+    on_gpu, mapped = device(model) == "cuda", stored == loaded_dtype
     if on_gpu and train.method in ("qlora", "lora8"):
         # quantised on the GPU, one tensor at a time
         loaded = 0.0
     else:
-        loaded = float((joined if mapped else total) * wanted.itemsize)
+        loaded = float((joined if mapped else total) * loaded_dtype.itemsize)
     training = count * loaded
     if not on_gpu:
-        shared = total * wanted.itemsize - loaded if train.method != "full" else 0.0
+        shared = total * loaded_dtype.itemsize - loaded if train.method != "full" else 0.0
         training = max(training, count * memory_of(config, model, train) - (count - 1) * shared)
     # A block in float32, its update, and its copy in the new dtype.
     merging = 12.0 * largest_block(tensors) + joined * stored.itemsize

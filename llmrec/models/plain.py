@@ -122,23 +122,23 @@ def _refuse(message: str) -> None:
 
 def plain_tokenizer(folder: str, section: ModelSection) -> PlainTokenizer | None:
     """Return the tokenizer of a folder if its files define it completely; None if transformers is needed."""
-    place = Path(folder)
-    settings, core = _object(place / "tokenizer_config.json"), None
+    path = Path(folder)
+    settings, core = _object(path / "tokenizer_config.json"), None
     if settings is None or settings.get("tokenizer_class") not in _TOKENIZERS or section.trust_remote_code:
         return None
     try:
         from tokenizers import Tokenizer
 
-        core = Tokenizer.from_file(str(place / "tokenizer.json"))
+        core = Tokenizer.from_file(str(path / "tokenizer.json"))
     except Exception:  # the library raises bare exceptions; transformers reports the error
         return None
     core.no_truncation()
     core.no_padding()
-    named = (_object(place / "special_tokens_map.json") or {}) | settings
+    named = (_object(path / "special_tokens_map.json") or {}) | settings
     special = {name: text for name in _NAMED if (text := _token(named.get(name))) is not None}
     if any(core.token_to_id(text) is None for text in special.values()):
         return None
-    template, file = settings.get("chat_template"), place / "chat_template.jinja"
+    template, file = settings.get("chat_template"), path / "chat_template.jinja"
     if file.is_file():
         template = file.read_text(encoding="utf-8", errors="replace")
     if not (template is None or isinstance(template, str)) or "generation %}" in (template or ""):

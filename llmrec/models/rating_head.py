@@ -138,11 +138,11 @@ def load_head(folder: Path) -> RatingHead | None:
         return None
     errors, safetensors = require("safetensors", "train"), require("safetensors.torch", "train")
     try:
-        message = loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = loads((folder / CONFIG).read_text(encoding="utf-8"))
         shape = HeadShape(
-            values=tuple(float(value) for value in message["values"]),
-            alpha=float(message["alpha"]),
-            width=int(message["width"]),
+            values=tuple(float(value) for value in config["values"]),
+            alpha=float(config["alpha"]),
+            width=int(config["width"]),
         )
         linear = _linear(shape)
         linear.load_state_dict(safetensors.load_file(folder / WEIGHTS))
@@ -180,8 +180,8 @@ def last_states(model: torch.nn.Module, ids: Any, mask: torch.Tensor) -> Any:
     """
     torch = require("torch", "train")
     # Positions start at the beginning of the text, after padding on the left.
-    places = (mask.cumsum(-1) - 1).clamp(min=0)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
     decoder = base_of(model).get_decoder()
-    states = decoder(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False).last_hidden_state
+    states = decoder(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
     columns = torch.arange(ids.shape[1], device=ids.device)
     return states[torch.arange(len(ids), device=ids.device), (mask * columns).argmax(-1)]

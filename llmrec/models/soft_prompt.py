@@ -67,9 +67,9 @@ def read(folder: Path) -> SoftPrompt | None:
     if not (folder / CONFIG).is_file():
         return None
     try:
-        message = loads((folder / CONFIG).read_text(encoding="utf-8"))
-        labels = tuple(int(label) for label in message["labels"])
-        return SoftPrompt(int(message["count"]), labels, bool(message["tied"]), int(message["seed"]))
+        config = loads((folder / CONFIG).read_text(encoding="utf-8"))
+        labels = tuple(int(label) for label in config["labels"])
+        return SoftPrompt(int(config["count"]), labels, bool(config["tied"]), int(config["seed"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"{folder / CONFIG} cannot be read ({type(error).__name__}); train again with `llmrec train`",

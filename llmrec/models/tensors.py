@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 _COMPUTED = re.compile(r"\.(attn|attention)\.(masked_)?bias$|(^|\.)position_ids$|\brotary_emb\.inv_freq$")
 
 
-def load_whole(auto: Any, folder: str | Path, *, unread: Sequence[str] = (), **options: Any) -> Any:
+def load_checked(auto: Any, folder: str | Path, *, unread: Sequence[str] = (), **options: Any) -> Any:
     """Load a model with ``auto.from_pretrained``, and reject weights that do not match its configuration.
 
     Tensors that transformers is meant to recreate are not errors: a head tied to the embeddings, computed buffers, and
@@ -76,12 +76,12 @@ def _left_over(model: torch.nn.Module, names: Collection[str]) -> tuple[list[str
     body = getattr(model, prefix, model)
     parts = {name.partition(".")[0] for item in (model, body) for name in item.state_dict()} - {prefix}
     extra: list[str] = []
-    beside: list[str] = []
+    ignored: list[str] = []
     for name in sorted(names):
         part = name.removeprefix(f"{prefix}.").partition(".")[0]
         if not _COMPUTED.search(name):
-            (extra if part in parts else beside).append(name)
-    return beside, extra
+            (extra if part in parts else ignored).append(name)
+    return ignored, extra
 
 
 def base_of(model: torch.nn.Module) -> Any:

@@ -20,7 +20,7 @@ from llmrec.durable import Json, replacing
 from llmrec.errors import DataError, ModelError, require
 from llmrec.machine import cpu_has_bf16, gpu_has_bf16, has_cuda
 from llmrec.models.load import POOLING, quiet_libraries, resolve, weights_stamp
-from llmrec.models.tensors import load_whole
+from llmrec.models.tensors import load_checked
 from llmrec.progress import Bar
 from llmrec.recipe.schema import ModelSection
 from llmrec.resources import cache_dir
@@ -81,8 +81,8 @@ class OpenEncoder:
     def spans(self, texts: Sequence[str], most: int) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
         """Return the truncated tokens of each text with their character spans, which are empty for special tokens."""
         result = self.tokenizer(list(texts), truncation=True, max_length=most, return_offsets_mapping=True)
-        places = [[(int(start), int(end)) for start, end in item] for item in result["offset_mapping"]]
-        return [list(ids) for ids in result["input_ids"]], places
+        offsets = [[(int(start), int(end)) for start, end in item] for item in result["offset_mapping"]]
+        return [list(ids) for ids in result["input_ids"]], offsets
 
     def padded(self, encoded: Sequence[Sequence[int]]) -> Any:
         """Return texts as padded model inputs."""
@@ -112,7 +112,7 @@ def open_encoder(folder: str) -> OpenEncoder:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         # Pooling is done here; the encoder's own pooler, which many folders lack, is not used.
         auto, unread = transformers.AutoModel, ("pooler",)
-        model = load_whole(auto, folder, unread=unread, use_safetensors=True, dtype=torch.float32).eval()
+        model = load_checked(auto, folder, unread=unread, use_safetensors=True, dtype=torch.float32).eval()
     except (ModelError, MemoryError):
         raise
     except Exception as error:
@@ -250,7 +250,7 @@ class Embedder:
     def __call__(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return one normalised vector for each text, shape (n, d)."""
         if self._folder == CHANCE:
-            return _by_chance(texts)
+            return _random_vectors(texts)
         # sorted and distinct, so that each text of a catalogue is encoded once
         distinct = sorted(set(texts))
         rows = {text: row for row, text in enumerate(distinct)}
@@ -278,7 +278,7 @@ class Embedder:
         return {"stamp": self.stamp, "dtype": DTYPE, "batch_tokens": str(BATCH_TOKENS)}
 
 
-def _by_chance(texts: Sequence[str]) -> NDArray[np.float32]:
+def _random_vectors(texts: Sequence[str]) -> NDArray[np.float32]:
     """Return a pseudorandom direction for each text, derived from its hash, shape (n, 64)."""
     hashed = hash64("chance", 0, texts)
     rows = np.stack([np.random.default_rng(int(seed)).standard_normal(64) for seed in hashed])
@@ -290,7 +290,7 @@ def _by_chance(texts: Sequence[str]) -> NDArray[np.float32]:
 
 
 # Files of sentence-transformers in addition to the model: modules, pooling, maximum length.
-_BESIDE = ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json", "config_sentence_transformers.json")
+_EXTRAS = ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json", "config_sentence_transformers.json")
 
 
 class TunedEncoder:
@@ -326,12 +326,12 @@ class TunedEncoder:
             )
         self.blocks = self._torch.nn.ModuleList(layers[-blocks:]).requires_grad_(True).eval()
         self._tokens = self._encoder.tokens(texts)
-        self._states = self._below()
-        self._given: Any = None
-        # Replaces all lower blocks: it returns their stored output, as they do, with the attributes of the first one.
-        recall, whole = copy.copy(layers[0]), self._gives_tuples(layers[-1])
-        recall.forward = lambda *given, **named: (self._given,) if whole else self._given
-        self._whole = holder, name, layers
+        self._states = self._block_inputs()
+        self._input: Any = None
+        # Replaces all lower blocks by one that returns their stored output and has the attributes of the first one.
+        recall, as_tuple = copy.copy(layers[0]), self._gives_tuples(layers[-1])
+        recall.forward = lambda *args, **kwargs: (self._input,) if as_tuple else self._input
+        self._original = holder, name, layers
         self._put([recall, *self.blocks])
 
     def __call__(self, rows: Sequence[int]) -> Any:
@@ -341,7 +341,7 @@ class TunedEncoder:
         kept = torch.nn.utils.rnn.pad_sequence(
             [torch.from_numpy(self._states[row]).float() for row in rows], batch_first=True
         )
-        self._given = kept.to(encoder.model.device)
+        self._input = kept.to(encoder.model.device)
         device = encoder.model.device.type
         native = gpu_has_bf16() if device == "cuda" else cpu_has_bf16()
         with torch.autocast(device, torch.bfloat16, enabled=native):
@@ -366,37 +366,37 @@ class TunedEncoder:
 
     def save(self, folder: Path) -> None:
         """Save weights, tokenizer and pooling in the encoder's original format; it cannot be trained afterwards."""
-        self._put(self._whole[2])
+        self._put(self._original[2])
         self._encoder.model.save_pretrained(folder)
         self._encoder.tokenizer.save_pretrained(folder)
-        for beside in _BESIDE:
-            if (self._folder / beside).is_file():
-                (folder / beside).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(self._folder / beside, folder / beside)
+        for name in _EXTRAS:
+            if (self._folder / name).is_file():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(self._folder / name, folder / name)
 
     def _put(self, blocks: Sequence[Any]) -> None:
         """Put blocks into the model; decoders stop at the number in the configuration and cache as many."""
-        holder, name, layers = self._whole
+        holder, name, layers = self._original
         setattr(holder, name, self._torch.nn.ModuleList(blocks))
         self._encoder.model.config.num_hidden_layers = max(len(layers), len(blocks))
 
     def _gives_tuples(self, block: torch.nn.Module) -> bool:
         """Test whether blocks return a tuple, as those of MPNet do, or their output alone, as those of BERT do."""
-        found: list[bool] = []
-        hook = block.register_forward_hook(lambda _, __, output: found.append(isinstance(output, tuple)))
+        results: list[bool] = []
+        hook = block.register_forward_hook(lambda _, __, output: results.append(isinstance(output, tuple)))
         with self._torch.inference_mode():
             self._encoder.model(**self._encoder.padded(self._tokens[:1]))
         hook.remove()
-        return found[0]
+        return results[0]
 
-    def _below(self) -> list[NDArray[np.float16]]:
+    def _block_inputs(self) -> list[NDArray[np.float16]]:
         """Return the input of the first trainable block for each text, shape (tokens, d) each."""
         torch, encoder = self._torch, self._encoder
         result: list[Any] = [None] * len(self._tokens)
         caught: list[Any] = []
 
-        def catch(_: Any, given: tuple[Any, ...], named: Any) -> None:
-            caught.append(given[0] if given else named["hidden_states"])
+        def catch(_: Any, args: tuple[Any, ...], kwargs: Any) -> None:
+            caught.append(args[0] if args else kwargs["hidden_states"])
             raise _Enough
 
         hook = self.blocks[0].register_forward_pre_hook(catch, with_kwargs=True)
@@ -424,13 +424,13 @@ def _blocks_of(model: torch.nn.Module, folder: str) -> tuple[Any, str, list[Any]
         ModelError: If no module list has as many modules as the configuration has blocks.
     """
     torch = require("torch", "train")
-    wanted = getattr(model.config, "num_hidden_layers", None)
+    count = getattr(model.config, "num_hidden_layers", None)
     for holder in model.modules():
         for name, part in holder.named_children():
-            if isinstance(part, torch.nn.ModuleList) and len(part) == wanted:
+            if isinstance(part, torch.nn.ModuleList) and len(part) == count:
                 return holder, name, list(part)
     raise ModelError(
-        f"the text encoder in {folder} ({type(model).__name__}) does not have a list of {wanted} blocks that can be "
+        f"the text encoder in {folder} ({type(model).__name__}) does not have a list of {count} blocks that can be "
         "fine-tuned; choose a BERT, an MPNet or a decoder",
         kind="unsupported",
         at=folder,

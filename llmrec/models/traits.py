@@ -25,7 +25,7 @@ def plain_head(config: PretrainedConfig, head: torch.nn.Module) -> bool:
     return not shaped and type(head) is require("torch", "train").nn.Linear and head.bias is None
 
 
-def chosen_logprobs(head: torch.nn.Module, states: torch.Tensor, after: Any, wanted: Any) -> Any:
+def chosen_logprobs(head: torch.nn.Module, states: torch.Tensor, after: Any, tokens: Any) -> Any:
     """Return full-softmax log-probabilities of chosen tokens for a `plain_head`, float64, shape (n,).
 
     Logits of a bfloat16 head are 1/8 apart from 16 on: many labels would tie, and an almost certain token would have a
@@ -36,25 +36,25 @@ def chosen_logprobs(head: torch.nn.Module, states: torch.Tensor, after: Any, wan
         head: The output layer.
         states: Last hidden states, shape (rows, d).
         after: The row that precedes each chosen token, shape (n,).
-        wanted: The tokens, shape (n,).
+        tokens: The tokens, shape (n,).
     """
     torch = require("torch", "train")
     totals = torch.empty(len(states), dtype=torch.float64, device=states.device)
-    result = torch.empty(len(wanted), dtype=torch.float64, device=states.device)
+    result = torch.empty(len(tokens), dtype=torch.float64, device=states.device)
     exact = states.dtype == torch.float32
     for start in range(0, len(states), _ROWS):
         part = states[start : start + _ROWS]
         logits = head(part).float()
         if exact:
             selected = ((after >= start) & (after < start + _ROWS)).nonzero()[:, 0]
-            result[selected] = logits[after[selected] - start, wanted[selected]].double()
+            result[selected] = logits[after[selected] - start, tokens[selected]].double()
         else:
             largest = logits.topk(min(_LARGEST, logits.shape[-1])).indices
             logits.scatter_(-1, largest, (part[:, None].float() * head.weight[largest].float()).sum(-1))
         totals[start : start + _ROWS] = logits.logsumexp(-1).double()
     if not exact:
-        for part in torch.arange(len(wanted), device=states.device).split(_ROWS):
-            products = states[after[part]].float() * head.weight[wanted[part]].float()
+        for part in torch.arange(len(tokens), device=states.device).split(_ROWS):
+            products = states[after[part]].float() * head.weight[tokens[part]].float()
             result[part] = products.sum(-1).double()
     return (result - totals[after]).clamp(max=0.0)
 

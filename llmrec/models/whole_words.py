@@ -140,8 +140,8 @@ def _add(encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[t
             "an encoder with whole-word embeddings needs token ids as input, not embeddings", kind="unsupported"
         )
     words, tokens = getattr(encoder, _NAME), encoder.get_input_embeddings()(ids)
-    places = numbers(words.kinds[ids]).clamp(max=words.num_embeddings - 1)
-    arguments = {**kwargs, "input_ids": None, "inputs_embeds": tokens + words(places).to(tokens.dtype)}
+    positions = numbers(words.kinds[ids]).clamp(max=words.num_embeddings - 1)
+    arguments = {**kwargs, "input_ids": None, "inputs_embeds": tokens + words(positions).to(tokens.dtype)}
     return args[1:], arguments
 
 

@@ -175,8 +175,8 @@ def _check_of(stored: Mapping[str, Any]) -> Check:
 
 
 def _stores(study: Study) -> list[Hashes]:
-    asked = [baseline for family in study.tasks for baseline in study.baselines(family)]
-    return [read for item in asked if (read := hashes_of(item.name, item.parameters))]
+    sections = [baseline for family in study.tasks for baseline in study.baselines(family)]
+    return [read for item in sections if (read := hashes_of(item.name, item.parameters))]
 
 
 def write(folder: Path, checks: Sequence[Check], *, of: str) -> None:
@@ -361,10 +361,10 @@ def duplicate_users(data: SplitDataset, split: str, threshold: float = 0.9) -> C
     for a, b, _ in near_duplicates(sets, threshold):
         if a < len(users) <= b and owners[a] != owners[b] and held[owners[b]] in sets[a]:
             twins.add((owners[b], owners[a]))
-    asked = sum(user in held for user in users)
+    evaluated = sum(user in held for user in users)
     examples = tuple(f"held-out user {user} and user {twin}" for user, twin in sorted(twins)[:5])
     count = len({user for user, _ in twins})
-    result = f"{count} of {asked:,} held-out users have a near-duplicate training user with the held-out item"
+    result = f"{count} of {evaluated:,} held-out users have a near-duplicate training user with the held-out item"
     return Check("near-duplicate users", result, "notice" if count else "clean", examples, {"users": float(count)})
 
 
@@ -374,7 +374,7 @@ def duplicate_users(data: SplitDataset, split: str, threshold: float = 0.9) -> C
 def memorisation(backend: Backend, data: SplitDataset, *, seed: int) -> Check:
     """Measure whether a model can complete catalogue titles from their first half (memorisation).
 
-    Each prompt shows a few whole titles and the first words of another; a completion is correct if its letters and
+    Each prompt shows a few complete titles and the first words of another; a completion is correct if its letters and
     digits equal the rest of the title. The control permutes the second halves, so that no such title exists: it gives
     the chance level. (Di Palma et al., "Do LLMs Memorize Recommendation Datasets?", SIGIR 2025, ask for
     MovieLens-1M's records in the same spirit.)
@@ -406,7 +406,7 @@ def memorisation(backend: Backend, data: SplitDataset, *, seed: int) -> Check:
 def _halves(data: SplitDataset) -> list[tuple[str, str]]:
     results = []
     for _, item in sorted(data.dataset.items.items()):
-        # A year or an edition in brackets is easy to complete; only the words before it count.
+        # A year or an edition in brackets is easy to complete, so it is removed.
         words = re.sub(r"\s*[(\[].*", "", item.title).split()
         if len(words) >= 3:
             cut = len(words) // 2

@@ -84,10 +84,10 @@ class Augmented:
 
 def plan(recipe: Recipe) -> Plan:
     """Return the prompts of the recipe section ``augment``."""
-    data, asked = questions(recipe)
+    data, prompts = questions(recipe)
     base = resolve(recipe.model, seed=recipe.seed)
     encoder = Encoder(load_tokenizer(base, recipe.model), max_length=recipe.model.max_length)
-    return Plan(data, asked, encoder, base)
+    return Plan(data, prompts, encoder, base)
 
 
 def questions(recipe: Recipe) -> tuple[SplitDataset, dict[FeatureKind, list[Asked]]]:
@@ -97,7 +97,7 @@ def questions(recipe: Recipe) -> tuple[SplitDataset, dict[FeatureKind, list[Aske
     tables = {"data": recipe.data, "reviews": recipe.reviews}
     plain = {key: table and table.model_copy(update={"texts": None}) for key, table in tables.items()}
     data, _ = load_tables(recipe.model_copy(update=plain))
-    return data, {kind: _asked(recipe, data, kind, {}) for kind in KINDS if _template(section, kind) is not None}
+    return data, {kind: _prompts(recipe, data, kind, {}) for kind in KINDS if _template(section, kind) is not None}
 
 
 def refuse_other_store(recipe: Recipe, store: Path) -> None:
@@ -121,8 +121,8 @@ def without_model(recipe: Recipe, out: Path) -> Augmented:
     depends on the same interactions as the generated text.
     """
     section, begin = _section(recipe), time.perf_counter()
-    data, asked = questions(recipe)
-    if not {"user", "item"} & asked.keys():
+    data, prompts = questions(recipe)
+    if not {"user", "item"} & prompts.keys():
         raise RecipeError(
             "a reference store needs texts about users or items; set augment.users or augment.items",
             kind="unsupported",
@@ -130,20 +130,20 @@ def without_model(recipe: Recipe, out: Path) -> Augmented:
         )
     items = [data.dataset.items[entry] for entry in sorted(data.dataset.items)]
     texts_by_id = dict(zip((item.item_id for item in items), texts_of(items), strict=True))
-    made = Provenance(system="augment without a model", split=data.readable, version=__version__)
-    every = of_texts("item", texts_by_id, encoder=section.encoder, provenance=made)
-    place_of = {item: place for place, item in enumerate(every.ids)}
+    provenance = Provenance(system="augment without a model", split=data.readable, version=__version__)
+    every = of_texts("item", texts_by_id, encoder=section.encoder, provenance=provenance)
+    row_of = {item: row for row, item in enumerate(every.ids)}
     tables = []
-    if "item" in asked:
+    if "item" in prompts:
         # The users and items to generate texts for, limited by augment.limit.
-        places = [place_of[entry.id] for entry in asked["item"] if entry.id in place_of]
-        names = [every.ids[place] for place in places]
-        written = [every.texts[place] for place in places]
-        tables.append(Features("item", names, every.vectors[places], every.provenance, texts=written))
-    if "user" in asked:
-        known = [(entry, [event for event in entry.events if event.item_id in place_of]) for entry in asked["user"]]
+        selected = [row_of[entry.id] for entry in prompts["item"] if entry.id in row_of]
+        names = [every.ids[row] for row in selected]
+        written = [every.texts[row] for row in selected]
+        tables.append(Features("item", names, every.vectors[selected], every.provenance, texts=written))
+    if "user" in prompts:
+        known = [(entry, [event for event in entry.events if event.item_id in row_of]) for entry in prompts["user"]]
         liked = recipe.tasks.ctr.liked if recipe.tasks.ctr is not None else None
-        rows = [_taste(data, events, every, place_of, liked) for _, events in known if events]
+        rows = [_taste(data, events, every, row_of, liked) for _, events in known if events]
         seen = {entry.id: entry.seen for entry, events in known if events}
         tables.insert(0, Features("user", list(seen), np.array(rows, np.float32), every.provenance, seen=seen))
     with writing(out) as folder:
@@ -152,11 +152,11 @@ def without_model(recipe: Recipe, out: Path) -> Augmented:
 
 
 def _taste(
-    data: SplitDataset, events: Sequence[Event], every: Features, place_of: Mapping[str, int], liked: float | None
+    data: SplitDataset, events: Sequence[Event], every: Features, row_of: Mapping[str, int], liked: float | None
 ) -> NDArray[np.floating[Any]]:
     """Return the mean vector of liked items minus the mean vector of other items, shape (d,)."""
     rated = [event for event in events if event.rating is not None]
-    vectors = every.vectors[[place_of[event.item_id] for event in rated or events]]
+    vectors = every.vectors[[row_of[event.item_id] for event in rated or events]]
     if not rated:
         return np.asarray(vectors.mean(axis=0))
     return taste(vectors, np.array([float(event.rating or 0) for event in rated]) >= threshold(scale_of(data), liked))
@@ -165,8 +165,8 @@ def _taste(
 def estimate(planned: Plan, section: AugmentSection) -> dict[str, str]:
     """Estimate the cost for a small model on two cores, as text."""
     rows, seconds = {}, 0.0
-    for kind, asked in planned.asked.items():
-        count, tokens = len(asked), sum(len(planned.encoder.prompt(item.prompt)) for item in asked)
+    for kind, prompts in planned.asked.items():
+        count, tokens = len(prompts), sum(len(planned.encoder.prompt(item.prompt)) for item in prompts)
         seconds += tokens / _READS + count * section.max_tokens / _WRITES
         most = count * section.max_tokens
         rows[PLURALS[kind]] = f"{count:,} texts, {tokens:,} prompt tokens, at most {most:,} completion tokens"
@@ -193,9 +193,11 @@ def augment(recipe: Recipe, out: Path, *, quiet: bool = False, shards: Sequence[
     section, begin = _section(recipe), time.perf_counter()
     planned = plan(recipe)
     choices = _engines(recipe, planned).choices("text", planned.base)
-    made = {engine: {kind: _provenance(recipe, planned, kind, engine) for kind in planned.asked} for engine in choices}
+    provenances = {
+        engine: {kind: _provenance(recipe, planned, kind, engine) for kind in planned.asked} for engine in choices
+    }
     with writing(out) as store_folder:
-        if (kept := _made_so(store_folder, made, section)) is not None:
+        if (kept := _matching_store(store_folder, provenances, section)) is not None:
             return Augmented(store_folder, {kind: len(kept.ids(kind)) for kind in kept.kinds}, Cost(), 0.0)
         cost, tables = Cost(), []
         for item in shards:
@@ -204,14 +206,14 @@ def augment(recipe: Recipe, out: Path, *, quiet: bool = False, shards: Sequence[
             for item in shards:
                 store.join(item.folder / ANSWERS)
             interests: dict[str, str] = {}
-            for kind, planned_of_it in planned.asked.items():
+            for kind, planned_prompts in planned.asked.items():
                 # Prompts for synthetic items show the text about their user, which is generated first.
-                asked = _asked(recipe, planned.data, kind, interests) if kind == "synthetic" else planned_of_it
-                written, spent = _write(backend, asked, kind, section, recipe.eval.batch, quiet=quiet)
+                prompts = _prompts(recipe, planned.data, kind, interests) if kind == "synthetic" else planned_prompts
+                written, spent = _write(backend, prompts, kind, section, recipe.eval.batch, quiet=quiet)
                 interests = written if kind == "user" else interests
                 cost += spent
-                seen = {item.id: item.seen for item in asked if item.seen}
-                provenance = made[engines.engine_for("text", planned.base)][kind]
+                seen = {item.id: item.seen for item in prompts if item.seen}
+                provenance = provenances[engines.engine_for("text", planned.base)][kind]
                 tables.append(of_texts(kind, written, encoder=section.encoder, provenance=provenance, seen=seen))
             write_version(store_folder, tables, dtype=section.dtype)
     counts = {table.kind: len(table.ids) for table in tables}
@@ -221,7 +223,7 @@ def augment(recipe: Recipe, out: Path, *, quiet: bool = False, shards: Sequence[
 def augment_shard(recipe: Recipe, out: Path, shard: Shard, *, quiet: bool = False) -> Path:
     """Generate the texts of one shard, and store them next to the feature store that `merge_augment` writes.
 
-    A shard has whole batches of the texts of each kind. Returns its folder.
+    A shard has complete batches of the texts of each kind. Returns its folder.
     """
     section, folder, budget = _section(recipe), shard_folder(out, shard), Budget(quiet=quiet)
     with locked(folder, (STORED, ANSWERS, SHARD)):
@@ -233,9 +235,9 @@ def augment_shard(recipe: Recipe, out: Path, shard: Shard, *, quiet: bool = Fals
             return folder
         cost, count = Cost(), 0
         with _asking(recipe, planned, folder, budget) as (backend, *_):
-            for kind, asked in planned.asked.items():
+            for kind, prompts in planned.asked.items():
                 # Synthetic items depend on texts of all users, so they are generated when shards are merged.
-                part = [] if kind == "synthetic" else shard.share(asked, recipe.eval.batch)
+                part = [] if kind == "synthetic" else shard.share(prompts, recipe.eval.batch)
                 with budget.stage(PLURALS[kind]):
                     cost += _write(backend, part, kind, section, recipe.eval.batch, quiet=quiet)[1]
                 count += len(part)
@@ -271,9 +273,9 @@ def _answers_key(recipe: Recipe, planned: Plan) -> str:
     """Return the fingerprint of the generated answers."""
     engines = _engines(recipe, planned)
     engine = engines.engine_for("text", planned.base)
-    made = {kind: asdict(_provenance(recipe, planned, kind, engine)) for kind in planned.asked}
-    asked = engines.identity(engine, _weights(engine, planned))
-    return fingerprint("augment", recipe, made=made, asked=asked, batch=recipe.eval.batch)
+    provenances = {kind: asdict(_provenance(recipe, planned, kind, engine)) for kind in planned.asked}
+    identity = engines.identity(engine, _weights(engine, planned))
+    return fingerprint("augment", recipe, made=provenances, asked=identity, batch=recipe.eval.batch)
 
 
 def _engines(recipe: Recipe, planned: Plan, budget: Budget | None = None, store: AnswerStore | None = None) -> Engines:
@@ -310,8 +312,8 @@ def _provenance(recipe: Recipe, planned: Plan, kind: FeatureKind, engine: str) -
     )
 
 
-def _made_so(
-    folder: Path, made: Mapping[str, Mapping[FeatureKind, Provenance]], section: AugmentSection
+def _matching_store(
+    folder: Path, provenances: Mapping[str, Mapping[FeatureKind, Provenance]], section: AugmentSection
 ) -> FeatureStore | None:
     """Return the existing feature store if it has the same texts; otherwise None."""
     try:
@@ -319,12 +321,12 @@ def _made_so(
     except DataError:
         return None
     stamp = text_embedder(section.encoder).stamp
-    same = store.kinds == tuple(next(iter(made.values()))) and store.dtype == section.dtype
+    same = store.kinds == tuple(next(iter(provenances.values()))) and store.dtype == section.dtype
     for kind in store.kinds if same else ():
         result = store.provenance(kind)
-        wanted = [item[kind] for item in made.values()]
+        expected = [item[kind] for item in provenances.values()]
         same = (
-            same and result is not None and replace(result, encoder={}) in wanted and result.encoder["stamp"] == stamp
+            same and result is not None and replace(result, encoder={}) in expected and result.encoder["stamp"] == stamp
         )
     return store if same else None
 
@@ -333,7 +335,7 @@ def _template(section: AugmentSection, kind: FeatureKind) -> str | None:
     return {"user": section.users, "item": section.items, "synthetic": section.synthetic}[kind]
 
 
-def _asked(recipe: Recipe, data: SplitDataset, kind: FeatureKind, interests: Mapping[str, str]) -> list[Asked]:
+def _prompts(recipe: Recipe, data: SplitDataset, kind: FeatureKind, interests: Mapping[str, str]) -> list[Asked]:
     section = _section(recipe)
     if kind == "item":
         return about_items(data, section, recipe.seed, recipe.prompts)
@@ -352,20 +354,20 @@ def _section(recipe: Recipe) -> AugmentSection:
 
 def _write(
     backend: CachedBackend,
-    asked: Sequence[Asked],
+    prompts: Sequence[Asked],
     kind: FeatureKind,
     section: AugmentSection,
     batch: int,
     *,
     quiet: bool,
 ) -> tuple[dict[str, str], Cost]:
-    with Bar(PLURALS[kind], len(asked), quiet=quiet) as bar:
+    with Bar(PLURALS[kind], len(prompts), quiet=quiet) as bar:
         while True:
             replaced, written, cost = backend.replaced, dict[str, str](), Cost()
-            for start in range(0, len(asked), batch):
-                part = asked[start : start + batch]
-                prompts: list[Prompt] = [item.prompt for item in part]
-                for item, done in zip(part, backend.generate(prompts, max_tokens=section.max_tokens), strict=True):
+            for start in range(0, len(prompts), batch):
+                part = prompts[start : start + batch]
+                inputs: list[Prompt] = [item.prompt for item in part]
+                for item, done in zip(part, backend.generate(inputs, max_tokens=section.max_tokens), strict=True):
                     written[item.id] = kept(kind, done.text, section)
                     cost += cost_of(done)
                 bar.advance(len(part))

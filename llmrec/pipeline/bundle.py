@@ -120,11 +120,11 @@ def read(name: str, model: ModelSection | None = None) -> Bundle:
         )
     if run is not None:
         import_stored(run)
-    asked = (model or ModelSection()).model_copy(update={"name": str(run / "merged") if run else name})
-    folder = resolve(asked)
+    section = (model or ModelSection()).model_copy(update={"name": str(run / "merged") if run else name})
+    folder = resolve(section)
     stored = Path(folder) / FILE
     if not stored.is_file():
-        return _plain(folder, asked)
+        return _plain(folder, section)
     try:
         result = checked(stored.read_bytes())
         if result["format"] != _FORMAT:
@@ -143,7 +143,7 @@ def read(name: str, model: ModelSection | None = None) -> Bundle:
         return Bundle(
             folder=folder,
             run=run,
-            model=asked.model_copy(update={"max_length": result["max_length"]}) if model is None else asked,
+            model=section.model_copy(update={"max_length": result["max_length"]}) if model is None else section,
             tasks=TasksSection(**result["tasks"]),
             templates=templates,
             noun=str(result["noun"]),

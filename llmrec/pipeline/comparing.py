@@ -86,7 +86,7 @@ def planned_of(study: Study, rows: Sequence[ResultRow]) -> Iterator[Versus]:
         tuned = _scored(study, family, family_rows)
         if tuned is None:
             continue
-        untuned = [row for row in family_rows if row.figures.arm == "zero-shot" and _asked_alike(study, tuned, row)]
+        untuned = [row for row in family_rows if row.figures.arm == "zero-shot" and _same_setup(study, tuned, row)]
         for row in untuned[:1]:
             yield Versus(family, metric, tuned, row)
         for rival in _rivals(family_rows, metric):
@@ -138,7 +138,7 @@ def exploratory_of(study: Study, rows: Sequence[ResultRow], choice: Choice | Non
         for row in family_rows:
             if row.figures.arm in ("tuned", "few-shot"):
                 untuned = [other for other in family_rows if other.figures.arm == "zero-shot"]
-                zero = [other for other in untuned if _asked_alike(study, row, other)]
+                zero = [other for other in untuned if _same_setup(study, row, other)]
                 yield from (Versus(family, metric, row, other) for other in zero)
             if row.figures.arm == "tuned" and row.figures.predictor in ("head", study.section(family).strategies[0]):
                 yield from (Versus(family, metric, row, control) for control in controls)
@@ -176,10 +176,10 @@ def best_of(rows: Sequence[ResultRow], metric: str) -> ResultRow | None:
 
 
 def _named(study: Study, rows: Sequence[ResultRow], pairs: Sequence[tuple[str, str]]) -> Iterator[Versus]:
-    tables = {family: (metric, own) for family, metric, own in _tables(study, rows)}
+    tables = {family: (metric, family_rows) for family, metric, family_rows in _tables(study, rows)}
     for a, b in pairs:
-        metric, own = tables[_family(a)]
-        one, other = (_row(name, own, metric) for name in (a, b))
+        metric, family_rows = tables[_family(a)]
+        one, other = (_row(name, family_rows, metric) for name in (a, b))
         if one is not None and other is not None and one is not other:
             yield Versus(_family(a), metric, one, other)
 
@@ -205,7 +205,7 @@ def _tables(study: Study, rows: Sequence[ResultRow]) -> Iterator[tuple[str, str,
 
 def _scored(study: Study, family: str, family_rows: Sequence[ResultRow]) -> ResultRow | None:
     """Return the tuned model that represents a task in comparisons."""
-    templates = [template.id for template in study.asked_with(family, "tuned")]
+    templates = [template.id for template in study.templates_for(family, "tuned")]
     strategies = ("head", study.section(family).strategies[0])
     tuned = [row for row in family_rows if row.figures.arm == "tuned" and row.figures.predictor in strategies]
     order: Mapping[str, int] = {name: index for index, name in enumerate(templates)}
@@ -216,7 +216,7 @@ def _scored(study: Study, family: str, family_rows: Sequence[ResultRow]) -> Resu
     )
 
 
-def _asked_alike(study: Study, row: ResultRow, zero: ResultRow) -> bool:
+def _same_setup(study: Study, row: ResultRow, zero: ResultRow) -> bool:
     """Whether two models use the same template and strategy.
 
     If the untuned settings have custom templates, only the first of them matches.
@@ -224,7 +224,7 @@ def _asked_alike(study: Study, row: ResultRow, zero: ResultRow) -> bool:
     same = row.figures.template == zero.figures.template
     family = row.figures.task
     if row.figures.arm == "tuned" and study.section(family).untuned_templates:
-        same = zero.figures.template == study.asked_with(family, "zero-shot")[0].id
+        same = zero.figures.template == study.templates_for(family, "zero-shot")[0].id
     return same and row.figures.predictor in ("head", zero.figures.predictor)
 
 

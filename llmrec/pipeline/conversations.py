@@ -27,13 +27,13 @@ class Written:
     """The number of conversations written, and what was left out.
 
     Attributes:
-        rows: Number of conversations, one in a line.
+        rows: Number of conversations, one per line.
         steps: The recipe's steps, which these rows fill.
-        partly: Conversations in whose answer llmrec gives some tokens no loss, such as the first events of a list.
+        partly: Conversations with answer tokens that have no loss in llmrec, such as the first events of a list.
         share: Share of the tokens of these answers that have loss.
-        cut: Conversations that end earlier than their row, within ``train.max_row_tokens``.
-        dropped: Rows without a conversation, since their one answer does not fit ``train.max_row_tokens``.
-        different: Conversations that the chat template writes with other tokens than those of the row.
+        cut: Conversations that end before their row, which ``train.max_row_tokens`` limits.
+        dropped: Rows without a conversation, because the answer exceeds ``train.max_row_tokens``.
+        different: Conversations whose tokens under the chat template differ from those of the row.
     """
 
     rows: int
@@ -135,8 +135,8 @@ def _conversation(row: TextRow, encoder: Encoder) -> tuple[list[dict[str, str]] 
             tokens -= len(encoder.piece(text))
             break
         answer.append(neutralise(text, encoder.control))
-    whole = tokens + row.example.ends_turn == len(row.ids)
-    if not answer or (row.example.ends_turn and not whole):
+    complete = tokens + row.example.ends_turn == len(row.ids)
+    if not answer or (row.example.ends_turn and not complete):
         return None, 0
     content = {"role": "assistant", "content": "".join(answer)}
-    return [*encoder.turns(row.example.messages), content], len(row.ids) if whole else tokens
+    return [*encoder.turns(row.example.messages), content], len(row.ids) if complete else tokens

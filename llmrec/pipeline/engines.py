@@ -85,9 +85,9 @@ class Engines:
         seed: Engine seed.
         budget: The budget to which start-up time is added.
         store: The answer cache; None: no cache.
-        adapters: Tuned models whose base is asked too. On a GPU, one vLLM engine then answers for all of them. On a CPU
-            each has its own: adapters on an engine are slower there than merged weights (docs/scaling.md).
-        beside: Engines of another of these models, to share one with; they must agree in all settings but the seed.
+        adapters: Tuned models whose base model is evaluated too. On a GPU, one vLLM engine then serves all of them. On
+            a CPU each has its own engine, because merged weights are faster there than adapters (docs/scaling.md).
+        beside: Engines of another of these models to share; ignored unless all settings except the seed are equal.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Engines:
 
         Under ``scorer: auto``, likelihoods and searches use hf on the CPU, where one masked forward pass shares the
         prompt among all continuations while vLLM decodes a request per path. On a GPU they use the evaluation backend:
-        vLLM reads each path there as a prompt, without a second engine beside the one that generates. Which is faster
+        vLLM reads each path there as a prompt, without a second engine next to the one that generates. Which is faster
         on a GPU has not been measured.
         """
         return self.choices(strategy, folder)[0]
@@ -158,8 +158,8 @@ class Engines:
             tokens: Returns the number of tokens in the largest batch, prompts and answers; called when the engine
                 starts. None: the maximum of a batch.
         """
-        asked = engine, folder, weights
-        if self._open is not None and self._open[0] == asked:
+        key = engine, folder, weights
+        if self._open is not None and self._open[0] == key:
             return self._open[1]
         self._leave(shared=self.is_shared(engine, weights))
         most = tokens or (lambda: self._section.batch * self._encoder.max_length)
@@ -176,7 +176,7 @@ class Engines:
             return self._offer("hf", folder, weights, most)
 
         backend = CachedBackend(self._store, *self._offer(engine, folder, weights, most), instead)
-        self._open = (asked, backend)
+        self._open = (key, backend)
         return backend
 
     def _slower(self) -> str:
@@ -354,8 +354,8 @@ def _server(section: EvalSection) -> ServerSection:
 
 def refuse_paired(folder: str, model: ModelSection, section: EvalSection) -> None:
     """Reject engines that do not support encoder-decoders."""
-    asked = "vllm" in (section.backend, section.scorer)
-    if asked and not is_plain_decoder(folder, model) and is_paired(load_config(folder, model)):
+    uses_vllm = "vllm" in (section.backend, section.scorer)
+    if uses_vllm and not is_plain_decoder(folder, model) and is_paired(load_config(folder, model)):
         raise RecipeError(
             f"eval.backend: {model.name} is an encoder-decoder, which vLLM does not support; set eval.backend=hf and "
             "do not set eval.scorer (`llmrec rank`: --backend hf)",
@@ -383,8 +383,8 @@ def _for_gpus() -> bool:
 
 def _refuse_gpus(model: ModelSection, section: EvalSection) -> None:
     """Reject more GPUs than this machine has, and several GPUs without vLLM."""
-    wanted = section.tensor_parallel * section.pipeline_parallel
-    if wanted == 1:
+    requested = section.tensor_parallel * section.pipeline_parallel
+    if requested == 1:
         return
     key = "eval.tensor_parallel" if section.tensor_parallel > 1 else "eval.pipeline_parallel"
     name = "eval.tensor_parallel (as an option: --tensor-parallel)" if section.tensor_parallel > 1 else key
@@ -396,9 +396,9 @@ def _refuse_gpus(model: ModelSection, section: EvalSection) -> None:
             column=key,
         )
     here = require("torch", "train").cuda.device_count() if _on_gpu(model) else 0
-    if wanted > here:
+    if requested > here:
         raise RecipeError(
-            f"{name}: tensor_parallel * pipeline_parallel is {wanted}, but torch finds only {here} GPUs; lower "
+            f"{name}: tensor_parallel * pipeline_parallel is {requested}, but torch finds only {here} GPUs; lower "
             f"{name}, or serve the model on other machines (eval.backend=openai, eval.server.url)",
             kind="unsupported",
             column=key,

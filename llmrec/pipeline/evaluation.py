@@ -181,7 +181,7 @@ class Evaluation:
         }
         rows: dict[str, ResultRow] = {}
         failed: dict[str, EngineFailure] = {}
-        planned = self._asked(weights, engines)
+        planned = self._plan(weights, engines)
         for spec, engine, folder, digest in planned:
             alike = [other for other, *where in planned if where == [engine, folder, digest]]
             try:
@@ -189,14 +189,14 @@ class Evaluation:
             except EngineFailure as failure:
                 self.failures += [] if failure in self.failures else [failure]
                 failed[engines.engine_for(spec.predictor, folder)] = failure
-                self.missing[spec.id] = Unevaluated(**spec.asked, reason=failure.reason)
+                self.missing[spec.id] = Unevaluated(**spec.fields, reason=failure.reason)
         results = []
         specs = [spec for arm in weights for spec in specs_of(self._study, arm)]
         for index, spec in enumerate(specs):
             # An ensemble follows the language model that it contains.
             model = specs[index - 1].id if spec.joins else spec.id
             if model in self.missing:
-                self.missing[spec.id] = Unevaluated(**spec.asked, reason=self.missing[model].reason)
+                self.missing[spec.id] = Unevaluated(**spec.fields, reason=self.missing[model].reason)
             elif spec.joins:
                 results += self._joined(spec, [*controls[spec.family], rows[model]])
             else:
@@ -283,7 +283,7 @@ class Evaluation:
         except BackendError:  # too long, which is reported as an error of the request
             return self._encoder.max_length
 
-    def _asked(self, weights: Weights, engines: Engines) -> list[tuple[RowSpec, str, str, str]]:
+    def _plan(self, weights: Weights, engines: Engines) -> list[tuple[RowSpec, str, str, str]]:
         """Return the language models to evaluate, each with its engine, model folder and hash of the weights."""
         specs = [(spec, arm) for arm in weights for spec in specs_of(self._study, arm)]
         planned = [
@@ -342,8 +342,8 @@ class Evaluation:
 
     def shards_key(self, weights: Weights, engines: Engines) -> str:
         """Return the fingerprint of an evaluation in shards."""
-        asked, recipe = self._asked(weights, engines), self._study.recipe
-        rows = [self.key(spec, engine, engines.identity(engine, digest)) for spec, engine, _, digest in asked]
+        planned, recipe = self._plan(weights, engines), self._study.recipe
+        rows = [self.key(spec, engine, engines.identity(engine, digest)) for spec, engine, _, digest in planned]
         return fingerprint("evaluate", recipe, rows=rows, batch=recipe.eval.batch)
 
     def ask(
@@ -351,16 +351,16 @@ class Evaluation:
     ) -> None:
         """Evaluate language models on one shard of all test cases.
 
-        Every row gets whole batches of its cases, so that batches are the same as in a single process. Cached answers
-        are not computed again. ``report`` is called with the finished fraction of all requests.
+        Every row gets complete batches of its cases, so that batches are the same as in a single process. Cached
+        answers are not computed again. ``report`` is called with the finished fraction of all requests.
         """
         batch = self._study.recipe.eval.batch
-        asked = [
+        planned = [
             (item, [shard.share(requests, batch) for requests in self._questions(item[0])])
-            for item in self._asked(weights, engines)
+            for item in self._plan(weights, engines)
         ]
-        total, done = sum(len(requests) for _, shares in asked for requests in shares), 0
-        for (spec, engine, folder, digest), shares in asked:
+        total, done = sum(len(requests) for _, shares in planned for requests in shares), 0
+        for (spec, engine, folder, digest), shares in planned:
             backend = engines.get(engine, folder, digest)
             with self._budget.stage(spec.arm), self._progress(spec, shares) as bar:
 
@@ -391,7 +391,7 @@ class Evaluation:
         self,
         spec: RowSpec,
         key: str,
-        found: Evaluated,
+        result: Evaluated,
         engine: str,
         reads: Reads,
         *,
@@ -404,19 +404,19 @@ class Evaluation:
     ) -> ResultRow:
         """Store a result; see `ResultRow`."""
         figures = Row(
-            **spec.asked,
+            **spec.fields,
             engine=engine,
             reads=reads,
             inputs=inputs or inputs_of(spec, self._study),
             candidates=self._study.sets_digest(spec.family),
             **({"fusion": fusion} if fusion else {}),
-            **found.figures.as_json(),
+            **result.figures.as_json(),
         )
         stored = {
             "key": key,
             "figures": figures.as_json(),
-            "values": {metric: [float(v) for v in values] for metric, values in found.values.items()},
-            "records": [record.as_json() for record in found.records],
+            "values": {metric: [float(v) for v in values] for metric, values in result.values.items()},
+            "records": [record.as_json() for record in result.records],
             "examples": [example.as_json() for example in examples],
             "weighing": dict(weighing or {}),
             "validation": dict(validation or {}),
@@ -479,8 +479,8 @@ class Evaluation:
         )
         options = options_of(spec.predictor, eval_section) | dict(task.strategy_options)
         measured = eval_section.debias == "measured" and is_positional(spec.predictor)
-        asked = {"training": task.questions(eval_section.debias_questions)} if measured else {}
-        return strategy_of(spec.predictor, asker, **options, **asked)
+        training = {"training": task.questions(eval_section.debias_questions)} if measured else {}
+        return strategy_of(spec.predictor, asker, **options, **training)
 
     def _calibrated(self, family: str, predictor: Predictor) -> Predictor:
         """Return a predictor that is calibrated on validation cases, if the task requires calibration."""
@@ -518,12 +518,12 @@ class Evaluation:
         means.fit(self._study.data)
         return lambda request: cast("Rating", means.answer([request])[0]).value
 
-    def _examples(self, spec: RowSpec, predictor: Strategy, found: Evaluated) -> tuple[Shown, ...]:
+    def _examples(self, spec: RowSpec, predictor: Strategy, result: Evaluated) -> tuple[Shown, ...]:
         """Return the first prompts of a model with their answers, for the report."""
         assert spec.template is not None
         first = predictor.first_prompt if isinstance(predictor, AsksFirst) else predictor.asker.prompt
         shown = []
-        for case, record in zip(self._cases[spec.family][:_EXAMPLES], found.records, strict=False):
+        for case, record in zip(self._cases[spec.family][:_EXAMPLES], result.records, strict=False):
             prompt = first(case.request)
             shown.append(
                 Shown(
@@ -541,12 +541,12 @@ class Evaluation:
 
     def _questions(self, spec: RowSpec) -> list[list[Request]]:
         """Return the requests that a model answers, one list per call: calibration, test, and ensemble weights."""
-        asked = self._calibrating(spec.family), self._cases[spec.family], self._weighers(spec)
-        return [[case.request for case in cases] for cases in asked]
+        parts = self._calibrating(spec.family), self._cases[spec.family], self._weighers(spec)
+        return [[case.request for case in cases] for cases in parts]
 
-    def _progress(self, spec: RowSpec, asked: Sequence[Sequence[Request]]) -> BatchBar:
+    def _progress(self, spec: RowSpec, parts: Sequence[Sequence[Request]]) -> BatchBar:
         """Return a progress bar for answering these requests, counted in candidates if they have any."""
-        requests, section = [request for part in asked for request in part], self._study.recipe.eval
+        requests, section = [request for part in parts for request in part], self._study.recipe.eval
         sizes = [len(request.candidates or ()) for request in requests]
         counted = questions_of(spec.predictor, max(sizes, default=0), section)
         return BatchBar(
@@ -559,18 +559,18 @@ class Evaluation:
         )
 
 
-def _with_seconds(found: Evaluated, seconds: float) -> Evaluated:
+def _with_seconds(result: Evaluated, seconds: float) -> Evaluated:
     """Return results with seconds added to their cost."""
-    cost = found.figures.cost.model_copy(update={"seconds": (found.figures.cost.seconds or 0.0) + seconds})
-    return replace(found, figures=found.figures.model_copy(update={"cost": cost}))
+    cost = result.figures.cost.model_copy(update={"seconds": (result.figures.cost.seconds or 0.0) + seconds})
+    return replace(result, figures=result.figures.model_copy(update={"cost": cost}))
 
 
-def _with_curve(found: Evaluated, predictor: Predictor, cases: Sequence[Case]) -> Evaluated:
+def _with_curve(result: Evaluated, predictor: Predictor, cases: Sequence[Case]) -> Evaluated:
     """Return results with the calibration curve of the predictor, if it is calibrated."""
     if not isinstance(predictor, Calibrated):
-        return found
+        return result
     curve = Calibration(n=len(cases), **asdict(predictor.curve))
-    return replace(found, figures=found.figures.model_copy(update={"calibration": curve}))
+    return replace(result, figures=result.figures.model_copy(update={"calibration": curve}))
 
 
 def row_of(stored: Mapping[str, Any]) -> ResultRow:

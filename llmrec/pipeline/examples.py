@@ -35,7 +35,7 @@ INPUT = 400
 def drawn(requests: Sequence[str], seed: int, count: int = COUNT) -> list[int]:
     """Return the indices of requests to show, in the order of a seeded hash."""
     order = np.argsort(hash64("text sample", seed, requests), kind="stable")
-    return [int(place) for place in order[:count]]
+    return [int(index) for index in order[:count]]
 
 
 def user_of(dataset: Dataset, user_id: str) -> User:
@@ -91,7 +91,7 @@ def example_user(study: Study, rows: Sequence[ResultRow], headline: Mapping[str,
 
 
 def _row(family: str, metric: str, rows: Sequence[ResultRow]) -> ResultRow | None:
-    own = [
+    eligible = [
         row
         for row in rows
         if row.figures.task == family and metric in row.figures.metrics and row.figures.fusion is None
@@ -103,14 +103,14 @@ def _row(family: str, metric: str, rows: Sequence[ResultRow]) -> ResultRow | Non
         arm = row.figures.arm
         return arm != "tuned", arm == "baseline", float("inf") if value is None else sign * value
 
-    return min(own, key=order, default=None)
+    return min(eligible, key=order, default=None)
 
 
 def _example(study: Study, family: str, row: ResultRow) -> ExampleUser:
     cases, dataset = study.cases(family), study.task_data(family).dataset
-    known = [place for place, case in enumerate(cases) if case.request.history] or list(range(len(cases)))
-    place = known[drawn([cases[entry].request.id for entry in known], study.recipe.seed, 1)[0]]
-    request, truth, record = cases[place].request, str(cases[place].truth), row.records[place]
+    known = [index for index, case in enumerate(cases) if case.request.history] or list(range(len(cases)))
+    index = known[drawn([cases[n].request.id for n in known], study.recipe.seed, 1)[0]]
+    request, truth, record = cases[index].request, str(cases[index].truth), row.records[index]
 
     def title(item: str) -> str:
         return clean(dataset.items[item].title) if item in dataset.items else item
@@ -146,20 +146,20 @@ def exhibits(study: Study, rows: Sequence[ResultRow]) -> Iterator[Exhibit]:
     for family in study.tasks:
         named = {baseline.label: baseline for baseline in study.baselines(family)}
         folders = {label: stores_of(entry.name, entry.parameters) for label, entry in named.items()}
-        reading = [label for label, found in folders.items() if found and not named[label].parameters.get("shuffled")]
+        reading = [label for label, stores in folders.items() if stores and not named[label].parameters.get("shuffled")]
         if reading:
             alike = [label for label, entry in named.items() if entry.name == named[reading[0]].name]
-            own = [row for row in rows if row.figures.task == family and row.figures.predictor in alike]
-            yield from _exhibits(study, family, next(iter(folders[reading[0]])), own)
+            family_rows = [row for row in rows if row.figures.task == family and row.figures.predictor in alike]
+            yield from _exhibits(study, family, next(iter(folders[reading[0]])), family_rows)
 
 
 def _exhibits(study: Study, family: str, folder: str, rows: Sequence[ResultRow]) -> Iterator[Exhibit]:
     store, cases, data = FeatureStore.open(folder), study.cases(family), study.task_data(family).dataset
     seen = store.seen_by("user")
-    message = [place for place, case in enumerate(cases) if case.request.user_id in seen] or list(range(len(cases)))
-    for n in drawn([cases[place].request.id for place in message], study.recipe.seed, EXHIBITS):
-        place, request = message[n], cases[message[n]].request
-        user, item = request.user_id, str(request.item or cases[message[n]].truth)
+    indices = [index for index, case in enumerate(cases) if case.request.user_id in seen] or list(range(len(cases)))
+    for n in drawn([cases[index].request.id for index in indices], study.recipe.seed, EXHIBITS):
+        index, request = indices[n], cases[indices[n]].request
+        user, item = request.user_id, str(request.item or cases[indices[n]].truth)
         pairs = sorted(entry for _, entry in seen.get(user, ()) if entry in data.items)
         yield Exhibit(
             task=family,
@@ -171,8 +171,8 @@ def _exhibits(study: Study, family: str, folder: str, rows: Sequence[ResultRow])
             events=len(pairs),
             profile=shortened(clean(store.texts("user", [user]).get(user, ""), INPUT)),
             described=shortened(clean(store.texts("item", [item]).get(item, ""), INPUT)),
-            truth=f"{truth:g}" if isinstance(truth := cases[place].truth, float) else str(truth),
-            answers={row.figures.id: _answer_text(row.records[place], item) for row in rows},
+            truth=f"{truth:g}" if isinstance(truth := cases[index].truth, float) else str(truth),
+            answers={row.figures.id: _answer_text(row.records[index], item) for row in rows},
         )
 
 
@@ -199,22 +199,22 @@ def text_samples(study: Study, rows: Sequence[ResultRow]) -> Iterator[Sample]:
     The cases of the study are those of the rows, in order.
     """
     for family in (family for family in study.tasks if family_of(family).answer is Text):
-        cases, own = study.cases(family), [row for row in rows if row.figures.task == family]
+        cases, family_rows = study.cases(family), [row for row in rows if row.figures.task == family]
         dataset, view = study.task_data(family).dataset, View(study.task_data(family))
-        for place in drawn([case.request.id for case in cases], study.recipe.seed):
-            case = cases[place]
+        for index in drawn([case.request.id for case in cases], study.recipe.seed):
+            case = cases[index]
             yield Sample(
                 task=family,
                 request_id=case.request.id,
                 user=user_of(dataset, case.request.user_id),
                 item=product_of(dataset, str(case.request.item)),
-                told=tuple(_told(study, family, case.request, view)),
+                told=tuple(_inputs(study, family, case.request, view)),
                 truth=str(case.truth),
-                answers={row.figures.id: _answer(row.records[place]) for row in own},
+                answers={row.figures.id: _answer(row.records[index]) for row in family_rows},
             )
 
 
-def _told(study: Study, family: str, request: Request, view: View) -> Iterator[PromptContents]:
+def _inputs(study: Study, family: str, request: Request, view: View) -> Iterator[PromptContents]:
     """Yield the inputs of a request that prompts can show."""
     templates = study.eval_templates(family)
     for name, text in request.context.items():
@@ -281,66 +281,66 @@ def newcomers(study: Study, rows: Sequence[ResultRow]) -> Iterator[Newcomer]:
 
 def _newcomers(study: Study, family: str, rows: Sequence[ResultRow]) -> Iterator[Newcomer]:
     data, cases = study.task_data(family), study.cases(family)
-    asked = sorted({str(case.truth) for case in cases} & data.cold)
-    if not asked:
+    targets = sorted({str(case.truth) for case in cases} & data.cold)
+    if not targets:
         return
-    chosen = [asked[place] for place in drawn(asked, study.recipe.seed, _ITEMS)]
-    own = [row for row in rows if row.figures.task == family]
-    lists = {row.figures.id: [ranked(record.parsed)[:LENGTH] for record in row.records] for row in own}
+    chosen = [targets[n] for n in drawn(targets, study.recipe.seed, _ITEMS)]
+    family_rows = [row for row in rows if row.figures.task == family]
+    lists = {row.figures.id: [ranked(record.parsed)[:LENGTH] for record in row.records] for row in family_rows}
     near = _neighbours(study, family, chosen)
     for item in chosen:
-        places = {
-            name: [(n, result.index(item) + 1) for n, result in enumerate(entry) if item in result]
-            for name, entry in lists.items()
+        ranks = {
+            name: [(n, top.index(item) + 1) for n, top in enumerate(row_lists) if item in top]
+            for name, row_lists in lists.items()
         }
-        shown = {name: _one_a_user(result, cases)[:_VISITS] for name, result in places.items()}
+        shown = {name: _one_a_user(hits, cases)[:_VISITS] for name, hits in ranks.items()}
         yield Newcomer(
             task=family,
             item=product_of(data.dataset, item),
             neighbours=near[item],
             wanted=sum(str(case.truth) == item for case in cases),
-            lists={name: len(result) for name, result in places.items()},
+            lists={name: len(hits) for name, hits in ranks.items()},
             visits={
-                name: tuple(_visit(study, family, cases[n], place, item) for n, place in result)
-                for name, result in shown.items()
-                if result
+                name: tuple(_visit(study, family, cases[n], rank, item) for n, rank in hits)
+                for name, hits in shown.items()
+                if hits
             },
         )
 
 
-def _one_a_user(found: Sequence[tuple[int, int]], cases: Sequence[Case]) -> list[tuple[int, int]]:
+def _one_a_user(ranks: Sequence[tuple[int, int]], cases: Sequence[Case]) -> list[tuple[int, int]]:
     """Keep one list per user."""
-    first = {cases[n].request.user_id: (n, place) for n, place in reversed(found)}
+    first = {cases[n].request.user_id: (n, rank) for n, rank in reversed(ranks)}
     return sorted(first.values())
 
 
-def _visit(study: Study, family: str, case: Case, place: int, item: str) -> Visit:
+def _visit(study: Study, family: str, case: Case, rank: int, item: str) -> Visit:
     dataset = study.task_data(family).dataset
     latest = (clean(dataset.items[event.item_id].title) for event in case.request.history[-_TITLES:])
     return Visit(
         user=user_of(dataset, case.request.user_id),
         latest=tuple(latest),
-        place=place,
+        place=rank,
         wanted=str(case.truth) == item,
     )
 
 
-def _neighbours(study: Study, family: str, asked: Sequence[str]) -> dict[str, tuple[Nearby, ...]]:
+def _neighbours(study: Study, family: str, items: Sequence[str]) -> dict[str, tuple[Nearby, ...]]:
     """Return, for each item, the training items with the most similar texts; empty without a text encoder."""
     data, result = study.task_data(family), dict[str, tuple[Nearby, ...]]()
     warm = sorted(data.train["item_id"].unique().cast(pl.String).to_list())
-    shown = {item: data.dataset.items[item] for item in (*asked, *warm)}
+    shown = {item: data.dataset.items[item] for item in (*items, *warm)}
     try:
         vectors = vectors_of(shown, study.recipe.encoder, data)
-        likeness = vectors.of(asked) @ vectors.of(warm).T
+        similarity = vectors.of(items) @ vectors.of(warm).T
     except LlmrecError as error:
         # An error in an example must not discard the metrics, which are computed by now.
         log.warning("the report shows cold-start items without similar items: %s", error)
-        return dict.fromkeys(asked, ())
-    for item, row in zip(asked, likeness, strict=True):
+        return dict.fromkeys(items, ())
+    for item, row in zip(items, similarity, strict=True):
         best = np.argsort(-row, kind="stable")[:_NEAR]
         result[item] = tuple(
-            Nearby(title=clean(data.dataset.items[warm[place]].title), cosine=float(row[place]))
-            for place in best.tolist()
+            Nearby(title=clean(data.dataset.items[warm[index]].title), cosine=float(row[index]))
+            for index in best.tolist()
         )
     return result

@@ -48,8 +48,8 @@ def fuse_runs(runs: Sequence[Path], out: Path) -> Written:
         rows = _distinct(list(zip([run.resolve().name for run in runs], results, strict=True)))
         joined: list[ResultRow] = []
         for family in study.tasks:
-            own = [row for row in rows if row.figures.task == family]
-            joined += _fusions(study, weighing, family, own)
+            family_rows = [row for row in rows if row.figures.task == family]
+            joined += _fusions(study, weighing, family, family_rows)
         if not joined:
             raise DataError(
                 f"{', '.join(map(str, runs))}: no two models answered the same validation users, on which ensemble "
@@ -89,9 +89,9 @@ def _rows(run: Path, study: Study) -> list[ResultRow]:
         if figures.fusion is not None or figures.task not in study.tasks:
             continue
         row = stored_row(run, figures)
-        asked = [case.request.id for case in study.cases(figures.task)]
+        request_ids = [case.request.id for case in study.cases(figures.task)]
         same_sets = figures.candidates == study.sets_digest(figures.task)
-        if [record.request_id for record in row.records] != asked or not same_sets:
+        if [record.request_id for record in row.records] != request_ids or not same_sets:
             raise DataError(
                 f"{run}: {figures.id} was evaluated on other users or candidates than the first run; run both with "
                 "the same eval.users, eval.candidates and seed",
@@ -103,11 +103,11 @@ def _rows(run: Path, study: Study) -> list[ResultRow]:
     return rows
 
 
-def _distinct(found: Sequence[tuple[str, Sequence[ResultRow]]]) -> list[ResultRow]:
+def _distinct(runs: Sequence[tuple[str, Sequence[ResultRow]]]) -> list[ResultRow]:
     """Return results with unique ids; a result that two runs share is included once."""
     rows: dict[str, ResultRow] = {}
-    for name, own in found:
-        for row in own:
+    for name, run_rows in runs:
+        for row in run_rows:
             known = rows.get(row.figures.id)
             if known is None:
                 rows[row.figures.id] = row
@@ -133,12 +133,12 @@ def _fusions(study: Study, weighing: Weighing, family: str, rows: Sequence[Resul
 def _fused(
     study: Study, weighing: Weighing, family: str, kind: Reads, parts: Sequence[ResultRow], cases: Sequence[Case]
 ) -> ResultRow:
-    own, text = family_of(family), _named(parts)
+    task, members = family_of(family), _named(parts)
     baselines = [row for row in parts if row.figures.arm == "baseline"]
     every = [case for case in weighing.cases(family) if all(case.request.id in row.weighing for row in baselines)]
-    onto, context = bases_of(study, family, text, every), Context(study.data)
-    model = join(FUSIONS[kind], text, cases, own.answer, onto=onto, context=context)
-    result = evaluate(model, study.cases(family), name=family, kind=own.answer, protocol=protocol_of(study, family))
+    onto, context = bases_of(study, family, members, every), Context(study.data)
+    model = join(FUSIONS[kind], members, cases, task.answer, onto=onto, context=context)
+    result = evaluate(model, study.cases(family), name=family, kind=task.answer, protocol=protocol_of(study, family))
     arms = [row.figures.arm for row in parts if row.figures.arm != "baseline"]
     arm = "baseline" if not arms else "tuned" if "tuned" in arms else arms[0]
     figures = Row(

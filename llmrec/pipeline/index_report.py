@@ -122,11 +122,11 @@ def write_run(study: Study, folder: Path) -> None:
     index_page.write(content, page)
 
 
-def summary(made: Indexed) -> dict[str, dict[str, str]]:
+def summary(built: Indexed) -> dict[str, dict[str, str]]:
     """Return a summary for the terminal: names and values by title."""
-    result, titles = made.found, _titles(made.data)
-    figures = {name: _shown(value) for name, value in index_summary.key_figures(result).items()}
-    tables = {f"index {result.scheme} of {flat(made.data.dataset.name)}": figures | {"Seconds": f"{made.seconds:.1f}"}}
+    result, titles = built.found, _titles(built.data)
+    rows = {name: _shown(value) for name, value in index_summary.key_figures(result).items()}
+    tables = {f"index {result.scheme} of {flat(built.data.dataset.name)}": rows | {"Seconds": f"{built.seconds:.1f}"}}
     if result.levels:
         tables["levels"] = {
             index_summary.level_title(level): (
@@ -135,13 +135,13 @@ def summary(made: Indexed) -> dict[str, dict[str, str]]:
             )
             for level in result.levels
         }
-    shown = examples(made.index, titles, max(5, len(made.items)), made.items)
+    shown = examples(built.index, titles, max(5, len(built.items)), built.items)
     tables["examples"] = _rows(shown)
-    for item in made.items:
-        near = nearest(made.index, item, titles)
+    for item in built.items:
+        near = nearest(built.index, item, titles)
         if near:
-            tables[f"nearest to {_cut(made.index.encode(item))}, {_cut(titles[item])}"] = _rows(near)
-    tables["written"] = {"index": str(made.folder), "page": str(made.page)}
+            tables[f"nearest to {_cut(built.index.encode(item))}, {_cut(titles[item])}"] = _rows(near)
+    tables["written"] = {"index": str(built.folder), "page": str(built.page)}
     return tables
 
 
@@ -149,7 +149,7 @@ def _content(
     recipe: Recipe,
     data: SplitDataset,
     built: ItemIndex,
-    found: Diagnostics,
+    diagnostics: Diagnostics,
     *,
     items: Sequence[str] = (),
     seconds: float | None = None,
@@ -164,7 +164,7 @@ def _content(
         seed=recipe.seed,
         digest=built.digest,
         seconds=seconds,
-        found=found,
+        found=diagnostics,
         groups=neighbours(built, titles, prefixes=_GROUPS, members=_MEMBERS, counts=_counts(data)),
         examples=examples(built, titles, max(_EXAMPLES, len(items)), items),
         version=__version__,

@@ -61,7 +61,7 @@ class Check:
         name: The subject of the check.
         found: The result, in one sentence.
         verdict: ``leak`` fails the run; ``notice`` is for readers of the report.
-        examples: The first locations with an error.
+        examples: The first findings.
         figures: The numbers behind the sentence.
     """
 
@@ -72,11 +72,11 @@ class Check:
     figures: Mapping[str, float] = field(default_factory=dict)
 
 
-def verdict(name: str, looked_at: str, places: Sequence[str]) -> Check:
-    """Return the result of a check: a leak if ``places`` is not empty, otherwise clean."""
-    if not places:
+def verdict(name: str, looked_at: str, findings: Sequence[str]) -> Check:
+    """Return the result of a check: a leak if ``findings`` is not empty, otherwise clean."""
+    if not findings:
         return Check(name, f"none in {looked_at}")
-    return Check(name, f"{len(places)} in {looked_at}", "leak", tuple(places[:_SHOWN]))
+    return Check(name, f"{len(findings)} in {looked_at}", "leak", tuple(findings[:_SHOWN]))
 
 
 # --------------------------------------------------------------------------- the split and the users
@@ -85,12 +85,12 @@ def verdict(name: str, looked_at: str, places: Sequence[str]) -> Check:
 def training_interactions(data: SplitDataset) -> Check:
     """Check that no training interaction is held out, follows its user's held-out one, or has a cold-start item."""
     train = data.train.select("user_id", "item_id", "timestamp")
-    places = [
+    findings = [
         f"user {user}, item {item}: held out, but in the training data"
         for user, item in train.select("user_id", "item_id").iter_rows()
         if (user, item) in data.held_out
     ]
-    places += [
+    findings += [
         f"cold-start item {item}: an interaction of user {user} is used in training or shown"
         for frame in (data.train, data.known)
         for user, item in frame.select("user_id", "item_id").iter_rows()
@@ -98,25 +98,25 @@ def training_interactions(data: SplitDataset) -> Check:
     ]
     if data.cold:
         both = set(data.valid["user_id"]) & set(data.test["user_id"])
-        places += [
+        findings += [
             f"user {user}: evaluated in both splits, so the test history contains cold-start items"
             for user in sorted(both)
         ]
     if data.kind in ("leave_one_out", "last_share", "last_basket", "cold_items") and data.dataset.has_time:
         first = pl.concat([data.valid, data.test]).group_by("user_id").agg(pl.col("timestamp").min().alias("held"))
         late = train.join(first, on="user_id").filter(pl.col("timestamp") > pl.col("held"))
-        places += [
+        findings += [
             f"user {user}, item {item}: in the training data, but later than a held-out interaction of this user"
             for user, item in late.select("user_id", "item_id").iter_rows()
         ]
     name, looked = f"training interactions of {data.dataset.name}", f"{len(train):,} interactions"
-    if not places and data.kind == "given" and (early := earlier(data.train, pl.concat([data.valid, data.test]))):
+    if not findings and data.kind == "given" and (early := earlier(data.train, pl.concat([data.valid, data.test]))):
         result = (
             f"none is held out, but {early:,} held-out interactions are earlier than a training interaction of their "
             "user"
         )
         return Check(name, f"{result}, so histories contain later interactions", "notice", figures={"earlier": early})
-    return verdict(name, looked, places)
+    return verdict(name, looked, findings)
 
 
 def profiles(data: SplitDataset) -> Check:
@@ -124,8 +124,8 @@ def profiles(data: SplitDataset) -> Check:
     name, result = f"user profiles of {data.dataset.name}", profile_leaks(data)
     if not result:
         return Check(name, f"none of {len(data.dataset.users):,} profiles names a held-out item")
-    places = tuple(f"user {item.user_id}: field {item.field!r} names held-out item {item.item_id}" for item in result)
-    return Check(name, leak_warning(data, result), "notice", places[:_SHOWN], {"users": len(leaking_users(result))})
+    findings = tuple(f"user {item.user_id}: field {item.field!r} names held-out item {item.item_id}" for item in result)
+    return Check(name, leak_warning(data, result), "notice", findings[:_SHOWN], {"users": len(leaking_users(result))})
 
 
 # --------------------------------------------------------------------------- candidates
@@ -165,12 +165,12 @@ def candidate_sets(study: Study) -> list[Check]:
     return [
         *about,
         verdict("duplicate candidates", looked, repeated),
-        _placed(positions, sets.count),
+        _target_positions(positions, sets.count),
         _ordered(study, sets.sets),
     ]
 
 
-def _placed(positions: Sequence[int], count: int) -> Check:
+def _target_positions(positions: Sequence[int], count: int) -> Check:
     """Test whether target positions are uniformly distributed (chi-square test)."""
     name = "position of the target among its candidates"
     if len(positions) < 5 * count:
@@ -226,12 +226,12 @@ def stored_rows(rows: Sequence[Mapping[str, Any]], predictions: pl.DataFrame, st
         items = json.loads(parsed)["items"] if parsed and parsed != "null" else []
         if request in sets and not set(items) <= set(sets[request]):
             foreign.append(f"{row}, request {request}")
-    asked: dict[str, set[str]] = defaultdict(set)
+    requests: dict[str, set[str]] = defaultdict(set)
     for row, request in predictions.select("row_id", "request_id").iter_rows():
-        asked[row].add(request)
+        requests[row].add(request)
     by_family: dict[str, dict[str, frozenset[str]]] = defaultdict(dict)
     for row in rows:
-        by_family[row["task"]][row["id"]] = frozenset(asked[row["id"]])
+        by_family[row["task"]][row["id"]] = frozenset(requests[row["id"]])
     different = [
         f"{family}: {row}" for family, seen in by_family.items() if len(set(seen.values())) > 1 for row in seen
     ]
@@ -278,40 +278,40 @@ def redrawn(
     )
     held = frozenset(pl.concat([*parts.values()]).select("user_id", "item_id").iter_rows())
     names = data.train.columns
-    whole = pl.concat([part.select(names) for part in (data.train, data.known, *parts.values())])
-    dataset = replace(data.dataset, interactions=whole)
+    interactions = pl.concat([part.select(names) for part in (data.train, data.known, *parts.values())])
+    dataset = replace(data.dataset, interactions=interactions)
     return replace(data, dataset=dataset, valid=parts["valid"], test=parts["test"], held_out=held)
 
 
 def baselines(study: Study) -> Check:
     """Check that the answers of baselines do not change if the held-out interactions change."""
     # A baseline of two tasks with the same data is fitted once.
-    asked: dict[tuple[int, str], list[str]] = defaultdict(list)
-    made = {}
+    groups: dict[tuple[int, str], list[str]] = defaultdict(list)
+    sections = {}
     for family in study.tasks:
         for baseline in study.baselines(family):
-            asked[(id(study.task_data(family)), baseline.label)].append(family)
-            made[baseline.label] = baseline
-    places: list[str] = []
+            groups[(id(study.task_data(family)), baseline.label)].append(family)
+            sections[baseline.label] = baseline
+    findings: list[str] = []
     others: dict[int, SplitDataset] = {}
-    for (number, name), asking in asked.items():
-        data = study.task_data(asking[0])
-        if (seen := _seen(made[name])) or number not in others:
+    for (number, name), group in groups.items():
+        data = study.task_data(group[0])
+        if (seen := _seen(sections[name])) or number not in others:
             # A baseline that rejects features made from held-out interactions is not a changed answer.
             others[number] = redrawn(data, study.recipe.eval.split, toward=_unseen(data, seen))
-        asked_of = [[case.request for case in study.cases(family)[:_SCORED]] for family in asking]
+        requests = [[case.request for case in study.cases(family)[:_SCORED]] for family in group]
         # The fit of the run can be reused; another number of threads may round differently, which is not a leak.
-        first = fitted(made[name].name, made[name].parameters, data, seed=study.recipe.seed)
+        first = fitted(sections[name].name, sections[name].parameters, data, seed=study.recipe.seed)
         answers, others_answers = (
-            [*map(item.answer, asked_of)] for item in (first, _refitted(study, made[name], others[number]))
+            [*map(item.answer, requests)] for item in (first, _refitted(study, sections[name], others[number]))
         )
         if answers != others_answers and first.recalled:
-            answers = [*map(_refitted(study, made[name], data).answer, asked_of)]
-        places += [
-            f"{family}/{name}" for family, one, two in zip(asking, answers, others_answers, strict=True) if one != two
+            answers = [*map(_refitted(study, sections[name], data).answer, requests)]
+        findings += [
+            f"{family}/{name}" for family, one, two in zip(group, answers, others_answers, strict=True) if one != two
         ]
-    count = sum(map(len, asked.values()))
-    return verdict("baselines that learned from held-out interactions", f"{count} fitted baselines", sorted(places))
+    count = sum(map(len, groups.values()))
+    return verdict("baselines that learned from held-out interactions", f"{count} fitted baselines", sorted(findings))
 
 
 def rankers(study: Study, rows: Sequence[Mapping[str, Any]], predictions: pl.DataFrame) -> Check | None:
@@ -332,11 +332,11 @@ def rankers(study: Study, rows: Sequence[Mapping[str, Any]], predictions: pl.Dat
         weights = restored(row.fusion)
         other = redrawn(redrawn(data, "valid", 1), "test", 2)
         cells, again = (ListEnsemble(row.id, parts, weights, Context(known)).known(cases)[0] for known in (data, other))
-        wrong += [f"{row.id}: {name} depends on held-out interactions" for name in told_by_context(cells, again)]
+        wrong += [f"{row.id}: {name} depends on held-out interactions" for name in changed_features(cells, again)]
     return verdict("held-out items in the features of ensemble rankers", f"{len(learned)} rankers", wrong)
 
 
-def told_by_context(cells: Cells, again: Cells) -> list[str]:
+def changed_features(cells: Cells, again: Cells) -> list[str]:
     """Return the features that change if the held-out interactions change."""
     return [
         name
@@ -350,18 +350,18 @@ def _members(row: Row, rows: Sequence[Row], predictions: pl.DataFrame) -> list[L
     assert row.fusion is not None
     result = []
     for part in row.fusion.parts:
-        own = next(
+        member = next(
             other
             for other in rows
             if other.task == row.task
             and other.predictor == part.name
             and (other.arm == "baseline" or (other.arm, other.template) == (row.arm, row.template))
         )
-        kind = kind_of(part.name.partition("(")[0]) if own.arm == "baseline" else "logits"
-        stored = predictions.filter(pl.col("row_id") == own.id)
+        kind = kind_of(part.name.partition("(")[0]) if member.arm == "baseline" else "logits"
+        stored = predictions.filter(pl.col("row_id") == member.id)
         texts = dict(stored.select("request_id", "parsed").iter_rows())
         answers = answers_of({request: json.loads(text) if text else None for request, text in texts.items()}, ())
-        result.append(ListMember(part.name, Recalled(part.name, own.reads or "events", kind, answers), kind))
+        result.append(ListMember(part.name, Recalled(part.name, member.reads or "events", kind, answers), kind))
     return result
 
 
@@ -398,17 +398,17 @@ def feature_texts(study: Study) -> Check | None:
         stores.setdefault(study.recipe.data.texts.path, next(iter(study.tasks)))
     if not stores:
         return None
-    places, rows = [], 0
+    findings, rows = [], 0
     for folder, family in sorted(stores.items()):
         data = study.task_data(family)
         seen = FeatureStore.open(folder, split=data.readable).seen()
-        places += [f"{folder}: {user} has {item} held out" for user, item in sorted(seen & data.held_out)]
+        findings += [f"{folder}: {user} has {item} held out" for user, item in sorted(seen & data.held_out)]
         rows += sum(pair in seen for pair in data.train.select("user_id", "item_id").iter_rows())
-    result = verdict("generated texts based on held-out interactions", f"{len(stores)} stores", places)
-    told_too = (
+    result = verdict("generated texts based on held-out interactions", f"{len(stores)} stores", findings)
+    text = (
         f"{result.found}; the texts also use {rows:,} training interactions, which CTR networks exclude from training"
     )
-    return replace(result, found=told_too, figures={"training_rows_seen": float(rows)})
+    return replace(result, found=text, figures={"training_rows_seen": float(rows)})
 
 
 def item_index(study: Study) -> Check | None:
@@ -443,7 +443,7 @@ def item_index(study: Study) -> Check | None:
 # --------------------------------------------------------------------------- training examples and prompts
 
 
-# Shorter texts ("good", "love it") are written by many users about many items.
+# Many users write shorter texts ("good", "love it") about many items.
 _TELLING = 24
 # Number of characters to search for in prompts, which truncate long texts.
 _TEXT = 120
@@ -466,8 +466,8 @@ class _Secrets:
 
         def parts(user: str, item: str, text: str | None) -> list[str]:
             review = data.dataset.reviews.get((user, item))
-            note = [text or "", *([review.text, review.headline, review.sentence] if review else [])]
-            return [clean(part, len(part)) for part in note]
+            texts = [text or "", *([review.text, review.headline, review.sentence] if review else [])]
+            return [clean(part, len(part)) for part in texts]
 
         known: dict[str, set[str]] = defaultdict(set)
         wrote: dict[str, list[str]] = defaultdict(list)
@@ -482,11 +482,11 @@ class _Secrets:
                 title = written[item]
                 if title not in known[user]:
                     self.titles[user][title] = item
-                for whole in parts(user, item, text):
-                    message = whole[:_TEXT]
+                for full in parts(user, item, text):
+                    excerpt = full[:_TEXT]
                     # Some users repeat sentences: a text that is also in training reveals nothing.
-                    if len(message) >= _TELLING and not any(message in earlier for earlier in wrote[user]):
-                        self.texts[user][message] = item
+                    if len(excerpt) >= _TELLING and not any(excerpt in earlier for earlier in wrote[user]):
+                        self.texts[user][excerpt] = item
 
     def shown(self, user: str, segments: Iterable[Segment], drawn: Mapping[str, int] | None = None) -> Iterator[str]:
         """Yield the held-out items of a user whose title or text occurs in a prompt.
@@ -511,9 +511,9 @@ class _Secrets:
     def negatives(self, example: Example, template: Template) -> Mapping[str, int]:
         """Return the titles of random negatives, with the number of times that each may occur.
 
-        The number is that of the candidate named least often, or that of the item in a template about one item: a
-        held-out item that is also in the history, or in a hint, occurs once more. Questions without candidates or an
-        item contain no negatives: these are in rejected answers.
+        It is the count of the least frequent candidate, or of the item in a template about one item: a held-out item
+        that is also in the history, or in a hint, occurs once more. Questions without candidates or an item contain no
+        negatives, which are then in rejected answers.
         """
         texts = self.drawn(example)
         if not texts or not (family_of(example.task).lists or asks_for(template) == "yes"):
@@ -551,16 +551,16 @@ def training_rows(study: Study, family: str, count: int) -> Check:
     index = study.codes(family)
     titles, codes = _Secrets(data), _Secrets(data, index) if index is not None else None
     coded_ids = study.recipe.index is not None and study.recipe.index.ids != "text"
-    places = []
+    findings = []
     for example in _drawn(study, study.training_tasks[family], count):
         template = study.templates[family][example.template.rpartition("/")[2]]
-        places += [f"row {example.id}: pair {pair}" for pair in example.pairs if pair in held]
+        findings += [f"row {example.id}: pair {pair}" for pair in example.pairs if pair in held]
         shows_ids = "item_id" in template.names("system", "user", "lead", "target")
         if codes is not None and (template.writes_codes or (coded_ids and shows_ids)):
-            places += [f"row {example.id}: {what}" for what in _told(example, codes, template)]
+            findings += [f"row {example.id}: {what}" for what in _revealed(example, codes, template)]
         if codes is None or template.writes_titles or not template.writes_codes:
-            places += [f"row {example.id}: {what}" for what in _told(example, titles, template)]
-    return verdict(f"training rows of {family}", f"{count:,} rows", places)
+            findings += [f"row {example.id}: {what}" for what in _revealed(example, titles, template)]
+    return verdict(f"training rows of {family}", f"{count:,} rows", findings)
 
 
 def _drawn(study: Study, task: Task, count: int) -> Iterator[Example]:
@@ -583,7 +583,7 @@ def _branching(task: Branching, users: Sequence[str]) -> Iterator[Example]:
         yield from results
 
 
-def _told(example: Example, secrets: _Secrets, template: Template) -> Iterator[str]:
+def _revealed(example: Example, secrets: _Secrets, template: Template) -> Iterator[str]:
     question = tuple(_segments(example.messages))
     yield from secrets.shown(example.user_id, question, secrets.negatives(example, template))
     yield from secrets.shown(example.user_id, example.answer)
@@ -595,17 +595,17 @@ def _told(example: Example, secrets: _Secrets, template: Template) -> Iterator[s
 
 def questions(study: Study, family: str) -> Check:
     """Check that no prompt contains its answer, in the history, the profile or elsewhere."""
-    cases, places = study.cases(family), []
+    cases, findings = study.cases(family), []
     titles = frozenset(study.task_data(family).dataset.titles.values() if family_of(family).answers_with_items else ())
     for case in cases:
         request, truth = case.request, str(case.truth)
         if family_of(family).ranks_for_users and any(event.item_id == truth for event in request.history):
-            places.append(f"request {request.id}: the history contains the target")
-        places += [f"request {request.id}: {what}" for what in _answers_itself(study, family, case, titles)]
+            findings.append(f"request {request.id}: the history contains the target")
+        findings += [f"request {request.id}: {what}" for what in _answers_itself(study, family, case, titles)]
         if request.item is not None and any(event.item_id == request.item for event in request.history):
-            places.append(f"request {request.id}: the history contains the item to predict")
+            findings.append(f"request {request.id}: the history contains the item to predict")
     names = ", ".join(template.name for template in study.eval_templates(family))
-    return verdict(f"questions of {family}", f"{len(cases):,} requests ({names})", places)
+    return verdict(f"questions of {family}", f"{len(cases):,} requests ({names})", findings)
 
 
 def _answers_itself(study: Study, family: str, case: Case, titles: frozenset[str]) -> Iterator[str]:
@@ -622,14 +622,14 @@ def _answers_itself(study: Study, family: str, case: Case, titles: frozenset[str
         return
     others = {data.dataset.titles[event.item_id] for event in request.history}
     for template in study.eval_templates(family):
-        asked = request
+        query = request
         if kind.lists and asks_for(template) == "yes":
             if (other := _other_than(case, data)) is None:
                 continue
-            asked = replace(request, candidates=(other,))
-        prompt = study.tasks[family].prompt(asked, template=template.name)
+            query = replace(request, candidates=(other,))
+        prompt = study.tasks[family].prompt(query, template=template.name)
         # Candidates always include the answer.
-        listed = asked.candidates is not None and str(case.truth) in asked.candidates and kind.lists
+        listed = query.candidates is not None and str(case.truth) in query.candidates and kind.lists
         codes, shows_titles = _secret_forms(kind, template)
         index = study.codes(family)
         if codes and not listed and index is not None:
@@ -669,18 +669,18 @@ def _secret_forms(family: Family, template: Template) -> tuple[bool, bool]:
 def shots(study: Study, family: str) -> Check:
     """Check the few-shot examples of evaluated requests for held-out pairs."""
     recipe, task, data = study.recipe, study.tasks[family], study.task_data(family)
-    places: list[str] = []
+    findings: list[str] = []
     secrets, cases = _Secrets(data), study.cases(family)
     for case in cases:
         for window in task.draw_shots(case.request, recipe.eval.shots.k).windows:
-            places += [
+            findings += [
                 f"request {case.request.id}: example of user {window.user_id} shows held-out item {event.item_id}"
                 for event in window.events
                 if (window.user_id, event.item_id) in data.held_out
             ]
             segments = [Segment("item", event.text) for event in window.events if event.text]
-            places += [f"request {case.request.id}: {what}" for what in secrets.shown(window.user_id, segments)]
-    return verdict(f"few-shot examples of {family}", f"{len(cases):,} requests", places)
+            findings += [f"request {case.request.id}: {what}" for what in secrets.shown(window.user_id, segments)]
+    return verdict(f"few-shot examples of {family}", f"{len(cases):,} requests", findings)
 
 
 # --------------------------------------------------------------------------- rendering with other held-out data
@@ -688,12 +688,12 @@ def shots(study: Study, family: str) -> Check:
 
 def rows_drawn_again(study: Study, family: str, count: int) -> Check:
     """Check that the text, order and negatives of training examples do not depend on held-out interactions."""
-    made, count = study.training_tasks[family], min(count, _ROWS)
-    toward = _toward(study, family, map(_shown, _drawn(study, made, count)))
+    task, count = study.training_tasks[family], min(count, _ROWS)
+    toward = _toward(study, family, map(_shown, _drawn(study, task, count)))
     other = _again(study, family, toward, study.training_seed)
-    pairs = zip_longest(_drawn(study, made, count), _drawn(study, other, count))
-    places = [f"row {(one or two).id}" for one, two in pairs if one != two]
-    return verdict(f"training rows of {family} that depend on held-out interactions", f"{count:,} rows", places)
+    pairs = zip_longest(_drawn(study, task, count), _drawn(study, other, count))
+    findings = [f"row {(one or two).id}" for one, two in pairs if one != two]
+    return verdict(f"training rows of {family} that depend on held-out interactions", f"{count:,} rows", findings)
 
 
 def validation_rows_drawn_again(study: Study, family: str) -> Check:
@@ -702,28 +702,28 @@ def validation_rows_drawn_again(study: Study, family: str) -> Check:
     rows = list(study.tasks[family].examples("valid", limit))
     toward = _toward(study, family, map(_shown, rows))
     other = _again(study, family, toward, study.recipe.seed, splits=("test",)).examples("valid", limit)
-    places = [f"row {(one or two).id}" for one, two in zip_longest(rows, other) if one != two]
-    return verdict(f"validation rows of {family} that depend on test interactions", f"{len(rows):,} rows", places)
+    findings = [f"row {(one or two).id}" for one, two in zip_longest(rows, other) if one != two]
+    return verdict(f"validation rows of {family} that depend on test interactions", f"{len(rows):,} rows", findings)
 
 
 def shots_drawn_again(study: Study, family: str) -> Check:
     """Check that few-shot examples do not depend on held-out interactions."""
     task, shots = study.tasks[family], study.recipe.eval.shots.k
-    asked = [way for case in study.cases(family)[:_REQUESTS] for way in _ways(study, family, case.request)]
-    made = [_prompt(task, way, shots) for way in asked]
+    ways = [way for case in study.cases(family)[:_REQUESTS] for way in _ways(study, family, case.request)]
+    prompts = [_prompt(task, way, shots) for way in ways]
     shown_by = [
         (window.user_id, _segments(prompt.messages), ())
-        for (request, *_), prompt in zip(asked, made, strict=True)
+        for (request, *_), prompt in zip(ways, prompts, strict=True)
         for window in task.draw_shots(request, shots).windows
     ]
     other = _again(study, family, _toward(study, family, shown_by), study.recipe.seed)
-    places = [
+    findings = [
         f"request {way[0].id}: the prompt of {way[1].id}"
-        for way, prompt in zip(asked, made, strict=True)
+        for way, prompt in zip(ways, prompts, strict=True)
         if _prompt(other, way, shots) != prompt
     ]
     name = f"few-shot examples of {family} that depend on held-out interactions"
-    return verdict(name, f"{len(asked):,} prompts", places)
+    return verdict(name, f"{len(ways):,} prompts", findings)
 
 
 def positions_drawn_again(study: Study, family: str) -> Check | None:
@@ -731,14 +731,14 @@ def positions_drawn_again(study: Study, family: str) -> Check | None:
     section = study.recipe.eval
     if section.debias != "measured" or not any(map(is_positional, study.section(family).strategies)):
         return None
-    made = study.tasks[family].questions(section.debias_questions)
+    requests = study.tasks[family].questions(section.debias_questions)
     toward: dict[str, list[str]] = defaultdict(list)
-    for request in made:
+    for request in requests:
         toward[request.user_id] += request.candidates or ()
     again = _again(study, family, toward, study.recipe.seed).questions(section.debias_questions)
-    places = [f"question {one.id}" for one, two in zip(made, again, strict=True) if one != two]
+    findings = [f"question {one.id}" for one, two in zip(requests, again, strict=True) if one != two]
     name = f"position questions of {family} that depend on held-out interactions"
-    return verdict(name, f"{len(made):,} questions", places)
+    return verdict(name, f"{len(requests):,} questions", findings)
 
 
 _Way = tuple[Request, Template, Want]
@@ -791,8 +791,8 @@ def _toward(
 ) -> Mapping[str, Sequence[str]]:
     """Return, by user, the items in training examples that the user has no training interaction with.
 
-    Other held-out items are drawn from these: a row that avoids held-out items as negatives changes if one of its own
-    becomes held out. An item drawn from the whole catalogue would rarely be one that a row could show. ``shown_by`` are
+    Other held-out items are drawn from these: a row that avoids held-out items as negatives changes only if one of its
+    negatives becomes held out, and an item drawn from the whole catalogue is rarely one of them. ``shown_by`` contains
     users with their segments, and items that are known to be shown.
     """
     data, index = study.task_data(family), study.codes(family)
@@ -825,16 +825,16 @@ def alignment_checks(study: Study, count: int) -> Iterator[Check]:
     secrets = _Pairs(study, held)
     if FAMILY in study.shares:
         rows = islice(study.training_examples(FAMILY), count)
-        places = [f"row {row.id}: {what}" for row in rows for what in secrets.shown(row)]
-        yield verdict("held-out items in training rows of alignment", f"{count:,} rows", places)
+        findings = [f"row {row.id}: {what}" for row in rows for what in secrets.shown(row)]
+        yield verdict("held-out items in training rows of alignment", f"{count:,} rows", findings)
     cases = study.cases(FAMILY)
     if asks(study.recipe, FAMILY, "few-shot"):
         shots = study.recipe.eval.shots.k
-        drawn = (
+        seen = (
             (case, event) for case in cases for w in task.draw_shots(case.request, shots).windows for event in w.events
         )
-        places = [f"request {case.request.id}: item {event.item_id}" for case, event in drawn if event.item_id in held]
-        yield verdict("held-out items in few-shot examples of alignment", f"{len(cases):,} requests", places)
+        findings = [f"request {case.request.id}: item {event.item_id}" for case, event in seen if event.item_id in held]
+        yield verdict("held-out items in few-shot examples of alignment", f"{len(cases):,} requests", findings)
     part = set(study.held.part(study.recipe.eval.split))
     yield verdict("alignment candidates", f"{len(cases):,} sets", [w for case in cases for w in _wrong(case, part)])
 

@@ -220,8 +220,8 @@ def plan_questions(study: Study, encoder: Encoder, valid: Mapping[str, list[Toke
 
     count = -(-train.steps // section.updates)
     steps = plan(rows(), steps=count, batch_tokens=train.batch_tokens, seed=study.training_seed, behind=behind)
-    asked = sum(len(numbers) for numbers in steps.numbers())
-    return Plan(steps, {family: asked}, {family: dropped}, valid, {family: 1.0}, cases)
+    total = sum(len(numbers) for numbers in steps.numbers())
+    return Plan(steps, {family: total}, {family: dropped}, valid, {family: 1.0}, cases)
 
 
 def objective_of(study: Study, encoder: Encoder, planned: Plan) -> RewardObjective:
@@ -310,8 +310,8 @@ class Judge:
                 column="train.judge",
             )
         family, data, users = able[0], study.data, judges(study)
-        asked = replace(study, candidates=draw_sets(study.recipe, data, "valid", users))
-        task = build_task(asked, family, study.section(family), study.templates[family], study.recipe.seed)
+        valid_study = replace(study, candidates=draw_sets(study.recipe, data, "valid", users))
+        task = build_task(valid_study, family, study.section(family), study.templates[family], study.recipe.seed)
         cases = of_first_users(task.cases("valid"), None, among=users)
         if not cases:
             raise DataError(
@@ -321,7 +321,7 @@ class Judge:
                 at=data.dataset.name,
                 column="train.judge",
             )
-        return Judge(asked, family, task, cases, encoder)
+        return Judge(valid_study, family, task, cases, encoder)
 
     def model(self, model: torch.nn.Module) -> float:
         """Compute NDCG@10 of the model in training with the first strategy of the task."""

@@ -9,7 +9,7 @@ from llmrec import processes
 from llmrec.backends.encode import Encoder
 from llmrec.backends.server.client import key_of
 from llmrec.errors import LlmrecError, MissingExtra, ModelError, RecipeError, installed, require
-from llmrec.models.hub import is_whole
+from llmrec.models.hub import is_complete
 from llmrec.models.load import load_config, outline
 from llmrec.models.plain import is_plain_decoder, plain_tokenizer
 from llmrec.models.traits import is_paired
@@ -92,7 +92,7 @@ def refuse_weights(recipe: Recipe) -> None:
     folder = Path(recipe.model.name).expanduser()
     section = recipe.eval
     loaded = "tuned" in section.arms or section.backend in ("auto", "hf", "vllm") or section.scorer in ("hf", "vllm")
-    if not loaded or not (folder / "config.json").is_file() or is_whole(folder):
+    if not loaded or not (folder / "config.json").is_file() or is_complete(folder):
         return
     pickled = sorted(file.name for ending in ("*.bin", "*.pt", "*.pth") for file in folder.glob(ending))
     why = f"only the pickle file {pickled[0]}, which could run code when loaded" if pickled else "or not all"

@@ -58,13 +58,13 @@ class Beams:
         """Prepare the search; see `hard_of`."""
         self._recipe, self._data, self._seed, self._plain = recipe, data, seed, plain
         self._task: Task | None = None
-        self._found: dict[str, Sequence[tuple[int, tuple[str, ...]]]] = {}
+        self._cache: dict[str, Sequence[tuple[int, tuple[str, ...]]]] = {}
 
     def of(self, user: str) -> Sequence[tuple[int, tuple[str, ...]]]:
         """Return a user's training interactions, with the model's top items that the user has not chosen."""
-        if user not in self._found:
-            self._found[user] = self._search(user)
-        return self._found[user]
+        if user not in self._cache:
+            self._cache[user] = self._search(user)
+        return self._cache[user]
 
     def _search(self, user: str) -> list[tuple[int, tuple[str, ...]]]:
         from llmrec.strategies.asking import Prompting
@@ -77,11 +77,11 @@ class Beams:
         asker = Prompting(backend=backend, task=self._task, template=self._task.eval_templates[0])
         had, most = frozenset(event.item_id for event in events), max(HARD, section.negatives)
         ranker = CatalogueRanker(asker, beams=most, exact=recipe.eval.exact, apart=lambda request: had)
-        places = range(1, len(events))
-        drawn = sorted(keyed("beam events", self._seed, user).sample(places, min(_EVENTS, len(places))))
-        asked = [Request(id=f"beam/{user}/{at}", user_id=user, history=events[:at]) for at in drawn]
+        positions = range(1, len(events))
+        drawn = sorted(keyed("beam events", self._seed, user).sample(positions, min(_EVENTS, len(positions))))
+        requests = [Request(id=f"beam/{user}/{at}", user_id=user, history=events[:at]) for at in drawn]
         results = []
-        for at, answer in zip(drawn, ranker.answer(asked), strict=True):
+        for at, answer in zip(drawn, ranker.answer(requests), strict=True):
             assert isinstance(answer, Ranking)  # the result of a search is always a ranking
             if len(answer.items) < section.negatives:
                 raise DataError(

@@ -180,8 +180,8 @@ def notes(study: Study) -> list[str]:
             results.append(
                 f"{data.dataset.name}: synthetic data of the llmrec project; its texts are not real reviews."
             )
-        if made := data.dataset.provenance.get("derived"):
-            results.append(f"{data.dataset.name}: derived: {made}.")
+        if derived := data.dataset.provenance.get("derived"):
+            results.append(f"{data.dataset.name}: derived: {derived}.")
     if (shape := study.recipe.model.shape) is not None:
         results.append(
             f"The language model is a new {shape.kind} of width {shape.width}, trained from scratch on the "
@@ -263,10 +263,10 @@ def _ceilings(study: Study) -> dict[str, float]:
     """Return the share of requests whose retrieved candidates include the target, by task."""
     if study.candidates is None or study.recipe.eval.candidates.kind != "retrieved":
         return {}
-    asked = {family: study.cases(family) for family in ranking_families() if family in study.tasks}
+    cases_by_family = {family: study.cases(family) for family in ranking_families() if family in study.tasks}
     return {
         family: ceiling(study.candidates, {case.request.id: str(case.truth) for case in cases})
-        for family, cases in asked.items()
+        for family, cases in cases_by_family.items()
     }
 
 
@@ -336,13 +336,13 @@ def write_predictions(study: Study, rows: Sequence[ResultRow], path: Path) -> pl
 
     The cases of the study are those of the rows, in order.
     """
-    asked = {family: list(_requests(study.task_data(family), study.cases(family))) for family in study.tasks}
+    requests = {family: list(_requests(study.task_data(family), study.cases(family))) for family in study.tasks}
     lines = [
         {**{key: getattr(row.figures, key) for key in ROW if key != "row_id"}, "row_id": row.figures.id}
         | dict(record)
         | about
         for row in rows
-        for record, about in zip(row.records, asked[row.figures.task], strict=True)
+        for record, about in zip(row.records, requests[row.figures.task], strict=True)
     ]
     frame = pl.DataFrame(lines, schema=dict(SCHEMA))
     with replacing(path) as draft:

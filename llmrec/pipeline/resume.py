@@ -125,7 +125,7 @@ def refuse_foreign(folder: Path, names: Iterable[str] | Callable[[str], bool]) -
 
     Args:
         folder: The folder, which may be missing.
-        names: Names of the files to write or, if llmrec owns the whole folder, a test for their names.
+        names: Names of the files to write or, if llmrec owns the folder, a test for their names.
     """
     if callable(names):
         refuse_link(folder)

@@ -47,7 +47,7 @@ class RowSpec:
         return self.predictor in FUSIONS.values()
 
     @property
-    def asked(self) -> Mapping[str, Any]:
+    def fields(self) -> Mapping[str, Any]:
         """Fields that describe the model in results."""
         return {
             "id": self.id,
@@ -78,7 +78,7 @@ def specs_of(study: Study, arm: Arm) -> Iterator[RowSpec]:
             continue
         if not asks(study.recipe, family, arm):
             continue
-        for template in study.asked_with(family, arm):
+        for template in study.templates_for(family, arm):
             for strategy in task.asked_by(template, section.strategies, tuned=arm == "tuned"):
                 shots = study.recipe.eval.shots.k if arm == "few-shot" else 0
                 yield RowSpec(task.family, arm, strategy, template, shots)

@@ -225,7 +225,7 @@ def _train_together(recipe: Recipe, folder: Path, *, quiet: bool, data: SplitDat
     with joined(device(recipe.model)) as world:
         if not world.first:
             world.wait()
-            return _beside(recipe, folder, data).train()
+            return _read_only_session(recipe, folder, data).train()
         with locked(folder, RUN):
             works_in(folder)
             session = open_session(recipe, folder, quiet=quiet, data=data, trains=True)
@@ -296,20 +296,20 @@ class Session:
     @property
     def encoder(self) -> Encoder:
         """Tokenizer of the model."""
-        return self._asked.encoder
+        return self._required_model.encoder
 
     @property
     def base(self) -> str:
         """Folder of the model before training."""
-        return self._asked.base
+        return self._required_model.base
 
     @property
     def start(self) -> str:
         """Folder of the model that training starts from."""
-        return self._asked.start
+        return self._required_model.start
 
     @property
-    def _asked(self) -> OpenedModel:
+    def _required_model(self) -> OpenedModel:
         assert self.model is not None, "the recipe does not use a language model"
         return self.model
 
@@ -334,7 +334,7 @@ class Session:
 
     def train(self) -> Trained:
         """Train the model, or reuse the stored adapter."""
-        teacher = self._asked.teacher
+        teacher = self._required_model.teacher
         return train_stage(
             self.study, self.encoder, self.start, self.folder, self.budget, teacher=teacher, quiet=self.quiet
         )
@@ -371,7 +371,7 @@ class Session:
         ``home`` is the run folder with the training; a shard takes answers that are stored there. ``remembers`` opens
         the cache.
         """
-        recipe, model = self.study.recipe, self._asked
+        recipe, model = self.study.recipe, self._required_model
         further = home / ANSWERS if home != self.folder else None
         store = AnswerStore(self.folder / ANSWERS, further) if remembers else None
         weights: dict[Arm, tuple[str, str]] = {}
@@ -444,7 +444,7 @@ def open_session(
     return Session(study, _opened(study, folder, budget) if asks else None, folder, budget, quiet)
 
 
-def _beside(recipe: Recipe, folder: Path, data: SplitDataset | None) -> Session:
+def _read_only_session(recipe: Recipe, folder: Path, data: SplitDataset | None) -> Session:
     """Open a session in a folder that another process uses, without writing to it."""
     quiet_libraries()
     budget, study = Budget(quiet=True), build_study(recipe, data)

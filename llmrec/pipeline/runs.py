@@ -21,7 +21,7 @@ from llmrec.report.results import content_of, fix_for, results_of
 from llmrec.results import Results, Row
 
 # Keys of a data section that name files.
-_PLACES = ("path", "items", "users", "files", "facts", "texts")
+_PATH_KEYS = ("path", "items", "users", "files", "facts", "texts")
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,7 @@ def _nothing_seen(first: Recipe, second: Recipe, run: Path, key: str = "train.st
 def _held(section: DataSection) -> Mapping[str, object]:
     """Return the settings that determine the held-out interactions, with resolved paths."""
     settings = located(section).model_dump(exclude={"noun", "rating_scale"})
-    return settings | {key: _one_name(settings[key]) for key in _PLACES}
+    return settings | {key: _one_name(settings[key]) for key in _PATH_KEYS}
 
 
 def _one_name(value: Any) -> Any:

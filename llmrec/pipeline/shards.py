@@ -82,13 +82,13 @@ def shard_folder(target: Path, shard: Shard) -> Path:
 
 
 def finish(
-    folder: Path, command: Command, shard: Shard, key: str, files: Sequence[str], told: Mapping[str, Any]
+    folder: Path, command: Command, shard: Shard, key: str, files: Sequence[str], facts: Mapping[str, Any]
 ) -> Finished:
     """Mark a shard as finished by writing its record atomically."""
     result = {name: sha256_of(folder / name) for name in files}
     values = {"llmrec": __version__, "command": command, "shard": shard.index, "of": shard.count, "key": key}
-    write_checked(folder / SHARD, {**values, "files": result, "told": told})
-    return Finished(folder, command, shard, key, result, told)
+    write_checked(folder / SHARD, {**values, "files": result, "told": facts})
+    return Finished(folder, command, shard, key, result, facts)
 
 
 def read(folder: Path) -> Finished:

@@ -55,7 +55,7 @@ class Study:
     """The data and tasks of a recipe, built once and shared by all stages.
 
     Attributes:
-        recipe: The whole recipe.
+        recipe: The complete recipe.
         data: Main data; its held-out pairs are held out in every task.
         reviews: The second table, if the recipe names one.
         candidates: Stored candidate sets of the evaluated users in the evaluated split, for ranking tasks; None if the
@@ -149,12 +149,12 @@ class Study:
             split: The split; None: the evaluated one.
         """
         split = split or self.recipe.eval.split
-        if (family, split) not in self._asked:
-            self._asked[family, split] = self._cases(family, split)
-        return self._asked[family, split]
+        if (family, split) not in self._case_cache:
+            self._case_cache[family, split] = self._cases(family, split)
+        return self._case_cache[family, split]
 
     @cached_property
-    def _asked(self) -> dict[tuple[str, SplitName], list[Case]]:
+    def _case_cache(self) -> dict[tuple[str, SplitName], list[Case]]:
         return {}
 
     def _cases(self, family: str, split: SplitName) -> list[Case]:
@@ -200,7 +200,7 @@ class Study:
         """Return the evaluation templates of all settings; by default the first training template."""
         return tuple(self.templates[family][name] for name in self.tasks[family].eval_templates)
 
-    def asked_with(self, family: str, arm: Arm) -> tuple[Template, ...]:
+    def templates_for(self, family: str, arm: Arm) -> tuple[Template, ...]:
         """Return the evaluation templates of one setting; see `TaskSection.untuned_templates`."""
         section, templates = self.section(family), self.eval_templates(family)
         untuned = {name.rpartition("/")[2] for name in section.untuned_templates}
@@ -214,14 +214,14 @@ class Study:
 
     def untuned_without_codes(self) -> bool:
         """Whether base models are evaluated without reading or writing item codes."""
-        asked = [
+        templates = [
             template
             for family in self.tasks
             for arm in self.section(family).arms or self.recipe.eval.arms
             if arm != "tuned" and arm in self.recipe.eval.arms
-            for template in self.asked_with(family, arm)
+            for template in self.templates_for(family, arm)
         ]
-        return bool(asked) and not any(template.writes_codes for template in asked)
+        return bool(templates) and not any(template.writes_codes for template in templates)
 
 
 def with_texts(known: tuple[BaselineSection, ...], items: Mapping[str, Item]) -> tuple[BaselineSection, ...]:

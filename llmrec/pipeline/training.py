@@ -119,7 +119,7 @@ def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Pl
     soft = soft_prompt_of(study, labels) if labels is not None else None
     valid = {family: _valid_rows(study, family, encoder, paired=paired) for family in _followed(study)}
     if classes is not None:
-        valid = {f: [made for item in own if (made := classes.row(item))] for f, own in valid.items()}
+        valid = {f: [labelled for item in items if (labelled := classes.row(item))] for f, items in valid.items()}
     balanced = weighted(steps, families)
     return Plan(balanced.steps, counts, dropped, valid, balanced.shares, soft=soft)
 
@@ -217,15 +217,15 @@ def _judging(study: Study) -> dict[str, object] | None:
     recipe = study.recipe
     if recipe.train.judge is None:
         return None
-    asked = {
+    evaluated = {
         family: [study.section(family).strategies[:1], [study.tasks[family].eval_templates[0]]]
         for family in judged(study)
     }
     return {
-        "asked": asked,
+        "asked": evaluated,
         "candidates": recipe.eval.candidates.model_dump(mode="json"),
         "reserved": recipe.eval.fusion.reserved,
-        "options": {family: asking_of(study.section(family).strategies[0], recipe.eval) for family in asked},
+        "options": {family: asking_of(study.section(family).strategies[0], recipe.eval) for family in evaluated},
     }
 
 

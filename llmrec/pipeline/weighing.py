@@ -30,8 +30,8 @@ def fusible(study: Study, family: str) -> tuple[Reads, ...]:
 
     There is one for each kind of input, over the baselines that read at most this input, if these are two or more.
     """
-    own, section = family_of(family), study.recipe.eval
-    able = own.ranks_for_users or own.answer in (Rating, Probability)
+    task, section = family_of(family), study.recipe.eval
+    able = task.ranks_for_users or task.answer in (Rating, Probability)
     if not able or not section.fusion.controls or section.split != "test":
         return ()
     reads = [
@@ -82,17 +82,17 @@ class Weighing:
         return self._choosing[id(data), name]
 
     def _drawn(self, family: str) -> list[Case]:
-        study, section, own = self._study, self._study.recipe.eval.fusion, family_of(family)
+        study, section, kind = self._study, self._study.recipe.eval.fusion, family_of(family)
         if not fusible(study, family):
             return []
         data = study.task_data(family)
         task = study.tasks[family]
         weighers = halves(data, section.reserved)[1].holdouts("valid")
         aside = study.set_aside(family)
-        if own.ranks_for_users and study.candidates is not None:
+        if kind.ranks_for_users and study.candidates is not None:
             users = frozenset(weighers.first_users(MOST, but=aside))
-            asked = replace(study, candidates=draw_sets(study.recipe, study.data, "valid", users))
-            task = build_task(asked, family, study.section(family), study.templates[family], study.recipe.seed)
+            valid_study = replace(study, candidates=draw_sets(study.recipe, study.data, "valid", users))
+            task = build_task(valid_study, family, study.section(family), study.templates[family], study.recipe.seed)
         try:
             able = task.cases("valid")
         except DataError as error:

@@ -27,7 +27,7 @@ from llmrec.answer.rank.run import rank_file
 from llmrec.answer.rank.sharded import merge_rank, rank_shard
 from llmrec.cli.main import app
 from llmrec.cluster import actors, jobs
-from llmrec.cluster.actors import cluster, knock, places, rank_on
+from llmrec.cluster.actors import allocate, cluster, knock, rank_on
 from llmrec.cluster.evaluation import merge_run
 from llmrec.cluster.jobs import JOB, Advanced, Job, Worked, Worker, count_of, facts_of, published, work_all
 from llmrec.data.features import FeatureStore
@@ -137,7 +137,7 @@ def test_a_job_is_read_as_it_was_written(tmp_path: Path, monkeypatch: pytest.Mon
     for job in (ranking, Job("eval", Path("runs/x"), page)):
         with published(job) as token:
             read = jobs.read_job(shards_of(job.target), token)
-            assert (read.command, read.target, read.asked) == (job.command, job.target.absolute(), job.asked)
+            assert (read.command, read.target, read.options) == (job.command, job.target.absolute(), job.options)
             with raises(LlmrecError, Facts("busy")), published(job):
                 pass
         assert not (shards_of(job.target) / JOB).exists()
@@ -249,9 +249,9 @@ def test_a_restart_drops_what_was_there_once_and_not_at_every_try(
 
     def work_all(job: Job, count: int, _: object) -> list[Worked]:
         assert not any(folder.exists() for folder in old)
-        assert isinstance(job.asked, RankOptions) and not job.asked.restart
+        assert isinstance(job.options, RankOptions) and not job.options.restart
         for number in range(1, count + 1):
-            rank_shard(job.asked, Shard(number, count))
+            rank_shard(job.options, Shard(number, count))
         return [worked(number) for number in range(1, count + 1)]
 
     monkeypatch.setattr(actors, "cluster", cluster)
@@ -305,7 +305,7 @@ def test_a_worker_evaluates_to_the_figures_of_one_process(
     ],
 )
 def test_one_cpu_stays_free(nodes: list[dict[str, float]], asked: dict[str, Any], actors_: int, gpus: float) -> None:
-    found = places(nodes, RaySection(**asked))
+    found = allocate(nodes, RaySection(**asked))
     assert (found.actors, found.gpus, found.nodes) == (actors_, gpus, len(nodes))
     assert sum(node["CPU"] for node in nodes) - found.actors * found.cpus >= 1
 
@@ -313,11 +313,11 @@ def test_one_cpu_stays_free(nodes: list[dict[str, float]], asked: dict[str, Any]
 def test_a_cluster_without_a_free_cpu_is_refused_and_a_smaller_one_used_later() -> None:
     for nodes, asked in (([{"CPU": 1.0}], {}), ([{"CPU": 4.0}], {"gpus": 1}), ([{"CPU": 4.0}], {"cpus": 4})):
         with raises(RecipeError, Facts("exhausted", column="--ray", says="one CPU is reserved")):
-            places(nodes, RaySection(**asked))
+            allocate(nodes, RaySection(**asked))
     wanted = RaySection(actors=6)
     with raises(RecipeError, Facts("exhausted", column="--ray", says="requested: 6")):
-        places([{"CPU": 4}], wanted, least=6)
-    assert places([{"CPU": 4}], wanted).actors == 3
+        allocate([{"CPU": 4}], wanted, least=6)
+    assert allocate([{"CPU": 4}], wanted).actors == 3
 
 
 def test_an_address_that_does_not_answer_is_one_error() -> None:

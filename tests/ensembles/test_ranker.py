@@ -29,7 +29,7 @@ from llmrec.ensembles.weights import (
     setting_of,
 )
 from llmrec.errors import ModelError
-from llmrec.pipeline.leaks import redrawn, told_by_context
+from llmrec.pipeline.leaks import changed_features, redrawn
 from llmrec.pipeline.study import load_split
 from llmrec.recipe.schema import DataSection
 from llmrec.results import FusionWeights
@@ -295,4 +295,4 @@ def test_features_are_those_of_training_and_a_planted_leak_is_found() -> None:
             nothing = np.zeros((1, len(rows)), dtype=np.float32)
             cells.append(Cells(("m",), ("logits",), starts, nothing, np.zeros(len(rows), bool), None, features))
         assert "item: popularity" in cells[0].context
-        assert bool(told_by_context(*cells)) is found
+        assert bool(changed_features(*cells)) is found

@@ -522,7 +522,7 @@ def test_a_template_that_names_its_item_twice_may_name_a_negative_twice(study: S
             id="r", user_id=user, task="direct", template=template.id, messages=(turn,), ends_turn=True,
             answer=(Segment("target", "No"),), negatives=(item,),
         )  # fmt: skip
-        return list(leaks._told(row, leaks._Secrets(study.data), template))
+        return list(leaks._revealed(row, leaks._Secrets(study.data), template))
 
     assert often(2) == [] and len(often(3)) == 1
 
@@ -537,7 +537,7 @@ def test_what_a_row_of_sequential_rejects_may_stand_in_no_question(study: Study)
             id="r", user_id=user, task="sequential", template=template.id, messages=(message,), ends_turn=False,
             answer=(Segment("target", "x"),), negatives=(item,), rejected=rejected,
         )  # fmt: skip
-        return list(leaks._told(row, leaks._Secrets(study.data), template))
+        return list(leaks._revealed(row, leaks._Secrets(study.data), template))
 
     plain = Message("user", (Segment("text", "What next?"),))
     assert told(plain, f"{said}\n") == [] and len(told(shown, f"{said}\n")) == 1
