@@ -62,7 +62,7 @@ def data_users(
         past: The number of last items in the initial profile.
         liked: The minimum rating of a liked item; None: three quarters up the scale. Unrated items are liked.
     """
-    if not any(facts.told(name) for name in facts.items):
+    if not any(facts.fields_of(name) for name in facts.items):
         raise DataError(
             "items have no fields to talk about; add columns such as genres or brand to the item table, and list "
             "them in data.columns.fields",
@@ -74,11 +74,11 @@ def data_users(
     known: dict[str, list[tuple[str, bool]]] = {}
     for user, item, rating in data.train.select("user_id", "item_id", "rating").iter_rows():
         known.setdefault(str(user), []).append((str(item), rating is None or rating >= least))
-    wanted: dict[str, str] = {}
+    targets: dict[str, str] = {}
     for user, item in (data.test if split == "test" else data.valid).select("user_id", "item_id").iter_rows():
         if str(item) in facts.items:
-            wanted.setdefault(str(user), str(item))
-    names = [user for user, item in wanted.items() if all(item != name for name, _ in known.get(user, ()))]
+            targets.setdefault(str(user), str(item))
+    names = [user for user, item in targets.items() if all(item != name for name, _ in known.get(user, ()))]
     if not names:
         raise DataError(
             f"no user has a new item in the split {split}, so there is no target; choose another split",
@@ -86,7 +86,7 @@ def data_users(
             column="split",
         )
     order = np.argsort(hash64("chat", seed, names), kind="stable")[:users]
-    return [_data_user(user, wanted[user], known.get(user, []), past) for user in (names[place] for place in order)]
+    return [_data_user(user, targets[user], known.get(user, []), past) for user in (names[row] for row in order)]
 
 
 def _data_user(user: str, target: str, known: Sequence[tuple[str, bool]], past: int) -> DataUser:
@@ -105,12 +105,12 @@ def talks(
     ``knows`` limits the fields that users know; empty: all.
     """
     facts = conversation.tools.facts
-    for number, guest in enumerate(every):
+    for number, user in enumerate(every):
         user_seed = seed * 1000 + number
-        wanted = knowledge_of(facts, guest.target, guest.liked, user_seed)
+        knowledge = knowledge_of(facts, user.target, user.liked, user_seed)
         if knows:
-            attributes = {field: values for field, values in wanted.attributes.items() if field in knows}
-            unwanted = tuple(item for item in wanted.unwanted if item[0] in knows)
-            wanted = replace(wanted, attributes=attributes, unwanted=unwanted)
-        user = SimulatedUser(wanted, facts.numeric, user_seed)
-        yield guest, hold(conversation, user, guest.target, turns, guest.state)
+            attributes = {field: values for field, values in knowledge.attributes.items() if field in knows}
+            unwanted = tuple(item for item in knowledge.unwanted if item[0] in knows)
+            knowledge = replace(knowledge, attributes=attributes, unwanted=unwanted)
+        simulated_user = SimulatedUser(knowledge, facts.numeric, user_seed)
+        yield user, hold(conversation, simulated_user, user.target, turns, user.state)

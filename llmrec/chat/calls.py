@@ -19,7 +19,7 @@ from llmrec.chat.state import LONGEST, State
 from llmrec.errors import DataError
 
 Talk = Literal["hello", "thanks", "bye", "decline", "explained"]
-FEW, COUNTS, ASKED = 60, (5, 20, 50), 5
+FEW, COUNTS, DEFAULT_COUNT = 60, (5, 20, 50), 5
 """Maximum number of values of a field listed in full; numbers of items a search returns; default list length."""
 
 _WORDS = re.compile(r"[\w'’-]+")
@@ -73,7 +73,7 @@ class Show(_Call):
     """End the turn by showing recommendations; if ``ask`` names a field, also ask about it."""
 
     tool: Literal["show"] = "show"
-    k: int = Field(ASKED, ge=1, le=50)
+    k: int = Field(DEFAULT_COUNT, ge=1, le=50)
     ask: str = Field("", max_length=100)
 
 
@@ -149,39 +149,39 @@ def legal(state: State, facts: Facts, intents: Set[str] = frozenset(), *, ending
     return results if ending else [*_tools(state, facts), *results]
 
 
-def _said(state: State) -> str:
+def _last_message(state: State) -> str:
     """Return the last user message."""
     return next((line.text for line in reversed(state.lines) if line.role == "user"), "")
 
 
 def _tools(state: State, facts: Facts) -> Iterator[Call]:
-    words = _WORDS.findall(_said(state))[:_BEGINS]
+    words = _WORDS.findall(_last_message(state))[:_BEGINS]
     spans = {" ".join(words[at : at + size]) for at in range(len(words)) for size in range(1, _SPAN + 1)}
     for text in sorted(span for span in spans if len(span) <= LONGEST):
         yield from (Search(text=text, k=k) for k in COUNTS)
-    heard = {word.casefold() for word in words}
+    lowered = {word.casefold() for word in words}
     for field, values in facts.values.items():
         near = [
-            value for value in values if len(values) <= FEW or heard & {w.casefold() for w in _WORDS.findall(value)}
+            value for value in values if len(values) <= FEW or lowered & {w.casefold() for w in _WORDS.findall(value)}
         ]
         for value in near:
             yield from (Filter(field=field, op=op, value=value) for op in ("is", "not"))
             if field in facts.numeric:
                 yield from (Filter(field=field, op=op, value=value) for op in ("from", "until"))
-    places = range(1, len(state.shown) + 1)
+    positions = range(1, len(state.shown) + 1)
     if state.liked:
         yield Similar()
-    yield from (Similar(items=(place,)) for place in places)
-    yield from (Similar(items=(one, other)) for one in places for other in places if one < other)
+    yield from (Similar(items=(position,)) for position in positions)
+    yield from (Similar(items=(one, other)) for one in positions for other in positions if one < other)
     yield Rank()
-    if len(places) > 1:
-        yield Rank(items=tuple(places))
-    yield from (Explain(item=place) for place in places)
+    if len(positions) > 1:
+        yield Rank(items=tuple(positions))
+    yield from (Explain(item=position) for position in positions)
 
 
 def _endings(state: State, facts: Facts, intents: Set[str]) -> Iterator[Call]:
     fields = [field for field in facts.values if field not in state.asked]
-    for k in (1, 3, ASKED):
+    for k in (1, 3, DEFAULT_COUNT):
         yield Show(k=k)
         yield from (Show(k=k, ask=field) for field in fields)
     yield from (Ask(field=field) for field in fields)

@@ -45,7 +45,7 @@ class Reply:
         items: Ids of the list, best first.
         calls: The calls, the ending last.
         state: The new state.
-        heard: The message as parsed by rules.
+        parsed: The message as parsed by rules.
         cost: The cost of the language model.
         seconds: The total time.
     """
@@ -54,7 +54,7 @@ class Reply:
     items: tuple[str, ...]
     calls: tuple[Call, ...]
     state: State
-    heard: ParsedMessage = field(default_factory=ParsedMessage)
+    parsed: ParsedMessage = field(default_factory=ParsedMessage)
     cost: Cost = field(default_factory=Cost)
     seconds: float = 0.0
 
@@ -82,25 +82,25 @@ class Conversation:
         begun = time.perf_counter()
         message = clean(text, TEXT_LIMIT)
         state = self._sound(state).with_(turn=min(state.turn + 1, MOST_TURNS)).saying("user", message)
-        heard = ParsedMessage() if self.reader is None else self.reader.read(message, state)
-        state, note = self._heard(state, heard)
+        parsed = ParsedMessage() if self.reader is None else self.reader.read(message, state)
+        state, notes = self._updated(state, parsed)
         start = state
-        made: list[tuple[Call, str]] = []
+        steps: list[tuple[Call, str]] = []
         cost, outcome = Cost(), Outcome()
-        while not made or not ends(made[-1][0]):
-            call, took = self.manager.choose(Moment(state, start, heard, tuple(made), self.tools))
+        while not steps or not ends(steps[-1][0]):
+            call, took = self.manager.choose(Moment(state, start, parsed, tuple(steps), self.tools))
             cost += took
             state, outcome = self.tools.apply(call, state)
             cost += outcome.cost
-            note += outcome.told
-            made.append((call, outcome.note))
+            notes += outcome.lines
+            steps.append((call, outcome.note))
             called(call)
         # Items are looked up again, so that no tool can show an item that is not in the catalogue.
         items = tuple(name for name in outcome.items if name in self.tools.titles)
-        answer = self._wording(made[-1][0], note, items, outcome.ask)
-        calls = tuple(call for call, _ in made)
+        answer = self._wording(steps[-1][0], notes, items, outcome.ask)
+        calls = tuple(call for call, _ in steps)
         spent = time.perf_counter() - begun
-        return Reply(answer, items, calls, state.saying("assistant", answer), heard, cost, spent)
+        return Reply(answer, items, calls, state.saying("assistant", answer), parsed, cost, spent)
 
     def _sound(self, state: State) -> State:
         """Return a state without items, fields and values that are not in the catalogue."""
@@ -112,12 +112,12 @@ class Conversation:
             asked=tuple(name for name in state.asked if name in facts.values),
         )
 
-    def _heard(self, state: State, heard: ParsedMessage) -> tuple[State, list[str]]:
+    def _updated(self, state: State, parsed: ParsedMessage) -> tuple[State, list[str]]:
         """Update the state with a parsed message; also return notes on requests that contradict an exclusion."""
         profile = state.profile
-        for name, value in heard.revoked:
+        for name, value in parsed.revoked:
             profile = revoked(profile, name, value)
-        wishes = [wish for wish in heard.wishes if self.tools.facts.legal(wish)]
+        wishes = [wish for wish in parsed.wishes if self.tools.facts.legal(wish)]
         # Mentioning an excluded value does not include it again.
         bans = {
             wish.key
@@ -126,13 +126,13 @@ class Conversation:
         }
         kept = [wish for wish in wishes if wish.op not in ("is", "or") or wish.key not in bans]
         new = {wish.key for wish in wishes if wish.op == "not"}
-        message = [
+        notes = [
             _BANNED.format(value=clean(wish.value))
             for wish in wishes
             if wish not in kept and wish.hard and wish.key not in new
         ]
         wishes = kept
-        if "instead" in heard.intents:
+        if "instead" in parsed.intents:
             fields = {wish.field for wish in wishes if wish.asks}
             profile = tuple(wish for wish in profile if not (wish.asks and wish.field in fields))
         changed = learned(profile, wishes)
@@ -144,11 +144,11 @@ class Conversation:
         state = state.with_(profile=fresh(changed, state.turn), buffer=buffer, query=query)
         # Nothing is inferred without new items, and earlier inferences expire. A state may begin with likes.
         named = state.turn == 1 or any(wish.field == ITEM for wish in wishes)
-        return (self.tools.concluded(state) if named else state), message
+        return (self.tools.concluded(state) if named else state), notes
 
-    def _wording(self, call: Call, told: list[str], items: tuple[str, ...], ask: str) -> str:
-        lines = list(told)
-        if isinstance(call, ShowProfile) and not told:
+    def _wording(self, call: Call, notes: list[str], items: tuple[str, ...], ask: str) -> str:
+        lines = list(notes)
+        if isinstance(call, ShowProfile) and not notes:
             lines.append(_EMPTY)
         if isinstance(call, Say):
             lines.append(_SAY[call.what])

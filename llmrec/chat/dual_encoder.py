@@ -88,11 +88,11 @@ class DualEncoder:
     context: NDArray[np.float32]
     item: NDArray[np.float32]
 
-    def asking(self, texts: Sequence[str]) -> NDArray[np.float32]:
+    def embed_contexts(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return normalised vectors of conversation texts, shape (n, d)."""
         return mapped(text_embedder(self.encoder)(texts), self.context)
 
-    def telling(self, texts: Sequence[str]) -> NDArray[np.float32]:
+    def embed_items(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return normalised vectors of item texts, shape (n, d)."""
         return mapped(text_embedder(self.encoder)(texts), self.item)
 
@@ -118,12 +118,12 @@ class DualEncoder:
 
 def contexts_of(turns: Sequence[Turn]) -> list[str]:
     """Return the context of each reply: the last messages of both sides before it."""
-    text: list[str] = []
+    messages: list[str] = []
     results = []
     for turn in turns:
-        text.append(turn.user or "")
-        results.append(" ".join(text[-LAST:]))
-        text.append(turn.text)
+        messages.append(turn.user or "")
+        results.append(" ".join(messages[-LAST:]))
+        messages.append(turn.text)
     return results
 
 
@@ -135,25 +135,23 @@ def of_transcript(turns: Sequence[Turn], items: Sequence[str], encoder: str) -> 
         items: Ids in the order of the catalogue.
         encoder: The text encoder.
     """
-    place, begun = (
-        {item: row for row, item in enumerate(items)},
-        [n for n, turn in enumerate(turns) if turn.user is None],
-    )
-    text, targets, dialogues = [], [], []
+    row_of = {item: row for row, item in enumerate(items)}
+    begun = [n for n, turn in enumerate(turns) if turn.user is None]
+    contexts, targets, dialogues = [], [], []
     for number, (start, end) in enumerate(pairwise([*begun, len(turns)])):
         lines = contexts_of(turns[start + 1 : end])
-        text += lines
-        targets += [place[turns[start].items[0]]] * len(lines)
+        contexts += lines
+        targets += [row_of[turns[start].items[0]]] * len(lines)
         dialogues += [number] * len(lines)
     nothing: frozenset[int] = frozenset()
-    return Asked(text_embedder(encoder)(text), np.array(targets), [nothing] * len(text), np.array(dialogues))
+    return Asked(text_embedder(encoder)(contexts), np.array(targets), [nothing] * len(contexts), np.array(dialogues))
 
 
 def embedders(name: str) -> tuple[Embed, Embed]:
     """Return the embedding functions for item texts and for messages, from a text encoder or a dual encoder."""
     if (Path(name) / _ABOUT).is_file():
         dual = DualEncoder.load(Path(name))
-        return dual.telling, dual.asking
+        return dual.embed_items, dual.embed_contexts
     return text_embedder(name), text_embedder(name)
 
 
@@ -164,7 +162,7 @@ def mapped(vectors: NDArray[np.float32], weights: NDArray[np.float32]) -> NDArra
     return unit
 
 
-def learn(encoder: str, asked: Asked, items: NDArray[np.float32], seed: int = 0) -> DualEncoder:
+def learn(encoder: str, data: Asked, items: NDArray[np.float32], seed: int = 0) -> DualEncoder:
     """Train the maps, starting from the identity.
 
     The loss is contrastive in both directions, with in-batch negatives and without correction for the frequency of
@@ -173,7 +171,7 @@ def learn(encoder: str, asked: Asked, items: NDArray[np.float32], seed: int = 0)
 
     Args:
         encoder: The text encoder of the vectors.
-        asked: The training data.
+        data: The training data.
         items: Embeddings of all items by the same encoder, shape (items, d).
         seed: The seed of the draws.
 
@@ -183,30 +181,30 @@ def learn(encoder: str, asked: Asked, items: NDArray[np.float32], seed: int = 0)
     """
     torch = require("torch", "train")
     rng = np.random.default_rng(seed)
-    names = rng.permutation(np.unique(asked.dialogues))
+    names = rng.permutation(np.unique(data.dialogues))
     if len(names) < _FEWEST:
         raise DataError(
             f"a dual encoder needs at least {_FEWEST} dialogues, but there are only {len(names)}; simulate more "
             "dialogues",
             kind="too-few",
         )
-    aside = np.isin(asked.dialogues, names[: len(names) // 10])
-    rows, judged = np.flatnonzero(~aside), np.flatnonzero(aside)
-    vectors, table = torch.from_numpy(asked.vectors), torch.from_numpy(items)
-    targets = torch.from_numpy(asked.targets)
+    held_out = np.isin(data.dialogues, names[: len(names) // 10])
+    rows, valid_rows = np.flatnonzero(~held_out), np.flatnonzero(held_out)
+    vectors, table = torch.from_numpy(data.vectors), torch.from_numpy(items)
+    targets = torch.from_numpy(data.targets)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = _maps(items.shape[1])
 
         def loss(batch: NDArray[np.int64]) -> Any:
-            text = _moved(network, "context", vectors[batch]) * network["scale"][0].exp()
-            own = _moved(network, "item", table[targets[batch]])
-            return info_nce_both(text @ own.T, torch.from_numpy(asked.false(batch)))
+            context = _moved(network, "context", vectors[batch]) * network["scale"][0].exp()
+            item = _moved(network, "item", table[targets[batch]])
+            return info_nce_both(context @ item.T, torch.from_numpy(data.false(batch)))
 
         def judge() -> float:
             network.eval()
             with torch.no_grad():
-                return float(loss(judged))
+                return float(loss(valid_rows))
 
         def learn_once(optimiser: Optimizer) -> float:
             network.train()

@@ -82,7 +82,7 @@ NEWER = re.compile(rf"\b(?:{_AFTER.replace('from|', '')}){_ANY_DECADE}", re.IGNO
 OLDER = re.compile(rf"\b(?:{_BEFORE}){_ANY_DECADE}", re.IGNORECASE)
 
 ORDINALS = {"first": 1, "second": 2, "third": 3, "fourth": 4, "fifth": 5, "last": -1}
-PLACE = re.compile(
+POSITION = re.compile(
     r"(?:#|\bnumber |\bno\. ?|\[)(\d{1,2})\b|\b(first|second|third|fourth|fifth|last)(?: one)?\b", re.IGNORECASE
 )
 THESE = _words("these|those|them|all|both|any of|none of")

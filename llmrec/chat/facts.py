@@ -45,11 +45,11 @@ class Facts:
     Args:
         items: The catalogue.
         embed: A text encoder; with it search uses embeddings of texts and concepts in addition to words.
-        asked: The encoder of messages; None: the same.
+        embed_query: The text encoder of messages; None: ``embed``.
     """
 
-    def __init__(self, items: Mapping[str, Item], embed: Embed | None = None, asked: Embed | None = None) -> None:
-        self.items, self._embed, self._ask = dict(items), embed, asked or embed
+    def __init__(self, items: Mapping[str, Item], embed: Embed | None = None, embed_query: Embed | None = None) -> None:
+        self.items, self._embed, self._embed_query = dict(items), embed, embed_query or embed
         self.titles = {name: clean(item.title) or clean(name) or name for name, item in self.items.items()}
         self.values = _closed(self.items.values())
         self._spelt = {field: {value.casefold(): value for value in values} for field, values in self.values.items()}
@@ -70,28 +70,28 @@ class Facts:
 
     def rules(self, profile: Iterable[Wish]) -> Rules:
         """Return the hard preferences of a profile as rules for lists."""
-        every = tuple(profile)
+        wishes = tuple(profile)
         without: dict[str, set[str]] = defaultdict(set)
-        for wish in every:
+        for wish in wishes:
             if wish.hard and wish.op == "not" and wish.field != ITEM:
                 without[wish.field].add(wish.value)
         return Rules(
             more=tuple(
                 OneOf(group[0].field, frozenset(value for wish in group for value in self._meeting(wish)))
-                for group in alternatives(every)
+                for group in alternatives(wishes)
             ),
             without={field: frozenset(values) for field, values in without.items()},
-            block=frozenset(wish.value for wish in every if wish.field == ITEM),
+            block=frozenset(wish.value for wish in wishes if wish.field == ITEM),
         )
 
     def matches(self, item: str, wish: Wish) -> bool:
         """Whether an item has the value that a preference names, or is within its limit."""
-        text = self._held[item].get(wish.field, ())
+        values = self._held[item].get(wish.field, ())
         if wish.op in ("from", "until"):
-            return any(_inside(value, wish) for value in text)
-        return wish.value.casefold() in {value.casefold() for value in text}
+            return any(_inside(value, wish) for value in values)
+        return wish.value.casefold() in {value.casefold() for value in values}
 
-    def told(self, item: str) -> list[tuple[str, str]]:
+    def fields_of(self, item: str) -> list[tuple[str, str]]:
         """Return the categorical fields of an item, as (field, values)."""
         return [(field, ", ".join(values)) for field, values in self._held[item].items()]
 
@@ -104,14 +104,14 @@ class Facts:
         """
         words = self._index.scores(text)
         orders = [np.argsort(-words, kind="stable")[: int((words > 0).sum())]]
-        if self._ask is not None:
-            query = self._ask([text])[0]
+        if self._embed_query is not None:
+            query = self._embed_query([text])[0]
             orders += [np.argsort(-(table @ query), kind="stable") for table in (self._vectors, self.concepts)]
         joined = np.zeros(len(self.items))
         for order in orders:
             joined[order] += 1 / (_RANK + np.arange(len(order)))
         names = list(self.items)
-        results = [names[place] for place in np.argsort(-joined, kind="stable") if joined[place] > 0]
+        results = [names[row] for row in np.argsort(-joined, kind="stable") if joined[row] > 0]
         return [name for name in results if allowed is None or name in allowed]
 
     def known_words(self, words: Sequence[str]) -> list[str]:
@@ -155,10 +155,10 @@ class Facts:
         """The mean vector of the values of each item, shape (n, d)."""
         assert self._embed is not None
         pairs = [(field, value) for field, values in self.values.items() for value in values]
-        place = {pair: row for row, pair in enumerate(pairs)}
+        row_of = {pair: row for row, pair in enumerate(pairs)}
         table = self._embed([f"{field}: {value}" for field, value in pairs]) if pairs else np.zeros((0, 1))
         rows = [
-            [place[field, self._spelt[field][v.casefold()]] for field, vs in held.items() for v in vs]
+            [row_of[field, self._spelt[field][v.casefold()]] for field, vs in held.items() for v in vs]
             for held in self._held.values()
         ]
         return np.stack([table[row].mean(axis=0) if row else np.zeros(table.shape[1]) for row in rows])
@@ -166,11 +166,11 @@ class Facts:
 
 def fused(*orders: Sequence[_T]) -> dict[_T, float]:
     """Return the scores of reciprocal rank fusion of several rankings, best first each."""
-    worth: dict[_T, float] = defaultdict(float)
+    scores: dict[_T, float] = defaultdict(float)
     for order in orders:
-        for place, entry in enumerate(order):
-            worth[entry] += 1 / (_RANK + place)
-    return worth
+        for rank, entry in enumerate(order):
+            scores[entry] += 1 / (_RANK + rank)
+    return scores
 
 
 def _closed(items: Iterable[Item]) -> dict[str, tuple[str, ...]]:
@@ -184,22 +184,22 @@ def _closed(items: Iterable[Item]) -> dict[str, tuple[str, ...]]:
     for field, counted in counts.items():
         if not counted:
             continue
-        spelt: dict[str, str] = {}
+        spellings: dict[str, str] = {}
         for value, _ in counted.most_common():
-            spelt.setdefault(value.casefold(), value)
-        words = sum(len(value.split()) for value in spelt.values()) / max(1, len(spelt))
-        if words <= _LONGEST and (counted.total() > len(spelt) or _are_numbers(spelt)):
-            result[field] = tuple(spelt.values())
+            spellings.setdefault(value.casefold(), value)
+        words = sum(len(value.split()) for value in spellings.values()) / max(1, len(spellings))
+        if words <= _LONGEST and (counted.total() > len(spellings) or _are_numbers(spellings)):
+            result[field] = tuple(spellings.values())
     return result
 
 
-def _values(said: str) -> list[str]:
-    return [value for value in map(str.strip, said.split(",")) if 0 < len(value) <= _LONGEST_VALUE]
+def _values(text: str) -> list[str]:
+    return [value for value in map(str.strip, text.split(",")) if 0 < len(value) <= _LONGEST_VALUE]
 
 
 def _are_numbers(values: Iterable[str]) -> bool:
-    every = list(values)
-    return sum(map(bool, map(_NUMBER.fullmatch, every))) >= _MOSTLY * len(every)
+    values = list(values)
+    return sum(map(bool, map(_NUMBER.fullmatch, values))) >= _MOSTLY * len(values)
 
 
 def _are_years(low: int, high: int) -> bool:

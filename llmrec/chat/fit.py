@@ -80,9 +80,9 @@ def expected(logprobs: Sequence[float]) -> float:
 
 def joined(items: Sequence[str], scores: Sequence[float]) -> list[str]:
     """Combine the order of items with their scores by reciprocal rank fusion; ties keep the order."""
-    places = range(len(items))
-    worth = fused(places, sorted(places, key=lambda place: -scores[place]))
-    return [items[place] for place in sorted(places, key=lambda place: -worth[place])]
+    positions = range(len(items))
+    combined = fused(positions, sorted(positions, key=lambda position: -scores[position]))
+    return [items[position] for position in sorted(positions, key=lambda position: -combined[position])]
 
 
 @dataclass(frozen=True)
@@ -134,23 +134,23 @@ class FitJudge:
         """Return the prompt about an item; texts of users and catalogue are treated as data."""
         titles = facts.titles
 
-        def told(wishes: Sequence[Wish]) -> list[dict[str, str]]:
-            return [{"value": cut(wish.told(titles), _LETTERS)} for wish in wishes[-_WISHES:]]
+        def described(wishes: Sequence[Wish]) -> list[dict[str, str]]:
+            return [{"value": cut(wish.describe(titles), _LETTERS)} for wish in wishes[-_WISHES:]]
 
-        message = [line.text for line in state.lines if line.role == "user"][-_LINES:]
+        messages = [line.text for line in state.lines if line.role == "user"][-_LINES:]
         return Prompt(
             messages=self.template.turns(
                 {
                     "phrases": [{"text": phrase} for phrase in PHRASES],
                     # The part that all items share comes first, as a common prefix.
-                    "lines": [{"text": cut(text, _LETTERS)} for text in message],
-                    "profile": told([wish for wish in state.profile if wish.op != "seen"]),
+                    "lines": [{"text": cut(text, _LETTERS)} for text in messages],
+                    "profile": described([wish for wish in state.profile if wish.op != "seen"]),
                     "title": cut(titles[item], _LETTERS),
                     "fields": [
-                        {"name": name, "value": cut(value, _LETTERS)} for name, value in facts.told(item)[:_FIELDS]
+                        {"name": name, "value": cut(value, _LETTERS)} for name, value in facts.fields_of(item)[:_FIELDS]
                     ],
-                    "met": told(why.met),
-                    "missed": told(why.missed),
+                    "met": described(why.met),
+                    "missed": described(why.missed),
                 }
             )
         )

@@ -21,7 +21,7 @@ from llmrec.tasks.base import keyed
 # Simulated users for training: turns per conversation, and probability of a message without a preference.
 _TURNS, _ASIDES = 8, 0.4
 # Number of calls on which each manager is evaluated; an untuned model takes a second or more per call.
-_ASKED = 60
+_EVALUATED = 60
 
 
 def tuned(
@@ -40,37 +40,37 @@ def tuned(
     moments = taught(conversation, turns)
     allowed = [moment for moment in moments if moment.allowed]
     trained, held = parted(allowed, page.seed)
-    asked = {"held out": _drawn(held, page.seed)}
+    samples = {"held out": _drawn(held, page.seed)}
     if past is None:
         others = taught(conversation, _simulated(conversation, max(10, len(held) // 4), options.seed + 1, OTHER))
-        asked["in other words"] = _drawn([other for other in others if other.allowed], page.seed)
+        samples["in other words"] = _drawn([other for other in others if other.allowed], page.seed)
     names = sorted({moment.conversation for moment in moments})
     left_out = len(moments) - len(allowed)
     say(f"{len(trained)} examples from {len(names)} conversations; {left_out} invalid calls are excluded")
-    result: dict[str, dict[str, Agreement]] = {"usual": _asked(UsualManager.of(trained), asked)}
-    with opened(resolve(page.model, seed=page.seed), k=options.k, dtype=options.dtype) as made:
-        result["untrained"] = _asked(made(options.seed), asked)
+    result: dict[str, dict[str, Agreement]] = {"usual": _agreements(UsualManager.of(trained), samples)}
+    with opened(resolve(page.model, seed=page.seed), k=options.k, dtype=options.dtype) as new_manager:
+        result["untrained"] = _agreements(new_manager(options.seed), samples)
     folder = folder_of(page, None)
     done = tuning.tune(page, trained, held, folder, quiet=False)
-    with opened(str(folder), k=options.k, dtype=options.dtype) as made:
-        result["tuned"] = _asked(made(options.seed), asked)
+    with opened(str(folder), k=options.k, dtype=options.dtype) as new_manager:
+        result["tuned"] = _agreements(new_manager(options.seed), samples)
     losses = [line["valid_loss"]["chat"] for line in done.log if line.get("valid_loss")]
     say(f"{done.steps} steps in {done.seconds:.0f} s; held-out loss {', '.join(f'{loss:.3f}' for loss in losses)}")
-    for name, item in result.items():
-        for part, one in item.items():
+    for name, parts in result.items():
+        for part, rates in parts.items():
             say(
-                f"{name}, {part}: {one.call:.3f} of {one.moments} calls are correct, {one.tool:.3f} select the "
+                f"{name}, {part}: {rates.call:.3f} of {rates.moments} calls are correct, {rates.tool:.3f} select the "
                 "correct tool"
             )
     store_facts(
         rows=len(trained),
         conversations=len(names),
         left_out=left_out,
-        known={part: round(known(item, trained), 4) for part, item in asked.items()},
+        known={part: round(known(item, trained), 4) for part, item in samples.items()},
         held_out_loss=[round(loss, 4) for loss in losses],
         steps=done.steps,
         seconds=round(done.seconds, 1),
-        agreement={name: tuning.told(item) for name, item in result.items()},
+        agreement={name: tuning.as_numbers(item) for name, item in result.items()},
     )
     say(f"conversation manager fine-tuned: llmrec chat {options.model} --manager {folder}")
     return () if past is not None else turns
@@ -82,8 +82,8 @@ def _simulated(conversation: Conversation, count: int, seed: int, words: Wording
 
 def _drawn(moments: Sequence[Taught], seed: int) -> list[Taught]:
     """Return a random sample of calls for the evaluation."""
-    return keyed("chat", seed, "asked").sample(list(moments), min(_ASKED, len(moments)))
+    return keyed("chat", seed, "asked").sample(list(moments), min(_EVALUATED, len(moments)))
 
 
-def _asked(manager: Manager, asked: dict[str, list[Taught]]) -> dict[str, Agreement]:
-    return {part: agreement(manager, item) for part, item in asked.items()}
+def _agreements(manager: Manager, samples: dict[str, list[Taught]]) -> dict[str, Agreement]:
+    return {part: agreement(manager, item) for part, item in samples.items()}

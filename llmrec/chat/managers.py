@@ -47,21 +47,21 @@ class Moment:
     Attributes:
         state: The current state.
         begun: The state at the beginning of the turn, after the user message.
-        heard: The message as parsed by rules.
-        made: The calls of this turn so far, with their results.
+        parsed: The message as parsed by rules.
+        steps: The calls of this turn so far, with their results.
         tools: The tools, with the facts.
     """
 
     state: State
     begun: State
-    heard: ParsedMessage
-    made: tuple[tuple[Call, str], ...]
+    parsed: ParsedMessage
+    steps: tuple[tuple[Call, str], ...]
     tools: Tools
 
     @property
     def last(self) -> bool:
         """Whether the next call must end the turn."""
-        return len(self.made) >= MOST_CALLS - 1
+        return len(self.steps) >= MOST_CALLS - 1
 
 
 def choices(moment: Moment, most: int) -> list[Call]:
@@ -69,8 +69,8 @@ def choices(moment: Moment, most: int) -> list[Call]:
 
     Each tool is available once per turn: greedy models would repeat it.
     """
-    calls = legal(moment.state, moment.tools.facts, moment.heard.intents, ending=moment.last)
-    used = {call for call, _ in moment.made}
+    calls = legal(moment.state, moment.tools.facts, moment.parsed.intents, ending=moment.last)
+    used = {call for call, _ in moment.steps}
     return [call for call in calls[-most:] if call not in used]
 
 
@@ -102,35 +102,35 @@ class RuleManager:
 
     def choose(self, moment: Moment) -> tuple[Call, Cost]:
         """See `Manager`."""
-        return self.plan(moment)[len(moment.made)], Cost()
+        return self.plan(moment)[len(moment.steps)], Cost()
 
     def plan(self, moment: Moment) -> Sequence[Call]:
         """Return the calls of a turn."""
-        heard, state, facts = moment.heard, moment.begun, moment.tools.facts
-        wants = heard.intents
+        parsed, state, facts = moment.parsed, moment.begun, moment.tools.facts
+        wants = parsed.intents
         if "forget" in wants:
             return [Forget()]
         if "profile" in wants:
             return [ShowProfile()]
-        if "explain" in wants and state.shown and not heard.wishes:
-            return [Explain(item=heard.places[0] if heard.places else 1), Say(what="explained")]
-        if "bye" in wants and not heard.wishes:
+        if "explain" in wants and state.shown and not parsed.wishes:
+            return [Explain(item=parsed.positions[0] if parsed.positions else 1), Say(what="explained")]
+        if "bye" in wants and not parsed.wishes:
             return [Say(what="bye")]
-        if "thanks" in wants and not heard.wishes and not wants & {"more", "request"}:
+        if "thanks" in wants and not parsed.wishes and not wants & {"more", "request"}:
             return [Say(what="thanks")]
-        asks = wants & {"more", "request", "similar"}
-        if not (heard.wishes or heard.revoked or heard.places or asks or (heard.rest and "elsewhere" not in wants)):
+        asks = wants & {"more", "request", "similar"} or (parsed.rest and "elsewhere" not in wants)
+        if not (parsed.wishes or parsed.revoked or parsed.positions or asks):
             if state.shown or state.profile or "hello" not in wants:
                 return [Say(what="decline")]
             question = self._question(state, facts)
             return [Ask(field=question) if question else Say(what="hello")]
         results: list[Call] = []
-        if "similar" in wants and heard.places and state.shown:
-            results.append(Similar(items=heard.places[:2]))
-        elif state.liked and any(wish.value in state.liked for wish in heard.wishes):
+        if "similar" in wants and parsed.positions and state.shown:
+            results.append(Similar(items=parsed.positions[:2]))
+        elif state.liked and any(wish.value in state.liked for wish in parsed.wishes):
             results.append(Similar())
         # The last search remains valid if only the constraints have changed.
-        elif query := heard.rest[:LONGEST] or (state.query if heard.wishes or heard.revoked else ""):
+        elif query := parsed.rest[:LONGEST] or (state.query if parsed.wishes or parsed.revoked else ""):
             results.append(Search(text=query, k=50))
         return [*results, Rank(), Show(k=self.k, ask=self._question(state, facts) if self.asks else "")]
 
@@ -172,24 +172,24 @@ class ModelManager:
             LlmrecError: If the engine fails.
         """
         calls = choices(moment, self.most)
-        asked = model_input(moment, self.template)
-        tool, cost = self._tool(asked, tuple(sorted({call.tool for call in calls})))
+        prompt = model_input(moment, self.template)
+        tool, cost = self._tool(prompt, tuple(sorted({call.tool for call in calls})))
         texts = [written(call) for call in calls if call.tool == tool]
-        (result,) = self.backend.search([asked], texts, k=1, width=_BEAMS)
+        (result,) = self.backend.search([prompt], texts, k=1, width=_BEAMS)
         cost += Cost(prompt_tokens=result.prompt_tokens, completion_tokens=result.tokens, forwards=1)
         return read_call(texts[result.items[0]]), cost
 
-    def _tool(self, asked: Prompt, tools: tuple[str, ...]) -> tuple[str, Cost]:
-        prompts = [asked]
+    def _tool(self, prompt: Prompt, tools: tuple[str, ...]) -> tuple[str, Cost]:
+        prompts = [prompt]
         if not self.tuned and tools not in self._empty:
             prompts.append(Prompt(messages=self.template.turns(dict.fromkeys(_READS, ()))))
         # In training, the token after the name spans several characters.
         begins = [f'{{"tool": "{tool}' + ("" if self.tuned else '"') for tool in tools]
-        message, *plain = self.backend.score(prompts, [begins] * len(prompts), closed=False)
+        scores, *plain = self.backend.score(prompts, [begins] * len(prompts), closed=False)
         self._empty.update((tools, item) for item in plain)
         without = (0.0,) * len(tools) if self.tuned else self._empty[tools].logprobs
-        gains = [with_ - prior for with_, prior in zip(message.logprobs, without, strict=True)]
-        cost = Cost(prompt_tokens=sum(item.prompt_tokens for item in (message, *plain)), forwards=len(prompts))
+        gains = [with_ - prior for with_, prior in zip(scores.logprobs, without, strict=True)]
+        cost = Cost(prompt_tokens=sum(item.prompt_tokens for item in (scores, *plain)), forwards=len(prompts))
         return tools[max(range(len(tools)), key=gains.__getitem__)], cost
 
 
@@ -200,7 +200,7 @@ def model_input(moment: Moment, template: Template) -> Prompt:
         "profile": [{"value": cut(line, _LETTERS)} for line in moment.tools.profile(moment.state)[-_WISHES:]],
         "shown": [{"title": cut(titles.get(name, name), _LETTERS)} for name in moment.state.shown[:_TITLES]],
         "lines": [{"role": line.role, "text": cut(line.text, _LETTERS)} for line in moment.state.lines[-_LINES:]],
-        "made": [{"call": written(call), "note": note} for call, note in moment.made],
+        "made": [{"call": written(call), "note": note} for call, note in moment.steps],
     }
     return Prompt(messages=template.turns(values))
 
@@ -214,7 +214,7 @@ class HistoryManager:
 
     def choose(self, moment: Moment) -> tuple[Call, Cost]:
         """See `Manager`."""
-        return (Show(k=self.k), Cost()) if moment.made else (Rank(), Cost())
+        return (Show(k=self.k), Cost()) if moment.steps else (Rank(), Cost())
 
 
 @dataclass
@@ -229,7 +229,7 @@ class RandomManager:
 
     def choose(self, moment: Moment) -> tuple[Call, Cost]:
         """See `Manager`."""
-        calls = legal(moment.state, moment.tools.facts, moment.heard.intents, ending=moment.last)
+        calls = legal(moment.state, moment.tools.facts, moment.parsed.intents, ending=moment.last)
         # Draw the tool first and then its arguments, since most allowed calls are searches.
         tool = self._random.choice(sorted({call.tool for call in calls}))
         return self._random.choice([call for call in calls if call.tool == tool]), Cost()

@@ -35,14 +35,14 @@ class ParsedMessage:
         wishes: New wishes.
         revoked: (field, value) of lifted bans.
         intents: Names among `llmrec.chat.english.INTENTS`.
-        places: Positions in the shown list, from 1.
+        positions: Positions in the shown list, from 1.
         rest: The other words that occur in any item's text: the search query.
     """
 
     wishes: tuple[Wish, ...] = ()
     revoked: tuple[tuple[str, str], ...] = ()
     intents: frozenset[str] = frozenset()
-    places: tuple[int, ...] = ()
+    positions: tuple[int, ...] = ()
     rest: str = ""
 
 
@@ -82,7 +82,7 @@ class Reader:
     def read(self, text: str, state: State) -> ParsedMessage:
         """Parse a user message, given the state before it; its turn is that of the wishes."""
         wishes: list[Wish] = []
-        again: list[tuple[str, str]] = []
+        revoked: list[tuple[str, str]] = []
         rest: list[str] = []
         mentions = list(self._mentions(text))
         # Titles and names come first, since their words do not belong to clauses.
@@ -92,44 +92,44 @@ class Reader:
         for start, end in _clauses(text, names):
             bare = plain[start:end]
             inside = [mention for mention in mentions if start <= mention.start < end]
-            for wish, back in self._wishes(bare, start, inside, state):
-                if back:
-                    again.append((wish.field, wish.value))
+            for wish, revokes in self._wishes(bare, start, inside, state):
+                if revokes:
+                    revoked.append((wish.field, wish.value))
                 else:
                     wishes.append(wish)
             wishes += self._times(bare, state)
             rest += self._rest(bare, start, inside)
         intents = frozenset(name for name, pattern in english.INTENTS.items() if pattern.search(plain))
-        places = _places(plain, len(state.shown))
+        positions = _positions(plain, len(state.shown))
         if not titles and "explain" not in intents:
-            wishes += _about_list(plain, state, places, intents)
-        return ParsedMessage(tuple(dict.fromkeys(wishes)), tuple(again), intents, places, " ".join(rest))
+            wishes += _about_list(plain, state, positions, intents)
+        return ParsedMessage(tuple(dict.fromkeys(wishes)), tuple(revoked), intents, positions, " ".join(rest))
 
     # ------------------------------------------------------------------- wishes
 
     def _wishes(self, bare: str, start: int, inside: Sequence[_Mention], state: State) -> Iterator[tuple[Wish, bool]]:
         """Yield a preference for each mention in a clause, and whether it revokes an exclusion."""
         banned = {(wish.field, wish.value) for wish in state.profile if wish.op == "not"}
-        wanted = bool(english.WANT.search(bare)) or len(english.WORD.findall(bare)) <= _BARE
+        requested = bool(english.WANT.search(bare)) or len(english.WORD.findall(bare)) <= _BARE
         last: _Mention | None = None
         for item in inside:
             before, after = bare[: item.start - start], bare[item.end - start :]
-            borne = bool(english.TOLERATED.search(before))
+            tolerated = bool(english.TOLERATED.search(before))
             unwanted = _negated(before, after, item.field == ITEM)
             if item.field == ITEM:
                 if not _unseen(before):
                     yield Wish(field=ITEM, op=_op(bare, unwanted), value=item.value, hard=False, turn=state.turn), False
                 continue
-            back = bool(english.AGAIN.search(bare)) and (
+            revokes = bool(english.AGAIN.search(bare)) and (
                 ((item.field, item.value) in banned and not unwanted) or bool(english.LIFTED.search(bare))
             )
-            if borne and not unwanted and not back:
+            if tolerated and not unwanted and not revokes:
                 continue
             joined = last is not None and last.field == item.field
             between = "" if last is None else bare[last.end - start : item.start - start]
             op: Op = "not" if unwanted else "or" if joined and english.OR.fullmatch(between) else "is"
-            hard = unwanted or (wanted and not (english.LIKE.search(before) and not english.WOULD.search(before)))
-            yield Wish(field=item.field, op=op, value=item.value, hard=hard, turn=state.turn), back
+            hard = unwanted or (requested and not (english.LIKE.search(before) and not english.WOULD.search(before)))
+            yield Wish(field=item.field, op=op, value=item.value, hard=hard, turn=state.turn), revokes
             last = None if unwanted else item
 
     def _times(self, bare: str, state: State) -> Iterator[Wish]:
@@ -145,9 +145,9 @@ class Reader:
                 # Excluding items before a year is a lower limit at that year.
                 ban = bool(english.NO.search(bare[: result.start()]))
                 yield bound("from" if newer != ban else "until", result[1], ban)
-        text = [int(result[1]) for result in english.DECADE.finditer(bare)]
-        text += [decade for name, decade in english.DECADES.items() if re.search(rf"\b{name}\b", bare, re.IGNORECASE)]
-        years = [year if year > 100 else 1900 + year if year >= 20 else 2000 + year for year in text]
+        decades = [int(result[1]) for result in english.DECADE.finditer(bare)]
+        decades += [year for name, year in english.DECADES.items() if re.search(rf"\b{name}\b", bare, re.IGNORECASE)]
+        years = [year if year > 100 else 1900 + year if year >= 20 else 2000 + year for year in decades]
         if not years or english.NO.search(bare):
             return
         if english.OLDER.search(bare):
@@ -244,8 +244,8 @@ def _is_title(text: str, start: int, end: int, form: str) -> bool:
 
 def _is_name(text: str, value: _Mention) -> bool:
     """Whether a value, such as a brand, is written like a name."""
-    message = text[value.start : value.end]
-    return message[:1].isupper() and _is_title(text, value.start, value.end, title_key(message))
+    name = text[value.start : value.end]
+    return name[:1].isupper() and _is_title(text, value.start, value.end, title_key(name))
 
 
 def _clauses(text: str, names: Sequence[_Mention]) -> Iterator[tuple[int, int]]:
@@ -266,27 +266,27 @@ def _without(text: str, names: Sequence[_Mention]) -> str:
     """Mask titles and replace names by neutral words, without changing the length of the text."""
     result = text
     for name in names:
-        message = text[name.start : name.end]
-        blot = "\u00b7" * len(message) if name.field == ITEM else _LETTER.sub("x", message)
-        result = result[: name.start] + blot + result[name.end :]
+        original = text[name.start : name.end]
+        masked = "\u00b7" * len(original) if name.field == ITEM else _LETTER.sub("x", original)
+        result = result[: name.start] + masked + result[name.end :]
     return result
 
 
 def _negated(before: str, after: str, item: bool) -> bool:
     """Whether a mention is negated by the last negation before it, or one directly after it."""
-    results = list(english.NO.finditer(english.TOLERATED.sub(lambda said: "\u00b7" * len(said.group()), before)))
-    if not results and english.OUT[0].search(before) and english.OUT[1].match(after):
+    negations = list(english.NO.finditer(english.TOLERATED.sub(lambda match: "\u00b7" * len(match.group()), before)))
+    if not negations and english.OUT[0].search(before) and english.OUT[1].match(after):
         return True
-    if results:
-        between = before[results[-1].end() :]
+    if negations:
+        between = before[negations[-1].end() :]
         return not re.match(r"\s+only\b", between, re.IGNORECASE) and not english.TURN.search(between)
     return bool(english.IS_NOT.match(after)) or (item and bool(english.DID_NOT.match(after)))
 
 
 def _unseen(before: str) -> bool:
     """Whether the words before a title say that the user has not seen it, which is not a preference."""
-    results = list(english.UNSEEN.finditer(before))
-    return bool(results) and not english.TURN.search(before[results[-1].end() :])
+    matches = list(english.UNSEEN.finditer(before))
+    return bool(matches) and not english.TURN.search(before[matches[-1].end() :])
 
 
 def _op(bare: str, unwanted: bool) -> Op:
@@ -297,25 +297,26 @@ def _op(bare: str, unwanted: bool) -> Op:
     return "seen" if seen and not liked else "is"
 
 
-def _places(text: str, count: int) -> tuple[int, ...]:
+def _positions(text: str, count: int) -> tuple[int, ...]:
     """Return the list positions mentioned in a text: numbers, *the first one*, *last*."""
     if not count:
         return ()
-    results = [int(item[1]) if item[1] else english.ORDINALS[item[2].lower()] for item in english.PLACE.finditer(text)]
+    matches = english.POSITION.finditer(text)
+    positions = [int(item[1]) if item[1] else english.ORDINALS[item[2].lower()] for item in matches]
     if alone := re.fullmatch(r"\s*(\d{1,2})\s*[.!?]?\s*", text):
-        results.append(int(alone[1]))
-    full = [count if place == -1 else place for place in results]
-    return tuple(dict.fromkeys(place for place in full if 1 <= place <= count))
+        positions.append(int(alone[1]))
+    positions = [count if position == -1 else position for position in positions]
+    return tuple(dict.fromkeys(position for position in positions if 1 <= position <= count))
 
 
-def _about_list(text: str, state: State, places: Sequence[int], intents: frozenset[str]) -> Iterator[Wish]:
+def _about_list(text: str, state: State, positions: Sequence[int], intents: frozenset[str]) -> Iterator[Wish]:
     """Yield preferences about items of the list to which the user refers."""
-    every = range(1, len(state.shown) + 1) if english.THESE.search(text) else ()
+    everything = range(1, len(state.shown) + 1) if english.THESE.search(text) else ()
     seen, liked, unwanted = (bool(item.search(text)) for item in (english.SEEN, english.LIKE, english.NO))
-    if not (seen or liked or unwanted) or (places and "similar" in intents) or english.UNSEEN.search(text):
+    if not (seen or liked or unwanted) or (positions and "similar" in intents) or english.UNSEEN.search(text):
         return
     op: Op = "seen" if seen and (not liked or unwanted) else "not" if unwanted else "is"
     if english.DISLIKED.search(text):
         op = "not"
-    for place in places or every:
-        yield Wish(field=ITEM, op=op, value=state.shown[place - 1], hard=False, turn=state.turn)
+    for position in positions or everything:
+        yield Wish(field=ITEM, op=op, value=state.shown[position - 1], hard=False, turn=state.turn)

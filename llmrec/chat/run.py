@@ -47,10 +47,10 @@ def chat(options: ChatOptions) -> int:
     models = open_models(decided(options.recommender()), options.models)
     try:
         with (
-            opened(options.manager, k=options.k, dtype=options.dtype) as made,
+            opened(options.manager, k=options.k, dtype=options.dtype) as new_manager,
             grader(options.ranker, dtype=options.dtype) as judge,
         ):
-            conversation = talking(models, made(options.seed), options.encoder, judge)
+            conversation = talking(models, new_manager(options.seed), options.encoder, judge)
             if page is not None:
                 turns += tuned(conversation, page, past, options)
                 return 0
@@ -112,8 +112,8 @@ def talking(
     """Return a conversation based on the models of a folder; see `Tools` for ``judge``."""
     if not models.items:
         raise DataError("chat: this model has no catalogue; give a table with --items", kind="empty", column="--items")
-    embed, asked = (None, None) if encoder is None else embedders(encoder)
-    facts = Facts(models.items, embed, asked)
+    embed, embed_query = (None, None) if encoder is None else embedders(encoder)
+    facts = Facts(models.items, embed, embed_query)
     lists = ModelLists(Catalogue(models.items), asking(models))
     reader = None if manager.name in CONTROLS else Reader(facts)
     return Conversation(Tools(facts, lists, judge), manager, reader)
@@ -153,9 +153,9 @@ def _replayed(conversation: Conversation, past: list[transcripts.Turn]) -> int:
     different = list(transcripts.differences(past, conversation))
     for line in different:
         _say(line)
-    text = sum(turn.user is not None for turn in past)
-    store_facts(turns=text, different=different)
-    say(f"{text} turns, {len(different)} with different output")
+    count = sum(turn.user is not None for turn in past)
+    store_facts(turns=count, different=different)
+    say(f"{count} turns, {len(different)} with different output")
     return int(bool(different))
 
 

@@ -88,7 +88,7 @@ _NTH = ("first", "second", "third", "fourth", "fifth")
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Knowledge:
     """What a simulated user wants and knows, without the title of the target.
 
     Attributes:
@@ -107,14 +107,14 @@ class SimulatedUser:
     """A simulated user who wants a target item.
 
     Attributes:
-        wanted: The session variables.
+        knowledge: The session variables.
         numeric: Fields of years.
         seed: The seed of wording and of the number of wishes per turn.
         asides: The probability of a message other than a wish: a question about the list, thanks, and the like.
         words: The templates of messages.
     """
 
-    wanted: Wanted
+    knowledge: Knowledge
     numeric: frozenset[str]
     seed: int
     asides: float = 0.0
@@ -125,33 +125,33 @@ class SimulatedUser:
         self._random = random.Random(self.seed)
         # A separate generator, so that digressions do not change the other messages.
         self._aside = random.Random(self.seed + 1)
-        self._left = [(name, value) for name, values in self.wanted.attributes.items() for value in values]
-        self._unwanted = list(self.wanted.unwanted)
-        self._likes = list(self.wanted.likes)
+        self._left = [(name, value) for name, values in self.knowledge.attributes.items() for value in values]
+        self._unwanted = list(self.knowledge.unwanted)
+        self._likes = list(self.knowledge.likes)
 
-    def says(self, asked: str = "", *, first: bool = False, shown: int = 0) -> str:
+    def says(self, question: str = "", *, first: bool = False, shown: int = 0) -> str:
         """Return the next user message.
 
         Args:
-            asked: The field that the last reply asked about; empty: none.
+            question: The field that the last reply asked about; empty: none.
             first: Whether it is the first message.
             shown: The number of items of the last list, to which the user may refer.
         """
         lines: list[str] = []
         if not first and self._aside.random() < self.asides:
-            return self._beside(shown)
+            return self._digression(shown)
         if first:
             lines.append(self._random.choice(self.words.begin))
             if self._likes:
                 lines.append(self._random.choice(self.words.likes).format(title=self._likes.pop(0)))
-        message = next((pair for pair in self._left if pair[0] == asked), None)
-        if asked and message is None:
+        wish = next((pair for pair in self._left if pair[0] == question), None)
+        if question and wish is None:
             lines.append(self._random.choice(self.words.free))
-        if message is None and self._left and (not first or self._random.random() < 0.5):
-            message = self._left[0]
-        if message is not None:
-            self._left.remove(message)
-            lines.append(self._wish(*message))
+        if wish is None and self._left and (not first or self._random.random() < 0.5):
+            wish = self._left[0]
+        if wish is not None:
+            self._left.remove(wish)
+            lines.append(self._wish(*wish))
         if self._unwanted and self._random.random() < 0.3:
             lines.append(self._random.choice(self.words.unwanted).format(value=self._unwanted.pop(0)[1]))
         return " ".join(lines) or self._random.choice(self.words.more)
@@ -160,13 +160,13 @@ class SimulatedUser:
         """Return the message after a list with the target; empty for users without digressions."""
         return self._aside.choice(self.words.parting) if self.asides else ""
 
-    def _beside(self, shown: int) -> str:
+    def _digression(self, shown: int) -> str:
         """Return a message without a preference; after a request to forget everything, the user starts again."""
-        text = self._aside.choice([name for name in self.words.asides if shown or name not in ("explain", "similar")])
-        if text == "forget":
-            self._left = [(name, value) for name, values in self.wanted.attributes.items() for value in values]
-        place = self._aside.randrange(min(shown, len(_NTH))) if shown else 0
-        return self._aside.choice(self.words.asides[text]).format(n=place + 1, nth=_NTH[place])
+        intent = self._aside.choice([name for name in self.words.asides if shown or name not in ("explain", "similar")])
+        if intent == "forget":
+            self._left = [(name, value) for name, values in self.knowledge.attributes.items() for value in values]
+        index = self._aside.randrange(min(shown, len(_NTH))) if shown else 0
+        return self._aside.choice(self.words.asides[intent]).format(n=index + 1, nth=_NTH[index])
 
     def _wish(self, name: str, value: str) -> str:
         if name in self.numeric:
@@ -212,22 +212,22 @@ def hold(conversation: Conversation, user: SimulatedUser, target: str, turns: in
     The simulated user never sees the target's title: hits are judged here. ``begun`` is the initial state, such as a
     known user's likes.
     """
-    state, asked, held, seconds, cost = begun or State(), "", [], 0.0, Cost()
+    state, question, done, seconds, cost = begun or State(), "", [], 0.0, Cost()
     line: str = user.says(first=True)
     hit: int | None = None
     for turn in range(1, turns + 1):
         before = len(state.asked)
         reply = conversation.answer(state, line)
-        held.append(Turn.of(line, reply))
+        done.append(Turn.of(line, reply))
         state, seconds, cost = reply.state, seconds + reply.seconds, cost + reply.cost
         if hit is not None:
             break
-        asked = state.asked[-1] if len(state.asked) > before else ""
+        question = state.asked[-1] if len(state.asked) > before else ""
         hit = turn if target in reply.items else None
-        line = user.says(asked, shown=len(state.shown)) if hit is None else user.parts()
+        line = user.says(question, shown=len(state.shown)) if hit is None else user.parts()
         if not line:
             break
-    return Held(tuple(held), hit, seconds, cost)
+    return Held(tuple(done), hit, seconds, cost)
 
 
 def dialogues(
@@ -239,8 +239,8 @@ def dialogues(
     words: Wordings = USUAL,
 ) -> Iterator[tuple[str, Held]]:
     """Yield random targets from the catalogue, each with the conversation of a simulated user; see `SimulatedUser`."""
-    facts, drawn = conversation.tools.facts, random.Random(seed)
-    names = [name for name in facts.items if facts.told(name)]
+    facts, rng = conversation.tools.facts, random.Random(seed)
+    names = [name for name in facts.items if facts.fields_of(name)]
     if not names:
         raise DataError(
             "items have no fields to talk about; add columns such as genres or brand to the item table",
@@ -248,8 +248,8 @@ def dialogues(
             column="--items",
         )
     for _ in range(count):
-        target, own = drawn.choice(names), drawn.randrange(2**32)
-        user = SimulatedUser(knowledge_of(facts, target, (), own), facts.numeric, own, asides, words)
+        target, user_seed = rng.choice(names), rng.randrange(2**32)
+        user = SimulatedUser(knowledge_of(facts, target, (), user_seed), facts.numeric, user_seed, asides, words)
         yield target, hold(conversation, user, target, turns)
 
 
@@ -258,20 +258,20 @@ def transcript(held: Iterable[tuple[str, Held]]) -> list[Turn]:
     return [turn for target, one in held for turn in (Turn(user=None, items=(target,)), *one.turns)]
 
 
-def knowledge_of(facts: Facts, target: str, liked: Sequence[str], seed: int, likes: int = 1) -> Wanted:
+def knowledge_of(facts: Facts, target: str, liked: Sequence[str], seed: int, likes: int = 1) -> Knowledge:
     """Return what a user knows about a target: its attributes, and liked items with dissimilar titles.
 
     Values similar to the title are excluded, and so are numbers other than years, which users give as decades.
     ``likes`` is the number of liked items that are named.
     """
-    drawn, title = random.Random(seed), title_of(facts.titles[target])
+    rng, title = random.Random(seed), title_of(facts.titles[target])
     attributes = {
         name: tuple(value for value in text.split(", ") if not near(value, title))
-        for name, text in facts.told(target)
+        for name, text in facts.fields_of(target)
         if name not in facts.numeric or name == facts.years
     }
     names = list(attributes)
-    drawn.shuffle(names)
+    rng.shuffle(names)
     unwanted = [
         (name, value)
         for name, values in facts.values.items()
@@ -280,20 +280,20 @@ def knowledge_of(facts: Facts, target: str, liked: Sequence[str], seed: int, lik
         if value not in attributes.get(name, ()) and not near(value, title)
     ]
     known = [facts.titles[name] for name in liked if not near(facts.titles[name], title)]
-    drawn.shuffle(known)
-    return Wanted(
+    rng.shuffle(known)
+    return Knowledge(
         attributes={name: attributes[name] for name in names if attributes[name]},
-        unwanted=tuple(drawn.sample(unwanted, min(1, len(unwanted)))),
+        unwanted=tuple(rng.sample(unwanted, min(1, len(unwanted)))),
         likes=tuple(known[:likes]),
     )
 
 
 def near(text: str, title: str) -> bool:
     """Whether a text contains a title, or words at least `NEAR` similar to it."""
-    words, sought = title_key(text).split(), title_key(title)
-    count = len(sought.split())
+    words, target = title_key(text).split(), title_key(title)
+    count = len(target.split())
     return any(
-        SequenceMatcher(None, " ".join(words[at : at + size]), sought, autojunk=False).ratio() >= NEAR
+        SequenceMatcher(None, " ".join(words[at : at + size]), target, autojunk=False).ratio() >= NEAR
         for size in {max(1, count - 1), count, count + 1}
         for at in range(max(1, len(words) - size + 1))
     )

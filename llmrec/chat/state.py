@@ -63,7 +63,7 @@ class Wish(BaseModel):
         """The key that must be unique in a profile."""
         return (self.field, self.op if self.op in ("from", "until") else self.value)
 
-    def told(self, titles: Mapping[str, str]) -> str:
+    def describe(self, titles: Mapping[str, str]) -> str:
         """Return the preference in words, on one line; ``titles`` has those of items by id."""
         if self.field == ITEM:
             text = f"{_ABOUT_ITEMS.get(self.op, self.op)} {titles.get(self.value, self.value)}"
@@ -156,13 +156,13 @@ def learned(profile: Iterable[Wish], new: Iterable[Wish]) -> tuple[Wish, ...]:
 def _most(profile: tuple[Wish, ...]) -> tuple[Wish, ...]:
     """Limit the size of a profile: drop inferred preferences first, then soft, then the oldest; exclusions last."""
 
-    def worth(wish: Wish) -> int:
+    def priority(wish: Wish) -> int:
         if wish.source == "inferred":
             return 0
         return 3 if wish.op in ("not", "seen") or wish.ban else 2 if wish.hard else 1
 
-    places = sorted(range(len(profile)), key=lambda place: worth(profile[place]))
-    return tuple(profile[place] for place in sorted(places[max(0, len(profile) - MOST_WISHES) :]))
+    order = sorted(range(len(profile)), key=lambda index: priority(profile[index]))
+    return tuple(profile[index] for index in sorted(order[max(0, len(profile) - MOST_WISHES) :]))
 
 
 def alternatives(profile: Iterable[Wish]) -> list[list[Wish]]:
@@ -172,8 +172,8 @@ def alternatives(profile: Iterable[Wish]) -> list[list[Wish]]:
     """
     results: list[list[Wish]] = []
     for wish in (wish for wish in profile if wish.hard and wish.field != ITEM and wish.op != "not"):
-        text = (group for group in reversed(results) if (group[0].field, group[0].turn) == (wish.field, wish.turn))
-        last = next(text, None) if wish.op == "or" else None
+        same = (group for group in reversed(results) if (group[0].field, group[0].turn) == (wish.field, wish.turn))
+        last = next(same, None) if wish.op == "or" else None
         if last is None:
             results.append([wish])
         else:

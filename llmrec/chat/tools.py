@@ -71,13 +71,13 @@ class ModelLists:
 
     def rank(self, liked: Sequence[str], rules: Rules, k: int, candidates: Sequence[str] = ()) -> list[str]:
         """See `Lists`."""
-        return self._asked(RANK, liked, rules, k, candidates)
+        return self._request(RANK, liked, rules, k, candidates)
 
     def similar(self, items: Sequence[str], rules: Rules, k: int) -> list[str]:
         """See `Lists`."""
-        return self._asked(SIMILAR, items, rules, k)
+        return self._request(SIMILAR, items, rules, k)
 
-    def _asked(
+    def _request(
         self, verb: str, history: Sequence[str], rules: Rules, k: int, candidates: Sequence[str] = ()
     ) -> list[str]:
         items = self.catalogue.items
@@ -113,14 +113,14 @@ class Outcome:
 
     Attributes:
         items: Ids of the items shown to the user.
-        told: Lines for the user: facts, the profile, relaxed constraints; titles and values are data of the catalogue.
+        lines: Lines for the user: facts, the profile, relaxed constraints; titles and values are data of the catalogue.
         ask: The field to ask about; empty: no question.
         note: The result of a tool for the manager, in fixed texts of this program.
         cost: The cost of a language model.
     """
 
     items: tuple[str, ...] = ()
-    told: tuple[str, ...] = ()
+    lines: tuple[str, ...] = ()
     ask: str = ""
     note: str = ""
     cost: Cost = field(default_factory=Cost)
@@ -158,7 +158,7 @@ class Tools:
         if isinstance(call, Filter):
             return self._filter(call, state)
         if isinstance(call, Similar):
-            named = [state.shown[place - 1] for place in call.items if place <= len(state.shown)] or list(state.liked)
+            named = [state.shown[n - 1] for n in call.items if n <= len(state.shown)] or list(state.liked)
             result = self._tried(self.lists.similar, named, state) if named else []
             return _with_buffer(state.with_(query=""), result, f"similar found {len(result)}")
         if isinstance(call, Rank):
@@ -170,7 +170,7 @@ class Tools:
         if isinstance(call, Ask):
             return state.with_(asked=(*state.asked, call.field)[-MOST_WISHES:]), Outcome(ask=call.field)
         if isinstance(call, ShowProfile):
-            return state, Outcome(told=self.profile(state))
+            return state, Outcome(lines=self.profile(state))
         if isinstance(call, Forget):
             return self._forget(call, state)
         return state, Outcome()
@@ -178,7 +178,7 @@ class Tools:
     def profile(self, state: State) -> tuple[str, ...]:
         """Return the profile as numbered lines."""
         return tuple(
-            f"{index}. {wish.told(self.titles)}{' (concluded)' if wish.source == 'inferred' else ''}"
+            f"{index}. {wish.describe(self.titles)}{' (concluded)' if wish.source == 'inferred' else ''}"
             for index, wish in enumerate(state.profile, start=1)
         )
 
@@ -189,7 +189,7 @@ class Tools:
             named = [wish.value for wish in profile if wish.field == ITEM and wish.op == op]
             counts: dict[tuple[str, str], int] = {}
             for name in named:
-                for fact, text in self.facts.told(name):
+                for fact, text in self.facts.fields_of(name):
                     if fact not in self.facts.numeric:
                         for value in text.split(", "):
                             counts[fact, value] = counts.get((fact, value), 0) + 1
@@ -215,7 +215,7 @@ class Tools:
         return _with_buffer(state, [name for name in state.buffer if name in left], f"{len(left)} items are left")
 
     def _rank(self, call: Rank, state: State) -> tuple[State, Outcome]:
-        chosen = [state.shown[place - 1] for place in call.items if place <= len(state.shown)]
+        chosen = [state.shown[position - 1] for position in call.items if position <= len(state.shown)]
         if chosen:
             order = self._tried(self.lists.rank, list(state.liked), state, candidates=chosen, shown=True)
             order, cost = self._judged(order, state)
@@ -260,17 +260,17 @@ class Tools:
         if not wishes:
             return list(order)
 
-        def worth(index: int) -> float:
+        def value(index: int) -> float:
             met = [self.facts.matches(order[index], wish) * (-1 if wish.op == "not" else 1) for wish in wishes]
             return 1 - index / len(order) + _SOFT * sum(met) / len(wishes)
 
-        return [order[index] for index in sorted(range(len(order)), key=lambda index: (-worth(index), index))]
+        return [order[index] for index in sorted(range(len(order)), key=lambda index: (-value(index), index))]
 
     def _explain(self, call: Explain, state: State) -> Outcome:
         if call.item > len(state.shown):
             return Outcome(note="the list has no item of this number")
         name = state.shown[call.item - 1]
-        text = "; ".join(clean(f"{fact}: {values}", TEXT_LIMIT) for fact, values in self.facts.told(name))
+        text = "; ".join(clean(f"{fact}: {values}", TEXT_LIMIT) for fact, values in self.facts.fields_of(name))
         lines = [f"{self.titles[name]}: {text}"]
         why, graded, cost = reason(self.facts, state, name), "", Cost()
         if self.judge is not None:
@@ -278,32 +278,32 @@ class Tools:
             graded = judged.phrase
         met = [wish for wish in why.met if graded or wish.op != "not"]
         if met:
-            lines.append("It fits: " + "; ".join(wish.told(self.titles) for wish in met))
+            lines.append("It fits: " + "; ".join(wish.describe(self.titles) for wish in met))
         if graded and why.missed:
-            lines.append("It does not fit: " + "; ".join(wish.told(self.titles) for wish in why.missed))
+            lines.append("It does not fit: " + "; ".join(wish.describe(self.titles) for wish in why.missed))
         if state.liked:
             lines.append("You like: " + ", ".join(self.titles[item] for item in state.liked if item in self.titles))
         if graded:
             lines.append(f"A language model calls it: {graded}.")
-        return Outcome(told=tuple(lines), note="explained", cost=cost)
+        return Outcome(lines=tuple(lines), note="explained", cost=cost)
 
     def _show(self, call: Show, state: State) -> tuple[State, Outcome]:
-        message: list[str] = []
+        lines: list[str] = []
         result, cost = self._listed(state)
         while not result:
             profile, out = eased(state.profile)
             if out is None:
                 break
-            message.append(f"No item satisfies this, so it is only a preference now: {out.told(self.titles)}.")
-            state, made = self._rank(Rank(), state.with_(profile=profile, buffer=()))
+            lines.append(f"No item satisfies this, so it is only a preference now: {out.describe(self.titles)}.")
+            state, outcome = self._rank(Rank(), state.with_(profile=profile, buffer=()))
             result, took = self._listed(state)
-            cost += made.cost + took
+            cost += outcome.cost + took
         items = tuple(result[: call.k])
         if not items:
-            message.append("No more items satisfy these wishes.")
+            lines.append("No more items satisfy these wishes.")
         fields = (*state.asked, call.ask)[-MOST_WISHES:] if call.ask else state.asked
         past = (*state.past, *items)[-MOST_SHOWN:]
-        return state.with_(shown=items, past=past, asked=fields), Outcome(items, tuple(message), call.ask, cost=cost)
+        return state.with_(shown=items, past=past, asked=fields), Outcome(items, tuple(lines), call.ask, cost=cost)
 
     def _listed(self, state: State) -> tuple[list[str], Cost]:
         """Return the items that may be shown, from the candidates or, if none is left, the whole catalogue."""
@@ -311,27 +311,27 @@ class Tools:
         results = [name for name in state.buffer if name in allowed]
         if results or not allowed:
             return results, Cost()
-        ranked, made = self._rank(Rank(), state.with_(buffer=()))
-        return [name for name in ranked.buffer if name in allowed], made.cost
+        ranked, outcome = self._rank(Rank(), state.with_(buffer=()))
+        return [name for name in ranked.buffer if name in allowed], outcome.cost
 
     def _forget(self, call: Forget, state: State) -> tuple[State, Outcome]:
         if call.wish == 0:
             state = state.with_(profile=(), buffer=(), query="", past=(), asked=(), lines=())
-            return state, Outcome(told=("The profile is empty now.",))
+            return state, Outcome(lines=("The profile is empty now.",))
         if call.wish > len(state.profile):
             return state, Outcome(note="this wish is not in the profile")
         wish = state.profile[call.wish - 1]
         profile = revoked(state.profile, wish.field, wish.value)
-        return state.with_(profile=profile, buffer=()), Outcome(told=(f"Forgotten: {wish.told(self.titles)}.",))
+        return state.with_(profile=profile, buffer=()), Outcome(lines=(f"Forgotten: {wish.describe(self.titles)}.",))
 
 
 def _joined(order: Sequence[str], pool: Sequence[str]) -> list[str]:
     """Combine the rankings of a recommender and of a search by reciprocal rank fusion."""
     if not pool:
         return list(order)
-    worth, ranked = fused(pool, order), set(order)
-    return sorted((name for name in pool if name in ranked), key=lambda name: -worth[name])
+    scores, ranked = fused(pool, order), set(order)
+    return sorted((name for name in pool if name in ranked), key=lambda name: -scores[name])
 
 
-def _with_buffer(state: State, found: Sequence[str], note: str, cost: Cost = _FREE) -> tuple[State, Outcome]:
-    return state.with_(buffer=tuple(found[:MOST_BUFFER])), Outcome(note=note, cost=cost)
+def _with_buffer(state: State, items: Sequence[str], note: str, cost: Cost = _FREE) -> tuple[State, Outcome]:
+    return state.with_(buffer=tuple(items[:MOST_BUFFER])), Outcome(note=note, cost=cost)

@@ -33,9 +33,9 @@ class Turn(BaseModel):
     text: str = ""
 
     @staticmethod
-    def of(said: str, reply: Reply) -> Turn:
+    def of(message: str, reply: Reply) -> Turn:
         """Return a message and its reply as a line of a transcript."""
-        return Turn(user=said, calls=reply.calls, items=reply.items, text=reply.text)
+        return Turn(user=message, calls=reply.calls, items=reply.items, text=reply.text)
 
 
 def write(file: Path, turns: Sequence[Turn]) -> None:

@@ -79,7 +79,7 @@ class _Follower:
     conversation: int = 0
     line: int = 0
     left: list[Call] = field(default_factory=list)
-    found: list[Taught] = field(default_factory=list)
+    decisions: list[Taught] = field(default_factory=list)
 
     def choose(self, moment: Moment) -> tuple[Call, Cost]:
         """See `Manager`."""
@@ -91,7 +91,7 @@ class _Follower:
                 column="calls",
             )
         call = self.left.pop(0)
-        self.found.append(Taught(self.conversation, moment, call))
+        self.decisions.append(Taught(self.conversation, moment, call))
         return call, Cost()
 
 
@@ -101,14 +101,14 @@ def taught(conversation: Conversation, turns: Sequence[Turn]) -> list[Taught]:
     Calls are those of the transcript, so manual corrections of it are learned.
     """
     follower = _Follower()
-    held, state = replace(conversation, manager=follower), State()
+    replayed, state = replace(conversation, manager=follower), State()
     for number, turn in enumerate(turns, start=1):
         if turn.user is None or number == 1:
             follower.conversation, state = follower.conversation + 1, State()
         if turn.user is None:
             continue
         follower.line, follower.left = number, list(turn.calls)
-        state = held.answer(state, turn.user).state
+        state = replayed.answer(state, turn.user).state
         if follower.left:
             raise DataError(
                 f"line {number} of the transcript has calls after the one that ends the turn; remove "
@@ -116,7 +116,7 @@ def taught(conversation: Conversation, turns: Sequence[Turn]) -> list[Taught]:
                 kind="contradiction",
                 column="calls",
             )
-    return follower.found
+    return follower.decisions
 
 
 def parted(moments: Sequence[Taught], seed: int) -> tuple[list[Taught], list[Taught]]:
@@ -130,10 +130,10 @@ def parted(moments: Sequence[Taught], seed: int) -> tuple[list[Taught], list[Tau
             column="--tune",
         )
     keyed("chat", seed, "held out").shuffle(names)
-    aside = frozenset(names[: len(names) // 10])
+    held_out = frozenset(names[: len(names) // 10])
     return (
-        [moment for moment in moments if moment.conversation not in aside],
-        [moment for moment in moments if moment.conversation in aside],
+        [moment for moment in moments if moment.conversation not in held_out],
+        [moment for moment in moments if moment.conversation in held_out],
     )
 
 
@@ -196,18 +196,18 @@ class UsualManager:
         """Count the training calls, and return the manager."""
         counts: dict[tuple[str, ...], Counter[Call]] = {}
         for moment in moments:
-            counts.setdefault(_made(moment.moment), Counter())[moment.call] += 1
+            counts.setdefault(_tools_so_far(moment.moment), Counter())[moment.call] += 1
         return UsualManager(counts)
 
     def choose(self, moment: Moment) -> tuple[Call, Cost]:
         """See `Manager`."""
         allowed = choices(moment, MOST)
-        usual = [call for call, _ in self.counts.get(_made(moment), Counter()).most_common() if call in allowed]
+        usual = [call for call, _ in self.counts.get(_tools_so_far(moment), Counter()).most_common() if call in allowed]
         return (usual or [call for call in allowed if ends(call)])[0], Cost()
 
 
-def _made(moment: Moment) -> tuple[str, ...]:
-    return tuple(call.tool for call, _ in moment.made)
+def _tools_so_far(moment: Moment) -> tuple[str, ...]:
+    return tuple(call.tool for call, _ in moment.steps)
 
 
 def known(moments: Sequence[Taught], trained: Sequence[Taught]) -> float:
@@ -357,6 +357,6 @@ def leading(name: str) -> tuple[str, bool]:
     return name, False
 
 
-def told(figures: Mapping[str, Agreement]) -> dict[str, dict[str, float]]:
+def as_numbers(figures: Mapping[str, Agreement]) -> dict[str, dict[str, float]]:
     """Return agreements by name as plain data."""
     return {name: {key: round(value, 4) for key, value in asdict(item).items()} for name, item in figures.items()}

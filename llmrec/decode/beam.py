@@ -85,7 +85,7 @@ class Beams:
         highs: The end of the node's items.
         scores: Log-probability of the prefix.
         handles: Number of the last token fed; meaningless for a complete item.
-        whole: Whether it is a complete item.
+        complete: Whether it is a complete item.
     """
 
     users: Index
@@ -94,7 +94,7 @@ class Beams:
     highs: Index
     scores: Floats
     handles: Index
-    whole: NDArray[np.bool_]
+    complete: NDArray[np.bool_]
 
     def take(self, rows: NDArray[Any]) -> Self:
         """Return the selected beams, in the order of ``rows``."""
@@ -151,16 +151,16 @@ def beam(
         raise ValueError(f"k and width must be at least 1, not {k} and {width}")
     barred = [_none()] * len(prompts)
     if excluded:
-        barred = [np.unique(catalogue.places[list(items)]).astype(np.int64) for items in excluded]
-    value = _run(engine, catalogue, prompts, barred, k, max(k, width))
-    for n, result in enumerate(value if exact else ()):
+        barred = [np.unique(catalogue.ranks[list(items)]).astype(np.int64) for items in excluded]
+    results = _run(engine, catalogue, prompts, barred, k, max(k, width))
+    for n, result in enumerate(results if exact else ()):
         wide = result.width
         # One at a time, so that a wide search needs memory for only one request. A NaN score proves nothing.
-        while not value[n].certified and np.isfinite(value[n].scores).all() and wide < min(len(catalogue), WIDEST):
+        while not results[n].certified and np.isfinite(results[n].scores).all() and wide < min(len(catalogue), WIDEST):
             wide = min(2 * wide, WIDEST)
             (wider,) = _run(engine, catalogue, [prompts[n]], [barred[n]], k, wide)
-            value[n] = replace(wider, tokens=value[n].tokens + wider.tokens)
-    return value
+            results[n] = replace(wider, tokens=results[n].tokens + wider.tokens)
+    return results
 
 
 def _none() -> Index:
@@ -178,11 +178,11 @@ def _run(
     """Search once, with the same beam width for all requests."""
     users, size = len(prompts), len(catalogue)
     # One sorted array gives the number of excluded items in any range for any request.
-    offset = np.concatenate([_none(), *(places + n * size for n, places in enumerate(barred))])
+    offset = np.concatenate([_none(), *(ranks + n * size for n, ranks in enumerate(barred))])
     search = _Search(catalogue, width, offset, np.full(users, -np.inf), engine, users, np.zeros(users, np.int64))
-    left = np.array([size - len(places) for places in barred])
+    left = np.array([size - len(ranks) for ranks in barred])
     beams = _descended(search, prompts, start(np.flatnonzero(left), size), partial(_kept, search))
-    return [_found(search, beams, user, k, int(left[user])) for user in range(users)]
+    return [_result(search, beams, user, k, int(left[user])) for user in range(users)]
 
 
 def start(users: Index, size: int) -> Beams:
@@ -194,7 +194,7 @@ def start(users: Index, size: int) -> Beams:
         highs=np.full(len(users), size, dtype=np.int64),
         scores=np.zeros(len(users)),
         handles=users.copy(),
-        whole=np.zeros(len(users), dtype=bool),
+        complete=np.zeros(len(users), dtype=bool),
     )
 
 
@@ -233,7 +233,7 @@ def _descended(
         while True:
             beams = keep(beams, branches, logprobs)
             beams, branches, logprobs = _onward(search, beams)
-            if beams.whole.all():
+            if beams.complete.all():
                 return beams
     finally:
         search.engine.close()
@@ -253,13 +253,13 @@ class Branches:
 def _branches(search: _Search, beams: Beams) -> Branches:
     """Return all continuations of kept prefixes that lead to an allowed item."""
     catalogue = search.catalogue
-    live = np.flatnonzero(~beams.whole)
+    live = np.flatnonzero(~beams.complete)
     below = catalogue.below(beams.nodes[live], beams.lows[live], beams.highs[live])
     parents, nodes, lows, highs = live[below.parents], below.nodes, below.lows, below.highs
     if len(search.barred):
         base = beams.users[parents] * len(catalogue)
-        gone = np.searchsorted(search.barred, base + highs) - np.searchsorted(search.barred, base + lows)
-        stay = highs - lows > gone
+        excluded = np.searchsorted(search.barred, base + highs) - np.searchsorted(search.barred, base + lows)
+        stay = highs - lows > excluded
         parents, nodes, lows, highs = parents[stay], nodes[stay], lows[stay], highs[stay]
     return Branches(parents, nodes, lows, highs, catalogue.tokens(nodes))
 
@@ -272,25 +272,25 @@ def opened(beams: _Kind, branches: Branches, logprobs: Floats) -> _Kind:
         lows=branches.lows,
         highs=branches.highs,
         scores=beams.scores[branches.parents] + logprobs,
-        whole=np.zeros(len(logprobs), dtype=bool),
+        complete=np.zeros(len(logprobs), dtype=bool),
     )
 
 
-def ranked(pool: Beams, worth: Floats) -> tuple[Index, Index]:
+def ranked(pool: Beams, values: Floats) -> tuple[Index, Index]:
     """Sort prefixes by request and score, and return their ranks within each request.
 
     Args:
         pool: Prefixes.
-        worth: The values to order by, shape (n,); ties by path.
+        values: The values to order by, shape (n,); ties by path.
     """
-    order = np.lexsort((pool.lows, -worth, pool.users))
+    order = np.lexsort((pool.lows, -values, pool.users))
     counts = np.bincount(pool.users)
     return order, np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 def _kept(search: _Search, beams: Beams, branches: Branches, logprobs: Floats) -> Beams:
     """Keep the best branches and complete items of each request, and record the best score that is pruned."""
-    pool = Beams.join(beams.take(np.flatnonzero(beams.whole)), opened(beams, branches, logprobs))
+    pool = Beams.join(beams.take(np.flatnonzero(beams.complete)), opened(beams, branches, logprobs))
     # Ties are broken by path order, which does not depend on batch or beam width.
     order, rank = ranked(pool, pool.scores)
     pruned = order[rank >= search.width]
@@ -307,18 +307,18 @@ def _onward(search: _Search, beams: _Kind) -> tuple[_Kind, Branches, Floats]:
     last token of an item is scored but never read.
     """
     catalogue = search.catalogue
-    rows = np.flatnonzero(~beams.whole)
+    rows = np.flatnonzero(~beams.complete)
     fed: list[Fed] = []
-    wanted_rows: list[Index] = []
-    wanted: list[tuple[Index, Index]] = []
+    forced_rows: list[Index] = []
+    forced_tokens: list[tuple[Index, Index]] = []
     nodes, handles = beams.nodes.copy(), beams.handles.copy()
-    whole = beams.whole.copy()
+    complete = beams.complete.copy()
     handle = search.next_handle
     going = rows
     while len(going):
         first, count = catalogue.spans(nodes[going])
         leaf = count == 0
-        whole[going[leaf]] = True
+        complete[going[leaf]] = True
         going, first, count = going[~leaf], first[~leaf], count[~leaf]
         numbers = handle + np.arange(len(going))
         fed.append(Fed(beams.users[going], handles[going], catalogue.tokens(nodes[going])))
@@ -326,15 +326,15 @@ def _onward(search: _Search, beams: _Kind) -> tuple[_Kind, Branches, Floats]:
         handle += len(going)
         forced = count == 1
         going, first, numbers = going[forced], first[forced], numbers[forced]
-        wanted.append((numbers, catalogue.tokens(first)))
-        wanted_rows.append(going)
+        forced_tokens.append((numbers, catalogue.tokens(first)))
+        forced_rows.append(going)
         nodes[going] = first
-    reached = replace(beams, nodes=nodes, scores=beams.scores.copy(), handles=handles, whole=whole)
+    reached = replace(beams, nodes=nodes, scores=beams.scores.copy(), handles=handles, complete=complete)
     branches = _branches(search, reached)
     if not fed or not sum(len(item.tokens) for item in fed):
         return reached, branches, np.empty(0)
     search.next_handle = handle
-    return _scored(search, reached, branches, fed, wanted, wanted_rows)
+    return _scored(search, reached, branches, fed, forced_tokens, forced_rows)
 
 
 def _scored(
@@ -342,12 +342,12 @@ def _scored(
     beams: _Kind,
     branches: Branches,
     fed: Sequence[Fed],
-    wanted: Sequence[tuple[Index, Index]],
-    wanted_rows: Sequence[Index],
+    forced_tokens: Sequence[tuple[Index, Index]],
+    forced_rows: Sequence[Index],
 ) -> tuple[_Kind, Branches, Floats]:
     """Call the engine once, add the scores of forced tokens, and return the log-probabilities of branches."""
-    after = np.concatenate([*(pair[0] for pair in wanted), beams.handles[branches.parents]])
-    tokens = np.concatenate([*(pair[1] for pair in wanted), branches.tokens])
+    after = np.concatenate([*(pair[0] for pair in forced_tokens), beams.handles[branches.parents]])
+    tokens = np.concatenate([*(pair[1] for pair in forced_tokens), branches.tokens])
     order = np.argsort(after, kind="stable")
     everything = Fed(
         *(np.concatenate([getattr(item, name) for item in fed]) for name in ("users", "parents", "tokens"))
@@ -356,20 +356,20 @@ def _scored(
     answered = search.engine.feed(everything, Wanted(after[order], tokens[order]))
     logprobs = np.empty(len(after))
     logprobs[order] = answered
-    forced = np.concatenate([_none(), *wanted_rows])
+    forced = np.concatenate([_none(), *forced_rows])
     np.add.at(beams.scores, forced, logprobs[: len(forced)])
     return beams, branches, logprobs[len(forced) :]
 
 
-def _found(search: _Search, beams: Beams, user: int, k: int, left: int) -> SearchResult:
+def _result(search: _Search, beams: Beams, user: int, k: int, left: int) -> SearchResult:
     rows = np.flatnonzero(beams.users == user)
     rows = rows[np.lexsort((beams.lows[rows], -beams.scores[rows]))][:k]
-    places = beams.lows[rows]
+    ranks = beams.lows[rows]
     scores = tuple(float(score) for score in beams.scores[rows])
     short = "" if len(rows) == k else f"only {left} of {len(search.catalogue)} items are valid results"
     # If fewer than k items are left, nothing was pruned.
     certified = not len(scores) or float(search.bounds[user]) <= scores[-1]
-    items = tuple(int(item) for item in search.catalogue.order[places])
+    items = tuple(int(item) for item in search.catalogue.order[ranks])
     return SearchResult(
         items=items,
         scores=scores,

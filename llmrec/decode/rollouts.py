@@ -72,10 +72,10 @@ def rollouts(
     roots = vars(start(np.arange(len(prompts)), len(catalogue)))
     keep, finish = (_split, _counted) if way == "sampled" else (_highest, _weighed)
     # One more item is drawn than requested: it sets the threshold for the inclusion probabilities of the others.
-    drawn = count if way == "sampled" else count + 1
+    draws = count if way == "sampled" else count + 1
     first = np.array([float(count) if way == "sampled" else generator.gumbel() for generator in generators])
     beams = _Drawn(**roots, logq=np.zeros(len(prompts)), marks=first)
-    beams = descend(engine, catalogue, prompts, beams, partial(keep, temperature, drawn, generators))
+    beams = descend(engine, catalogue, prompts, beams, partial(keep, temperature, draws, generators))
     return [finish(catalogue, beams.take(np.flatnonzero(beams.users == user)), count) for user in range(len(prompts))]
 
 
@@ -120,7 +120,7 @@ def _split(
         shares = np.exp(result.logq[begin:end] - beams.logq[branches.parents[begin]])
         generator = generators[result.users[begin]]
         result.marks[begin:end] = generator.multinomial(int(result.marks[begin]), shares / shares.sum())
-    return _in_order(_Drawn.join(beams.take(np.flatnonzero(beams.whole)), result.take(np.flatnonzero(result.marks))))
+    return _in_order(_Drawn.join(beams.take(np.flatnonzero(beams.complete)), result.take(np.flatnonzero(result.marks))))
 
 
 def _highest(
@@ -136,11 +136,11 @@ def _highest(
     if len(logprobs):
         heads, sizes = _runs(branches.parents)
         of_users, counts = _runs(result.users)
-        drawn = zip(result.users[of_users].tolist(), counts.tolist(), strict=True)
-        noise = np.concatenate([generators[user].gumbel(size=n) for user, n in drawn])
+        draws = zip(result.users[of_users].tolist(), counts.tolist(), strict=True)
+        noise = np.concatenate([generators[user].gumbel(size=n) for user, n in draws])
         free = result.logq + noise
         result.marks = _below(result.marks, free, np.repeat(np.maximum.reduceat(free, heads), sizes))
-    pool = _Drawn.join(beams.take(np.flatnonzero(beams.whole)), result)
+    pool = _Drawn.join(beams.take(np.flatnonzero(beams.complete)), result)
     order, rank = ranked(pool, pool.marks)
     return _in_order(pool.take(order[rank < count]))
 
@@ -164,17 +164,17 @@ def _below(parents: Floats, free: Floats, highest: Floats) -> Floats:
     return bounded
 
 
-def _counted(catalogue: Catalogue, own: _Drawn, _: int) -> Group:
-    return _group(catalogue.order[own.lows].astype(np.int64), own.marks, own.scores)
+def _counted(catalogue: Catalogue, drawn: _Drawn, _: int) -> Group:
+    return _group(catalogue.order[drawn.lows].astype(np.int64), drawn.marks, drawn.scores)
 
 
-def _weighed(catalogue: Catalogue, own: _Drawn, count: int) -> Group:
+def _weighed(catalogue: Catalogue, drawn: _Drawn, count: int) -> Group:
     """Weight each item by its probability divided by its inclusion probability."""
-    order = np.argsort(-own.marks, kind="stable")
-    kept = own.take(order[:count])
+    order = np.argsort(-drawn.marks, kind="stable")
+    kept = drawn.take(order[:count])
     weights = np.exp(kept.logq)
     if len(order) > count:
-        threshold = own.marks[order[count]]
+        threshold = drawn.marks[order[count]]
         weights = weights / -np.expm1(-np.exp(kept.logq - threshold))
     return _group(catalogue.order[kept.lows].astype(np.int64), weights, kept.scores)
 

@@ -80,7 +80,7 @@ class Catalogue:
         return int(self.marks.nbytes + self.firsts.nbytes + self.lows.nbytes + self.order.nbytes)
 
     @cached_property
-    def places(self) -> Ints:
+    def ranks(self) -> Ints:
         """The rank of each item when paths are sorted, shape (items,)."""
         result = np.empty(len(self.order), dtype=np.int32)
         result[self.order] = np.arange(len(self.order), dtype=np.int32)
@@ -123,16 +123,16 @@ class Catalogue:
         ends[(heads + counts - 1)[counts > 0]] = highs[counts > 0]
         return Below(parents, children, begins, ends)
 
-    def path(self, place: int) -> tuple[int, ...]:
+    def path(self, rank: int) -> tuple[int, ...]:
         """Return the tokens of a path, given its rank in sorted order."""
-        return tuple(token for token, _ in self.choices(place))
+        return tuple(token for token, _ in self.choices(rank))
 
-    def choices(self, place: int) -> list[tuple[int, Index]]:
+    def choices(self, rank: int) -> list[tuple[int, Index]]:
         """Return the tokens of a path, each with all tokens allowed at its position."""
         results: list[tuple[int, Index]] = []
         opened = self.below(np.array([ROOT]), np.array([0]), np.array([len(self)]))
         while len(opened.nodes):
-            at = [int(np.searchsorted(opened.lows, place, side="right")) - 1]
+            at = [int(np.searchsorted(opened.lows, rank, side="right")) - 1]
             legal = self.tokens(opened.nodes)
             results.append((int(legal[at[0]]), legal))
             opened = self.below(opened.nodes[at], opened.lows[at], opened.highs[at])
@@ -250,10 +250,10 @@ def _refuse_ambiguous(table: Ints, lengths: Ints, order: NDArray[np.int64], fres
             f"items {one} and {two} of the catalogue have the same tokens; give each item a unique code",
             kind="duplicate",
         )
-    for place in np.flatnonzero(lengths[:-1] < lengths[1:]):
-        size = int(lengths[place])
-        if np.array_equal(table[place, :size], table[place + 1, :size]):
-            one, two = int(order[place]), int(order[place + 1])
+    for row in np.flatnonzero(lengths[:-1] < lengths[1:]):
+        size = int(lengths[row])
+        if np.array_equal(table[row, :size], table[row + 1, :size]):
+            one, two = int(order[row]), int(order[row + 1])
             raise DataError(
                 f"the tokens of item {one} of the catalogue are a prefix of the tokens of item {two}; end codes with "
                 "a line break or the end of the turn",

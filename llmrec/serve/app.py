@@ -56,7 +56,7 @@ _Id = Annotated[str, Path(min_length=1, max_length=ID_LIMIT, pattern=schema.NAME
 _ALWAYS = (401, 403, 422, 429, 500, 503)
 _NOT_NOW = (429, 503, 504)
 _POSTED = (*_ALWAYS, 400, 413, 415)
-_ASKED = (*_POSTED, 404, 504)
+_VERB_STATUSES = (*_POSTED, 404, 504)
 
 
 def make_app(service: Service, auth: Auth, *, body_limit: int = 1 << 20) -> FastAPI:
@@ -108,11 +108,11 @@ def make_app(service: Service, auth: Auth, *, body_limit: int = 1 << 20) -> Fast
 async def _while_there(service: Service, request: Request, work: Awaitable[_T]) -> _T:
     """Await a result; cancel it if the client disconnects or the timeout is reached."""
 
-    async def gone() -> None:
+    async def disconnected() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    asking, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    asking, leaving = asyncio.ensure_future(work), asyncio.ensure_future(disconnected())
     try:
         patience = service.settings.patience
         await asyncio.wait({asking, leaving}, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
@@ -211,7 +211,7 @@ def _questions(service: Service) -> APIRouter:
                 operation_id=f"{verb.name}_{version}" if len(verb.versions) > 1 else None,
                 description=verb.about,
                 response_model=verb.answer,
-                responses=failures(*_ASKED, body=verb.failed) | (stream if verb.event else {}),
+                responses=failures(*_VERB_STATUSES, body=verb.failed) | (stream if verb.event else {}),
             )
         if verb.batch:
             router.add_api_route(
@@ -221,7 +221,7 @@ def _questions(service: Service) -> APIRouter:
                 name=f"{verb.name}_batch",
                 description=verb.batch,
                 response_model=answers_of(verb.answer),
-                responses=failures(*_ASKED),
+                responses=failures(*_VERB_STATUSES),
             )
     return router
 
@@ -242,7 +242,7 @@ def _route(service: Service, verb: Verb) -> Callable[..., Any]:
 def _batch_route(service: Service, verb: Verb) -> Callable[..., Any]:
     async def answer(request: Request, body: Any) -> Any:
         asking = asyncio.gather(*(verb.ask(service, item) for item in body.requests), return_exceptions=True)
-        return answers_of(verb.answer)(answers=_each(await _while_there(service, request, asking)))
+        return answers_of(verb.answer)(answers=_answers(await _while_there(service, request, asking)))
 
     answer.__annotations__ = {"request": Request, "body": batch_of(verb.body)}
     return answer
@@ -319,12 +319,12 @@ def _knowledge(service: Service, auth: Auth) -> APIRouter:
     return router
 
 
-def _each(found: Sequence[Any]) -> list[Any]:
+def _answers(results: Sequence[Any]) -> list[Any]:
     """Return the answers to several questions, with an error for each failed one."""
-    if all(isinstance(result, LlmrecError) and failure(result)[0] in _NOT_NOW for result in found):
-        raise found[0]
+    if all(isinstance(result, LlmrecError) and failure(result)[0] in _NOT_NOW for result in results):
+        raise results[0]
     answers: list[Any] = []
-    for result in found:
+    for result in results:
         if isinstance(result, LlmrecError):
             answers.append(schema.Failed(error=failure(result)[1]))
         elif isinstance(result, Exception):

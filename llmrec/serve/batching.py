@@ -97,14 +97,14 @@ class Batcher:
         self._hangs = hangs
         self._queues: dict[Question, deque[_Waiting]] = {}
         # The questions in the current batch.
-        self._asked: list[_Waiting] = []
+        self._batch: list[_Waiting] = []
         self._others = 0
         self._some, self._turn = asyncio.Event(), asyncio.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="llmrec-engine")
         self._task: asyncio.Task[None] | None = None
         self._closed = False
         # Moving average of the engine's seconds per question.
-        self._each = 0.25
+        self._seconds_each = 0.25
         self.load = Load()
 
     def start(self) -> None:
@@ -117,7 +117,7 @@ class Batcher:
         ends = time.monotonic() + self._patience
         while self._busy() and time.monotonic() < ends:
             await asyncio.sleep(0.01)
-        pending = self._asked
+        pending = self._batch
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -187,7 +187,7 @@ class Batcher:
     def _admit(self, waiting: int) -> None:
         if self._closed:
             raise _stopping()
-        ahead = waiting * self._each
+        ahead = waiting * self._seconds_each
         if waiting >= self._room or ahead > self._patience:
             self.load.refused += 1
             raise Full.for_now(max(1.0, min(ahead, self._patience)))
@@ -200,7 +200,7 @@ class Batcher:
         )
 
     def _busy(self) -> bool:
-        return bool(self.load.waiting or self._others or any(not item.future.done() for item in self._asked))
+        return bool(self.load.waiting or self._others or any(not item.future.done() for item in self._batch))
 
     def _drop(self, question: Question, waiting: _Waiting) -> None:
         queue = self._queues.get(question)
@@ -225,14 +225,14 @@ class Batcher:
                 return
             question = min(self._queues, key=lambda candidate: self._queues[candidate][0].ends)
             queue = self._queues[question]
-            self._asked = [queue.popleft() for _ in range(min(self._most, len(queue)))]
+            self._batch = [queue.popleft() for _ in range(min(self._most, len(queue)))]
             if not queue:
                 del self._queues[question]
-            self.load.waiting -= len(self._asked)
+            self.load.waiting -= len(self._batch)
             try:
-                await self._answer(question, self._asked)
+                await self._answer(question, self._batch)
             finally:
-                self._asked = []
+                self._batch = []
 
     async def _answer(self, question: Question, batch: Sequence[_Waiting]) -> None:
         begun = time.monotonic()
@@ -254,7 +254,7 @@ class Batcher:
                 _settle(item.future, LlmrecError("internal error; see the log of the service", kind="defect"))
             return
         took = time.monotonic() - begun
-        self._each = 0.8 * self._each + 0.2 * took / len(batch)
+        self._seconds_each = 0.8 * self._seconds_each + 0.2 * took / len(batch)
         self.load.seconds += took
         self.load.batches[len(batch)] = self.load.batches.get(len(batch), 0) + 1
 
@@ -288,11 +288,11 @@ def _stopping() -> EngineLost:
     return EngineLost("the service is stopping; try again in a moment", kind="failed")
 
 
-def _settle(future: asyncio.Future[Answered], found: Reply) -> None:
+def _settle(future: asyncio.Future[Answered], reply: Reply) -> None:
     # the caller may have been cancelled in the meantime
     if future.done():
         return
-    if isinstance(found, LlmrecError):
-        future.set_exception(found)
+    if isinstance(reply, LlmrecError):
+        future.set_exception(reply)
     else:
-        future.set_result(found)
+        future.set_result(reply)

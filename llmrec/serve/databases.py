@@ -47,7 +47,7 @@ _TABLES = (
     # a removed item has no title
     "CREATE TABLE llmrec_items (item_key TEXT PRIMARY KEY, item_id TEXT NOT NULL, title TEXT, fields TEXT)",
 )
-NOBODY = "0" * 32
+ERASED_KEY = "0" * 32
 """Replaces the user key of an erased interaction."""
 _Mend: TypeAlias = tuple[ErrorKind, str]
 
@@ -211,8 +211,8 @@ class SQLite:
 
     def insert(self, raw: sqlite3.Connection, into: Insert, rows: Sequence[tuple[str | None, ...]]) -> int:
         """See `Database.insert`."""
-        names, places = ", ".join(into.columns), ", ".join("?" * len(into.columns))
-        query = f"INSERT INTO {into.table} ({names}) VALUES ({places}) {into.conflict}"
+        names, placeholders = ", ".join(into.columns), ", ".join("?" * len(into.columns))
+        query = f"INSERT INTO {into.table} ({names}) VALUES ({placeholders}) {into.conflict}"
         # Serialise the threads of this process, because SQLite would poll.
         with self._writing, _transaction(raw):
             return raw.executemany(query, rows).rowcount
@@ -224,7 +224,7 @@ class SQLite:
         # same length.
         query = "UPDATE llmrec_events SET user_key = ?, event = CAST(zeroblob(length(CAST(event AS BLOB))) AS TEXT)"
         with self._writing, _transaction(raw):
-            erased = raw.execute(f"{query} WHERE user_key = ?", (NOBODY, user_key)).rowcount
+            erased = raw.execute(f"{query} WHERE user_key = ?", (ERASED_KEY, user_key)).rowcount
             raw.execute("INSERT INTO llmrec_erased VALUES (?) ON CONFLICT DO NOTHING", (user_key,))
         return erased
 
@@ -428,13 +428,13 @@ class Postgres:
         names = ", ".join(into.columns)
         types = ", ".join(f"{name} TEXT" for name in into.columns)
         # All rows in one parameter, to avoid a round trip per row.
-        given = json.dumps([dict(zip(into.columns, row, strict=True)) for row in rows], ensure_ascii=False)
+        values = json.dumps([dict(zip(into.columns, row, strict=True)) for row in rows], ensure_ascii=False)
         query = (
             f"WITH done AS (INSERT INTO {into.table} ({names}) SELECT {names} FROM ROWS FROM (json_to_recordset("
             f"?1::json) AS ({types})) WITH ORDINALITY AS given ({names}, place) ORDER BY place {into.conflict} "
             "RETURNING 1) SELECT count(*) FROM done"
         )
-        return int(self.read(raw, query, given)[0][0])
+        return int(self.read(raw, query, values)[0][0])
 
     def erase(self, raw: Any, user_key: str) -> int:
         """See `Database.erase`."""

@@ -70,12 +70,12 @@ class Engine:
 
     def __init__(self, options: RecommenderOptions, names: Sequence[str]) -> None:
         spawning = multiprocessing.get_context("spawn")
-        self._line, theirs = spawning.Pipe()
-        given = (theirs, options, tuple(names), terminal.noted())
-        self._process = spawning.Process(target=_work, args=given, name="llmrec-engine")
+        self._line, child_end = spawning.Pipe()
+        arguments = (child_end, options, tuple(names), terminal.noted())
+        self._process = spawning.Process(target=_work, args=arguments, name="llmrec-engine")
         self._process.start()
         # After closing this end, a read ends as soon as the engine ends.
-        theirs.close()
+        child_end.close()
         self._lock = threading.Lock()
 
     @property
@@ -262,7 +262,7 @@ class Supervisor:
                 return engine.call(name, *arguments, listener=None if listener is None else noted)
             except EngineLost:
                 # A replaced engine is not lost: the new engine answers.
-                if self._gone(engine) or begun.is_set():
+                if self._restart(engine) or begun.is_set():
                     raise
 
     def current(self) -> Engine:
@@ -309,9 +309,9 @@ class Supervisor:
     def _watch(self, engine: Engine) -> None:
         """Wait for the end of an idle engine."""
         engine.wait()
-        self._gone(engine)
+        self._restart(engine)
 
-    def _gone(self, engine: Engine) -> bool:
+    def _restart(self, engine: Engine) -> bool:
         """Start a new engine after one ended; return False if that was not the current engine."""
         with self._lock:
             if self._engine is not engine:

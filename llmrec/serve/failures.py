@@ -168,8 +168,8 @@ def _keys(request: Request) -> list[str]:
     """Return all keys that the body of a route may have, at any depth."""
     field = getattr(request.scope.get("route"), "body_field", None)
     model = getattr(getattr(field, "field_info", None), "annotation", None)
-    whole = model.model_json_schema() if model is not None else {}
-    return [key for item in (whole, *whole.get("$defs", {}).values()) for key in item.get("properties", ())]
+    full = model.model_json_schema() if model is not None else {}
+    return [key for item in (full, *full.get("$defs", {}).values()) for key in item.get("properties", ())]
 
 
 def _closest(errors: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -179,12 +179,10 @@ def _closest(errors: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
 
 def _parts(fault: Mapping[str, Any]) -> list[str]:
     """Return the keys and positions in an error location, without names of types and tags."""
-    place: Sequence[int | str] = fault["loc"]
+    location: Sequence[int | str] = fault["loc"]
     # An unknown key ends the location; it may equal the name of a type or tag.
-    key = len(place) - 1 if fault["type"] == "extra_forbidden" else None
-    return [
-        str(part) for index, part in enumerate(place) if index == key or not (isinstance(part, str) and _is_form(part))
-    ]
+    key = len(location) - 1 if fault["type"] == "extra_forbidden" else None
+    return [str(part) for n, part in enumerate(location) if n == key or not (isinstance(part, str) and _is_form(part))]
 
 
 def _message(fault: Mapping[str, Any]) -> str:

@@ -189,10 +189,10 @@ class BodyLimit:
             if len(body) > self._most:
                 await self._refused()(scope, receive, send)
                 return
-        given = iter([{"type": "http.request", "body": bytes(body), "more_body": False}])
+        messages = iter([{"type": "http.request", "body": bytes(body), "more_body": False}])
 
         async def replay() -> Message:
-            return next(given, None) or await receive()
+            return next(messages, None) or await receive()
 
         await self._app(scope, replay, send)
 

@@ -25,14 +25,14 @@ _LOCAL = (".localhost", ".local", ".internal", ".home.arpa", ".lan", ".intranet"
 
 def image_of(fields: Mapping[str, str]) -> str | None:
     """Return the URL of an item's image, http or https; None without a valid one."""
-    given = (_first(fields[name]) for name in FIELDS if name in fields)
-    return next((url for url in given if _origin(url)), None)
+    urls = (_first(fields[name]) for name in FIELDS if name in fields)
+    return next((url for url in urls if _origin(url)), None)
 
 
 def origins(items: Iterable[Item]) -> tuple[str, ...]:
     """Return the origins of the images of items, such as ``https://images.example.com``; the most common ones first."""
-    found = Counter(origin for item in items if (url := image_of(item.fields)) and (origin := _origin(url)))
-    return tuple(origin for origin, _ in found.most_common(MOST_ORIGINS))
+    counts = Counter(origin for item in items if (url := image_of(item.fields)) and (origin := _origin(url)))
+    return tuple(origin for origin, _ in counts.most_common(MOST_ORIGINS))
 
 
 def _first(value: str) -> str:

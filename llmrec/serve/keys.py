@@ -101,10 +101,10 @@ def new_key(file: Path, name: str, *, admin: bool = False) -> str:
                 at=file,
                 column="name",
             )
-        word = PREFIX + secrets.token_urlsafe(32)
+        secret = PREFIX + secrets.token_urlsafe(32)
         created = datetime.now(UTC).isoformat(timespec="seconds")
-        _write(file, [*known, Key(name=name, sha256=_digest(word), admin=admin, created=created)])
-    return word
+        _write(file, [*known, Key(name=name, sha256=_digest(secret), admin=admin, created=created)])
+    return secret
 
 
 def revoke(file: Path, name: str) -> None:
@@ -208,8 +208,8 @@ def _parsed(file: Path, raw: bytes) -> tuple[Key, ...]:
         ) from None
     except (ValueError, RecursionError) as error:
         raise LlmrecError(f"{file} is not JSON ({reason(error)}); {fix}", kind="damaged", at=file) from None
-    twice = len({key.name for key in keys}) < len(keys)
-    if twice:
+    duplicate = len({key.name for key in keys}) < len(keys)
+    if duplicate:
         raise LlmrecError(
             f"{file} contains two keys of the same name; rename one of them", kind="duplicate", at=file, column="name"
         )
@@ -220,8 +220,8 @@ def _stamp(status: os.stat_result) -> _Stamp:
     return status.st_mtime_ns, status.st_size, status.st_ino, status.st_mode
 
 
-def _digest(word: str) -> str:
-    return hashlib.sha256(word.encode("utf-8", "surrogatepass")).hexdigest()
+def _digest(secret: str) -> str:
+    return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 # --------------------------------------------------------------------------- authentication
@@ -259,11 +259,11 @@ class Keys:
             LlmrecError: If the file has changed and is invalid now. Revoked keys must not be accepted, so all keys are
                 rejected until it is fixed.
         """
-        given = _digest(presented)
+        digest = _digest(presented)
         result = None
         # All keys are compared in constant time, to prevent timing attacks.
         for key in self._current(time.monotonic() if now is None else now):
-            if hmac.compare_digest(key.sha256, given):
+            if hmac.compare_digest(key.sha256, digest):
                 result = key
         return result
 

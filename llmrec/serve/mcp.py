@@ -42,11 +42,11 @@ def mount(app: FastAPI, service: Service) -> None:
     server, within = _server(service), app.router.lifespan_context
 
     @asynccontextmanager
-    async def lifespan(given: FastAPI) -> AsyncIterator[Any]:
+    async def lifespan(application: FastAPI) -> AsyncIterator[Any]:
         # Stateless: no client data are kept, so any process can answer the next request.
         manager = StreamableHTTPSessionManager(server, stateless=True)
-        async with within(given) as state, manager.run():
-            given.state.mcp = manager
+        async with within(application) as state, manager.run():
+            application.state.mcp = manager
             yield state
 
     async def mcp(request: Request) -> Response:
@@ -72,10 +72,10 @@ def _server(service: Service) -> Server[Any]:
     async def tools(_: Any, __: protocol.PaginatedRequestParams | None) -> protocol.ListToolsResult:
         return protocol.ListToolsResult(tools=[_described(tool) for tool in offered(service)])
 
-    async def call(_: Any, given: protocol.CallToolRequestParams) -> protocol.CallToolResult:
-        if given.name not in TOOLS:
-            raise MCPError(protocol.INVALID_PARAMS, f"unknown tool {clean(given.name, 60)!r}")
-        return await called(service, TOOLS[given.name], given.arguments or {})
+    async def call(_: Any, params: protocol.CallToolRequestParams) -> protocol.CallToolResult:
+        if params.name not in TOOLS:
+            raise MCPError(protocol.INVALID_PARAMS, f"unknown tool {clean(params.name, 60)!r}")
+        return await called(service, TOOLS[params.name], params.arguments or {})
 
     return Server("llmrec", version=__version__, instructions=_ABOUT, on_list_tools=tools, on_call_tool=call)
 
@@ -85,8 +85,8 @@ def _described(tool: Tool) -> protocol.Tool:
     return protocol.Tool(
         name=tool.name,
         description=f"{tool.about} {DATA}",
-        input_schema=tool.asked.model_json_schema(),
-        output_schema=tool.answered.model_json_schema(mode="serialization"),
+        input_schema=tool.arguments.model_json_schema(),
+        output_schema=tool.answer.model_json_schema(mode="serialization"),
         annotations=protocol.ToolAnnotations(read_only_hint=True, idempotent_hint=True, open_world_hint=False),
     )
 
@@ -94,7 +94,7 @@ def _described(tool: Tool) -> protocol.Tool:
 async def called(service: Service, tool: Tool, arguments: Mapping[str, Any]) -> protocol.CallToolResult:
     """Call a tool; errors that an agent can fix are returned as results, so that it can retry."""
     try:
-        request = tool.asked.model_validate(arguments)
+        request = tool.arguments.model_validate(arguments)
         check_items(service, request)
         result = (await tool.call(service, request)).model_dump(mode="json", exclude_none=True)
     except ValidationError as error:

@@ -199,12 +199,12 @@ def _events(path: str) -> pl.DataFrame:
                 "column names user_id, item_id, rating, timestamp",
                 name,
             )
-    given = {name: ids(read, name).cast(pl.String) for name in ("user_id", "item_id")}
+    columns = {name: ids(read, name).cast(pl.String) for name in ("user_id", "item_id")}
     nothing = pl.repeat(None, read.frame.height, dtype=pl.Float64, eager=True)
     has = read.frame.columns
-    given["rating"] = numbers(read, "rating", "a rating") if "rating" in has else nothing
-    given["timestamp"] = times(read, "timestamp") if "timestamp" in has else nothing
-    return pl.DataFrame(given)
+    columns["rating"] = numbers(read, "rating", "a rating") if "rating" in has else nothing
+    columns["timestamp"] = times(read, "timestamp") if "timestamp" in has else nothing
+    return pl.DataFrame(columns)
 
 
 def _later(new: pl.DataFrame, rows: pl.DataFrame) -> pl.DataFrame:

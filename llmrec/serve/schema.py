@@ -53,8 +53,8 @@ def _number_as_text(value: object) -> object:
     return str(int(value)) if whole(value) and abs(value) <= LARGEST else value
 
 
-_Whole = Annotated[int, Field(ge=-LARGEST, le=LARGEST)]
-DataId = Annotated[Id, BeforeValidator(_number_as_text, json_schema_input_type=Id | _Whole)]
+_Integer = Annotated[int, Field(ge=-LARGEST, le=LARGEST)]
+DataId = Annotated[Id, BeforeValidator(_number_as_text, json_schema_input_type=Id | _Integer)]
 """The id of an item or a user: a text or an integer, as in files."""
 Prose = Annotated[str, StringConstraints(max_length=LONGEST_TEXT, pattern=r"^[^\x00]*$")]
 Words = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_TEXT, pattern=_SEEN)]
@@ -337,7 +337,7 @@ class CompletionBody(BaseModel):
 
     @field_validator("stream")
     @classmethod
-    def _whole(cls, value: bool | None) -> bool | None:
+    def _no_stream(cls, value: bool | None) -> bool | None:
         if value:
             raise PydanticCustomError("stream", "streaming is not supported; remove stream")
         return value

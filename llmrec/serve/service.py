@@ -283,10 +283,10 @@ class Service:
         self.engine.current()
         self.batcher.admit()
 
-    def rules_with(self, given: schema.Rules) -> Rules:
+    def rules_with(self, requested: schema.Rules) -> Rules:
         """Return the combined rules of the service and of a request."""
         rules = self.settings.rules
-        return rules.joined(Rules.read(given.model_dump())) if given.model_fields_set else rules
+        return rules.joined(Rules.read(requested.model_dump())) if requested.model_fields_set else rules
 
     async def request_of(self, body: Any, *, candidates: Sequence[str | schema.ItemText] | None) -> RankRequest:
         """Convert a request body to a request, with the history and the texts of items."""
@@ -366,19 +366,19 @@ class Service:
         return await self.batcher.between(partial(self.engine.call, name, *arguments, listener=listener))
 
 
-def _entry_of(given: str | schema.ItemText, per_second: float = 1.0) -> str | Mapping[str, object]:
+def _entry_of(received: str | schema.ItemText, per_second: float = 1.0) -> str | Mapping[str, object]:
     """Convert an item of a history or of candidates to the format of request files.
 
     Args:
-        given: The received entry.
+        received: The received entry.
         per_second: The data's units of time per second.
     """
-    if isinstance(given, str):
-        return given
-    entry = given.model_dump(exclude={"fields"}, exclude_none=True)
+    if isinstance(received, str):
+        return received
+    entry = received.model_dump(exclude={"fields"}, exclude_none=True)
     if "timestamp" in entry:
         entry["timestamp"] = schema.number_of(entry["timestamp"], per_second)
-    return {**given.fields, **entry}
+    return {**received.fields, **entry}
 
 
 class Conversations:
@@ -455,19 +455,19 @@ class Conversations:
 
         def ask(question: Question, request: RankRequest) -> Answered:
             if question.verb != SIMILAR:
-                return self._asked(replace(question, model=body.model), request, loop)
+                return self._answer(replace(question, model=body.model), request, loop)
             try:
-                return self._asked(replace(question, model="interactions"), request, loop)
+                return self._answer(replace(question, model="interactions"), request, loop)
             except DataError as error:
                 if error.kind != "unsupported":
                     raise
                 # Without interactions, use text similarity, as in the terminal.
-                return self._asked(replace(question, model="text"), request, loop)
+                return self._answer(replace(question, model="text"), request, loop)
 
         lists = ModelLists(service.catalogue, ask, service.settings.rules)
         return Conversation(Tools(facts, lists), RuleManager(k=body.k), reader)
 
-    def _asked(self, question: Question, request: RankRequest, loop: asyncio.AbstractEventLoop) -> Answered:
+    def _answer(self, question: Question, request: RankRequest, loop: asyncio.AbstractEventLoop) -> Answered:
         """Return an answer of the engine, waiting in the current thread."""
         waiting = asyncio.run_coroutine_threadsafe(self._service.batcher.ask(question, request), loop)
         try:

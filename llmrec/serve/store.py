@@ -18,7 +18,7 @@ from typing import Any
 
 from llmrec.data.read.limits import shown
 from llmrec.errors import DataError, LlmrecError
-from llmrec.serve.databases import MOVE, NOBODY, VERSION, WAIT, Database, Insert, Postgres, SQLite
+from llmrec.serve.databases import ERASED_KEY, MOVE, VERSION, WAIT, Database, Insert, Postgres, SQLite
 from llmrec.types import Item
 
 _MOST = 8
@@ -203,7 +203,7 @@ class ServiceStore:
         """Yield all interactions in order of arrival."""
         last = -1
         query = "SELECT seq, event FROM llmrec_events WHERE seq > ?1 AND user_key <> ?2 ORDER BY seq LIMIT ?3"
-        while rows := self._read(query, last, NOBODY, _BATCH):
+        while rows := self._read(query, last, ERASED_KEY, _BATCH):
             yield from (self._event(row[1]) for row in rows)
             last = rows[-1][0]
 

@@ -41,13 +41,13 @@ _UNSEEN = re.compile("[\U000e0100-\U000e01ef]")
 # --------------------------------------------------------------------------- arguments
 
 
-class _Asked(BaseModel):
+class _Arguments(BaseModel):
     """Base class of tool arguments, with the same keys as the HTTP endpoint."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Past(_Asked):
+class Past(_Arguments):
     """An item of a history, with the user's rating."""
 
     item_id: schema.DataId
@@ -63,13 +63,13 @@ _Model = Annotated[schema.Id | None, Field(description="A model from list_models
 _Count = Annotated[int, Field(ge=1, le=MOST_LISTED)]
 
 
-class _Whom(_Asked):
+class _Whom(_Arguments):
     history: _History = None
     user_id: _User = None
     model: _Model = None
 
 
-class SearchItems(_Asked):
+class SearchItems(_Arguments):
     """Arguments of ``search_items``."""
 
     query: Annotated[str, Field(max_length=200, description="Search text for titles and ids; empty: the first items.")]
@@ -107,7 +107,7 @@ class AboutItem(_Whom):
     item_id: Annotated[schema.DataId, Field(description="Id of the item.")]
 
 
-class ListModels(_Asked):
+class ListModels(_Arguments):
     """Arguments of ``list_models`` (none)."""
 
 
@@ -190,8 +190,8 @@ class NamedModels(BaseModel):
 # --------------------------------------------------------------------------- the tools
 
 
-async def _search_items(service: Service, given: SearchItems) -> FoundItems:
-    items, total = service.catalogue.search(given.query, limit=given.limit, offset=0)
+async def _search_items(service: Service, arguments: SearchItems) -> FoundItems:
+    items, total = service.catalogue.search(arguments.query, limit=arguments.limit, offset=0)
     results = [
         FoundItem(item_id=item.item_id, title=one_line(item.title), fields=_fields(item.fields)) for item in items
     ]
@@ -244,8 +244,8 @@ class Tool:
     Attributes:
         name: The name of the tool.
         about: The description for an agent.
-        asked: The arguments.
-        answered: The answer.
+        arguments: The arguments.
+        answer: The answer.
         verb: The verb that answers it; empty: ``run`` does.
         shown: A function from the verb's answer, and the common values of answers about one item, to the tool's answer.
         run: The function that answers it without a verb.
@@ -253,8 +253,8 @@ class Tool:
 
     name: str
     about: str
-    asked: type[BaseModel]
-    answered: type[BaseModel]
+    arguments: type[BaseModel]
+    answer: type[BaseModel]
     verb: str = ""
     shown: Callable[[Any, Mapping[str, Any]], BaseModel] = _list_of
     run: Callable[[Service, Any], Awaitable[BaseModel]] | None = None
@@ -264,19 +264,19 @@ class Tool:
         """The verb that a model must support; None if the tool works with every service."""
         return VERBS[self.verb].asks if self.verb else None
 
-    async def call(self, service: Service, given: BaseModel) -> BaseModel:
+    async def call(self, service: Service, arguments: BaseModel) -> BaseModel:
         """Call the tool."""
         if self.run is not None:
-            return await self.run(service, given)
+            return await self.run(service, arguments)
         verb = VERBS[self.verb]
-        answer = await verb.ask(service, verb.body.model_validate(given.model_dump(exclude_none=True)))
-        if not isinstance(given, AboutItem):
+        answer = await verb.ask(service, verb.body.model_validate(arguments.model_dump(exclude_none=True)))
+        if not isinstance(arguments, AboutItem):
             return self.shown(answer, {})
-        item = service.catalogue.items.get(given.item_id)
+        item = service.catalogue.items.get(arguments.item_id)
         common = {
             "model": answer.model.name,
             "notes": [one_line(note) for note in answer.notes],
-            "item_id": given.item_id,
+            "item_id": arguments.item_id,
             "title": one_line(item.title) if isinstance(item, Item) else "",
         }
         return self.shown(answer, common)
@@ -289,60 +289,60 @@ TOOLS: Mapping[str, Tool] = {
         Tool(
             name="search_items",
             about="Search the catalogue by words of the title; returns item ids.",
-            asked=SearchItems,
-            answered=FoundItems,
+            arguments=SearchItems,
+            answer=FoundItems,
             run=_search_items,
         ),
         Tool(
             name="recommend",
             about=f"Recommend items of the whole catalogue to a user. {_WHOM}; without either, the most popular items.",
-            asked=Recommend,
-            answered=ItemList,
+            arguments=Recommend,
+            answer=ItemList,
             verb="rank",
         ),
         Tool(
             name="rank",
             about=f"Rank given items for a user, best first. {_WHOM}.",
-            asked=RankItems,
-            answered=ItemList,
+            arguments=RankItems,
+            answer=ItemList,
             verb="rank",
         ),
         Tool(
             name="similar_items",
             about="Find similar items: chosen by the same users, or with similar texts.",
-            asked=SimilarItems,
-            answered=ItemList,
+            arguments=SimilarItems,
+            answer=ItemList,
             verb="similar",
         ),
         Tool(
             name="rate",
             about=f"Predict the rating that a user gives an item. {_WHOM}.",
-            asked=AboutItem,
-            answered=ItemRating,
+            arguments=AboutItem,
+            answer=ItemRating,
             verb="rate",
             shown=_rating_of,
         ),
         Tool(
             name="predict",
             about=f"Predict how likely a user is to like or choose an item. {_WHOM}.",
-            asked=AboutItem,
-            answered=ItemPrediction,
+            arguments=AboutItem,
+            answer=ItemPrediction,
             verb="predict",
             shown=_prediction_of,
         ),
         Tool(
             name="explain",
             about=f"Explain why an item suits a user. {_WHOM}.",
-            asked=AboutItem,
-            answered=ItemText,
+            arguments=AboutItem,
+            answer=ItemText,
             verb="explain",
             shown=_text_of,
         ),
         Tool(
             name="list_models",
             about="List the models, the default first; empty while they are loading.",
-            asked=ListModels,
-            answered=NamedModels,
+            arguments=ListModels,
+            answer=NamedModels,
             run=_list_models,
         ),
     )
@@ -355,9 +355,9 @@ def offered(service: Service) -> list[Tool]:
     return [tool for tool in TOOLS.values() if tool.asks is None or not verbs or tool.asks in verbs]
 
 
-def check_items(service: Service, asked: BaseModel) -> None:
+def check_items(service: Service, arguments: BaseModel) -> None:
     """Reject ids that are not in the catalogue."""
-    unknown = [name for name in dict.fromkeys(_named(asked)) if name not in service.catalogue.items]
+    unknown = [name for name in dict.fromkeys(_named(arguments)) if name not in service.catalogue.items]
     if unknown:
         raise DataError(
             f"the catalogue has no item {some(unknown)}; give ids instead of titles, from search_items",
@@ -366,12 +366,12 @@ def check_items(service: Service, asked: BaseModel) -> None:
         )
 
 
-def _named(asked: BaseModel) -> Iterator[str]:
+def _named(arguments: BaseModel) -> Iterator[str]:
     for key in ("history", "candidates", "item_ids"):
-        for item in getattr(asked, key, None) or ():
+        for item in getattr(arguments, key, None) or ():
             yield item.item_id if isinstance(item, Past) else item
-    if isinstance(asked, AboutItem):
-        yield asked.item_id
+    if isinstance(arguments, AboutItem):
+        yield arguments.item_id
 
 
 def one_line(text: str, most: int = TITLE_LIMIT) -> str:

@@ -122,10 +122,10 @@ def usage_of(cost: Cost) -> Usage:
     return Usage(prompt_tokens=cost.prompt_tokens, completion_tokens=cost.completion_tokens, forwards=cost.forwards)
 
 
-def ranked_items(found: Answered, items: Mapping[str, Item], reasons: Sequence[str] = ()) -> list[RankedItem]:
+def ranked_items(answer: Answered, items: Mapping[str, Item], reasons: Sequence[str] = ()) -> list[RankedItem]:
     """Return the items of a list, with explanations for the first ones."""
-    ranking = ranking_of(found)
-    rows = zip(ranking.items, found.titles, ranking.scores, strict=True)
+    ranking = ranking_of(answer)
+    rows = zip(ranking.items, answer.titles, ranking.scores, strict=True)
     return [
         RankedItem(
             item_id=name,
@@ -479,18 +479,18 @@ async def rerank(service: Service, body: RerankBody) -> RerankAnswer:
     assert answer.card is not None
     ranking = ranking_of(answer)
     share = dict(zip(ranking.items, _shares(ranking.scores, answer.card), strict=True))
-    order = sorted(range(len(texts)), key=lambda place: (-share[clean(texts[place])], place))
-    total = sum(share[clean(texts[place])] for place in order) or 1.0
+    order = sorted(range(len(texts)), key=lambda index: (-share[clean(texts[index])], index))
+    total = sum(share[clean(texts[index])] for index in order) or 1.0
     return RerankAnswer(
         id=str(uuid4()),
         model=answer.card.name,
         results=[
             RerankResult(
-                index=place,
-                relevance_score=share[clean(texts[place])] / total,
-                document={"text": texts[place]} if body.return_documents else None,
+                index=index,
+                relevance_score=share[clean(texts[index])] / total,
+                document={"text": texts[index]} if body.return_documents else None,
             )
-            for place in order[: body.top_n]
+            for index in order[: body.top_n]
         ],
         usage={"total_tokens": ranking.cost.prompt_tokens + ranking.cost.completion_tokens},
         meta={
@@ -511,9 +511,9 @@ def _shares(scores: Sequence[float], card: Card) -> list[float]:
     return shares
 
 
-def _text_of(given: str | Mapping[str, object]) -> str:
+def _text_of(document: str | Mapping[str, object]) -> str:
     """Return the text of a document."""
-    text = given if isinstance(given, str) else given.get("text", next(iter(given.values()), ""))
+    text = document if isinstance(document, str) else document.get("text", next(iter(document.values()), ""))
     if not isinstance(text, str) or not text.strip():
         raise DataError("a document has no text; remove it", kind="empty", column="documents")
     if len(text) > LONGEST_TEXT:

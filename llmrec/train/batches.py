@@ -101,26 +101,26 @@ def plan(
     while len(planned) < steps:
         buffer: list[TokenRow] = []
         packed: list[Bin] = []
-        first, held = len(table), 0
-        while held < _BUFFER_STEPS * batch_tokens and len(group := list(islice(rows, lists or 1))) == (lists or 1):
+        first, tokens = len(table), 0
+        while tokens < _BUFFER_STEPS * batch_tokens and len(group := list(islice(rows, lists or 1))) == (lists or 1):
             buffer += group
             for row in group:
                 table.add(row)
             if lists is None:
-                held += len(group[0].ids) + behind
+                tokens += len(group[0].ids) + behind
             else:
                 # Tokens shared by the examples of a list are computed once.
                 packed.append(one_bin(group))
-                held += packed[-1].columns
+                tokens += packed[-1].columns
         if not buffer:
             break
         if lists is not None:
-            cut = _cut_packed(sorted(packed, key=lambda each: each.columns), batch_tokens)
+            cut = _cut_packed(sorted(packed, key=lambda item: item.columns), batch_tokens)
         elif width is None:
             cut = _cut(sorted(buffer, key=lambda row: len(row.ids)), batch_tokens, behind)
         else:
             packed = bins(buffer, min(width, batch_tokens))
-            cut = _cut_packed(sorted(packed, key=lambda each: each.columns), batch_tokens)
+            cut = _cut_packed(sorted(packed, key=lambda item: item.columns), batch_tokens)
         rng.shuffle(cut)
         numbers = {id(row): first + n for n, row in enumerate(buffer)}
         for step in cut[: steps - len(planned)]:
@@ -133,8 +133,8 @@ def _cut(rows: Sequence[TokenRow], batch_tokens: int, behind: int) -> list[Step]
     return [Step(tuple(rows[start:end])) for start, end in _spans(lengths, batch_tokens)]
 
 
-def _cut_packed(made: Sequence[Bin], batch_tokens: int) -> list[Step]:
-    groups = [made[start:end] for start, end in _spans([item.columns for item in made], batch_tokens)]
+def _cut_packed(packed: Sequence[Bin], batch_tokens: int) -> list[Step]:
+    groups = [packed[start:end] for start, end in _spans([item.columns for item in packed], batch_tokens)]
     return [Step(tuple(row for item in group for row in item.rows), tuple(group)) for group in groups]
 
 
@@ -208,11 +208,11 @@ class Classes:
         """
         labels = [IGNORED] * len(row.ids)
         for start, end in runs(row.labels):
-            result = self._place(row.labels[start:end], last=end == len(row.ids))
-            if result is not None:
-                labels[start] = result
-        made = TokenRow(row.ids, tuple(labels))
-        return made if made.targets else None
+            label = self._class_index(row.labels[start:end], last=end == len(row.ids))
+            if label is not None:
+                labels[start] = label
+        labelled = TokenRow(row.ids, tuple(labels))
+        return labelled if labelled.targets else None
 
     def counts(self, rows: Iterable[TokenRow]) -> list[int]:
         """Return how often each value of the rating scale is a target, lowest value first."""
@@ -223,7 +223,7 @@ class Classes:
                     result[label] += 1
         return result
 
-    def _place(self, run: tuple[int, ...], *, last: bool) -> int | None:
+    def _class_index(self, run: tuple[int, ...], *, last: bool) -> int | None:
         """Return the index of a target on the rating scale; None if it is not a valid rating."""
         if run not in self._texts:
             self._texts[run] = self.encoder.tokenizer.decode(list(run), skip_special_tokens=True)
@@ -275,8 +275,8 @@ class Labels:
                 return row
             if row.labels[start] in self.ids:
                 labels[start] = self.ids.index(row.labels[start])
-        made = replace(row, labels=tuple(labels)) if self.tied else row
-        return made if made.targets else None
+        labelled = replace(row, labels=tuple(labels)) if self.tied else row
+        return labelled if labelled.targets else None
 
     def add(self, answer: tuple[int, ...]) -> bool:
         """Add an answer as a label, and return whether all answers so far are labels.

@@ -151,7 +151,7 @@ class Follow(TrainerCallback):  # type: ignore[misc]
         # With sharded weights, a single process cannot run the model.
         self.everybody = False
         # Log fields of steps whose examples are generated during training.
-        self.told: Callable[[], Mapping[str, float]] = dict
+        self.metrics: Callable[[], Mapping[str, float]] = dict
         self._mean_tokens = tokens / max(steps, 1)
         self._valid, self._section, self._file, self._pad, self._by = valid, section, log_file, pad, by
         self._best = best
@@ -209,7 +209,7 @@ class Follow(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop the clock."""
         self._spent += _now() - self._step_start
-        self._tokens_timed += self.told().get("tokens", self._mean_tokens)
+        self._tokens_timed += self.metrics().get("tokens", self._mean_tokens)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
@@ -229,9 +229,9 @@ class Follow(TrainerCallback):  # type: ignore[misc]
         due = step % self._section.valid_every == 0 or step == state.max_steps
         looks = self._looks(step, kwargs["model"]) if due else self._unlooked()
         figures = {name: float(value) for name, value in logs.items() if "/" in name}
-        message = dict(self.told())
+        metrics = dict(self.metrics())
         # Trackers are called next with the same log.
-        logs.update(_as_logged(looks) | {f"reward/{name}": value for name, value in message.items()})
+        logs.update(_as_logged(looks) | {f"reward/{name}": value for name, value in metrics.items()})
         self._record(
             {
                 "step": step,
@@ -239,7 +239,7 @@ class Follow(TrainerCallback):  # type: ignore[misc]
                 "learning_rate": float(logs.get("learning_rate", 0.0)),
                 **looks,
                 **({"figures": figures} if figures else {}),
-                **({"reward": message} if message else {}),
+                **({"reward": metrics} if metrics else {}),
             }
         )
         # The measurement of one process decides for all processes.

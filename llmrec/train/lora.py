@@ -47,7 +47,7 @@ def load_trainable(folder: str, model: ModelSection, train: TrainSection, *, tok
     blocks = _block_weights(base)
     adapted = with_adapter(base, train.lora, tokens)
     if not train.lora.targets and train.lora.top_layers is None:
-        _say_what_is_reached(adapted, blocks)
+        _warn_low_coverage(adapted, blocks)
     adapted.llmrec_float32 = dtype(model) == torch.float32
     return _pruned(adapted, train)
 
@@ -55,8 +55,8 @@ def load_trainable(folder: str, model: ModelSection, train: TrainSection, *, tok
 def merge(folder: str, model: ModelSection, adapter: Path, target: Path) -> None:
     """Merge an adapter into the unquantised base in float32, and save the result in the model's dtype.
 
-    So is a QLoRA adapter, since merging into NF4 would round more. One block of the
-    model is in memory at a time; see `llmrec.models.streaming`.
+    A QLoRA adapter is merged the same way, since merging into NF4 would round more. One block of the model is in memory
+    at a time; see `llmrec.models.streaming`.
     """
     torch, peft = require("torch", "train"), require("peft", "train")
     if (prompt := soft_prompt.read(adapter)) is not None:
@@ -195,7 +195,7 @@ def _block_weights(base: torch.nn.Module) -> int:
     return sum(weight.numel() for weight in base.parameters() if id(weight) not in tables)
 
 
-def _say_what_is_reached(adapted: torch.nn.Module, blocks: int) -> None:
+def _warn_low_coverage(adapted: torch.nn.Module, blocks: int) -> None:
     """Warn if the default target modules cover less than half of the weights.
 
     Their weights would silently not be adapted.

@@ -111,7 +111,7 @@ class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
         weight: torch.Tensor,
         targets: torch.Tensor,
         rows: Any = None,
-        places: Any = None,
+        indices: Any = None,
         counts: Any = None,
         teacher: Any = None,
         share: float = 0.0,
@@ -121,7 +121,7 @@ class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         grad_rows = None if rows is None else torch.zeros_like(rows)
         if rows is not None:
-            weight = weight.index_copy(0, places, rows.to(weight.dtype))
+            weight = weight.index_copy(0, indices, rows.to(weight.dtype))
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         # Under autocast, each product would convert the whole head again.
         kind, dtype = hidden.device.type, weight.dtype
@@ -129,27 +129,27 @@ class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
             weight = weight.to(torch.get_autocast_dtype(kind))
         head = weight if head is None else head
         for start in range(0, len(hidden), _CHUNK):
-            states, wanted = hidden[start : start + _CHUNK], targets[start : start + _CHUNK, None]
+            states, answers = hidden[start : start + _CHUNK], targets[start : start + _CHUNK, None]
             logits = (states @ weight.T).float()
             peak = logits.amax(-1, keepdim=True)
-            picked = (1 - share) * logits.gather(-1, wanted)
-            text = None
+            picked = (1 - share) * logits.gather(-1, answers)
+            taught = None
             if teacher is not None:
-                text = (teacher[start : start + _CHUNK] @ head.T).float().softmax(-1).mul_(share)
-                picked = picked + (text * logits).sum(-1, keepdim=True)
+                taught = (teacher[start : start + _CHUNK] @ head.T).float().softmax(-1).mul_(share)
+                picked = picked + (taught * logits).sum(-1, keepdim=True)
             logits.sub_(peak).exp_()
             mass = logits.sum(-1, keepdim=True)
             losses = peak + mass.log() - picked
-            logits.div_(mass).scatter_add_(-1, wanted, torch.full_like(picked, share - 1.0))
-            if text is not None:
-                logits.sub_(text)
+            logits.div_(mass).scatter_add_(-1, answers, torch.full_like(picked, share - 1.0))
+            if taught is not None:
+                logits.sub_(taught)
             if counts is not None:
                 scale = counts[start : start + _CHUNK, None]
                 losses, logits = losses * scale, logits.mul_(scale)
             total += losses.sum()
             grad[start : start + _CHUNK] = logits.to(dtype) @ weight
             if grad_rows is not None:
-                grad_rows += logits[:, places].T @ states.float()
+                grad_rows += logits[:, indices].T @ states.float()
             if grad_weight is not None:
                 grad_weight += logits.to(dtype).T @ states
         ctx.save_for_backward(grad, grad_weight, grad_rows)
@@ -157,9 +157,9 @@ class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:
-        grad, *onto = ctx.saved_tensors
-        onto_weight, onto_rows = (None if item is None else item * upstream[0].to(item.dtype) for item in onto)
-        return grad * upstream[0].to(grad.dtype), onto_weight, None, onto_rows, None, None, None, None, None
+        grad, *rest = ctx.saved_tensors
+        grad_weight, grad_rows = (None if item is None else item * upstream[0].to(item.dtype) for item in rest)
+        return grad * upstream[0].to(grad.dtype), grad_weight, None, grad_rows, None, None, None, None, None
 
 
 def label_loss(
@@ -179,10 +179,10 @@ def label_loss(
         by: The loss of the states before labels; None: that of the language-model head.
         weights: Weight of each target of a row, shape (rows,); None: 1.
     """
-    wanted = labels[:, 1:] != IGNORED
-    counts = None if weights is None else weights[:, None].expand_as(wanted)[wanted]
-    targets = labels[:, 1:][wanted]
-    return _loss_at(model, {"input_ids": input_ids}, lambda states: states[:, :-1][wanted], targets, by, counts)
+    labelled = labels[:, 1:] != IGNORED
+    counts = None if weights is None else weights[:, None].expand_as(labelled)[labelled]
+    targets = labels[:, 1:][labelled]
+    return _loss_at(model, {"input_ids": input_ids}, lambda states: states[:, :-1][labelled], targets, by, counts)
 
 
 def paired_loss(
@@ -206,10 +206,10 @@ def paired_loss(
     # Padding may be any id; here it is the start token.
     before[:, 1:] = torch.where(labels[:, :-1] == IGNORED, before[:, 1:], labels[:, :-1])
     logits = model(input_ids=input_ids, attention_mask=attention_mask, decoder_input_ids=before, use_cache=False).logits
-    wanted = labels != IGNORED
-    counts = None if weights is None else weights[:, None].expand_as(wanted)[wanted]
-    total = cross_entropy(logits[wanted], labels[wanted], counts)
-    return total, int(wanted.sum()) if counts is None else float(counts.sum())
+    labelled = labels != IGNORED
+    counts = None if weights is None else weights[:, None].expand_as(labelled)[labelled]
+    total = cross_entropy(logits[labelled], labels[labelled], counts)
+    return total, int(labelled.sum()) if counts is None else float(counts.sum())
 
 
 def rows_loss(model: torch.nn.Module, inputs: Mapping[str, Any], by: StateLoss | None = None) -> tuple[Any, float]:
@@ -225,20 +225,20 @@ def packed_loss(model: torch.nn.Module, packed: Mapping[str, Any], by: StateLoss
 
     ``packed`` has the fields of a `llmrec.train.packing.Stacked` as tensors, by name. The model takes block masks.
     """
-    after, wanted = packed["after"], packed["wanted"]
+    after, targets = packed["after"], packed["targets"]
     return _loss_at(
-        model, _masked(model, packed), lambda states: states.flatten(0, 1)[after], wanted, by, packed.get("weights")
+        model, _masked(model, packed), lambda states: states.flatten(0, 1)[after], targets, by, packed.get("weights")
     )
 
 
 def weight_of(inputs: Mapping[str, Any], by: StateLoss | None = None, *, paired: bool = False) -> float:
     """Return the total weight of the targets: the divisor of the summed loss of `rows_loss` or `packed_loss`."""
-    wanted = inputs["wanted"] if "wanted" in inputs else inputs["labels"][:, 0 if paired else 1 :]
-    learned = wanted != IGNORED
+    labels = inputs["targets"] if "targets" in inputs else inputs["labels"][:, 0 if paired else 1 :]
+    labelled = labels != IGNORED
     weights = inputs.get("weights") if _takes_weights(by) else None
     if weights is None:
-        return float(learned.sum())
-    return float((weights if weights.shape == learned.shape else weights[:, None] * learned).sum())
+        return float(labelled.sum())
+    return float((weights if weights.shape == labelled.shape else weights[:, None] * labelled).sum())
 
 
 def _takes_weights(by: StateLoss | None) -> bool:
@@ -266,7 +266,7 @@ class Legal:
         sets, which = [], []  # type: list[Any], list[int]
         for item in items:
             path: tuple[int, ...] = ()
-            for token, legal in catalogue.choices(int(catalogue.places[item])):
+            for token, legal in catalogue.choices(int(catalogue.ranks[item])):
                 if path not in numbers:
                     numbers[path] = len(sets)
                     sets.append(torch.from_numpy(legal).to(device))
@@ -297,8 +297,8 @@ def target_losses(
         legal: Renormalise over the legal tokens at each target; None: over the vocabulary.
     """
     base = base_of(model)
-    after, wanted, inputs = packed["after"], packed["wanted"], _masked(model, packed)
-    which = wanted if legal is None else legal.which
+    after, answers, inputs = packed["after"], packed["targets"], _masked(model, packed)
+    which = answers if legal is None else legal.which
 
     def entropies(logits: torch.Tensor, targets: torch.Tensor, sets: Any) -> torch.Tensor:
         logits = logits.float() / temperature
@@ -306,23 +306,23 @@ def target_losses(
             logits = legal.masked(logits, sets)
         return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
 
-    head, rows, places = _head(base)
+    head, rows, indices = _head(base)
     if not plain_head(base.config, head):
-        return entropies(model(**inputs, use_cache=False).logits.flatten(0, 1)[after], wanted, which)
+        return entropies(model(**inputs, use_cache=False).logits.flatten(0, 1)[after], answers, which)
     hidden = base.get_decoder()(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)[after]
-    weight = head.weight if rows is None else head.weight.index_copy(0, places, rows.to(head.weight.dtype))
+    weight = head.weight if rows is None else head.weight.index_copy(0, indices, rows.to(head.weight.dtype))
 
     def losses(states: torch.Tensor, targets: torch.Tensor, sets: Any) -> torch.Tensor:
         return entropies(states.to(weight.dtype) @ weight.T, targets, sets)
 
-    parts = zip(hidden.split(_CHUNK), wanted.split(_CHUNK), which.split(_CHUNK), strict=True)
+    parts = zip(hidden.split(_CHUNK), answers.split(_CHUNK), which.split(_CHUNK), strict=True)
     return torch.cat([checkpoint(losses, *part, use_reentrant=False) for part in parts])
 
 
 def _masked(model: torch.nn.Module, packed: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the model inputs for packed sequences."""
     mask = block_mask(model, packed["ends"])
-    return {"input_ids": packed["ids"], "position_ids": packed["places"], "attention_mask": mask}
+    return {"input_ids": packed["ids"], "position_ids": packed["positions"], "attention_mask": mask}
 
 
 def block_mask(model: torch.nn.Module, ends: Any) -> torch.Tensor:
@@ -372,10 +372,10 @@ def _loss_at(
     if not isinstance(by, TaughtLoss):
         return by(states, targets), count
     with torch.no_grad():
-        text = pick(by.teacher.get_decoder()(**inputs, use_cache=False).last_hidden_state)
-    total = _vocabulary_loss(base, states, targets, counts, text, by.share, by.teacher.get_output_embeddings().weight)
+        taught = pick(by.teacher.get_decoder()(**inputs, use_cache=False).last_hidden_state)
+    total = _vocabulary_loss(base, states, targets, counts, taught, by.share, by.teacher.get_output_embeddings().weight)
     if by.relations and len(targets):
-        total = total + by.relations * count * related(states[:_RELATED], text[:_RELATED])
+        total = total + by.relations * count * related(states[:_RELATED], taught[:_RELATED])
     return total, count
 
 
@@ -383,10 +383,10 @@ def _item_loss(
     base: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor, by: ItemLoss, counts: torch.Tensor
 ) -> torch.Tensor:
     """Return the summed loss of targets, with item tokens as in `ItemLoss`."""
-    head, rows, places = _head(base)
+    head, rows, indices = _head(base)
     tokens = torch.tensor(by.tokens, device=targets.device)
     # Adapters train only the rows of item tokens, in ascending order; otherwise all rows of the head are trained.
-    items = head.weight[tokens] if rows is None else rows[places.argsort()]
+    items = head.weight[tokens] if rows is None else rows[indices.argsort()]
     chosen = torch.isin(targets, tokens)
     total = torch.zeros((), dtype=torch.float32, device=targets.device)
     if chosen.any():
@@ -410,10 +410,10 @@ def _vocabulary_loss(
     by: Any = None,
 ) -> torch.Tensor:
     """Return the summed cross-entropy of hidden states, shape (n, d), through a linear head; see `_HeadLoss`."""
-    head, rows, places = _head(base)
+    head, rows, indices = _head(base)
     kind = head.weight.dtype
     taught, other = (None if item is None else item.to(kind) for item in (teacher, by))
-    return _HeadLoss.apply(hidden.to(kind), head.weight, targets, rows, places, counts, taught, share, other)
+    return _HeadLoss.apply(hidden.to(kind), head.weight, targets, rows, indices, counts, taught, share, other)
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, counts: Any = None) -> torch.Tensor:
@@ -480,9 +480,9 @@ def lambda_loss(scores: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     order = scores.detach().argsort(dim=1, descending=True, stable=True)
     ranks = torch.empty_like(order).scatter_(1, order, torch.arange(1, scores.shape[1] + 1).to(order).expand_as(order))
     discounts = 1 / torch.log2(1.0 + ranks)
-    place = chosen[:, None]
-    weights = (discounts - discounts.gather(1, place)).abs()
-    margins = scores - scores.gather(1, place)
+    index = chosen[:, None]
+    weights = (discounts - discounts.gather(1, index)).abs()
+    margins = scores - scores.gather(1, index)
     # the chosen candidate is not compared with itself
     return (weights * torch.nn.functional.softplus(margins)).sum() / torch.log(torch.tensor(2.0))
 
@@ -494,5 +494,5 @@ def _head(base: torch.nn.Module) -> tuple[Any, Any, Any]:
     if adapter is None or adapter.disable_adapters:
         return head if adapter is None else adapter.base_layer, None, None
     (name,) = adapter.active_adapters
-    places = torch.tensor(adapter.token_indices[name], device=adapter.base_layer.weight.device)
-    return adapter.base_layer, adapter.trainable_tokens_delta[name], places
+    indices = torch.tensor(adapter.token_indices[name], device=adapter.base_layer.weight.device)
+    return adapter.base_layer, adapter.trainable_tokens_delta[name], indices

@@ -37,19 +37,19 @@ class Packed:
 
     Attributes:
         ids: Token of each column, shape (columns,).
-        places: The position id of each column, its number of ancestors; shape (columns,).
+        positions: The position id of each column, its number of ancestors; shape (columns,).
         ends: Where the subtree of each column ends, shape (columns,).
         after: The column that each target follows, shape (targets,).
-        wanted: The target token, shape (targets,).
+        targets: The target token, shape (targets,).
         weights: The weight of each target, float32, shape (targets,).
         owners: The number of each target's row, in the order of the rows' tokens, shape (targets,).
     """
 
     ids: Ints
-    places: Ints
+    positions: Ints
     ends: Ints
     after: Ints
-    wanted: Ints
+    targets: Ints
     weights: NDArray[np.float32]
     owners: Ints
 
@@ -60,10 +60,10 @@ class Stacked(Packed):
 
     Attributes:
         ids: Shape (rows, columns).
-        places: Position ids, shape (rows, columns).
+        positions: Position ids, shape (rows, columns).
         ends: Where subtrees end, counted within each row; padding sees only itself. Shape (rows, columns).
         after: Columns that targets follow, counted over all concatenated rows, shape (targets,).
-        wanted: Target tokens, shape (targets,).
+        targets: Target tokens, shape (targets,).
         weights: The weight of each target, float32, shape (targets,).
         owners: The number of each target's row, counted over all packed sequences, shape (targets,).
     """
@@ -76,39 +76,39 @@ def tree(rows: Sequence[TokenRow]) -> Packed:
     """
     bodies = _sorted_bodies(rows)
     size = sum(len(body.ids) for body in bodies)
-    ids, places, ends = (np.zeros(size, dtype=np.int64) for _ in range(3))
-    after, wanted, weights = [], [], []
+    ids, positions, ends = (np.zeros(size, dtype=np.int64) for _ in range(3))
+    after, targets, weights = [], [], []
     owners = np.repeat(np.arange(len(bodies)), [len(body.targets) for body in bodies])
     path, columns = np.zeros(0, dtype=np.int64), 0
     for n, body in enumerate(bodies):
-        shared = alike(bodies[n - 1].ids, body.ids) if n else 0
+        shared = common_prefix(bodies[n - 1].ids, body.ids) if n else 0
         grown = columns + len(body.ids) - shared
         ids[columns:grown] = body.ids[shared:]
-        places[columns:grown] = np.arange(shared, len(body.ids))
+        positions[columns:grown] = np.arange(shared, len(body.ids))
         path = np.concatenate([path[:shared], np.arange(columns, grown)])
         ends[path] = grown
         after.append(path[body.targets - 1])
-        wanted.append(body.labels[body.targets])
+        targets.append(body.labels[body.targets])
         weights.append(np.full(len(body.targets), body.row.weight, dtype=np.float32))
         columns = grown
-    joined = np.concatenate(after), np.concatenate(wanted), np.concatenate(weights)
-    return Packed(ids[:columns], places[:columns], ends[:columns], *joined, owners)
+    joined = np.concatenate(after), np.concatenate(targets), np.concatenate(weights)
+    return Packed(ids[:columns], positions[:columns], ends[:columns], *joined, owners)
 
 
 def stack(packed: Sequence[Packed], pad: int) -> Stacked:
     """Stack packed sequences into a padded batch."""
     longest = max(len(item.ids) for item in packed)
     shape = (len(packed), longest)
-    ids, places = np.full(shape, pad, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    ids, positions = np.full(shape, pad, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     ends = np.tile(np.arange(1, longest + 1), (len(packed), 1))
     for row, item in enumerate(packed):
         filled = len(item.ids)
-        ids[row, :filled], places[row, :filled], ends[row, :filled] = item.ids, item.places, item.ends
+        ids[row, :filled], positions[row, :filled], ends[row, :filled] = item.ids, item.positions, item.ends
     after = np.concatenate([item.after + row * longest for row, item in enumerate(packed)])
-    wanted, weights = (np.concatenate([getattr(item, name) for item in packed]) for name in ("wanted", "weights"))
+    targets, weights = (np.concatenate([getattr(item, name) for item in packed]) for name in ("targets", "weights"))
     before = accumulate((len(np.unique(item.owners)) for item in packed), initial=0)
     owners = np.concatenate([item.owners + first for item, first in zip(packed, before, strict=False)])
-    return Stacked(ids, places, ends, after, wanted, weights, owners)
+    return Stacked(ids, positions, ends, after, targets, weights, owners)
 
 
 def bins(rows: Sequence[TokenRow], width: int) -> list[Bin]:
@@ -124,7 +124,7 @@ def bins(rows: Sequence[TokenRow], width: int) -> list[Bin]:
         first = group.bodies[0]
         for n, others in enumerate(filled):
             # A prefix that is already in the sequence, such as a system message, takes no additional columns.
-            shared = max(alike(first.ids, other.bodies[0].ids) for other in others)
+            shared = max(common_prefix(first.ids, other.bodies[0].ids) for other in others)
             if group.columns - shared <= room[n]:
                 others.append(group)
                 room[n] -= group.columns - shared
@@ -140,7 +140,7 @@ def one_bin(rows: Sequence[TokenRow]) -> Bin:
     return _bin(_sorted_bodies(rows))
 
 
-def alike(one: Ints, two: Ints) -> int:
+def common_prefix(one: Ints, two: Ints) -> int:
     """Return the length of the common prefix of two rows."""
     both = min(len(one), len(two))
     parts = one[:both] != two[:both]
@@ -185,7 +185,7 @@ def _groups(rows: Sequence[TokenRow], width: int) -> list[_Group]:
     for body in _sorted_bodies(rows):
         if groups:
             bodies, columns = groups[-1]
-            shared = alike(bodies[-1].ids, body.ids)
+            shared = common_prefix(bodies[-1].ids, body.ids)
             grown = columns + len(body.ids) - shared
             if 2 * shared >= min(len(bodies[-1].ids), len(body.ids)) and grown <= width:
                 groups[-1] = _Group([*bodies, body], grown)
@@ -196,5 +196,5 @@ def _groups(rows: Sequence[TokenRow], width: int) -> list[_Group]:
 
 def _bin(bodies: Sequence[_Body]) -> Bin:
     ordered = sorted(bodies, key=_order)
-    shared = sum(alike(one.ids, two.ids) for one, two in pairwise(ordered))
+    shared = sum(common_prefix(one.ids, two.ids) for one, two in pairwise(ordered))
     return Bin(tuple(body.row for body in ordered), sum(len(body.ids) for body in ordered) - shared)

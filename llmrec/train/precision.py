@@ -82,8 +82,8 @@ def adapters_as_they_are(model: torch.nn.Module) -> Iterator[None]:
 
     In bfloat16 small optimiser steps would be lost, and gradients rounded.
     """
-    held = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
+    saved = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
     yield
-    for parameter, data in held:
+    for parameter, data in saved:
         # the trainer may have moved the model
         parameter.data = data.to(parameter.device)

@@ -198,7 +198,7 @@ def _forward(layer: torch.nn.Module, states: torch.Tensor, *args: Any, **kwargs:
     mask = getattr(layer, _MASK)
     if mask is None:
         return type(layer).forward(layer, states, *args, **kwargs)
-    weight, bias = _effective(layer) * mask, _own(layer).bias
+    weight, bias = _effective(layer) * mask, _base_layer(layer).bias
     bias = None if bias is None else bias.to(states.dtype)
     return torch.nn.functional.linear(states, weight.to(states.dtype), bias)
 
@@ -213,10 +213,10 @@ def _effective(layer: torch.nn.Module) -> Any:
 
 
 def _weight(layer: torch.nn.Module) -> Any:
-    return _own(layer).weight
+    return _base_layer(layer).weight
 
 
-def _own(layer: torch.nn.Module) -> Any:
+def _base_layer(layer: torch.nn.Module) -> Any:
     """Return the base layer of an adapted layer; other layers unchanged."""
     return getattr(layer, "base_layer", layer)
 
@@ -234,5 +234,5 @@ def _linears(base: torch.nn.Module) -> Iterator[tuple[str, Any]]:
             continue
         if hasattr(module, "base_layer"):
             inside = f"{name}."
-        if isinstance(_own(module), torch.nn.Linear):
+        if isinstance(_base_layer(module), torch.nn.Linear):
             yield name, module

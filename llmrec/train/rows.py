@@ -249,8 +249,8 @@ class LineTable:
         first = np.array([draw.first_target for draw in draws])
         bounds = np.concatenate([[0], np.cumsum(counts)])
         # The question has index 0 and the first interaction 1; a target line follows the same line as context.
-        place = np.arange(len(entries)) - np.repeat(bounds[:-1], counts)
-        entries += place > np.repeat(first, counts)
+        position = np.arange(len(entries)) - np.repeat(bounds[:-1], counts)
+        entries += position > np.repeat(first, counts)
         ids, labels, bounds_of = self._tables()
         starts = bounds_of[entries]
         lengths = bounds_of[entries + 1] - starts
@@ -336,10 +336,10 @@ class RowStream:
         """Yield the tokenised examples of a chunk; ``number`` seeds the choice of examples to verify."""
         result: dict[int, TokenRow | None] = {}
         for template in {draw.template.id: draw.template for draw in draws}.values():
-            places = [n for n, draw in enumerate(draws) if draw.template.id == template.id]
-            rows = self._gather(template, [draws[n] for n in places], number)
+            indices = [n for n, draw in enumerate(draws) if draw.template.id == template.id]
+            rows = self._gather(template, [draws[n] for n in indices], number)
             if rows is not None:
-                result.update(zip(places, rows, strict=True))
+                result.update(zip(indices, rows, strict=True))
         self.gathered += len(result)
         self.encoded += len(draws) - len(result)
         for n, draw in enumerate(draws):
@@ -419,7 +419,7 @@ def streams(
     together = len(tasks) > 1 and section.examples is None
     alone = [family for family in shares if not together or family not in tasks]
     result: dict[str, Iterator[tuple[str, TokenRow | None]]]
-    result = {family: zip(repeat(family), _own(sources, family, encoder, texts)) for family in alone}
+    result = {family: zip(repeat(family), _task_rows(sources, family, encoder, texts)) for family in alone}
     weights = {family: shares[family] for family in alone}
     if together:
         name = " and ".join(sorted(tasks))
@@ -430,15 +430,15 @@ def streams(
     return result, weights
 
 
-def _own(sources: Sources, family: str, encoder: Encoder, texts: bool) -> Iterator[TokenRow | None]:
+def _task_rows(sources: Sources, family: str, encoder: Encoder, texts: bool) -> Iterator[TokenRow | None]:
     """Yield the tokenised training examples of a task endlessly."""
     task, section = sources.tasks[family], sources.section
     limit = section.max_row_tokens
     if task.listwise is not None:
         return list_rows(task.listwise, sources.examples(family), encoder, limit)
     if sources.paired:
-        made = (target_rows(example, encoder, limit) for example in sources.examples(family))
-        return (row for rows in made for row in (*rows, *([] if rows else [None])))
+        groups = (target_rows(example, encoder, limit) for example in sources.examples(family))
+        return (row for rows in groups for row in (*rows, *([] if rows else [None])))
     # Fixed examples contain only text.
     if isinstance(task, Drawing) and section.examples is None and not texts:
         return iter(RowStream(task, encoder, limit=limit, seed=sources.seed))

@@ -42,8 +42,7 @@ from llmrec.train.preference import compare, without_dropout
 from llmrec.train.steps import Step
 from llmrec.train.trackers import callbacks, chosen, trackio_project
 from llmrec.train.whole_words import restore_words
-from llmrec.train.world import SHARDED, World, here, kind_asked, refuse_other, refuse_sharding, through
-from llmrec.train.world import told as tell_world
+from llmrec.train.world import SHARDED, World, announce, here, refuse_other, refuse_sharding, requested_kind, through
 
 # Marks the batch of a process without examples, whose loss has weight 0.
 _IDLE = "idle"
@@ -94,7 +93,7 @@ class Objective(Protocol):
         """Return the summed loss of a micro-batch, and the divisor for the whole step."""
         ...
 
-    def told(self) -> Mapping[str, float]:
+    def metrics(self) -> Mapping[str, float]:
         """Return the values to log about the last step, including ``tokens`` and ``targets``."""
         ...
 
@@ -109,7 +108,7 @@ class LabelRowTrainer(SFTTrainer):  # type: ignore[misc]
     # Additional values to log, by name: first sums, then means.
     figures: Mapping[str, float] = {}
     # The divisor of the losses of a step's parts; None if a step has one part, whose loss returns the divisor.
-    whole: float | None = None
+    step_divisor: float | None = None
     # The scale of gradients, which decreases if they overflow.
     scale: float = 0.0
     # Whether layers multiply under autocast, in which case adapters need no float32 copies of their inputs.
@@ -149,10 +148,10 @@ class LabelRowTrainer(SFTTrainer):  # type: ignore[misc]
             parts = [{**inputs, "part": n} for n in range(self.objective.parts(model, int(inputs["step"])))]
         if self.accelerator.scaler is not None:
             self.scale = self.accelerator.scaler.get_scale()
-        self.whole = None
+        self.step_divisor = None
         if len(parts) > 1 and self.objective is None:
             count = sum(self._weight_of(model, part) for part in parts)
-            self.whole = self.world.total(count, self.args.device) or 1
+            self.step_divisor = self.world.total(count, self.args.device) or 1
         total, figures = 0.0, defaultdict[str, float](float)
         with inputs_as_they_are(model, active=self.autocast):
             for n, part in enumerate(parts, start=1):
@@ -183,7 +182,7 @@ class LabelRowTrainer(SFTTrainer):  # type: ignore[misc]
         if _IDLE in inputs:  # a step with fewer rows than processes
             total, count = total * 0.0, 0.0
             self.figures = dict.fromkeys(self.figures, 0.0)
-        divisor = self.whole or self.world.total(count, total.device) or 1
+        divisor = self.step_divisor or self.world.total(count, total.device) or 1
         self.figures = {name: self.world.total(value, total.device) / divisor for name, value in self.figures.items()}
         loss = total * self.world.size / divisor
         return (loss, {}) if return_outputs else loss
@@ -273,7 +272,7 @@ def train(
     by = state_loss(model, section, head, soft, taught, loss.items)
     seen = None if by is taught else by
     # additional files of a checkpoint
-    kept: list[Callable[[Path], None]] = [partial(own, model) for own in (save_words, bottleneck.save, magnitude.save)]
+    kept: list[Callable[[Path], None]] = [partial(f, model) for f in (save_words, bottleneck.save, magnitude.save)]
     kept += ([] if head is None else [partial(save_head, head)]) + ([] if soft is None else [soft.save])
     # the planned step of each optimiser step
     order = [n for n in range(len(steps)) for _ in range(objective.updates if objective else 1)][: section.steps]
@@ -299,7 +298,7 @@ def train(
     log_file = folder / "train_log.jsonl"
     follow = Follow(len(order), tokens, valid, section, log_file, pad=pad, quiet=quiet, by=seen, best=best, world=world)
     if objective is not None:
-        follow.told = objective.told
+        follow.metrics = objective.metrics
     pruning = [] if section.prune is None else [magnitude.Prune(model, section.prune, len(order))]
     scaled = half(model, device) == torch.float16
     with adapters_as_they_are(model):
@@ -315,12 +314,12 @@ def train(
             callbacks=[*pruning, follow, *(callbacks(chosen(section), folder) if world.first else ()), saving],
         )
     kind = trainer.accelerator.distributed_type.value
-    refuse_other(kind_asked(device), kind)
+    refuse_other(requested_kind(device), kind)
     if kind == SHARDED:
         plain = head is None and words_of(model) is None
         refuse_sharding(trainer.accelerator.state.fsdp_plugin, section, plain=plain, scaled=scaled)
     follow.everybody = kind == SHARDED
-    tell_world(world, kind)
+    announce(world, kind)
     trainer.remove_callback(PrinterCallback)
     trainer.by, trainer.listwise, trainer.objective, trainer.world = by, listwise, objective, world
     # rollouts are drawn without autocast

@@ -173,18 +173,18 @@ class Steps(Sequence[Step]):
         return len(self._ends) - 1
 
     @overload
-    def __getitem__(self, place: int) -> Step: ...
+    def __getitem__(self, index: int) -> Step: ...
     @overload
-    def __getitem__(self, place: slice) -> list[Step]: ...
-    def __getitem__(self, place: int | slice) -> Step | list[Step]:
-        if isinstance(place, slice):
-            return [self[n] for n in range(len(self))[place]]
-        n = range(len(self))[place]
+    def __getitem__(self, index: slice) -> list[Step]: ...
+    def __getitem__(self, index: int | slice) -> Step | list[Step]:
+        if isinstance(index, slice):
+            return [self[n] for n in range(len(self))[index]]
+        n = range(len(self))[index]
         numbers = self._order[self._ends[n] : self._ends[n + 1]]
         rows = tuple(self.table.row(k, self._weights[k] if self._weights else 1.0) for k in numbers)
-        own = slice(self._bin_ends[n], self._bin_ends[n + 1])
-        ends = list(accumulate(self._sizes[own], initial=0))
-        bins = zip(pairwise(ends), self._columns[own], strict=True)
+        span = slice(self._bin_ends[n], self._bin_ends[n + 1])
+        ends = list(accumulate(self._sizes[span], initial=0))
+        bins = zip(pairwise(ends), self._columns[span], strict=True)
         return Step(rows, tuple(Bin(rows[start:end], columns) for (start, end), columns in bins))
 
 
@@ -212,14 +212,14 @@ def weighted(steps: Steps, families: Sequence[str]) -> Weighted:
             targets[families[n]] += table.targets(n)
     if len(tokens) < 2:
         return Weighted(steps, dict.fromkeys(tokens, 1.0))
-    every = sum(targets.values()) / sum(tokens.values())
-    weights = {family: tokens[family] / targets[family] * every for family in tokens}
+    ratio = sum(targets.values()) / sum(tokens.values())
+    weights = {family: tokens[family] / targets[family] * ratio for family in tokens}
     parts = defaultdict[str, float](float)
     for numbers in steps.numbers():
         mass = defaultdict[str, float](float)
         for n in numbers:
             mass[families[n]] += weights[families[n]] * table.targets(n)
-        for family, held in mass.items():
-            parts[family] += held / sum(mass.values()) / len(steps)
+        for family, weight in mass.items():
+            parts[family] += weight / sum(mass.values()) / len(steps)
     # Examples may have been drawn for a task that no step contains.
     return Weighted(steps.weighing([weights.get(family, 1.0) for family in families]), dict(parts))

@@ -56,18 +56,18 @@ class World:
         """Return the value of the first process, in all processes."""
         if self.size == 1:
             return value
-        held = torch.tensor([value], dtype=torch.int64, device=PartialState().device)
+        tensor = torch.tensor([value], dtype=torch.int64, device=PartialState().device)
         # A sum completes only when all processes take part; with a broadcast, the first one would not wait.
-        torch.distributed.all_reduce(held.mul_(self.first))
-        return int(held)
+        torch.distributed.all_reduce(tensor.mul_(self.first))
+        return int(tensor)
 
     def total(self, value: float, device: Any) -> float:
         """Return the sum of a value over all processes."""
         if self.size == 1:
             return value
-        held = torch.tensor([value], dtype=torch.float64, device=device)
-        torch.distributed.all_reduce(held)
-        return float(held)
+        tensor = torch.tensor([value], dtype=torch.float64, device=device)
+        torch.distributed.all_reduce(tensor)
+        return float(tensor)
 
 
 def here() -> World:
@@ -90,7 +90,7 @@ def joined(device: str) -> Iterator[World]:
         RecipeError: If they do not match the settings.
         LlmrecError: If one of them has ended while another waits for it.
     """
-    kind = kind_asked(device)
+    kind = requested_kind(device)
     if kind == "no":
         yield World()
         return
@@ -110,7 +110,7 @@ def joined(device: str) -> Iterator[World]:
         raise
 
 
-def kind_asked(device: str) -> str:
+def requested_kind(device: str) -> str:
     """Return the kind of parallelism that the launcher requests, as named by accelerate; ``"no"`` for one process.
 
     Raises:
@@ -210,21 +210,21 @@ def refuse_sharding(plugin: Any, section: TrainSection, *, plain: bool, scaled: 
         )
 
 
-def refuse_other(asked: str, obtained: str) -> None:
-    """Reject a kind of parallelism other than the requested one, see `kind_asked`."""
-    if asked.lower() != obtained.lower():
-        raise _other(asked, obtained)
+def refuse_other(requested: str, obtained: str) -> None:
+    """Reject a kind of parallelism other than the requested one, see `requested_kind`."""
+    if requested.lower() != obtained.lower():
+        raise _other(requested, obtained)
 
 
-def _other(asked: str, obtained: str) -> RecipeError:
+def _other(requested: str, obtained: str) -> RecipeError:
     return RecipeError(
-        f"training on {asked} was requested, but accelerate has {obtained}; compare its configuration and the "
+        f"training on {requested} was requested, but accelerate has {obtained}; compare its configuration and the "
         "environment (WORLD_SIZE, LOCAL_RANK, ACCELERATE_*) with docs/scaling.md",
         kind="mismatch",
     )
 
 
-def told(world: World, kind: str) -> None:
+def announce(world: World, kind: str) -> None:
     """Print the number of processes and the kind of parallelism."""
     if world.size > 1:
         backend = torch.distributed.get_backend()
@@ -237,8 +237,8 @@ def refuse_different(world: World, digest: str, what: str) -> None:
     Raises:
         LlmrecError: If their hexadecimal digests differ; the message names them as ``what``.
     """
-    mine = int(digest[:15], 16)
-    if world.agree(mine) != mine:
+    own_number = int(digest[:15], 16)
+    if world.agree(own_number) != own_number:
         raise LlmrecError(
             f"training: process {world.rank} of {world.size} has different {what} than the first process; give all "
             "processes the same data, recipe, model and version of llmrec",
@@ -263,9 +263,9 @@ def through(model: torch.nn.Module, compute: Callable[[Any, Mapping[str, Any]], 
         if before is not None:
             inner.forward = before
 
-    def once(**given: Any) -> Any:
+    def once(**forwarded: Any) -> Any:
         put_back()  # the computation may call the whole model
-        return compute(inner, given)
+        return compute(inner, forwarded)
 
     inner.forward = once
     try:

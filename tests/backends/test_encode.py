@@ -137,7 +137,7 @@ def test_a_catalogue_holds_closed_answers_and_a_large_one_is_kept(
     texts = ("Heat", "Heat 2", "Fargo")
     tree = encoder.catalogue(texts, "\n")
     for item, text in enumerate(texts):
-        assert tree.path(int(tree.places[item])) == encoder.continuation(
+        assert tree.path(int(tree.ranks[item])) == encoder.continuation(
             Prompt(messages=(), stop="\n"), text, closed=True
         )
     assert encoder.catalogue(texts, "\n") is tree and encoder.catalogue(texts, None) is not tree

@@ -89,7 +89,7 @@ def test_a_model_is_tuned_to_lead_and_leads(
 ) -> None:
     pytest.importorskip("trl", reason="the train extra is not installed")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(leading, "_ASKED", 2)
+    monkeypatch.setattr(leading, "_EVALUATED", 2)
     page = tmp_path / "manager.yaml"
     page.write_text(
         "name: tuned\ndata: {source: made-reviews}\ntasks: {sequential: {}}\neval: {arms: []}\n"

@@ -72,7 +72,7 @@ def test_a_request_for_what_is_banned_is_answered_in_words() -> None:
     )
     told = "You did not want Horror. Say that it is fine again to see some."
     assert told not in banned.text and told in asked.text and told not in after.text
-    assert not any("Horror" in each for each in genres(asked)) and lifted.heard.revoked == (("genres", "Horror"),)
+    assert not any("Horror" in each for each in genres(asked)) and lifted.parsed.revoked == (("genres", "Horror"),)
     assert any("Horror" in each for reply in (lifted, after) for each in genres(reply))
 
 
@@ -138,7 +138,7 @@ def test_rules_read(line: str, wishes: set[tuple[str, str, str, bool]]) -> None:
     talk = conversation(known=known)
     assert "colour" in talk.tools.facts.values
     (reply,) = said(talk, line)
-    assert {(wish.field, wish.op, wish.value, wish.hard) for wish in reply.heard.wishes} == wishes
+    assert {(wish.field, wish.op, wish.value, wish.hard) for wish in reply.parsed.wishes} == wishes
 
 
 @pytest.mark.parametrize("line", ["my sister loves horror", "is the first one horror?", "horror or a drama please"])
@@ -268,7 +268,7 @@ def test_the_user_reads_edits_and_deletes_the_profile() -> None:
     (reply,) = said(talk, "more please", state=State.model_validate(edited.model_dump()))
     assert not any({"Horror", "Comedy"} & each for each in genres(reply))
     gone, outcome = talk.tools.apply(Forget(wish=1), state)
-    assert not any(wish.value == "Horror" for wish in gone.profile) and "Horror" in outcome.told[0]
+    assert not any(wish.value == "Horror" for wish in gone.profile) and "Horror" in outcome.lines[0]
     (reply,) = said(talk, "forget everything", state=state)
     left = reply.state
     assert not (left.profile or left.buffer or left.past or left.asked)
@@ -310,7 +310,7 @@ def test_long_values_are_searched_alone_and_no_control_character_is_said() -> No
     assert all(len(value) <= 300 for values in facts.values.values() for value in values)
     assert Facts(known, lambda texts: np.ones((len(texts), 2))).concepts.shape == (18, 2)
     state = State(shown=("f00",), profile=(Wish(field="mood\x07", op="is", value=bell),))
-    (told,) = [talk.tools.apply(Explain(item=1), state)[1].told]
+    (told,) = [talk.tools.apply(Explain(item=1), state)[1].lines]
     spoken = (*told, *talk.tools.profile(state), *(talk._question(field) for field in facts.values))
     assert "Noise" in "".join(spoken) and all(line.isprintable() for line in spoken)
 

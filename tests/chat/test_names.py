@@ -63,7 +63,7 @@ def test_a_title_is_named_and_asks_for_nothing(place: int) -> None:
     ):
         heard = reader.read(line.format(bare), begun())
         assert [(wish.field, wish.op, wish.value) for wish in heard.wishes] == [(ITEM, op, f"i{place}")]
-        assert (heard.intents, heard.revoked, heard.places) == (intents, (), ())
+        assert (heard.intents, heard.revoked, heard.positions) == (intents, (), ())
 
 
 def test_no_title_or_brand_makes_forgetting_legal() -> None:
@@ -90,9 +90,9 @@ def test_a_name_neither_asks_nor_negates_nor_softens(brand: str) -> None:
     other = "Lift" if brand == "Reset" else "Reset"
     replies = [held.answer(begun(), f"something by {brand} or {other}"), held.answer(begun(), f"nothing by {brand}")]
     for reply, wanted in zip(replies, ({brand: "is", other: "or"}, {brand: "not"}), strict=True):
-        assert {wish.value: wish.op for wish in reply.heard.wishes} == wanted
-        assert all(wish.hard for wish in reply.heard.wishes) and not reply.heard.revoked
-        assert not reply.heard.intents - {"request"}
+        assert {wish.value: wish.op for wish in reply.parsed.wishes} == wanted
+        assert all(wish.hard for wish in reply.parsed.wishes) and not reply.parsed.revoked
+        assert not reply.parsed.intents - {"request"}
         # The ban that stood before still stands: nothing was reset.
         assert begun().profile[0] in reply.state.profile
 

@@ -55,7 +55,7 @@ def test_rows_are_the_moments_of_a_transcript_with_its_calls() -> None:
     assert [each.conversation for each in found] == [1, 1, 1, 1, 2]
     assert [each.call for each in found] == [*SHOWN, *ASKED, Say(what="hello")]
     # The second call of a turn is read with the first one and what came of it, and the list stands in the next turn.
-    assert found[1].moment.made == ((Rank(), "5 items are ranked"),) and found[1].moment.state.buffer
+    assert found[1].moment.steps == ((Rank(), "5 items are ranked"),) and found[1].moment.state.buffer
     assert len(found[2].moment.state.shown) == 5 and not found[4].moment.state.shown
 
 

@@ -23,7 +23,7 @@ def test_nodes_children_and_ranges_are_those_of_the_paths(paths: list[tuple[int,
     assert len(tree) == len(paths) and tree.depth == max(map(len, paths))
     assert [paths[item] for item in tree.order] == ordered
     assert [tree.path(place) for place in range(len(paths))] == ordered
-    assert all(ordered[tree.places[item]] == path for item, path in enumerate(paths))
+    assert all(ordered[tree.ranks[item]] == path for item, path in enumerate(paths))
     depths = range(1, tree.depth + 1)
     prefixes = [(), *(p for d in depths for p in sorted({path[:d] for path in paths if len(path) >= d}))]
     assert len(prefixes) == len(tree.marks)

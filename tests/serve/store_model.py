@@ -30,7 +30,7 @@ HOSTILE = (
     " ",
     "",
 )
-_NAMES = (*HOSTILE, "ann", "bob", databases.NOBODY)
+_NAMES = (*HOSTILE, "ann", "bob", databases.ERASED_KEY)
 _CALLS = ("add", "add", "add", "erase", "put", "remove", "look", "look")
 _KILLS, _LOCKS, _OPENINGS = 0.02, 0.02, 0.05  # of the calls, where faults are asked for
 _WAIT = 1.0  # seconds that a call waits for a lock which is never given up

@@ -213,7 +213,7 @@ def test_a_queue_that_could_not_be_answered_in_time_refuses_before_it_is_full(en
     async def work() -> None:
         async with running(engine, window=0.0, most=1, room=10_000, patience=600.0) as batcher:
             # As it was measured lately: six of these are answered in time.
-            batcher._each = 100.0
+            batcher._seconds_each = 100.0
             engine.free.clear()
             asked = [asyncio.ensure_future(batcher.ask(RANK, request(n))) for n in range(100)]
             await until(lambda: batcher.load.refused >= 90)
@@ -447,7 +447,7 @@ def test_nothing_grows_with_the_number_of_questions(engine: FakeEngine) -> None:
                     await asyncio.gather(*(client(lot * 5000 + start + n) for n in range(50)))
                 gc.collect()
                 sizes.append(tracemalloc.get_traced_memory()[0])
-            assert batcher._queues == {} and batcher._asked == [] and batcher.load.waiting == 0
+            assert batcher._queues == {} and batcher._batch == [] and batcher.load.waiting == 0
             assert set(batcher.load.batches) <= set(range(1, 17))
 
     tracemalloc.start()

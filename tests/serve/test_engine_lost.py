@@ -59,7 +59,7 @@ def ask(faked: Faked, profile: str = "", **body: Any) -> httpx.Response:
 
 def working(faked: Faked) -> None:
     """Wait until the engine works on a question."""
-    until(lambda: bool(faked.service.batcher._asked), "the engine is not asked")
+    until(lambda: bool(faked.service.batcher._batch), "the engine is not asked")
 
 
 def made(folder: Path, options: Any) -> Service:

@@ -136,7 +136,7 @@ def test_scores_are_the_likelihoods_of_plain_rows(
 def test_the_losses_of_targets_add_up(llama_folder: Path) -> None:
     steps, _ = planned(llama_folder, 1, 8)
     model = load_model(str(llama_folder), ModelSection(name=str(llama_folder), dtype="float32")).eval()
-    packed = packed_of(steps[0]) | {"weights": torch.ones(len(packed_of(steps[0])["wanted"]))}
+    packed = packed_of(steps[0]) | {"weights": torch.ones(len(packed_of(steps[0])["targets"]))}
     total, count = packed_loss(model, packed)
     losses = target_losses(model, packed)
     assert losses.shape == (count,)

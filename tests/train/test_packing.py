@@ -22,7 +22,7 @@ from llmrec.recipe.schema import LoraSection, ModelSection, TrainSection
 from llmrec.train import lora, sft
 from llmrec.train.batches import padded, plan
 from llmrec.train.loss import block_mask, label_loss, packed_loss
-from llmrec.train.packing import Packed, Stacked, alike, bins, stack, tree
+from llmrec.train.packing import Packed, Stacked, bins, common_prefix, stack, tree
 from llmrec.train.steps import Step
 from tests.facts import Facts, raises
 from tests.train.gradients import moved
@@ -48,7 +48,7 @@ def branching(seed: int, count: int = 9) -> list[TokenRow]:
 
 
 def tensors(packed: Stacked) -> dict[str, Any]:
-    names = ("ids", "places", "ends", "after", "wanted")
+    names = ("ids", "positions", "ends", "after", "targets")
     return {name: torch.from_numpy(getattr(packed, name)) for name in names}
 
 
@@ -117,7 +117,7 @@ def test_rows_see_nothing_of_each_other(llama_folder: Path) -> None:
         mask = block_mask(model, inputs["ends"])
         with torch.no_grad():
             hidden = model.get_decoder()(
-                input_ids=inputs["ids"], position_ids=inputs["places"], attention_mask=mask
+                input_ids=inputs["ids"], position_ids=inputs["positions"], attention_mask=mask
             ).last_hidden_state[0]
         return packed, hidden
 
@@ -132,15 +132,15 @@ def test_a_tree_by_hand() -> None:
     """Two rows share three tokens and part; nothing is read behind a last target but one."""
     packed = tree([row([1, 2, 3, 4, 5], 4), row([1, 2, 3, 6], 2), row([9, 8], 1)])
     assert packed.ids.tolist() == [1, 2, 3, 4, 9]
-    assert packed.places.tolist() == [0, 1, 2, 3, 0]
+    assert packed.positions.tolist() == [0, 1, 2, 3, 0]
     assert packed.ends.tolist() == [4, 4, 4, 4, 5]
-    assert list(zip(packed.after.tolist(), packed.wanted.tolist(), strict=True)) == [(1, 3), (2, 6), (3, 5), (4, 8)]
+    assert list(zip(packed.after.tolist(), packed.targets.tolist(), strict=True)) == [(1, 3), (2, 6), (3, 5), (4, 8)]
 
 
 def test_a_shared_target_counts_as_often_as_in_plain_rows() -> None:
     packed = tree([row([1, 2, 3], 1), row([1, 2, 3], 2), row([1, 2, 3, 4], 2)])
     assert len(packed.ids) == 3
-    assert sorted(zip(packed.after.tolist(), packed.wanted.tolist(), strict=True)) == [
+    assert sorted(zip(packed.after.tolist(), packed.targets.tolist(), strict=True)) == [
         *[(0, 2)],
         *[(1, 3)] * 3,
         *[(2, 4)],
@@ -153,9 +153,9 @@ TOKENS = st.lists(st.integers(1, 3), min_size=2, max_size=9)
 def seen_by_walking(packed: Packed) -> Any:
     """What each column sees, found by walking up from parent to parent instead of from the ends."""
     parents: list[int] = []
-    for column, place in enumerate(packed.places.tolist()):
+    for column, place in enumerate(packed.positions.tolist()):
         at = column - 1
-        while at >= 0 and packed.places[at] >= place:
+        while at >= 0 and packed.positions[at] >= place:
             at -= 1
         parents.append(at if place else -1)
     seen = np.zeros((len(parents), len(parents)), dtype=bool)
@@ -181,8 +181,8 @@ def test_every_token_sees_its_own_row_so_far(drawn: list[tuple[list[int], int]],
         columns = np.arange(len(packed.ids))
         seen = (columns <= columns[:, None]) & (columns[:, None] < packed.ends)
         assert np.array_equal(seen, seen_by_walking(packed))
-        assert np.array_equal(packed.places, seen.sum(1) - 1)
-        for column, token in zip(packed.after.tolist(), packed.wanted.tolist(), strict=True):
+        assert np.array_equal(packed.positions, seen.sum(1) - 1)
+        for column, token in zip(packed.after.tolist(), packed.targets.tolist(), strict=True):
             found.append((tuple(packed.ids[seen[column]].tolist()), token))
         # A trie holds no beginning twice.
         begins = [tuple(packed.ids[seen[column]].tolist()) for column in columns]
@@ -209,7 +209,7 @@ def test_padding_sees_itself_alone() -> None:
 
 @pytest.mark.parametrize(("one", "two", "shared"), [([], [], 0), ([1], [1, 2], 1), ([1, 2], [1, 3], 1), ([4], [5], 0)])
 def test_alike(one: list[int], two: list[int], shared: int) -> None:
-    assert alike(np.array(one, dtype=np.int64), np.array(two, dtype=np.int64)) == shared
+    assert common_prefix(np.array(one, dtype=np.int64), np.array(two, dtype=np.int64)) == shared
 
 
 def test_models_that_ignore_masks_are_known() -> None:

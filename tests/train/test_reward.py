@@ -102,7 +102,7 @@ class Toy:
 
     def policy(self, prompt: Sequence[int], *, legal: bool = True, temperature: float = 1.0) -> np.ndarray[Any, Any]:
         """The probability of each item in a textbook's way: plain forward passes and a softmax over siblings."""
-        found, paths = [], [self.catalogue.path(int(self.catalogue.places[n])) for n in range(9)]
+        found, paths = [], [self.catalogue.path(int(self.catalogue.ranks[n])) for n in range(9)]
         for path in paths:
             ids, total = torch.tensor([[*prompt, *path]]), 0.0
             with torch.no_grad():
@@ -244,7 +244,7 @@ def test_a_step_by_hand(base: Path, logprobs: Any, temperature: float) -> None:
             wanted += weight * (0.04 * (math.exp(gap) - gap - 1) - (hit - mean))
     assert count == len(rows) > 1
     assert float(total.detach()) == pytest.approx(wanted, abs=1e-5)
-    told = toy.objective.told()
+    told = toy.objective.metrics()
     assert told["kl"] > 0.001 and 0 <= told["zero"] <= 1 and told["distinct"] <= 9
 
 
@@ -259,7 +259,7 @@ def test_the_parts_of_a_step_are_the_whole_step(base: Path, tmp_path: Path) -> N
             loss.backward()
             total += float(loss.detach())
         gradients = [weight.grad.clone() for weight in toy.model.parameters() if weight.grad is not None]
-        told = dict(toy.objective.told())
+        told = dict(toy.objective.metrics())
         toy.model.zero_grad()
         log = toy.run(tmp_path / str(limit)).log[1:]
         found.append((count, total, questions, gradients, told, [line["reward"] for line in log]))
@@ -336,6 +336,6 @@ def test_every_rollout_is_an_item(base: Path, way: Way) -> None:
     toy = Toy(base)
     engine, prompts = MaskedTree(toy.model.get_base_model().eval(), 0), [prompt_of(toy, n) for n in range(4)]
     for group in rollouts(engine, toy.catalogue, prompts, way=way, count=5, temperature=1.5, seeds=range(4)):
-        paths = [toy.catalogue.path(int(toy.catalogue.places[item])) for item in group.items]
+        paths = [toy.catalogue.path(int(toy.catalogue.ranks[item])) for item in group.items]
         texts = [toy.encoder.tokenizer.decode(path, skip_special_tokens=False).strip() for path in paths]
         assert set(texts) <= {INDEX.encode(item) for item in ITEMS} and len(set(texts)) == len(texts)

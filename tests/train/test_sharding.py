@@ -143,7 +143,7 @@ def as_on_gpus() -> None:
             self.distributed_type = DistributedType.MULTI_GPU
 
     PartialState.__init__ = begin
-    sft.kind_asked = world.kind_asked = lambda device: SHARDED
+    sft.requested_kind = world.requested_kind = lambda device: SHARDED
 
 
 @pytest.mark.slow

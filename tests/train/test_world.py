@@ -30,7 +30,7 @@ from llmrec.train import lora, sft
 from llmrec.train.batches import plan
 from llmrec.train.packing import Bin
 from llmrec.train.steps import Step
-from llmrec.train.world import here, joined, kind_asked, refuse_different, refuse_other
+from llmrec.train.world import here, joined, refuse_different, refuse_other, requested_kind
 from tests.facts import Facts, raises
 from tests.train.test_training import examples
 from tests.train.together import together
@@ -204,11 +204,11 @@ def test_a_whole_run_is_refused_in_several_processes(tmp_path: Path, monkeypatch
 
 
 def test_another_kind_than_asked_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert kind_asked("cpu") == "no"
+    assert requested_kind("cpu") == "no"
     refuse_other("no", "NO")
     for name, value in ONE_OF_TWO.items():
         monkeypatch.setenv(name, value)
-    assert kind_asked("cpu") == "MULTI_CPU"
+    assert requested_kind("cpu") == "MULTI_CPU"
     with raises(RecipeError, Facts("mismatch", says=("MULTI_CPU", "has NO"))):
         refuse_other("MULTI_CPU", "NO")
 

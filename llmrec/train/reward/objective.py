@@ -66,7 +66,7 @@ class PolicyLoss(NamedTuple):
 
 
 def policy_loss(
-    own: Any, old: Any, reference: Any, gains: Any, weights: Any, *, clip: float, beta: float
+    current: Any, old: Any, reference: Any, gains: Any, weights: Any, *, clip: float, beta: float
 ) -> PolicyLoss:
     """Return the clipped policy loss with KL penalty, summed over rollouts.
 
@@ -74,7 +74,7 @@ def policy_loss(
     2020), which is never below 0.
 
     Args:
-        own: Log-probability of each item under the current model, shape (n,), with gradients.
+        current: Log-probability of each item under the current model, shape (n,), with gradients.
         old: The same under the model that drew it.
         reference: The same under the initial model.
         gains: Advantages.
@@ -82,9 +82,9 @@ def policy_loss(
         clip: Clipping range of the ratio.
         beta: The weight of the divergence.
     """
-    ratio = (own - old).exp()
+    ratio = (current - old).exp()
     bounded = ratio.clamp(1 - clip, 1 + clip)
-    gap = reference - own
+    gap = reference - current
     divergence = gap.exp() - gap - 1
     total = (weights * (beta * divergence - torch.minimum(ratio * gains, bounded * gains))).sum()
     return PolicyLoss(total, divergence.detach(), (bounded * gains < ratio * gains).detach())
@@ -117,7 +117,7 @@ class _Drawn:
 
     number: int
     parts: Sequence[_Part]
-    told: dict[str, float]
+    metrics: dict[str, float]
 
 
 class RewardObjective:
@@ -169,13 +169,13 @@ class RewardObjective:
         )
         questions = len(self._numbers[number])
         for name, values in {"kl": result.divergence, "clipped": result.clipped}.items():
-            before = self._drawn.told[name] if part else 0.0
-            self._drawn.told[name] = before + float((drawn.weights * values).sum()) / questions
+            before = self._drawn.metrics[name] if part else 0.0
+            self._drawn.metrics[name] = before + float((drawn.weights * values).sum()) / questions
         return result.total, float(questions)
 
-    def told(self) -> Mapping[str, float]:
+    def metrics(self) -> Mapping[str, float]:
         """Return the values to log about the last rollouts; see `llmrec.records.RewardLine`."""
-        return dict(self._drawn.told) if self._drawn is not None else {}
+        return dict(self._drawn.metrics) if self._drawn is not None else {}
 
     def _draw(self, model: torch.nn.Module, number: int) -> _Drawn:
         """Draw rollouts for a step, and compute their rewards and their likelihood under the reference model."""
@@ -201,9 +201,9 @@ class RewardObjective:
         orders: list[list[int]] = []
         for prompt, group in zip(prompts, groups, strict=True):
             rows = [_row(prompt, catalogue, item) for item in group.items.tolist()]
-            places = {id(row): n for n, row in enumerate(rows)}
+            index_of = {id(row): n for n, row in enumerate(rows)}
             bins.append(one_bin(rows))
-            orders.append([places[id(row)] for row in bins[-1].rows])
+            orders.append([index_of[id(row)] for row in bins[-1].rows])
         parts = []
         for chosen in parted([item.columns for item in bins], self._limit):
             parts.append(
@@ -215,10 +215,10 @@ class RewardObjective:
                     np.concatenate([gains[n][orders[n]] for n in chosen]),
                 )
             )
-        message = _told(cases, groups, rewards, self._rewards.items)
-        targets = sum(len(part.packed["wanted"]) for part in parts)
-        message |= {"tokens": sum(entry.columns for entry in bins), "targets": targets}
-        return _Drawn(number, parts, message)
+        metrics = _metrics(cases, groups, rewards, self._rewards.items)
+        targets = sum(len(part.packed["targets"]) for part in parts)
+        metrics |= {"tokens": sum(entry.columns for entry in bins), "targets": targets}
+        return _Drawn(number, parts, metrics)
 
     def _part(self, model: torch.nn.Module, bins: Sequence[Bin], items: Any, weights: Floats, gains: Floats) -> _Part:
         """Return rollouts that are computed together, with their likelihood under the reference model."""
@@ -246,11 +246,11 @@ def _prompt(row: TokenRow) -> tuple[int, ...]:
 
 
 def _row(prompt: tuple[int, ...], catalogue: Catalogue, item: int) -> TokenRow:
-    path = catalogue.path(int(catalogue.places[item]))
+    path = catalogue.path(int(catalogue.ranks[item]))
     return TokenRow((*prompt, *path), (*[IGNORED] * len(prompt), *path))
 
 
-def _told(
+def _metrics(
     cases: Sequence[Case], groups: Sequence[Group], rewards: Sequence[Sequence[float]], items: Sequence[str]
 ) -> dict[str, float]:
     """Return the values to log about the rollouts of a step; see `llmrec.records.RewardLine`."""
@@ -259,12 +259,12 @@ def _told(
     for group in groups:
         for item, weight in zip(group.items.tolist(), group.weights.tolist(), strict=True):
             shares[item] = shares.get(item, 0.0) + weight / count
-    held = [str(case.truth) in {items[n] for n in group.items} for case, group in zip(cases, groups, strict=True)]
+    hits = [str(case.truth) in {items[n] for n in group.items} for case, group in zip(cases, groups, strict=True)]
     p = np.array([share for share in shares.values() if share > 0])
     return {
         "reward": sum(float(group.weights @ values) for group, values in zip(groups, rewards, strict=True)) / count,
         "zero": sum(max(values) - min(values) < 1e-12 for values in rewards) / count,
-        "hit": sum(held) / count,
+        "hit": sum(hits) / count,
         "entropy": max(0.0, float(-(p * np.log(p)).sum())),
         "distinct": len(shares),
         "rollouts": sum(len(group.items) for group in groups),

@@ -35,7 +35,7 @@ class Rewards:
     closing: int = 0
     scorer: CatalogueScorer | None = None
 
-    def of(self, case: Case, places: Sequence[int]) -> list[float]:
+    def of(self, case: Case, indices: Sequence[int]) -> list[float]:
         """Return the total reward of each item of a group, by distinct catalogue indices, the most likely first."""
         terms: dict[RewardKind, Callable[[Case, Sequence[int]], Sequence[float]]] = {
             "hit": self._hit,
@@ -44,60 +44,60 @@ class Rewards:
             "prefix": self._prefix,
             "percentile": self._percentile,
         }
-        result = np.zeros(len(places))
+        result = np.zeros(len(indices))
         for kind, weight in self.kinds.items():
-            result += weight * np.array(terms[kind](case, places))
+            result += weight * np.array(terms[kind](case, indices))
         return [float(value) for value in result]
 
-    def _listed(self, case: Case, places: Sequence[int]) -> float:
-        items = tuple(self.items[place] for place in places)
+    def _listed(self, case: Case, indices: Sequence[int]) -> float:
+        items = tuple(self.items[index] for index in indices)
         scores = tuple(float(-n) for n in range(len(items)))
         return self.task.reward(Ranking(request_id=case.request.id, items=items, scores=scores), case)
 
-    def _hit(self, case: Case, places: Sequence[int]) -> list[float]:
+    def _hit(self, case: Case, indices: Sequence[int]) -> list[float]:
         """Return the reward ``hit``: 1 for the true item, otherwise 0."""
-        return [self._listed(case, [place]) for place in places]
+        return [self._listed(case, [index]) for index in indices]
 
-    def _ndcg(self, case: Case, places: Sequence[int]) -> list[float]:
+    def _ndcg(self, case: Case, indices: Sequence[int]) -> list[float]:
         """Return how much each item lowers the NDCG of the list; negative for items ranked above the true item.
 
         The NDCG itself is the same for all items of a group.
         """
-        ndcg = self._listed(case, places)
-        return [ndcg - self._listed(case, [*places[:n], *places[n + 1 :]]) for n in range(len(places))]
+        ndcg = self._listed(case, indices)
+        return [ndcg - self._listed(case, [*indices[:n], *indices[n + 1 :]]) for n in range(len(indices))]
 
-    def _rank_penalty(self, case: Case, places: Sequence[int]) -> list[float]:
+    def _rank_penalty(self, case: Case, indices: Sequence[int]) -> list[float]:
         """Return 0 for the true item, and for others a penalty that decreases with rank (MiniOneRec, arXiv 2510.24431).
 
         In a group without the true item, all rewards are 0.
         """
-        hits = self._hit(case, places)
+        hits = self._hit(case, indices)
         if max(hits) <= 0:
-            return [0.0] * len(places)
-        discounts = [1 / math.log2(2 + n) for n in range(len(places))]
+            return [0.0] * len(indices)
+        discounts = [1 / math.log2(2 + n) for n in range(len(indices))]
         return [0.0 if hit > 0 else -item / sum(discounts) for hit, item in zip(hits, discounts, strict=True)]
 
-    def _prefix(self, case: Case, places: Sequence[int]) -> list[float]:
+    def _prefix(self, case: Case, indices: Sequence[int]) -> list[float]:
         """Return the relative length of the prefix that each code shares with the true code."""
-        wanted = self._code(self.items.index(str(case.truth)))
+        truth = self._code(self.items.index(str(case.truth)))
         results = []
-        for place in places:
-            code = self._code(place)
-            pairs = zip(code, wanted, strict=False)
-            alike = next((n for n, (one, two) in enumerate(pairs) if one != two), min(len(code), len(wanted)))
-            results.append(alike / max(len(code), len(wanted)))
+        for index in indices:
+            code = self._code(index)
+            pairs = zip(code, truth, strict=False)
+            shared = next((n for n, (one, two) in enumerate(pairs) if one != two), min(len(code), len(truth)))
+            results.append(shared / max(len(code), len(truth)))
         return results
 
-    def _code(self, place: int) -> tuple[int, ...]:
-        path = self.catalogue.path(int(self.catalogue.places[place]))
+    def _code(self, index: int) -> tuple[int, ...]:
+        path = self.catalogue.path(int(self.catalogue.ranks[index]))
         return path[: len(path) - self.closing]
 
-    def _percentile(self, case: Case, places: Sequence[int]) -> list[float]:
+    def _percentile(self, case: Case, indices: Sequence[int]) -> list[float]:
         """Return the share of the catalogue that a baseline scores lower than each item; ties count half."""
         assert self.scorer is not None
         (scores,) = np.asarray(self.scorer.scores([case.request]))
         column = {item: n for n, item in enumerate(self.scorer.items)}
-        values = np.array([scores[column[self.items[place]]] for place in places])
+        values = np.array([scores[column[self.items[index]]] for index in indices])
         below = (scores < values[:, None]).sum(axis=1) + 0.5 * ((scores == values[:, None]).sum(axis=1) - 1)
         return [float(value) for value in below / max(len(scores) - 1, 1)]
 
@@ -107,7 +107,7 @@ def closing_of(catalogue: Catalogue) -> int:
 
     Other shared tokens may be a level of the codes.
     """
-    paths = [catalogue.path(place) for place in range(len(catalogue))]
+    paths = [catalogue.path(rank) for rank in range(len(catalogue))]
     return int(min(map(len, paths)) > 1 and len({path[-1] for path in paths}) == 1)
 
 
