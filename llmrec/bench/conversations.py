@@ -108,8 +108,8 @@ class Setting:
             for seed in page.seeds:
                 every = self.data_users[seed][: row.users or page.users]
                 conversation = Conversation(tools, made(seed), reader)
-                for guest, held in talks(conversation, every, seed, page.turns, row.knows):
-                    yield _talk(facts, seed, guest.user, guest.target, held)
+                for simulated_user, held in talks(conversation, every, seed, page.turns, row.knows):
+                    yield _talk(facts, seed, simulated_user.user, simulated_user.target, held)
                     out(1)
 
 
@@ -169,8 +169,8 @@ def _check_fields(page: ChatSuite, facts: Facts) -> None:
 
 def _stored(setting: Setting, row: ChatRow, path: Path, shared: Mapping[str, Any]) -> list[Talk]:
     """Return stored conversations with the same cache key, or run and store them."""
-    asked = row.model_dump(mode="json", exclude={"name"})
-    key = fingerprint("chat", row=asked, models=[_model(name) for name in (row.manager, row.ranker)], **shared)
+    config = row.model_dump(mode="json", exclude={"name"})
+    key = fingerprint("chat", row=config, models=[_model(name) for name in (row.manager, row.ranker)], **shared)
 
     def make() -> Mapping[str, Any]:
         with Bar(row.label, (row.users or setting.page.users) * len(setting.page.seeds)) as bar:

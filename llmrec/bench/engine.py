@@ -170,10 +170,10 @@ def compared(page: Page, made: Made) -> dict[str, Any]:
         Fields of a result.
     """
     explored = page.explored if isinstance(page, Suite) else ()
-    asked = [_asked(table, made, page.pairs) for table in made.tables]
-    later = [_asked(table, made, explored) for table in made.tables]
+    by_table = [_pairs(table, made, page.pairs) for table in made.tables]
+    explored_by_table = [_pairs(table, made, explored) for table in made.tables]
     unrun = _unrun(page, made)
-    described = [_described(page, table, made, planned) for table, planned in zip(made.tables, asked, strict=True)]
+    described = [_described(page, table, made, planned) for table, planned in zip(made.tables, by_table, strict=True)]
     plans = [
         Plan(
             table.metric,
@@ -181,14 +181,14 @@ def compared(page: Page, made: Made) -> dict[str, Any]:
             others,
             [contrast for frame, contrast in planned if contrast is not None and frame.items is not None],
         )
-        for table, planned, others in zip(made.tables, asked, described, strict=True)
+        for table, planned, others in zip(made.tables, by_table, described, strict=True)
     ]
     tested = compare_tables(plans, resamples=page.bootstrap, more=unrun)
     pairs, comparisons, afterwards = list[BenchmarkPair](), list[BenchmarkPair](), list[BenchmarkPair]()
-    for table, planned, more, results in zip(made.tables, asked, later, tested, strict=True):
-        whole, partial = iter(results.planned), iter(results.partial)
+    for table, planned, more, results in zip(made.tables, by_table, explored_by_table, tested, strict=True):
+        full, partial = iter(results.planned), iter(results.partial)
         numbers = [
-            None if contrast is None else next(whole if frame.items is None else partial) for frame, contrast in planned
+            None if contrast is None else next(full if frame.items is None else partial) for frame, contrast in planned
         ]
         pairs += _filled(planned, numbers, made.parts, page.bootstrap)
         comparisons += [
@@ -233,8 +233,8 @@ def _contrast(metric: str, a: tuple[Standing, Sample], b: tuple[Standing, Sample
     (one, first), (other, second) = a, b
     if first.requests == second.requests:
         return Contrast(metric, one, other, first.users)
-    places = {request: index for index, request in enumerate(second.requests)}
-    both = [(index, places[request]) for index, request in enumerate(first.requests) if request in places]
+    positions = {request: index for index, request in enumerate(second.requests)}
+    both = [(index, positions[request]) for index, request in enumerate(first.requests) if request in positions]
     left, right = ([pair[side] for pair in both] for side in (0, 1))
     return Contrast(
         metric,
@@ -244,26 +244,26 @@ def _contrast(metric: str, a: tuple[Standing, Sample], b: tuple[Standing, Sample
     )
 
 
-def _asked(table: BenchmarkTable, made: Made, pairs: Sequence[AnyPair]) -> list[tuple[BenchmarkPair, Contrast | None]]:
+def _pairs(table: BenchmarkTable, made: Made, pairs: Sequence[AnyPair]) -> list[tuple[BenchmarkPair, Contrast | None]]:
     """Return the comparisons to make in a table; None for comparisons without requests.
 
     Rows that were not run or have no figure are not compared.
     """
     rows, comparisons = _standings(table, made), list[tuple[BenchmarkPair, Contrast | None]]()
-    for asked in pairs:
-        names = names_of(asked)
+    for pair in pairs:
+        names = names_of(pair)
         if not rows.keys() >= set(names):
             continue
         contrast = _contrast(table.metric, rows[names[0]], rows[names[1]])
         frame = BenchmarkPair(table=table.name, metric=table.metric, a=names[0], b=names[1])
-        if isinstance(asked, PartialPair):
-            cold = asked.items == "cold"
-            places = np.flatnonzero(made.parts.masks[_COLD] == cold).tolist()
+        if isinstance(pair, PartialPair):
+            cold = pair.items == "cold"
+            indices = np.flatnonzero(made.parts.masks[_COLD] == cold).tolist()
             # Cold-start interactions are few and concentrate on few items, so items are resampled.
-            owners = [(made.parts.targets if cold else contrast.users)[place] for place in places]
+            owners = [(made.parts.targets if cold else contrast.users)[index] for index in indices]
             clusters = len(set(owners)) if cold else None
-            frame = frame.model_copy(update={"items": asked.items, "n": len(places), "clusters": clusters})
-            comparisons.append((frame, _on(contrast, places, owners) if places else None))
+            frame = frame.model_copy(update={"items": pair.items, "n": len(indices), "clusters": clusters})
+            comparisons.append((frame, _on(contrast, indices, owners) if indices else None))
             continue
         if len(contrast.users) < table.requests:
             frame = frame.model_copy(update={"n": len(contrast.users), "users": len(set(contrast.users))})
@@ -297,13 +297,13 @@ def _described(
 
 
 def _filled(
-    asked: Sequence[tuple[BenchmarkPair, Contrast | None]],
+    comparisons: Sequence[tuple[BenchmarkPair, Contrast | None]],
     numbers: Sequence[Pair | None],
     parts: Parts,
     resamples: int,
 ) -> Iterator[BenchmarkPair]:
     """Yield comparisons with their results, also on subsets of the requests."""
-    for (frame, contrast), pair in zip(asked, numbers, strict=True):
+    for (frame, contrast), pair in zip(comparisons, numbers, strict=True):
         if contrast is None or pair is None:
             yield frame
             continue
@@ -316,20 +316,20 @@ def _sliced(contrast: Contrast, parts: Parts, resamples: int) -> tuple[PairSlice
     """Return a comparison on each subset; subsets with too few requests have no result."""
     slices = []
     for name, mask in parts.masks.items():
-        places = np.flatnonzero(mask).tolist()
-        if not places:
+        indices = np.flatnonzero(mask).tolist()
+        if not indices:
             continue
         by_target = name.startswith(_OF_TARGETS)
-        owners = [(parts.targets if by_target else contrast.users)[place] for place in places]
-        part = PairSlice(name=name, n=len(places), clusters=len(set(owners)) if by_target else None)
-        if len(places) >= FEW:
-            (pair,) = exploratory([_on(contrast, places, owners)], resamples=resamples)
+        owners = [(parts.targets if by_target else contrast.users)[index] for index in indices]
+        part = PairSlice(name=name, n=len(indices), clusters=len(set(owners)) if by_target else None)
+        if len(indices) >= FEW:
+            (pair,) = exploratory([_on(contrast, indices, owners)], resamples=resamples)
             part = part.model_copy(update={"value": pair.value, "low": pair.low, "high": pair.high})
         slices.append(part)
     return tuple(slices)
 
 
-def _on(contrast: Contrast, places: Sequence[int], owners: Sequence[str]) -> Contrast:
+def _on(contrast: Contrast, indices: Sequence[int], owners: Sequence[str]) -> Contrast:
     """Return a comparison on some of its requests, resampled by ``owners``."""
-    one, other = (replace(row, values=row.values[..., list(places)]) for row in (contrast.a, contrast.b))
+    one, other = (replace(row, values=row.values[..., list(indices)]) for row in (contrast.a, contrast.b))
     return Contrast(contrast.metric, one, other, owners)

@@ -52,7 +52,7 @@ def _read_by(recipe: Recipe) -> Mapping[str, Any]:
     path = Path(index.path) if index is not None and index.path else None
     return {
         "recipe": recipe.model_dump(mode="json"),
-        "templates": {name: sorted(entry.sha for entry in own.values()) for name, own in templates.items()},
+        "templates": {name: sorted(entry.sha for entry in entries.values()) for name, entries in templates.items()},
         "model": weights_of(recipe.model.name) if recipe.model.shape is None else None,
         "encoders": [weights_of(recipe.encoder), weights_of(index.semantic.encoder) if index is not None else None],
         "index": sha256_of(path) if path is not None and path.is_file() else None,

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmrec.bench.engine import Made, MadeRow, Sample
-from llmrec.bench.records import BenchmarkRow, BenchmarkTable, RowFigures, place
+from llmrec.bench.records import BenchmarkRow, BenchmarkTable, RowFigures, sort_key
 from llmrec.ensembles.members import FUSIONS
 from llmrec.errors import RecipeError, did_you_mean
 from llmrec.evaluate.compare import over_runs
@@ -291,14 +291,14 @@ def made_of(lines: Iterable[Line], resamples: int, *, seconds: float = 0.0, miss
     for line in lines:
         by_table.setdefault(line.table, []).append(line)
     tables, rows = list[BenchmarkTable](), dict[str, MadeRow]()
-    for shared, own in by_table.items():
-        if any(line.requests != own[0].requests for line in own):
+    for shared, group in by_table.items():
+        if any(line.requests != group[0].requests for line in group):
             raise RecipeError(f"{shared[0]}: the runs of one table {_UNEQUAL}", kind="mismatch")
         same = sum(table.task == shared[0] for table in tables)
         name = f"{shared[0]}-{same + 1}" if same else shared[0]
-        figures = {line.name: _figures(line, resamples) for line in own}
-        tables.append(_table(name, shared, own, figures))
-        for line in own:
+        figures = {line.name: _figures(line, resamples) for line in group}
+        tables.append(_table(name, shared, group, figures))
+        for line in group:
             sample = Sample(_values(line, shared[1]), line.users, line.requests)
             known = rows.get(line.name)
             row = _row(line) if known is None else known.row
@@ -311,7 +311,7 @@ def made_of(lines: Iterable[Line], resamples: int, *, seconds: float = 0.0, miss
 
 def _table(name: str, shared: Shared, lines: Sequence[Line], figures: Mapping[str, RowFigures]) -> BenchmarkTable:
     family, metric, signature, candidates = shared
-    ordered = sorted(lines, key=lambda line: place(figures[line.name].value(metric), metric))
+    ordered = sorted(lines, key=lambda line: sort_key(figures[line.name].value(metric), metric))
     others = [entry for entry in figures[ordered[0].name].metrics if entry != metric]
     baselines = (line.name for line in ordered if line.figures[0].arm == "baseline")
     return BenchmarkTable(

@@ -59,9 +59,9 @@ def placed(values: dict[str, Json], folder: Path, sought: dict[str, Path]) -> No
             continue
         if last in _NAMES and not path.startswith(".") and not path.endswith(".yaml"):
             continue
-        beside = str(folder / path)
-        if _is_there(beside):
-            section[last] = head + beside
+        candidate = str(folder / path)
+        if _is_there(candidate):
+            section[last] = head + candidate
         else:
             sought[path] = folder
 

@@ -199,21 +199,21 @@ def differences(results: Results) -> Differences:
     return {"kind": "differences", "unit": unit, "sides": sides, "rows": [row for row in rows if row]}
 
 
-def _difference(found: summary.Headline, *, share: bool) -> Difference | None:
+def _difference(headline: summary.Headline, *, share: bool) -> Difference | None:
     """Return the gain of a task over its baseline; None if undefined."""
-    entry, model, control = found.difference, found.model, found.control
+    entry, model, control = headline.difference, headline.model, headline.control
     if entry is None or entry.value is None or model is None or control is None:
         return None
-    whole = found.relative_to if share else None
-    if share and whole is None:
+    reference = headline.relative_to if share else None
+    if share and reference is None:
         return None
-    scale = 1.0 if whole is None else 100.0 / whole
+    scale = 1.0 if reference is None else 100.0 / reference
     ends = [end for end in (entry.low, entry.high) if end is not None]
-    bounds = sorted(summary.gain(found.metric, end) * scale for end in ends)
+    bounds = sorted(summary.gain(headline.metric, end) * scale for end in ends)
     return {
-        "label": flat(title(found.task)),
-        "beside": flat(" − ".join(found.names)),
-        "value": summary.gain(found.metric, entry.value) * scale,
+        "label": flat(title(headline.task)),
+        "beside": flat(" − ".join(headline.names)),
+        "value": summary.gain(headline.metric, entry.value) * scale,
         "low": bounds[0] if len(bounds) == 2 else None,
         "high": bounds[1] if len(bounds) == 2 else None,
         "detectable": None if entry.detectable is None else entry.detectable * scale,
@@ -350,8 +350,8 @@ def quality_by_tokens(results: Results, task: str) -> CostPlot | None:
         )
     if not points:
         return None
-    chance = [row for row in results.standings(task) if row.arm == "baseline" and row.predictor == "random"]
-    levels = [row for row in (best_baseline(results, task), *chance) if row is not None]
+    random_rows = [row for row in results.standings(task) if row.arm == "baseline" and row.predictor == "random"]
+    levels = [row for row in (best_baseline(results, task), *random_rows) if row is not None]
     return {
         "kind": "cost",
         "metric": flat(metric),

@@ -164,8 +164,8 @@ def contribution(results: Results, task: str) -> Comparison | None:
     With several ensembles without it, the best one of the planned comparisons counts.
     """
     metric, rows = results.headline[task], {row.id: row for row in results.rows}
-    places = {row.id: index for index, row in enumerate(results.standings(task))}
-    joined = {name for name in places if rows[name].fusion is not None}
+    ranks = {row.id: index for index, row in enumerate(results.standings(task))}
+    joined = {name for name in ranks if rows[name].fusion is not None}
     pairs = [
         facing(entry, entry.a if rows[entry.a].arm == "tuned" else entry.b)
         for entry in results.comparisons
@@ -173,7 +173,7 @@ def contribution(results: Results, task: str) -> Comparison | None:
         and {entry.a, entry.b} <= joined
         and {rows[entry.a].arm, rows[entry.b].arm} == {"tuned", "baseline"}
     ]
-    return min(pairs, key=lambda entry: (entry.verdict is None, places[entry.b]), default=None)
+    return min(pairs, key=lambda entry: (entry.verdict is None, ranks[entry.b]), default=None)
 
 
 def unweighed(results: Results, ensemble: str) -> bool:
@@ -263,8 +263,8 @@ def _choice(results: Results, task: str) -> str:
         return ""
     short = short_names(with_figures(results, task))
     figures = sorted(choice.figures.items(), key=lambda entry: -entry[1])
-    beside = next(((name, value) for name, value in figures if name != choice.row), None)
-    after = f"; the second best is {short.get(beside[0], beside[0])}, {beside[1]:.4f}" if beside else ""
+    second = next(((name, value) for name, value in figures if name != choice.row), None)
+    after = f"; the second best is {short.get(second[0], second[0])}, {second[1]:.4f}" if second else ""
     return (
         f"{short.get(row.id, label(row))} is served: it has the best {choice.metric} of {len(figures)} recommenders on "
         f"{count(choice.users)} validation users, {choice.value:.4f}{after}."

@@ -220,10 +220,10 @@ def duration(seconds: float | None) -> str:
         return DASH
     if seconds < 60:
         return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    whole = round(seconds)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
+    total = round(seconds)
+    if total < 3600:
+        return f"{total // 60} min {total % 60} s"
+    return f"{total // 3600} h {total % 3600 // 60} min"
 
 
 def short_template(row: Setting) -> str:
@@ -255,8 +255,8 @@ def short_names(rows: Sequence[Row]) -> dict[str, str]:
                 [next((one for one in entry if one.startswith(f"{name}=")), "") for entry in settings] for name in names
             ]
             apart = next((entry for entry in columns if len({*entry}) == len(alike)), None)
-            own = "" if apart is None else apart[alike.index(row)]
-            result[row.id] = flat(row.predictor if apart is None else f"{row.method}({own})" if own else row.method)
+            value = "" if apart is None else apart[alike.index(row)]
+            result[row.id] = flat(row.predictor if apart is None else f"{row.method}({value})" if value else row.method)
     return result
 
 

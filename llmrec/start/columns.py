@@ -42,7 +42,7 @@ ROLES = ("user", "item", "rating", "time", "title", "text", "split")
 
 
 @dataclass(frozen=True)
-class Asked:
+class RequestedRoles:
     """The columns that the user named; None means that a column is to be guessed."""
 
     user: str | None = None
@@ -61,7 +61,7 @@ class Asked:
         return value
 
 
-def asked(options: TableOptions) -> Asked:
+def requested_roles(options: TableOptions) -> RequestedRoles:
     """Return the columns given as options; ``fields`` is comma-separated, ``dates`` is one of two words.
 
     Raises:
@@ -77,7 +77,7 @@ def asked(options: TableOptions) -> Asked:
         )
     fields = None if options.fields is None else tuple(filter(None, map(str.strip, options.fields.split(","))))
     roles = {role: getattr(options, role, None) for role in ROLES}
-    return Asked(**roles, fields=fields, dates=order)
+    return RequestedRoles(**roles, fields=fields, dates=order)
 
 
 @dataclass(frozen=True)
@@ -106,14 +106,14 @@ class Roles:
     split: str | None = None
     dates: DateOrder | None = None
 
-    def named(self, role: str, own: str) -> str | None:
+    def named(self, role: str, default: str) -> str | None:
         """Return the recipe value for a role: the name of its column, or `NONE`."""
         result: str | None = getattr(self, role)
-        return result or (NONE if own in self.profiles else None)
+        return result or (NONE if default in self.profiles else None)
 
-    def again(self, item: str) -> Asked:
+    def again(self, item: str) -> RequestedRoles:
         """Return the roles as options, after the item column was renamed."""
-        return Asked(
+        return RequestedRoles(
             user=self.user,
             item=item,
             rating=self.rating or NONE,
@@ -135,9 +135,9 @@ class Roles:
         return ", ".join(result) or ("field" if column in self.fields else "-")
 
 
-def check_asked(
+def check_requested(
     name: str,
-    asked: Asked,
+    requested: RequestedRoles,
     profiles: Mapping[str, Profile],
     items: Mapping[str, Profile],
     inner: Sequence[str] = (),
@@ -146,7 +146,7 @@ def check_asked(
 
     Args:
         name: Name of the table.
-        asked: The roles that the user gave.
+        requested: The roles that the user gave.
         profiles: The columns of the table of interactions.
         items: The columns of the table of items.
         inner: Further columns, inside lists.
@@ -155,7 +155,7 @@ def check_asked(
         DataError: Otherwise; the message suggests the closest name.
     """
     for role in (*ROLES, "fields"):
-        named = (asked.fields or ()) if role == "fields" else (asked.of(role),)
+        named = (requested.fields or ()) if role == "fields" else (requested.of(role),)
         known = [*profiles, *(c for c in items if c not in profiles and role in ("title", "fields"))]
         for column in named:
             if column is None or column in known or (column == NONE and role not in ("user", "item")):
@@ -167,13 +167,13 @@ def check_asked(
                 f"are: {', '.join(map(shown, [*known, *inner]))}",
                 column,
             )
-    taken = [column for role in ROLES if role != "title" and (column := asked.of(role)) not in (None, NONE)]
+    taken = [column for role in ROLES if role != "title" and (column := requested.of(role)) not in (None, NONE)]
     twice = next((column for column in taken if taken.count(column) > 1), None)
     if twice is not None:
         raise DataError(
             f"the column {twice!r} is used for two options: "
-            f"{', '.join(f'--{role}' for role in ROLES if asked.of(role) == twice)}; use a different column for each "
-            "option",
+            f"{', '.join(f'--{role}' for role in ROLES if requested.of(role) == twice)}; use a different column for "
+            "each option",
             kind="contradiction",
             column=twice,
         )
@@ -185,52 +185,52 @@ _MOST_FIELDS = 4
 _MOST_LEVELS = 101
 
 
-def in_lists(table: Table, asked: Asked) -> tuple[str, ...]:
+def in_lists(table: Table, requested: RequestedRoles) -> tuple[str, ...]:
     """Return the used columns inside lists, whose elements become rows.
 
     They are those that the user gave; without any, the column whose name fits the item best, if no column outside lists
     fits as well.
     """
     inner = paths(table)
-    text = (*(asked.of(role) for role in ROLES), *(asked.fields or ()))
+    text = (*(requested.of(role) for role in ROLES), *(requested.fields or ()))
     chosen = tuple(name for name in text if name in inner)
-    if chosen or asked.item is not None or not inner:
+    if chosen or requested.item is not None or not inner:
         return chosen
     best = max(inner, key=lambda path: named(path).weight("item"))
     others = max((named(column).weight("item") for column in table.frame.columns), default=0.0)
     return (best,) if named(best).weight("item") > others else ()
 
 
-def guess(table: Table, asked: Asked, items: Table | None = None) -> Roles:
+def guess(table: Table, requested: RequestedRoles, items: Table | None = None) -> Roles:
     """Return the guessed roles of the columns.
 
     Args:
         table: The interactions.
-        asked: The roles that the user gave.
+        requested: The roles that the user gave.
         items: The table of items, if any, which is searched for titles and fields first.
 
     Raises:
         DataError: If a column is missing, no column fits the user or the item, or two columns fit equally well.
     """
-    profiles = profile(table, asked.dates)
+    profiles = profile(table, requested.dates)
     listed = profile(items) if items is not None else {}
     for role in ROLES:
-        if (named := asked.of(role)) is not None and named not in listed:
+        if (named := requested.of(role)) is not None and named not in listed:
             check_usable(table, named, f"--{role}")
-    check_asked(table.name, asked, profiles, listed, paths(table))
-    return _Guess(table, profiles, asked, listed).roles()
+    check_requested(table.name, requested, profiles, listed, paths(table))
+    return _Guess(table, profiles, requested, listed).roles()
 
 
 class _Guess:
     """Assigns columns to `Roles`, one role at a time."""
 
     def __init__(
-        self, table: Table, profiles: Mapping[str, Profile], asked: Asked, items: Mapping[str, Profile]
+        self, table: Table, profiles: Mapping[str, Profile], requested: RequestedRoles, items: Mapping[str, Profile]
     ) -> None:
         self._name, self._unusable, self._inner = table.name, table.unusable, paths(table)
-        self._profiles, self._asked, self._items = profiles, asked, items
-        self._why = {c: "you named it" for r in ROLES if (c := asked.of(r)) is not None and c != NONE}
-        self._used = set(self._why) - ({asked.title} if asked.title else set())
+        self._profiles, self._requested, self._items = profiles, requested, items
+        self._why = {c: "you named it" for r in ROLES if (c := requested.of(r)) is not None and c != NONE}
+        self._used = set(self._why) - ({requested.title} if requested.title else set())
         self._ties: dict[tuple[str, str], float | None] = {}
         self._user = self._item = ""
 
@@ -250,10 +250,10 @@ class _Guess:
             self._user, self._item, rating, time, title, text, fields, why, self._profiles, self._items, split
         )
         ordered = time is not None and self._profiles[time].times.form in ("day-first dates", "month-first dates")
-        return replace(roles, dates=self._asked.dates) if ordered else roles
+        return replace(roles, dates=self._requested.dates) if ordered else roles
 
     def _one(self, role: str, find: Callable[[], str | None]) -> str | None:
-        text = self._asked.of(role)
+        text = self._requested.of(role)
         if text is not None:
             return None if text == NONE else text
         result = find()
@@ -281,7 +281,7 @@ class _Guess:
 
     def _entities(self) -> None:
         for role in ("user", "item"):
-            text = self._asked.of(role)
+            text = self._requested.of(role)
             if text is not None and (fault := no_id(self._profiles[text], named=True)):
                 raise DataError.at(
                     self._name,
@@ -289,8 +289,8 @@ class _Guess:
                     f": the column {text!r} cannot be the {role}, since {fault}; name another --{role}",
                     text,
                 )
-        user = self._asked.user or self._by_name("user", self._asked.item)
-        item = self._asked.item or self._by_name("item", user)
+        user = self._requested.user or self._by_name("user", self._requested.item)
+        item = self._requested.item or self._by_name("item", user)
         if user is not None and item is None:
             item = self._item_by_content(user)
         if item is not None and user is None:
@@ -573,14 +573,14 @@ class _Guess:
         return best.name
 
     def _fields(self, title: str | None) -> tuple[str, ...]:
-        if self._asked.fields is not None:
-            chosen = tuple(column for column in self._asked.fields if column != NONE)
+        if self._requested.fields is not None:
+            chosen = tuple(column for column in self._requested.fields if column != NONE)
             self._why |= dict.fromkeys(chosen, "you named it")
             return chosen
         scored: list[tuple[float, str]] = []
         for table, col in [("items", h) for h in self._items.values()] + [("", h) for h in self._free()]:
-            own = leaf(self._item) if table else self._item
-            if col.name in (title, own) or col.name in (name for _, name in scored):
+            item = leaf(self._item) if table else self._item
+            if col.name in (title, item) or col.name in (name for _, name in scored):
                 continue
             weight = col.named.weight("field")
             plain = col.letters >= 0.5 and not col.named.roles and not col.named.is_id

@@ -26,14 +26,14 @@ class Fault:
 
     Attributes:
         at: Its file and row, as far as known.
-        said: A clause with the row, the value and the error.
+        text: A clause with the row, the value and the error.
         mend: How the copy fixes it; empty if only the user can.
         instead: Another way to fix it.
     """
 
     column: str
     at: Place
-    said: str
+    text: str
     mend: str
     instead: str = ""
     kind: ErrorKind = "bad-value"
@@ -113,7 +113,7 @@ def _times(peek: Peek, roles: Roles) -> Fault | None:
     first = int((col.cells != "").arg_max() or 0)
     if form == "no times":
         return _fault(peek, col, first, "time", "which is neither a number nor a date", "", instead)
-    if form == "dates whose day and month cannot be told apart":
+    if form == "dates with ambiguous day and month":
         instead = f"set --dates day-first or --dates month-first. {instead}"
         wrong = "in which day and month are ambiguous, as in all other rows"
         return _fault(peek, col, first, "time", wrong, "", instead)
@@ -182,7 +182,7 @@ def refusal(name: str, listed: Sequence[Fault], copy: Path | None) -> str:
         listed: The faults.
         copy: Where a fixed copy could be written; None for a frame in memory, which is not copied.
     """
-    parts = [fault.said for fault in listed]
+    parts = [fault.text for fault in listed]
     message = "; ".join(f"({n}) {part}" for n, part in enumerate(parts, start=1)) if len(parts) > 1 else parts[0]
     instead = list(dict.fromkeys(fault.instead for fault in listed if fault.instead))
     mends = list(dict.fromkeys(fault.mend for fault in listed if fault.mend))

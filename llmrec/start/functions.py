@@ -30,7 +30,7 @@ from llmrec.registry import BASELINES, is_plugin, lookup
 from llmrec.results import Choice
 from llmrec.start import init as start
 from llmrec.start.auto import PAGES, Auto, build
-from llmrec.start.columns import asked
+from llmrec.start.columns import requested_roles
 from llmrec.start.options import AutoOptions, InitOptions, TuneOptions
 from llmrec.start.tune import TuneResult, search
 from llmrec.tasks.family import missing_controls
@@ -118,22 +118,22 @@ def _recipe_for(
     With ``only_data`` only its section ``data`` is of use, and faults of the table are fixed.
     """
     options = InitOptions(table="frame", **roles)
-    with only_for_a_moment() as (place, named):
+    with only_for_a_moment() as (folder, named):
         tables = {}
         for key, entry in (("path", interactions), ("items", items)):
             if entry is not None:
-                tables[key] = str(entry if isinstance(entry, str | Path) else write_frame(entry, place, key))
-        made = start.init(
+                tables[key] = str(entry if isinstance(entry, str | Path) else write_frame(entry, folder, key))
+        result = start.init(
             tables["path"],
             items=tables.get("items"),
-            out=place / "recipe.yaml",
+            out=folder / "recipe.yaml",
             name=name,
-            asked=asked(options),
-            mend=place / "mended.csv" if only_data else None,
+            requested=requested_roles(options),
+            mend=folder / "mended.csv" if only_data else None,
             in_memory=True,
             only_data=only_data,
         )
-        yield load_recipe(made.recipe), named(made.found)
+        yield load_recipe(result.recipe), named(result.found)
 
 
 def auto(

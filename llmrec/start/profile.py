@@ -46,7 +46,7 @@ TimeForm = Literal[
     "day-first dates",
     "month-first dates",
     "dates",
-    "dates whose day and month cannot be told apart",
+    "dates with ambiguous day and month",
     "no times",
 ]
 
@@ -157,7 +157,7 @@ def times(series: pl.Series, texts: pl.Series, order: DateOrder | None = None) -
         iso = cells.str.contains(_ISO).sum() >= _MOST * filled
         form: TimeForm = "ISO dates" if iso else "dates"
     else:
-        form = f"{result.order} dates" if result.order else "dates whose day and month cannot be told apart"  # type: ignore[assignment]
+        form = f"{result.order} dates" if result.order else "dates with ambiguous day and month"  # type: ignore[assignment]
     return Times(form, cells.set(result.seconds.is_null(), None), seconds=result.seconds)
 
 

@@ -109,10 +109,10 @@ class View:
     def candidate(self, user_id: str, item_id: str) -> Values:
         """Return the template variables of a candidate, with count and mean rating without the user's interactions."""
 
-        def told(name: str) -> object:
+        def stat(name: str) -> object:
             return (self._item_stats(item_id, user_id) or {}).get(name)
 
-        counted = {name: partial(told, name) for name in ("count", "mean")}
+        counted = {name: partial(stat, name) for name in ("count", "mean")}
         return {**self._shown(item_id), **counted}
 
     def _shown(self, item_id: str) -> Values:
@@ -337,7 +337,7 @@ def window(events: Sequence[Event], length: int, rng: random.Random) -> tuple[Ev
     return tuple(events[start : start + length])
 
 
-def asked_item(request: Request, family: str) -> str:
+def requested_item(request: Request, family: str) -> str:
     """Return the item of a request, or raise an error if it has none.
 
     Raises:
@@ -356,7 +356,7 @@ def ranking_reward(answer: Answer, case: Case) -> float:
     """Return 1 / log2(1 + rank) of the true item, averaged over ties; 0 if it is not ranked."""
     if not isinstance(answer, Ranking) or case.truth not in answer.items:
         return 0.0
-    own = answer.scores[answer.items.index(str(case.truth))]
-    above = sum(score > own for score in answer.scores)
-    level = sum(score == own for score in answer.scores)
+    true_score = answer.scores[answer.items.index(str(case.truth))]
+    above = sum(score > true_score for score in answer.scores)
+    level = sum(score == true_score for score in answer.scores)
     return sum(1 / math.log2(2 + rank) for rank in range(above, above + level)) / level

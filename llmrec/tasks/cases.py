@@ -34,13 +34,13 @@ class Cases(Sequence[Case]):
         return len(self.held)
 
     @overload
-    def __getitem__(self, place: int) -> Case: ...
+    def __getitem__(self, index: int) -> Case: ...
 
     @overload
-    def __getitem__(self, place: slice) -> list[Case]: ...
+    def __getitem__(self, index: slice) -> list[Case]: ...
 
-    def __getitem__(self, place: int | slice) -> Case | list[Case]:
-        held = self.held[place]
+    def __getitem__(self, index: int | slice) -> Case | list[Case]:
+        held = self.held[index]
         return self._make(held) if isinstance(held, Interaction) else [self._make(item) for item in held]
 
     def __iter__(self) -> Iterator[Case]:

@@ -25,10 +25,10 @@ from llmrec.tasks.base import (
     Pasts,
     Values,
     View,
-    asked_item,
     counted_rows,
     passes,
     refuse_test,
+    requested_item,
     solved_examples,
     text_of,
 )
@@ -150,7 +150,7 @@ class ReviewTask(Task):
             DataError: If its context has no review.
         """
         only_one(self.family, want)
-        chosen, item = self._chosen.get(template), asked_item(request, self.family)
+        chosen, item = self._chosen.get(template), requested_item(request, self.family)
         if not request.context.get("review"):
             raise DataError(
                 f"request {request.id!r}: the {self.family} task needs a review; set context['review']",
