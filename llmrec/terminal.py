@@ -85,8 +85,8 @@ def logger(name: str) -> logging.Logger:
 def _is_new(record: logging.LogRecord) -> bool:
     if _noted is None or record.levelno < logging.WARNING:
         return True
-    given = record.args if isinstance(record.args, tuple) else (record.args,)
-    key = (record.name, record.msg, *map(_by_full_path, given))
+    args = record.args if isinstance(record.args, tuple) else (record.args,)
+    key = (record.name, record.msg, *map(_by_full_path, args))
     if key in _noted:
         return False
     _noted.add(key)

@@ -57,7 +57,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class MadeRow:
+class FinishedRow:
     """A model with its values in each table."""
 
     row: BenchmarkRow
@@ -73,7 +73,7 @@ class Parts:
 
 
 @dataclass(frozen=True)
-class Made:
+class Finished:
     """The models of a benchmark that are finished so far.
 
     Attributes:
@@ -86,7 +86,7 @@ class Made:
     """
 
     tables: Sequence[BenchmarkTable]
-    rows: Sequence[MadeRow]
+    rows: Sequence[FinishedRow]
     facts: Mapping[str, Any] = field(default_factory=dict)
     parts: Parts = field(default_factory=Parts)
     missing: int = 0
@@ -106,12 +106,12 @@ def name_of(page: Page) -> str:
     return page.suite if isinstance(page, Suite) else page.benchmark if isinstance(page, Benchmark) else page.chat
 
 
-def write(page: Page, made: Made, results: Path, seconds: float) -> Ran:
+def write(page: Page, done: Finished, results: Path, seconds: float) -> Ran:
     """Compare the finished models, and write the result with its pages.
 
     Args:
         page: The benchmark page.
-        made: The rows.
+        done: The rows.
         results: Folder for ``<name>.json``; pages are written to its parent folder.
         seconds: Time spent in this call.
     """
@@ -127,11 +127,11 @@ def write(page: Page, made: Made, results: Path, seconds: float) -> Ran:
         hash=recipe_hash(page),
         versions=versions(),
         machine=machine(),
-        rows=tuple(row.row for row in made.rows),
-        missing=made.missing,
-        seconds=max(seconds, made.seconds),
-        **compared(page, made),
-        **made.facts,
+        rows=tuple(row.row for row in done.rows),
+        missing=done.missing,
+        seconds=max(seconds, done.seconds),
+        **compared(page, done),
+        **done.facts,
     )
     file = results / f"{result.benchmark}.json"
     write_json(file, result.as_json())
@@ -142,7 +142,7 @@ def write(page: Page, made: Made, results: Path, seconds: float) -> Ran:
     return Ran(result, {"results": file} | {titles[name]: results.parent / name for name in pages if name in titles})
 
 
-def kept(path: Path, key: str, read: Callable[[Mapping[str, Any]], T], make: Callable[[], Mapping[str, Any]]) -> T:
+def cached(path: Path, key: str, read: Callable[[Mapping[str, Any]], T], make: Callable[[], Mapping[str, Any]]) -> T:
     """Return a stored result with the same key, or compute it and store it.
 
     Args:
@@ -163,17 +163,17 @@ def kept(path: Path, key: str, read: Callable[[Mapping[str, Any]], T], make: Cal
 # --------------------------------------------------------------------------- comparisons
 
 
-def compared(page: Page, made: Made) -> dict[str, Any]:
+def compared(page: Page, done: Finished) -> dict[str, Any]:
     """Compare the models: planned comparisons of all tables as one family of tests, then exploratory ones.
 
     Returns:
         Fields of a result.
     """
     explored = page.explored if isinstance(page, Suite) else ()
-    by_table = [_pairs(table, made, page.pairs) for table in made.tables]
-    explored_by_table = [_pairs(table, made, explored) for table in made.tables]
-    unrun = _unrun(page, made)
-    described = [_described(page, table, made, planned) for table, planned in zip(made.tables, by_table, strict=True)]
+    by_table = [_pairs(table, done, page.pairs) for table in done.tables]
+    explored_by_table = [_pairs(table, done, explored) for table in done.tables]
+    unrun = _unrun(page, done)
+    described = [_described(page, table, done, planned) for table, planned in zip(done.tables, by_table, strict=True)]
     plans = [
         Plan(
             table.metric,
@@ -181,25 +181,25 @@ def compared(page: Page, made: Made) -> dict[str, Any]:
             others,
             [contrast for frame, contrast in planned if contrast is not None and frame.items is not None],
         )
-        for table, planned, others in zip(made.tables, by_table, described, strict=True)
+        for table, planned, others in zip(done.tables, by_table, described, strict=True)
     ]
     tested = compare_tables(plans, resamples=page.bootstrap, more=unrun)
     pairs, comparisons, afterwards = list[BenchmarkPair](), list[BenchmarkPair](), list[BenchmarkPair]()
-    for table, planned, more, results in zip(made.tables, by_table, explored_by_table, tested, strict=True):
+    for table, planned, more, results in zip(done.tables, by_table, explored_by_table, tested, strict=True):
         full, partial = iter(results.planned), iter(results.partial)
         numbers = [
             None if contrast is None else next(full if frame.items is None else partial) for frame, contrast in planned
         ]
-        pairs += _filled(planned, numbers, made.parts, page.bootstrap)
+        pairs += _filled(planned, numbers, done.parts, page.bootstrap)
         comparisons += [
             BenchmarkPair(table=table.name, metric=table.metric, **pair.as_json()) for pair in results.described
         ]
         able = exploratory([contrast for _, contrast in more if contrast is not None], resamples=page.bootstrap)
         left = iter(able)
         afterwards += _filled(
-            more, [None if contrast is None else next(left) for _, contrast in more], made.parts, page.bootstrap
+            more, [None if contrast is None else next(left) for _, contrast in more], done.parts, page.bootstrap
         )
-    detectable = zip(made.tables, (results.detectable for results in tested), strict=True)
+    detectable = zip(done.tables, (results.detectable for results in tested), strict=True)
     return {
         "tables": tuple(table.model_copy(update={"detectable": text}) for table, text in detectable),
         "pairs": tuple(pairs),
@@ -208,19 +208,19 @@ def compared(page: Page, made: Made) -> dict[str, Any]:
     }
 
 
-def _unrun(page: Page, made: Made) -> int:
+def _unrun(page: Page, done: Finished) -> int:
     """Return the number of planned comparisons with models that were not run yet."""
-    tables = [{row.row.name for row in made.rows if table.name in row.samples} for table in made.tables]
+    tables = [{row.row.name for row in done.rows if table.name in row.samples} for table in done.tables]
     absent = [pair for pair in page.pairs if not any(names.issuperset(names_of(pair)) for names in tables)]
     if isinstance(page, Suite):
         return len(absent) * len(tables)
-    return len(absent) if made.missing else 0
+    return len(absent) if done.missing else 0
 
 
-def _standings(table: BenchmarkTable, made: Made) -> dict[str, tuple[Standing, Sample]]:
+def _standings(table: BenchmarkTable, done: Finished) -> dict[str, tuple[Standing, Sample]]:
     """Return the models in a table that have a value, by name."""
     standings = {}
-    for entry in made.rows:
+    for entry in done.rows:
         if (sample := entry.samples.get(table.name)) is not None:
             value = entry.row.tables[table.name].value(table.metric)
             if value is not None:
@@ -244,12 +244,14 @@ def _contrast(metric: str, a: tuple[Standing, Sample], b: tuple[Standing, Sample
     )
 
 
-def _pairs(table: BenchmarkTable, made: Made, pairs: Sequence[AnyPair]) -> list[tuple[BenchmarkPair, Contrast | None]]:
+def _pairs(
+    table: BenchmarkTable, done: Finished, pairs: Sequence[AnyPair]
+) -> list[tuple[BenchmarkPair, Contrast | None]]:
     """Return the comparisons to make in a table; None for comparisons without requests.
 
     Rows that were not run or have no figure are not compared.
     """
-    rows, comparisons = _standings(table, made), list[tuple[BenchmarkPair, Contrast | None]]()
+    rows, comparisons = _standings(table, done), list[tuple[BenchmarkPair, Contrast | None]]()
     for pair in pairs:
         names = names_of(pair)
         if not rows.keys() >= set(names):
@@ -258,9 +260,9 @@ def _pairs(table: BenchmarkTable, made: Made, pairs: Sequence[AnyPair]) -> list[
         frame = BenchmarkPair(table=table.name, metric=table.metric, a=names[0], b=names[1])
         if isinstance(pair, PartialPair):
             cold = pair.items == "cold"
-            indices = np.flatnonzero(made.parts.masks[_COLD] == cold).tolist()
+            indices = np.flatnonzero(done.parts.masks[_COLD] == cold).tolist()
             # Cold-start interactions are few and concentrate on few items, so items are resampled.
-            owners = [(made.parts.targets if cold else contrast.users)[index] for index in indices]
+            owners = [(done.parts.targets if cold else contrast.users)[index] for index in indices]
             clusters = len(set(owners)) if cold else None
             frame = frame.model_copy(update={"items": pair.items, "n": len(indices), "clusters": clusters})
             comparisons.append((frame, _on(contrast, indices, owners) if indices else None))
@@ -272,20 +274,20 @@ def _pairs(table: BenchmarkTable, made: Made, pairs: Sequence[AnyPair]) -> list[
 
 
 def _described(
-    page: Page, table: BenchmarkTable, made: Made, planned: Sequence[tuple[BenchmarkPair, Contrast | None]]
+    page: Page, table: BenchmarkTable, done: Finished, planned: Sequence[tuple[BenchmarkPair, Contrast | None]]
 ) -> list[Contrast]:
     """Return the exploratory comparisons of a table.
 
     For runs of recipes these compare the language models with the best baseline, unless that is planned; for models
     under one protocol they compare the best one with every other.
     """
-    rows = _standings(table, made)
+    rows = _standings(table, done)
     if isinstance(page, ChatSuite):
         return []
     if isinstance(page, Benchmark):
         tested = {(frame.a, frame.b) for frame, _ in planned}
         best = rows.get(table.best_baseline or "")
-        arms = {entry.row.name: entry.row.arm for entry in made.rows}
+        arms = {entry.row.name: entry.row.arm for entry in done.rows}
         return [
             _contrast(table.metric, row, best)
             for name, row in rows.items()

@@ -186,12 +186,12 @@ def rewrite(folder: Path) -> list[Path]:
     if not folder.is_dir() or (folder / "results.json").is_file():
         return []
     references = all_references()
-    written = beside(folder, references)
+    pages_by_name = beside(folder, references)
     for result in read_results(folder):
-        written |= own_pages(result, references)
-    for name, text in written.items():
+        pages_by_name |= own_pages(result, references)
+    for name, text in pages_by_name.items():
         write_text(folder.parent / name, text)
-    return [folder.parent / name for name in written]
+    return [folder.parent / name for name in pages_by_name]
 
 
 def matrices(board: Board, results: Sequence[BenchmarkResult], references: Mapping[str, Reference]) -> Iterator[Matrix]:
@@ -201,11 +201,11 @@ def matrices(board: Board, results: Sequence[BenchmarkResult], references: Mappi
         columns = tuple(column for column in group.columns if column.suite in known)
         if not columns:
             continue
-        found = [_column(column, known) for column in columns]
-        lines = list(_lines(board, found))
-        metric = found[0].table.metric
+        sources = [_column(column, known) for column in columns]
+        lines = list(_lines(board, sources))
+        metric = sources[0].table.metric
         lines.sort(key=lambda line: _order(line, metric))
-        published = _published(board, found, references, metric)
+        published = _published(board, sources, references, metric)
         yield Matrix(group.title, metric, columns, tuple(lines), published)
 
 

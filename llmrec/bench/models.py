@@ -179,12 +179,12 @@ class Models:
             LlmrecError: If no item has the field of the suite's ``diversity``, or its text encoder is missing.
         """
         if data.fingerprint not in self._backgrounds:
-            wanted = self.suite.diversity
-            result = Background.of(data, field=wanted.field if wanted else None)
-            if wanted is not None and wanted.encoder is not None:
+            diversity = self.suite.diversity
+            result = Background.of(data, field=diversity.field if diversity else None)
+            if diversity is not None and diversity.encoder is not None:
                 items = [data.dataset.items[item] for item in result.items]
-                vectors = item_vectors(items, item_fields(items, SemanticIndex()), text_embedder(wanted.encoder))
-                result = replace(result, vectors=vectors, encoder=wanted.encoder)
+                vectors = item_vectors(items, item_fields(items, SemanticIndex()), text_embedder(diversity.encoder))
+                result = replace(result, vectors=vectors, encoder=diversity.encoder)
             self._backgrounds[data.fingerprint] = result
         return self._backgrounds[data.fingerprint]
 

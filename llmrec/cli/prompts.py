@@ -91,7 +91,7 @@ def prompts(options: PromptsOptions) -> None:
         llmrec prompts recipes/quickstart.yaml --all
     """
     recipe = load_recipe(options.recipe, options.overrides)
-    recipe, wanted = with_files(recipe, options.template, Path(options.recipe).parent)
+    recipe, template_names = with_files(recipe, options.template, Path(options.recipe).parent)
     study = build_study(recipe)
     if options.evaluation and (options.chat or options.every or options.diff):
         raise RecipeError(
@@ -111,7 +111,7 @@ def prompts(options: PromptsOptions) -> None:
             )
         _write_chat(study, options.chat)
         return
-    chosen = named(study, wanted, options.sets)
+    chosen = named(study, template_names, options.sets)
     alone = bool(options.template or options.sets)
     if options.evaluation:
         encoder = encoder_of(study, resolve(recipe.model, seed=recipe.seed))
@@ -193,7 +193,7 @@ def named(study: Study, names: Sequence[str] = (), sets: Sequence[str] = ()) -> 
     every = [template for known in study.templates.values() for template in known.values()]
     if not names and not sets:
         return every
-    wanted = {find(study, name).id for name in names}
+    ids = {find(study, name).id for name in names}
     known_sets = sorted({name for template in every for name in template.sets})
     for name in sets:
         if name not in known_sets:
@@ -202,7 +202,7 @@ def named(study: Study, names: Sequence[str] = (), sets: Sequence[str] = ()) -> 
                 f"{', '.join(known_sets) or 'none'}",
                 kind="unknown-name",
             )
-    return [template for template in every if template.id in wanted or not template.sets.keys().isdisjoint(sets)]
+    return [template for template in every if template.id in ids or not template.sets.keys().isdisjoint(sets)]
 
 
 def find(study: Study, name: str) -> Template:
@@ -376,10 +376,10 @@ def evaluated(
     Raises:
         RecipeError: If the recipe evaluates none of the templates with a language model, or not this user.
     """
-    wanted, result = {template.id for template in templates}, dict[str, list[str]]()
+    ids, result = {template.id for template in templates}, dict[str, list[str]]()
     for arm in study.recipe.eval.arms:
         for spec in specs_of(study, arm):
-            if spec.template is not None and spec.template.id in wanted and not spec.joins:
+            if spec.template is not None and spec.template.id in ids and not spec.joins:
                 result.setdefault(_prompt(study, encoder, spec, spec.template, user), []).append(spec.id)
     if not result:
         raise RecipeError(

@@ -514,7 +514,7 @@ def located(values: dict[str, Json], base: Path) -> dict[str, Json]:
         values: The values of a recipe.
         base: The folder of its file.
     """
-    made, prompts = dict(values), values.get(PROMPTS)
+    located_values, prompts = dict(values), values.get(PROMPTS)
     result = [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, list | tuple) else []
     tasks = dict(_mapping(values.get("tasks")))
     for family, section in tasks.items():
@@ -526,14 +526,14 @@ def located(values: dict[str, Json], base: Path) -> dict[str, Json]:
                 result += [_absolute(file, base, f"tasks.{family}.{key}") for file in files]
                 names = [Path(name).stem if name in files else name for name in names]
                 tasks[family] = {**tasks[family], key: names}
-                made["tasks"] = tasks
+                located_values["tasks"] = tasks
     if result:
         paths = [_absolute(item, base, PROMPTS) if isinstance(item, str) else item for item in result]
-        made[PROMPTS] = list(dict.fromkeys(paths))
+        located_values[PROMPTS] = list(dict.fromkeys(paths))
     folder = values.get(PLUGINS)
     if isinstance(folder, str):
-        made[PLUGINS] = _absolute(folder, base, PLUGINS)
-    return made
+        located_values[PLUGINS] = _absolute(folder, base, PLUGINS)
+    return located_values
 
 
 def _absolute(path: str, base: Path, key: str) -> str:

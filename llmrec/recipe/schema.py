@@ -95,8 +95,8 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_truth_is_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        given = value if isinstance(value, list | tuple) else (value,)
-        if any(isinstance(item, bool) for item in given) and not _takes_truth(cls, str(info.field_name)):
+        entries = value if isinstance(value, list | tuple) else (value,)
+        if any(isinstance(item, bool) for item in entries) and not _takes_truth(cls, str(info.field_name)):
             raise PydanticCustomError("number", "write a number; on, off, yes, no, true and false are booleans in YAML")
         return value
 
@@ -306,8 +306,8 @@ class DataSection(Section):
             "data.columns.user_fields": self.columns.user_fields or None,
             "data.files": self.files,
         }
-        for key, given in of_tables.items():
-            if given is not None and self.source != "table":
+        for key, setting in of_tables.items():
+            if setting is not None and self.source != "table":
                 raise ValueError(
                     f"{key}: this key requires the source 'table', not {self.source!r}; set data.source=table, or drop "
                     "the key"
@@ -725,11 +725,11 @@ class TasksSection(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _of_further_families(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
-        known = {name: section for name, section in given.items() if name in cls.model_fields or not _is_further(name)}
-        further = [(open_family(name), section) for name, section in given.items() if name not in known]
+    def _of_further_families(cls, tasks: Any) -> Any:
+        if not isinstance(tasks, dict):
+            return tasks
+        known = {name: section for name, section in tasks.items() if name in cls.model_fields or not _is_further(name)}
+        further = [(open_family(name), section) for name, section in tasks.items() if name not in known]
         return known | {family.name: family.section.model_validate(section or {}) for family, section in further}
 
     @model_validator(mode="after")
@@ -1607,7 +1607,7 @@ class Recipe(Displayed, Section):
         self._check_trained()
         for family, section in self.tasks.present().items():
             for key in ("templates", "eval_templates", "strategies", "baselines"):
-                names = [str(getattr(one, "label", one)) for one in getattr(section, key)]
+                names = [str(getattr(entry, "label", entry)) for entry in getattr(section, key)]
                 if len(set(names)) != len(names):
                     raise ValueError(f"tasks.{family}.{key}: a name is repeated in {names}; keep one")
         if len(set(self.eval.arms)) != len(self.eval.arms):

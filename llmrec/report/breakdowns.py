@@ -295,10 +295,10 @@ def _explained(biases: Sequence[PositionBias]) -> str:
     )
 
 
-def _ends(values: Sequence[float | None], written: Callable[[float], str]) -> str:
+def _ends(values: Sequence[float | None], text: Callable[[float], str]) -> str:
     """Return the smallest and the largest value as text."""
     known = sorted(value for value in values if value is not None)
-    ends = list(dict.fromkeys(written(value) for value in known[:1] + known[-1:]))
+    ends = list(dict.fromkeys(text(value) for value in known[:1] + known[-1:]))
     return " to ".join(ends) or DASH
 
 

@@ -282,9 +282,9 @@ def rewards(training: Training) -> Lines:
         "groups without an advantage": "zero",
         "divergence, nats": "kl",
     }
-    made = [(line.step, line.reward) for line in training.log if line.reward is not None]
+    log = [(line.step, line.reward) for line in training.log if line.reward is not None]
     series = [
-        _series(label, "train" if name == "reward" else "valid", [(step, getattr(entry, name)) for step, entry in made])
+        _series(label, "train" if name == "reward" else "valid", [(step, getattr(entry, name)) for step, entry in log])
         for label, name in names.items()
     ]
     return {"kind": "lines", "unit": "rollouts per step", "series": series}
@@ -299,8 +299,8 @@ def speed(results: Results) -> Lines:
 
 
 def _series(name: str, kind: str, points: list[tuple[int, float | None]]) -> Series:
-    kept = [(step, value) for step, value in points if value is not None]
-    return {"name": flat(name), "kind": kind, "x": [step for step, _ in kept], "y": [value for _, value in kept]}
+    defined = [(step, value) for step, value in points if value is not None]
+    return {"name": flat(name), "kind": kind, "x": [step for step, _ in defined], "y": [value for _, value in defined]}
 
 
 def budget(results: Results) -> Bars:

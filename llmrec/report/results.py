@@ -31,7 +31,7 @@ from llmrec.tasks.family import missing_controls
 
 # Signature fields that may differ between the metrics of one model.
 _OF_A_METRIC = frozenset({"gain", "ties", "text", "how"})
-_UNSAID = "(unsaid)"
+_MISSING = "(missing)"
 
 
 def check(results: Results, *, source: str = "results.json") -> None:
@@ -157,7 +157,7 @@ def _same_fields(task: str, rows: Sequence[Row], source: str) -> None:
     parts = {row.id: [_fields(metric.signature) for metric in row.metrics.values()] for row in rows if row.metrics}
     names = sorted({key for fields in parts.values() for entry in fields for key in entry})
     for key in names:
-        values = {row_id: {entry.get(key, _UNSAID) for entry in fields} for row_id, fields in parts.items()}
+        values = {row_id: {entry.get(key, _MISSING) for entry in fields} for row_id, fields in parts.items()}
         kinds: dict[frozenset[str], str] = {}
         for row_id, protocols in values.items():
             for other, first in kinds.items():

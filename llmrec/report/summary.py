@@ -122,20 +122,20 @@ def question(results: Results, found: Iterable[Headline]) -> str:
     return "Is the ensemble better than the best single recommender?"
 
 
-def sentence(found: Headline) -> str:
+def sentence(entry: Headline) -> str:
     """Return a sentence on whether the model is better than the baseline, with difference and interval."""
-    if found.model is None or found.control is None:
-        lacking = "language model or ensemble" if found.model is None else "baseline"
-        return f"No {lacking} has a value for {found.metric}."
-    model, control = found.names
-    if found.difference is None:
-        figures = [number(row.metrics[found.metric].value) for row in (found.model, found.control)]
-        turned = " (lower is better)" if lower(found.metric) else ""
-        reached = f"{model} has {found.metric} {figures[0]} and {control} {figures[1]}{turned}"
+    if entry.model is None or entry.control is None:
+        lacking = "language model or ensemble" if entry.model is None else "baseline"
+        return f"No {lacking} has a value for {entry.metric}."
+    model, control = entry.names
+    if entry.difference is None:
+        figures = [number(row.metrics[entry.metric].value) for row in (entry.model, entry.control)]
+        turned = " (lower is better)" if lower(entry.metric) else ""
+        reached = f"{model} has {entry.metric} {figures[0]} and {control} {figures[1]}{turned}"
         return f"{reached}; the difference was not tested."
-    users = found.model.users
+    users = entry.model.users
     over = f", {count(users)} users" if users else ""
-    return f"{in_words(found.difference, model, control)}: {stated(found.difference)}{over}."
+    return f"{in_words(entry.difference, model, control)}: {stated(entry.difference)}{over}."
 
 
 def gain(metric: str, value: float) -> float:

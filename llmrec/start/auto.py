@@ -184,12 +184,12 @@ def parts_for(dataset: Dataset, encoder: str | None, *, texts: bool, torch: bool
         if baseline.READS != "events" and not (texts and (encoder or baseline.READS == "texts")):
             continue
         keys = baseline.Config.model_fields
-        read: dict[str, Json] = {"encoder": encoder} if encoder and "encoder" in keys else {}
+        with_encoder: dict[str, Json] = {"encoder": encoder} if encoder and "encoder" in keys else {}
         quiet: dict[str, Json] = {"quiet": True} if "quiet" in keys else {}
         for setting in baseline.AUTO:
             if len(dataset.items) <= (setting.items or math.inf) and budget >= setting.seconds:
                 label = f"{name}, {setting.label}" if setting.label else name
-                settings.append((setting.cost, Part(label, name, {**read, **quiet, **setting.fixed})))
+                settings.append((setting.cost, Part(label, name, {**with_encoder, **quiet, **setting.fixed})))
     return [part for _, part in sorted(settings, key=lambda setting: setting[0])]
 
 
@@ -210,15 +210,15 @@ PAGES = (".yaml", ".yml")
 def data_page(options: AutoOptions, name: str, state: Path, say: Callable[[str], None]) -> Recipe:
     """Return a recipe with the data section only."""
     page = options.table.endswith(PAGES)
-    given = load_recipe(options.table) if page else _looked_at(options, state, say)
-    data = given.data.model_dump(mode="json")
+    base = load_recipe(options.table) if page else _recipe_of_table(options, state, say)
+    data = base.data.model_dump(mode="json")
     if not page:
         # Users with few interactions also get recommendations.
         data["filter"] |= {"user_core": 1, "item_core": 1}
     return as_recipe(
         {
             "name": name,
-            "seed": given.seed,
+            "seed": base.seed,
             "data": data,
             "tasks": {"sequential": {"strategies": ["search"]}},
             "eval": {"arms": [], "backend": "hf", "users": options.users, "candidates": {"kind": "catalogue"}},
@@ -226,10 +226,10 @@ def data_page(options: AutoOptions, name: str, state: Path, say: Callable[[str],
     )
 
 
-def _looked_at(options: AutoOptions, state: Path, say: Callable[[str], None]) -> Recipe:
+def _recipe_of_table(options: AutoOptions, state: Path, say: Callable[[str], None]) -> Recipe:
     """Return the recipe of `init` for a table, or for a repaired copy, and report dropped rows."""
     page = state / PAGE
-    made = init(
+    result = init(
         options.table,
         items=options.items,
         out=page,
@@ -241,7 +241,7 @@ def _looked_at(options: AutoOptions, state: Path, say: Callable[[str], None]) ->
         backend="hf",
         query=options.query,
     )
-    for note in made.fixes:
+    for note in result.fixes:
         say(note)
     return load_recipe(page)
 
@@ -494,8 +494,8 @@ class _Search:
 
     def _share(self, waiting: Sequence[Tried]) -> float:
         """Return the time for tuning the first of the waiting recommenders, in seconds."""
-        alike, promised = 1 / len(waiting), _promise(waiting[0]) / sum(map(_promise, waiting))
-        return self._left() * (0.25 * alike + 0.75 * promised)
+        equal, promised = 1 / len(waiting), _promise(waiting[0]) / sum(map(_promise, waiting))
+        return self._left() * (0.25 * equal + 0.75 * promised)
 
     def chosen(self, users: int) -> Recipe:
         """Return the recipe of all recommenders with their best hyperparameters.
@@ -522,20 +522,20 @@ class _Search:
         recipe = self.recipe.model_dump(mode="json")
         recipe["tasks"]["sequential"]["baselines"] = baselines
         recipe["eval"]["users"] = users
-        made = as_recipe(recipe)
-        write_text(self.state / "best.yaml", dump(made))
-        return made
+        best = as_recipe(recipe)
+        write_text(self.state / "best.yaml", dump(best))
+        return best
 
-    def best(self, made: Recipe, data: SplitDataset) -> Choice:
+    def best(self, recipe: Recipe, data: SplitDataset) -> Choice:
         """Return the recommender of a recipe with the best trial."""
-        baselines = made.tasks.present()["sequential"].baselines
+        baselines = recipe.tasks.present()["sequential"].baselines
         result = [tried.best.value for tried in self.tried.values() if tried.best is not None]
         figures = {
             f"sequential/baseline/{entry.label}": value
             for entry, value in zip(baselines[len(baselines) - len(result) :], result, strict=True)
         }
         row = max(figures, key=lambda name: figures[name])
-        users = {one.user_id for one in halves(data, _RESERVED)[0].holdouts("valid")}
+        users = {event.user_id for event in halves(data, _RESERVED)[0].holdouts("valid")}
         return Choice(row=row, metric="NDCG@10", value=figures[row], users=len(users), figures=figures)
 
     def _round(self, parts: Sequence[Tried], *, first: bool, allowed: Allowed) -> None:

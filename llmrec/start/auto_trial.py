@@ -130,15 +130,15 @@ def _tune(part: Tuning, data: SplitDataset, seed: int, key: str, known: list[Don
     from llmrec.baselines.tune import Trial, tune
     from llmrec.registry import BASELINES, lookup
 
-    made = lookup(BASELINES, part.baseline, "baseline")
-    grid = {name: values for name, values in made.GRID.items() if name not in part.fixed}
+    baseline = lookup(BASELINES, part.baseline, "baseline")
+    grid = {name: values for name, values in baseline.GRID.items() if name not in part.fixed}
     fixed = {name: (value,) for name, value in part.fixed.items()}
     if first:
-        defaults = made.Config(**part.fixed).model_dump()
+        defaults = baseline.Config(**part.fixed).model_dump()
         grid = {name: (defaults[name],) for name in grid}
-    if made.READS == "texts":
+    if baseline.READS == "texts":
         # Compute the text vectors first, so that the first trial does not include their cost.
-        text_vectors(data, Catalogue.of(data).ids, made.Config(**part.fixed))
+        text_vectors(data, Catalogue.of(data).ids, baseline.Config(**part.fixed))
     before = time.monotonic()
 
     def keep(trials: Sequence[Trial]) -> None:

@@ -264,17 +264,17 @@ class _Guess:
     def _free(self) -> list[Profile]:
         return [col for name, col in self._profiles.items() if name not in self._used]
 
-    def _tie(self, one: str, other: str) -> float | None:
+    def _tie(self, column: str, other: str) -> float | None:
         """Return how well one column determines another; None if the table is too small."""
-        if (one, other) not in self._ties:
-            self._ties[one, other] = goes_with(self._profiles[one].cells, self._profiles[other].cells)
-        return self._ties[one, other]
+        if (column, other) not in self._ties:
+            self._ties[column, other] = goes_with(self._profiles[column].cells, self._profiles[other].cells)
+        return self._ties[column, other]
 
-    def _goes(self, one: str, other: str) -> bool:
-        return (self._tie(one, other) or 0.0) >= _GOES
+    def _implies(self, column: str, other: str) -> bool:
+        return (self._tie(column, other) or 0.0) >= _GOES
 
-    def _may_go(self, one: str, other: str) -> bool:
-        tie = self._tie(one, other)
+    def _may_imply(self, column: str, other: str) -> bool:
+        tie = self._tie(column, other)
         return tie is None or tie >= _GOES
 
     # ----------------------------------------------------------------------- user and item
@@ -318,7 +318,7 @@ class _Guess:
         top, best = scored[0]
         rivals = [h for s, h in scored[1:] if s >= top - _CLOSE and not self._same(best.name, h.name)]
         if role == "user":
-            rivals = [h for h in rivals if not self._goes(best.name, h.name)]
+            rivals = [h for h in rivals if not self._implies(best.name, h.name)]
         if rivals:
             both = [shown(best.name), *(shown(h.name) for h in rivals)]
             raise DataError.at(
@@ -344,8 +344,8 @@ class _Guess:
         known = role == "item" and listed is not None and listed.unique
         return weight + 0.05 * col.named.is_id + 0.15 * ("parent" in col.name.casefold()) + 0.5 * known
 
-    def _same(self, one: str, other: str) -> bool:
-        return self._goes(one, other) and self._goes(other, one)
+    def _same(self, column: str, other: str) -> bool:
+        return self._implies(column, other) and self._implies(other, column)
 
     def _id_like(self, *others: str) -> list[Profile]:
         """Return the columns whose values could be ids."""
@@ -355,7 +355,7 @@ class _Guess:
             if col.name not in others
             and not no_id(col)
             and looks_like_ids(col)
-            and not any(self._goes(other, col.name) for other in others)
+            and not any(self._implies(other, col.name) for other in others)
         ]
 
     def _item_by_content(self, user: str) -> str | None:
@@ -363,7 +363,7 @@ class _Guess:
         titles = [
             h for h in self._free() if h.name != user and h.named.weight("title") >= 0.5 and not no_id(h) and h.letters
         ]
-        titles = [h for h in titles if not self._goes(user, h.name)]
+        titles = [h for h in titles if not self._implies(user, h.name)]
         listed = [h for h in ids if (other := self._items.get(leaf(h.name))) is not None and other.unique]
         tied = [h for h in ids if any(h is not t and self._same(h.name, t.name) for t in titles)]
         marked = [h for h in ids if h.named.is_id and not h.named.weight("row")]
@@ -383,9 +383,9 @@ class _Guess:
             (ids, "the only remaining column with repeated values, like IDs"),
         )
 
-    def _only(self, *found: tuple[list[Profile], str]) -> str | None:
+    def _only(self, *candidates: tuple[list[Profile], str]) -> str | None:
         """Return the column of the first list with a single one, for the reason given with the list."""
-        for result, reason in found:
+        for result, reason in candidates:
             if len(result) == 1:
                 self._why[result[0].name] = f"{reason}; {repeats(result[0])}"
                 return result[0].name
@@ -506,13 +506,13 @@ class _Guess:
                 or col.named.weight("text")
             ):
                 continue
-            goes = self._goes(self._item, col.name)
+            determined = self._implies(self._item, col.name)
             many = col.distinct >= 0.7 * self._profiles[self._item].distinct
-            if weight and not self._may_go(self._item, col.name):
-                if not self._goes(self._user, col.name):
+            if weight and not self._may_imply(self._item, col.name):
+                if not self._implies(self._user, col.name):
                     self._why[col.name] = f"named like a title, but one {shown(self._item)} has several"
                 continue
-            if weight or (goes and many and col.words >= 1.5):
+            if weight or (determined and many and col.words >= 1.5):
                 scored.append((weight + 0.1, col))
         result = self._first(scored, "title", lambda col: f"goes with {shown(self._item)}")
         item = self._profiles[self._item]
@@ -560,7 +560,7 @@ class _Guess:
 
     def _owned(self, col: Profile) -> bool:
         """Whether a column describes the user or the item instead of the interaction."""
-        return self._goes(self._item, col.name) or self._goes(self._user, col.name)
+        return self._implies(self._item, col.name) or self._implies(self._user, col.name)
 
     def _first(self, scored: list[tuple[float, Profile]], role: str, say: Callable[[Profile], str]) -> str | None:
         if not scored:
@@ -589,7 +589,7 @@ class _Guess:
                 continue
             if not (weight or (plain and few and col.length <= 40)):
                 continue
-            if table or self._goes(self._item, col.name) or (weight and self._may_go(self._item, col.name)):
+            if table or self._implies(self._item, col.name) or (weight and self._may_imply(self._item, col.name)):
                 scored.append((weight, col.name))
                 self._why[col.name] = ("in the table of items" if table else f"goes with {shown(self._item)}") + (
                     f"; {col.distinct} values"
@@ -605,10 +605,10 @@ class _Guess:
                 self._why[name] = f"describes {shown(self._item)}; to show it in prompts, set --fields {shell(name)}"
         return tuple(name for _, name in scored if name in kept)
 
-    def _equal(self, one: str, other: str) -> bool:
+    def _equal(self, column: str, other: str) -> bool:
         """Whether two columns have equal values; numbers are compared numerically."""
-        first, second = (self._profiles.get(name) or self._items[name] for name in (one, other))
-        if (one in self._profiles) != (other in self._profiles):
+        first, second = (self._profiles.get(name) or self._items[name] for name in (column, other))
+        if (column in self._profiles) != (other in self._profiles):
             return False
         if first.numeric and second.numeric:
             return first.numbers.values.equals(second.numbers.values, check_names=False)
@@ -623,9 +623,9 @@ class _Guess:
             return "a different value in every row, like a row ID"
         if col.named.weight("row"):
             return "an order or row ID, by its name"
-        if self._goes(self._item, col.name):
+        if self._implies(self._item, col.name):
             return f"describes {shown(self._item)}; to show it in prompts, set --fields {shell(col.name)}"
-        if self._goes(self._user, col.name):
+        if self._implies(self._user, col.name):
             return f"describes {shown(self._user)}; user columns need a table of users"
         if col.named.weight("count"):
             return "a count or an amount, by its name"

@@ -65,16 +65,16 @@ def _fault(peek: Peek, col: Profile, row: int, role: str, wrong: str, mend: str,
 
 def _bad(values: pl.Series) -> tuple[int, int]:
     """Return the number of rows without a value, and the index of the first one."""
-    gone = values.is_null()
-    return int(gone.sum()), int(gone.arg_max() or 0)
+    missing = values.is_null()
+    return int(missing.sum()), int(missing.arg_max() or 0)
 
 
 def _unused(peek: Peek, col: Profile | None, role: Literal["rating", "time"]) -> Fault | None:
     """Return the error of a column that would be read by default although the user excluded it."""
     if col is None:
         return None
-    read = col.numbers if role == "rating" else col.times
-    rows, row = _bad(read.values) if read.form in READABLE else (col.rows, 0)
+    parsed = col.numbers if role == "rating" else col.times
+    rows, row = _bad(parsed.values) if parsed.form in READABLE else (col.rows, 0)
     if not rows:
         return None
     wrong = f"which is not a {role}, although the column has the default name of {role}s"
@@ -145,7 +145,7 @@ def _ids(peek: Peek, roles: Roles) -> list[Fault]:
 def _items(peek: Peek, roles: Roles, items: Table | None, column: str) -> list[Fault]:
     listed = []
     mains = roles.profiles[roles.item].cells
-    kept = pl.Series(mains.filter(mains != "").unique())
+    used = pl.Series(mains.filter(mains != "").unique())
     if items is not None:
         if column not in (roles.item, leaf(roles.item)):
             listed.append(
@@ -158,7 +158,7 @@ def _items(peek: Peek, roles: Roles, items: Table | None, column: str) -> list[F
                     kind="missing-column",
                 )
             )
-        absent = kept.filter(~kept.is_in(texts(items, column).implode()))
+        absent = used.filter(~used.is_in(texts(items, column).implode()))
         if len(absent):
             first = int((mains == absent[0]).arg_max() or 0)
             listed.append(
@@ -166,7 +166,7 @@ def _items(peek: Peek, roles: Roles, items: Table | None, column: str) -> list[F
                     roles.item,
                     peek.place(first),
                     f"{peek.where(first)}: item {shown(absent[0])!r} is not in {items.name} ({len(absent)} of "
-                    f"{len(kept)} items are missing)",
+                    f"{len(used)} items are missing)",
                     f"rows whose item is not in {items.name} are removed",
                     kind="unknown-name",
                 )
@@ -227,7 +227,7 @@ def mended(table: Table, roles: Roles, items: Table | None, item_column: str) ->
             item_column,
         )
     columns = {roles.user: profiles[roles.user].cells, item_column: profiles[roles.item].cells}
-    done: list[str] = []
+    changes: list[str] = []
     if roles.rating is not None:
         col = profiles[roles.rating]
         columns[roles.rating] = col.numbers.values.cast(pl.Int64) if col.whole else col.numbers.values
@@ -238,21 +238,21 @@ def mended(table: Table, roles: Roles, items: Table | None, item_column: str) ->
             columns[name] = profiles[name].cells
     frame = pl.DataFrame([values.alias(name) for name, values in columns.items()])
     for column, what in ((roles.user, "user"), (item_column, "item")):
-        frame = _kept(frame, pl.col(column) != "", _a(what), done)
+        frame = _filtered(frame, pl.col(column) != "", _a(what), changes)
     for chosen, what in ((roles.rating, "rating"), (roles.time, "time")):
         if chosen is not None:
-            frame = _kept(frame, pl.col(chosen).is_not_null(), f"a {what}", done)
+            frame = _filtered(frame, pl.col(chosen).is_not_null(), f"a {what}", changes)
     if items is not None:
         known = texts(items, item_column).unique()
-        frame = _kept(frame, pl.col(item_column).is_in(known.implode()), f"an entry in {items.name}", done)
-    return frame, done
+        frame = _filtered(frame, pl.col(item_column).is_in(known.implode()), f"an entry in {items.name}", changes)
+    return frame, changes
 
 
-def _kept(frame: pl.DataFrame, keep: pl.Expr, what: str, done: list[str]) -> pl.DataFrame:
-    kept = frame.filter(keep)
-    if kept.height < frame.height:
-        done.append(f"{frame.height - kept.height} rows without {what} were removed")
-    return kept
+def _filtered(frame: pl.DataFrame, keep: pl.Expr, what: str, changes: list[str]) -> pl.DataFrame:
+    result = frame.filter(keep)
+    if result.height < frame.height:
+        changes.append(f"{frame.height - result.height} rows without {what} were removed")
+    return result
 
 
 def write_copy(frame: pl.DataFrame, path: Path, *, force: bool) -> None:

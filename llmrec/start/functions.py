@@ -96,15 +96,15 @@ def init(
     Raises:
         DataError: If the roles cannot be guessed, or the frame supports no task.
     """
-    roles = _given(locals())
-    with _recipe_for(frame, items, roles, name=name) as (recipe, found):
+    roles = _named_columns(locals())
+    with _recipe_for(frame, items, roles, name=name) as (recipe, findings):
         frames = {"path": frame, "items": items}
         absent = {key: None for key, table in frames.items() if not isinstance(table, str | Path)}
         data = recipe.data.model_copy(update=absent)
-        return Begun(recipe.model_copy(update={"data": data}), in_python(found, keywords_of(init)))
+        return Begun(recipe.model_copy(update={"data": data}), in_python(findings, keywords_of(init)))
 
 
-def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+def _named_columns(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a function that name columns."""
     return {role: values[role] for role in _ROLES if values.get(role) is not None}
 
@@ -182,7 +182,7 @@ def auto(
     Raises:
         LlmrecError: If the table or the folder cannot be used, or nothing could be fitted.
     """
-    roles = _given(locals())
+    roles = _named_columns(locals())
     named = isinstance(table, str | Path)
     path = items is None or isinstance(items, str | Path)
     options = AutoOptions(
@@ -256,13 +256,13 @@ def fit(
     Raises:
         LlmrecError: If the interactions or the model cannot be used.
     """
-    columns = _given(locals())
+    columns = _named_columns(locals())
     frame = None if isinstance(interactions, str | Path) else interactions
     if isinstance(model, str) and model == "auto":
         # the model reads no texts written by users
         named = {role: column for role, column in columns.items() if role != "text"}
-        made = auto(interactions, items, budget=budget, out=out, quiet=quiet, **named)
-        return load(str(made.folder), frame=frame)
+        built = auto(interactions, items, budget=budget, out=out, quiet=quiet, **named)
+        return load(str(built.folder), frame=frame)
     if isinstance(model, str) and model == LANGUAGE_MODEL:
         model, columns = _language_model(interactions, items, columns), {}
         fields = None
@@ -272,8 +272,8 @@ def fit(
         named = {**columns, "fields": fields.split(",")} if fields is not None else columns
         changed |= {f"data.columns.{role}": column for role, column in named.items()}
         frames = {key: None if isinstance(table, str | Path) else table for key, table in tables.items()}
-        done = run(model, out, overrides=changed, data=frames["path"], items=frames["items"], quiet=quiet)
-        return load(str(done.folder), frame=frame)
+        result = run(model, out, overrides=changed, data=frames["path"], items=frames["items"], quiet=quiet)
+        return load(str(result.folder), frame=frame)
     return _fit_baseline(interactions, items, _baseline(model, seed), columns, frame)
 
 

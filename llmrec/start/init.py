@@ -42,7 +42,7 @@ _CHECKED_ROWS = 300_000
 
 
 @dataclass(frozen=True)
-class Made:
+class InitResult:
     """The result of `init`.
 
     Attributes:
@@ -73,7 +73,7 @@ def init(
     query: str | None = None,
     in_memory: bool = False,
     only_data: bool = False,
-) -> Made:
+) -> InitResult:
     """Write a recipe for a table.
 
     Args:
@@ -151,10 +151,10 @@ def init(
     plan, recipe, cut = _write(page, target, check=check)
     message = [*_columns(read, seen, listed), *_block("mended", notes), *_figures(events, plan, complete=used.whole)]
     message += [*_task_lines(plan), *_block("note", _hints(path, roles, items_path, used, plan, cut))]
-    return Made(target, "\n".join(message), "\n".join(_next(recipe, target, plan)), tuple(notes))
+    return InitResult(target, "\n".join(message), "\n".join(_next(recipe, target, plan)), tuple(notes))
 
 
-def _from_source(source: str, path: Path, name: str, target: Path, backend: str) -> Made:
+def _from_source(source: str, path: Path, name: str, target: Path, backend: str) -> InitResult:
     """Write a recipe for the files of a published data set."""
     split = Split(kind="given") if source == "samples" else Split()
     section = DataSection(source=source, path=str(path), duplicates="keep_last", split=split)
@@ -170,7 +170,7 @@ def _from_source(source: str, path: Path, name: str, target: Path, backend: str)
         f"{path}: files of {source}, which llmrec reads as they were published (docs/datasets-and-output-files.md)"
     ]
     message += [*_figures(events, plan, complete=True), *_task_lines(plan), *_block("note", _plan_hints(plan, cut))]
-    return Made(target, "\n".join(message), "\n".join(_next(recipe, target, plan)))
+    return InitResult(target, "\n".join(message), "\n".join(_next(recipe, target, plan)))
 
 
 # --------------------------------------------------------------------------- file names

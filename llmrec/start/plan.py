@@ -177,8 +177,8 @@ def events_in(dataset: Dataset) -> Events:
     items = dataset.items.values()
     names = dict.fromkeys(name for item in items for name in item.fields)
     parts = None
-    if (given := dataset.given) is not None:
-        col = {**dict.fromkeys(given.valid, "valid"), **dict.fromkeys(given.test, "test")}
+    if (given_split := dataset.given) is not None:
+        col = {**dict.fromkeys(given_split.valid, "valid"), **dict.fromkeys(given_split.test, "test")}
         parts = pl.Series([col.get(pair, "train") for pair in rows.select("user_id", "item_id").iter_rows()])
     return Events(
         pairs=rows.select("user_id", "item_id", pl.col("timestamp").alias("time")),
@@ -297,10 +297,10 @@ def decide(events: Events, names: tuple[str, ...], *, whole: bool, backend: str)
     facts, cores = figures(events), 1
     if facts.rows >= _CORE_ROWS and (facts.history[1] < 5 or facts.rows / facts.items < 5):
         for cores in (5, 3, 1):
-            kept = figures(events, cores) if cores > 1 else facts
-            if kept.users >= _CORE_LEFT and kept.items >= _CORE_LEFT:
+            filtered = figures(events, cores) if cores > 1 else facts
+            if filtered.users >= _CORE_LEFT and filtered.items >= _CORE_LEFT:
                 break
-        facts = replace(kept, levels=facts.levels)
+        facts = replace(filtered, levels=facts.levels)
     count = min(20, facts.items, facts.items - facts.history[2] + 1) if facts.able else 20
     plan = Plan(
         tasks=_tasks(events, facts, count),

@@ -308,14 +308,14 @@ def as_float(value: object) -> float:
     return float(value) if isinstance(value, int | float) else 0.0
 
 
-def goes_with(one: pl.Series, other: pl.Series) -> float | None:
+def goes_with(column: pl.Series, other: pl.Series) -> float | None:
     """Return how well one column determines another, between 0 and 1.
 
-    1 means that ``one`` determines ``other``, as an item determines its title. Only repeated values of ``one`` are
-    used, and blank cells are ignored. None: too few values repeat, or ``other`` is nearly constant, so that any column
-    would determine it.
+    1 means that ``column`` determines ``other``, as an item determines its title. Only repeated values of ``column``
+    are used, and blank cells are ignored. None: too few values repeat, or ``other`` is nearly constant, so that any
+    column would determine it.
     """
-    frame = pl.DataFrame({"a": one[:_TIE_ROWS], "b": other[:_TIE_ROWS]})
+    frame = pl.DataFrame({"a": column[:_TIE_ROWS], "b": other[:_TIE_ROWS]})
     frame = frame.filter((pl.col("b") != "") & (pl.col("a") != "")).filter(pl.len().over("a") > 1)
     if frame.height < _TIE_LEAST or as_float(frame["b"].unique_counts().max()) > _ALWAYS * frame.height:
         return None

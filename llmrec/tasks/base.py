@@ -90,9 +90,9 @@ class View:
         Without a user there are no statistics, since it is unknown whose interactions to exclude: see `pair`.
         """
         item = self.item(item_id)
-        fields = [{"name": name, "value": value} for name, value in self._untold(item)]
-        written = CodedId(item_id, self.index.encode(item_id)) if self.index and self.index.writes_ids else item_id
-        return {"item": item, "item_id": written, "fields": fields, "item_stats": None}
+        fields = [{"name": name, "value": value} for name, value in self._further_fields(item)]
+        shown_id = CodedId(item_id, self.index.encode(item_id)) if self.index and self.index.writes_ids else item_id
+        return {"item": item, "item_id": shown_id, "fields": fields, "item_stats": None}
 
     def pair(self, user_id: str, item_id: str) -> Values:
         """Return the template variables about a user and an item, without statistics of interactions between them.
@@ -125,12 +125,12 @@ class View:
 
     def details(self, item_id: str) -> str:
         """Return the fields of an item beyond its title as one text; empty if there are none."""
-        return "; ".join(value for _, value in self._untold(self.item(item_id)))
+        return "; ".join(value for _, value in self._further_fields(self.item(item_id)))
 
     def _item_stats(self, item_id: str, user_id: str) -> Mapping[str, object] | None:
         return self._tallies.item(item_id, user_id).shown
 
-    def _untold(self, item: Fields) -> list[tuple[str, str]]:
+    def _further_fields(self, item: Fields) -> list[tuple[str, str]]:
         shown = ("title",) if self.index is None else ("title", "code")
         message = [(name, str(value)) for name, value in item.items() if name not in shown and value]
         return [(name, value) for name, value in message if value not in str(item["title"])]
@@ -257,14 +257,14 @@ class Pasts(Mapping[str, tuple[Event, ...]]):
         if rated or keep is None:
             counts = data.train_counts(rated=rated)
         else:
-            counts = {user: len(self._made(user)) for user in data.users()}
+            counts = {user: len(self._create(user)) for user in data.users()}
         self._users = {user: size for user, size in counts.items() if size >= least}
 
     def __getitem__(self, user: str) -> tuple[Event, ...]:
         """Return the training interactions of a user, oldest first."""
         if user not in self._users:
             raise KeyError(user)
-        return self._made(user)
+        return self._create(user)
 
     def sizes(self) -> Mapping[str, int]:
         """Return the number of interactions of each user, without reading them."""
@@ -282,7 +282,7 @@ class Pasts(Mapping[str, tuple[Event, ...]]):
         """Whether a user has enough interactions for an example."""
         return user in self._users
 
-    def _made(self, user: str) -> tuple[Event, ...]:
+    def _create(self, user: str) -> tuple[Event, ...]:
         events = self._data.train_events(user)
         return events if self._keep is None else self._keep(user, events)
 

@@ -67,8 +67,8 @@ _READER: Mapping[Asks, str] = {"label": "label", "item": "likelihood", "yes": "p
 
 def asks_for(template: Template) -> Asks:
     """Return what a template asks for: a label, the item, or yes/no."""
-    written = template.names("target")
-    return "yes" if "answer" in written else "item" if "item" in written else "label"
+    names = template.names("target")
+    return "yes" if "answer" in names else "item" if "item" in names else "label"
 
 
 def reader_of(template: Template) -> str:
@@ -339,7 +339,7 @@ class DirectTask(Task):
             raise ValueError(f"want must be 'one', 'ranking' or 'yes', not {want!r}")
         chosen = self._chosen.get(template)
         pool = listed(request, self.family)
-        form = self._wanted(chosen, want, request)
+        form = self._answer_type(chosen, want, request)
         drawn = self.draw_shots(request, shots)
         turns = []
         for index, shot in enumerate(drawn.windows):
@@ -567,7 +567,7 @@ class DirectTask(Task):
         name = "answer" if asks_for(template) == "yes" else "label"
         return solved_chat(template, values, values | {name: template.words.said(yes=not index % 2)})
 
-    def _wanted(self, template: Template, want: str, request: Request) -> str:
+    def _answer_type(self, template: Template, want: str, request: Request) -> str:
         """Return the requested type of answer, if the template supports it."""
         asks = asks_for(template)
         if (asks == "item" and want != "one") or (asks == "yes" and want == "ranking"):

@@ -199,9 +199,9 @@ class ExplanationTask(Task):
         return chat_example(template, row, user, values, answer, past=past, event=event)
 
 
-def shared_words(written: str, true: str) -> float:
+def shared_words(generated: str, true: str) -> float:
     """Return the word-overlap F1 of two texts, in [0, 1]."""
-    first, second = _bag(written), _bag(true)
+    first, second = _bag(generated), _bag(true)
     shared = (first & second).total()
     return 2 * shared / (first.total() + second.total()) if shared else 0.0
 

@@ -252,8 +252,8 @@ def _kind(templates: Mapping[str, Template]) -> tuple[str, Target]:
     for template in templates.values():
         refuse_list(template)
         named = template.names("target")
-        written: Target = "rating" if "rating" in named and "headline" not in named else "headline"
-        targets[written] = template.id
+        target: Target = "rating" if "rating" in named and "headline" not in named else "headline"
+        targets[target] = template.id
     family = next(iter(templates.values())).family
     if len(targets) > 1:
         raise RecipeError(
