@@ -21,7 +21,7 @@ from llmrec.errors import ErrorKind, LlmrecError, Place, RecipeError, did_you_me
 from llmrec.plugins import KINDS
 from llmrec.recipe.comparisons import Benchmark, ChatSuite, Suite
 from llmrec.recipe.pages import KeyPath, flow, read_page, value_of
-from llmrec.recipe.paths import placed
+from llmrec.recipe.paths import resolve_paths
 from llmrec.recipe.schema import UNKNOWN_KEY, Recipe, TasksSection
 from llmrec.registry import BUILT_IN, TABLES, TASKS, is_plugin, lookup, open_family
 from llmrec.resources import resource
@@ -55,7 +55,7 @@ def load_recipe(path: str | Path, overrides: Overrides = ()) -> Recipe:
     file = _find(Path(path), "recipes")
     sought: dict[str, Path] = {}
     values, lines = read_page(file)
-    placed(values, file.parent, sought)
+    resolve_paths(values, file.parent, sought)
     values, lines = _on_its_base(file, values, lines, {}, sought)
     return _validated(Recipe, values, lines, file, overrides).looked_for(sought)
 
@@ -113,7 +113,7 @@ def _on_its_base(
         below = known.get(str(base)) or _find(file.parent / str(base), "recipes")
         base_values, base_lines = read_page(below)
         if sought is not None:
-            placed(base_values, below.parent, sought)
+            resolve_paths(base_values, below.parent, sought)
         if below in known.values():
             # Base files in the package have no cycles.
             base_values, base_lines = _on_its_base(below, base_values, base_lines, known)

@@ -187,7 +187,7 @@ def forest(results: Results, task: str) -> Forest:
 def differences(results: Results) -> Differences:
     """Return the gain over the baseline for each task.
 
-    If all families have one metric the unit is that metric, else the percentage of the control's figure.
+    If all families have the same metric, the unit is that metric; otherwise, the percentage of the control's figure.
     """
     matches = [summary.headline(results, task) for task in results.tasks]
     matches = [entry for entry in matches if entry.difference is not None and entry.difference.value is not None]

@@ -144,7 +144,7 @@ def gain(metric: str, value: float) -> float:
 
 
 def first_sentence(results: Results) -> str:
-    """Return what the language model adds to the baselines, or else which baseline is served and why."""
+    """Return what the language model adds to the baselines; without one, which baseline is served and why."""
     if _asks(results):
         served = [brought(results, task) for task in results.tasks if served_row(results, task) is not None]
         return " ".join(filter(None, (*served, added(results))))

@@ -60,7 +60,7 @@ def faults(peek: Peek, roles: Roles, items: Table | None, item_column: str) -> l
 def _fault(peek: Peek, col: Profile, row: int, role: str, wrong: str, mend: str, instead: str) -> Fault:
     """Return the error of a cell; ``wrong`` says what is wrong with its value."""
     cell = f"{peek.where(row)}: the {role} in column {shown(col.name)!r} is {shown(col.cells[row])!r}"
-    return Fault(col.name, peek.place(row), f"{cell}, {wrong}", mend, instead)
+    return Fault(col.name, peek.location(row), f"{cell}, {wrong}", mend, instead)
 
 
 def _bad(values: pl.Series) -> tuple[int, int]:
@@ -132,7 +132,7 @@ def _ids(peek: Peek, roles: Roles) -> list[Fault]:
             listed.append(
                 Fault(
                     col.name,
-                    peek.place(row),
+                    peek.location(row),
                     f"{peek.where(row)}: the {role} in column {shown(col.name)!r} is missing "
                     f"({col.rows - col.filled} of {col.rows} rows)",
                     f"rows without {_a(role)} are removed",
@@ -164,7 +164,7 @@ def _items(peek: Peek, roles: Roles, items: Table | None, column: str) -> list[F
             listed.append(
                 Fault(
                     roles.item,
-                    peek.place(first),
+                    peek.location(first),
                     f"{peek.where(first)}: item {shown(absent[0])!r} is not in {items.name} ({len(absent)} of "
                     f"{len(used)} items are missing)",
                     f"rows whose item is not in {items.name} are removed",

@@ -450,7 +450,7 @@ class Peek:
     whole: bool
     first: int
 
-    def place(self, index: int) -> Place:
+    def location(self, index: int) -> Place:
         """Return the file and line of a row, by 0-based index, if known."""
         return self.table.where(index) if index < self.first else Place(self.table.name)
 
@@ -463,7 +463,7 @@ class Peek:
 
     def where(self, index: int) -> str:
         """Describe the location of a row, by 0-based index."""
-        return str(self.place(index)) if index < self.first else f"{self.table.name}, a row further down"
+        return str(self.location(index)) if index < self.first else f"{self.table.name}, a row further down"
 
 
 def peek(path: Path, *, whole: bool = False, limit: int = WHOLE_BYTES, part: int = PART_BYTES) -> Peek:
