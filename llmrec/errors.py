@@ -97,10 +97,10 @@ class LlmrecError(Exception):
         column: str | None = None,
     ) -> None:
         super().__init__(message)
-        place = at if isinstance(at, Place) else None
+        location = at if isinstance(at, Place) else None
         self.kind = kind
-        self.file = place.file if place else None if at is None else str(at)
-        self.row, self.line = (place.row, place.line) if place else (None, None)
+        self.file = location.file if location else None if at is None else str(at)
+        self.row, self.line = (location.row, location.line) if location else (None, None)
         self.column = column
 
     @property
@@ -113,9 +113,9 @@ class LlmrecError(Exception):
         return type(self)(message, kind=self.kind, at=self.place, column=self.column)
 
     @classmethod
-    def at(cls, place: Place | Path | str, kind: ErrorKind, rest: str, column: str | None = None) -> Self:
+    def at(cls, location: Place | Path | str, kind: ErrorKind, rest: str, column: str | None = None) -> Self:
         """Return an error whose message begins with a location."""
-        return cls(f"{place}{rest}", kind=kind, at=place, column=column)
+        return cls(f"{location}{rest}", kind=kind, at=location, column=column)
 
 
 class RecipeError(LlmrecError):

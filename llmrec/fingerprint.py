@@ -37,7 +37,7 @@ _NAME = re.compile(rb"(\w+)(?: as \w+)?")
 
 
 class Affects:
-    """Metadata of a recipe field that names the stages whose results the field affects.
+    """Metadata of a recipe field that names the stages that the field affects.
 
     On a section it applies to fields that declare none. Without a stage, no result depends on the setting, or the file
     that it names enters by content.

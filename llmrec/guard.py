@@ -147,8 +147,8 @@ def without_item_tokens(text: str) -> str:
     if not _ANY_BRACKET.search(text):
         return text
     origins = _origins(text, _folded)
-    places = sorted({origins[match.start()] + 1 for match in _SPELT_ITEM.finditer(_folded(text))})
-    return " ".join(text[start:end] for start, end in zip([0, *places], [*places, len(text)], strict=True))
+    positions = sorted({origins[match.start()] + 1 for match in _SPELT_ITEM.finditer(_folded(text))})
+    return " ".join(text[start:end] for start, end in zip([0, *positions], [*positions, len(text)], strict=True))
 
 
 def _enclosed(token: str) -> bool:
@@ -171,14 +171,14 @@ def neutralise(text: str, control: Sequence[str]) -> str:
     Returns:
         The text, unchanged if it contains none of them. The operation is idempotent.
     """
-    tokens = _own(tuple(control))
+    tokens = _tokens_of(tuple(control))
     if tokens.bracketed and not _ANY_BRACKET.search(text):
         return text
     text = _HALVES.sub(" ", text)
     # A space that breaks one token may complete another that contains a space, so repeat. Each round lengthens a run
     # of spaces, and tokens have finite runs, so the loop ends.
-    while places := _breaks(text, tokens):
-        text = " ".join(text[start:end] for start, end in zip([0, *places], [*places, len(text)], strict=True))
+    while positions := _breaks(text, tokens):
+        text = " ".join(text[start:end] for start, end in zip([0, *positions], [*positions, len(text)], strict=True))
     return text
 
 
@@ -197,7 +197,7 @@ class _Tokens:
 
 
 @lru_cache(maxsize=64)
-def _own(control: tuple[str, ...]) -> _Tokens:
+def _tokens_of(control: tuple[str, ...]) -> _Tokens:
     folded = {_folded(token).strip() for token in control}
     words = {word for word in folded if len(word) > 1 and not word.isalpha()}
     plain = {word for word in words if word.isascii()}
@@ -251,7 +251,7 @@ _WIDESPREAD = _any_of(_KNOWN, *_KNOWN_PATTERNS)
 
 def _breaks(text: str, tokens: _Tokens) -> list[int]:
     """Return the sorted positions at which spaces must be inserted to break the tokens of a text."""
-    places = set()
+    positions = set()
     for pattern, end, view in (
         (_WIDESPREAD, None, _plain),
         (tokens.plain, tokens.plain_end, _plain_small),
@@ -263,16 +263,16 @@ def _breaks(text: str, tokens: _Tokens) -> list[int]:
             result.append(beginning)
         if result:
             origins = _origins(text, view)
-            places |= {_place(match, origins) for match in result}
-    return sorted(place for place in places if place is not None)
+            positions |= {_break_position(match, origins) for match in result}
+    return sorted(position for position in positions if position is not None)
 
 
-def _place(match: re.Match[str], origins: Sequence[int]) -> int | None:
+def _break_position(match: re.Match[str], origins: Sequence[int]) -> int | None:
     """Return the index at which a space must be inserted to break up a special token."""
     start, end = match.span()
     bracket = _ANY_BRACKET.search(match.group())
-    wanted = start + bracket.end() if bracket and bracket.end() < end - start else end - 1
-    free = (at for at in (*range(wanted, end), *range(start + 1, wanted)) if origins[at] != origins[at - 1])
+    preferred = start + bracket.end() if bracket and bracket.end() < end - start else end - 1
+    free = (at for at in (*range(preferred, end), *range(start + 1, preferred)) if origins[at] != origins[at - 1])
     return next((origins[at] for at in free), None)
 
 

@@ -43,7 +43,7 @@ def in_python(text: str, keywords: dict[str, bool]) -> str:
         keywords: See `keywords_of`; other options, such as those of pip, are unchanged.
     """
 
-    def said(match: re.Match[str]) -> str:
+    def replacement(match: re.Match[str]) -> str:
         flag, value = match["flag"], match["value"] or ""
         name = _keyword(flag or "")
         if flag is None or name.partition("=")[0] not in keywords:
@@ -58,7 +58,7 @@ def in_python(text: str, keywords: dict[str, bool]) -> str:
         bare = value.strip("'\"")
         return f"{name}={bare}" if bare.isdigit() else f'{name}="{bare}"'
 
-    return _SPOKEN.sub(said, text)
+    return _SPOKEN.sub(replacement, text)
 
 
 def speaks_python(function: Callable[_P, _T], also: Iterable[str] = ()) -> Callable[_P, _T]:

@@ -304,16 +304,16 @@ def node_memory(proc: Path = _PROC, cgroups: Path = _CGROUPS, devices: Path = _D
     its KV cache with the node's ``meminfo`` and with the limit of the outermost control group, where the file cache
     counts as used (``vllm.utils.cpu_resource_utils``). Limits of inner groups apply as well.
     """
-    whole = memory(proc, cgroups)
+    machine_memory = memory(proc, cgroups)
     number = _node_of(min(os.sched_getaffinity(0)), devices) if hasattr(os, "sched_getaffinity") else None
     fields = _meminfo(devices / "node" / f"node{number}" / "meminfo")
     if number is None or "MemTotal" not in fields:
-        name, total, free = "the machine", whole.total, whole.available
+        name, total, free = "the machine", machine_memory.total, machine_memory.available
     else:
         name, total = f"NUMA node {number}", fields["MemTotal"]
         free = sum(fields.get(key, 0) for key in ("MemFree", "Active(file)", "Inactive(file)", "SReclaimable"))
-    if whole.limit is not None and whole.limit_free is not None:
-        total, free = min(total, whole.limit), min(free, whole.limit_free)
+    if machine_memory.limit is not None and machine_memory.limit_free is not None:
+        total, free = min(total, machine_memory.limit), min(free, machine_memory.limit_free)
     for folder, (granted, current) in zip((cgroups, cgroups / "memory"), _LIMITS, strict=True):
         limit = _number(folder / granted)
         if limit is not None and limit <= total:
@@ -362,8 +362,8 @@ def _folders(proc: Path, cgroups: Path, controller: str) -> list[Path]:
             continue
         # cgroup v1 has a folder per controller; in a container, the group of the process is the root in both versions.
         root = cgroups / controller if names else cgroups
-        own = root / path.lstrip("/")
-        results += [own, *(parent for parent in own.parents if parent == root or root in parent.parents)]
+        group = root / path.lstrip("/")
+        results += [group, *(parent for parent in group.parents if parent == root or root in parent.parents)]
     return list(dict.fromkeys([*results, cgroups, cgroups / controller]))
 
 

@@ -132,7 +132,7 @@ class Bar:
         shown = _shows()
         self.name, self._total, self._unit, self._early, self._passing = name, total, unit, early, passing
         self._done: float = 0
-        self._skipped, self._said = 0, ""
+        self._skipped, self._status = 0, ""
         self._begin, self._wrote = time.monotonic(), False
         self._drawn = shown and not quiet
         self._ticks = not quiet and not shown
@@ -168,14 +168,14 @@ class Bar:
         if self._wrote and not failed:
             log.info("%s: done%s, %s", self.name, self._count(), span(spent))
 
-    def advance(self, steps: int = 1, said: str | None = None) -> None:
+    def advance(self, steps: int = 1, status: str | None = None) -> None:
         """Add finished steps, and optionally set a status text."""
-        self.reach(self._done + steps, said)
+        self.reach(self._done + steps, status)
 
-    def reach(self, done: float, said: str | None = None) -> None:
+    def reach(self, done: float, status: str | None = None) -> None:
         """Set the number of finished steps, which may be a fraction."""
         self._done = done
-        self._said = self._said if said is None else said
+        self._status = self._status if status is None else status
 
     def skip(self, steps: int) -> None:
         """Add steps that an earlier run finished, which are excluded from the estimate of time."""
@@ -201,7 +201,7 @@ class Bar:
         from rich.text import Text
 
         spent = time.monotonic() - self._begin
-        message = f"{self._count()}{f'  {self._said}' if self._said else ''}".strip()
+        message = f"{self._count()}{f'  {self._status}' if self._status else ''}".strip()
         row = Table.grid(padding=(0, 1), expand=False)
         row.add_column(no_wrap=True, overflow="ellipsis", max_width=_NAME)
         row.add_column(width=_BAR)
@@ -220,15 +220,15 @@ class Bar:
             wait = min(MOST, max(FIRST, SHARE * spent))
             if _open and _open[-1] is self:
                 self._wrote = True
-                log.info("%s:%s%s %s so far%s", self.name, self._count(), self._told(), span(spent), self._left(spent))
+                log.info("%s:%s%s %s so far%s", self.name, self._count(), self._state(), span(spent), self._left(spent))
 
     def _count(self) -> str:
         if self._total is None:
             return ""
         return f" {int(self._done):,} of {self._total:,}{f' {self._unit}' if self._unit else ''}"
 
-    def _told(self) -> str:
-        text = f"{',' if self._total is not None else ''} {self._said}" if self._said else ""
+    def _state(self) -> str:
+        text = f"{',' if self._total is not None else ''} {self._status}" if self._status else ""
         return f"{text};" if self._total is not None or text else ""
 
     def _left(self, spent: float) -> str:
@@ -256,25 +256,25 @@ class BatchBar(Bar):
         super().__init__(name, sum(sizes), unit=unit, quiet=quiet)
         self._ends = [0, *accumulate(sizes)]
         self._batch, self._prompts = batch, prompts
-        self._asked, self._answered = 0, 0.0
+        self._finished, self._answered = 0, 0.0
 
-    def advance(self, steps: int = 1, said: str | None = None) -> None:
+    def advance(self, steps: int = 1, status: str | None = None) -> None:
         """Add finished requests."""
-        self._asked = min(self._asked + steps, len(self._ends) - 1)
+        self._finished = min(self._finished + steps, len(self._ends) - 1)
         self._answered = 0.0
-        self.reach(self._ends[self._asked], said)
+        self.reach(self._ends[self._finished], status)
 
     def restart(self) -> None:
         """Start again from the first request."""
-        self._asked, self._answered = 0, 0.0
+        self._finished, self._answered = 0, 0.0
         self.reach(0)
 
     def answer(self, prompts: float) -> None:
         """Add answered prompts in the current batch."""
         self._answered += prompts
-        end = min(self._asked + self._batch, len(self._ends) - 1)
-        share = min(1.0, self._answered / (self._prompts * max(1, end - self._asked)))
-        begin = self._ends[self._asked]
+        end = min(self._finished + self._batch, len(self._ends) - 1)
+        share = min(1.0, self._answered / (self._prompts * max(1, end - self._finished)))
+        begin = self._ends[self._finished]
         # A strategy may use more prompts than planned.
         self.reach(max(self._done, begin + int(share * (self._ends[end] - begin))))
 

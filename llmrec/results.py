@@ -525,9 +525,9 @@ class Results(Displayed, Record):
         """
         rows = self.standings(task)
         results = [(kind, tuple(row for row in rows if row.reads == kind)) for kind in get_args(Reads)]
-        results = [(kind, own) for kind, own in results if own]
-        whole = sum(len(own) for _, own in results) == len(rows) and len(results) > 1
-        return tuple(results) if whole else ((None, rows),)
+        results = [(kind, group) for kind, group in results if group]
+        complete = sum(len(group) for _, group in results) == len(rows) and len(results) > 1
+        return tuple(results) if complete else ((None, rows),)
 
     def missing(self, task: str) -> tuple[Unevaluated, ...]:
         """Return the models of a task that were not evaluated."""

@@ -85,8 +85,8 @@ def logger(name: str) -> logging.Logger:
 def _is_new(record: logging.LogRecord) -> bool:
     if _noted is None or record.levelno < logging.WARNING:
         return True
-    given = record.args if isinstance(record.args, tuple) else (record.args,)
-    key = (record.name, record.msg, *map(_by_full_path, given))
+    args = record.args if isinstance(record.args, tuple) else (record.args,)
+    key = (record.name, record.msg, *map(_by_full_path, args))
     if key in _noted:
         return False
     _noted.add(key)
@@ -116,17 +116,17 @@ def folder() -> Path | None:
     return _folder
 
 
-def works_in(place: Path) -> None:
+def works_in(output_folder: Path) -> None:
     """Set the output folder of a command, to which its log moves; call it after locking the folder.
 
     Called from Python, library output is not redirected and no log is written.
     """
     global _folder
-    _folder = place
-    if _now is None or _now.path == place / LOG:
+    _folder = output_folder
+    if _now is None or _now.path == output_folder / LOG:
         return
     before = _now.text()
-    path = place / LOG
+    path = output_folder / LOG
     path.unlink(missing_ok=True)
     opened = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o600)
     _flush()

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from llmrec.answer.known import Catalogue
 from llmrec.answer.opening import Models, open_classics
-from llmrec.bench.engine import Made, MadeRow, Sample, kept
+from llmrec.bench.engine import Finished, FinishedRow, Sample, cached
 from llmrec.bench.records import BenchmarkProtocol, BenchmarkRow, BenchmarkTable, Dialogues, RowFigures
 from llmrec.chat.audience import DataUser, data_users, talks
 from llmrec.chat.calls import Call, read_call, written
@@ -103,17 +103,17 @@ class Setting:
         """Run the conversations of a dialogue system, and report each to ``out``."""
         page, facts = self.page, self.tools.facts
         reader = None if row.manager in CONTROLS else self.reader
-        with opened(row.manager, k=page.k) as made, grader(row.ranker) as judge:
+        with opened(row.manager, k=page.k) as create, grader(row.ranker) as judge:
             tools = replace(self.tools, judge=judge)
             for seed in page.seeds:
                 every = self.data_users[seed][: row.users or page.users]
-                conversation = Conversation(tools, made(seed), reader)
-                for guest, held in talks(conversation, every, seed, page.turns, row.knows):
-                    yield _talk(facts, seed, guest.user, guest.target, held)
+                conversation = Conversation(tools, create(seed), reader)
+                for simulated_user, held in talks(conversation, every, seed, page.turns, row.knows):
+                    yield _talk(facts, seed, simulated_user.user, simulated_user.target, held)
                     out(1)
 
 
-def conversation_rows(page: ChatSuite, out: Path, say: Callable[[str], None]) -> Iterator[Made]:
+def conversation_rows(page: ChatSuite, out: Path, say: Callable[[str], None]) -> Iterator[Finished]:
     """Run the missing conversations of all systems, and yield the results.
 
     Args:
@@ -144,14 +144,14 @@ def conversation_rows(page: ChatSuite, out: Path, say: Callable[[str], None]) ->
             "items": digest_items(setting.tools.facts.items),
             "recommender": models.get().signature,
         }
-        rows: list[MadeRow] = []
+        rows: list[FinishedRow] = []
         seconds = 0.0
         for number, row in enumerate(page.rows):
             held = _stored(setting, row, out / "rows" / f"{number:02d}.json", key)
             seconds += sum(talk.seconds for talk in held)
-            rows.append(made_row(page, row, held))
+            rows.append(finished_row(page, row, held))
             say(_line(page, rows[-1].row))
-        yield _made(setting, rows, seconds)
+        yield _finished(setting, rows, seconds)
 
 
 def _check_fields(page: ChatSuite, facts: Facts) -> None:
@@ -169,14 +169,14 @@ def _check_fields(page: ChatSuite, facts: Facts) -> None:
 
 def _stored(setting: Setting, row: ChatRow, path: Path, shared: Mapping[str, Any]) -> list[Talk]:
     """Return stored conversations with the same cache key, or run and store them."""
-    asked = row.model_dump(mode="json", exclude={"name"})
-    key = fingerprint("chat", row=asked, models=[_model(name) for name in (row.manager, row.ranker)], **shared)
+    config = row.model_dump(mode="json", exclude={"name"})
+    key = fingerprint("chat", row=config, models=[_model(name) for name in (row.manager, row.ranker)], **shared)
 
     def make() -> Mapping[str, Any]:
         with Bar(row.label, (row.users or setting.page.users) * len(setting.page.seeds)) as bar:
             return {"talks": [talk.as_json() for talk in setting.held(row, bar.advance)]}
 
-    return kept(path, key, lambda stored: [Talk.model_validate(talk) for talk in stored["talks"]], make)
+    return cached(path, key, lambda stored: [Talk.model_validate(talk) for talk in stored["talks"]], make)
 
 
 def _model(name: str | None) -> list[tuple[str, int, int]]:
@@ -256,15 +256,15 @@ def row_of(page: ChatSuite, row: ChatRow, talks: Sequence[Talk]) -> BenchmarkRow
     )
 
 
-def made_row(page: ChatSuite, row: ChatRow, talks: Sequence[Talk]) -> MadeRow:
+def finished_row(page: ChatSuite, row: ChatRow, talks: Sequence[Talk]) -> FinishedRow:
     """Return the values of a dialogue system, one per conversation."""
     requests = [(talk.seed, talk.user) for talk in talks]
-    return MadeRow(
+    return FinishedRow(
         row_of(page, row, talks), {TABLE: Sample(_within(talks, page.turns), [talk.user for talk in talks], requests)}
     )
 
 
-def tables_of(page: ChatSuite, rows: Sequence[MadeRow]) -> list[BenchmarkTable]:
+def tables_of(page: ChatSuite, rows: Sequence[FinishedRow]) -> list[BenchmarkTable]:
     """Return the only table of a benchmark of conversations."""
     samples = [row.samples[TABLE] for row in rows]
     return [
@@ -279,7 +279,7 @@ def tables_of(page: ChatSuite, rows: Sequence[MadeRow]) -> list[BenchmarkTable]:
     ]
 
 
-def _made(setting: Setting, rows: Sequence[MadeRow], seconds: float) -> Made:
+def _finished(setting: Setting, rows: Sequence[FinishedRow], seconds: float) -> Finished:
     page, facts = setting.page, setting.tools.facts
     protocol = BenchmarkProtocol(
         split=f"{setting.data.kind}/{page.split}",
@@ -292,7 +292,9 @@ def _made(setting: Setting, rows: Sequence[MadeRow], seconds: float) -> Made:
         k=page.k,
         past=page.past,
     )
-    return Made(tables_of(page, rows), rows, {"data": describe(setting.data), "protocol": protocol}, seconds=seconds)
+    return Finished(
+        tables_of(page, rows), rows, {"data": describe(setting.data), "protocol": protocol}, seconds=seconds
+    )
 
 
 def _line(page: ChatSuite, row: BenchmarkRow) -> str:

@@ -57,7 +57,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class MadeRow:
+class FinishedRow:
     """A model with its values in each table."""
 
     row: BenchmarkRow
@@ -73,7 +73,7 @@ class Parts:
 
 
 @dataclass(frozen=True)
-class Made:
+class Finished:
     """The models of a benchmark that are finished so far.
 
     Attributes:
@@ -86,7 +86,7 @@ class Made:
     """
 
     tables: Sequence[BenchmarkTable]
-    rows: Sequence[MadeRow]
+    rows: Sequence[FinishedRow]
     facts: Mapping[str, Any] = field(default_factory=dict)
     parts: Parts = field(default_factory=Parts)
     missing: int = 0
@@ -106,12 +106,12 @@ def name_of(page: Page) -> str:
     return page.suite if isinstance(page, Suite) else page.benchmark if isinstance(page, Benchmark) else page.chat
 
 
-def write(page: Page, made: Made, results: Path, seconds: float) -> Ran:
+def write(page: Page, done: Finished, results: Path, seconds: float) -> Ran:
     """Compare the finished models, and write the result with its pages.
 
     Args:
         page: The benchmark page.
-        made: The rows.
+        done: The rows.
         results: Folder for ``<name>.json``; pages are written to its parent folder.
         seconds: Time spent in this call.
     """
@@ -127,11 +127,11 @@ def write(page: Page, made: Made, results: Path, seconds: float) -> Ran:
         hash=recipe_hash(page),
         versions=versions(),
         machine=machine(),
-        rows=tuple(row.row for row in made.rows),
-        missing=made.missing,
-        seconds=max(seconds, made.seconds),
-        **compared(page, made),
-        **made.facts,
+        rows=tuple(row.row for row in done.rows),
+        missing=done.missing,
+        seconds=max(seconds, done.seconds),
+        **compared(page, done),
+        **done.facts,
     )
     file = results / f"{result.benchmark}.json"
     write_json(file, result.as_json())
@@ -142,7 +142,7 @@ def write(page: Page, made: Made, results: Path, seconds: float) -> Ran:
     return Ran(result, {"results": file} | {titles[name]: results.parent / name for name in pages if name in titles})
 
 
-def kept(path: Path, key: str, read: Callable[[Mapping[str, Any]], T], make: Callable[[], Mapping[str, Any]]) -> T:
+def cached(path: Path, key: str, read: Callable[[Mapping[str, Any]], T], make: Callable[[], Mapping[str, Any]]) -> T:
     """Return a stored result with the same key, or compute it and store it.
 
     Args:
@@ -163,17 +163,17 @@ def kept(path: Path, key: str, read: Callable[[Mapping[str, Any]], T], make: Cal
 # --------------------------------------------------------------------------- comparisons
 
 
-def compared(page: Page, made: Made) -> dict[str, Any]:
+def compared(page: Page, done: Finished) -> dict[str, Any]:
     """Compare the models: planned comparisons of all tables as one family of tests, then exploratory ones.
 
     Returns:
         Fields of a result.
     """
     explored = page.explored if isinstance(page, Suite) else ()
-    asked = [_asked(table, made, page.pairs) for table in made.tables]
-    later = [_asked(table, made, explored) for table in made.tables]
-    unrun = _unrun(page, made)
-    described = [_described(page, table, made, planned) for table, planned in zip(made.tables, asked, strict=True)]
+    by_table = [_pairs(table, done, page.pairs) for table in done.tables]
+    explored_by_table = [_pairs(table, done, explored) for table in done.tables]
+    unrun = _unrun(page, done)
+    described = [_described(page, table, done, planned) for table, planned in zip(done.tables, by_table, strict=True)]
     plans = [
         Plan(
             table.metric,
@@ -181,25 +181,25 @@ def compared(page: Page, made: Made) -> dict[str, Any]:
             others,
             [contrast for frame, contrast in planned if contrast is not None and frame.items is not None],
         )
-        for table, planned, others in zip(made.tables, asked, described, strict=True)
+        for table, planned, others in zip(done.tables, by_table, described, strict=True)
     ]
     tested = compare_tables(plans, resamples=page.bootstrap, more=unrun)
     pairs, comparisons, afterwards = list[BenchmarkPair](), list[BenchmarkPair](), list[BenchmarkPair]()
-    for table, planned, more, results in zip(made.tables, asked, later, tested, strict=True):
-        whole, partial = iter(results.planned), iter(results.partial)
+    for table, planned, more, results in zip(done.tables, by_table, explored_by_table, tested, strict=True):
+        full, partial = iter(results.planned), iter(results.partial)
         numbers = [
-            None if contrast is None else next(whole if frame.items is None else partial) for frame, contrast in planned
+            None if contrast is None else next(full if frame.items is None else partial) for frame, contrast in planned
         ]
-        pairs += _filled(planned, numbers, made.parts, page.bootstrap)
+        pairs += _filled(planned, numbers, done.parts, page.bootstrap)
         comparisons += [
             BenchmarkPair(table=table.name, metric=table.metric, **pair.as_json()) for pair in results.described
         ]
         able = exploratory([contrast for _, contrast in more if contrast is not None], resamples=page.bootstrap)
         left = iter(able)
         afterwards += _filled(
-            more, [None if contrast is None else next(left) for _, contrast in more], made.parts, page.bootstrap
+            more, [None if contrast is None else next(left) for _, contrast in more], done.parts, page.bootstrap
         )
-    detectable = zip(made.tables, (results.detectable for results in tested), strict=True)
+    detectable = zip(done.tables, (results.detectable for results in tested), strict=True)
     return {
         "tables": tuple(table.model_copy(update={"detectable": text}) for table, text in detectable),
         "pairs": tuple(pairs),
@@ -208,19 +208,19 @@ def compared(page: Page, made: Made) -> dict[str, Any]:
     }
 
 
-def _unrun(page: Page, made: Made) -> int:
+def _unrun(page: Page, done: Finished) -> int:
     """Return the number of planned comparisons with models that were not run yet."""
-    tables = [{row.row.name for row in made.rows if table.name in row.samples} for table in made.tables]
+    tables = [{row.row.name for row in done.rows if table.name in row.samples} for table in done.tables]
     absent = [pair for pair in page.pairs if not any(names.issuperset(names_of(pair)) for names in tables)]
     if isinstance(page, Suite):
         return len(absent) * len(tables)
-    return len(absent) if made.missing else 0
+    return len(absent) if done.missing else 0
 
 
-def _standings(table: BenchmarkTable, made: Made) -> dict[str, tuple[Standing, Sample]]:
+def _standings(table: BenchmarkTable, done: Finished) -> dict[str, tuple[Standing, Sample]]:
     """Return the models in a table that have a value, by name."""
     standings = {}
-    for entry in made.rows:
+    for entry in done.rows:
         if (sample := entry.samples.get(table.name)) is not None:
             value = entry.row.tables[table.name].value(table.metric)
             if value is not None:
@@ -233,8 +233,8 @@ def _contrast(metric: str, a: tuple[Standing, Sample], b: tuple[Standing, Sample
     (one, first), (other, second) = a, b
     if first.requests == second.requests:
         return Contrast(metric, one, other, first.users)
-    places = {request: index for index, request in enumerate(second.requests)}
-    both = [(index, places[request]) for index, request in enumerate(first.requests) if request in places]
+    positions = {request: index for index, request in enumerate(second.requests)}
+    both = [(index, positions[request]) for index, request in enumerate(first.requests) if request in positions]
     left, right = ([pair[side] for pair in both] for side in (0, 1))
     return Contrast(
         metric,
@@ -244,26 +244,28 @@ def _contrast(metric: str, a: tuple[Standing, Sample], b: tuple[Standing, Sample
     )
 
 
-def _asked(table: BenchmarkTable, made: Made, pairs: Sequence[AnyPair]) -> list[tuple[BenchmarkPair, Contrast | None]]:
+def _pairs(
+    table: BenchmarkTable, done: Finished, pairs: Sequence[AnyPair]
+) -> list[tuple[BenchmarkPair, Contrast | None]]:
     """Return the comparisons to make in a table; None for comparisons without requests.
 
     Rows that were not run or have no figure are not compared.
     """
-    rows, comparisons = _standings(table, made), list[tuple[BenchmarkPair, Contrast | None]]()
-    for asked in pairs:
-        names = names_of(asked)
+    rows, comparisons = _standings(table, done), list[tuple[BenchmarkPair, Contrast | None]]()
+    for pair in pairs:
+        names = names_of(pair)
         if not rows.keys() >= set(names):
             continue
         contrast = _contrast(table.metric, rows[names[0]], rows[names[1]])
         frame = BenchmarkPair(table=table.name, metric=table.metric, a=names[0], b=names[1])
-        if isinstance(asked, PartialPair):
-            cold = asked.items == "cold"
-            places = np.flatnonzero(made.parts.masks[_COLD] == cold).tolist()
+        if isinstance(pair, PartialPair):
+            cold = pair.items == "cold"
+            indices = np.flatnonzero(done.parts.masks[_COLD] == cold).tolist()
             # Cold-start interactions are few and concentrate on few items, so items are resampled.
-            owners = [(made.parts.targets if cold else contrast.users)[place] for place in places]
+            owners = [(done.parts.targets if cold else contrast.users)[index] for index in indices]
             clusters = len(set(owners)) if cold else None
-            frame = frame.model_copy(update={"items": asked.items, "n": len(places), "clusters": clusters})
-            comparisons.append((frame, _on(contrast, places, owners) if places else None))
+            frame = frame.model_copy(update={"items": pair.items, "n": len(indices), "clusters": clusters})
+            comparisons.append((frame, _on(contrast, indices, owners) if indices else None))
             continue
         if len(contrast.users) < table.requests:
             frame = frame.model_copy(update={"n": len(contrast.users), "users": len(set(contrast.users))})
@@ -272,20 +274,20 @@ def _asked(table: BenchmarkTable, made: Made, pairs: Sequence[AnyPair]) -> list[
 
 
 def _described(
-    page: Page, table: BenchmarkTable, made: Made, planned: Sequence[tuple[BenchmarkPair, Contrast | None]]
+    page: Page, table: BenchmarkTable, done: Finished, planned: Sequence[tuple[BenchmarkPair, Contrast | None]]
 ) -> list[Contrast]:
     """Return the exploratory comparisons of a table.
 
     For runs of recipes these compare the language models with the best baseline, unless that is planned; for models
     under one protocol they compare the best one with every other.
     """
-    rows = _standings(table, made)
+    rows = _standings(table, done)
     if isinstance(page, ChatSuite):
         return []
     if isinstance(page, Benchmark):
         tested = {(frame.a, frame.b) for frame, _ in planned}
         best = rows.get(table.best_baseline or "")
-        arms = {entry.row.name: entry.row.arm for entry in made.rows}
+        arms = {entry.row.name: entry.row.arm for entry in done.rows}
         return [
             _contrast(table.metric, row, best)
             for name, row in rows.items()
@@ -297,13 +299,13 @@ def _described(
 
 
 def _filled(
-    asked: Sequence[tuple[BenchmarkPair, Contrast | None]],
+    comparisons: Sequence[tuple[BenchmarkPair, Contrast | None]],
     numbers: Sequence[Pair | None],
     parts: Parts,
     resamples: int,
 ) -> Iterator[BenchmarkPair]:
     """Yield comparisons with their results, also on subsets of the requests."""
-    for (frame, contrast), pair in zip(asked, numbers, strict=True):
+    for (frame, contrast), pair in zip(comparisons, numbers, strict=True):
         if contrast is None or pair is None:
             yield frame
             continue
@@ -316,20 +318,20 @@ def _sliced(contrast: Contrast, parts: Parts, resamples: int) -> tuple[PairSlice
     """Return a comparison on each subset; subsets with too few requests have no result."""
     slices = []
     for name, mask in parts.masks.items():
-        places = np.flatnonzero(mask).tolist()
-        if not places:
+        indices = np.flatnonzero(mask).tolist()
+        if not indices:
             continue
         by_target = name.startswith(_OF_TARGETS)
-        owners = [(parts.targets if by_target else contrast.users)[place] for place in places]
-        part = PairSlice(name=name, n=len(places), clusters=len(set(owners)) if by_target else None)
-        if len(places) >= FEW:
-            (pair,) = exploratory([_on(contrast, places, owners)], resamples=resamples)
+        owners = [(parts.targets if by_target else contrast.users)[index] for index in indices]
+        part = PairSlice(name=name, n=len(indices), clusters=len(set(owners)) if by_target else None)
+        if len(indices) >= FEW:
+            (pair,) = exploratory([_on(contrast, indices, owners)], resamples=resamples)
             part = part.model_copy(update={"value": pair.value, "low": pair.low, "high": pair.high})
         slices.append(part)
     return tuple(slices)
 
 
-def _on(contrast: Contrast, places: Sequence[int], owners: Sequence[str]) -> Contrast:
+def _on(contrast: Contrast, indices: Sequence[int], owners: Sequence[str]) -> Contrast:
     """Return a comparison on some of its requests, resampled by ``owners``."""
-    one, other = (replace(row, values=row.values[..., list(places)]) for row in (contrast.a, contrast.b))
+    one, other = (replace(row, values=row.values[..., list(indices)]) for row in (contrast.a, contrast.b))
     return Contrast(contrast.metric, one, other, owners)

@@ -15,8 +15,8 @@ import numpy as np
 from markupsafe import Markup
 from pydantic import Field, ValidationError
 
-from llmrec.bench.pages import engine, own_pages, published_beside, read_results
-from llmrec.bench.records import BenchmarkResult, BenchmarkRow, BenchmarkTable, place
+from llmrec.bench.pages import engine, own_pages, published_results, read_results
+from llmrec.bench.records import BenchmarkResult, BenchmarkRow, BenchmarkTable, sort_key
 from llmrec.bench.references import Page, Published, Reference, all_references
 from llmrec.durable import write_text
 from llmrec.errors import DataError, RecipeError
@@ -186,12 +186,12 @@ def rewrite(folder: Path) -> list[Path]:
     if not folder.is_dir() or (folder / "results.json").is_file():
         return []
     references = all_references()
-    written = beside(folder, references)
+    pages_by_name = beside(folder, references)
     for result in read_results(folder):
-        written |= own_pages(result, references)
-    for name, text in written.items():
+        pages_by_name |= own_pages(result, references)
+    for name, text in pages_by_name.items():
         write_text(folder.parent / name, text)
-    return [folder.parent / name for name in written]
+    return [folder.parent / name for name in pages_by_name]
 
 
 def matrices(board: Board, results: Sequence[BenchmarkResult], references: Mapping[str, Reference]) -> Iterator[Matrix]:
@@ -201,11 +201,11 @@ def matrices(board: Board, results: Sequence[BenchmarkResult], references: Mappi
         columns = tuple(column for column in group.columns if column.suite in known)
         if not columns:
             continue
-        found = [_column(column, known) for column in columns]
-        lines = list(_lines(board, found))
-        metric = found[0].table.metric
+        sources = [_column(column, known) for column in columns]
+        lines = list(_lines(board, sources))
+        metric = sources[0].table.metric
         lines.sort(key=lambda line: _order(line, metric))
-        published = _published(board, found, references, metric)
+        published = _published(board, sources, references, metric)
         yield Matrix(group.title, metric, columns, tuple(lines), published)
 
 
@@ -262,7 +262,7 @@ def _column(column: Column, known: Mapping[str, BenchmarkResult]) -> _Source:
     table = next((table for table in result.tables if table.name == column.table), result.tables[0])
     for other, names in ((known[suite], names) for suite, names in column.further.items() if suite in known):
         every = [*result.standings(table), *other.standings(table)]
-        if result.data != other.data or len({own.metrics[table.metric].signature for _, own in every}) > 1:
+        if result.data != other.data or len({figures.metrics[table.metric].signature for _, figures in every}) > 1:
             continue
         kept = [row for row in result.rows if row.name not in names]
         rows = [row for row in other.rows if row.name in names]
@@ -302,9 +302,9 @@ def _cells(board: Board, column: _Source) -> dict[str, Cell]:
     }
     # An ensemble that uses a single member is counted as that member.
     entries = [
-        (row, own.metrics[table.metric])
-        for row, own in column.result.standings(table)
-        if row.name in board.models and not (own.fusion and own.fusion.form == "alone")
+        (row, entry.metrics[table.metric])
+        for row, entry in column.result.standings(table)
+        if row.name in board.models and not (entry.fusion and entry.fusion.form == "alone")
     ]
     figures = [(row.name, figure) for row, figure in entries if figure.value is not None]
     return {
@@ -359,7 +359,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 def _order(line: Line, metric: str) -> tuple[bool, float, bool, float]:
     """Return the sort key of a model, by mean rank and then by a metric."""
     known = [cell for cell in line.cells if cell is not None]
-    return line.type == "control", float(np.mean([cell.rank for cell in known])), *place(known[0].value, metric)
+    return line.type == "control", float(np.mean([cell.rank for cell in known])), *sort_key(known[0].value, metric)
 
 
 def _published(
@@ -372,11 +372,11 @@ def _published(
     systems: dict[str, dict[int, Published]] = {}
     ranks: dict[str, int] = {}
     for number, column in enumerate(columns):
-        rows = published_beside(column.result, references, column.table.name)
+        rows = published_results(column.result, references, column.table.name)
         rows = [row for row in rows if metric in row.values]
         rows = [row for row in rows if row.system not in board.left_out]
         best: dict[str, Published] = {}
-        for row in sorted(rows, key=lambda row: place(row.values[metric], metric)):
+        for row in sorted(rows, key=lambda row: sort_key(row.values[metric], metric)):
             best.setdefault(row.system, row)
         for rank, (system, row) in enumerate(best.items(), 1):
             systems.setdefault(system, {})[number] = row
@@ -400,10 +400,10 @@ def _grid(matrix: Matrix) -> str:
     head += ["type", "pretrained", "training", "ms per request"]
     lines = []
     for line in matrix.lines:
-        own = [cell(line.model.title), *map(_shown, line.cells)]
-        own += [DASH if line.mean_rank is None else f"{line.mean_rank:.1f}"] if ranked else []
-        own += [line.type, cell(line.model.pretrained or DASH), _time(line.training)]
-        lines.append([*own, DASH if line.answer is None else f"{line.answer:.1f}"])
+        row = [cell(line.model.title), *map(_shown, line.cells)]
+        row += [DASH if line.mean_rank is None else f"{line.mean_rank:.1f}"] if ranked else []
+        row += [line.type, cell(line.model.pretrained or DASH), _time(line.training)]
+        lines.append([*row, DASH if line.answer is None else f"{line.answer:.1f}"])
     for system, _, values in matrix.published:
         cells = [DASH if value is None else f"*{value:.4f}*" for value in values]
         lines.append([f"*{cell(system)}*", *cells, *([""] if ranked else []), "*published*", "", "", ""])

@@ -52,7 +52,7 @@ def _read_by(recipe: Recipe) -> Mapping[str, Any]:
     path = Path(index.path) if index is not None and index.path else None
     return {
         "recipe": recipe.model_dump(mode="json"),
-        "templates": {name: sorted(entry.sha for entry in own.values()) for name, own in templates.items()},
+        "templates": {name: sorted(entry.sha for entry in entries.values()) for name, entries in templates.items()},
         "model": weights_of(recipe.model.name) if recipe.model.shape is None else None,
         "encoders": [weights_of(recipe.encoder), weights_of(index.semantic.encoder) if index is not None else None],
         "index": sha256_of(path) if path is not None and path.is_file() else None,
@@ -179,12 +179,12 @@ class Models:
             LlmrecError: If no item has the field of the suite's ``diversity``, or its text encoder is missing.
         """
         if data.fingerprint not in self._backgrounds:
-            wanted = self.suite.diversity
-            result = Background.of(data, field=wanted.field if wanted else None)
-            if wanted is not None and wanted.encoder is not None:
+            diversity = self.suite.diversity
+            result = Background.of(data, field=diversity.field if diversity else None)
+            if diversity is not None and diversity.encoder is not None:
                 items = [data.dataset.items[item] for item in result.items]
-                vectors = item_vectors(items, item_fields(items, SemanticIndex()), text_embedder(wanted.encoder))
-                result = replace(result, vectors=vectors, encoder=wanted.encoder)
+                vectors = item_vectors(items, item_fields(items, SemanticIndex()), text_embedder(diversity.encoder))
+                result = replace(result, vectors=vectors, encoder=diversity.encoder)
             self._backgrounds[data.fingerprint] = result
         return self._backgrounds[data.fingerprint]
 

@@ -23,7 +23,7 @@ from llmrec.bench.records import (
     BenchmarkTable,
     PairSlice,
     RowFigures,
-    place,
+    sort_key,
 )
 from llmrec.bench.references import Published, Reference
 from llmrec.chat.opening import MANAGERS
@@ -129,8 +129,8 @@ def _check_table(result: BenchmarkResult, table: BenchmarkTable) -> None:
     rows = [(row, row.tables[table.name]) for row in result.rows if table.name in row.tables]
     # Models of recipes may have additional metrics.
     names = table.metrics if result.kind == "suite" else (table.metric,)
-    whole = result.kind == "benchmark" or len(rows) == len(result.rows)
-    if not rows or not whole or any(name not in figures.metrics for _, figures in rows for name in names):
+    complete = result.kind == "benchmark" or len(rows) == len(result.rows)
+    if not rows or not complete or any(name not in figures.metrics for _, figures in rows for name in names):
         raise DataError(
             f"benchmark {result.benchmark!r}: a model in table {table.name!r} lacks metrics; write the result again "
             "with `llmrec eval`",
@@ -189,7 +189,7 @@ def _view(result: BenchmarkResult, references: Sequence[Reference]) -> dict[str,
                 "planned": [pair for pair in result.pairs if pair.table == table.name],
                 "opponents": _opponents(result, table),
                 "explored": [pair for pair in result.explored if pair.table == table.name],
-                "published": _beside(result, references, table.name, "Published under the same protocol", ":"),
+                "published": _external(result, references, table.name, "Published under the same protocol", ":"),
             }
             for table in result.tables
         ],
@@ -198,7 +198,7 @@ def _view(result: BenchmarkResult, references: Sequence[Reference]) -> dict[str,
         "tested": [pair for pair in result.pairs if pair.p is not None],
         "ensembles": any(figures.members for row in result.rows for figures in row.tables.values()),
         "slices": _slices(result),
-        "unknown": _beside(result, references, "unknown", "## Published, without a statement on seen items", ""),
+        "unknown": _external(result, references, "unknown", "## Published, without a statement on seen items", ""),
     }
 
 
@@ -232,13 +232,13 @@ def _chosen(result: BenchmarkResult) -> list[str]:
         any(trial.values.get(name) is not None for trial in row.trials) for row in tuned for name in names
     ):
         lines.append("Hyperparameters are chosen on validation users, separately for each table.")
-    given = [
+    fixed = [
         row.name
         for row in result.rows
         if row.baseline and not row.trials and set(row.tables[names[0]].parameters) - {"liked"}
     ]
-    if given:
-        lines.append(f"The hyperparameters of these models are fixed and not tuned: {', '.join(given)}.")
+    if fixed:
+        lines.append(f"The hyperparameters of these models are fixed and not tuned: {', '.join(fixed)}.")
     return lines
 
 
@@ -291,24 +291,24 @@ def _columns(result: BenchmarkResult, table: BenchmarkTable) -> list[Column]:
     columns: list[Column] = [("model", _name)]
     for name in table.metrics:
         values = [entry.metrics[name].value for entry in figures if name in entry.metrics]
-        best = min(values, key=functools.partial(place, metric=name), default=None)
+        best = min(values, key=functools.partial(sort_key, metric=name), default=None)
         columns.append((name, functools.partial(_metric, name, best, headline=name == table.metric)))
     if any(entry.metrics[table.metric].range for entry in figures):
-        columns.append(("over tie rules", lambda _, own: _range(own.metrics[table.metric])))
+        columns.append(("over tie rules", lambda _, entry: _range(entry.metrics[table.metric])))
     if less := _less(result, table):
         head = "best model − this one" if result.kind == "suite" else "− best baseline"
         columns.append((head, lambda row, _: less.get(row.name, DASH)))
     if any(entry.tie_rate is not None for entry in figures):
-        columns.append(("ties", lambda _, own: DASH if own.tie_rate is None else f"{own.tie_rate:.1%}"))
+        columns.append(("ties", lambda _, entry: DASH if entry.tie_rate is None else f"{entry.tie_rate:.1%}"))
     if any(entry.parameters for entry in figures):
-        columns.append(("parameters", lambda _, own: _parameters(own)))
+        columns.append(("parameters", lambda _, entry: _parameters(entry)))
     if any(entry.tokens_per_request for entry in figures):
         columns += [
-            ("tokens", lambda row, own: _cost(entries, row, own, "tokens_per_request", ",.0f")),
-            ("calls", lambda row, own: _cost(entries, row, own, "forwards_per_request", ",.1f")),
+            ("tokens", lambda row, entry: _cost(entries, row, entry, "tokens_per_request", ",.0f")),
+            ("calls", lambda row, entry: _cost(entries, row, entry, "forwards_per_request", ",.1f")),
         ]
     if any(entry.seconds_per_request for entry in figures):
-        columns.append(("seconds", lambda row, own: _cost(entries, row, own, "seconds_per_request", ".3f")))
+        columns.append(("seconds", lambda row, entry: _cost(entries, row, entry, "seconds_per_request", ".3f")))
     if any(row.seconds for row in rows):
         columns.append(("seconds", lambda row, _: f"{sum(row.seconds.values()):.0f}"))
     if any(row.memory_gb is not None for row in rows):
@@ -323,7 +323,7 @@ def _columns(result: BenchmarkResult, table: BenchmarkTable) -> list[Column]:
             )
         ]
         columns += [
-            ("parsed calls", lambda _, own: f"{own.parse_rate:.3f}"),
+            ("parsed calls", lambda _, entry: f"{entry.parse_rate:.3f}"),
             ("users", functools.partial(_dialogue, "users", ",")),
         ]
     return columns
@@ -358,11 +358,12 @@ def _less(result: BenchmarkResult, table: BenchmarkTable) -> dict[str, str]:
     names = [row.name for row in result.rows]
     if len(set(names)) < len(names):
         return {}
-    own = [pair for pair in result.comparisons if pair.table == table.name]
+    pairs = [pair for pair in result.comparisons if pair.table == table.name]
     if result.kind == "benchmark":
-        own += [pair for pair in result.pairs if pair.table == table.name and pair.b == table.best_baseline]
+        pairs += [pair for pair in result.pairs if pair.table == table.name and pair.b == table.best_baseline]
     return {
-        pair.a if result.kind == "benchmark" else pair.b: difference(pair.value, pair.low, pair.high, 4) for pair in own
+        pair.a if result.kind == "benchmark" else pair.b: difference(pair.value, pair.low, pair.high, 4)
+        for pair in pairs
     }
 
 
@@ -386,8 +387,8 @@ def _cost(
 
 
 def _with_members(entries: Sequence[tuple[BenchmarkRow, RowFigures]], figures: RowFigures, name: str) -> float:
-    members = [own for row, own in entries if row.name in figures.members]
-    return float(sum(getattr(own, name) for own in (figures, *members)))
+    members = [entry for row, entry in entries if row.name in figures.members]
+    return float(sum(getattr(entry, name) for entry in (figures, *members)))
 
 
 def _dialogue(name: str, form: str, row: BenchmarkRow, _: RowFigures) -> str:
@@ -399,7 +400,7 @@ def _undefined(result: BenchmarkResult, table: BenchmarkTable) -> list[str]:
     """Return sentences on the undefined values of a table, with models and reasons."""
     rows = result.standings(table)
     figures = [
-        (row.name, name, own.metrics[name]) for row, own in rows for name in table.metrics if name in own.metrics
+        (row.name, name, entry.metrics[name]) for row, entry in rows for name in table.metrics if name in entry.metrics
     ]
     missing = [(row, name, figure.undefined) for row, name, figure in figures if figure.value is None]
     return undefined_lines(missing, len(rows), table.metric)
@@ -413,14 +414,14 @@ def _fusions(result: BenchmarkResult, table: BenchmarkTable) -> list[str]:
         if fusion is None:
             continue
         limits = "; 95 % intervals over users" if any(part.low is not None for part in fusion.parts) else ""
-        worth = f" {note}" if (note := history_worth(fusion.repeat)) else ""
+        history_note = f" {note}" if (note := history_worth(fusion.repeat)) else ""
         spent = sum(sum(rows[part.name].seconds.values()) for part in fusion.parts if part.name in rows)
         single = next((part.name for part in fusion.parts if part.weight), "")
         alone = f"{cell(row.name)} uses a single member, {cell(single)}."
         several = f"The table shows the weights of {cell(row.name)} ({FORMS[fusion.form]}{limits})."
         start = alone if fusion.form == "alone" else several
         block = (
-            f"{start}{worth} Fitting the members took {spent:.0f} s with tuning and all seeds, and fitting the "
+            f"{start}{history_note} Fitting the members took {spent:.0f} s with tuning and all seeds, and fitting the "
             f"ensemble took {sum(row.seconds.values()):.0f} s."
         )
         if fusion.form == "alone":
@@ -455,11 +456,11 @@ def _cold(result: BenchmarkResult, table: BenchmarkTable) -> list[str]:
     entries = result.standings(table)
     shown = [name for name in entries[0][1].metrics if name.startswith(("Exposure@", "ColdItems@"))]
     for row, figures in entries:
-        cold, whole = figures.cold or {}, figures.value(table.metric)
+        cold, overall = figures.cold or {}, figures.value(table.metric)
         few = cold.get("n", 0.0)
-        if not cold.get(table.metric) or whole is None or few >= figures.n:
+        if not cold.get(table.metric) or overall is None or few >= figures.n:
             continue
-        rest = (whole * figures.n - cold[table.metric] * few) / (figures.n - few)
+        rest = (overall * figures.n - cold[table.metric] * few) / (figures.n - few)
         cells = [cell(row.name), *(f"{cold[name]:.4f}" for name in metrics), f"{rest:.4f}"]
         cells += [f"{figures.metrics[name].value or 0:.4g}" for name in shown if name in figures.metrics]
         rows.append((cold[table.metric], cells))
@@ -509,7 +510,7 @@ def _where(pair: BenchmarkPair) -> str:
 # --------------------------------------------------------------------------- published results
 
 
-def _beside(result: BenchmarkResult, references: Sequence[Reference], seen: str, heading: str, end: str) -> list[str]:
+def _external(result: BenchmarkResult, references: Sequence[Reference], seen: str, heading: str, end: str) -> list[str]:
     """Return tables of published results with a given treatment of items in the history, ``seen``."""
     metrics = result.tables[0].metrics
     fitting = [page for page in references if _fits(page, result)]
@@ -538,7 +539,7 @@ def _same_data(page: Reference, result: BenchmarkResult) -> bool:
     return all(getattr(result.data, what) == count for what, count in page.counts.items())
 
 
-def published_beside(result: BenchmarkResult, references: Mapping[str, Reference], seen: str) -> list[Published]:
+def published_results(result: BenchmarkResult, references: Mapping[str, Reference], seen: str) -> list[Published]:
     """Return the published results on the same data, protocol and treatment of history items."""
     return _on_its_data(result, _named(result, references), seen)
 
@@ -559,7 +560,7 @@ def _published(rows: Sequence[Published], metrics: Sequence[str]) -> str:
     def key(row: Published) -> tuple[int, bool, float]:
         last = next((number for number, name in enumerate(reversed(metrics)) if name in row.values), len(metrics))
         name = metrics[-1 - last] if last < len(metrics) else metrics[-1]
-        return (last, *place(row.values.get(name), name))
+        return (last, *sort_key(row.values.get(name), name))
 
     lines = [
         [
@@ -599,8 +600,8 @@ def _slice_table(pairs: Sequence[BenchmarkPair]) -> str:
     rows = [["all", "", "", *map(_slice, pairs)]]
     for name, n, items in names:
         parts = [next((part for part in pair.slices if part.name == name), None) for pair in pairs]
-        many = f"{items:,}" if items else ""
-        rows.append([cell(in_words(name)), f"{n:,}", many, *(DASH if part is None else _slice(part) for part in parts)])
+        size = f"{items:,}" if items else ""
+        rows.append([cell(in_words(name)), f"{n:,}", size, *(DASH if part is None else _slice(part) for part in parts)])
     return grid(header, rows, numeric_from=1)
 
 

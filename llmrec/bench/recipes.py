@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmrec.bench.engine import Made, MadeRow, Sample
-from llmrec.bench.records import BenchmarkRow, BenchmarkTable, RowFigures, place
+from llmrec.bench.engine import Finished, FinishedRow, Sample
+from llmrec.bench.records import BenchmarkRow, BenchmarkTable, RowFigures, sort_key
 from llmrec.ensembles.members import FUSIONS
 from llmrec.errors import RecipeError, did_you_mean
 from llmrec.evaluate.compare import over_runs
@@ -92,7 +92,7 @@ class Line:
     members: Sequence[str] = ()
 
 
-def recipe_rows(benchmark: Benchmark, out: Path, say: Callable[[str], None]) -> Iterator[Made]:
+def recipe_rows(benchmark: Benchmark, out: Path, say: Callable[[str], None]) -> Iterator[Finished]:
     """Run everything that is missing, and yield the results after each run.
 
     A killed benchmark resumes at the interrupted run, as any run does.
@@ -113,7 +113,7 @@ def recipe_rows(benchmark: Benchmark, out: Path, say: Callable[[str], None]) -> 
         spent += float(done.results["seconds"])
         for line in _lines(point, done, several=_several(recipe)):
             _add(lines, line)
-        yield made_of(lines.values(), benchmark.bootstrap, seconds=spent, missing=len(todo) - number)
+        yield combined(lines.values(), benchmark.bootstrap, seconds=spent, missing=len(todo) - number)
         say(f"{point.folder}: {done.results['seconds']:.0f} s, {done.report}")
     tables: dict[Shared, set[str]] = {}
     for table, name in lines:
@@ -228,7 +228,7 @@ def _several(recipe: Recipe) -> bool:
 
 def _lines(point: Point, done: pipeline.Run, *, several: bool) -> Iterator[Line]:
     results = Results.model_validate(done.results)
-    for row, made in zip(results.rows, done.rows, strict=True):
+    for row, evaluated in zip(results.rows, done.rows, strict=True):
         headline = results.headline[row.task]
         if headline not in row.metrics:
             continue
@@ -241,9 +241,9 @@ def _lines(point: Point, done: pipeline.Run, *, several: bool) -> Iterator[Line]
             label=label,
             run=point.label,
             figures=[row],
-            values=[made.values],
-            users=[record.user_id for record in made.records],
-            requests=[record.request_id for record in made.records],
+            values=[evaluated.values],
+            users=[record.user_id for record in evaluated.records],
+            requests=[record.request_id for record in evaluated.records],
             members=[_name(part, point.label, several=several) for part in results.members(row)] if row.fusion else (),
         )
 
@@ -281,7 +281,7 @@ def _alike(one: Line, other: Line) -> bool:
     return np.allclose(_values(one, metric), _values(other, metric), rtol=0, atol=1e-6, equal_nan=True)
 
 
-def made_of(lines: Iterable[Line], resamples: int, *, seconds: float = 0.0, missing: int = 0) -> Made:
+def combined(lines: Iterable[Line], resamples: int, *, seconds: float = 0.0, missing: int = 0) -> Finished:
     """Return tables and models; a model in several tables has the same name in all of them.
 
     Raises:
@@ -290,28 +290,28 @@ def made_of(lines: Iterable[Line], resamples: int, *, seconds: float = 0.0, miss
     by_table: dict[Shared, list[Line]] = {}
     for line in lines:
         by_table.setdefault(line.table, []).append(line)
-    tables, rows = list[BenchmarkTable](), dict[str, MadeRow]()
-    for shared, own in by_table.items():
-        if any(line.requests != own[0].requests for line in own):
+    tables, rows = list[BenchmarkTable](), dict[str, FinishedRow]()
+    for shared, group in by_table.items():
+        if any(line.requests != group[0].requests for line in group):
             raise RecipeError(f"{shared[0]}: the runs of one table {_UNEQUAL}", kind="mismatch")
         same = sum(table.task == shared[0] for table in tables)
         name = f"{shared[0]}-{same + 1}" if same else shared[0]
-        figures = {line.name: _figures(line, resamples) for line in own}
-        tables.append(_table(name, shared, own, figures))
-        for line in own:
+        figures = {line.name: _figures(line, resamples) for line in group}
+        tables.append(_table(name, shared, group, figures))
+        for line in group:
             sample = Sample(_values(line, shared[1]), line.users, line.requests)
             known = rows.get(line.name)
             row = _row(line) if known is None else known.row
-            rows[line.name] = MadeRow(
+            rows[line.name] = FinishedRow(
                 row.model_copy(update={"tables": {**row.tables, name: figures[line.name]}}),
                 {**({} if known is None else known.samples), name: sample},
             )
-    return Made(tables, list(rows.values()), missing=missing, seconds=seconds)
+    return Finished(tables, list(rows.values()), missing=missing, seconds=seconds)
 
 
 def _table(name: str, shared: Shared, lines: Sequence[Line], figures: Mapping[str, RowFigures]) -> BenchmarkTable:
     family, metric, signature, candidates = shared
-    ordered = sorted(lines, key=lambda line: place(figures[line.name].value(metric), metric))
+    ordered = sorted(lines, key=lambda line: sort_key(figures[line.name].value(metric), metric))
     others = [entry for entry in figures[ordered[0].name].metrics if entry != metric]
     baselines = (line.name for line in ordered if line.figures[0].arm == "baseline")
     return BenchmarkTable(

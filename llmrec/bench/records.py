@@ -266,7 +266,7 @@ class BenchmarkResult(Record):
     def standings(self, table: BenchmarkTable) -> list[tuple[BenchmarkRow, RowFigures]]:
         """Return the models of a table with their results, best first."""
         results = [(row, row.tables[table.name]) for row in self.rows if table.name in row.tables]
-        return sorted(results, key=lambda entry: place(entry[1].value(table.metric), table.metric))
+        return sorted(results, key=lambda entry: sort_key(entry[1].value(table.metric), table.metric))
 
     def best_on_validation(self, table: BenchmarkTable, reads: Reads | None) -> set[str]:
         """Return the best tuned single models on validation; several if they are equal.
@@ -278,7 +278,7 @@ class BenchmarkResult(Record):
         order = get_args(Reads)
         limit = order.index(reads or order[0])
         known = {
-            row.name: min(place(trial.values[table.name], row.chosen_by) for trial in row.trials)
+            row.name: min(sort_key(trial.values[table.name], row.chosen_by) for trial in row.trials)
             for row in self.rows
             if row.trials
             and table.name in row.tables
@@ -289,6 +289,6 @@ class BenchmarkResult(Record):
         return {name for name, value in known.items() if value == min(known.values())}
 
 
-def place(value: float | None, metric: str) -> tuple[bool, float]:
+def sort_key(value: float | None, metric: str) -> tuple[bool, float]:
     """Return the sort key of a value: best first, None last."""
     return (True, 0.0) if value is None else (False, value if lower(metric) else -value)

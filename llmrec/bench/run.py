@@ -10,7 +10,7 @@ from typing import Literal
 
 from llmrec.baselines.retrieve import check_retriever
 from llmrec.bench.conversations import conversation_rows
-from llmrec.bench.engine import Made, Page, Ran, name_of, write
+from llmrec.bench.engine import Finished, Page, Ran, name_of, write
 from llmrec.bench.recipes import planned_runs, recipe_rows
 from llmrec.bench.suite import check_rows, suite_rows
 from llmrec.cli.console import say, store_facts, written
@@ -34,17 +34,17 @@ def run_benchmark(page: Page, *, out: Path, results: Path, say: Callable[[str], 
         RecipeError: If a key of the page, or a component that it names, cannot be used.
         DataError: If the data cannot be used.
     """
-    begin, ran = time.monotonic(), None
+    begin, result = time.monotonic(), None
     if note := of_another(results / f"{name_of(page)}.json", "hash", recipe_hash(page)):
         say(note)
     # Intermediate results are also written, so that an interrupted benchmark of recipes has a page.
-    for made in _rows(page, out, say):
-        ran = write(page, made, results, time.monotonic() - begin)
-    assert ran is not None
-    return ran
+    for finished in _rows(page, out, say):
+        result = write(page, finished, results, time.monotonic() - begin)
+    assert result is not None
+    return result
 
 
-def _rows(page: Page, out: Path, say: Callable[[str], None]) -> Iterator[Made]:
+def _rows(page: Page, out: Path, say: Callable[[str], None]) -> Iterator[Finished]:
     if isinstance(page, Suite):
         return suite_rows(page, out, say)
     if isinstance(page, Benchmark):

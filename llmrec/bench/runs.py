@@ -246,30 +246,30 @@ def _mismatch(runs: Sequence[Path], task: str, what: str, fix: str, column: str)
 # --------------------------------------------------------------------------- output
 
 
-def tables(found: ComparedRuns) -> Iterator[Table]:
+def tables(compared: ComparedRuns) -> Iterator[Table]:
     """Yield a table per task: the main metric for the best models and for all models in both runs."""
     from rich.text import Text
 
     from llmrec.report.table import plain, table_of
 
-    for task, metric in found.headline.items():
-        own = [pair for pair in found.differences if (pair.task, pair.metric) == (task, metric)]
-        same = [pair for pair in own if not pair.best and pair.low == pair.high == 0]
+    for task, metric in compared.headline.items():
+        pairs = [pair for pair in compared.differences if (pair.task, pair.metric) == (task, metric)]
+        same = [pair for pair in pairs if not pair.best and pair.low == pair.high == 0]
         notes = (
             [f"{len(same)} models are the same in both: {listed([_name(pair.a) for pair in same])}."] if same else []
         )
-        users = f", {own[0].users:,} users" if own else ""
+        users = f", {pairs[0].users:,} users" if pairs else ""
         turned = " (lower is better)" if lower(metric) else ""
-        made = table_of(f"{title(task)}: {metric}{turned}{users}", notes)
-        made.add_column("Model", overflow="fold")
+        table = table_of(f"{title(task)}: {metric}{turned}{users}", notes)
+        table.add_column("Model", overflow="fold")
         for head in ("A", "B", "A − B"):
-            made.add_column(head, justify="right", no_wrap=True)
-        for pair in own:
+            table.add_column(head, justify="right", no_wrap=True)
+        for pair in pairs:
             if pair in same:
                 continue
             name, *cells = _cells(pair)
-            made.add_row(plain(name, "bold" if pair.best else ""), *map(Text, cells))
-        yield made
+            table.add_row(plain(name, "bold" if pair.best else ""), *map(Text, cells))
+        yield table
 
 
 def _cells(pair: RunPair) -> tuple[str, str, str, str]:
@@ -299,7 +299,7 @@ class Line:
     users: int
 
 
-def write(found: ComparedRuns, path: Path) -> None:
+def write(compared: ComparedRuns, path: Path) -> None:
     """Write all differences as rows of a table file.
 
     Raises:
@@ -320,7 +320,7 @@ def write(found: ComparedRuns, path: Path) -> None:
             high=pair.high,
             users=pair.users,
         )
-        for pair in found.differences
+        for pair in compared.differences
     ]
     write_records(path, lines, Line)
-    write_summary(path, {"a": found.a, "b": found.b})
+    write_summary(path, {"a": compared.a, "b": compared.b})

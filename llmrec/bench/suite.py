@@ -21,7 +21,7 @@ from llmrec.baselines.item_texts import STORE
 from llmrec.baselines.parameters import config_of
 from llmrec.baselines.tune import Choice, Grid, Tuned, tune
 from llmrec.baselines.tune import Trial as Tried
-from llmrec.bench.engine import Made, MadeRow, Parts, Sample, kept
+from llmrec.bench.engine import Finished, FinishedRow, Parts, Sample, cached
 from llmrec.bench.models import Models, family
 from llmrec.bench.records import BenchmarkProtocol, BenchmarkRow, BenchmarkTable, RowFigures, Trial
 from llmrec.bench.references import reference
@@ -102,7 +102,7 @@ def _tried(stored: Mapping[str, Any]) -> list[Tried]:
     return [Tried(trial["parameters"], trial["values"]) for trial in stored["trials"]]
 
 
-def suite_rows(suite: Suite, out: Path, say: Callable[[str], None]) -> Iterator[Made]:
+def suite_rows(suite: Suite, out: Path, say: Callable[[str], None]) -> Iterator[Finished]:
     """Run all missing models, and yield the results.
 
     Args:
@@ -133,7 +133,7 @@ def suite_rows(suite: Suite, out: Path, say: Callable[[str], None]) -> Iterator[
             models.chosen[row.label] = {name: figures.parameters for name, figures in done.row.tables.items()}
             rows.append(done)
             say(_line(suite, done.row))
-        yield _made(suite, rows, splits[suite.split_seeds[0]])
+        yield _finished(suite, rows, splits[suite.split_seeds[0]])
 
 
 def check_rows(suite: Suite) -> None:
@@ -145,11 +145,11 @@ def check_rows(suite: Suite) -> None:
     for row in suite.rows:
         if row.baseline is None:
             continue
-        able = family(suite).baselines
+        supported = family(suite).baselines
         if not answers(family(suite), BASELINES, row.baseline):
             raise RecipeError(
                 f"suite {suite.suite}: {row.baseline!r} does not support the task {suite.task}"
-                f"{did_you_mean(row.baseline, able)}; choose from {', '.join(able)}",
+                f"{did_you_mean(row.baseline, supported)}; choose from {', '.join(supported)}",
                 kind="unsupported",
                 at=suite.suite,
                 column="rows",
@@ -162,7 +162,7 @@ def check_rows(suite: Suite) -> None:
                 )
 
 
-def _made(suite: Suite, rows: Sequence[Done], data: SplitDataset) -> Made:
+def _finished(suite: Suite, rows: Sequence[Done], data: SplitDataset) -> Finished:
     cases, metric = cases_of(suite, data), headline_of(suite)
     users, requests = [case.request.user_id for case in cases], range(len(cases))
     tables = [
@@ -186,8 +186,8 @@ def _made(suite: Suite, rows: Sequence[Done], data: SplitDataset) -> Made:
         requests=tables[0].requests,
     )
     facts = {"data": describe(data), "protocol": protocol, "skipped": suite.skipped, "references": suite.references}
-    made = [
-        MadeRow(
+    finished = [
+        FinishedRow(
             done.row,
             {name: Sample(np.array(values[metric]), users, requests) for name, values in done.values.items()},
         )
@@ -196,7 +196,7 @@ def _made(suite: Suite, rows: Sequence[Done], data: SplitDataset) -> Made:
     parts = Parts()
     if suite.task == "ranking":
         parts = Parts(target_slices(cases, data), [str(case.truth) for case in cases])
-    return Made(tables, made, facts, parts, seconds=sum(sum(done.row.seconds.values()) for done in rows))
+    return Finished(tables, finished, facts, parts, seconds=sum(sum(done.row.seconds.values()) for done in rows))
 
 
 def _line(suite: Suite, row: BenchmarkRow) -> str:
@@ -237,7 +237,7 @@ def _stored(suite: Suite, row: SuiteRow, number: int, splits: Mapping[int, Split
         done = make_row(suite, row, splits, models, Trials(path.with_name(f"{path.stem}.trials.json"), key))
         return {"row": done.row.as_json(), "values": done.values}
 
-    return kept(path, key, lambda stored: Done(BenchmarkRow.model_validate(stored["row"]), stored["values"]), make)
+    return cached(path, key, lambda stored: Done(BenchmarkRow.model_validate(stored["row"]), stored["values"]), make)
 
 
 def make_row(suite: Suite, row: SuiteRow, splits: Mapping[int, SplitDataset], models: Models, tried: Trials) -> Done:
@@ -272,7 +272,7 @@ def make_row(suite: Suite, row: SuiteRow, splits: Mapping[int, SplitDataset], mo
         fusion = _without_trees(weights_of(choice.model))
         chosen = {"parameters": dict(choice.parameters), "border": choice.border, "fusion": fusion}
         tables[name] = table.model_copy(update=chosen)
-    made = BenchmarkRow(
+    result = BenchmarkRow(
         name=row.label,
         baseline=row.baseline,
         reads=models.reads(row),
@@ -285,7 +285,7 @@ def make_row(suite: Suite, row: SuiteRow, splits: Mapping[int, SplitDataset], mo
         seconds={name: round(value, 2) for name, value in seconds.items()},
         memory_gb=round(memory[0] / 2**30, 2),
     )
-    return Done(made, {name: _values([run[name] for run in runs]) for name in tables})
+    return Done(result, {name: _values([run[name] for run in runs]) for name in tables})
 
 
 def _without_trees(weights: FusionWeights | None) -> FusionWeights | None:
@@ -302,9 +302,9 @@ def _encoder(row: SuiteRow) -> dict[str, dict[str, str]]:
     if name is None:
         return {}
     if name.startswith(STORE):
-        made = FeatureStore.open(name.removeprefix(STORE)).provenance("item")
+        source = FeatureStore.open(name.removeprefix(STORE)).provenance("item")
         return {
-            "encoder": {"store": name.removeprefix(STORE), **{key: str(value) for key, value in made.encoder.items()}}
+            "encoder": {"store": name.removeprefix(STORE), **{key: str(value) for key, value in source.encoder.items()}}
         }
     return {"encoder": text_embedder(name).record}
 

@@ -58,12 +58,12 @@ def _check_recipe(page: str, overrides: Sequence[str], *, dry_run: bool) -> None
 
     loaded = load_recipe(page, overrides)
     study = checked_study(loaded)
-    asked = {family: [template.id for template in study.eval_templates(family)] for family in study.tasks}
-    cases = {family: len(study.cases(family)) for family in asked}
+    template_ids = {family: [template.id for template in study.eval_templates(family)] for family in study.tasks}
+    cases = {family: len(study.cases(family)) for family in template_ids}
     store_facts(
-        name=loaded.name, split=loaded.eval.split, cases=cases, templates=asked, warnings=(warned := list[str]())
+        name=loaded.name, split=loaded.eval.split, cases=cases, templates=template_ids, warnings=(warned := list[str]())
     )
-    for family, templates in asked.items():
+    for family, templates in template_ids.items():
         detail(f"{family}: {cases[family]} {loaded.eval.split} cases, evaluated with {', '.join(templates)}")
     for table in study.tables:
         if cut := baskets(table):
@@ -88,5 +88,5 @@ def _facts(study: Study, cases: Mapping[str, int]) -> str:
     recipe, data = study.recipe, study.data.dataset
     size = f"{data.interactions['user_id'].n_unique():,} users, {len(data.items):,} items"
     models = f"{recipe.model.name} {', '.join(recipe.eval.arms)}" if recipe.eval.arms else "no language model"
-    asked = ", ".join(f"{family} {count:,}" for family, count in cases.items())
-    return f"{data.name} ({size}); {models}; {recipe.eval.split} cases: {asked}"
+    counts = ", ".join(f"{family} {count:,}" for family, count in cases.items())
+    return f"{data.name} ({size}); {models}; {recipe.eval.split} cases: {counts}"

@@ -100,9 +100,9 @@ def show_prompts(prompts: Mapping[str, Sequence[str]]) -> None:
             say(text + "\n")
 
 
-def store_facts(**found: Any) -> None:
+def store_facts(**values: Any) -> None:
     """Store values for the machine-readable output of `--json`."""
-    facts.update(found)
+    facts.update(values)
 
 
 def as_json(value: Any) -> str:

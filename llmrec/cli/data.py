@@ -10,7 +10,7 @@ from llmrec.cli.options import RecipeOptions
 
 _HASH = 12
 # Provenance entries that are not printed again, or are shortened.
-_SAID = ("source", "path", "rows", "made", "sha256")
+_SHOWN_ABOVE = ("source", "path", "rows", "made", "sha256")
 
 
 def data(options: RecipeOptions) -> None:
@@ -58,7 +58,7 @@ def lines(figures: Mapping[str, Any]) -> dict[str, str]:
         "new in test": _new(figures, "test"),
         "new in valid": _new(figures, "valid"),
         "equal timestamps": _ties(figures["tied_last_share"], figures["tied_with_history"]),
-        **{name: str(value) for name, value in text.items() if name not in _SAID},
+        **{name: str(value) for name, value in text.items() if name not in _SHOWN_ABOVE},
         "data hash": f"{figures['fingerprint'][:_HASH]}, with split {figures['split_fingerprint'][:_HASH]}",
     }
     return {name: value for name, value in rows.items() if value}

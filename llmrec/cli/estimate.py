@@ -104,15 +104,15 @@ def _timed(config: Any, model: ModelSection, train: TrainSection) -> Speed:
     until = time.monotonic() + SECONDS
     text = config.get_text_config()
     layers, width, vocabulary = int(text.num_hidden_layers), int(text.hidden_size), int(text.vocab_size)
-    made = min(_LAYERS, layers, max(1, int(_WEIGHTS // (12 * width**2))))
-    place = device(model)
-    small = _few_layers(config, made).to(device=place, dtype=dtype(model))
-    clock, shapes = _Clock(place, until), _SHAPES[place]
-    states = torch.ones(shapes.states, width, dtype=dtype(model), device=place)
-    table = torch.full((vocabulary, width), 0.01, dtype=dtype(model), device=place)
+    few_layers = min(_LAYERS, layers, max(1, int(_WEIGHTS // (12 * width**2))))
+    device_name = device(model)
+    small = _few_layers(config, few_layers).to(device=device_name, dtype=dtype(model))
+    clock, shapes = _Clock(device_name, until), _SHAPES[device_name]
+    states = torch.ones(shapes.states, width, dtype=dtype(model), device=device_name)
+    table = torch.full((vocabulary, width), 0.01, dtype=dtype(model), device=device_name)
     threads = torch.get_num_threads()
     # Threads that wait for each other spin, which would count as processor time.
-    torch.set_num_threads(1 if place == "cpu" else threads)
+    torch.set_num_threads(1 if device_name == "cpu" else threads)
     try:
         with torch.no_grad():
             small.eval()
@@ -123,22 +123,22 @@ def _timed(config: Any, model: ModelSection, train: TrainSection) -> Speed:
         step = clock(lambda: _forward(learning, shapes.read).float().sum().backward()) / math.prod(shapes.read)
     finally:
         torch.set_num_threads(threads)
-    whole = layers / made
+    scale = layers / few_layers
     top = layers if train.method == "full" else min(layers, train.lora.top_layers or layers)
     again = read if train.gradient_checkpointing else 0.0
     return Speed(
-        read=read * whole,
+        read=read * scale,
         head=head,
-        write=write * whole,
-        train=(read * (layers - top) + (step + again) * top) * whole / layers,
+        write=write * scale,
+        train=(read * (layers - top) + (step + again) * top) * scale / layers,
     )
 
 
 class _Clock:
     """Times a call several times and keeps the shortest, since the first allocates memory."""
 
-    def __init__(self, place: str, until: float) -> None:
-        self._torch, self._gpu, self._until = require("torch", "train"), place == "cuda", until
+    def __init__(self, device_name: str, until: float) -> None:
+        self._torch, self._gpu, self._until = require("torch", "train"), device_name == "cuda", until
         self._share = 1.0 if self._gpu else 1.0 / self._torch.get_num_threads()
 
     def __call__(self, call: Callable[[], object]) -> float:
@@ -295,14 +295,14 @@ def _of(
 ) -> Work:
     """Return the token counts of one request."""
     task, section = study.tasks[family], study.recipe.eval
-    asked = questions_of(strategy, len(request.candidates or ()), section) if request.candidates else None
-    if asked is not None:
-        shown = (request.candidates or ())[: asked.size]
+    plan = questions_of(strategy, len(request.candidates or ()), section) if request.candidates else None
+    if plan is not None:
+        shown = (request.candidates or ())[: plan.size]
         parts = [replace(request, candidates=entry) for entry in (shown, shown[::-1])]
-        first, turned = (encoder.prompt(task.prompt(p, template=template, shots=shots, want=asked.want)) for p in parts)
+        first, turned = (encoder.prompt(task.prompt(p, template=template, shots=shots, want=plan.want)) for p in parts)
         again = max(len(first) - _shared(first, turned), 1)
-        read = seen.new(first) + (asked.prompts - 1) * again
-        return Work(asked.prompts * len(first), read, asked.prompts)
+        read = seen.new(first) + (plan.prompts - 1) * again
+        return Work(plan.prompts * len(first), read, plan.prompts)
     ids = encoder.prompt(task.prompt(request, template=template, shots=shots))
     if strategy == "two-step":
         # The second prompt contains the answer to the first, of at most its maximum length.
@@ -477,11 +477,11 @@ def show_estimate(study: Study, encoder: Encoder, base: str) -> None:
     if result.cpu is not None:
         lines["CPU memory"] = result.cpu.text
     if study.recipe.eval.backend == "openai":
-        asked, written = (
+        prompt_tokens, completion_tokens = (
             sum(getattr(work, name) for work in result.eval_work.values()) for name in ("asked", "written")
         )
         cost = "" if result.cost is None else f", cost {result.cost:.2f} with the prices of eval.server"
-        lines["server"] = f"{asked:,.0f} prompt tokens and {written:,.0f} completion tokens{cost}"
+        lines["server"] = f"{prompt_tokens:,.0f} prompt tokens and {completion_tokens:,.0f} completion tokens{cost}"
     show("estimate", lines, record={"estimate": result})
 
 

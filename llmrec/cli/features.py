@@ -54,12 +54,12 @@ def import_texts(options: ImportOptions) -> None:
     from llmrec.augment.stores import from_table, whole
     from llmrec.data.features import FeatureStore, write_version, writing
 
-    made = [from_table(options.texts, options.kind, column=options.text, seen=options.seen, encoder=options.encoder)]
+    tables = [from_table(options.texts, options.kind, column=options.text, seen=options.seen, encoder=options.encoder)]
     with writing(options.out) as folder:
         if (folder / "current").is_file():
             store = FeatureStore.open(folder)
-            made += [whole(store, other) for other in store.kinds if other != options.kind]
-        write_version(folder, made)
+            tables += [whole(store, other) for other in store.kinds if other != options.kind]
+        write_version(folder, tables)
     show("features", _facts(options.out))
 
 
@@ -148,9 +148,9 @@ def edit(options: EditOptions) -> None:
     from llmrec.augment import stores
 
     name, text, kind = options.name, options.text, options.kind
-    made = stores.edit(options.store, kind, name, text)
-    store_facts(kind=kind, id=name, text=text, made_from_it=made)
-    for other in made:
+    derived = stores.edit(options.store, kind, name, text)
+    store_facts(kind=kind, id=name, text=text, made_from_it=derived)
+    for other in derived:
         say(
             f"not updated: the text of {other} {name}, which was written from this text; change it with edit --kind "
             f"{other}"
@@ -174,13 +174,13 @@ def forget(options: ForgetOptions) -> None:
     """
     from llmrec.augment import stores
 
-    gone = stores.forget(options.store, options.user)
-    store_facts(erased=gone)
-    say(f"erased: {'a text, ' if gone.text else ''}{gone.pairs} interactions; earlier versions are removed")
-    if gone.others:
+    erased = stores.forget(options.store, options.user)
+    store_facts(erased=erased)
+    say(f"erased: {'a text, ' if erased.text else ''}{erased.pairs} interactions; earlier versions are removed")
+    if erased.others:
         say(
             "generate these texts again, since they were written from erased interactions too: "
-            f"{', '.join(gone.others)}"
+            f"{', '.join(erased.others)}"
         )
 
 
@@ -216,10 +216,10 @@ def _facts(folder: Path) -> dict[str, str]:
     store = FeatureStore.open(folder)
     facts = {}
     for kind in store.kinds:
-        made, seen, name = store.provenance(kind), store.seen_by(kind), PLURALS[kind]
+        origin, seen, name = store.provenance(kind), store.seen_by(kind), PLURALS[kind]
         facts[name] = f"{len(store.ids(kind)):,} vectors of {store.width(kind)}"
-        facts[f"{name}: made by"] = made.system + (f", split {made.split[:12]}" if made.split else "")
-        facts[f"{name}: texts by"] = json.dumps(dict(made.generator)) if made.generator else "nobody: as they are"
-        facts[f"{name}: encoder"] = str(made.encoder.get("name", "none"))
+        facts[f"{name}: made by"] = origin.system + (f", split {origin.split[:12]}" if origin.split else "")
+        facts[f"{name}: texts by"] = json.dumps(dict(origin.generator)) if origin.generator else "none: not generated"
+        facts[f"{name}: encoder"] = str(origin.encoder.get("name", "none"))
         facts[f"{name}: have seen"] = f"{sum(map(len, seen.values())):,} interactions"
     return facts

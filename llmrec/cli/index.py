@@ -33,7 +33,7 @@ def index(options: IndexOptions) -> None:
     from llmrec.recipe.load import load_recipe
 
     items = [name for part in options.items.split(",") if (name := part.strip())]
-    made = index_report.index(load_recipe(options.recipe, options.overrides), options.out, items=items)
-    store_facts(index=made.folder, page=made.page, seconds=made.seconds, diagnostics=made.found)
-    for title, rows in index_report.summary(made).items():
+    result = index_report.index(load_recipe(options.recipe, options.overrides), options.out, items=items)
+    store_facts(index=result.folder, page=result.page, seconds=result.seconds, diagnostics=result.found)
+    for title, rows in index_report.summary(result).items():
         show(title, rows, record={})

@@ -114,15 +114,15 @@ def _apply(meta: Mapping[str, Any]) -> None:
     if quiet:
         os.environ.update({name: value for name, value in _SILENT.items() if name == QUIET or name not in os.environ})
         warnings.simplefilter("ignore")
-    own: Level = (not processes.rank() and level) or (
+    chosen: Level = (not processes.rank() and level) or (
         "error" if quiet else "info" if meta.get("llmrec.verbose") else "warning"
     )
     # of other libraries, log only warnings and errors
     logging.basicConfig(format="%(message)s", handlers=[_Handler()])
     logging.getLogger().setLevel(logging.ERROR if quiet else logging.WARNING)
-    logging.getLogger("llmrec").setLevel(own.upper())
+    logging.getLogger("llmrec").setLevel(chosen.upper())
     # Progress of long tasks, as log lines if there is no terminal for a progress bar.
-    logging.getLogger("llmrec.progress").setLevel(own.upper() if quiet or own == "error" else logging.INFO)
+    logging.getLogger("llmrec.progress").setLevel(chosen.upper() if quiet or chosen == "error" else logging.INFO)
 
 
 class _Handler(logging.Handler):
@@ -130,8 +130,8 @@ class _Handler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            own = record.name.partition(".")[0] == "llmrec"
-            progress.say(self.format(record), terminal.err() if own else sys.stderr)
+            is_llmrec = record.name.partition(".")[0] == "llmrec"
+            progress.say(self.format(record), terminal.err() if is_llmrec else sys.stderr)
         except Exception:
             self.handleError(record)
 

@@ -51,13 +51,13 @@ class RecipeOptions:
 
 def refuse_several(shard: str | None, ray: str | None, launch: int | None = None) -> None:
     """Reject more than one of `--shard`, `--ray` and `--launch`."""
-    given = [name for name, value in (("--shard", shard), ("--ray", ray), ("--launch", launch)) if value is not None]
-    if len(given) > 1:
+    chosen = [name for name, value in (("--shard", shard), ("--ray", ray), ("--launch", launch)) if value is not None]
+    if len(chosen) > 1:
         raise RecipeError(
-            f"{' and '.join(given)}: --shard processes one shard, --ray and --launch process all shards; keep one of "
+            f"{' and '.join(chosen)}: --shard processes one shard, --ray and --launch process all shards; keep one of "
             "these options",
             kind="contradiction",
-            column=given[0],
+            column=chosen[0],
         )
 
 
@@ -75,8 +75,8 @@ def takes(function: Callable[[Any], None]) -> Callable[..., None]:
     parameters = [_parameter(field, hints[field.name]) for field in fields(record)]
     parameters.sort(key=lambda parameter: parameter.default is not Parameter.empty)
 
-    def called(**given: Any) -> None:
-        function(record(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}))
+    def called(**values: Any) -> None:
+        function(record(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}))
 
     called.__name__, called.__doc__ = function.__name__, _docstring(function)[0]
     called.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
@@ -102,8 +102,8 @@ def _parameter(field: Field[Any], hint: Any) -> Parameter:
         # the option may be repeated
         kind, default = list[get_args(kind)[0]], default if field.default is MISSING else list(default)  # type: ignore[misc]
     if about.argument:
-        given = typer.Argument(metavar=about.metavar, help=about.help)
-        return Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, given])
+        declared = typer.Argument(metavar=about.metavar, help=about.help)
+        return Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, declared])
     option = typer.Option(
         *(about.names or (f"--{field.name.replace('_', '-')}",)),
         metavar="|".join(about.choices) or about.metavar,

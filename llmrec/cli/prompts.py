@@ -91,7 +91,7 @@ def prompts(options: PromptsOptions) -> None:
         llmrec prompts recipes/quickstart.yaml --all
     """
     recipe = load_recipe(options.recipe, options.overrides)
-    recipe, wanted = with_files(recipe, options.template, Path(options.recipe).parent)
+    recipe, template_names = with_files(recipe, options.template, Path(options.recipe).parent)
     study = build_study(recipe)
     if options.evaluation and (options.chat or options.every or options.diff):
         raise RecipeError(
@@ -111,7 +111,7 @@ def prompts(options: PromptsOptions) -> None:
             )
         _write_chat(study, options.chat)
         return
-    chosen = named(study, wanted, options.sets)
+    chosen = named(study, template_names, options.sets)
     alone = bool(options.template or options.sets)
     if options.evaluation:
         encoder = encoder_of(study, resolve(recipe.model, seed=recipe.seed))
@@ -154,13 +154,13 @@ def _write_chat(study: Study, file: Path) -> None:
         say(f"{done.different:,} examples have different tokens if the chat template of the model includes the answer")
 
 
-def with_files(recipe: Recipe, names: Sequence[str], beside: Path) -> tuple[Recipe, list[str]]:
+def with_files(recipe: Recipe, names: Sequence[str], folder: Path) -> tuple[Recipe, list[str]]:
     """Add template files to a recipe, and return it with the names of all templates.
 
     Args:
         recipe: The recipe.
-        names: Names of templates, or paths of their files in the working folder or in ``beside``.
-        beside: The folder of the recipe.
+        names: Names of templates, or paths of their files in the working folder or in ``folder``.
+        folder: The folder of the recipe.
 
     Raises:
         RecipeError: If a file is missing.
@@ -170,7 +170,7 @@ def with_files(recipe: Recipe, names: Sequence[str], beside: Path) -> tuple[Reci
         if not name.lower().endswith(_FILES):
             result.append(name)
             continue
-        file = next((entry for entry in (Path(name).expanduser(), beside / name) if entry.is_file()), None)
+        file = next((entry for entry in (Path(name).expanduser(), folder / name) if entry.is_file()), None)
         if file is None:
             raise RecipeError(
                 f"template {name!r}: no such file in the working directory or the folder of the recipe; check the path",
@@ -193,7 +193,7 @@ def named(study: Study, names: Sequence[str] = (), sets: Sequence[str] = ()) -> 
     every = [template for known in study.templates.values() for template in known.values()]
     if not names and not sets:
         return every
-    wanted = {find(study, name).id for name in names}
+    ids = {find(study, name).id for name in names}
     known_sets = sorted({name for template in every for name in template.sets})
     for name in sets:
         if name not in known_sets:
@@ -202,7 +202,7 @@ def named(study: Study, names: Sequence[str] = (), sets: Sequence[str] = ()) -> 
                 f"{', '.join(known_sets) or 'none'}",
                 kind="unknown-name",
             )
-    return [template for template in every if template.id in wanted or not template.sets.keys().isdisjoint(sets)]
+    return [template for template in every if template.id in ids or not template.sets.keys().isdisjoint(sets)]
 
 
 def find(study: Study, name: str) -> Template:
@@ -336,8 +336,8 @@ def rows(study: Study, template: Template) -> Iterator[Example]:
         RecipeError: If the template is incompatible with the recipe.
     """
     # evaluation is unchanged, because some templates are only for training
-    asked = study.tasks[template.family].eval_templates
-    section = study.section(template.family).model_copy(update={"templates": (template.name,), "eval_templates": asked})
+    same = study.tasks[template.family].eval_templates
+    section = study.section(template.family).model_copy(update={"templates": (template.name,), "eval_templates": same})
     # The example is only displayed, so templates not used in training are allowed.
     shown = replace(template, use="named") if template.use == "unseen" else template
     known = {**study.templates[template.family], template.name: shown}
@@ -376,10 +376,10 @@ def evaluated(
     Raises:
         RecipeError: If the recipe evaluates none of the templates with a language model, or not this user.
     """
-    wanted, result = {template.id for template in templates}, dict[str, list[str]]()
+    ids, result = {template.id for template in templates}, dict[str, list[str]]()
     for arm in study.recipe.eval.arms:
         for spec in specs_of(study, arm):
-            if spec.template is not None and spec.template.id in wanted and not spec.joins:
+            if spec.template is not None and spec.template.id in ids and not spec.joins:
                 result.setdefault(_prompt(study, encoder, spec, spec.template, user), []).append(spec.id)
     if not result:
         raise RecipeError(
@@ -393,7 +393,7 @@ def evaluated(
 def _prompt(study: Study, encoder: Encoder, spec: RowSpec, template: Template, user: str | None) -> str:
     task, section = study.tasks[spec.family], study.recipe.eval
     requests = [case.request for case in study.cases(spec.family)]
-    request = next((each for each in requests if user in (None, each.user_id)), None)
+    request = next((entry for entry in requests if user in (None, entry.user_id)), None)
     if request is None:
         raise RecipeError(
             f"--user: {user!r} is not among the {len(requests)} evaluated requests of {spec.family}; use a user_id of "
@@ -405,12 +405,12 @@ def _prompt(study: Study, encoder: Encoder, spec: RowSpec, template: Template, u
     if spec.predictor == "two-step":
         return encoder.text(task.profile_prompt(request))
     candidates = request.candidates or ()
-    asked = questions_of(spec.predictor, len(candidates), section) if candidates else None
-    if asked is None:
+    plan = questions_of(spec.predictor, len(candidates), section) if candidates else None
+    if plan is None:
         want: Want = "ranking" if spec.predictor == "list" else "one"
         return encoder.text(task.prompt(request, template=template.name, shots=spec.shots, want=want))
-    part = replace(request, candidates=candidates[: asked.size])
-    return encoder.text(task.prompt(part, template=template.name, shots=spec.shots, want=asked.want))
+    part = replace(request, candidates=candidates[: plan.size])
+    return encoder.text(task.prompt(part, template=template.name, shots=spec.shots, want=plan.want))
 
 
 def marked(example: Example, encoder: Encoder) -> str:

@@ -64,8 +64,8 @@ def schema_text(kind: PageKind) -> str:
 
 
 def _recipe() -> Schema:
-    made = described(Recipe)
-    defs = made["$defs"]
+    result = described(Recipe)
+    defs = result["$defs"]
     for name, family in families().items():
         section = _section(family.section, defs)
         section["strategies"]["items"] = _named(family.strategies)
@@ -85,13 +85,13 @@ def _recipe() -> Schema:
         "type": "string",
         "description": "Base recipe, relative to this file, with the values of keys that this recipe does not set.",
     }
-    made["properties"] = {"base": base} | made["properties"]
-    needed = made.pop("required")
-    made["anyOf"] = [{"required": ["base"]}, {"required": needed}]
+    result["properties"] = {"base": base} | result["properties"]
+    needed = result.pop("required")
+    result["anyOf"] = [{"required": ["base"]}, {"required": needed}]
     for section in defs.values():
         # the base file may have it
         section.pop("required", None)
-    return {"$schema": _DIALECT, "title": "llmrec recipe", **made}
+    return {"$schema": _DIALECT, "title": "llmrec recipe", **result}
 
 
 def _suite() -> Schema:
@@ -118,9 +118,9 @@ def _baseline(defs: Schema) -> Schema:
     rules = []
     for name in BASELINES:
         config: type[BaseModel] = lookup(BASELINES, name, "baseline").Config
-        made = described(config)
-        defs |= made.pop("$defs", {})
-        parameters = made["properties"]
+        result = described(config)
+        defs |= result.pop("$defs", {})
+        parameters = result["properties"]
         rules.append(
             {
                 "if": {"properties": {"name": {"const": name}}},
@@ -147,9 +147,9 @@ def _baseline(defs: Schema) -> Schema:
 def _section(section: type[BaseModel], defs: Schema) -> Schema:
     """Return the schema of a task's section, including tasks of plug-ins."""
     if section.__name__ not in defs:
-        made = described(section)
-        defs |= made.pop("$defs", {})
-        defs[section.__name__] = made
+        result = described(section)
+        defs |= result.pop("$defs", {})
+        defs[section.__name__] = result
     properties: Schema = defs[section.__name__]["properties"]
     return properties
 
@@ -160,11 +160,11 @@ def _named(names: Iterable[str]) -> Schema:
 
 def described(model: type[BaseModel]) -> Schema:
     """Return pydantic's schema with descriptions instead of titles that only repeat the key."""
-    made = model.model_json_schema()
-    for entry in _objects(made):
+    result = model.model_json_schema()
+    for entry in _objects(result):
         if isinstance(entry.get("title"), str):
             del entry["title"]
-    for owner in (made, *made.get("$defs", {}).values()):
+    for owner in (result, *result.get("$defs", {}).values()):
         if "description" in owner:
             owner["description"] = " ".join(owner["description"].split())
         for name, key in owner.get("properties", {}).items():
@@ -173,9 +173,9 @@ def described(model: type[BaseModel]) -> Schema:
             if "strategies" in owner["properties"] and name in TaskSection.model_fields:
                 # a task changes only the default
                 key["description"] = TaskSection.model_fields[name].description
-            elif text := _first_sentence(key, made.get("$defs", {})):
+            elif text := _first_sentence(key, result.get("$defs", {})):
                 key["description"] = text
-    return made
+    return result
 
 
 def _objects(value: Any) -> Iterator[Schema]:

@@ -219,10 +219,10 @@ def _model_folders(folder: Path, runs: Sequence[Path], pages: Sequence[Page]) ->
         if page.model is not None and len(page.model) < 1000:
             result.add(folder / Path(page.model).expanduser())
     kept = []
-    for place in sorted(result):
+    for path in sorted(result):
         with suppress(OSError):
-            if (place / "config.json").is_file() or (place / "adapter_config.json").is_file():
-                kept.append(place)
+            if (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
+                kept.append(path)
     return kept
 
 

@@ -149,8 +149,8 @@ class Suite(Section):
 
     def seeds_of(self, row: SuiteRow) -> tuple[int, ...]:
         """Return the seeds of a stochastic model; an ensemble has the seeds of its members."""
-        own = [item.seeds for item in (row, *(other for other in self.rows if other.label in row.fuse))]
-        return self.seeds[: min((many for many in own if many is not None), default=None)]
+        counts = [item.seeds for item in (row, *(other for other in self.rows if other.label in row.fuse))]
+        return self.seeds[: min((many for many in counts if many is not None), default=None)]
 
     @model_validator(mode="after")
     def _rows_agree(self) -> Suite:
@@ -168,9 +168,9 @@ class Suite(Section):
             raise ValueError(f"skip: there is no model {missing!r}; the models are {', '.join(sorted(known))}")
         if len(self.skipped) == len(self.rows):
             raise ValueError("skip: all models are skipped; skip fewer")
-        for asked in (*self.pairs, *self.explored):
-            pair = names_of(asked)
-            if pair is not asked and self.task != "ranking":
+        for entry in (*self.pairs, *self.explored):
+            pair = names_of(entry)
+            if pair is not entry and self.task != "ranking":
                 raise ValueError(
                     f"pairs: the key items requires task: ranking, not {self.task}; write only the two names"
                 )
@@ -226,10 +226,10 @@ class Benchmark(Section):
         above: dict[str, BenchmarkRun] = {}
         for run in self.runs:
             # Without seeds, a run uses the seed of the recipe.
-            own: set[int | None] = set(run.seeds) or {None}
+            seeds: set[int | None] = set(run.seeds) or {None}
             for name, what in ((run.start, "starts from"), (run.teacher, "is distilled from")):
                 first = above.get(name)
-                if name and (first is None or first.grid or (first.seeds and not own <= set(first.seeds))):
+                if name and (first is None or first.grid or (first.seeds and not seeds <= set(first.seeds))):
                     raise ValueError(
                         f"runs: {run.name!r} {what} {name!r}, which must be an earlier run, without a grid and with "
                         "the same seeds"

@@ -21,7 +21,7 @@ from llmrec.errors import ErrorKind, LlmrecError, Place, RecipeError, did_you_me
 from llmrec.plugins import KINDS
 from llmrec.recipe.comparisons import Benchmark, ChatSuite, Suite
 from llmrec.recipe.pages import KeyPath, flow, read_page, value_of
-from llmrec.recipe.paths import placed
+from llmrec.recipe.paths import resolve_paths
 from llmrec.recipe.schema import UNKNOWN_KEY, Recipe, TasksSection
 from llmrec.registry import BUILT_IN, TABLES, TASKS, is_plugin, lookup, open_family
 from llmrec.resources import resource
@@ -55,7 +55,7 @@ def load_recipe(path: str | Path, overrides: Overrides = ()) -> Recipe:
     file = _find(Path(path), "recipes")
     sought: dict[str, Path] = {}
     values, lines = read_page(file)
-    placed(values, file.parent, sought)
+    resolve_paths(values, file.parent, sought)
     values, lines = _on_its_base(file, values, lines, {}, sought)
     return _validated(Recipe, values, lines, file, overrides).looked_for(sought)
 
@@ -113,7 +113,7 @@ def _on_its_base(
         below = known.get(str(base)) or _find(file.parent / str(base), "recipes")
         base_values, base_lines = read_page(below)
         if sought is not None:
-            placed(base_values, below.parent, sought)
+            resolve_paths(base_values, below.parent, sought)
         if below in known.values():
             # Base files in the package have no cycles.
             base_values, base_lines = _on_its_base(below, base_values, base_lines, known)
@@ -258,11 +258,11 @@ def _find(path: Path, home: str) -> Path:
         for folder in (Path("recipes"), Path("eval", "suites"))
         for page in sorted(resource(*folder.parts).rglob("*.yaml"))
     ]
-    beside: list[str] = []
+    similar: list[str] = []
     with suppress(OSError):  # the folder is missing
         results = [page for page in path.parent.iterdir() if page.suffix in (".yaml", ".yml")]
-        beside = [str(page) for page in results if get_close_matches(path.stem, [page.stem], cutoff=0.7)]
-    close = did_you_mean(str(path), [*beside, *names])
+        similar = [str(page) for page in results if get_close_matches(path.stem, [page.stem], cutoff=0.7)]
+    close = did_you_mean(str(path), [*similar, *names])
     raise RecipeError(
         f"file {shortened(str(path), _SHOWN)} does not exist{close}; give an existing file, or a recipe of llmrec such "
         "as recipes/quickstart.yaml",
@@ -316,14 +316,14 @@ def _explained(
         for detail in details
     ]
     problems = [_problem(path, detail, model) for path, detail in zip(paths, details, strict=True)]
-    places = [
-        _overriding(path, overrides) or lines.get(path) or _above(path, overrides) or _place(path, file, lines)
+    locations = [
+        _overriding(path, overrides) or lines.get(path) or _above(path, overrides) or _location(path, file, lines)
         for path in paths
     ]
-    first = places[0]
-    below = next((place.file for place in places if isinstance(place, Place) and place.file != str(file)), None)
+    first = locations[0]
+    below = next((where.file for where in locations if isinstance(where, Place) and where.file != str(file)), None)
     return RecipeError(
-        "; ".join(f"{where}: {problem}" for where, problem in zip(places, problems, strict=True))
+        "; ".join(f"{where}: {problem}" for where, problem in zip(locations, problems, strict=True))
         + (f"; and {more:,} more" if more > 0 else "")
         + (f"; {below} is the base of {file}" if below else ""),
         kind=_KINDS.get(details[0]["type"], "bad-value"),
@@ -360,7 +360,7 @@ def _above(path: KeyPath, overrides: Sequence[str]) -> str:
     return next((f"override of {key}" for key in keys if key.startswith(f"{dotted(path)}.")), "")
 
 
-def _place(path: KeyPath, file: Path, lines: Mapping[KeyPath, Place]) -> Place:
+def _location(path: KeyPath, file: Path, lines: Mapping[KeyPath, Place]) -> Place:
     """Return the line of a key, or of the section that should contain it."""
     known = (path[:length] for length in range(len(path), 0, -1) if path[:length] in lines)
     return next((lines[part] for part in known), Place(str(file)))
@@ -431,20 +431,20 @@ def _imported(
     """
     plugins.refuse_faults(BUILT_IN)
     named = [item for item in _named(values) if is_plugin(TABLES[item.group], item.name)]
-    places = {item.key: _overriding(item.key, overrides) or _place(item.key, file, lines) for item in named}
+    locations = {item.key: _overriding(item.key, overrides) or _location(item.key, file, lines) for item in named}
     folder = values.get(PLUGINS)
-    beside = folder if isinstance(folder, str) else None
+    base = folder if isinstance(folder, str) else None
     addresses = [item for item in named if plugins.is_address(item.name)]
-    with plugins.allowed([address.name for address in addresses], beside) if given else nullcontext():
+    with plugins.allowed([address.name for address in addresses], base) if given else nullcontext():
         for item in addresses:
-            with _told(item, places[item.key], file):
-                plugins.consent(item.name, beside)
+            with _errors_at(item, locations[item.key], file):
+                plugins.consent(item.name, base)
         # A folder on the Python path affects all imports, so a folder that only a run folder names is used only for
         # modules in it that the user has allowed.
-        if given or (beside is not None and any(plugins.lies_in(address.name, beside) for address in addresses)):
-            plugins.use(beside)
+        if given or (base is not None and any(plugins.lies_in(address.name, base) for address in addresses)):
+            plugins.use(base)
         for item in named:
-            with _told(item, places[item.key], file):
+            with _errors_at(item, locations[item.key], file):
                 if item.group == "tasks":
                     open_family(item.name)
                 else:
@@ -453,7 +453,7 @@ def _imported(
 
 
 @contextmanager
-def _told(named: Named, where: Place | str, file: Path) -> Iterator[None]:
+def _errors_at(named: Named, where: Place | str, file: Path) -> Iterator[None]:
     """Add the file and key to an error."""
     try:
         yield
@@ -504,7 +504,7 @@ def _mapping(value: object) -> Mapping[Any, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def located(values: dict[str, Json], beside: Path) -> dict[str, Json]:
+def located(values: dict[str, Json], base: Path) -> dict[str, Json]:
     """Return values with absolute paths to prompts and plug-ins, for the stored recipe.
 
     A path is resolved next to the file, then in the working folder. A file among the ``templates``, ``eval_templates``
@@ -512,9 +512,9 @@ def located(values: dict[str, Json], beside: Path) -> dict[str, Json]:
 
     Args:
         values: The values of a recipe.
-        beside: The folder of its file.
+        base: The folder of its file.
     """
-    made, prompts = dict(values), values.get(PROMPTS)
+    located_values, prompts = dict(values), values.get(PROMPTS)
     result = [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, list | tuple) else []
     tasks = dict(_mapping(values.get("tasks")))
     for family, section in tasks.items():
@@ -523,34 +523,34 @@ def located(values: dict[str, Json], beside: Path) -> dict[str, Json]:
             if not isinstance(names, list | tuple):
                 continue
             if files := [name for name in names if isinstance(name, str) and name.lower().endswith(_YAML)]:
-                result += [_whole(file, beside, f"tasks.{family}.{key}") for file in files]
+                result += [_absolute(file, base, f"tasks.{family}.{key}") for file in files]
                 names = [Path(name).stem if name in files else name for name in names]
                 tasks[family] = {**tasks[family], key: names}
-                made["tasks"] = tasks
+                located_values["tasks"] = tasks
     if result:
-        paths = [_whole(item, beside, PROMPTS) if isinstance(item, str) else item for item in result]
-        made[PROMPTS] = list(dict.fromkeys(paths))
+        paths = [_absolute(item, base, PROMPTS) if isinstance(item, str) else item for item in result]
+        located_values[PROMPTS] = list(dict.fromkeys(paths))
     folder = values.get(PLUGINS)
     if isinstance(folder, str):
-        made[PLUGINS] = _whole(folder, beside, PLUGINS)
-    return made
+        located_values[PLUGINS] = _absolute(folder, base, PLUGINS)
+    return located_values
 
 
-def _whole(path: str, beside: Path, key: str) -> str:
-    asked = Path(path).expanduser()
-    for place in (beside / asked, asked):
-        if place.is_dir() or (place.is_file() and key != PLUGINS):
-            return str(place.resolve())
-        if place.exists():
+def _absolute(path: str, base: Path, key: str) -> str:
+    expanded = Path(path).expanduser()
+    for candidate in (base / expanded, expanded):
+        if candidate.is_dir() or (candidate.is_file() and key != PLUGINS):
+            return str(candidate.resolve())
+        if candidate.exists():
             raise RecipeError(
                 f"{key}: {path} is not a {'folder' if key == PLUGINS else 'file or folder'}; correct the path",
                 kind="wrong-format",
-                at=asked,
+                at=expanded,
                 column=key,
             )
     raise RecipeError(
-        f"{key}: {path} is neither in {beside.resolve()} nor in the working folder; check the path",
+        f"{key}: {path} is neither in {base.resolve()} nor in the working folder; check the path",
         kind="missing-file",
-        at=asked,
+        at=expanded,
         column=key,
     )

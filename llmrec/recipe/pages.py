@@ -103,14 +103,14 @@ def read_page(file: Path) -> tuple[dict[str, Json], dict[KeyPath, Place]]:
         ) from None
     except OSError as error:
         raise RecipeError.at(file, "unreadable", f" cannot be read: {error.strerror}") from None
-    values, places = _parsed_once(text, file)
+    values, locations = _parsed_once(text, file)
     if not isinstance(values, dict):
         raise RecipeError.at(
             file,
             "wrong-format",
             ": the file must be a mapping of keys (of a recipe: name, data, tasks, ...), but is empty or a list",
         )
-    return deepcopy(values), dict(places)
+    return deepcopy(values), dict(locations)
 
 
 @lru_cache(maxsize=256)
@@ -124,8 +124,8 @@ def parsed(text: str, file: Path) -> tuple[Any, dict[KeyPath, Place]]:
     if len(text) > MOST_CHARACTERS:
         raise RecipeError.at(file, "too-large", f": longer than {MOST_CHARACTERS:,} characters; shorten it")
     try:
-        places: dict[KeyPath, Place] = {}
-        return _loaded(text, lambda node: _mark(node, (), places, file)), places
+        locations: dict[KeyPath, Place] = {}
+        return _loaded(text, lambda node: _mark(node, (), locations, file)), locations
     except yaml.MarkedYAMLError as error:
         line = Place(str(file), line=error.problem_mark.line + 1 if error.problem_mark else None)
         if isinstance(error, OutOfBounds):
@@ -168,17 +168,17 @@ def _loaded(text: str, look: Callable[[yaml.Node], None]) -> Any:
         loader.dispose()
 
 
-def _mark(node: yaml.Node, path: KeyPath, places: dict[KeyPath, Place], file: Path) -> None:
+def _mark(node: yaml.Node, path: KeyPath, locations: dict[KeyPath, Place], file: Path) -> None:
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             here = (*path, str(key.value))
-            place = Place(str(file), line=key.start_mark.line + 1)
-            if here in places:
+            location = Place(str(file), line=key.start_mark.line + 1)
+            if here in locations:
                 name = ".".join(map(str, here))
-                raise RecipeError.at(place, "duplicate", f": key {name!r} is repeated; keep one", name)
-            places[here] = place
-            _mark(value, here, places, file)
+                raise RecipeError.at(location, "duplicate", f": key {name!r} is repeated; keep one", name)
+            locations[here] = location
+            _mark(value, here, locations, file)
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
-            places[(*path, index)] = Place(str(file), line=value.start_mark.line + 1)
-            _mark(value, (*path, index), places, file)
+            locations[(*path, index)] = Place(str(file), line=value.start_mark.line + 1)
+            _mark(value, (*path, index), locations, file)

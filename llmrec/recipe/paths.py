@@ -1,4 +1,4 @@
-"""Paths in recipe files: relative to the working folder, or else to the folder of the file."""
+"""Paths in recipe files: relative to the working folder or, if missing there, to the folder of the file."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _NAMES = ("source", "name", "encoder")
 _DATABASE = re.compile(r"(?:sqlite|duckdb):///(?!/)")
 
 
-def placed(values: dict[str, Json], folder: Path, sought: dict[str, Path]) -> None:
+def resolve_paths(values: dict[str, Json], folder: Path, sought: dict[str, Path]) -> None:
     """Replace paths that exist only relative to the folder of the recipe file, in place.
 
     Args:
@@ -59,9 +59,9 @@ def placed(values: dict[str, Json], folder: Path, sought: dict[str, Path]) -> No
             continue
         if last in _NAMES and not path.startswith(".") and not path.endswith(".yaml"):
             continue
-        beside = str(folder / path)
-        if _is_there(beside):
-            section[last] = head + beside
+        candidate = str(folder / path)
+        if _is_there(candidate):
+            section[last] = head + candidate
         else:
             sought[path] = folder
 

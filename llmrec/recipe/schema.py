@@ -95,8 +95,8 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_truth_is_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        given = value if isinstance(value, list | tuple) else (value,)
-        if any(isinstance(item, bool) for item in given) and not _takes_truth(cls, str(info.field_name)):
+        entries = value if isinstance(value, list | tuple) else (value,)
+        if any(isinstance(item, bool) for item in entries) and not _takes_truth(cls, str(info.field_name)):
             raise PydanticCustomError("number", "write a number; on, off, yes, no, true and false are booleans in YAML")
         return value
 
@@ -306,8 +306,8 @@ class DataSection(Section):
             "data.columns.user_fields": self.columns.user_fields or None,
             "data.files": self.files,
         }
-        for key, given in of_tables.items():
-            if given is not None and self.source != "table":
+        for key, setting in of_tables.items():
+            if setting is not None and self.source != "table":
                 raise ValueError(
                     f"{key}: this key requires the source 'table', not {self.source!r}; set data.source=table, or drop "
                     "the key"
@@ -581,7 +581,7 @@ class RatingSection(TaskSection):
     )
 
     @model_validator(mode="after")
-    def _a_head_is_trained_and_asked(self) -> RatingSection:
+    def _head_and_strategy_agree(self) -> RatingSection:
         if (self.head is not None) != ("head" in self.strategies):
             raise ValueError(
                 "tasks.rating.head: this section and the strategy 'head' require each other; set both, such as "
@@ -725,11 +725,11 @@ class TasksSection(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _of_further_families(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
-        known = {name: section for name, section in given.items() if name in cls.model_fields or not _is_further(name)}
-        further = [(open_family(name), section) for name, section in given.items() if name not in known]
+    def _of_further_families(cls, tasks: Any) -> Any:
+        if not isinstance(tasks, dict):
+            return tasks
+        known = {name: section for name, section in tasks.items() if name in cls.model_fields or not _is_further(name)}
+        further = [(open_family(name), section) for name, section in tasks.items() if name not in known]
         return known | {family.name: family.section.model_validate(section or {}) for family, section in further}
 
     @model_validator(mode="after")
@@ -1143,8 +1143,8 @@ class TrainSection(Section):
             yield "teacher", soft, f"{where}; set train.method to lora or full"
             yield "teacher", preference, "train.preference has another loss; drop one of the keys"
             yield "teacher", reward, "train.reward has another loss; drop one of the keys"
-            whole = "relations require all hidden states of a step; drop train.micro_tokens, or set relations to 0"
-            yield "teacher", self.teacher.relations > 0 and self.micro_tokens is not None, whole
+            hidden = "relations require all hidden states of a step; drop train.micro_tokens, or set relations to 0"
+            yield "teacher", self.teacher.relations > 0 and self.micro_tokens is not None, hidden
         if self.prune is not None:
             merged = "it prunes merged weights during training; set train.method=lora or full"
             yield "prune", self.method not in ("lora", "full"), merged
@@ -1594,8 +1594,8 @@ class Recipe(Displayed, Section):
     def _sections_agree(self) -> Recipe:
         if not self.tasks.present():
             raise ValueError(f"tasks: name at least one of {', '.join(TasksSection.model_fields)}")
-        asked = [task for task in self.tasks.present().values() if task.arms is None or "tuned" in task.arms]
-        if "tuned" in self.eval.arms and not asked:
+        tuned = [task for task in self.tasks.present().values() if task.arms is None or "tuned" in task.arms]
+        if "tuned" in self.eval.arms and not tuned:
             raise ValueError(
                 "tasks: no task is evaluated in the tuned setting, so training has no use; drop tuned "
                 "from eval.arms, or add it to tasks.FAMILY.arms"
@@ -1607,7 +1607,7 @@ class Recipe(Displayed, Section):
         self._check_trained()
         for family, section in self.tasks.present().items():
             for key in ("templates", "eval_templates", "strategies", "baselines"):
-                names = [str(getattr(one, "label", one)) for one in getattr(section, key)]
+                names = [str(getattr(entry, "label", entry)) for entry in getattr(section, key)]
                 if len(set(names)) != len(names):
                     raise ValueError(f"tasks.{family}.{key}: a name is repeated in {names}; keep one")
         if len(set(self.eval.arms)) != len(self.eval.arms):
@@ -1757,19 +1757,19 @@ class Recipe(Displayed, Section):
 
     def _check_candidates(self) -> None:
         """Reject ranking of both the catalogue and stored candidates in one table."""
-        whole, sequential = self.eval.candidates.kind == "catalogue", self.tasks.sequential
-        if whole and self.tasks.direct is not None:
+        catalogue, sequential = self.eval.candidates.kind == "catalogue", self.tasks.sequential
+        if catalogue and self.tasks.direct is not None:
             raise ValueError(
                 "tasks.direct: this task shows candidates in the prompt, unlike eval.candidates.kind=catalogue; drop "
                 "one of them"
             )
-        asked = sequential is not None and bool(self.eval.arms)
-        if whole and asked and sequential is not None and sequential.strategies != ("search",):
+        evaluated = sequential is not None and bool(self.eval.arms)
+        if catalogue and evaluated and sequential is not None and sequential.strategies != ("search",):
             raise ValueError(
                 "tasks.sequential.strategies: with eval.candidates.kind=catalogue only 'search' ranks the whole "
                 "catalogue; write strategies: [search]"
             )
-        if not whole and sequential is not None and "search" in sequential.strategies:
+        if not catalogue and sequential is not None and "search" in sequential.strategies:
             raise ValueError(
                 "tasks.sequential.strategies: 'search' ranks the whole catalogue, which is a different protocol from "
                 "stored candidates; set eval.candidates.kind=catalogue, or drop 'search'"

@@ -106,9 +106,9 @@ def slice_table(results: Results, task: str) -> SliceTable | None:
     lines, empty = [], []
     for name in names:
         parts = [next((part for part in row.slices if part.name == name), None) for row in rows]
-        own = next(part for part in parts if part is not None)
-        if own.n:
-            lines.append(_line(own, [part.metrics.get(metric) if part else None for part in parts], metric))
+        first = next(part for part in parts if part is not None)
+        if first.n:
+            lines.append(_line(first, [part.metrics.get(metric) if part else None for part in parts], metric))
         else:
             empty.append(in_words(name))
     return SliceTable(metric=metric, rows=tuple(rows), lines=tuple(lines), empty=tuple(empty))
@@ -205,13 +205,13 @@ def bands(row: Row) -> tuple[Band, ...]:
     if not entries:
         return ()
     last = entries[-1].position
-    wanted = min(len(entries), max(2, sum(entry.n for entry in entries) // _A_BAND))
-    edges = [round(place * last / wanted) for place in range(wanted + 1)]
+    count = min(len(entries), max(2, sum(entry.n for entry in entries) // _A_BAND))
+    edges = [round(index * last / count) for index in range(count + 1)]
     results = []
     for low, high in itertools.pairwise(edges):
-        own = [entry for entry in entries if low < entry.position <= high]
-        if own:
-            results.append(_band(low + 1, high, own))
+        group = [entry for entry in entries if low < entry.position <= high]
+        if group:
+            results.append(_band(low + 1, high, group))
     return tuple(results)
 
 
@@ -275,30 +275,30 @@ def _named(rows: Sequence[Row], tested: Sequence[Row]) -> str:
     for row in rows:
         groups.setdefault((row.arm, row.predictor), []).append(row)
     results = []
-    for (arm, predictor), own in groups.items():
+    for (arm, predictor), group in groups.items():
         of = sum((row.arm, row.predictor) == (arm, predictor) for row in tested)
-        share = ("both" if of == 2 else f"all {of}") if len(own) == of else f"{len(own)} of {of}"
-        name = label(own[0]) if of == 1 else f"{arm_label(arm, predictor)} with {share} templates"
-        explained = _explained([row.position_bias for row in own if row.position_bias])
-        results.append(f"{name} ({explained})" if _is_biased(own[0]) else name)
+        share = ("both" if of == 2 else f"all {of}") if len(group) == of else f"{len(group)} of {of}"
+        name = label(group[0]) if of == 1 else f"{arm_label(arm, predictor)} with {share} templates"
+        explained = _explained([row.position_bias for row in group if row.position_bias])
+        results.append(f"{name} ({explained})" if _is_biased(group[0]) else name)
     return listed(results)
 
 
 def _explained(biases: Sequence[PositionBias]) -> str:
-    shares, chances, rhos = ([getattr(bias, name) for bias in biases] for name in ("share", "chance", "rho"))
+    shares, expected, rhos = ([getattr(bias, name) for bias in biases] for name in ("share", "chance", "rho"))
     known = [bias.p for bias in biases if bias.p is not None]
     p = p_value(max(known, default=None))
     is_p = p if p[0] in f"<{DASH}" else f"= {p}" if len(known) == 1 else f"at most {p}"
     return (
-        f"{_ends(shares, _percent)} of the variance of the rank, {_ends(chances, _percent)} expected by "
+        f"{_ends(shares, _percent)} of the variance of the rank, {_ends(expected, _percent)} expected by "
         f"chance; rank correlation {_ends(rhos, _signed)}; corrected p {is_p}"
     )
 
 
-def _ends(values: Sequence[float | None], written: Callable[[float], str]) -> str:
+def _ends(values: Sequence[float | None], text: Callable[[float], str]) -> str:
     """Return the smallest and the largest value as text."""
     known = sorted(value for value in values if value is not None)
-    ends = list(dict.fromkeys(written(value) for value in known[:1] + known[-1:]))
+    ends = list(dict.fromkeys(text(value) for value in known[:1] + known[-1:]))
     return " to ".join(ends) or DASH
 
 

@@ -48,25 +48,25 @@ class Scale:
             part = (inside - self.low) / (self.high - self.low)
         return self.start + part * (self.end - self.start)
 
-    def ticks(self, wanted: int) -> tuple[float, ...]:
-        """Return about ``wanted`` round values within the scale."""
+    def ticks(self, count: int) -> tuple[float, ...]:
+        """Return about ``count`` round values within the scale."""
         if not self.log:
-            return _linear(self.low, self.high, wanted)
+            return _linear(self.low, self.high, count)
         decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
         for parts in ((1, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)):
             results = [part * 10.0**power for power in decades for part in parts]
             inside = tuple(value for value in results if self.low <= value <= self.high)
-            if len(inside) <= wanted or parts == (1,):
-                return inside if len(inside) > 1 else _linear(self.low, self.high, wanted)
+            if len(inside) <= count or parts == (1,):
+                return inside if len(inside) > 1 else _linear(self.low, self.high, count)
         return ()
 
 
-def _linear(low: float, high: float, wanted: int) -> tuple[float, ...]:
-    rough = (high - low) / max(1, wanted)
+def _linear(low: float, high: float, count: int) -> tuple[float, ...]:
+    rough = (high - low) / max(1, count)
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(part * power for part in _STEPS if part * power >= rough * (1 - 1e-9))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return tuple(round(place * step, 12) for place in range(first, last + 1))
+    return tuple(round(index * step, 12) for index in range(first, last + 1))
 
 
 def fitted(values: Iterable[float | None], start: float, end: float, *, holds: Sequence[float] = ()) -> Scale:
@@ -97,14 +97,14 @@ def tick_text(value: float) -> str:
     return text.replace("-", "−").replace(",", "\u2009")
 
 
-def apart(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+def apart(positions: Sequence[float], gap: float, low: float, high: float) -> list[float]:
     """Move positions on a line so that neighbours are at least ``gap`` apart."""
-    order = sorted(range(len(places)), key=lambda index: places[index])
-    gap = min(gap, (high - low) / max(1, len(places) - 1))
-    result = [0.0] * len(places)
+    order = sorted(range(len(positions)), key=lambda index: positions[index])
+    gap = min(gap, (high - low) / max(1, len(positions) - 1))
+    result = [0.0] * len(positions)
     reached = low - gap
     for index in order:
-        reached = result[index] = max(places[index], reached + gap)
+        reached = result[index] = max(positions[index], reached + gap)
     # Push back positions that were moved past the end.
     reached = high + gap
     for index in reversed(order):
@@ -173,8 +173,8 @@ class Canvas:
             return
         start, end = scale(low), scale(high)
         self.line(start, across, end, across, look)
-        for place in (start, end):
-            self.line(place, across - 4, place, across + 4, look)
+        for x in (start, end):
+            self.line(x, across - 4, x, across + 4, look)
 
     def stem(self, scale: Scale, low: float | None, high: float | None, along: float, look: str) -> None:
         """Add a vertical confidence interval."""
@@ -182,15 +182,15 @@ class Canvas:
             return
         start, end = scale(low), scale(high)
         self.line(along, start, along, end, look)
-        for place in (start, end):
-            self.line(along - 3, place, along + 3, place, look)
+        for y in (start, end):
+            self.line(along - 3, y, along + 3, y, look)
 
     def below(self, scale: Scale, top: float, bottom: float, title: str = "", *, ticks: int = 6) -> None:
         """Add a horizontal axis at ``bottom`` with grid lines up to ``top``."""
         for value in scale.ticks(ticks):
-            place = scale(value)
-            self.line(place, top, place, bottom, "grid")
-            self.text(place, bottom + 16, tick_text(value), "tick", anchor="middle")
+            x = scale(value)
+            self.line(x, top, x, bottom, "grid")
+            self.text(x, bottom + 16, tick_text(value), "tick", anchor="middle")
         self.line(scale.start, bottom, scale.end, bottom, "axis")
         if title:
             middle = (scale.start + scale.end) / 2
@@ -203,16 +203,16 @@ class Canvas:
     ) -> None:
         """Add a vertical axis at ``left`` with grid lines up to ``right``, and its title above it."""
         for value in scale.ticks(ticks):
-            place = scale(value)
-            self.line(left, place, right, place, "grid")
+            y = scale(value)
+            self.line(left, y, right, y, "grid")
             if named:
-                self.text(left - 6, place + 4, tick_text(value), "tick", anchor="end")
+                self.text(left - 6, y + 4, tick_text(value), "tick", anchor="end")
         if title:
             self.text(2, scale.end - 12, cut(title, self.width - 4), "axis-title")
 
     def _add(self, tag: Tag, look: str, *, title: str = "", **at: float) -> None:
-        places = tuple((name, _figure(value)) for name, value in at.items())
-        self.shapes.append(Shape(tag=tag, look=look, at=places, title=title))
+        coordinates = tuple((name, _figure(value)) for name, value in at.items())
+        self.shapes.append(Shape(tag=tag, look=look, at=coordinates, title=title))
 
 
 def _figure(value: float) -> str:

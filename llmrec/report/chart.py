@@ -48,6 +48,6 @@ def of_run(results: Mapping[str, Any], plot: str) -> Chart:
     return Chart(plots(Results.model_validate(results))[plot], plot)
 
 
-def _bar(name: str, found: Metric) -> Bar:
-    text = with_interval(found.value, found.low, found.high)
-    return {"label": name, "value": found.value or 0.0, "low": found.low, "high": found.high, "text": text}
+def _bar(name: str, metric: Metric) -> Bar:
+    text = with_interval(metric.value, metric.low, metric.high)
+    return {"label": name, "value": metric.value or 0.0, "low": metric.low, "high": metric.high, "text": text}

@@ -280,20 +280,20 @@ def positions(plot: Positions, width: float) -> Canvas:
     most = max(1, int((across + gap) // (140 if width <= NARROW else 210)))
     deep = math.ceil(len(rows) / most)
     columns = math.ceil(len(rows) / deep)
-    one = (across - gap * (columns - 1)) / columns
+    panel = (across - gap * (columns - 1)) / columns
     canvas = Canvas(width=width, height=len(measures) * deep * (head + body + foot) + 26)
     for block, (key, measure) in enumerate(measures):
         every = [*control, *(band for row in rows for band in bands(row))]
         ends = [getattr(band, name) for band in every for name in (key, f"{key}_low", f"{key}_high")]
         for index, row in enumerate(rows):
-            left = _LEFT + (index % columns) * (one + gap)
+            left = _LEFT + (index % columns) * (panel + gap)
             upper = (block * deep + index // columns) * (head + body + foot) + head
-            along = Scale(low=0.0, high=bands(row)[-1].middle + 1, start=left, end=left + one)
+            along = Scale(low=0.0, high=bands(row)[-1].middle + 1, start=left, end=left + panel)
             rise = fitted(ends, upper + body, upper)
             canvas.left(rise, left, along.end, ticks=4, named=index % columns == 0)
             canvas.below(along, upper + body, upper + body, ticks=4)
-            canvas.text(left, upper - 24, f"{measure}: {arm_label(row.arm, row.predictor)}", "tick", width=one)
-            canvas.text(left, upper - 9, short_template(row), "tick", width=one)
+            canvas.text(left, upper - 24, f"{measure}: {arm_label(row.arm, row.predictor)}", "tick", width=panel)
+            canvas.text(left, upper - 9, short_template(row), "tick", width=panel)
             if control:
                 canvas.path([(along(band.middle), rise(getattr(band, key))) for band in control], "reference")
             canvas.path([(along(band.middle), rise(getattr(band, key))) for band in bands(row)], f"curve {row.arm}")

@@ -12,19 +12,19 @@ from llmrec.report.canvas import NARROW, SMALL, WIDE, Canvas, Scale, spanning, t
 _LEFT, _RIGHT = 48, 12
 
 
-def pictures(found: Diagnostics) -> dict[str, tuple[Canvas, Canvas]]:
+def pictures(diagnostics: Diagnostics) -> dict[str, tuple[Canvas, Canvas]]:
     """Return all plots, wide and narrow, by the id of their HTML element."""
-    levels, drawn = shared_levels(found), {}
+    levels, plots = shared_levels(diagnostics), {}
     if levels:
-        drawn["usage"] = (usage(levels, found.items, WIDE), usage(levels, found.items, NARROW))
-    if len(found.depths) > 1:
-        drawn["branching"] = (branching(found.depths, WIDE), branching(found.depths, NARROW))
-    return drawn
+        plots["usage"] = (usage(levels, diagnostics.items, WIDE), usage(levels, diagnostics.items, NARROW))
+    if len(diagnostics.depths) > 1:
+        plots["branching"] = (branching(diagnostics.depths, WIDE), branching(diagnostics.depths, NARROW))
+    return plots
 
 
-def shared_levels(found: Diagnostics) -> list[Level]:
+def shared_levels(diagnostics: Diagnostics) -> list[Level]:
     """Return the levels that have a token with two or more items."""
-    return [level for level in found.levels if level.counts and level.counts[0] > 1]
+    return [level for level in diagnostics.levels if level.counts and level.counts[0] > 1]
 
 
 def usage(levels: Sequence[Level], items: int, width: float) -> Canvas:

@@ -61,10 +61,10 @@ _FIGURES = {
 }
 
 
-def sentence(found: Diagnostics) -> str:
+def sentence(diagnostics: Diagnostics) -> str:
     """Return a sentence that describes how item codes were made."""
-    text = SCHEMES.get(found.scheme, "")
-    return f"{text} {HYBRID}".strip() if found.hybrid else text
+    text = SCHEMES.get(diagnostics.scheme, "")
+    return f"{text} {HYBRID}".strip() if diagnostics.hybrid else text
 
 
 def level_title(level: Level) -> str:
@@ -72,33 +72,33 @@ def level_title(level: Level) -> str:
     return f"<{level.name}_…>"
 
 
-def spread(found: Spread) -> str:
+def spread(spread_of: Spread) -> str:
     """Return counts as ``3`` if all are equal, else as ``2 to 5, 3.4 on average``."""
-    if found.least == found.most:
-        return count(found.most)
-    return f"{count(found.least)} to {count(found.most)}, {rough(found.mean)} on average"
+    if spread_of.least == spread_of.most:
+        return count(spread_of.most)
+    return f"{count(spread_of.least)} to {count(spread_of.most)}, {rough(spread_of.mean)} on average"
 
 
-def key_figures(found: Diagnostics) -> dict[str, str]:
+def key_figures(diagnostics: Diagnostics) -> dict[str, str]:
     """Return the main properties by name, in display order."""
-    rows = {"Items": count(found.items)}
-    if found.pieces is not None:
-        rows |= {"New tokens": count(found.tokens), "Tokens per ID": spread(found.pieces)}
-    if found.characters is not None:
-        rows["Characters per ID"] = spread(found.characters)
-    if found.first_words is not None:
-        first = found.first_words
+    rows = {"Items": count(diagnostics.items)}
+    if diagnostics.pieces is not None:
+        rows |= {"New tokens": count(diagnostics.tokens), "Tokens per ID": spread(diagnostics.pieces)}
+    if diagnostics.characters is not None:
+        rows["Characters per ID"] = spread(diagnostics.characters)
+    if diagnostics.first_words is not None:
+        first = diagnostics.first_words
         common = f"most frequent: {flat(first.common)}, of {count(first.items)} items"
         rows["Different first words"] = f"{count(first.different)}; {common}"
-    rows |= {name: text for name, text in map(_figure, found.figures.items()) if name}
-    if found.bucket is not None:
-        rows["Largest number of IDs that differ only in the last token"] = count(found.bucket)
-    rows["Duplicate IDs"] = count(found.duplicates)
-    what = "IDs that are a prefix of another ID"
+    rows |= {name: text for name, text in map(_figure, diagnostics.figures.items()) if name}
+    if diagnostics.bucket is not None:
+        rows["Largest number of IDs that differ only in the last token"] = count(diagnostics.bucket)
+    rows["Duplicate IDs"] = count(diagnostics.duplicates)
+    prefixes = "IDs that are a prefix of another ID"
     # A line break ends a text code, so one code may be the beginning of another.
-    rows[what] = f"{count(found.begun)}{' (the line break separates them)' if found.begun else ''}"
-    if found.tokens and found.begun:
-        rows[what] = f"{count(found.begun)}: not prefix-free"
+    rows[prefixes] = f"{count(diagnostics.begun)}{' (the line break separates them)' if diagnostics.begun else ''}"
+    if diagnostics.tokens and diagnostics.begun:
+        rows[prefixes] = f"{count(diagnostics.begun)}: not prefix-free"
     return rows
 
 

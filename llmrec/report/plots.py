@@ -187,7 +187,7 @@ def forest(results: Results, task: str) -> Forest:
 def differences(results: Results) -> Differences:
     """Return the gain over the baseline for each task.
 
-    If all families have one metric the unit is that metric, else the percentage of the control's figure.
+    If all families have the same metric, the unit is that metric; otherwise, the percentage of the control's figure.
     """
     matches = [summary.headline(results, task) for task in results.tasks]
     matches = [entry for entry in matches if entry.difference is not None and entry.difference.value is not None]
@@ -199,21 +199,21 @@ def differences(results: Results) -> Differences:
     return {"kind": "differences", "unit": unit, "sides": sides, "rows": [row for row in rows if row]}
 
 
-def _difference(found: summary.Headline, *, share: bool) -> Difference | None:
+def _difference(headline: summary.Headline, *, share: bool) -> Difference | None:
     """Return the gain of a task over its baseline; None if undefined."""
-    entry, model, control = found.difference, found.model, found.control
+    entry, model, control = headline.difference, headline.model, headline.control
     if entry is None or entry.value is None or model is None or control is None:
         return None
-    whole = found.relative_to if share else None
-    if share and whole is None:
+    reference = headline.relative_to if share else None
+    if share and reference is None:
         return None
-    scale = 1.0 if whole is None else 100.0 / whole
+    scale = 1.0 if reference is None else 100.0 / reference
     ends = [end for end in (entry.low, entry.high) if end is not None]
-    bounds = sorted(summary.gain(found.metric, end) * scale for end in ends)
+    bounds = sorted(summary.gain(headline.metric, end) * scale for end in ends)
     return {
-        "label": flat(title(found.task)),
-        "beside": flat(" − ".join(found.names)),
-        "value": summary.gain(found.metric, entry.value) * scale,
+        "label": flat(title(headline.task)),
+        "beside": flat(" − ".join(headline.names)),
+        "value": summary.gain(headline.metric, entry.value) * scale,
         "low": bounds[0] if len(bounds) == 2 else None,
         "high": bounds[1] if len(bounds) == 2 else None,
         "detectable": None if entry.detectable is None else entry.detectable * scale,
@@ -282,9 +282,9 @@ def rewards(training: Training) -> Lines:
         "groups without an advantage": "zero",
         "divergence, nats": "kl",
     }
-    made = [(line.step, line.reward) for line in training.log if line.reward is not None]
+    log = [(line.step, line.reward) for line in training.log if line.reward is not None]
     series = [
-        _series(label, "train" if name == "reward" else "valid", [(step, getattr(entry, name)) for step, entry in made])
+        _series(label, "train" if name == "reward" else "valid", [(step, getattr(entry, name)) for step, entry in log])
         for label, name in names.items()
     ]
     return {"kind": "lines", "unit": "rollouts per step", "series": series}
@@ -299,8 +299,8 @@ def speed(results: Results) -> Lines:
 
 
 def _series(name: str, kind: str, points: list[tuple[int, float | None]]) -> Series:
-    kept = [(step, value) for step, value in points if value is not None]
-    return {"name": flat(name), "kind": kind, "x": [step for step, _ in kept], "y": [value for _, value in kept]}
+    defined = [(step, value) for step, value in points if value is not None]
+    return {"name": flat(name), "kind": kind, "x": [step for step, _ in defined], "y": [value for _, value in defined]}
 
 
 def budget(results: Results) -> Bars:
@@ -350,8 +350,8 @@ def quality_by_tokens(results: Results, task: str) -> CostPlot | None:
         )
     if not points:
         return None
-    chance = [row for row in results.standings(task) if row.arm == "baseline" and row.predictor == "random"]
-    levels = [row for row in (best_baseline(results, task), *chance) if row is not None]
+    random_rows = [row for row in results.standings(task) if row.arm == "baseline" and row.predictor == "random"]
+    levels = [row for row in (best_baseline(results, task), *random_rows) if row is not None]
     return {
         "kind": "cost",
         "metric": flat(metric),

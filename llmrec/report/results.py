@@ -31,7 +31,7 @@ from llmrec.tasks.family import missing_controls
 
 # Signature fields that may differ between the metrics of one model.
 _OF_A_METRIC = frozenset({"gain", "ties", "text", "how"})
-_UNSAID = "(unsaid)"
+_MISSING = "(missing)"
 
 
 def check(results: Results, *, source: str = "results.json") -> None:
@@ -157,18 +157,18 @@ def _same_fields(task: str, rows: Sequence[Row], source: str) -> None:
     parts = {row.id: [_fields(metric.signature) for metric in row.metrics.values()] for row in rows if row.metrics}
     names = sorted({key for fields in parts.values() for entry in fields for key in entry})
     for key in names:
-        values = {row_id: {entry.get(key, _UNSAID) for entry in fields} for row_id, fields in parts.items()}
+        values = {row_id: {entry.get(key, _MISSING) for entry in fields} for row_id, fields in parts.items()}
         kinds: dict[frozenset[str], str] = {}
-        for row_id, own in values.items():
+        for row_id, protocols in values.items():
             for other, first in kinds.items():
-                if not (own <= other or other <= own):
+                if not (protocols <= other or other <= protocols):
                     one = f"{first!r} ({key}:{','.join(sorted(other))})"
                     raise LlmrecError(
-                        _mixed(task, one, f"{row_id!r} ({key}:{','.join(sorted(own))})", source),
+                        _mixed(task, one, f"{row_id!r} ({key}:{','.join(sorted(protocols))})", source),
                         kind="mismatch",
                         at=source,
                     )
-            kinds.setdefault(frozenset(own), row_id)
+            kinds.setdefault(frozenset(protocols), row_id)
 
 
 def _fields(signature: str) -> dict[str, str]:
@@ -236,14 +236,14 @@ def _unfit(error: ValidationError | RecursionError, source: str, fix: str) -> Da
         deep = "it is nested too deeply for a results file"
         return DataError(f"{source}: {deep}. {fix}".strip(), kind="wrong-format", at=source)
     problem = error.errors(include_url=False, include_context=False)[0]
-    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]).lstrip(".")
+    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]).lstrip(".")
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     message = str(problem["msg"])
     return DataError(
-        f"{source}: key {place!r}: {message[:1].lower()}{message[1:]}{more}. {fix}".strip(),
+        f"{source}: key {key!r}: {message[:1].lower()}{message[1:]}{more}. {fix}".strip(),
         kind="missing-key" if problem["type"] == "missing" else "bad-value",
         at=source,
-        column=place,
+        column=key,
     )
 
 

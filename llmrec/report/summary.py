@@ -122,20 +122,20 @@ def question(results: Results, found: Iterable[Headline]) -> str:
     return "Is the ensemble better than the best single recommender?"
 
 
-def sentence(found: Headline) -> str:
+def sentence(entry: Headline) -> str:
     """Return a sentence on whether the model is better than the baseline, with difference and interval."""
-    if found.model is None or found.control is None:
-        lacking = "language model or ensemble" if found.model is None else "baseline"
-        return f"No {lacking} has a value for {found.metric}."
-    model, control = found.names
-    if found.difference is None:
-        figures = [number(row.metrics[found.metric].value) for row in (found.model, found.control)]
-        turned = " (lower is better)" if lower(found.metric) else ""
-        reached = f"{model} has {found.metric} {figures[0]} and {control} {figures[1]}{turned}"
+    if entry.model is None or entry.control is None:
+        lacking = "language model or ensemble" if entry.model is None else "baseline"
+        return f"No {lacking} has a value for {entry.metric}."
+    model, control = entry.names
+    if entry.difference is None:
+        figures = [number(row.metrics[entry.metric].value) for row in (entry.model, entry.control)]
+        turned = " (lower is better)" if lower(entry.metric) else ""
+        reached = f"{model} has {entry.metric} {figures[0]} and {control} {figures[1]}{turned}"
         return f"{reached}; the difference was not tested."
-    users = found.model.users
+    users = entry.model.users
     over = f", {count(users)} users" if users else ""
-    return f"{in_words(found.difference, model, control)}: {stated(found.difference)}{over}."
+    return f"{in_words(entry.difference, model, control)}: {stated(entry.difference)}{over}."
 
 
 def gain(metric: str, value: float) -> float:
@@ -144,7 +144,7 @@ def gain(metric: str, value: float) -> float:
 
 
 def first_sentence(results: Results) -> str:
-    """Return what the language model adds to the baselines, or else which baseline is served and why."""
+    """Return what the language model adds to the baselines; without one, which baseline is served and why."""
     if _asks(results):
         served = [brought(results, task) for task in results.tasks if served_row(results, task) is not None]
         return " ".join(filter(None, (*served, added(results))))
@@ -164,8 +164,8 @@ def contribution(results: Results, task: str) -> Comparison | None:
     With several ensembles without it, the best one of the planned comparisons counts.
     """
     metric, rows = results.headline[task], {row.id: row for row in results.rows}
-    places = {row.id: index for index, row in enumerate(results.standings(task))}
-    joined = {name for name in places if rows[name].fusion is not None}
+    ranks = {row.id: index for index, row in enumerate(results.standings(task))}
+    joined = {name for name in ranks if rows[name].fusion is not None}
     pairs = [
         facing(entry, entry.a if rows[entry.a].arm == "tuned" else entry.b)
         for entry in results.comparisons
@@ -173,7 +173,7 @@ def contribution(results: Results, task: str) -> Comparison | None:
         and {entry.a, entry.b} <= joined
         and {rows[entry.a].arm, rows[entry.b].arm} == {"tuned", "baseline"}
     ]
-    return min(pairs, key=lambda entry: (entry.verdict is None, places[entry.b]), default=None)
+    return min(pairs, key=lambda entry: (entry.verdict is None, ranks[entry.b]), default=None)
 
 
 def unweighed(results: Results, ensemble: str) -> bool:
@@ -263,8 +263,8 @@ def _choice(results: Results, task: str) -> str:
         return ""
     short = short_names(with_figures(results, task))
     figures = sorted(choice.figures.items(), key=lambda entry: -entry[1])
-    beside = next(((name, value) for name, value in figures if name != choice.row), None)
-    after = f"; the second best is {short.get(beside[0], beside[0])}, {beside[1]:.4f}" if beside else ""
+    second = next(((name, value) for name, value in figures if name != choice.row), None)
+    after = f"; the second best is {short.get(second[0], second[0])}, {second[1]:.4f}" if second else ""
     return (
         f"{short.get(row.id, label(row))} is served: it has the best {choice.metric} of {len(figures)} recommenders on "
         f"{count(choice.users)} validation users, {choice.value:.4f}{after}."

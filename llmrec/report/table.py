@@ -56,7 +56,7 @@ def grid(
     Columns from ``numeric_from`` up to ``numeric_to`` are right-aligned.
     """
     numeric = range(len(header))[numeric_from:numeric_to]
-    rule = ["---:" if place in numeric else "---" for place in range(len(header))]
+    rule = ["---:" if column in numeric else "---" for column in range(len(header))]
     return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *rows))
 
 
@@ -140,7 +140,7 @@ def _task_table(results: Results, task: str) -> Table:
     if parsed:
         table.add_column("Parsed", justify="right", no_wrap=True)
     best = {name: results.best(task, name) for name in names}
-    for kind, row in [(kind, row) for kind, own in results.kinds(task) for row in (None, *own)]:
+    for kind, row in [(kind, row) for kind, group in results.kinds(task) for row in (None, *group)]:
         if row is None:
             if kind:
                 table.add_row(plain(KINDS[kind], "italic"))

@@ -37,12 +37,12 @@ def asked_by(results: Results, sample: Sample, fact: PromptContents) -> str:
     return "" if set(templates) <= set(fact.by) else f"in the prompts of {listed(names)}"
 
 
-def about_choice(results: Results, found: Sequence[Sample]) -> str:
+def about_choice(results: Results, shown: Sequence[Sample]) -> str:
     """Return a sentence on the number of example requests and how they were selected."""
-    asked = max((row.n for row in results.rows if row.task == found[0].task), default=len(found))
-    if len(found) >= asked:
-        return f"All {len(found)} requests, in random order." if asked > 1 else "The only request."
-    return f"{len(found)} of {asked} requests, a random sample."
+    total = max((row.n for row in results.rows if row.task == shown[0].task), default=len(shown))
+    if len(shown) >= total:
+        return f"All {len(shown)} requests, in random order." if total > 1 else "The only request."
+    return f"{len(shown)} of {total} requests, a random sample."
 
 
 def who(sample: Sample) -> str:

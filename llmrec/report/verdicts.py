@@ -48,25 +48,25 @@ def metrics_table(results: Results) -> Table:
     firsts = {task: headline(results, task) for task in results.tasks}
     asks = any(row.arm != "baseline" for row in results.rows)
     arms = [arm for arm in _ARMS if any(row.arm == arm and alone(row) for row in results.rows)]
-    made = table_of("", [_legend(result.verdict for result in firsts.values() if result.difference)])
-    made.title = None
-    made.add_column("Task and metric", overflow="fold")
+    table = table_of("", [_legend(result.verdict for result in firsts.values() if result.difference)])
+    table.title = None
+    table.add_column("Task and metric", overflow="fold")
     for arm in arms or ["ensemble"]:
-        made.add_column(arm_name(arm).replace("-", "\n"), justify="right", no_wrap=True)
-    made.add_column("best baseline" if asks else "best single", justify="right", overflow="fold")
-    made.add_column("difference", justify="right", no_wrap=True)
+        table.add_column(arm_name(arm).replace("-", "\n"), justify="right", no_wrap=True)
+    table.add_column("best baseline" if asks else "best single", justify="right", overflow="fold")
+    table.add_column("difference", justify="right", no_wrap=True)
     for task, result in firsts.items():
         metric = result.metric
-        own = [_best(results, task, arm) for arm in arms] if asks else [result.model]
-        cells = [DASH if row is None else figure(row.metrics.get(metric)) for row in own]
+        rows = [_best(results, task, arm) for arm in arms] if asks else [result.model]
+        cells = [DASH if row is None else figure(row.metrics.get(metric)) for row in rows]
         control = result.control and f"{number(result.control.metrics[metric].value)}\n{flat(result.names[1])}"
-        made.add_row(
+        table.add_row(
             Text(f"{flat(title(task))}\n{flat(metric)}{', lower is better' if lower(metric) else ''}"),
             *map(Text, cells),
             Text(control or DASH),
             _difference(result),
         )
-    return made
+    return table
 
 
 def _best(results: Results, task: str, arm: str) -> Row | None:

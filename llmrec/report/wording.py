@@ -85,16 +85,16 @@ def undefined(results: Results, task: str) -> list[str]:
     return undefined_lines(matches, len(rows), results.headline[task])
 
 
-def undefined_lines(found: Iterable[tuple[str, str, str]], rows: int, headline: str) -> list[str]:
+def undefined_lines(missing: Iterable[tuple[str, str, str]], rows: int, headline: str) -> list[str]:
     """Return sentences on the undefined values in a table, with reasons.
 
     Args:
-        found: Row, metric and reason of each; the reason is empty if unknown.
+        missing: Row, metric and reason of each; the reason is empty if unknown.
         rows: Number of rows of the table; a figure that is undefined in all of them names none.
         headline: The metric that rows are compared by.
     """
     grouped: dict[tuple[str, str], list[str]] = {}
-    for row, metric, reason in found:
+    for row, metric, reason in missing:
         grouped.setdefault((metric, reason), []).append(row)
     lines = []
     for (metric, reason), named in grouped.items():
@@ -220,10 +220,10 @@ def duration(seconds: float | None) -> str:
         return DASH
     if seconds < 60:
         return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    whole = round(seconds)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
+    total = round(seconds)
+    if total < 3600:
+        return f"{total // 60} min {total % 60} s"
+    return f"{total // 3600} h {total % 3600 // 60} min"
 
 
 def short_template(row: Setting) -> str:
@@ -255,8 +255,8 @@ def short_names(rows: Sequence[Row]) -> dict[str, str]:
                 [next((one for one in entry if one.startswith(f"{name}=")), "") for entry in settings] for name in names
             ]
             apart = next((entry for entry in columns if len({*entry}) == len(alike)), None)
-            own = "" if apart is None else apart[alike.index(row)]
-            result[row.id] = flat(row.predictor if apart is None else f"{row.method}({own})" if own else row.method)
+            value = "" if apart is None else apart[alike.index(row)]
+            result[row.id] = flat(row.predictor if apart is None else f"{row.method}({value})" if value else row.method)
     return result
 
 
@@ -378,18 +378,18 @@ def winner_sentence(found: TaskVerdict) -> str:
     return f"{start}{reach}. Difference: {stated(found.lead)}, {outcome(found.lead.verdict)}."
 
 
-def tuning_sentence(found: TaskVerdict, rows: Sequence[Row]) -> str:
+def tuning_sentence(tally: TaskVerdict, rows: Sequence[Row]) -> str:
     """Return a sentence on the fine-tuned versus the zero-shot model, with interval and verdict."""
-    if found.tuned is None:
-        tuned = any(row.task == found.task and row.arm == "tuned" for row in rows)
+    if tally.tuned is None:
+        tuned = any(row.task == tally.task and row.arm == "tuned" for row in rows)
         return "The fine-tuned model was not compared with zero-shot." if tuned else "This run has no fine-tuned model."
     what = {
         "shown": "Fine-tuning is significantly better than zero-shot",
         "not shown": "There is no significant difference between fine-tuned and zero-shot",
         "contradicted": "Fine-tuning is significantly worse than zero-shot",
         None: "Fine-tuned − zero-shot, exploratory",
-    }[found.tuned.verdict]
-    return f"{what}: {stated(found.tuned)}."
+    }[tally.tuned.verdict]
+    return f"{what}: {stated(tally.tuned)}."
 
 
 def stated(comparison: Comparison) -> str:

@@ -35,8 +35,8 @@ from llmrec.report.summary import brought
 from llmrec.report.verdicts import wrapped
 from llmrec.report.wording import duration, with_interval
 from llmrec.results import Choice, Results
-from llmrec.start.auto_trial import Asked, Done, Tuning, done, trial_key
-from llmrec.start.columns import asked
+from llmrec.start.auto_trial import Done, TrialJob, Tuning, done, trial_key
+from llmrec.start.columns import requested_roles
 from llmrec.start.init import init, name_of
 from llmrec.start.options import AutoOptions
 from llmrec.start.page import SCHEMA
@@ -69,12 +69,12 @@ class Plan:
     Attributes:
         steps: Training steps; 0 for no language model.
         seconds: Time for its training and evaluation.
-        told: A line with the decision and its reason.
+        message: A line with the decision and its reason.
     """
 
     steps: int
     seconds: float
-    told: str
+    message: str
 
 
 NONE = Plan(0, 0.0, "no language model: --classic")
@@ -184,12 +184,12 @@ def parts_for(dataset: Dataset, encoder: str | None, *, texts: bool, torch: bool
         if baseline.READS != "events" and not (texts and (encoder or baseline.READS == "texts")):
             continue
         keys = baseline.Config.model_fields
-        read: dict[str, Json] = {"encoder": encoder} if encoder and "encoder" in keys else {}
+        with_encoder: dict[str, Json] = {"encoder": encoder} if encoder and "encoder" in keys else {}
         quiet: dict[str, Json] = {"quiet": True} if "quiet" in keys else {}
         for setting in baseline.AUTO:
             if len(dataset.items) <= (setting.items or math.inf) and budget >= setting.seconds:
                 label = f"{name}, {setting.label}" if setting.label else name
-                settings.append((setting.cost, Part(label, name, {**read, **quiet, **setting.fixed})))
+                settings.append((setting.cost, Part(label, name, {**with_encoder, **quiet, **setting.fixed})))
     return [part for _, part in sorted(settings, key=lambda setting: setting[0])]
 
 
@@ -210,15 +210,15 @@ PAGES = (".yaml", ".yml")
 def data_page(options: AutoOptions, name: str, state: Path, say: Callable[[str], None]) -> Recipe:
     """Return a recipe with the data section only."""
     page = options.table.endswith(PAGES)
-    given = load_recipe(options.table) if page else _looked_at(options, state, say)
-    data = given.data.model_dump(mode="json")
+    base = load_recipe(options.table) if page else _recipe_of_table(options, state, say)
+    data = base.data.model_dump(mode="json")
     if not page:
         # Users with few interactions also get recommendations.
         data["filter"] |= {"user_core": 1, "item_core": 1}
     return as_recipe(
         {
             "name": name,
-            "seed": given.seed,
+            "seed": base.seed,
             "data": data,
             "tasks": {"sequential": {"strategies": ["search"]}},
             "eval": {"arms": [], "backend": "hf", "users": options.users, "candidates": {"kind": "catalogue"}},
@@ -226,22 +226,22 @@ def data_page(options: AutoOptions, name: str, state: Path, say: Callable[[str],
     )
 
 
-def _looked_at(options: AutoOptions, state: Path, say: Callable[[str], None]) -> Recipe:
+def _recipe_of_table(options: AutoOptions, state: Path, say: Callable[[str], None]) -> Recipe:
     """Return the recipe of `init` for a table, or for a repaired copy, and report dropped rows."""
     page = state / PAGE
-    made = init(
+    result = init(
         options.table,
         items=options.items,
         out=page,
         name=options.name,
         # A row without a rating is still an interaction.
-        asked=asked(replace(options, rating=options.rating or "none")),
+        requested=requested_roles(replace(options, rating=options.rating or "none")),
         mend=state / FIXED / f"{name_of(options.name, options.table)}.csv",
         force=True,
         backend="hf",
         query=options.query,
     )
-    for note in made.fixes:
+    for note in result.fixes:
         say(note)
     return load_recipe(page)
 
@@ -365,7 +365,7 @@ def build(
         torch = importlib.util.find_spec("torch") is not None
         parts = parts_for(split.dataset, encoder, texts=texts, torch=torch, budget=options.seconds)
         planned = NONE if options.classic else plan(options.seconds, titles=texts, device=_device())
-        say(planned.told)
+        say(planned.message)
         search = _Search(
             recipe,
             split.fingerprint,
@@ -406,20 +406,20 @@ def build(
                 sentence += f" {verdict.sentence}"
     default = default_of(bundles.read(str(folder)))
     assert default is not None
-    made = Auto(folder, result, tuple(search.tried.values()), sentence, default, time.monotonic() - began)
-    write_json(state / "auto.json", record(made, options))
-    return made
+    auto = Auto(folder, result, tuple(search.tried.values()), sentence, default, time.monotonic() - began)
+    write_json(state / "auto.json", record(auto, options))
+    return auto
 
 
 def _settings(number: int, which: str = "") -> str:
     return f"{number} {which}{'setting' if number == 1 else 'settings'}"
 
 
-def told(made: Auto) -> str:
+def summary(auto: Auto) -> str:
     """Return the text to print: the result, the recommenders, and the next commands."""
     tuned = "The best hyperparameters of each recommender, by NDCG@10 on the validation users for tuning:"
-    lines = [*wrapped(made.sentence), "", *wrapped(tuned)]
-    for tried in made.tried:
+    lines = [*wrapped(auto.sentence), "", *wrapped(tuned)]
+    for tried in auto.tried:
         best = tried.best
         value = "–" if best is None else f"{best.value:.4f}"
         note = f"; {tried.note}" if tried.note else ""
@@ -427,10 +427,10 @@ def told(made: Auto) -> str:
         lines += wrapped(f"  {text}", hang=4)
     lines += [
         "",
-        f"{duration(made.seconds)}. Report: {made.run.report}",
-        f"Serve it ({made.served}): llmrec serve {made.folder}",
-        f"Lists for all users: llmrec rank --model {made.folder} --all-users --top 10 --to lists.csv",
-        f"Lists for a file of requests: llmrec rank --model {made.folder} --in requests.jsonl --out lists.jsonl",
+        f"{duration(auto.seconds)}. Report: {auto.run.report}",
+        f"Serve it ({auto.served}): llmrec serve {auto.folder}",
+        f"Lists for all users: llmrec rank --model {auto.folder} --all-users --top 10 --to lists.csv",
+        f"Lists for a file of requests: llmrec rank --model {auto.folder} --in requests.jsonl --out lists.jsonl",
     ]
     return "\n".join(lines)
 
@@ -494,8 +494,8 @@ class _Search:
 
     def _share(self, waiting: Sequence[Tried]) -> float:
         """Return the time for tuning the first of the waiting recommenders, in seconds."""
-        alike, promised = 1 / len(waiting), _promise(waiting[0]) / sum(map(_promise, waiting))
-        return self._left() * (0.25 * alike + 0.75 * promised)
+        equal, promised = 1 / len(waiting), _promise(waiting[0]) / sum(map(_promise, waiting))
+        return self._left() * (0.25 * equal + 0.75 * promised)
 
     def chosen(self, users: int) -> Recipe:
         """Return the recipe of all recommenders with their best hyperparameters.
@@ -522,20 +522,20 @@ class _Search:
         recipe = self.recipe.model_dump(mode="json")
         recipe["tasks"]["sequential"]["baselines"] = baselines
         recipe["eval"]["users"] = users
-        made = as_recipe(recipe)
-        write_text(self.state / "best.yaml", dump(made))
-        return made
+        best = as_recipe(recipe)
+        write_text(self.state / "best.yaml", dump(best))
+        return best
 
-    def best(self, made: Recipe, data: SplitDataset) -> Choice:
+    def best(self, recipe: Recipe, data: SplitDataset) -> Choice:
         """Return the recommender of a recipe with the best trial."""
-        baselines = made.tasks.present()["sequential"].baselines
+        baselines = recipe.tasks.present()["sequential"].baselines
         result = [tried.best.value for tried in self.tried.values() if tried.best is not None]
         figures = {
             f"sequential/baseline/{entry.label}": value
             for entry, value in zip(baselines[len(baselines) - len(result) :], result, strict=True)
         }
         row = max(figures, key=lambda name: figures[name])
-        users = {one.user_id for one in halves(data, _RESERVED)[0].holdouts("valid")}
+        users = {event.user_id for event in halves(data, _RESERVED)[0].holdouts("valid")}
         return Choice(row=row, metric="NDCG@10", value=figures[row], users=len(users), figures=figures)
 
     def _round(self, parts: Sequence[Tried], *, first: bool, allowed: Allowed) -> None:
@@ -551,7 +551,7 @@ class _Search:
     def _try(self, waiting: Sequence[Tried], *, first: bool, allowed: Allowed) -> int:
         """Tune recommenders in one subprocess until one takes too long or fails; return how many finished."""
         at = self.state / "trials" / "at.json"
-        wanted = Asked(
+        job = TrialJob(
             recipe=str(self.state / "data.yaml"),
             parts=[
                 Tuning(entry.part.baseline, dict(entry.part.fixed), str(self._file(entry.part))) for entry in waiting
@@ -562,24 +562,24 @@ class _Search:
             at=str(at),
         )
         log = at.with_name("log.txt")
-        places = _Places(at, len(waiting))
+        progress = _Progress(at, len(waiting))
         known = [len(tried.trials) for tried in waiting]
-        with _child(wanted, log) as child:
+        with _child(job, log) as child:
             began, may = self.clock(), allowed(waiting)
             while (code := child.poll()) is None and self.clock() - began <= may:
-                for place in places.passed():
-                    self._told(waiting[place], known[place], self.clock() - began)
-                    began, may = self.clock(), allowed(waiting[place + 1 :])
+                for index in progress.passed():
+                    self._report_trials(waiting[index], known[index], self.clock() - began)
+                    began, may = self.clock(), allowed(waiting[index + 1 :])
                 time.sleep(_POLL)
         took = self.clock() - began
-        for place in places.passed(done=code == 0):
-            self._told(waiting[place], known[place], took)
+        for index in progress.passed(done=code == 0):
+            self._report_trials(waiting[index], known[index], took)
         if code != 0:
             note = _LATE if code is None else f"failed; see {log}"
-            self._told(waiting[places.now], known[places.now], took, note)
-        return min(places.now + 1, len(waiting))
+            self._report_trials(waiting[progress.now], known[progress.now], took, note)
+        return min(progress.now + 1, len(waiting))
 
-    def _told(self, tried: Tried, known: int, took: float, note: str = "") -> None:
+    def _report_trials(self, tried: Tried, known: int, took: float, note: str = "") -> None:
         """Read the trials of a recommender, and report them."""
         tried.trials = done(self._file(tried.part), self._key(tried.part))
         tried.note = note or ("" if tried.trials else _SLOW)
@@ -587,8 +587,8 @@ class _Search:
         figure = f"validation NDCG@10 {tried.best.value:.4f}" if tried.best else "no result"
         new = tried.trials[known:]
         spent = round(max(took, sum(trial.seconds for trial in new)), 2)
-        told = f"{figure}, {_settings(len(new), 'new ')} tried in {duration(spent)}"
-        self.say(f"{tried.part.label}: {told}{f'; {tried.note}' if tried.note else ''}")
+        text = f"{figure}, {_settings(len(new), 'new ')} tried in {duration(spent)}"
+        self.say(f"{tried.part.label}: {text}{f'; {tried.note}' if tried.note else ''}")
 
     def _left(self) -> float:
         """Return the seconds left for tuning."""
@@ -609,7 +609,7 @@ class _Search:
 
 
 @dataclass
-class _Places:
+class _Progress:
     """The progress of a subprocess: the index of its current recommender."""
 
     file: Path
@@ -627,17 +627,17 @@ class _Places:
 
 
 @contextmanager
-def _child(asked: Asked, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def _child(job: TrialJob, log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Run trials in a subprocess, which is killed when the block ends."""
     log.parent.mkdir(parents=True, exist_ok=True)
     page = log.with_name("asked.json")
-    write_json(page, asdict(asked))
-    with log.open("ab") as told:
+    write_json(page, asdict(job))
+    with log.open("ab") as log_file:
         # A separate process group: Ctrl-C reaches only the parent, which ends the search.
         child = subprocess.Popen(
             [sys.executable, "-m", "llmrec.start.auto_trial", str(page)],
-            stdout=told,
-            stderr=told,
+            stdout=log_file,
+            stderr=log_file,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )
@@ -649,15 +649,15 @@ def _child(asked: Asked, log: Path) -> Iterator[subprocess.Popen[bytes]]:
                 child.wait()
 
 
-def record(made: Auto, options: AutoOptions) -> Mapping[str, Any]:
+def record(auto: Auto, options: AutoOptions) -> Mapping[str, Any]:
     """Return the content of `auto.json`."""
     return {
         "kind": "auto",
         "table": options.table,
         "budget_seconds": options.seconds,
-        "seconds": round(made.seconds, 1),
-        "sentence": made.sentence,
-        "served": made.served,
+        "seconds": round(auto.seconds, 1),
+        "sentence": auto.sentence,
+        "served": auto.served,
         "parts": [
             {
                 "label": tried.part.label,
@@ -668,6 +668,6 @@ def record(made: Auto, options: AutoOptions) -> Mapping[str, Any]:
                 "seconds": round(tried.seconds, 1),
                 "note": tried.note,
             }
-            for tried in made.tried
+            for tried in auto.tried
         ],
     }

@@ -1,6 +1,6 @@
 """Tunes recommenders in a subprocess that can be killed at any time; each trial is stored when it ends.
 
-``python -m llmrec.start.auto_trial ASKED.json`` reads an `Asked` and writes the trials, one file per recommender.
+``python -m llmrec.start.auto_trial JOB.json`` reads a `TrialJob` and writes the trials, one file per recommender.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Tuning:
 
 
 @dataclass(frozen=True)
-class Asked:
+class TrialJob:
     """The input of the tuning subprocess.
 
     Attributes:
@@ -82,21 +82,21 @@ def trial_key(data: str, baseline: str, fixed: dict[str, Json], reserved: float)
     return fingerprint("trials", made_by=[(BASELINES, baseline)], data=data, fixed=fixed, reserved=reserved)
 
 
-def search(asked: Asked) -> None:
+def search(job: TrialJob) -> None:
     """Evaluate the hyperparameter settings of each recommender."""
     from llmrec.data.split import halves
     from llmrec.pipeline.study import load_split
     from llmrec.recipe.load import load_recipe
 
-    recipe = load_recipe(asked.recipe)
+    recipe = load_recipe(job.recipe)
     data = load_split(recipe.data, recipe.seed)
-    choosing, _ = halves(data, asked.reserved)
-    for index, part in enumerate(asked.parts):
-        write_json(Path(asked.at), index)
-        key = trial_key(data.fingerprint, part.baseline, part.fixed, asked.reserved)
+    choosing, _ = halves(data, job.reserved)
+    for index, part in enumerate(job.parts):
+        write_json(Path(job.at), index)
+        key = trial_key(data.fingerprint, part.baseline, part.fixed, job.reserved)
         known = done(Path(part.out), key)
-        if not (asked.first and (known or _slow(part, choosing, recipe.seed, key, asked.within))):
-            _tune(part, choosing, recipe.seed, key, known, first=asked.first)
+        if not (job.first and (known or _slow(part, choosing, recipe.seed, key, job.within))):
+            _tune(part, choosing, recipe.seed, key, known, first=job.first)
 
 
 def _slow(part: Tuning, data: SplitDataset, seed: int, key: str, within: float) -> bool:
@@ -130,15 +130,15 @@ def _tune(part: Tuning, data: SplitDataset, seed: int, key: str, known: list[Don
     from llmrec.baselines.tune import Trial, tune
     from llmrec.registry import BASELINES, lookup
 
-    made = lookup(BASELINES, part.baseline, "baseline")
-    grid = {name: values for name, values in made.GRID.items() if name not in part.fixed}
+    baseline = lookup(BASELINES, part.baseline, "baseline")
+    grid = {name: values for name, values in baseline.GRID.items() if name not in part.fixed}
     fixed = {name: (value,) for name, value in part.fixed.items()}
     if first:
-        defaults = made.Config(**part.fixed).model_dump()
+        defaults = baseline.Config(**part.fixed).model_dump()
         grid = {name: (defaults[name],) for name in grid}
-    if made.READS == "texts":
+    if baseline.READS == "texts":
         # Compute the text vectors first, so that the first trial does not include their cost.
-        text_vectors(data, Catalogue.of(data).ids, made.Config(**part.fixed))
+        text_vectors(data, Catalogue.of(data).ids, baseline.Config(**part.fixed))
     before = time.monotonic()
 
     def keep(trials: Sequence[Trial]) -> None:
@@ -154,5 +154,5 @@ def _tune(part: Tuning, data: SplitDataset, seed: int, key: str, known: list[Don
 
 
 if __name__ == "__main__":
-    _asked = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    search(Asked(**{**_asked, "parts": [Tuning(**part) for part in _asked["parts"]]}))
+    _job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    search(TrialJob(**{**_job, "parts": [Tuning(**part) for part in _job["parts"]]}))

@@ -42,7 +42,7 @@ ROLES = ("user", "item", "rating", "time", "title", "text", "split")
 
 
 @dataclass(frozen=True)
-class Asked:
+class RequestedRoles:
     """The columns that the user named; None means that a column is to be guessed."""
 
     user: str | None = None
@@ -61,7 +61,7 @@ class Asked:
         return value
 
 
-def asked(options: TableOptions) -> Asked:
+def requested_roles(options: TableOptions) -> RequestedRoles:
     """Return the columns given as options; ``fields`` is comma-separated, ``dates`` is one of two words.
 
     Raises:
@@ -77,7 +77,7 @@ def asked(options: TableOptions) -> Asked:
         )
     fields = None if options.fields is None else tuple(filter(None, map(str.strip, options.fields.split(","))))
     roles = {role: getattr(options, role, None) for role in ROLES}
-    return Asked(**roles, fields=fields, dates=order)
+    return RequestedRoles(**roles, fields=fields, dates=order)
 
 
 @dataclass(frozen=True)
@@ -106,14 +106,14 @@ class Roles:
     split: str | None = None
     dates: DateOrder | None = None
 
-    def named(self, role: str, own: str) -> str | None:
+    def named(self, role: str, default: str) -> str | None:
         """Return the recipe value for a role: the name of its column, or `NONE`."""
         result: str | None = getattr(self, role)
-        return result or (NONE if own in self.profiles else None)
+        return result or (NONE if default in self.profiles else None)
 
-    def again(self, item: str) -> Asked:
+    def again(self, item: str) -> RequestedRoles:
         """Return the roles as options, after the item column was renamed."""
-        return Asked(
+        return RequestedRoles(
             user=self.user,
             item=item,
             rating=self.rating or NONE,
@@ -135,9 +135,9 @@ class Roles:
         return ", ".join(result) or ("field" if column in self.fields else "-")
 
 
-def check_asked(
+def check_requested(
     name: str,
-    asked: Asked,
+    requested: RequestedRoles,
     profiles: Mapping[str, Profile],
     items: Mapping[str, Profile],
     inner: Sequence[str] = (),
@@ -146,7 +146,7 @@ def check_asked(
 
     Args:
         name: Name of the table.
-        asked: The roles that the user gave.
+        requested: The roles that the user gave.
         profiles: The columns of the table of interactions.
         items: The columns of the table of items.
         inner: Further columns, inside lists.
@@ -155,7 +155,7 @@ def check_asked(
         DataError: Otherwise; the message suggests the closest name.
     """
     for role in (*ROLES, "fields"):
-        named = (asked.fields or ()) if role == "fields" else (asked.of(role),)
+        named = (requested.fields or ()) if role == "fields" else (requested.of(role),)
         known = [*profiles, *(c for c in items if c not in profiles and role in ("title", "fields"))]
         for column in named:
             if column is None or column in known or (column == NONE and role not in ("user", "item")):
@@ -167,13 +167,13 @@ def check_asked(
                 f"are: {', '.join(map(shown, [*known, *inner]))}",
                 column,
             )
-    taken = [column for role in ROLES if role != "title" and (column := asked.of(role)) not in (None, NONE)]
+    taken = [column for role in ROLES if role != "title" and (column := requested.of(role)) not in (None, NONE)]
     twice = next((column for column in taken if taken.count(column) > 1), None)
     if twice is not None:
         raise DataError(
             f"the column {twice!r} is used for two options: "
-            f"{', '.join(f'--{role}' for role in ROLES if asked.of(role) == twice)}; use a different column for each "
-            "option",
+            f"{', '.join(f'--{role}' for role in ROLES if requested.of(role) == twice)}; use a different column for "
+            "each option",
             kind="contradiction",
             column=twice,
         )
@@ -185,52 +185,52 @@ _MOST_FIELDS = 4
 _MOST_LEVELS = 101
 
 
-def in_lists(table: Table, asked: Asked) -> tuple[str, ...]:
+def in_lists(table: Table, requested: RequestedRoles) -> tuple[str, ...]:
     """Return the used columns inside lists, whose elements become rows.
 
     They are those that the user gave; without any, the column whose name fits the item best, if no column outside lists
     fits as well.
     """
     inner = paths(table)
-    text = (*(asked.of(role) for role in ROLES), *(asked.fields or ()))
+    text = (*(requested.of(role) for role in ROLES), *(requested.fields or ()))
     chosen = tuple(name for name in text if name in inner)
-    if chosen or asked.item is not None or not inner:
+    if chosen or requested.item is not None or not inner:
         return chosen
     best = max(inner, key=lambda path: named(path).weight("item"))
     others = max((named(column).weight("item") for column in table.frame.columns), default=0.0)
     return (best,) if named(best).weight("item") > others else ()
 
 
-def guess(table: Table, asked: Asked, items: Table | None = None) -> Roles:
+def guess(table: Table, requested: RequestedRoles, items: Table | None = None) -> Roles:
     """Return the guessed roles of the columns.
 
     Args:
         table: The interactions.
-        asked: The roles that the user gave.
+        requested: The roles that the user gave.
         items: The table of items, if any, which is searched for titles and fields first.
 
     Raises:
         DataError: If a column is missing, no column fits the user or the item, or two columns fit equally well.
     """
-    profiles = profile(table, asked.dates)
+    profiles = profile(table, requested.dates)
     listed = profile(items) if items is not None else {}
     for role in ROLES:
-        if (named := asked.of(role)) is not None and named not in listed:
+        if (named := requested.of(role)) is not None and named not in listed:
             check_usable(table, named, f"--{role}")
-    check_asked(table.name, asked, profiles, listed, paths(table))
-    return _Guess(table, profiles, asked, listed).roles()
+    check_requested(table.name, requested, profiles, listed, paths(table))
+    return _Guess(table, profiles, requested, listed).roles()
 
 
 class _Guess:
     """Assigns columns to `Roles`, one role at a time."""
 
     def __init__(
-        self, table: Table, profiles: Mapping[str, Profile], asked: Asked, items: Mapping[str, Profile]
+        self, table: Table, profiles: Mapping[str, Profile], requested: RequestedRoles, items: Mapping[str, Profile]
     ) -> None:
         self._name, self._unusable, self._inner = table.name, table.unusable, paths(table)
-        self._profiles, self._asked, self._items = profiles, asked, items
-        self._why = {c: "you named it" for r in ROLES if (c := asked.of(r)) is not None and c != NONE}
-        self._used = set(self._why) - ({asked.title} if asked.title else set())
+        self._profiles, self._requested, self._items = profiles, requested, items
+        self._why = {c: "you named it" for r in ROLES if (c := requested.of(r)) is not None and c != NONE}
+        self._used = set(self._why) - ({requested.title} if requested.title else set())
         self._ties: dict[tuple[str, str], float | None] = {}
         self._user = self._item = ""
 
@@ -250,10 +250,10 @@ class _Guess:
             self._user, self._item, rating, time, title, text, fields, why, self._profiles, self._items, split
         )
         ordered = time is not None and self._profiles[time].times.form in ("day-first dates", "month-first dates")
-        return replace(roles, dates=self._asked.dates) if ordered else roles
+        return replace(roles, dates=self._requested.dates) if ordered else roles
 
     def _one(self, role: str, find: Callable[[], str | None]) -> str | None:
-        text = self._asked.of(role)
+        text = self._requested.of(role)
         if text is not None:
             return None if text == NONE else text
         result = find()
@@ -264,24 +264,24 @@ class _Guess:
     def _free(self) -> list[Profile]:
         return [col for name, col in self._profiles.items() if name not in self._used]
 
-    def _tie(self, one: str, other: str) -> float | None:
+    def _tie(self, column: str, other: str) -> float | None:
         """Return how well one column determines another; None if the table is too small."""
-        if (one, other) not in self._ties:
-            self._ties[one, other] = goes_with(self._profiles[one].cells, self._profiles[other].cells)
-        return self._ties[one, other]
+        if (column, other) not in self._ties:
+            self._ties[column, other] = goes_with(self._profiles[column].cells, self._profiles[other].cells)
+        return self._ties[column, other]
 
-    def _goes(self, one: str, other: str) -> bool:
-        return (self._tie(one, other) or 0.0) >= _GOES
+    def _implies(self, column: str, other: str) -> bool:
+        return (self._tie(column, other) or 0.0) >= _GOES
 
-    def _may_go(self, one: str, other: str) -> bool:
-        tie = self._tie(one, other)
+    def _may_imply(self, column: str, other: str) -> bool:
+        tie = self._tie(column, other)
         return tie is None or tie >= _GOES
 
     # ----------------------------------------------------------------------- user and item
 
     def _entities(self) -> None:
         for role in ("user", "item"):
-            text = self._asked.of(role)
+            text = self._requested.of(role)
             if text is not None and (fault := no_id(self._profiles[text], named=True)):
                 raise DataError.at(
                     self._name,
@@ -289,8 +289,8 @@ class _Guess:
                     f": the column {text!r} cannot be the {role}, since {fault}; name another --{role}",
                     text,
                 )
-        user = self._asked.user or self._by_name("user", self._asked.item)
-        item = self._asked.item or self._by_name("item", user)
+        user = self._requested.user or self._by_name("user", self._requested.item)
+        item = self._requested.item or self._by_name("item", user)
         if user is not None and item is None:
             item = self._item_by_content(user)
         if item is not None and user is None:
@@ -318,7 +318,7 @@ class _Guess:
         top, best = scored[0]
         rivals = [h for s, h in scored[1:] if s >= top - _CLOSE and not self._same(best.name, h.name)]
         if role == "user":
-            rivals = [h for h in rivals if not self._goes(best.name, h.name)]
+            rivals = [h for h in rivals if not self._implies(best.name, h.name)]
         if rivals:
             both = [shown(best.name), *(shown(h.name) for h in rivals)]
             raise DataError.at(
@@ -344,8 +344,8 @@ class _Guess:
         known = role == "item" and listed is not None and listed.unique
         return weight + 0.05 * col.named.is_id + 0.15 * ("parent" in col.name.casefold()) + 0.5 * known
 
-    def _same(self, one: str, other: str) -> bool:
-        return self._goes(one, other) and self._goes(other, one)
+    def _same(self, column: str, other: str) -> bool:
+        return self._implies(column, other) and self._implies(other, column)
 
     def _id_like(self, *others: str) -> list[Profile]:
         """Return the columns whose values could be ids."""
@@ -355,7 +355,7 @@ class _Guess:
             if col.name not in others
             and not no_id(col)
             and looks_like_ids(col)
-            and not any(self._goes(other, col.name) for other in others)
+            and not any(self._implies(other, col.name) for other in others)
         ]
 
     def _item_by_content(self, user: str) -> str | None:
@@ -363,7 +363,7 @@ class _Guess:
         titles = [
             h for h in self._free() if h.name != user and h.named.weight("title") >= 0.5 and not no_id(h) and h.letters
         ]
-        titles = [h for h in titles if not self._goes(user, h.name)]
+        titles = [h for h in titles if not self._implies(user, h.name)]
         listed = [h for h in ids if (other := self._items.get(leaf(h.name))) is not None and other.unique]
         tied = [h for h in ids if any(h is not t and self._same(h.name, t.name) for t in titles)]
         marked = [h for h in ids if h.named.is_id and not h.named.weight("row")]
@@ -383,9 +383,9 @@ class _Guess:
             (ids, "the only remaining column with repeated values, like IDs"),
         )
 
-    def _only(self, *found: tuple[list[Profile], str]) -> str | None:
+    def _only(self, *candidates: tuple[list[Profile], str]) -> str | None:
         """Return the column of the first list with a single one, for the reason given with the list."""
-        for result, reason in found:
+        for result, reason in candidates:
             if len(result) == 1:
                 self._why[result[0].name] = f"{reason}; {repeats(result[0])}"
                 return result[0].name
@@ -506,13 +506,13 @@ class _Guess:
                 or col.named.weight("text")
             ):
                 continue
-            goes = self._goes(self._item, col.name)
+            determined = self._implies(self._item, col.name)
             many = col.distinct >= 0.7 * self._profiles[self._item].distinct
-            if weight and not self._may_go(self._item, col.name):
-                if not self._goes(self._user, col.name):
+            if weight and not self._may_imply(self._item, col.name):
+                if not self._implies(self._user, col.name):
                     self._why[col.name] = f"named like a title, but one {shown(self._item)} has several"
                 continue
-            if weight or (goes and many and col.words >= 1.5):
+            if weight or (determined and many and col.words >= 1.5):
                 scored.append((weight + 0.1, col))
         result = self._first(scored, "title", lambda col: f"goes with {shown(self._item)}")
         item = self._profiles[self._item]
@@ -560,7 +560,7 @@ class _Guess:
 
     def _owned(self, col: Profile) -> bool:
         """Whether a column describes the user or the item instead of the interaction."""
-        return self._goes(self._item, col.name) or self._goes(self._user, col.name)
+        return self._implies(self._item, col.name) or self._implies(self._user, col.name)
 
     def _first(self, scored: list[tuple[float, Profile]], role: str, say: Callable[[Profile], str]) -> str | None:
         if not scored:
@@ -573,14 +573,14 @@ class _Guess:
         return best.name
 
     def _fields(self, title: str | None) -> tuple[str, ...]:
-        if self._asked.fields is not None:
-            chosen = tuple(column for column in self._asked.fields if column != NONE)
+        if self._requested.fields is not None:
+            chosen = tuple(column for column in self._requested.fields if column != NONE)
             self._why |= dict.fromkeys(chosen, "you named it")
             return chosen
         scored: list[tuple[float, str]] = []
         for table, col in [("items", h) for h in self._items.values()] + [("", h) for h in self._free()]:
-            own = leaf(self._item) if table else self._item
-            if col.name in (title, own) or col.name in (name for _, name in scored):
+            item = leaf(self._item) if table else self._item
+            if col.name in (title, item) or col.name in (name for _, name in scored):
                 continue
             weight = col.named.weight("field")
             plain = col.letters >= 0.5 and not col.named.roles and not col.named.is_id
@@ -589,7 +589,7 @@ class _Guess:
                 continue
             if not (weight or (plain and few and col.length <= 40)):
                 continue
-            if table or self._goes(self._item, col.name) or (weight and self._may_go(self._item, col.name)):
+            if table or self._implies(self._item, col.name) or (weight and self._may_imply(self._item, col.name)):
                 scored.append((weight, col.name))
                 self._why[col.name] = ("in the table of items" if table else f"goes with {shown(self._item)}") + (
                     f"; {col.distinct} values"
@@ -605,10 +605,10 @@ class _Guess:
                 self._why[name] = f"describes {shown(self._item)}; to show it in prompts, set --fields {shell(name)}"
         return tuple(name for _, name in scored if name in kept)
 
-    def _equal(self, one: str, other: str) -> bool:
+    def _equal(self, column: str, other: str) -> bool:
         """Whether two columns have equal values; numbers are compared numerically."""
-        first, second = (self._profiles.get(name) or self._items[name] for name in (one, other))
-        if (one in self._profiles) != (other in self._profiles):
+        first, second = (self._profiles.get(name) or self._items[name] for name in (column, other))
+        if (column in self._profiles) != (other in self._profiles):
             return False
         if first.numeric and second.numeric:
             return first.numbers.values.equals(second.numbers.values, check_names=False)
@@ -623,9 +623,9 @@ class _Guess:
             return "a different value in every row, like a row ID"
         if col.named.weight("row"):
             return "an order or row ID, by its name"
-        if self._goes(self._item, col.name):
+        if self._implies(self._item, col.name):
             return f"describes {shown(self._item)}; to show it in prompts, set --fields {shell(col.name)}"
-        if self._goes(self._user, col.name):
+        if self._implies(self._user, col.name):
             return f"describes {shown(self._user)}; user columns need a table of users"
         if col.named.weight("count"):
             return "a count or an amount, by its name"

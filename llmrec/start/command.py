@@ -16,7 +16,7 @@ def init(options: InitOptions) -> None:
         llmrec init orders.csv --items products.csv
     """
     from llmrec.start import init as start
-    from llmrec.start.columns import asked
+    from llmrec.start.columns import requested_roles
 
     made = start.init(
         options.table,
@@ -24,12 +24,12 @@ def init(options: InitOptions) -> None:
         query=options.query,
         out=options.out,
         name=options.name,
-        asked=asked(options),
+        requested=requested_roles(options),
         mend=options.mend,
         force=options.force,
     )
     store_facts(recipe=made.recipe, found=made.found, then=made.then)
-    say(made.told)
+    say(made.summary)
 
 
 def auto(options: AutoOptions) -> None:
@@ -47,7 +47,7 @@ def auto(options: AutoOptions) -> None:
     made = autos.build(options, say=note)
     store_facts(**autos.record(made, options))
     console().print(metrics_table(results_of(made.run.results)))
-    say(f"\n{autos.told(made)}")
+    say(f"\n{autos.summary(made)}")
 
 
 def tune(options: TuneOptions) -> None:
@@ -58,8 +58,8 @@ def tune(options: TuneOptions) -> None:
     Example:
         llmrec tune recipes/quickstart.yaml --over train.learning_rate=1e-4..1e-3 --budget 1h
     """
-    from llmrec.start.tune import search, told
+    from llmrec.start.tune import search, summary
 
     best = search(options, say=note)
     store_facts(**vars(best))
-    say(told(best))
+    say(summary(best))

@@ -26,14 +26,14 @@ class Fault:
 
     Attributes:
         at: Its file and row, as far as known.
-        said: A clause with the row, the value and the error.
+        text: A clause with the row, the value and the error.
         mend: How the copy fixes it; empty if only the user can.
         instead: Another way to fix it.
     """
 
     column: str
     at: Place
-    said: str
+    text: str
     mend: str
     instead: str = ""
     kind: ErrorKind = "bad-value"
@@ -60,21 +60,21 @@ def faults(peek: Peek, roles: Roles, items: Table | None, item_column: str) -> l
 def _fault(peek: Peek, col: Profile, row: int, role: str, wrong: str, mend: str, instead: str) -> Fault:
     """Return the error of a cell; ``wrong`` says what is wrong with its value."""
     cell = f"{peek.where(row)}: the {role} in column {shown(col.name)!r} is {shown(col.cells[row])!r}"
-    return Fault(col.name, peek.place(row), f"{cell}, {wrong}", mend, instead)
+    return Fault(col.name, peek.location(row), f"{cell}, {wrong}", mend, instead)
 
 
 def _bad(values: pl.Series) -> tuple[int, int]:
     """Return the number of rows without a value, and the index of the first one."""
-    gone = values.is_null()
-    return int(gone.sum()), int(gone.arg_max() or 0)
+    missing = values.is_null()
+    return int(missing.sum()), int(missing.arg_max() or 0)
 
 
 def _unused(peek: Peek, col: Profile | None, role: Literal["rating", "time"]) -> Fault | None:
     """Return the error of a column that would be read by default although the user excluded it."""
     if col is None:
         return None
-    read = col.numbers if role == "rating" else col.times
-    rows, row = _bad(read.values) if read.form in READABLE else (col.rows, 0)
+    parsed = col.numbers if role == "rating" else col.times
+    rows, row = _bad(parsed.values) if parsed.form in READABLE else (col.rows, 0)
     if not rows:
         return None
     wrong = f"which is not a {role}, although the column has the default name of {role}s"
@@ -113,7 +113,7 @@ def _times(peek: Peek, roles: Roles) -> Fault | None:
     first = int((col.cells != "").arg_max() or 0)
     if form == "no times":
         return _fault(peek, col, first, "time", "which is neither a number nor a date", "", instead)
-    if form == "dates whose day and month cannot be told apart":
+    if form == "dates with ambiguous day and month":
         instead = f"set --dates day-first or --dates month-first. {instead}"
         wrong = "in which day and month are ambiguous, as in all other rows"
         return _fault(peek, col, first, "time", wrong, "", instead)
@@ -132,7 +132,7 @@ def _ids(peek: Peek, roles: Roles) -> list[Fault]:
             listed.append(
                 Fault(
                     col.name,
-                    peek.place(row),
+                    peek.location(row),
                     f"{peek.where(row)}: the {role} in column {shown(col.name)!r} is missing "
                     f"({col.rows - col.filled} of {col.rows} rows)",
                     f"rows without {_a(role)} are removed",
@@ -145,7 +145,7 @@ def _ids(peek: Peek, roles: Roles) -> list[Fault]:
 def _items(peek: Peek, roles: Roles, items: Table | None, column: str) -> list[Fault]:
     listed = []
     mains = roles.profiles[roles.item].cells
-    kept = pl.Series(mains.filter(mains != "").unique())
+    used = pl.Series(mains.filter(mains != "").unique())
     if items is not None:
         if column not in (roles.item, leaf(roles.item)):
             listed.append(
@@ -158,15 +158,15 @@ def _items(peek: Peek, roles: Roles, items: Table | None, column: str) -> list[F
                     kind="missing-column",
                 )
             )
-        absent = kept.filter(~kept.is_in(texts(items, column).implode()))
+        absent = used.filter(~used.is_in(texts(items, column).implode()))
         if len(absent):
             first = int((mains == absent[0]).arg_max() or 0)
             listed.append(
                 Fault(
                     roles.item,
-                    peek.place(first),
+                    peek.location(first),
                     f"{peek.where(first)}: item {shown(absent[0])!r} is not in {items.name} ({len(absent)} of "
-                    f"{len(kept)} items are missing)",
+                    f"{len(used)} items are missing)",
                     f"rows whose item is not in {items.name} are removed",
                     kind="unknown-name",
                 )
@@ -182,7 +182,7 @@ def refusal(name: str, listed: Sequence[Fault], copy: Path | None) -> str:
         listed: The faults.
         copy: Where a fixed copy could be written; None for a frame in memory, which is not copied.
     """
-    parts = [fault.said for fault in listed]
+    parts = [fault.text for fault in listed]
     message = "; ".join(f"({n}) {part}" for n, part in enumerate(parts, start=1)) if len(parts) > 1 else parts[0]
     instead = list(dict.fromkeys(fault.instead for fault in listed if fault.instead))
     mends = list(dict.fromkeys(fault.mend for fault in listed if fault.mend))
@@ -227,7 +227,7 @@ def mended(table: Table, roles: Roles, items: Table | None, item_column: str) ->
             item_column,
         )
     columns = {roles.user: profiles[roles.user].cells, item_column: profiles[roles.item].cells}
-    done: list[str] = []
+    changes: list[str] = []
     if roles.rating is not None:
         col = profiles[roles.rating]
         columns[roles.rating] = col.numbers.values.cast(pl.Int64) if col.whole else col.numbers.values
@@ -238,21 +238,21 @@ def mended(table: Table, roles: Roles, items: Table | None, item_column: str) ->
             columns[name] = profiles[name].cells
     frame = pl.DataFrame([values.alias(name) for name, values in columns.items()])
     for column, what in ((roles.user, "user"), (item_column, "item")):
-        frame = _kept(frame, pl.col(column) != "", _a(what), done)
+        frame = _filtered(frame, pl.col(column) != "", _a(what), changes)
     for chosen, what in ((roles.rating, "rating"), (roles.time, "time")):
         if chosen is not None:
-            frame = _kept(frame, pl.col(chosen).is_not_null(), f"a {what}", done)
+            frame = _filtered(frame, pl.col(chosen).is_not_null(), f"a {what}", changes)
     if items is not None:
         known = texts(items, item_column).unique()
-        frame = _kept(frame, pl.col(item_column).is_in(known.implode()), f"an entry in {items.name}", done)
-    return frame, done
+        frame = _filtered(frame, pl.col(item_column).is_in(known.implode()), f"an entry in {items.name}", changes)
+    return frame, changes
 
 
-def _kept(frame: pl.DataFrame, keep: pl.Expr, what: str, done: list[str]) -> pl.DataFrame:
-    kept = frame.filter(keep)
-    if kept.height < frame.height:
-        done.append(f"{frame.height - kept.height} rows without {what} were removed")
-    return kept
+def _filtered(frame: pl.DataFrame, keep: pl.Expr, what: str, changes: list[str]) -> pl.DataFrame:
+    result = frame.filter(keep)
+    if result.height < frame.height:
+        changes.append(f"{frame.height - result.height} rows without {what} were removed")
+    return result
 
 
 def write_copy(frame: pl.DataFrame, path: Path, *, force: bool) -> None:

@@ -30,7 +30,7 @@ from llmrec.registry import BASELINES, is_plugin, lookup
 from llmrec.results import Choice
 from llmrec.start import init as start
 from llmrec.start.auto import PAGES, Auto, build
-from llmrec.start.columns import asked
+from llmrec.start.columns import requested_roles
 from llmrec.start.options import AutoOptions, InitOptions, TuneOptions
 from llmrec.start.tune import TuneResult, search
 from llmrec.tasks.family import missing_controls
@@ -96,15 +96,15 @@ def init(
     Raises:
         DataError: If the roles cannot be guessed, or the frame supports no task.
     """
-    roles = _given(locals())
-    with _recipe_for(frame, items, roles, name=name) as (recipe, found):
+    roles = _named_columns(locals())
+    with _recipe_for(frame, items, roles, name=name) as (recipe, findings):
         frames = {"path": frame, "items": items}
         absent = {key: None for key, table in frames.items() if not isinstance(table, str | Path)}
         data = recipe.data.model_copy(update=absent)
-        return Begun(recipe.model_copy(update={"data": data}), in_python(found, keywords_of(init)))
+        return Begun(recipe.model_copy(update={"data": data}), in_python(findings, keywords_of(init)))
 
 
-def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+def _named_columns(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a function that name columns."""
     return {role: values[role] for role in _ROLES if values.get(role) is not None}
 
@@ -118,22 +118,22 @@ def _recipe_for(
     With ``only_data`` only its section ``data`` is of use, and faults of the table are fixed.
     """
     options = InitOptions(table="frame", **roles)
-    with only_for_a_moment() as (place, named):
+    with only_for_a_moment() as (folder, named):
         tables = {}
         for key, entry in (("path", interactions), ("items", items)):
             if entry is not None:
-                tables[key] = str(entry if isinstance(entry, str | Path) else write_frame(entry, place, key))
-        made = start.init(
+                tables[key] = str(entry if isinstance(entry, str | Path) else write_frame(entry, folder, key))
+        result = start.init(
             tables["path"],
             items=tables.get("items"),
-            out=place / "recipe.yaml",
+            out=folder / "recipe.yaml",
             name=name,
-            asked=asked(options),
-            mend=place / "mended.csv" if only_data else None,
+            requested=requested_roles(options),
+            mend=folder / "mended.csv" if only_data else None,
             in_memory=True,
             only_data=only_data,
         )
-        yield load_recipe(made.recipe), named(made.found)
+        yield load_recipe(result.recipe), named(result.found)
 
 
 def auto(
@@ -182,7 +182,7 @@ def auto(
     Raises:
         LlmrecError: If the table or the folder cannot be used, or nothing could be fitted.
     """
-    roles = _given(locals())
+    roles = _named_columns(locals())
     named = isinstance(table, str | Path)
     path = items is None or isinstance(items, str | Path)
     options = AutoOptions(
@@ -256,13 +256,13 @@ def fit(
     Raises:
         LlmrecError: If the interactions or the model cannot be used.
     """
-    columns = _given(locals())
+    columns = _named_columns(locals())
     frame = None if isinstance(interactions, str | Path) else interactions
     if isinstance(model, str) and model == "auto":
         # the model reads no texts written by users
         named = {role: column for role, column in columns.items() if role != "text"}
-        made = auto(interactions, items, budget=budget, out=out, quiet=quiet, **named)
-        return load(str(made.folder), frame=frame)
+        built = auto(interactions, items, budget=budget, out=out, quiet=quiet, **named)
+        return load(str(built.folder), frame=frame)
     if isinstance(model, str) and model == LANGUAGE_MODEL:
         model, columns = _language_model(interactions, items, columns), {}
         fields = None
@@ -272,8 +272,8 @@ def fit(
         named = {**columns, "fields": fields.split(",")} if fields is not None else columns
         changed |= {f"data.columns.{role}": column for role, column in named.items()}
         frames = {key: None if isinstance(table, str | Path) else table for key, table in tables.items()}
-        done = run(model, out, overrides=changed, data=frames["path"], items=frames["items"], quiet=quiet)
-        return load(str(done.folder), frame=frame)
+        result = run(model, out, overrides=changed, data=frames["path"], items=frames["items"], quiet=quiet)
+        return load(str(result.folder), frame=frame)
     return _fit_baseline(interactions, items, _baseline(model, seed), columns, frame)
 
 

@@ -28,7 +28,7 @@ from llmrec.durable import write_text
 from llmrec.errors import DataError, LlmrecError, RecipeError, did_you_mean
 from llmrec.recipe.schema import AUTO, Columns, DataSection, Recipe, Split
 from llmrec.resources import resource
-from llmrec.start.columns import ROLES, Asked, Roles, guess, in_lists
+from llmrec.start.columns import ROLES, RequestedRoles, Roles, guess, in_lists
 from llmrec.start.faults import faults, mended, refusal, write_copy
 from llmrec.start.page import SCHEMA, Page, expected, render, where_line
 from llmrec.start.plan import FAMILIES, Events, Plan, decide, events_in, events_of
@@ -42,7 +42,7 @@ _CHECKED_ROWS = 300_000
 
 
 @dataclass(frozen=True)
-class Made:
+class InitResult:
     """The result of `init`.
 
     Attributes:
@@ -55,7 +55,7 @@ class Made:
     fixes: tuple[str, ...] = ()
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         """Findings and next commands as text."""
         return f"{self.found}\n{self.then}"
 
@@ -66,14 +66,14 @@ def init(
     items: str | None = None,
     out: Path | None = None,
     name: str | None = None,
-    asked: Asked | None = None,
+    requested: RequestedRoles | None = None,
     mend: Path | None = None,
     force: bool = False,
     backend: str | None = None,
     query: str | None = None,
     in_memory: bool = False,
     only_data: bool = False,
-) -> Made:
+) -> InitResult:
     """Write a recipe for a table.
 
     Args:
@@ -81,7 +81,7 @@ def init(
         items: The table of items, if there is one.
         out: Path of the recipe; ``<name>.yaml`` in the working folder by default.
         name: The recipe's name; the table's by default.
-        asked: The roles that the user gave.
+        requested: The roles that the user gave.
         mend: Path for a fixed copy of the table, if one is needed.
         force: Whether to overwrite an existing recipe or copy.
         backend: The backend; by default each run chooses it.
@@ -93,7 +93,7 @@ def init(
         DataError: If the table cannot be read, its roles cannot be guessed, or it has faults to fix.
         RecipeError: If the name or the path of the recipe cannot be used.
     """
-    asked = asked or Asked()
+    requested = requested or RequestedRoles()
     name = name_of(name, table)
     target = _target(out, name, force)
     path = None if _is_elsewhere(table) else _file(table)
@@ -109,14 +109,16 @@ def init(
             at=mend,
         )
     backend = backend or AUTO
-    if path is not None and asked == Asked() and items is None and (source := source_of(path)) is not None:
+    if path is not None and requested == RequestedRoles() and items is None and (source := source_of(path)) is not None:
         return _from_source(source, path, name, target, backend)
     read = peek(path, whole=mend is not None) if path is not None else _elsewhere(table, query)
-    read = read.along(in_lists(read.table, asked))
+    read = read.along(in_lists(read.table, requested))
     listed = None
     if items_path is not None:
-        listed = rows_of(peek(items_path, whole=True).table, (asked.item, asked.title, *(asked.fields or ())))
-    roles = guess(read.table, asked, listed)
+        listed = rows_of(
+            peek(items_path, whole=True).table, (requested.item, requested.title, *(requested.fields or ()))
+        )
+    roles = guess(read.table, requested, listed)
     seen, used, notes = roles, read, list[str]()
     column = _item_column(roles, listed)
     wrong = faults(read, roles, listed, column)
@@ -147,12 +149,12 @@ def init(
     page = replace(page, query=query, where=next((_where(col, kinds, plan) for col, kinds in _events(roles)), ""))
     check = not only_data and used.whole and plan.facts.rows <= _CHECKED_ROWS
     plan, recipe, cut = _write(page, target, check=check)
-    message = [*_columns(read, seen, listed), *_block("mended", notes), *_figures(events, plan, whole=used.whole)]
+    message = [*_columns(read, seen, listed), *_block("mended", notes), *_figures(events, plan, complete=used.whole)]
     message += [*_task_lines(plan), *_block("note", _hints(path, roles, items_path, used, plan, cut))]
-    return Made(target, "\n".join(message), "\n".join(_next(recipe, target, plan)), tuple(notes))
+    return InitResult(target, "\n".join(message), "\n".join(_next(recipe, target, plan)), tuple(notes))
 
 
-def _from_source(source: str, path: Path, name: str, target: Path, backend: str) -> Made:
+def _from_source(source: str, path: Path, name: str, target: Path, backend: str) -> InitResult:
     """Write a recipe for the files of a published data set."""
     split = Split(kind="given") if source == "samples" else Split()
     section = DataSection(source=source, path=str(path), duplicates="keep_last", split=split)
@@ -167,8 +169,8 @@ def _from_source(source: str, path: Path, name: str, target: Path, backend: str)
     message = [
         f"{path}: files of {source}, which llmrec reads as they were published (docs/datasets-and-output-files.md)"
     ]
-    message += [*_figures(events, plan, whole=True), *_task_lines(plan), *_block("note", _plan_hints(plan, cut))]
-    return Made(target, "\n".join(message), "\n".join(_next(recipe, target, plan)))
+    message += [*_figures(events, plan, complete=True), *_task_lines(plan), *_block("note", _plan_hints(plan, cut))]
+    return InitResult(target, "\n".join(message), "\n".join(_next(recipe, target, plan)))
 
 
 # --------------------------------------------------------------------------- file names
@@ -217,11 +219,11 @@ def _file(text: str) -> Path:
     path = user_path(text)
     stored, _ = split_sheet(path)
     if not stored.exists() and not is_pattern(path):
-        beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+        others = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError.at(
             text,
             "missing-file",
-            f": there is no such file{did_you_mean(stored.name, beside)}; give the path of a table",
+            f": there is no such file{did_you_mean(stored.name, others)}; give the path of a table",
         )
     if (url := database_at(stored)) is not None:
         raise DataError.at(
@@ -311,8 +313,8 @@ def _page(
         why["dates"] = "day or month first in dates such as 03/04/2024"
     if title is not None and roles.title is None:
         why["title"] = "no titles: item IDs are used instead"
-    own = roles.items.get(roles.item) or roles.items.get(leaf(roles.item))
-    twice = own is not None and own.distinct < own.filled
+    item_profile = roles.items.get(roles.item) or roles.items.get(leaf(roles.item))
+    twice = item_profile is not None and item_profile.distinct < item_profile.filled
     duplicates = ""
     if plan.facts.repeats:
         duplicates = f"{plan.facts.repeats} rows repeat a user with an item; the latest of each is kept"
@@ -400,7 +402,7 @@ def _block(title: str, lines: Sequence[str]) -> list[str]:
     return [title, *(f"  {line}" for line in lines)] if lines else []
 
 
-def _figures(events: Events, plan: Plan, *, whole: bool) -> list[str]:
+def _figures(events: Events, plan: Plan, *, complete: bool) -> list[str]:
     facts = plan.facts
     low, median, high = facts.history
     rows: list[tuple[str, ...]] = [
@@ -418,7 +420,7 @@ def _figures(events: Events, plan: Plan, *, whole: bool) -> list[str]:
         "texts": facts.with_texts / max(facts.rows, 1),
     }
     rows.append(("filled", ", ".join(f"{name} {share:.0%}" for name, share in shares.items())))
-    return ["the data" if whole else "the part that was read", *aligned(rows)]
+    return ["the data" if complete else "the part that was read", *aligned(rows)]
 
 
 def _task_lines(plan: Plan) -> list[str]:
@@ -470,10 +472,10 @@ def _hints(path: Path | None, roles: Roles, items: Path | None, used: Peek, plan
         hints.append(
             f"{people} contains user data: to read it, set data.users and data.columns.user_fields (docs/your-data.md)"
         )
-    beside = path.with_name(path.name.replace("train", "test")) if path is not None and "train" in path.name else None
-    if beside is not None and beside.is_file() and roles.split is None:
+    test_set = path.with_name(path.name.replace("train", "test")) if path is not None and "train" in path.name else None
+    if test_set is not None and test_set.is_file() and roles.split is None:
         hints.append(
-            f"{beside.name} is in the same folder: if both files are a published split, set data.files and "
+            f"{test_set.name} is in the same folder: if both files are a published split, set data.files and "
             "data.split.kind=given instead of data.path (docs/your-data.md)"
         )
     if not used.whole:

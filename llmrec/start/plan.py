@@ -50,7 +50,7 @@ class Facts:
             held out, users with at least 3 baskets; if a column gives the split, users with test rows and training
             rows.
         teachable: Users with two or more items left for training, which show an order.
-        asked: Mean number of held-out items of an able user; more than one if whole baskets are held out.
+        targets: Mean number of held-out items of an able user; more than one if whole baskets are held out.
         tied: Share of users with several items at their last time; 0 without times.
         with_texts: Number of rows with a text.
         with_title: Share of rows with a title.
@@ -69,7 +69,7 @@ class Facts:
     history: tuple[int, float, int]
     able: int
     teachable: int
-    asked: float
+    targets: float
     tied: float
     with_texts: int
     with_title: float
@@ -177,8 +177,8 @@ def events_in(dataset: Dataset) -> Events:
     items = dataset.items.values()
     names = dict.fromkeys(name for item in items for name in item.fields)
     parts = None
-    if (given := dataset.given) is not None:
-        col = {**dict.fromkeys(given.valid, "valid"), **dict.fromkeys(given.test, "test")}
+    if (given_split := dataset.given) is not None:
+        col = {**dict.fromkeys(given_split.valid, "valid"), **dict.fromkeys(given_split.test, "test")}
         parts = pl.Series([col.get(pair, "train") for pair in rows.select("user_id", "item_id").iter_rows()])
     return Events(
         pairs=rows.select("user_id", "item_id", pl.col("timestamp").alias("time")),
@@ -200,10 +200,10 @@ def figures(events: Events, cores: int = 1) -> Facts:
     sizes = once.group_by("user_id").len()["len"]
     texts = events.texts.gather(rows) if events.texts is not None else None
     ratings = events.ratings.gather(rows).drop_nulls() if events.ratings is not None else None
-    able, teachable, asked = int((sizes >= 3).sum()), int((sizes >= 4).sum()), 1.0
+    able, teachable, targets = int((sizes >= 3).sum()), int((sizes >= 4).sum()), 1.0
     baskets = _baskets(once) if events.time is not None and events.parts is None else _NO_BASKETS
     if baskets.are_cut:
-        able, teachable, asked = baskets.able, baskets.teachable, baskets.asked
+        able, teachable, targets = baskets.able, baskets.teachable, baskets.targets
     if events.parts is not None:
         able, teachable = _held(events.pairs["user_id"].gather(rows), events.parts.gather(rows))
     return Facts(
@@ -214,7 +214,7 @@ def figures(events: Events, cores: int = 1) -> Facts:
         history=(int(as_float(sizes.min())), as_float(sizes.median()), int(as_float(sizes.max()))),
         able=able,
         teachable=teachable,
-        asked=asked,
+        targets=targets,
         tied=baskets.tied if baskets.are_cut else 0.0,
         with_texts=int((texts != "").sum()) if texts is not None else 0,
         with_title=as_float((events.titles != "").mean()) if events.titled else 0.0,
@@ -239,7 +239,7 @@ class _Baskets:
     tied: float
     able: int
     teachable: int
-    asked: float
+    targets: float
 
     @property
     def are_cut(self) -> bool:
@@ -265,7 +265,7 @@ def _baskets(once: pl.DataFrame) -> _Baskets:
         tied=as_float((users["last"] > 1).mean()),
         able=able.height,
         teachable=int((left["items"] >= 2).sum()),
-        asked=as_float(able["last"].mean()),
+        targets=as_float(able["last"].mean()),
     )
 
 
@@ -297,10 +297,10 @@ def decide(events: Events, names: tuple[str, ...], *, whole: bool, backend: str)
     facts, cores = figures(events), 1
     if facts.rows >= _CORE_ROWS and (facts.history[1] < 5 or facts.rows / facts.items < 5):
         for cores in (5, 3, 1):
-            kept = figures(events, cores) if cores > 1 else facts
-            if kept.users >= _CORE_LEFT and kept.items >= _CORE_LEFT:
+            filtered = figures(events, cores) if cores > 1 else facts
+            if filtered.users >= _CORE_LEFT and filtered.items >= _CORE_LEFT:
                 break
-        facts = replace(kept, levels=facts.levels)
+        facts = replace(filtered, levels=facts.levels)
     count = min(20, facts.items, facts.items - facts.history[2] + 1) if facts.able else 20
     plan = Plan(
         tasks=_tasks(events, facts, count),
@@ -440,7 +440,7 @@ def _seconds(plan: Plan) -> dict[str, float]:
     if "explanation" in plan.on:
         ask += 60 + 3 * min(facts.text_tokens, 50) + about
         decode += answer_tokens(plan)
-    arm = plan.users * plan.facts.asked * (ask / _ASK_SPEED + score / _SCORE_SPEED + decode / _DECODE_SPEED)
+    arm = plan.users * plan.facts.targets * (ask / _ASK_SPEED + score / _SCORE_SPEED + decode / _DECODE_SPEED)
     shots = 2.2 * arm if "few-shot" in plan.arms else 0.0
     evaluation = (len(plan.arms) - ("few-shot" in plan.arms)) * arm + shots
     return {

@@ -46,7 +46,7 @@ TimeForm = Literal[
     "day-first dates",
     "month-first dates",
     "dates",
-    "dates whose day and month cannot be told apart",
+    "dates with ambiguous day and month",
     "no times",
 ]
 
@@ -157,7 +157,7 @@ def times(series: pl.Series, texts: pl.Series, order: DateOrder | None = None) -
         iso = cells.str.contains(_ISO).sum() >= _MOST * filled
         form: TimeForm = "ISO dates" if iso else "dates"
     else:
-        form = f"{result.order} dates" if result.order else "dates whose day and month cannot be told apart"  # type: ignore[assignment]
+        form = f"{result.order} dates" if result.order else "dates with ambiguous day and month"  # type: ignore[assignment]
     return Times(form, cells.set(result.seconds.is_null(), None), seconds=result.seconds)
 
 
@@ -308,14 +308,14 @@ def as_float(value: object) -> float:
     return float(value) if isinstance(value, int | float) else 0.0
 
 
-def goes_with(one: pl.Series, other: pl.Series) -> float | None:
+def goes_with(column: pl.Series, other: pl.Series) -> float | None:
     """Return how well one column determines another, between 0 and 1.
 
-    1 means that ``one`` determines ``other``, as an item determines its title. Only repeated values of ``one`` are
-    used, and blank cells are ignored. None: too few values repeat, or ``other`` is nearly constant, so that any column
-    would determine it.
+    1 means that ``column`` determines ``other``, as an item determines its title. Only repeated values of ``column``
+    are used, and blank cells are ignored. None: too few values repeat, or ``other`` is nearly constant, so that any
+    column would determine it.
     """
-    frame = pl.DataFrame({"a": one[:_TIE_ROWS], "b": other[:_TIE_ROWS]})
+    frame = pl.DataFrame({"a": column[:_TIE_ROWS], "b": other[:_TIE_ROWS]})
     frame = frame.filter((pl.col("b") != "") & (pl.col("a") != "")).filter(pl.len().over("a") > 1)
     if frame.height < _TIE_LEAST or as_float(frame["b"].unique_counts().max()) > _ALWAYS * frame.height:
         return None
@@ -450,7 +450,7 @@ class Peek:
     whole: bool
     first: int
 
-    def place(self, index: int) -> Place:
+    def location(self, index: int) -> Place:
         """Return the file and line of a row, by 0-based index, if known."""
         return self.table.where(index) if index < self.first else Place(self.table.name)
 
@@ -463,7 +463,7 @@ class Peek:
 
     def where(self, index: int) -> str:
         """Describe the location of a row, by 0-based index."""
-        return str(self.place(index)) if index < self.first else f"{self.table.name}, a row further down"
+        return str(self.location(index)) if index < self.first else f"{self.table.name}, a row further down"
 
 
 def peek(path: Path, *, whole: bool = False, limit: int = WHOLE_BYTES, part: int = PART_BYTES) -> Peek:

@@ -16,7 +16,7 @@ from llmrec.data.read.nested import leaf
 from llmrec.data.read.sheets import SHEETS, sheets_of, split_sheet
 from llmrec.data.read.tables import Table
 from llmrec.errors import DataError, LlmrecError
-from llmrec.start.columns import Asked, Roles, guess
+from llmrec.start.columns import RequestedRoles, Roles, guess
 from llmrec.start.profile import Profile, no_id, peek, profile
 
 _MOST_TABLES, _ROWS = 40, 2000
@@ -66,7 +66,7 @@ def _read(url: str, tables: list[str]) -> Iterator[tuple[str, Table]]:
 
 def _roles(table: Table) -> Roles | None:
     try:
-        roles = guess(table, Asked())
+        roles = guess(table, RequestedRoles())
     except LlmrecError:
         return None
     # Order numbers repeat as users do; the user is then in another table.

@@ -259,7 +259,7 @@ def search(
         return search.written(study, base, time.monotonic() - began)
 
 
-def told(result: TuneResult) -> str:
+def summary(result: TuneResult) -> str:
     """Return the result as text to print."""
     values = ", ".join(in_words(result.chosen))
     first = "" if result.first is None else f"; unchanged recipe: {result.first:.4f}"
@@ -272,12 +272,12 @@ def told(result: TuneResult) -> str:
     return "\n".join([*wrapped(verdict), last])
 
 
-def _metric(recipe: Recipe, asked: str | None) -> tuple[str, str]:
+def _metric(recipe: Recipe, requested: str | None) -> tuple[str, str]:
     families = recipe.tasks.present()
-    family, _, metric = (asked or next(iter(families))).partition("/")
+    family, _, metric = (requested or next(iter(families))).partition("/")
     if family not in families:
         raise RecipeError(
-            f"--metric {asked!r}: the recipe has the tasks {', '.join(families)}; use TASK or TASK/METRIC",
+            f"--metric {requested!r}: the recipe has the tasks {', '.join(families)}; use TASK or TASK/METRIC",
             kind="unknown-name",
             column="--metric",
         )
@@ -321,8 +321,8 @@ def _resume(study: optuna.Study, searched: Sequence[Space], base: Recipe) -> Non
         study.enqueue_trial(trial.params, user_attrs={"again": True})
     if study.trials:
         return
-    own = {space.key: space.parameter(_at(base, space.key)) for space in searched}
-    known = [] if None in own.values() else [own]
+    initial = {space.key: space.parameter(_at(base, space.key)) for space in searched}
+    known = [] if None in initial.values() else [initial]
     points = [{space.key: space.parameter(point[space.key]) for space in searched} for point in grid(searched) or ()]
     for point in [*known, *(point for point in points if point not in known)]:
         study.enqueue_trial(point)
@@ -370,8 +370,8 @@ class _Search:
         """Run a trial, and report its result or failure to Optuna."""
         from optuna.trial import TrialState
 
-        asked = study.ask()
-        point = {space.key: space.suggest(asked) for space in self.spaces}
+        trial = study.ask()
+        point = {space.key: space.suggest(trial) for space in self.spaces}
         shown = ", ".join(in_words(point))
         begin = time.monotonic()
         try:
@@ -379,15 +379,15 @@ class _Search:
         except LlmrecError as error:
             if error.column == "--metric":
                 raise
-            asked.set_user_attr("error", str(error))
-            study.tell(asked, state=TrialState.FAIL)
-            self.say(f"trial {asked.number}: {shown} failed: {error}")
+            trial.set_user_attr("error", str(error))
+            study.tell(trial, state=TrialState.FAIL)
+            self.say(f"trial {trial.number}: {shown} failed: {error}")
             return
-        asked.set_user_attr("seconds", time.monotonic() - begin)
+        trial.set_user_attr("seconds", time.monotonic() - begin)
         self._same(study, question, shown)
-        study.tell(asked, value)
+        study.tell(trial, value)
         self.say(
-            f"trial {asked.number}: {shown}: {self.family}/{self.metric} {value:.4f} in "
+            f"trial {trial.number}: {shown}: {self.family}/{self.metric} {value:.4f} in "
             f"{duration(time.monotonic() - begin)}; best {study.best_value:.4f}"
         )
         self._tidy(self._folder(study.best_params))
@@ -404,12 +404,12 @@ class _Search:
             )
         best = study.best_trial
         chosen = self._point(best.params)
-        made = as_recipe(self.page, [*self.options.overrides, *in_words(chosen)])
+        recipe = as_recipe(self.page, [*self.options.overrides, *in_words(chosen)])
         head = (
             f"# The best of {len(complete)} trials of `llmrec tune`: {self.family}/{self.metric} {best.value:.4f} on "
             "validation users.\n"
         )
-        write_text(self.out / _BEST, head + dump(made))
+        write_text(self.out / _BEST, head + dump(recipe))
         rows = [
             {"trial": trial.number, **self._point(trial.params), "value": trial.value, **trial.user_attrs}
             for trial in sorted([*complete, *failed], key=lambda trial: trial.number)
@@ -417,8 +417,8 @@ class _Search:
         write_text(
             self.out / _TABLE, _csv(rows, ["trial", *(space.key for space in self.spaces), "value", "seconds", "error"])
         )
-        own = {space.key: space.parameter(_at(base, space.key)) for space in self.spaces}
-        first = next((trial.value for trial in complete if trial.params == own), None)
+        initial = {space.key: space.parameter(_at(base, space.key)) for space in self.spaces}
+        first = next((trial.value for trial in complete if trial.params == initial), None)
         record = {
             "kind": "tune",
             "recipe": self.options.recipe,
@@ -462,13 +462,13 @@ class _Search:
         Returns:
             The figure, and a description of the question that was evaluated.
         """
-        asked = [*self.options.overrides, *in_words(point), "eval.split=valid"]
-        recipe = as_recipe(self.page, asked)
+        overrides = [*self.options.overrides, *in_words(point), "eval.split=valid"]
+        recipe = as_recipe(self.page, overrides)
         if "tuned" in recipe.eval.arms:
-            recipe = as_recipe(self.page, [*asked, "eval.arms=[tuned]"])
+            recipe = as_recipe(self.page, [*overrides, "eval.arms=[tuned]"])
         params = {space.key: space.parameter(point[space.key]) for space in self.spaces}
-        made = run(recipe, self._folder(params))
-        rows = [row for row in made.results["rows"] if row["task"] == self.family]
+        result = run(recipe, self._folder(params))
+        rows = [row for row in result.results["rows"] if row["task"] == self.family]
         models = [row for row in rows if row["arm"] != "baseline"]
         known = [row for row in models or rows if row["metrics"].get(self.metric, {}).get("value") is not None]
         if not known:
@@ -479,7 +479,7 @@ class _Search:
                 column="--metric",
             )
         best = (min if lower(self.metric) else max)(known, key=lambda row: row["metrics"][self.metric]["value"])
-        data = made.results["data"][made.results["tables"][self.family]]
+        data = result.results["data"][result.results["tables"][self.family]]
         return float(best["metrics"][self.metric]["value"]), {
             "split": data["split_fingerprint"],
             "candidate set": best["candidates"],

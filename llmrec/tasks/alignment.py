@@ -12,11 +12,11 @@ from llmrec.registry import BASELINES, STRATEGIES, answering
 from llmrec.tasks.base import (
     Values,
     View,
-    asked_item,
     keyed,
     listed,
     passes,
     refuse_test,
+    requested_item,
     solved_examples,
 )
 from llmrec.tasks.family import Family
@@ -28,7 +28,7 @@ from llmrec.tasks.task import Task, TaskInputs, Want, only_one
 from llmrec.tasks.templates import choose, refuse_list
 from llmrec.types import Answer, Case, Event, Example, Message, Prompt, Ranking, Request, SplitName
 
-NOBODY = ""
+NO_USER = ""
 """The user id of the examples; it does not occur in data."""
 
 
@@ -141,7 +141,7 @@ class AlignmentTask(Task):
                 kind="too-few",
                 column="eval.shots.k",
             )
-        return Drawn(tuple(Window(NOBODY, (Event(item_id=item),)) for item in drawn), ())
+        return Drawn(tuple(Window(NO_USER, (Event(item_id=item),)) for item in drawn), ())
 
     def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
         """Return the titles or codes of the candidates, in stored order."""
@@ -201,7 +201,7 @@ class AlignmentTask(Task):
 
     def _example(self, template: Template, row: str, item: str) -> Example:
         question, answer = self._question(template, item), self._answer(template, item)
-        return chat_example(template, row, NOBODY, question, answer, past=(), event=Event(item_id=item))
+        return chat_example(template, row, NO_USER, question, answer, past=(), event=Event(item_id=item))
 
     def _solved(self, template: Template, item: str) -> tuple[Message, ...]:
         return solved_chat(template, self._question(template, item), self._answer(template, item))
@@ -209,7 +209,7 @@ class AlignmentTask(Task):
     def _item(self, request: Request) -> str:
         if request.item is None and request.id in self._named:
             return self._named[request.id]
-        return asked_item(request, self.family)
+        return requested_item(request, self.family)
 
 
 FAMILY = Family(

@@ -90,9 +90,9 @@ class View:
         Without a user there are no statistics, since it is unknown whose interactions to exclude: see `pair`.
         """
         item = self.item(item_id)
-        fields = [{"name": name, "value": value} for name, value in self._untold(item)]
-        written = CodedId(item_id, self.index.encode(item_id)) if self.index and self.index.writes_ids else item_id
-        return {"item": item, "item_id": written, "fields": fields, "item_stats": None}
+        fields = [{"name": name, "value": value} for name, value in self._further_fields(item)]
+        shown_id = CodedId(item_id, self.index.encode(item_id)) if self.index and self.index.writes_ids else item_id
+        return {"item": item, "item_id": shown_id, "fields": fields, "item_stats": None}
 
     def pair(self, user_id: str, item_id: str) -> Values:
         """Return the template variables about a user and an item, without statistics of interactions between them.
@@ -109,10 +109,10 @@ class View:
     def candidate(self, user_id: str, item_id: str) -> Values:
         """Return the template variables of a candidate, with count and mean rating without the user's interactions."""
 
-        def told(name: str) -> object:
+        def stat(name: str) -> object:
             return (self._item_stats(item_id, user_id) or {}).get(name)
 
-        counted = {name: partial(told, name) for name in ("count", "mean")}
+        counted = {name: partial(stat, name) for name in ("count", "mean")}
         return {**self._shown(item_id), **counted}
 
     def _shown(self, item_id: str) -> Values:
@@ -125,12 +125,12 @@ class View:
 
     def details(self, item_id: str) -> str:
         """Return the fields of an item beyond its title as one text; empty if there are none."""
-        return "; ".join(value for _, value in self._untold(self.item(item_id)))
+        return "; ".join(value for _, value in self._further_fields(self.item(item_id)))
 
     def _item_stats(self, item_id: str, user_id: str) -> Mapping[str, object] | None:
         return self._tallies.item(item_id, user_id).shown
 
-    def _untold(self, item: Fields) -> list[tuple[str, str]]:
+    def _further_fields(self, item: Fields) -> list[tuple[str, str]]:
         shown = ("title",) if self.index is None else ("title", "code")
         message = [(name, str(value)) for name, value in item.items() if name not in shown and value]
         return [(name, value) for name, value in message if value not in str(item["title"])]
@@ -257,14 +257,14 @@ class Pasts(Mapping[str, tuple[Event, ...]]):
         if rated or keep is None:
             counts = data.train_counts(rated=rated)
         else:
-            counts = {user: len(self._made(user)) for user in data.users()}
+            counts = {user: len(self._create(user)) for user in data.users()}
         self._users = {user: size for user, size in counts.items() if size >= least}
 
     def __getitem__(self, user: str) -> tuple[Event, ...]:
         """Return the training interactions of a user, oldest first."""
         if user not in self._users:
             raise KeyError(user)
-        return self._made(user)
+        return self._create(user)
 
     def sizes(self) -> Mapping[str, int]:
         """Return the number of interactions of each user, without reading them."""
@@ -282,7 +282,7 @@ class Pasts(Mapping[str, tuple[Event, ...]]):
         """Whether a user has enough interactions for an example."""
         return user in self._users
 
-    def _made(self, user: str) -> tuple[Event, ...]:
+    def _create(self, user: str) -> tuple[Event, ...]:
         events = self._data.train_events(user)
         return events if self._keep is None else self._keep(user, events)
 
@@ -337,7 +337,7 @@ def window(events: Sequence[Event], length: int, rng: random.Random) -> tuple[Ev
     return tuple(events[start : start + length])
 
 
-def asked_item(request: Request, family: str) -> str:
+def requested_item(request: Request, family: str) -> str:
     """Return the item of a request, or raise an error if it has none.
 
     Raises:
@@ -356,7 +356,7 @@ def ranking_reward(answer: Answer, case: Case) -> float:
     """Return 1 / log2(1 + rank) of the true item, averaged over ties; 0 if it is not ranked."""
     if not isinstance(answer, Ranking) or case.truth not in answer.items:
         return 0.0
-    own = answer.scores[answer.items.index(str(case.truth))]
-    above = sum(score > own for score in answer.scores)
-    level = sum(score == own for score in answer.scores)
+    true_score = answer.scores[answer.items.index(str(case.truth))]
+    above = sum(score > true_score for score in answer.scores)
+    level = sum(score == true_score for score in answer.scores)
     return sum(1 / math.log2(2 + rank) for rank in range(above, above + level)) / level

@@ -34,13 +34,13 @@ class Cases(Sequence[Case]):
         return len(self.held)
 
     @overload
-    def __getitem__(self, place: int) -> Case: ...
+    def __getitem__(self, index: int) -> Case: ...
 
     @overload
-    def __getitem__(self, place: slice) -> list[Case]: ...
+    def __getitem__(self, index: slice) -> list[Case]: ...
 
-    def __getitem__(self, place: int | slice) -> Case | list[Case]:
-        held = self.held[place]
+    def __getitem__(self, index: int | slice) -> Case | list[Case]:
+        held = self.held[index]
         return self._make(held) if isinstance(held, Interaction) else [self._make(item) for item in held]
 
     def __iter__(self) -> Iterator[Case]:
@@ -60,8 +60,8 @@ def of_first_users(
     """
     requests = cases.held if isinstance(cases, Cases) else [case.request for case in cases]
     users = [item.user_id for item in requests]
-    able = dict.fromkeys(user for user in users if user not in but and (among is None or user in among))
-    chosen = set(islice(able, count))
+    eligible = dict.fromkeys(user for user in users if user not in but and (among is None or user in among))
+    chosen = set(islice(eligible, count))
     return [cases[index] for index, user in enumerate(users) if user in chosen]
 
 
@@ -70,12 +70,12 @@ def at_most(held: Sequence[Interaction], count: int | None) -> Sequence[Interact
     if count is None:
         return held
     seen: Counter[str] = Counter()
-    kept = []
+    result = []
     for item in held:
         seen[item.user_id] += 1
         if seen[item.user_id] <= count:
-            kept.append(item)
-    return tuple(kept)
+            result.append(item)
+    return tuple(result)
 
 
 def candidates_of(sets: CandidateSets | None, held: Interaction, family: str) -> tuple[str, ...] | None:

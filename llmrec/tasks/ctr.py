@@ -22,10 +22,10 @@ from llmrec.tasks.base import (
     Pasts,
     Values,
     View,
-    asked_item,
     passes,
     rated,
     refuse_test,
+    requested_item,
     window,
 )
 from llmrec.tasks.cases import Cases, held_out
@@ -171,7 +171,7 @@ class CtrTask(Task):
         chosen = self._chosen.get(template)
         drawn = self.draw_shots(request, shots)
         turns = [self._solved(chosen, shot.user_id, shot.events) for shot in drawn.windows]
-        item, context = asked_item(request, self.family), drawn.context(request.context)
+        item, context = requested_item(request, self.family), drawn.context(request.context)
         if chosen.shape == "chat":
             values = self._values(request.user_id, drawn.history, item, context)
             return Prompt(messages=with_shots(chosen.turns(values), turns))
@@ -181,7 +181,7 @@ class CtrTask(Task):
 
     def draw_shots(self, request: Request, shots: int) -> Drawn:
         """Draw training interactions for few-shot examples; also return the remaining history of the question."""
-        item = asked_item(request, self.family)
+        item = requested_item(request, self.family)
         past = others(rated(request.history), item)
         return self._shots.draw(request, past, shots, self._section.history, self._past.show(past, [item]))
 
@@ -195,8 +195,8 @@ class CtrTask(Task):
 
     def parse(self, completion: str, request: Request, *, template: str) -> Answer | None:
         """Parse a leading yes or no; None if there is none or the text contains both."""
-        place = read_choice(completion, self.continuations(request, template=template), self._chosen.words(template))
-        return None if place is None else Probability(request_id=request.id, value=1.0 if place == 0 else 0.0)
+        choice = read_choice(completion, self.continuations(request, template=template), self._chosen.words(template))
+        return None if choice is None else Probability(request_id=request.id, value=1.0 if choice == 0 else 0.0)
 
     def reward(self, answer: Answer, case: Case) -> float:
         """Return 1 - (probability - truth)^2 (Brier, 1950)."""

@@ -67,8 +67,8 @@ _READER: Mapping[Asks, str] = {"label": "label", "item": "likelihood", "yes": "p
 
 def asks_for(template: Template) -> Asks:
     """Return what a template asks for: a label, the item, or yes/no."""
-    written = template.names("target")
-    return "yes" if "answer" in written else "item" if "item" in written else "label"
+    names = template.names("target")
+    return "yes" if "answer" in names else "item" if "item" in names else "label"
 
 
 def reader_of(template: Template) -> str:
@@ -295,7 +295,7 @@ class DirectTask(Task):
                 event = Event(item_id=held.item_id)
                 yield self._example(self._chosen.train[0], f"direct/valid/{name}", held.user_id, past, event, stored)
             return
-        users = self._rejecting.users if self._rejecting is not None else self._asked_users
+        users = self._rejecting.users if self._rejecting is not None else self._training_users
         for row, user, rng in passes(self.family, users, self._seed, limit):
             template, events = rng.choice(self._chosen.train), self._events[user]
             if self._rejecting is not None:
@@ -339,7 +339,7 @@ class DirectTask(Task):
             raise ValueError(f"want must be 'one', 'ranking' or 'yes', not {want!r}")
         chosen = self._chosen.get(template)
         pool = listed(request, self.family)
-        form = self._wanted(chosen, want, request)
+        form = self._answer_type(chosen, want, request)
         drawn = self.draw_shots(request, shots)
         turns = []
         for index, shot in enumerate(drawn.windows):
@@ -358,7 +358,7 @@ class DirectTask(Task):
         They do not depend on held-out data: the chosen item is from a training interaction, and the others are drawn
         from all items without a training interaction of the user.
         """
-        users = sorted(self._asked_users)
+        users = sorted(self._training_users)
         keyed("direct questions", self._seed, "order").shuffle(users)
         result = []
         for number, user in enumerate(islice(cycle(users), count)):
@@ -428,23 +428,23 @@ class DirectTask(Task):
         chosen, pool = self._chosen.get(template), listed(request, self.family)
         asks = asks_for(chosen)
         if asks == "yes":
-            place = read_choice(completion, self.continuations(request, template=template), chosen.words)
-            return None if place is None else Probability(request_id=request.id, value=1.0 if place == 0 else 0.0)
+            index = read_choice(completion, self.continuations(request, template=template), chosen.words)
+            return None if index is None else Probability(request_id=request.id, value=1.0 if index == 0 else 0.0)
         if asks == "item":
             name = "code" if chosen.answers_with_code else "title"
             return read_item(completion, items_by_text(self._view, name, pool), request)
-        places = read_ranking(
+        indices = read_ranking(
             completion, candidate_labels(len(pool)), [self._view.title(item) for item in pool], chosen.words
         )
-        if not places:
+        if not indices:
             return None
-        scores = tuple(float(len(places) - rank) for rank in range(len(places)))
-        return Ranking(request_id=request.id, items=tuple(pool[place] for place in places), scores=scores)
+        scores = tuple(float(len(indices) - rank) for rank in range(len(indices)))
+        return Ranking(request_id=request.id, items=tuple(pool[index] for index in indices), scores=scores)
 
     # ----------------------------------------------------------------------- building blocks
 
     @cached_property
-    def _asked_users(self) -> list[str]:
+    def _training_users(self) -> list[str]:
         """Users with training examples."""
         if self._lists is None:
             return list(self._events)
@@ -557,17 +557,17 @@ class DirectTask(Task):
         return solved_chat(template, values, answer)
 
     def _solved_yes(
-        self, template: Template, user: str, events: tuple[Event, ...], place: int, rng: random.Random
+        self, template: Template, user: str, events: tuple[Event, ...], index: int, rng: random.Random
     ) -> tuple[Message, ...]:
         """Return a few-shot example with the answer yes or no, alternating by index."""
         chosen, other = events[-1].item_id, self._negatives.draw(user, 1, rng)[0]
-        values = self._asking(template, user, events[:-1], (other if place % 2 else chosen,), "yes")
+        values = self._asking(template, user, events[:-1], (other if index % 2 else chosen,), "yes")
         # Both exclude the same interaction, so that user statistics do not reveal the answer.
         values |= self._view.user_stats(user, [chosen])
         name = "answer" if asks_for(template) == "yes" else "label"
-        return solved_chat(template, values, values | {name: template.words.said(yes=not place % 2)})
+        return solved_chat(template, values, values | {name: template.words.said(yes=not index % 2)})
 
-    def _wanted(self, template: Template, want: str, request: Request) -> str:
+    def _answer_type(self, template: Template, want: str, request: Request) -> str:
         """Return the requested type of answer, if the template supports it."""
         asks = asks_for(template)
         if (asks == "item" and want != "one") or (asks == "yes" and want == "ranking"):

@@ -25,9 +25,9 @@ from llmrec.tasks.base import (
     Pasts,
     Values,
     View,
-    asked_item,
     passes,
     refuse_test,
+    requested_item,
     text_of,
 )
 from llmrec.tasks.cases import Cases, held_out
@@ -89,7 +89,7 @@ class ExplanationTask(Task):
         if split == "valid":
             for case in self.cases("valid")[:limit]:
                 request = case.request
-                event = Event(item_id=asked_item(request, self.family), text=str(case.truth))
+                event = Event(item_id=requested_item(request, self.family), text=str(case.truth))
                 shown = self._past.show(_with_text(request.history), [event.item_id])
                 hints = self._hints(request.user_id, event.item_id)
                 context = shown.context({**request.context, **hints})
@@ -135,12 +135,12 @@ class ExplanationTask(Task):
             values = self._solved_values(shot.user_id, shot.events[:-1], shot.events[-1])
             turns.append(solved_chat(chosen, values, values | {"text": text_of(shot.events[-1])}))
         context = drawn.context(request.context)
-        values = self._values(request.user_id, drawn.history, asked_item(request, self.family), context)
+        values = self._values(request.user_id, drawn.history, requested_item(request, self.family), context)
         return Prompt(messages=with_shots(chosen.turns(values), turns))
 
     def draw_shots(self, request: Request, shots: int) -> Drawn:
         """Draw training interactions for few-shot examples; also return the remaining history of the question."""
-        past, about = _with_text(request.history), [asked_item(request, self.family)]
+        past, about = _with_text(request.history), [requested_item(request, self.family)]
         return self._shots.draw(
             request,
             past,
@@ -199,9 +199,9 @@ class ExplanationTask(Task):
         return chat_example(template, row, user, values, answer, past=past, event=event)
 
 
-def shared_words(written: str, true: str) -> float:
+def shared_words(generated: str, true: str) -> float:
     """Return the word-overlap F1 of two texts, in [0, 1]."""
-    first, second = _bag(written), _bag(true)
+    first, second = _bag(generated), _bag(true)
     shared = (first & second).total()
     return 2 * shared / (first.total() + second.total()) if shared else 0.0
 

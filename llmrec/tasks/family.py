@@ -81,7 +81,7 @@ class Family:
         return self.candidates == "users"
 
     def headline_at(self, cutoffs: Sequence[int]) -> str:
-        """Return the main metric at cut-off 10, or else at the largest cut-off."""
+        """Return the main metric at cut-off 10 or, without it, at the largest cut-off."""
         if not self.answers_with_items or 10 in cutoffs:
             return self.headline
         return f"NDCG@{max(cutoffs)}" if max(cutoffs) > 1 else "HR@1"

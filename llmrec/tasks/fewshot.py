@@ -23,7 +23,7 @@ BY_TEXT = ("nearest", "diverse")
 """Methods of choosing examples that compare item texts."""
 # For `diverse`: number of users to choose among, as a multiple of the examples; and the weight of similarity to the
 # question versus similarity to chosen examples (Carbonell and Goldstein, SIGIR 1998, equation 1).
-_POOL, _LIKENESS = 10, 0.3
+_POOL, _SIMILARITY_WEIGHT = 10, 0.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +134,7 @@ class ShotPool:
         windows: list[Window] = []
         latest, summary = shown.events, shown.summary
         if self._choice == "own":
-            windows, latest = self._own(request.user_id, past, shots, length, history)
+            windows, latest = self._from_history(request.user_id, past, shots, length, history)
             latest, summary = (latest, "") if windows else (shown.events, shown.summary)
         missing = shots - len(windows)
         rng = keyed(f"{self._family} shots", self._seed, request.id)
@@ -152,7 +152,7 @@ class ShotPool:
         drawn = [Window(user, self._events[user][max(0, end - length - 1) : end]) for user, end in ends]
         return Drawn((*drawn, *windows), latest, summary)
 
-    def _own(
+    def _from_history(
         self, user: str, past: Sequence[Event], shots: int, length: int, history: int
     ) -> tuple[list[Window], tuple[Event, ...]]:
         """Take examples from the start of the user's history, but leave at least the later half for the question."""
@@ -248,24 +248,24 @@ class ShotPool:
     def _latest(self) -> list[str]:
         """Users sorted by the time of their last training interaction, latest first."""
         times = np.array([self._events[user][-1].timestamp or 0.0 for user in self._users])
-        return [self._users[place] for place in np.lexsort((self._ties, -times))]
+        return [self._users[index] for index in np.lexsort((self._ties, -times))]
 
     def _near(self, user: str, past: Sequence[Event], count: int) -> list[str]:
         """Return users, sorted by the similarity of their latest items to the history, by mean vectors."""
         assert self._vectors is not None
         query = _mean(self._vectors.of([event.item_id for event in past]))
-        likeness = self._means(len(past)) @ query
-        order = [place for place in np.lexsort((self._ties, -likeness)).tolist() if self._users[place] != user]
+        similarity = self._means(len(past)) @ query
+        order = [index for index in np.lexsort((self._ties, -similarity)).tolist() if self._users[index] != user]
         if self._choice == "nearest" or not order:
-            return [self._users[place] for place in order[:count]]
+            return [self._users[index] for index in order[:count]]
         pool, chosen = order[: _POOL * count], [order[0]]
         vectors = self._means(len(past))
         while len(chosen) < min(count, len(pool)):
-            left = [place for place in pool if place not in chosen]
+            left = [index for index in pool if index not in chosen]
             again = (vectors[left] @ vectors[chosen].T).max(axis=1)
-            worth = _LIKENESS * likeness[left] - (1 - _LIKENESS) * again
-            chosen.append(left[int(np.argmax(worth))])
-        return [self._users[place] for place in chosen]
+            gain = _SIMILARITY_WEIGHT * similarity[left] - (1 - _SIMILARITY_WEIGHT) * again
+            chosen.append(left[int(np.argmax(gain))])
+        return [self._users[index] for index in chosen]
 
     def _means(self, length: int) -> NDArray[np.float32]:
         """Return the normalised mean vector of each user's latest items, shape (users, d)."""
@@ -288,11 +288,11 @@ class ShotPool:
 
     @cached_property
     def _index(self) -> Mapping[str, NDArray[np.int64]]:
-        places: dict[str, list[int]] = {}
+        indices: dict[str, list[int]] = {}
         for index, user in enumerate(self._users):
             for item in {event.item_id for event in self._events[user]}:
-                places.setdefault(item, []).append(index)
-        return {item: np.array(users, dtype=np.int64) for item, users in places.items()}
+                indices.setdefault(item, []).append(index)
+        return {item: np.array(users, dtype=np.int64) for item, users in indices.items()}
 
     @cached_property
     def _sizes(self) -> NDArray[np.int64]:

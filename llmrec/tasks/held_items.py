@@ -83,8 +83,8 @@ def hold_out(items: Mapping[str, Item], share: float, *, seed: int) -> HeldItems
     order = hash64("alignment order", seed, names)
     results = sorted(zip(order.tolist(), drawn.tolist(), names, strict=True))
     return HeldItems(
-        valid=tuple(name for _, place, name in results if share / 2 <= place < share),
-        test=tuple(name for _, place, name in results if place < share / 2),
+        valid=tuple(name for _, value, name in results if share / 2 <= value < share),
+        test=tuple(name for _, value, name in results if value < share / 2),
         groups=groups,
     )
 

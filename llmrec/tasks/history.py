@@ -39,10 +39,10 @@ class ItemVectors:
 
     def of(self, items: Sequence[str]) -> NDArray[np.float32]:
         """Return the vectors of items, shape (n, d)."""
-        return self._table[[self._place[item] for item in items]]
+        return self._table[[self._index[item] for item in items]]
 
     @cached_property
-    def _place(self) -> Mapping[str, int]:
+    def _index(self) -> Mapping[str, int]:
         return {item: index for index, item in enumerate(self._names)}
 
     @cached_property
@@ -121,7 +121,7 @@ class HistorySelector:
         query = self._vectors.of(list(about) or [events[-1].item_id])
         near = (past @ query.T).max(axis=1)
         order = np.lexsort((-np.arange(len(near)), -near))[: self.history - 1]
-        return (*(events[place] for place in sorted(order.tolist())), events[-1])
+        return (*(events[index] for index in sorted(order.tolist())), events[-1])
 
     def _summary(self, events: Sequence[Event]) -> str:
         """Summarise the number of interactions, the categories, the ratings and the best-rated items."""
@@ -138,7 +138,7 @@ class HistorySelector:
         if rated:
             mean = sum(event.rating or 0.0 for event in rated) / len(rated)
             parts.append(f"rated {mean:.1f} on average")
-            best = sorted(range(len(rated)), key=lambda place: (-(rated[place].rating or 0.0), -place))[:_BEST]
-            titles = [clean(self._dataset.items[rated[place].item_id].title, 60) for place in best]
+            best = sorted(range(len(rated)), key=lambda index: (-(rated[index].rating or 0.0), -index))[:_BEST]
+            titles = [clean(self._dataset.items[rated[index].item_id].title, 60) for index in best]
             parts.append("liked best: " + ", ".join(titles))
         return "; ".join(parts)

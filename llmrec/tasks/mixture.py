@@ -76,7 +76,7 @@ def _interleave(
 ) -> Iterator[tuple[str, T]]:
     served = dict.fromkeys(streams, 0.0)
     while True:
-        name = min(streams, key=lambda each: served[each] / weights[each])
+        name = min(streams, key=lambda stream: served[stream] / weights[stream])
         try:
             row = next(streams[name])
         except StopIteration:

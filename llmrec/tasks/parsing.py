@@ -80,8 +80,8 @@ def read_ranking(text: str, labels: Sequence[str], titles: Sequence[str], words:
     text = text[:_LONGEST]
     for lines in (_json_entries(text), text.splitlines()):
         for line in lines:
-            for place in reader.line(line):
-                result.setdefault(place)
+            for index in reader.line(line):
+                result.setdefault(index)
         if result:
             break
     return list(result)
@@ -140,7 +140,7 @@ class _Reader:
         rest = line[entry:]
         spans = self._title_spans(rest)
         marks = self._label_marks(rest, spans, is_entry=entry > 0)
-        results = [place for _, place in sorted([*((start, place) for start, _, place in spans), *marks])]
+        results = [index for _, index in sorted([*((start, index) for start, _, index in spans), *marks])]
         return results or self._alike(rest)
 
     def _known(self, words: Sequence[str]) -> list[int]:
@@ -169,18 +169,18 @@ class _Reader:
         key = title_key(line)
         if len(key) < _FUZZY_LEAST:
             return []
-        likeness = {}
+        similarity = {}
         matcher = SequenceMatcher(None, autojunk=False)
         matcher.set_seq2(key)
-        for title, place in self._titles.items():
+        for title, index in self._titles.items():
             # The lengths give an upper bound of the similarity.
             if 2 * min(len(key), len(title)) < _FUZZY * (len(key) + len(title)) or len(title) < _FUZZY_LEAST:
                 continue
             matcher.set_seq1(title)
             alike = matcher.quick_ratio() >= _FUZZY and matcher.ratio() >= _FUZZY
             if alike and _NUMERAL.findall(key) == _NUMERAL.findall(title):
-                likeness[place] = matcher.ratio()
-        best = [place for place, ratio in likeness.items() if ratio == max(likeness.values())]
+                similarity[index] = matcher.ratio()
+        best = [index for index, ratio in similarity.items() if ratio == max(similarity.values())]
         return best if len(best) == 1 else []
 
     def _title_spans(self, line: str) -> list[tuple[int, int, int]]:
@@ -193,13 +193,13 @@ class _Reader:
             offsets[offset] = index
             offset += len(word) + 1
         spans: list[tuple[int, int, int]] = []
-        for title, place in sorted(self._titles.items(), key=lambda pair: (-len(pair[0]), pair[0])):
+        for title, candidate in sorted(self._titles.items(), key=lambda pair: (-len(pair[0]), pair[0])):
             at = text.find(f" {title} ")
             while at >= 0:
                 first = offsets[at]
                 start, end = words[first][1], words[first + title.count(" ")][2]
                 if all(end <= s or e <= start for s, e, _ in spans):
-                    spans.append((start, end, place))
+                    spans.append((start, end, candidate))
                     break
                 at = text.find(f" {title} ", at + 1)
         return spans
@@ -218,14 +218,14 @@ class _Reader:
             result = [match for match in result if match["mark"]]
         marks: list[tuple[int, int]] = []
         for match in result:
-            place = self._labels.get(self._label_key(match.group(1)))
+            index = self._labels.get(self._label_key(match.group(1)))
             after = hidden[match.end() :]
             # A label before the title of another candidate is a list number: the title counts.
-            if place is not None and not self._is_word(match.group(1), after, match["mark"]):
+            if index is not None and not self._is_word(match.group(1), after, match["mark"]):
                 numbering = match["mark"] or after.lstrip().startswith("(")
                 if numbering and re.match(r"[\W_]*\0", after):
                     continue
-                marks.append((match.start(), place))
+                marks.append((match.start(), index))
         return marks
 
     def _is_word(self, label: str, after: str, mark: str | None) -> bool:

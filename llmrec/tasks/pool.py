@@ -43,13 +43,13 @@ def pool(task: Task, count: int) -> tuple[Example, ...]:
         RecipeError: If there are fewer different examples.
     """
     kinds = task.kinds if isinstance(task, Classed) else ()
-    room = {kind: count // len(kinds) + (place < count % len(kinds)) for place, kind in enumerate(kinds)}
+    room = {kind: count // len(kinds) + (index < count % len(kinds)) for index, kind in enumerate(kinds)}
     taken: Counter[str] = Counter()
     chosen: dict[int, Example] = {}
     spare: dict[int, Example] = {}
     seen = set()
     since = 0
-    for place, example in enumerate(task.examples("train")):
+    for index, example in enumerate(task.examples("train")):
         since += 1
         if since > _PATIENCE or len(chosen) == count:
             break
@@ -60,15 +60,15 @@ def pool(task: Task, count: int) -> tuple[Example, ...]:
         kind = task.kind(example) if isinstance(task, Classed) else ""
         if kinds and taken[kind] >= room[kind]:
             # An example of a full class may be replaced later by one of a class with too few.
-            spare[place] = example
+            spare[index] = example
             continue
         taken[kind] += 1
-        chosen[place] = example
+        chosen[index] = example
         since = 0
-    for place, example in spare.items():
+    for index, example in spare.items():
         if len(chosen) == count:
             break
-        chosen[place] = example
+        chosen[index] = example
     if len(chosen) < count:
         raise RecipeError(
             f"train.examples: tasks.{task.family} has only {len(chosen)} different training examples, but {count} are "
@@ -76,7 +76,7 @@ def pool(task: Task, count: int) -> tuple[Example, ...]:
             kind="too-few",
             column="train.examples",
         )
-    return tuple(chosen[place] for place in sorted(chosen))
+    return tuple(chosen[index] for index in sorted(chosen))
 
 
 def training_examples(task: Task, count: int | None, seed: int) -> Iterator[Example]:

@@ -20,11 +20,11 @@ from llmrec.tasks.base import (
     Pasts,
     Values,
     View,
-    asked_item,
     keyed,
     passes,
     rated,
     refuse_test,
+    requested_item,
     window,
 )
 from llmrec.tasks.cases import Cases, at_most, held_out
@@ -100,7 +100,7 @@ class RatingTask(Branching):
         refuse_test(split)
         if split == "valid":
             for case in self.cases("valid")[:limit]:
-                event = Event(item_id=asked_item(case.request, self.family), rating=float(case.truth))
+                event = Event(item_id=requested_item(case.request, self.family), rating=float(case.truth))
                 shown = self._past.show(rated(case.request.history), [event.item_id])
                 row, events = f"rating/valid/{case.request.id}", (*shown.events, event)
                 context, template, last = shown.context({}), self._chosen.train[0], len(events) - 1
@@ -135,7 +135,7 @@ class RatingTask(Branching):
         _refuse_learned(chosen)
         drawn = self.draw_shots(request, shots)
         context = drawn.context(request.context)
-        item = self._view.pair(request.user_id, asked_item(request, self.family))
+        item = self._view.pair(request.user_id, requested_item(request, self.family))
         turns = [self._solved(chosen, shot.user_id, shot.events) for shot in drawn.windows]
         if chosen.shape == "chat":
             values = self._question(request.user_id, drawn.history, context) | item
@@ -145,7 +145,7 @@ class RatingTask(Branching):
 
     def draw_shots(self, request: Request, shots: int) -> Drawn:
         """Draw training interactions for few-shot examples; also return the remaining history of the question."""
-        past, about = rated(request.history), [asked_item(request, self.family)]
+        past, about = rated(request.history), [requested_item(request, self.family)]
         return self._shots.draw(request, past, shots, self._section.history, self._past.show(past, about))
 
     def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
@@ -295,8 +295,8 @@ class Scale:
 
     def label(self, rating: float) -> str:
         """Return the label nearest to a rating; the lower one of two."""
-        place = min(range(len(self.values)), key=lambda i: (abs(self.values[i] - rating), i))
-        return self.labels[place]
+        index = min(range(len(self.values)), key=lambda i: (abs(self.values[i] - rating), i))
+        return self.labels[index]
 
 
 def find_scale(data: SplitDataset, *, learns: bool = True) -> Scale:
@@ -320,8 +320,8 @@ def find_scale(data: SplitDataset, *, learns: bool = True) -> Scale:
             column="rating",
         )
     low, high = scale_of(data)
-    whole = all(float(value).is_integer() for value in (*ratings, low, high))
-    step = 1.0 if whole or high - low > _MOST_LABELS // 2 else 0.5
+    integral = all(float(value).is_integer() for value in (*ratings, low, high))
+    step = 1.0 if integral or high - low > _MOST_LABELS // 2 else 0.5
     first, last = math.floor(low / step), math.ceil(high / step)
     if last - first >= _MOST_LABELS:
         raise DataError(

@@ -25,10 +25,10 @@ from llmrec.tasks.base import (
     Pasts,
     Values,
     View,
-    asked_item,
     counted_rows,
     passes,
     refuse_test,
+    requested_item,
     solved_examples,
     text_of,
 )
@@ -150,7 +150,7 @@ class ReviewTask(Task):
             DataError: If its context has no review.
         """
         only_one(self.family, want)
-        chosen, item = self._chosen.get(template), asked_item(request, self.family)
+        chosen, item = self._chosen.get(template), requested_item(request, self.family)
         if not request.context.get("review"):
             raise DataError(
                 f"request {request.id!r}: the {self.family} task needs a review; set context['review']",
@@ -252,8 +252,8 @@ def _kind(templates: Mapping[str, Template]) -> tuple[str, Target]:
     for template in templates.values():
         refuse_list(template)
         named = template.names("target")
-        written: Target = "rating" if "rating" in named and "headline" not in named else "headline"
-        targets[written] = template.id
+        target: Target = "rating" if "rating" in named and "headline" not in named else "headline"
+        targets[target] = template.id
     family = next(iter(templates.values())).family
     if len(targets) > 1:
         raise RecipeError(

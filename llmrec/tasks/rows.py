@@ -122,11 +122,11 @@ def list_prompt(
     template: Template,
     values: Values,
     steps: Sequence[Values],
-    asked: Values,
+    question: Values,
     shots: Sequence[tuple[Message, ...]],
 ) -> Prompt:
     """Return a prompt that asks for the next step of a list."""
-    opening = template.opening(values | asked | {"n": len(steps) + 1})
+    opening = template.opening(values | question | {"n": len(steps) + 1})
     return Prompt(
         messages=with_shots(template.turns(values), shots),
         answer_prefix=(*list_answer(template, steps, lambda _: False), *opening),

@@ -14,7 +14,7 @@ import pytest
 from llmrec.bench.engine import compared
 from llmrec.bench.leaderboard import rewrite
 from llmrec.bench.pages import own_pages
-from llmrec.bench.recipes import Line, _add, made_of, points, recipe_of
+from llmrec.bench.recipes import Line, _add, combined, points, recipe_of
 from llmrec.bench.records import BenchmarkResult, BenchmarkRow, BenchmarkTable, RowFigures
 from llmrec.bench.run import check_page, run_benchmark
 from llmrec.errors import RecipeError
@@ -163,7 +163,7 @@ def test_seeds_are_averaged_before_rows_are_compared() -> None:
         ("direct", "NDCG@10", "", None), "label", "tuned", "tuned", [figures(0.2), figures(0.4)],
         [{"NDCG@10": [0.0, 0.4]}, {"NDCG@10": [0.2, 0.6]}], ["a", "b"], ["a", "b"],
     )  # fmt: skip
-    (made,) = made_of([line], 100).rows
+    (made,) = combined([line], 100).rows
     found = made.row.tables["direct"]
     assert found.metrics["NDCG@10"].value == pytest.approx(0.3)
     assert found.metrics["NDCG@10"].sd == pytest.approx(0.1 * 2**0.5)
@@ -253,7 +253,7 @@ def test_comparisons_of_runs_that_are_still_to_come_count_in_the_family(tmp_path
         for name, values in zip("ab", better, strict=True)
     ]
     page = load_benchmark(write(tmp_path, "  - {name: a}\n", 'pairs: [["a", "b"], ["a", "c"], ["b", "c"]]\n'))
-    (early,), (late,) = (compared(page, made_of(own, 100, missing=missing))["pairs"] for missing in (1, 0))
+    (early,), (late,) = (compared(page, combined(own, 100, missing=missing))["pairs"] for missing in (1, 0))
     assert (late.level, early.level) == (0.95, pytest.approx(1 - 0.05 / 3))
     assert late.p == late.p_raw and early.p == pytest.approx(min(1.0, 3 * (early.p_raw or 0.0)))
 

@@ -16,8 +16,8 @@ import pytest
 from llmrec.answer.opening import open_classics
 from llmrec.backends.fake import FakeBackend
 from llmrec.bench import conversations
-from llmrec.bench.conversations import TABLE, Talk, made_row, tables_of
-from llmrec.bench.engine import Made, compared
+from llmrec.bench.conversations import TABLE, Talk, finished_row, tables_of
+from llmrec.bench.engine import Finished, compared
 from llmrec.bench.leaderboard import rewrite
 from llmrec.bench.run import run_benchmark
 from llmrec.chat import simulator
@@ -131,7 +131,7 @@ def test_figures_by_hand() -> None:
         **{**PAGE, "rows": [{"manager": "rules"}, {"manager": "history"}], "pairs": [["rules", "history"]]}
     )
     rules = [talk(0, "a", 1, 1), talk(0, "b", 3, 3), talk(1, "a", None, 3), talk(1, "c", 2, 2)]
-    made = made_row(page, page.rows[0], rules)
+    made = finished_row(page, page.rows[0], rules)
     line, held = made.row.tables[TABLE], made.row.dialogues
     assert [line.metrics[f"Hit@5-in-{turns}"].value for turns in (1, 2, 3)] == [0.25, 0.5, 0.75]
     assert held is not None
@@ -139,10 +139,10 @@ def test_figures_by_hand() -> None:
     assert (held.seconds_a_turn, held.tokens_a_turn) == (round(2 / 9, 4), round(40 / 9, 1))
     assert line.parse_rate == 1 and held.calls == {"rank": 4, "show": 9}
     bad = [rules[0].model_copy(update={"unread": 1}), *rules[1:]]
-    assert made_row(page, page.rows[0], bad).row.tables[TABLE].parse_rate == 1 - 1 / 13
+    assert finished_row(page, page.rows[0], bad).row.tables[TABLE].parse_rate == 1 - 1 / 13
     history = [talk(0, "a", None, 3), talk(1, "a", None, 3), talk(1, "d", 1, 1)]
-    rows = [made, made_row(page, page.rows[1], history)]
-    (pair,) = compared(page, Made(tables_of(page, rows), rows))["pairs"]
+    rows = [made, finished_row(page, page.rows[1], history)]
+    (pair,) = compared(page, Finished(tables_of(page, rows), rows))["pairs"]
     # User a with both seeds alone: one hit against none.
     assert (pair.value, pair.n, pair.users) == (0.5, 2, 1)
 

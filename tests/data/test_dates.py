@@ -21,7 +21,7 @@ from tests.facts import Facts, raises
 
 pytest.importorskip("llmrec.start", reason="the extension is not there")
 
-from llmrec.start.columns import asked
+from llmrec.start.columns import requested_roles
 from llmrec.start.init import init
 from llmrec.start.options import InitOptions
 
@@ -114,7 +114,7 @@ def test_what_is_not_clear_is_refused_with_the_key_that_says_it(
     with raises(DataError, Facts("bad-value", "t.csv", column="Datum", says="--dates day-first")):
         init("t.csv")
     for said, month in (("day-first", 1), ("month-first", 6)):
-        made = init("t.csv", asked=asked(InitOptions(table="t.csv", dates=said)), force=True)
+        made = init("t.csv", requested=requested_roles(InitOptions(table="t.csv", dates=said)), force=True)
         recipe = load_recipe(made.recipe)
         assert recipe.data.columns == COLUMNS.model_copy(update={"dates": said})
         seconds = load(recipe.data, seed=0).interactions["timestamp"][0]
@@ -149,7 +149,9 @@ def test_a_copy_with_other_faults_fixed_keeps_the_dates(tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     path = table_of(tmp_path, ENGLISH[:4])
     path.write_text(path.read_text(encoding="utf-8") + ";i1;06/01/2024\n", encoding="utf-8")
-    made = init("t.csv", asked=asked(InitOptions(table="t.csv", dates="day-first")), mend=Path("mended.csv"))
+    made = init(
+        "t.csv", requested=requested_roles(InitOptions(table="t.csv", dates="day-first")), mend=Path("mended.csv")
+    )
     recipe = load_recipe(made.recipe)
     assert any("without a user" in fix for fix in made.fixes) and recipe.data.columns.dates == "day-first"
     assert datetime.fromtimestamp(load(recipe.data, seed=0).interactions["timestamp"][0], UTC).month == 1

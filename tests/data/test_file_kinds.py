@@ -31,7 +31,7 @@ pytest.importorskip("llmrec.start", reason="the extension is not there")
 
 from llmrec.start import init as start
 from llmrec.start import profile
-from llmrec.start.columns import Asked
+from llmrec.start.columns import RequestedRoles
 
 ROWS = pl.DataFrame(
     [
@@ -276,8 +276,8 @@ def test_a_column_that_has_a_name_of_ours_can_be_left_out(tmp_path: Path) -> Non
     rows = [(f"u{user}", f"i{(user + step) % 12}", 3, 9 - step, "so") for user in range(8) for step in range(5)]
     frame = pl.DataFrame(rows, schema=["user_id", "item_id", "rating", "timestamp", "text"], orient="row")
     frame.write_csv(tmp_path / "rows.csv")
-    asked = Asked(rating="none", time="none", text="none")
-    made = start.init(str(tmp_path / "rows.csv"), out=tmp_path / "mine.yaml", asked=asked)
+    asked = RequestedRoles(rating="none", time="none", text="none")
+    made = start.init(str(tmp_path / "rows.csv"), out=tmp_path / "mine.yaml", requested=asked)
     recipe = load_recipe(made.recipe)
     assert recipe.data.columns == Columns(user="user_id", item="item_id", rating="none", time="none", text="none")
     data = load_split(recipe.data, recipe.seed)

@@ -26,7 +26,7 @@ from tests.facts import Facts, raises
 
 pytest.importorskip("llmrec.start", reason="the extension is not there")
 
-from llmrec.start.columns import Asked
+from llmrec.start.columns import RequestedRoles
 from llmrec.start.init import init
 from llmrec.start.profile import peek
 
@@ -231,10 +231,10 @@ def test_init_finds_columns_by_their_last_names(ending: str, tmp_path: Path, mon
     assert "each element of lines[] is a row" in made.found
     assert load(recipe.data, seed=0).interactions.height > 50
     # The same, where it is said.
-    said = init(path.name, asked=Asked(user="user.id", item="lines[].product.sku"), force=True)
+    said = init(path.name, requested=RequestedRoles(user="user.id", item="lines[].product.sku"), force=True)
     assert load_recipe(said.recipe).data.columns == ORDER
     with raises(DataError, Facts("missing-column", column="lines[].sku", says="did you mean 'lines[].product.sku'")):
-        init(path.name, asked=Asked(item="lines[].sku"), force=True)
+        init(path.name, requested=RequestedRoles(item="lines[].sku"), force=True)
 
 
 def test_a_table_of_items_calls_the_item_by_its_last_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ def test_init_says_so(tmp_path: Path) -> None:
         out=tmp_path / "s.yaml",
         name="s",
         backend="hf",
-        asked=start.Asked(user="who", item="what"),
+        requested=start.RequestedRoles(user="who", item="what"),
     )
     assert "the columns are the same as in" not in again.found
 
@@ -195,4 +195,4 @@ def test_other_texts_are_no_sequences(text: str, tmp_path: Path) -> None:
 def test_columns_that_are_named_are_those_of_a_table(tmp_path: Path) -> None:
     place = written(tmp_path / "ml-1m", SETS["ml-1m"][1], "folder")
     with raises(DataError, Facts("missing-file", says="with no table")):
-        start.init(str(place), out=tmp_path / "r.yaml", asked=start.Asked(user="a", item="b"))
+        start.init(str(place), out=tmp_path / "r.yaml", requested=start.RequestedRoles(user="a", item="b"))

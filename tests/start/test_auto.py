@@ -117,7 +117,7 @@ def test_a_table_becomes_a_recommender_and_a_second_call_tries_nothing_again(
     assert len(next(tried for tried in made.tried if tried.part.label == "item-knn").trials) > 3
     rows = {row["predictor"]: row for row in made.run.results["rows"]}
     assert "fusion" in rows and "random" in rows and "markov-1" in rows
-    told = " ".join(autos.told(made).split())
+    told = " ".join(autos.summary(made).split())
     assert "settings tried" in told and "1 setting tried" in told and "point" not in told + "".join(lines)
     chosen = load_recipe(made.folder / "recipe.yaml")
     assert chosen.eval.arms == () and not (made.folder / "merged").exists()
@@ -194,7 +194,7 @@ def test_what_is_best_on_validation_is_served_and_named_everywhere(whole: Whole)
     figure = rows[choice["row"]]["metrics"]["NDCG@10"]["value"]
     short = name.partition("(")[0]
     assert made.sentence in report and made.sentence.startswith(short) and f" is {figure:.3f} [" in made.sentence
-    assert f"Serve it ({name}): llmrec serve" in autos.told(made)
+    assert f"Serve it ({name}): llmrec serve" in autos.summary(made)
     card = page[page.index('<article class="card">') :]
     assert f'<span class="figure">{figure:.3f}</span>' in card[: card.index("</article>")]
     assert "no significant difference" in page or "ahead" in page or "behind" in page
@@ -339,7 +339,7 @@ def test_the_budget_says_whether_a_model_is_tuned() -> None:
     assert long.steps > 600 and long.seconds == 2 * 3600
     assert plan(1800, titles=True, device="cuda").steps > 600
     assert plan(4 * 3600, titles=False, device="cuda").steps == 0
-    assert "llmrec[train]" in plan(4 * 3600, titles=True, device=None).told
+    assert "llmrec[train]" in plan(4 * 3600, titles=True, device=None).message
 
 
 def test_the_recipe_with_a_model_joins_it_with_the_parts(table: Path, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from llmrec.pipeline.leaks import questions
 from llmrec.pipeline.study import build_study
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Columns
-from llmrec.start.columns import Asked, asked, guess
+from llmrec.start.columns import RequestedRoles, guess, requested_roles
 from llmrec.start.init import init
 from llmrec.start.options import InitOptions
 from llmrec.start.page import Page, render, scalar, where_line
@@ -322,7 +322,7 @@ def test_files_of_every_format(folder: Path) -> None:
 def plan_of(rows: list[tuple[object, ...]], names: tuple[str, ...], **said: str) -> Plan:
     frame = pl.DataFrame([[str(value) for value in row] for row in rows], schema=list(names), orient="row")
     return decide(
-        events_of(guess(Table("t.csv", frame), asked(InitOptions(table="t", **said)))),
+        events_of(guess(Table("t.csv", frame), requested_roles(InitOptions(table="t", **said)))),
         ("item",),
         whole=True,
         backend="hf",
@@ -395,10 +395,10 @@ def test_whole_orders_are_held_out_where_orders_have_several_items(folder: Path)
     study = build_study(recipe)
     assert (study.data.test.height, study.data.valid.height) == (90, 90) and not stats.baskets(study.data)
     plan = plan_of(baskets(30, 4, 3), ("user", "item", "date"))
-    assert (plan.facts.able, plan.facts.teachable, plan.facts.asked) == (30, 30, 3.0)
+    assert (plan.facts.able, plan.facts.teachable, plan.facts.targets) == (30, 30, 3.0)
     # Every item of a basket is asked about, which takes time.
     single = plan_of(baskets(30, 12, 1), ("user", "item", "date"))
-    assert single.split == "leave_one_out" and single.facts.asked == 1.0 and single.facts.tied == 0.0
+    assert single.split == "leave_one_out" and single.facts.targets == 1.0 and single.facts.tied == 0.0
     assert plan.seconds["evaluation"] / plan.users > 2 * single.seconds["evaluation"] / single.users
 
 
@@ -528,7 +528,7 @@ def test_init_writes_a_recipe_that_check_takes_or_says_one_thing(folder: Path, s
     pl.DataFrame(columns).write_csv("fuzz.csv")
     Path("fuzz.yaml").unlink(missing_ok=True)
     try:
-        init("fuzz.csv", asked=Asked(), mend=Path("copy.csv") if dice.random() < 0.6 else None, force=True)
+        init("fuzz.csv", requested=RequestedRoles(), mend=Path("copy.csv") if dice.random() < 0.6 else None, force=True)
     except LlmrecError as error:
         assert "\n" not in str(error)
         assert not Path("fuzz.yaml").exists()
@@ -566,7 +566,7 @@ def test_a_recipe_of_init_passes_its_own_check(folder: Path, seed: int, kind: in
         patch.setattr("llmrec.start.plan._CORE_ROWS", 100)
         patch.setattr("llmrec.start.plan._CORE_LEFT", 5)
         patch.setattr("llmrec.start.init._CHECKED_ROWS", 0)
-        init("sparse.csv", asked=Asked(rating="stars") if named else Asked(), force=True)
+        init("sparse.csv", requested=RequestedRoles(rating="stars") if named else RequestedRoles(), force=True)
     recipe = load_recipe("sparse.yaml")
     assert recipe.data.filter.user_core == 5
     study = build_study(recipe)

@@ -23,7 +23,7 @@ from llmrec.data.read.typed import numbers as read_numbers
 from llmrec.data.read.typed import times as read_times
 from llmrec.data.read.words import named, noun_of
 from llmrec.errors import DataError
-from llmrec.start.columns import Asked, Roles, asked, guess
+from llmrec.start.columns import RequestedRoles, Roles, guess, requested_roles
 from llmrec.start.faults import faults, mended
 from llmrec.start.options import InitOptions
 from llmrec.start.profile import READABLE, kinds_of_events, numbers, peek, profile, shown, times
@@ -48,7 +48,7 @@ def table(columns: dict[str, Sequence[object]]) -> Table:
 
 
 def roles(columns: dict[str, Sequence[object]], **said: str) -> Roles:
-    return guess(table(columns), asked(InitOptions(table="t", **said)))
+    return guess(table(columns), requested_roles(InitOptions(table="t", **said)))
 
 
 def found(answer: Roles) -> tuple[str | None, ...]:
@@ -129,7 +129,7 @@ def test_numbers(cells: list[str], form: str, values: list[float | None]) -> Non
         (["01.06.2024", "02.06.2024", "soon", "", "", "1.6.2024", "2.6.2024"], "day-first dates", "01.06.2024"),
         (["01/06/2024", "31/05/2024"], "day-first dates", "01/06/2024"),
         (["6/1/2024 3:04 PM", "5/31/2024 1:00 AM"], "month-first dates", "6/1/2024 3:04 PM"),
-        (["01/06/2024", "02/06/2024"], "dates whose day and month cannot be told apart", None),
+        (["01/06/2024", "02/06/2024"], "dates with ambiguous day and month", None),
         (["2024/05/31", "2024/06/01"], "dates", "2024/05/31"),
         (["Sep 17, 2014", "Oct 1, 2014"], "dates", "Sep 17, 2014"),
         (["2019-11-01 00:00:05 UTC", "2019-11-01 00:00:06 UTC"], "ISO dates", "2019-11-01 00:00:05 UTC"),
@@ -353,7 +353,7 @@ def test_questions_are_one_paragraph(columns: dict[str, list[object]], said: dic
 
 def test_the_order_of_dates_is_one_of_two() -> None:
     with raises(DataError, Facts("unknown-name", column="dates", says="did you mean 'day-first'")):
-        asked(InitOptions(table="t", dates="day_first"))
+        requested_roles(InitOptions(table="t", dates="day_first"))
 
 
 def test_names_from_a_file_cannot_write_lines() -> None:
@@ -396,7 +396,7 @@ def test_of_a_large_file_a_part_is_read(tmp_path: Path, ending: str) -> None:
     last = part.table.frame["ts"].cast(pl.Int64).max()
     assert last is not None and (int(last) > 15_000) == (ending != "csv.gz")  # type: ignore[call-overload]
     assert part.where(part.first).endswith("a row further down") or part.first == part.table.frame.height
-    assert guess(part.table, Asked()).rating == "stars"
+    assert guess(part.table, RequestedRoles()).rating == "stars"
 
 
 def test_a_part_ends_after_a_whole_quoted_row(tmp_path: Path) -> None:
@@ -445,14 +445,17 @@ def test_what_cannot_be_read_is_named_and_mended(spoiler: str, tmp_path: Path) -
         del columns["day"]  # a column of llmrec's own name is read where no other one is named
     pl.DataFrame(columns).write_csv(tmp_path / "t.csv")
     part = peek(tmp_path / "t.csv")
-    answer = guess(part.table, asked(InitOptions(table="t", title="title")))
+    answer = guess(part.table, requested_roles(InitOptions(table="t", title="title")))
     wrong = faults(part, answer, None, answer.item)
     assert [fault.column for fault in wrong] == [name]
-    assert said in wrong[0].said and "row " in wrong[0].said and wrong[0].mend
+    assert said in wrong[0].text and "row " in wrong[0].text and wrong[0].mend
     frame, done = mended(part.table, answer, None, answer.item)
     frame.write_csv(tmp_path / "mended.csv")
     again = peek(tmp_path / "mended.csv")
-    assert faults(again, guess(again.table, asked(InitOptions(table="t", title="title"))), None, answer.item) == []
+    assert (
+        faults(again, guess(again.table, requested_roles(InitOptions(table="t", title="title"))), None, answer.item)
+        == []
+    )
     assert (frame.height < len(PAIRS)) == bool(done)
     if name == "stars" and not done:
         assert frame["stars"].to_list() == [star + 0.5 for star in STARS]
@@ -464,7 +467,7 @@ def test_a_column_of_a_type_that_cannot_be_used_is_named(tmp_path: Path) -> None
     arrow = pa.table({"item": ITEMS, "stars": STARS, "user": pa.array([{"a": b"x"}] * len(ITEMS))})
     pq.write_table(arrow, tmp_path / "t.parquet")
     part = peek(tmp_path / "t.parquet")
-    for wanted, kind in ((Asked(), "missing-column"), (Asked(user="user"), "bad-value")):
+    for wanted, kind in ((RequestedRoles(), "missing-column"), (RequestedRoles(user="user"), "bad-value")):
         with raises(DataError, Facts(kind, says=("'user'" if wanted.user else "user", "cannot be used"))):
             guess(part.table, wanted)
 
@@ -474,9 +477,9 @@ def test_a_second_table_is_joined_on_one_name(tmp_path: Path) -> None:
     listed = table({"id": kept, "name": [f"Name {item}" for item in kept]})
     pl.DataFrame({"user": USERS, "item": ITEMS}).write_csv(tmp_path / "t.csv")
     part = peek(tmp_path / "t.csv")
-    answer = guess(part.table, Asked(), listed)
+    answer = guess(part.table, RequestedRoles(), listed)
     assert answer.title == "name"
-    said = [fault.said for fault in faults(part, answer, listed, "id")]
+    said = [fault.text for fault in faults(part, answer, listed, "id")]
     assert "'id'" in said[0] and "'item'" in said[0]
     assert f"1 of {len(kept) + 1} items" in said[1]
     frame, done = mended(part.table, answer, listed, "id")

@@ -75,7 +75,7 @@ def test_a_list_is_tried_whole_and_the_best_is_a_recipe(page: Path, tmp_path: Pa
     assert table[1].split(",")[1] == "5"  # the recipe's own value first
     record = json.loads((tmp_path / "search" / "tune.json").read_text())
     assert record["metric"] == "sequential/NDCG@5" and len(record["trials"]) == 3
-    assert "best of 3 trials" in tuning.told(found)
+    assert "best of 3 trials" in tuning.summary(found)
 
     again: list[str] = []
     assert tuning.search(asked, again.append).best == found.best and again == ["all settings were tried"]
