@@ -221,8 +221,7 @@ class Host(Baseline[H, Fitted]):
             part = requests[start : start + _ROWS]
             rows = model.fields.encode(part)
             logits = self._judge(model.network, model.fields, rows, model.adaptor.columns(rows))
-            probabilities = 1 / (1 + np.exp(-logits))
-            for request, probability in zip(part, probabilities.tolist(), strict=True):
+            for request, probability in zip(part, (1 / (1 + np.exp(-logits))).tolist(), strict=True):
                 if request.item is None:
                     answers.append(Unparsed(request_id=request.id, reason="the request has no item to judge"))
                     continue

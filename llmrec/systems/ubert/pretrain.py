@@ -58,12 +58,12 @@ def lexicon(config: UBertConfig, texts: Sequence[str], ratings: NDArray[np.float
                 column="lexicon",
             )
         return tuple(results)
-    above: dict[str, list[float]] = defaultdict(list)
+    residuals: dict[str, list[float]] = defaultdict(list)
     for text, rating in zip(texts, (ratings - ratings.mean()).tolist(), strict=True):
         for word in {item.lower() for item in _WORD.findall(text)}:
-            above[word].append(rating)
-    telling = {word: abs(sum(item)) / len(item) ** 0.5 for word, item in above.items() if len(item) >= _LEAST}
-    return tuple(sorted(sorted(telling, key=lambda word: (-telling[word], word))[: config.opinions]))
+            residuals[word].append(rating)
+    effects = {word: abs(sum(item)) / len(item) ** 0.5 for word, item in residuals.items() if len(item) >= _LEAST}
+    return tuple(sorted(sorted(effects, key=lambda word: (-effects[word], word))[: config.opinions]))
 
 
 @dataclass(frozen=True)

@@ -193,8 +193,8 @@ class UniSRec(ScoredBaseline[UniSRecConfig, Universal]):
         if config.pretrain:
             rng, text = np.random.default_rng([self._seed, 1]), None
             if config.word_drop and not config.encoder.startswith(STORE):
-                less = text_vectors(data, catalogue.ids, config, DropWords(config.word_drop, self._seed))
-                text = torch.from_numpy(less.astype(np.float32))[model.warm]
+                shortened = text_vectors(data, catalogue.ids, config, DropWords(config.word_drop, self._seed))
+                text = torch.from_numpy(shortened.astype(np.float32))[model.warm]
             optimiser = torch.optim.AdamW(
                 model.network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
             )
