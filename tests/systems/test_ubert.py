@@ -99,7 +99,7 @@ def test_no_batch_reads_the_review_of_its_own_pair(encoder: str, monkeypatch: py
     said = {(user, item): text for user, item, text in data.train.select("user_id", "item_id", "text").iter_rows()}
     users, items = list(model.known.user_index), list(model.known.item_index)
     asked, read = list[tuple[str, str]](), list[list[set[str]]]()
-    forward, places = Reviewed.forward, Tokens.places
+    forward, positions = Reviewed.forward, Tokens.positions
 
     def watched(self: Reviewed, of: Any, to: Any) -> Any:
         asked.extend((users[u], items[i]) for u, i in zip(of, to, strict=True))
@@ -107,10 +107,10 @@ def test_no_batch_reads_the_review_of_its_own_pair(encoder: str, monkeypatch: py
 
     def noted(self: Tokens, rows: Any) -> Any:
         read.append([{model.reviews.texts[row] for row in each} for each in rows])
-        return places(self, rows)
+        return positions(self, rows)
 
     monkeypatch.setattr(Reviewed, "forward", watched)
-    monkeypatch.setattr(Tokens, "places", noted)
+    monkeypatch.setattr(Tokens, "positions", noted)
     optimiser = torch.optim.AdamW(model.network.parameters())
     _epoch(model, optimiser, np.random.default_rng(0))
     # A batch reads the reviews of its users, and then those of its items.
@@ -200,7 +200,7 @@ def test_only_words_of_the_lexicon_are_masked(encoder: str) -> None:
         assert (hidden.texts == 0).sum() == 3 or share < 1
     # The first token of each word, in the numbering of states.
     states = frozen.states(hidden.encoded, spans)
-    assert (hidden.places < np.diff(states.starts)[hidden.texts]).all()
+    assert (hidden.positions < np.diff(states.starts)[hidden.texts]).all()
 
 
 def test_opinion_words_come_from_a_file_or_from_what_tells_ratings_apart(encoder: str, tmp_path: Path) -> None:
