@@ -102,28 +102,28 @@ def from_table(
     written = dict(zip(names, texts(table, text), strict=True))
     pairs: dict[str, set[Pair]] = {}
     if seen is not None:
-        message = read_table(user_path(seen))
-        for user, item in zip(ids(message, "user_id"), ids(message, "item_id"), strict=True):
+        interactions = read_table(user_path(seen))
+        for user, item in zip(ids(interactions, "user_id"), ids(interactions, "item_id"), strict=True):
             pairs.setdefault(str(user if person else item), set()).add((str(user), str(item)))
-        told_of = [name for name in names if written[name].strip()]
-        without = [name for name in told_of if name not in pairs]
-        if told_of and len(without) == len(told_of):
+        with_text = [name for name in names if written[name].strip()]
+        unmatched = [name for name in with_text if name not in pairs]
+        if with_text and len(unmatched) == len(with_text):
             raise DataError.at(
-                message.name,
+                interactions.name,
                 "mismatch",
-                f" contains none of the {kind}s of {table.name}, such as {told_of[0]!r}; use the same ids in both",
+                f" contains none of the {kind}s of {table.name}, such as {with_text[0]!r}; use the same ids in both",
                 "user_id" if person else "item_id",
             )
-        if without:
+        if unmatched:
             log.warning(
                 "%s: %s of the %s %ss of %s are missing, such as %r; their texts are treated as written from no "
                 "interactions",
-                message.name,
-                f"{len(without):,}",
-                f"{len(told_of):,}",
+                interactions.name,
+                f"{len(unmatched):,}",
+                f"{len(with_text):,}",
                 kind,
                 table.name,
-                without[0],
+                unmatched[0],
             )
     provenance = Provenance(system="import", generator={"file": table.name, "sha256": table.sha256})
     return of_texts(
@@ -179,43 +179,43 @@ def forget(folder: Path, user: str) -> Forgotten:
         LlmrecError: If another process writes to the store.
     """
     FeatureStore.open(folder)
-    with writing(folder) as place:
+    with writing(folder) as root:
         # Cached questions and answers of a language model, with the other files of the database.
-        for path in place.glob(f"{ANSWERS}*"):
+        for path in root.glob(f"{ANSWERS}*"):
             path.unlink()
-        drop_older(place)
+        drop_older(root)
         store = FeatureStore.open(folder)
         tables = [whole(store, kind) for kind in store.kinds]
         pairs = {pair for table in tables for known in table.seen.values() for pair in known if pair[0] == user}
-        message = [(table.kind, item, known) for table in tables for item, known in table.seen.items()]
+        entries = [(table.kind, item, known) for table in tables for item, known in table.seen.items()]
         others = sorted(
-            item for kind, item, known in message if known & pairs and not (kind in OF_PERSONS and item == user)
+            item for kind, item, known in entries if known & pairs and not (kind in OF_PERSONS and item == user)
         )
-        had = any(table.kind in OF_PERSONS and user in table.ids for table in tables)
-        if not had and not pairs:
+        had_text = any(table.kind in OF_PERSONS and user in table.ids for table in tables)
+        if not had_text and not pairs:
             raise DataError.at(
                 folder, "unknown-name", f" has no data on user {user!r}; cached model answers were removed"
             )
-        write_version(place, [_without(table, user, pairs) for table in tables], dtype=store.dtype, keep=1)
-    return Forgotten(had, len(pairs), tuple(others))
+        write_version(root, [_without(table, user, pairs) for table in tables], dtype=store.dtype, keep=1)
+    return Forgotten(had_text, len(pairs), tuple(others))
 
 
 def _without(table: Features, user: str, pairs: set[Pair]) -> Features:
-    own = table.kind in OF_PERSONS
-    stays = [place for place, item in enumerate(table.ids) if not own or item != user]
-    less = {item: known - pairs for item, known in table.seen.items() if not own or item != user}
+    of_persons = table.kind in OF_PERSONS
+    kept = [row for row, item in enumerate(table.ids) if not of_persons or item != user]
+    seen = {item: known - pairs for item, known in table.seen.items() if not of_persons or item != user}
     return Features(
         table.kind,
-        [table.ids[place] for place in stays],
-        table.vectors[stays],
+        [table.ids[row] for row in kept],
+        table.vectors[kept],
         table.provenance,
-        texts=[table.texts[place] for place in stays] if table.texts else (),
-        seen={item: frozenset(known) for item, known in less.items() if known},
+        texts=[table.texts[row] for row in kept] if table.texts else (),
+        seen={item: frozenset(known) for item, known in seen.items() if known},
         fallback=table.fallback,
     )
 
 
-def edit(folder: Path, kind: FeatureKind, each: str, text: str) -> tuple[FeatureKind, ...]:
+def edit(folder: Path, kind: FeatureKind, item: str, text: str) -> tuple[FeatureKind, ...]:
     """Correct a text, and compute its vector again with the text encoder of the store.
 
     Returns:
@@ -226,27 +226,27 @@ def edit(folder: Path, kind: FeatureKind, each: str, text: str) -> tuple[Feature
         LlmrecError: If another process writes to the store.
     """
     store = FeatureStore.open(folder)
-    if kind not in store.kinds or not store.texts(kind, [each]):
-        raise DataError.at(folder, "unknown-name", f" has no text of {kind} {each!r}")
+    if kind not in store.kinds or not store.texts(kind, [item]):
+        raise DataError.at(folder, "unknown-name", f" has no text of {kind} {item!r}")
     if not text.strip():
-        raise DataError(f"the text of {kind} {each!r} would be blank; erase it with forget instead", kind="bad-value")
-    named = store.provenance(kind).encoder
-    if "name" not in named:
+        raise DataError(f"the text of {kind} {item!r} would be blank; erase it with forget instead", kind="bad-value")
+    spec = store.provenance(kind).encoder
+    if "name" not in spec:
         raise DataError.at(folder, "unsupported", " does not record the encoder of its vectors; rebuild the store")
-    embedder = text_embedder(str(named["name"]))
-    if embedder.stamp != named.get("stamp"):
-        raise DataError.at(folder, "mismatch", f" was built with another version of {named['name']}; rebuild the store")
-    with writing(folder) as place:
+    embedder = text_embedder(str(spec["name"]))
+    if embedder.stamp != spec.get("stamp"):
+        raise DataError.at(folder, "mismatch", f" was built with another version of {spec['name']}; rebuild the store")
+    with writing(folder) as root:
         store = FeatureStore.open(folder)
-        tables = {known: whole(store, known) for known in store.kinds}
+        tables = {other: whole(store, other) for other in store.kinds}
         table = tables[kind]
-        row = list(table.ids).index(each)
-        vectors, message = np.array(table.vectors), list(table.texts)
-        vectors[row], message[row] = embedder([text])[0], text
-        tables[kind] = replace(table, vectors=vectors, texts=message)
-        write_version(place, list(tables.values()), dtype=store.dtype)
+        row = list(table.ids).index(item)
+        vectors, new_texts = np.array(table.vectors), list(table.texts)
+        vectors[row], new_texts[row] = embedder([text])[0], text
+        tables[kind] = replace(table, vectors=vectors, texts=new_texts)
+        write_version(root, list(tables.values()), dtype=store.dtype)
     synthetic = tables.get("synthetic")
-    return ("synthetic",) if kind == "user" and synthetic is not None and each in synthetic.ids else ()
+    return ("synthetic",) if kind == "user" and synthetic is not None and item in synthetic.ids else ()
 
 
 @dataclass(frozen=True)
@@ -265,11 +265,11 @@ def compare(old: FeatureStore, new: FeatureStore) -> list[Difference]:
     for kind in KINDS:
         before, after = (set(store.ids(kind)) if kind in store.kinds else set() for store in (old, new))
         both = sorted(before & after)
-        said_before, said_after = ((store.texts(kind, both) if both else {}) for store in (old, new))
+        texts_before, texts_after = ((store.texts(kind, both) if both else {}) for store in (old, new))
         changed = tuple(
-            (item, said_before.get(item, ""), said_after.get(item, ""))
+            (item, texts_before.get(item, ""), texts_after.get(item, ""))
             for item in both
-            if said_before.get(item) != said_after.get(item)
+            if texts_before.get(item) != texts_after.get(item)
         )
         if before or after:
             results.append(Difference(kind, tuple(sorted(after - before)), tuple(sorted(before - after)), changed))
@@ -280,7 +280,7 @@ def timed(store: FeatureStore, kind: FeatureKind) -> dict[str, float]:
     """Measure the p50 and p99 latency of look-ups in microseconds, for one id and for a hundred ids."""
     names = store.ids(kind)
     rng = np.random.default_rng(0)
-    drawn = [names[place] for place in rng.integers(0, len(names), _LOOKUPS).tolist()]
+    drawn = [names[index] for index in rng.integers(0, len(names), _LOOKUPS).tolist()]
     ids = [item if n % 2 else item + "?" for n, item in enumerate(drawn)]
 
     def micro(call: Callable[[], Any]) -> float:

@@ -100,10 +100,10 @@ def about_users(
     assert name is not None
     template, view = template_of(kind, name, prompts), View(data)
     most = math.inf if kind == "user" else section.cold
-    able = [user for user in data.users() if 0 < len(readable(data, user)) <= most]
+    eligible = [user for user in data.users() if 0 < len(readable(data, user)) <= most]
     fields = {"factors": list(section.factors), "topics": list(section.topics)}
     results = []
-    for user in _some(able, section.limit, seed):
+    for user in _sample(eligible, section.limit, seed):
         events = readable(data, user)[-section.history :]
         values = view.user(user, {}) | fields | {"history": view.events(events, _stars)}
         values["interests"] = interests.get(user, "")
@@ -116,7 +116,7 @@ def about_items(data: SplitDataset, section: AugmentSection, seed: int, prompts:
     assert section.items is not None
     template, view = template_of("item", section.items, prompts), View(data)
     results = []
-    for item in _some(sorted(data.dataset.items), section.limit, seed):
+    for item in _sample(sorted(data.dataset.items), section.limit, seed):
         values = view.about(item) | {"factors": list(section.factors), "noun": data.dataset.noun}
         values.pop("item_stats", None)
         results.append(Asked(item, Prompt(messages=template.turns(values))))
@@ -135,7 +135,7 @@ def key_of(kind: FeatureKind) -> str:
     return "augment.synthetic" if kind == "synthetic" else f"augment.{kind}s"
 
 
-def kept(kind: FeatureKind, said: str, section: AugmentSection) -> str:
+def kept(kind: FeatureKind, answer: str, section: AugmentSection) -> str:
     """Return the part of an answer to store; empty if the answer is not usable.
 
     For a text on a user with a closed list, these are the topics of the list that it names, in list order (GENRE, Liu
@@ -143,25 +143,25 @@ def kept(kind: FeatureKind, said: str, section: AugmentSection) -> str:
     format of GENRE, or else the first line.
     """
     if kind == "user" and section.topics:
-        words = f" {_plain(said)} "
+        words = f" {_plain(answer)} "
         return ", ".join(topic for topic in section.topics if f" {_plain(topic)} " in words)
     if kind == "synthetic":
-        said = invented(said)
+        answer = invented(answer)
     # Generated text is untrusted, and must not be able to imitate parts of a template.
-    return clean(said)
+    return clean(answer)
 
 
-def invented(said: str) -> str:
+def invented(answer: str) -> str:
     """Return the title and description of the synthetic item in an answer."""
-    begin, end = said.find("{"), said.rfind("}")
+    begin, end = answer.find("{"), answer.rfind("}")
     try:
-        item = json.loads(said[begin : end + 1]) if 0 <= begin < end else None
+        item = json.loads(answer[begin : end + 1]) if 0 <= begin < end else None
     except ValueError:
         item = None
     if isinstance(item, dict):
-        message = [str(item[key]).strip() for key in ("title", "description", "desc", "abstract") if item.get(key)]
-        return ". ".join(dict.fromkeys(entry.rstrip(".") for entry in message))
-    first = next((line.strip() for line in said.splitlines() if line.strip()), "")
+        parts = [str(item[key]).strip() for key in ("title", "description", "desc", "abstract") if item.get(key)]
+        return ". ".join(dict.fromkeys(part.rstrip(".") for part in parts))
+    first = next((line.strip() for line in answer.splitlines() if line.strip()), "")
     return first.strip("\"'* ")
 
 
@@ -173,9 +173,9 @@ def _stars(rating: float) -> str:
     return f"{rating:g}"
 
 
-def _some(names: Sequence[str], limit: int | None, seed: int) -> list[str]:
+def _sample(names: Sequence[str], limit: int | None, seed: int) -> list[str]:
     """Return a sorted sample of names that does not depend on their order."""
     if limit is None or limit >= len(names):
         return list(names)
     order = np.argsort(hash64("augment", seed, list(names)), kind="stable")[:limit]
-    return sorted(names[place] for place in order.tolist())
+    return sorted(names[index] for index in order.tolist())

@@ -65,10 +65,10 @@ class Ensemble:
         self.chosen: Tried | None = None
         self.without: tuple[Without, ...] = ()
         self.crossed: NDArray[np.float64] | None = None
-        # Users and form of the last fit, and cached results of `apart_from`: that of no users is the fit itself.
-        # An ensemble whose weights were given was not fitted to anybody.
-        self._fitted_to: tuple[tuple[str, ...], Callable[[NDArray[np.int64], Any], Any]] = (), lambda _, whole: whole
-        self._apart: dict[frozenset[str], Any] = {}
+        # Users and form of the last fit, and cached results of `fitted_without`, by the users left out.
+        # An ensemble that is created with weights was fitted to no users.
+        self._fitted_to: tuple[tuple[str, ...], Callable[[NDArray[np.int64], Any], Any]] = (), lambda _, start: start
+        self._fits_without: dict[frozenset[str], Any] = {}
 
     @property
     def fitted(self) -> Weights:
@@ -86,20 +86,20 @@ class Ensemble:
         """Names of the members."""
         raise NotImplementedError
 
-    def apart_from(self, gone: frozenset[str]) -> Any:
+    def fitted_without(self, excluded: frozenset[str]) -> Any:
         """Return the weights of the chosen type, fitted without some users, for evaluation on these users.
 
         Args:
-            gone: Users whose cases are ignored.
+            excluded: Users whose cases are ignored.
 
         Returns:
             `Weights` of rankings; an intercept and weights of ratings and probabilities.
         """
-        if gone not in self._apart:
-            (users, fit), whole = self._fitted_to, self._apart[frozenset()] if self._apart else self.fitted
-            rows = np.array([row for row, user in enumerate(users) if user not in gone], dtype=np.int64)
-            self._apart[gone] = whole if len(rows) == len(users) else fit(rows, whole)
-        return self._apart[gone]
+        if excluded not in self._fits_without:
+            (users, fit), full = self._fitted_to, self._fits_without[frozenset()] if self._fits_without else self.fitted
+            rows = np.array([row for row, user in enumerate(users) if user not in excluded], dtype=np.int64)
+            self._fits_without[excluded] = full if len(rows) == len(users) else fit(rows, full)
+        return self._fits_without[excluded]
 
     def _refuse(self, parts: Sequence[tuple[str, object]], cases: Sequence[Case]) -> None:
         """Reject users on whom a member was selected or stopped early."""
@@ -147,27 +147,27 @@ class Ensemble:
         else:
             self.tried, self.chosen = (only,), only
             setting = setting_of(only)
-            able = self._options(cells, users, repeats=repeats, onto=onto)
+            available = self._options(cells, users, repeats=repeats, onto=onto)
             best = (
                 _trees(setting, len(self.names))
                 if setting
-                else next(o for o in able if o.key == (only.form, only.name))
+                else next(o for o in available if o.key == (only.form, only.name))
             )
         self.crossed = values.get(best.key)
         fit = best.on(cells, None)
         self.weights = fit(every, None)
         if self.weights.form == "logit" and len(best.members) == len(self.names):
             self.weights = limits(cells, self.weights, users, repeats=repeats)
-        self._fitted_to, self._apart = (tuple(users), fit), {frozenset(): self.weights}
+        self._fitted_to, self._fits_without = (tuple(users), fit), {frozenset(): self.weights}
         if dissect and best.members:
-            few = cells.of(every[: max(_LEAST, _DISSECTED * len(users) // max(1, len(cells.had)))])
-            count = len(few.starts) - 1
-            first, *less = (
-                crossed(few, best.on(few, without), self.weights, folds[:count]) for without in (None, *best.members)
+            sample = cells.of(every[: max(_LEAST, _DISSECTED * len(users) // max(1, len(cells.had)))])
+            count = len(sample.starts) - 1
+            first, *reduced = (
+                crossed(sample, best.on(sample, off), self.weights, folds[:count]) for off in (None, *best.members)
             )
             self.without = tuple(
                 left_out(self.names[member], first, item, users[:count])
-                for member, item in zip(best.members, less, strict=True)
+                for member, item in zip(best.members, reduced, strict=True)
             )
 
     def _options(
@@ -181,11 +181,11 @@ class Ensemble:
             if ("alone", name) not in settled(onto):
                 yield _Option("alone", name, partial(_bound, alone, member=member, repeats=repeats))
         for base in (_Base(ensemble, self.names, users) for ensemble in onto):
-            others = " and ".join(self.names[place] for place in base.free)
-            form, name = base.of.fitted.form, base.of.name
+            others = " and ".join(self.names[index] for index in base.free)
+            form, name = base.ensemble.fitted.form, base.ensemble.name
             yield _Option(form, name, base.unchanged)
             extended: Form = "pool" if form == "pool" else "logit"
-            yield _Option(extended, f"{name} and {others}", base.put, base.free)
+            yield _Option(extended, f"{name} and {others}", base.extended, base.free)
 
 
 @dataclass(frozen=True)
@@ -235,26 +235,26 @@ class _Base:
     """A smaller ensemble to which members can be added, with weights from users outside the evaluated fold.
 
     Attributes:
-        of: The ensemble.
+        ensemble: The ensemble.
         free: Indices of the members that it lacks.
     """
 
-    def __init__(self, of: Ensemble, names: Sequence[str], users: Sequence[str]) -> None:
-        self.of, self.free = of, free_of(of, names)
+    def __init__(self, ensemble: Ensemble, names: Sequence[str], users: Sequence[str]) -> None:
+        self.ensemble, self.free = ensemble, free_of(ensemble, names)
         self._names, self._users = names, users
 
     def as_is(self, rows: NDArray[np.int64], start: Weights | None = None) -> Weights:
         """Return the weights of the smaller ensemble, fitted only on the users of these cases."""
         inside = {self._users[row] for row in rows.tolist()}
-        result: Weights = self.of.apart_from(frozenset(self._users) - inside)
-        known = dict(zip(self.of.names, result.parts, strict=True))
+        result: Weights = self.ensemble.fitted_without(frozenset(self._users) - inside)
+        known = dict(zip(self.ensemble.names, result.parts, strict=True))
         return replace(result, parts=tuple(known.get(name, 0.0) for name in self._names), low=(), high=())
 
     def unchanged(self, cells: Cells, without: int | None) -> Fit:
         """Return the function that fits the smaller ensemble, for any arguments."""
         return self.as_is
 
-    def put(self, cells: Cells, without: int | None) -> Fit:
+    def extended(self, cells: Cells, without: int | None) -> Fit:
         """Return a function that adds the missing members to the smaller ensemble."""
         free = [member for member in self.free if member != without]
         if not free:

@@ -64,7 +64,7 @@ class Blend(Ensemble):
         self.parts, self._judges = tuple(parts), judges
         self._line: _Line | None = None
         self._bounds = (-np.inf, np.inf)
-        self._mute: NDArray[np.float64] = np.zeros(len(parts))
+        self._mean_answers: NDArray[np.float64] = np.zeros(len(parts))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -94,66 +94,66 @@ class Blend(Ensemble):
         self._refuse(self.parts, cases)
         users = [case.request.user_id for case in cases]
         folds = folds_of(self.name, users)
-        text = self._said([case.request for case in cases])
-        self._mute = np.array(
-            [values[~np.isnan(values)].mean() if (~np.isnan(values)).any() else 0 for values in text.T]
+        answers = self._answers([case.request for case in cases])
+        self._mean_answers = np.array(
+            [values[~np.isnan(values)].mean() if (~np.isnan(values)).any() else 0 for values in answers.T]
         )
         bases = [base for base in onto if isinstance(base, Blend)]
         for base in bases:
-            self._mute[[self.names.index(name) for name in base.names]] = base._mute
-        features = self._features(text)
+            self._mean_answers[[self.names.index(name) for name in base.names]] = base._mean_answers
+        features = self._features(answers)
         truth = np.array([float(case.truth) for case in cases])
         self._bounds = (0.0, 1.0) if self._judges else (float(truth.min()), float(truth.max()))
         if bases:
             self._bounds = bases[0]._bounds
         every = np.arange(len(users))
-        fits, less = self._forms(bases, truth, users)
+        fits, reduced = self._forms(bases, truth, users)
         if only is not None:
             fits = {item: fit for item, fit in fits.items() if item == (only.form, only.name)}
         crossed = {item: self._crossed(fit, features, truth, folds) for item, fit in fits.items()}
         errors = {item: float(result.mean()) for item, result in crossed.items()}
         # RMSE for ratings, log loss for probabilities.
-        printed = {item: error if self._judges else error**0.5 for item, error in errors.items()}
-        self.tried = tuple(Tried(form, name, -error) for (form, name), error in printed.items())
-        best = min(errors, key=lambda each: errors[each])
+        reported = {item: error if self._judges else error**0.5 for item, error in errors.items()}
+        self.tried = tuple(Tried(form, name, -error) for (form, name), error in reported.items())
+        best = min(errors, key=lambda key: errors[key])
         form, name = best
-        self.chosen = Tried(form, name, -printed[best])
+        self.chosen = Tried(form, name, -reported[best])
         self._line = fits[best](every, features)
-        self._apart = {frozenset(): self._line}
-        self._fitted_to = tuple(users), lambda rows, whole: fits[best](rows, features)
+        self._fits_without = {frozenset(): self._line}
+        self._fitted_to = tuple(users), lambda rows, start: fits[best](rows, features)
         self.weights = Weights(form, tuple(self._line.weights.tolist()))
         if form == "alone" or name in (base.name for base in bases):
             return
-        if name not in less:
+        if name not in reduced:
             low, high = self._limits(self._line, features, truth, users)
             self.weights = Weights(form, self.weights.parts, 0.0, low, high)
         if dissect:
             # For ratings, these are squared errors.
             statistic: StatisticName = "mean" if self._judges else "root_mean"
-            rest = (
-                {place: self._crossed(fit, features, truth, folds) for place, fit in less[name].items()}
-                if name in less
+            without = (
+                {index: self._crossed(fit, features, truth, folds) for index, fit in reduced[name].items()}
+                if name in reduced
                 else {
-                    place: self._crossed(fits[best], np.delete(features, place, axis=1), truth, folds)
-                    for place in range(len(self.names))
+                    index: self._crossed(fits[best], np.delete(features, index, axis=1), truth, folds)
+                    for index in range(len(self.names))
                 }
             )
             self.without = tuple(
-                left_out(self.names[place], values, crossed[best], users, statistic) for place, values in rest.items()
+                left_out(self.names[n], values, crossed[best], users, statistic) for n, values in without.items()
             )
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Answer every request with a rating or a probability; see `Predictor.answer`."""
         if self._line is None:
             raise RuntimeError(f"{self.name!r} is not fitted; call fit() first")
-        values = self._line.of(self._features(self._said(requests))) if requests else np.empty(0)
+        values = self._line.of(self._features(self._answers(requests))) if requests else np.empty(0)
         values = expit(values) if self._judges else np.clip(values, *self._bounds)
-        made = Probability if self._judges else Rating
-        return [made(request_id=r.id, value=float(v)) for r, v in zip(requests, values, strict=True)]
+        answer_type = Probability if self._judges else Rating
+        return [answer_type(request_id=r.id, value=float(v)) for r, v in zip(requests, values, strict=True)]
 
     # ----------------------------------------------------------------------- helpers
 
-    def _said(self, requests: Sequence[Request]) -> NDArray[np.float64]:
+    def _answers(self, requests: Sequence[Request]) -> NDArray[np.float64]:
         """Return the members' answers, shape (n, members): probabilities as log-odds, NaN for missing answers."""
         columns = []
         for _, part in self.parts:
@@ -162,9 +162,9 @@ class Blend(Ensemble):
             columns.append(logit(np.clip(values, _SURE, 1 - _SURE)) if self._judges else values)
         return np.stack(columns, axis=1)
 
-    def _features(self, said: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _features(self, answers: NDArray[np.float64]) -> NDArray[np.float64]:
         """Replace missing answers by the mean answer of the same member."""
-        return np.where(np.isnan(said), self._mute, said)
+        return np.where(np.isnan(answers), self._mean_answers, answers)
 
     def _forms(
         self, bases: Sequence[Blend], truth: NDArray[np.float64], users: Sequence[str]
@@ -178,10 +178,10 @@ class Blend(Ensemble):
         def plain(penalty: float, rows: NDArray[np.int64], features: NDArray[np.float64]) -> _Line:
             return self._weigh(penalty, features[rows], truth[rows])
 
-        def given(line: _Line, rows: NDArray[np.int64], features: NDArray[np.float64]) -> _Line:
+        def fixed(line: _Line, rows: NDArray[np.int64], features: NDArray[np.float64]) -> _Line:
             return line
 
-        def put(
+        def extended(
             base: Blend,
             free: Sequence[int],
             penalty: float,
@@ -189,10 +189,10 @@ class Blend(Ensemble):
             features: NDArray[np.float64],
         ) -> _Line:
             inside = {users[row] for row in rows.tolist()}
-            result: _Line = base.apart_from(frozenset(users) - inside)
+            smaller: _Line = base.fitted_without(frozenset(users) - inside)
             weights = np.zeros(features.shape[1])
-            weights[[self.names.index(name) for name in base.names]] = result.weights
-            line = _Line(result.intercept, weights)
+            weights[[self.names.index(name) for name in base.names]] = smaller.weights
+            line = _Line(smaller.intercept, weights)
             return self.onto(line, free, penalty, features[rows], truth[rows]) if free else line
 
         fits: dict[tuple[Form, str], _Fit] = {
@@ -201,19 +201,19 @@ class Blend(Ensemble):
         for index, name in enumerate(self.names):
             if ("alone", name) in settled(bases):
                 continue
-            fits["alone", name] = partial(given, _Line(0.0, np.eye(len(self.names))[index]))
-        less: dict[str, dict[int, _Fit]] = {}
+            fits["alone", name] = partial(fixed, _Line(0.0, np.eye(len(self.names))[index]))
+        reduced: dict[str, dict[int, _Fit]] = {}
         for base in bases:
             free = free_of(base, self.names)
             for penalty in _PENALTIES:
-                name = f"{base.name} and {' and '.join(self.names[place] for place in free)}, penalty {penalty:g}"
-                fits[form, name] = partial(put, base, free, penalty)
-                less[name] = {
-                    place: partial(put, base, [other for other in free if other != place], penalty) for place in free
+                name = f"{base.name} and {' and '.join(self.names[member] for member in free)}, penalty {penalty:g}"
+                fits[form, name] = partial(extended, base, free, penalty)
+                reduced[name] = {
+                    off: partial(extended, base, [other for other in free if other != off], penalty) for off in free
                 }
             # Without additional members the penalty has no effect.
-            fits[base.fitted.form, base.name] = partial(put, base, (), penalty)
-        return fits, less
+            fits[base.fitted.form, base.name] = partial(extended, base, (), penalty)
+        return fits, reduced
 
     def _crossed(
         self, fit: _Fit, features: NDArray[np.float64], truth: NDArray[np.float64], folds: NDArray[np.int64]
@@ -235,12 +235,12 @@ class Blend(Ensemble):
         truth: NDArray[np.float64],
     ) -> _Line:
         """Add members to a fitted ensemble, with a penalty that favours the ensemble's own prediction."""
-        whole, places = line.of(features), list(free)
-        result = self._weigh(penalty, np.column_stack([whole, features[:, places]]), truth, offset=whole)
-        counts = 1 + result.weights[0]
-        weights = counts * line.weights
-        weights[places] = result.weights[1:]
-        return _Line(float(result.intercept + counts * line.intercept), weights)
+        prediction, columns = line.of(features), list(free)
+        result = self._weigh(penalty, np.column_stack([prediction, features[:, columns]]), truth, offset=prediction)
+        scale = 1 + result.weights[0]
+        weights = scale * line.weights
+        weights[columns] = result.weights[1:]
+        return _Line(float(result.intercept + scale * line.intercept), weights)
 
     def _weigh(
         self,
@@ -250,21 +250,21 @@ class Blend(Ensemble):
         offset: NDArray[np.float64] | None = None,
     ) -> _Line:
         """Fit a linear model to the features, with a fixed ``offset`` added."""
-        count, before = features.shape[1], np.zeros(len(truth)) if offset is None else offset
+        count, start = features.shape[1], np.zeros(len(truth)) if offset is None else offset
         means, scales = features.mean(axis=0), np.maximum(features.std(axis=0), 1e-9)
-        wide = (features - means) / scales
+        scaled = (features - means) / scales
         penalty *= len(truth)
         if not self._judges:
-            left = truth - before
-            inverse = np.linalg.solve(wide.T @ wide + penalty * np.eye(count), wide.T @ (left - left.mean()))
-            weights = inverse / scales
-            return _Line(float(left.mean() - means @ weights), weights)
+            residuals = truth - start
+            centred = residuals - residuals.mean()
+            weights = np.linalg.solve(scaled.T @ scaled + penalty * np.eye(count), scaled.T @ centred) / scales
+            return _Line(float(residuals.mean() - means @ weights), weights)
 
         def loss(free: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-            total = before + free[0] + wide @ free[1:]
+            total = start + free[0] + scaled @ free[1:]
             error = expit(total) - truth
             value = np.logaddexp(0, total).sum() - truth @ total + penalty / 2 * free[1:] @ free[1:]
-            return float(value), np.concatenate([[error.sum()], wide.T @ error + penalty * free[1:]])
+            return float(value), np.concatenate([[error.sum()], scaled.T @ error + penalty * free[1:]])
 
         # Importing scipy takes 0.1 s, which most commands do not need.
         from scipy.optimize import minimize
@@ -283,12 +283,12 @@ class Blend(Ensemble):
         self, line: _Line, features: NDArray[np.float64], truth: NDArray[np.float64], users: Sequence[str]
     ) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Return 95 % limits of the weights, robust and clustered by user (White, Econometrica 1982)."""
-        wide = np.column_stack([np.ones(len(truth)), features])
+        design = np.column_stack([np.ones(len(truth)), features])
         values = line.of(features)
         if self._judges:
-            chance = expit(values)
-            scores, curvature = wide * (chance - truth)[:, None], (wide * (chance * (1 - chance))[:, None]).T @ wide
+            p = expit(values)
+            scores, curvature = design * (p - truth)[:, None], (design * (p * (1 - p))[:, None]).T @ design
         else:
-            scores, curvature = wide * (values - truth)[:, None], wide.T @ wide
+            scores, curvature = design * (values - truth)[:, None], design.T @ design
         low, high = limits_of(np.array([line.intercept, *line.weights]), scores, curvature, users)
         return low[1:], high[1:]

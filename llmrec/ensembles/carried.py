@@ -36,27 +36,27 @@ def carry(data: SplitDataset, items: Path, run: Path, draft: Path) -> None:
     Raises:
         ModelError: If the run has no ensemble of rankings, or the folder no catalogue.
     """
-    result = stored.read(run)
-    if not result.fusions or not items.is_file():
+    content = stored.read(run)
+    if not content.fusions or not items.is_file():
         lacks = "ensemble of rankings; evaluate its recipe with eval.fusion.controls=true"
         what = lacks if items.is_file() else "catalogue, which --with-interactions needs; remove --no-items"
         raise ModelError(
             f"--with-interactions: {run} has no {what}", kind="missing-value", at=run, column="--with-interactions"
         )
-    choosing = halves(data, result.fusions[0].reserved)[0]
+    choosing = halves(data, content.fusions[0].reserved)[0]
     # Store only the ranks of the hashes, because a hash could identify a user.
     order = np.argsort(np.argsort(drawn(choosing), kind="stable"), kind="stable").astype(np.uint64)
-    chooses = choosing.valid.with_columns(part=pl.lit("valid"), drawn=order)
-    both = pl.concat([data.train.with_columns(part=pl.lit("train")), chooses], how="diagonal")
+    valid = choosing.valid.with_columns(part=pl.lit("valid"), drawn=order)
+    both = pl.concat([data.train.with_columns(part=pl.lit("train")), valid], how="diagonal")
     names = both["user_id"].unique().sort()
     width = len(str(len(names)))
-    message = [f"{NUMBERED}{place:0{width}d}" for place in range(len(names))]
-    numbers = pl.DataFrame({"user_id": names, "user": message})
+    numbered = [f"{NUMBERED}{number:0{width}d}" for number in range(len(names))]
+    numbers = pl.DataFrame({"user_id": names, "user": numbered})
     rows = both.join(numbers, on="user_id", how="left", maintain_order="left")
     rows = rows.select(pl.col("user").alias("user_id"), pl.col("item_id").cast(pl.String), *_KEPT, "part", "drawn")
     rows.write_parquet(draft / FILE)
     # Users reserved for ensemble weights are left out.
-    stored.save(draft, stored.settled(result))
+    stored.save(draft, stored.settled(content))
 
 
 def carried(folder: Path, *, seed: int) -> SplitDataset | None:

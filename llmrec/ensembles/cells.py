@@ -66,14 +66,14 @@ class Cells:
 
     def of(self, cases: NDArray[np.int64]) -> Cells:
         """Select requests by ascending indices."""
-        kept = np.zeros(len(self.starts) - 1, dtype=bool)
-        kept[cases] = True
-        cells = kept[self.rows]
+        selected = np.zeros(len(self.starts) - 1, dtype=bool)
+        selected[cases] = True
+        cells = selected[self.rows]
         starts = np.concatenate([[0], np.cumsum(np.diff(self.starts)[cases])])
         truth = None
         if self.truth is not None:
-            own = self.truth[cases]
-            truth = np.where(own >= 0, own - self.starts[cases] + starts[:-1], -1)
+            targets = self.truth[cases]
+            truth = np.where(targets >= 0, targets - self.starts[cases] + starts[:-1], -1)
         context = {name: values[cells] for name, values in self.context.items()}
         return Cells(self.names, self.kinds, starts, self.raw[:, cells], self.had[cells], truth, context)
 
@@ -93,8 +93,8 @@ class Cells:
         It is 0 if the target is not a candidate.
         """
         assert self.truth is not None
-        own = np.where(self.truth >= 0, values[np.maximum(self.truth, 0)], np.nan)[self.rows]
-        greater, tied = (self.total(which.astype(np.int64)) for which in (values > own, values == own))
+        target = np.where(self.truth >= 0, values[np.maximum(self.truth, 0)], np.nan)[self.rows]
+        greater, tied = (self.total(which.astype(np.int64)) for which in (values > target, values == target))
         return np.asarray(ndcg(greater, tied, CUT))
 
     # ------------------------------------------------------------------ features
@@ -160,25 +160,25 @@ def _reduced(by: np.ufunc, values: NDArray[Any], starts: NDArray[np.int64], empt
     return result
 
 
-def best(raw: Sequence[NDArray[np.float32]], out: NDArray[np.bool_] | None, top: int = TOP) -> NDArray[np.bool_]:
+def best(raw: Sequence[NDArray[np.float32]], excluded: NDArray[np.bool_] | None, top: int = TOP) -> NDArray[np.bool_]:
     """Select candidates: the union of the members' top items, as a mask of shape (n, items).
 
     Items with a member's lowest score are excluded from its top items: items without a vote are all tied.
 
     Args:
         raw: Scores of each member, shape (n, items).
-        out: Items that cannot be ranked; None: none.
+        excluded: Items that cannot be ranked; None: none.
         top: Number of top items of each member.
     """
     result = np.zeros(raw[0].shape, dtype=bool)
     for scores in raw:
-        values = scores if out is None else np.where(out, -np.inf, scores)
+        values = scores if excluded is None else np.where(excluded, -np.inf, scores)
         lowest = np.min(values, axis=1, keepdims=True, where=values > -np.inf, initial=np.inf)
         if values.shape[1] > top:
-            places = np.argpartition(-values, top - 1, axis=1)[:, :top]
-            chosen = np.take_along_axis(values, places, axis=1) > lowest
+            top_columns = np.argpartition(-values, top - 1, axis=1)[:, :top]
+            chosen = np.take_along_axis(values, top_columns, axis=1) > lowest
             rows, columns = np.nonzero(chosen)
-            result[rows, places[rows, columns]] = True
+            result[rows, top_columns[rows, columns]] = True
         else:
             result |= values > -np.inf
     return result
@@ -205,12 +205,12 @@ def gathered(
         context: Further features of the candidates, request by request.
     """
     starts = np.concatenate([[0], np.cumsum(chosen.sum(axis=1))])
-    place = None
+    targets = None
     if truth is not None:
-        here = np.arange(len(truth))
-        place = np.where(chosen[here, truth], starts[:-1] + np.cumsum(chosen, axis=1)[here, truth] - 1, -1)
+        rows = np.arange(len(truth))
+        targets = np.where(chosen[rows, truth], starts[:-1] + np.cumsum(chosen, axis=1)[rows, truth] - 1, -1)
     scores = np.stack([values[chosen] for values in raw])
-    return Cells(tuple(names), tuple(kinds), starts, scores, had[chosen], place, context)
+    return Cells(tuple(names), tuple(kinds), starts, scores, had[chosen], targets, context)
 
 
 def joined(blocks: Sequence[Cells]) -> Cells:

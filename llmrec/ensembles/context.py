@@ -1,4 +1,4 @@
-"""Features of requests and candidates, such as popularity, that a learned ensemble uses besides member scores."""
+"""Request and candidate features, such as popularity, that a learned ensemble uses in addition to member scores."""
 
 from __future__ import annotations
 

@@ -71,12 +71,12 @@ def remembered(answer: Answer) -> Json:
     return answer.value if isinstance(answer, Rating | Probability) else None
 
 
-def _answer(request: str, said: Any) -> Answer:
-    if isinstance(said, dict):
-        return Ranking(request_id=request, items=tuple(said["items"]), scores=tuple(said["scores"]))
-    if said is None:
+def _answer(request: str, stored: Any) -> Answer:
+    if isinstance(stored, dict):
+        return Ranking(request_id=request, items=tuple(stored["items"]), scores=tuple(stored["scores"]))
+    if stored is None:
         return Unparsed(request_id=request, reason="the answer of the member could not be parsed")
-    return Rating(request_id=request, value=float(said))
+    return Rating(request_id=request, value=float(stored))
 
 
 def join(
@@ -177,17 +177,17 @@ def kind_of(baseline: str) -> Kind:
 
 def reads_of(baseline: str, parameters: Mapping[str, Any]) -> Reads:
     """Return which item data a baseline reads; with a fine-tuned encoder it counts as a language model."""
-    made = lookup(BASELINES, baseline, "baseline")
-    own = made.reads(config_of(baseline, parameters, "parameters"))
+    baseline_type = lookup(BASELINES, baseline, "baseline")
+    reads = baseline_type.reads(config_of(baseline, parameters, "parameters"))
     # Feature stores count as text with a frozen encoder, even if a language model wrote the texts.
-    known = widest(["texts", own]) if stores_of(baseline, parameters) else own
-    encoder = made.text_encoder(parameters)
-    return "language model" if known == "texts" and encoder is not None and learned_from(encoder) else known
+    result = widest(["texts", reads]) if stores_of(baseline, parameters) else reads
+    encoder = baseline_type.text_encoder(parameters)
+    return "language model" if result == "texts" and encoder is not None and learned_from(encoder) else result
 
 
-def answers_of(said: Mapping[str, Json], records: Sequence[Prediction]) -> dict[str, Answer]:
+def answers_of(stored: Mapping[str, Json], records: Sequence[Prediction]) -> dict[str, Answer]:
     """Restore answers from their stored form and from prediction records, by request id."""
-    known = {**said, **{record.request_id: json.loads(record.parsed) for record in records}}
+    known = {**stored, **{record.request_id: json.loads(record.parsed) for record in records}}
     return {request: _answer(request, item) for request, item in known.items()}
 
 

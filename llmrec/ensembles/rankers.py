@@ -317,11 +317,11 @@ class ListEnsemble(Ensemble):
             LlmrecError: If there are too few users to fit weights on four fifths of them.
         """
         self._refuse([(part.name, part.predictor) for part in self.parts], cases)
-        cells, able = self.known(cases)
-        users = [cases[place].request.user_id for place in able]
+        cells, usable = self.known(cases)
+        users = [cases[index].request.user_id for index in usable]
         self._choose(cells, users, repeats=bool(cells.had.any()), dissect=dissect, onto=onto)
         assert self.crossed is not None
-        result = zip((cases[place].request.id for place in able), self.crossed.tolist(), strict=True)
+        result = zip((cases[index].request.id for index in usable), self.crossed.tolist(), strict=True)
         self.validation = {**dict.fromkeys((case.request.id for case in cases), 0.0), **dict(result)}
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
@@ -362,20 +362,20 @@ class ListEnsemble(Ensemble):
 
     def _pools(self, requests: Sequence[Request]) -> Iterator[_Pool | None]:
         """Yield the candidates of each request with the members' scores; None without candidates."""
-        given = [part.predictor.answer(requests) for part in self.parts]
-        for index, (request, candidates) in enumerate(zip(requests, _sets(requests, given), strict=True)):
+        by_member = [part.predictor.answer(requests) for part in self.parts]
+        for index, (request, candidates) in enumerate(zip(requests, _sets(requests, by_member), strict=True)):
             if not candidates:
                 yield None
                 continue
             # One request at a time, so that results do not depend on other requests.
-            strange = np.array([[not part.has(item) for item in candidates] for part in self.parts])
-            # Exclude them before features are computed relative to the other candidates.
-            last = np.logical_and.reduce(strange) & (not strange.all())
+            unscored = np.array([[not part.has(item) for item in candidates] for part in self.parts])
+            # Exclude these items before features are computed relative to the other candidates.
+            last = np.logical_and.reduce(unscored) & (not unscored.all())
             known, unknown = ([candidates[n] for n in np.flatnonzero(which).tolist()] for which in (~last, last))
             # A single member ranks all items, as it does without an ensemble.
             top = len(known) if self.fitted.form == "alone" else TOP
-            own = [item[index] for item in given]
-            yield _Pool(known, unknown, *self._cells(request, known, own, strange=strange[:, ~last], top=top))
+            answers = [item[index] for item in by_member]
+            yield _Pool(known, unknown, *self._cells(request, known, answers, unscored=unscored[:, ~last], top=top))
 
     def known(self, cases: Sequence[Case]) -> tuple[Cells, list[int]]:
         """Return the members' scores for the cases whose target is a candidate, and the indices of these cases."""
@@ -386,17 +386,17 @@ class ListEnsemble(Ensemble):
             candidates.index(str(case.truth)) if str(case.truth) in candidates else -1
             for case, candidates in zip(cases, sets, strict=True)
         ]
-        able = [place for place, index in enumerate(truth) if index >= 0]
+        usable = [row for row, index in enumerate(truth) if index >= 0]
         blocks = [
-            self._cells(requests[place], sets[place], [item[place] for item in answers], truth=truth[place])[0]
-            for place in able
+            self._cells(requests[row], sets[row], [item[row] for item in answers], truth=truth[row])[0]
+            for row in usable
         ]
         if not blocks:
-            nothing = np.empty((0, 1))
-            raw, none = [nothing.astype(np.float32)] * len(self.parts), nothing.astype(bool)
+            empty = np.empty((0, 1))
+            raw, none = [empty.astype(np.float32)] * len(self.parts), empty.astype(bool)
             kinds = [part.kind for part in self.parts]
-            return gathered(raw, none, none, np.empty(0, dtype=np.int64), self.names, kinds, {}), able
-        return joined(blocks), able
+            return gathered(raw, none, none, np.empty(0, dtype=np.int64), self.names, kinds, {}), usable
+        return joined(blocks), usable
 
     def _cells(
         self,
@@ -405,7 +405,7 @@ class ListEnsemble(Ensemble):
         answers: Sequence[Answer],
         *,
         truth: int | None = None,
-        strange: NDArray[np.bool_] | None = None,
+        unscored: NDArray[np.bool_] | None = None,
         top: int = TOP,
     ) -> tuple[Cells, NDArray[np.bool_], list[NDArray[np.float32]]]:
         """Return the members' scores for given candidates; see `CatalogueEnsemble._cells`.
@@ -415,12 +415,12 @@ class ListEnsemble(Ensemble):
             candidates: The items to rank.
             answers: The answer of each member.
             truth: The index of the target.
-            strange: Which items a member cannot score, shape (members, candidates).
+            unscored: Which items a member cannot score, shape (members, candidates).
             top: Number of top items of each member that become candidates; other items come after them.
         """
         scores = [_scores(answer, candidates, part.kind) for answer, part in zip(answers, self.parts, strict=True)]
-        if strange is not None and strange.any():
-            known = zip(scores, strange, self.fitted.parts, strict=True)
+        if unscored is not None and unscored.any():
+            known = zip(scores, unscored, self.fitted.parts, strict=True)
             scores = [_with_least(values, new, weight) for values, new, weight in known]
         raw = [values[None].astype(np.float32) for values in scores]
         chosen, had = best(raw, None, top), _had(request, candidates)[None]
@@ -430,24 +430,24 @@ class ListEnsemble(Ensemble):
         return gathered(raw, chosen, had, target, self.names, kinds, context), chosen, raw
 
 
-def _sets(requests: Sequence[Request], said: Sequence[Sequence[Answer]]) -> list[Sequence[str]]:
+def _sets(requests: Sequence[Request], answers: Sequence[Sequence[Answer]]) -> list[Sequence[str]]:
     """Return the candidates of each request; without candidates, all items ranked by any member.
 
     They are sorted, so that sums do not depend on the order of the lists.
     """
     return [
         sorted(request.candidates or ())
-        or sorted({item for answers in said if isinstance(entry := answers[index], Ranking) for item in entry.items})
+        or sorted({item for member in answers if isinstance(answer := member[index], Ranking) for item in answer.items})
         for index, request in enumerate(requests)
     ]
 
 
-def _with_least(scores: NDArray[np.float64], strange: NDArray[np.bool_], weight: float) -> NDArray[np.float64]:
+def _with_least(scores: NDArray[np.float64], unscored: NDArray[np.bool_], weight: float) -> NDArray[np.float64]:
     """Return the scores of a member, shape (m,); items that it cannot score get its lowest score."""
-    known = scores[~strange]
-    if not strange.any() or not len(known):
+    known = scores[~unscored]
+    if not unscored.any() or not len(known):
         return scores
-    return np.where(strange, known.min() if weight >= 0 else known.max(), scores)
+    return np.where(unscored, known.min() if weight >= 0 else known.max(), scores)
 
 
 def _had(request: Request, candidates: Sequence[str]) -> NDArray[np.bool_]:

@@ -51,12 +51,13 @@ class FusedFinder:
     def fitted(self, data: SplitDataset, split: SplitName) -> Sequence[tuple[CatalogueScorer, frozenset[str] | None]]:
         """Return the ensembles that retrieve candidates for held-out interactions."""
         parts = self._parts(data)
-        choose, weigh = ({one.user_id for one in half.holdouts("valid")} for half in halves(data, self.reserved))
+        choosing, weighing = ({one.user_id for one in half.holdouts("valid")} for half in halves(data, self.reserved))
         context = Context(data)
-        by_weighers = _weighed(parts, _held(data, weigh), context)
+        ensemble = _ensemble_of(parts, _held_out_cases(data, weighing), context)
         if split != "valid":
-            return [(by_weighers, None)]
-        return [(by_weighers, frozenset(choose)), (_weighed(parts, _held(data, choose), context), frozenset(weigh))]
+            return [(ensemble, None)]
+        other = _ensemble_of(parts, _held_out_cases(data, choosing), context)
+        return [(ensemble, frozenset(choosing)), (other, frozenset(weighing))]
 
     def apart(self, data: SplitDataset, parts: Mapping[str, int], part: int) -> CatalogueScorer:
         """Return an ensemble fitted only on training interactions of the other folds.
@@ -64,25 +65,25 @@ class FusedFinder:
         Its weights are fitted on the last training interactions of the users of the next fold, on which its members are
         not fitted.
         """
-        known = sorted(set(parts.values()))
-        weighs = known[(known.index(part) + 1) % len(known)] if part in known else known[0]
-        users = [user for user, own in sorted(parts.items()) if own == weighs != part]
-        inside = [user for user, own in parts.items() if own in (part, weighs)]
-        rest = replace(data, train=data.train.filter(~pl.col("user_id").is_in(inside)))
-        return _weighed(self._parts(rest), [_last(data, user) for user in users[:MOST]], Context(rest))
+        folds = sorted(set(parts.values()))
+        weight_fold = folds[(folds.index(part) + 1) % len(folds)] if part in folds else folds[0]
+        users = [user for user, fold in sorted(parts.items()) if fold == weight_fold != part]
+        excluded = [user for user, fold in parts.items() if fold in (part, weight_fold)]
+        rest = replace(data, train=data.train.filter(~pl.col("user_id").is_in(excluded)))
+        return _ensemble_of(self._parts(rest), [_last_case(data, user) for user in users[:MOST]], Context(rest))
 
     def _parts(self, data: SplitDataset) -> list[Member]:
         """Return the baselines, fitted on training interactions."""
         results = []
         for section in self.baselines:
-            made = lookup(BASELINES, section.name, "baseline")
+            baseline_type = lookup(BASELINES, section.name, "baseline")
             encoder = str(section.parameters.get("encoder", LSA))
             if section.name == NOTHING or stops_early(section.name):
                 continue
             if encoder != LSA and learned_from(encoder):
                 continue
             model = fitted(section.name, section.parameters, data, seed=self.seed)
-            results.append(Member(section.label, model, made.SCORES))
+            results.append(Member(section.label, model, baseline_type.SCORES))
         if len(results) < 2:
             raise RecipeError(
                 f"eval.candidates.retriever: {FUSED} needs at least two baselines without early stopping; add them to "
@@ -93,7 +94,7 @@ class FusedFinder:
         return results
 
 
-def _weighed(parts: Sequence[Member], cases: Sequence[Case], context: Context) -> CatalogueEnsemble:
+def _ensemble_of(parts: Sequence[Member], cases: Sequence[Case], context: Context) -> CatalogueEnsemble:
     """Return an ensemble with weights fitted on these cases."""
     users = len({case.request.user_id for case in cases})
     if users < 2 * FOLDS:
@@ -109,12 +110,12 @@ def _weighed(parts: Sequence[Member], cases: Sequence[Case], context: Context) -
     return fusion
 
 
-def _held(data: SplitDataset, users: set[str]) -> list[Case]:
-    held = [one for one in data.holdouts("valid") if one.user_id in users]
-    first = set(list(dict.fromkeys(one.user_id for one in held))[:MOST])
-    return [Case(request=request_of(data, one, "valid"), truth=one.item_id) for one in held if one.user_id in first]
+def _held_out_cases(data: SplitDataset, users: set[str]) -> list[Case]:
+    holdouts = [one for one in data.holdouts("valid") if one.user_id in users]
+    kept = set(list(dict.fromkeys(one.user_id for one in holdouts))[:MOST])
+    return [Case(request=request_of(data, one, "valid"), truth=one.item_id) for one in holdouts if one.user_id in kept]
 
 
-def _last(data: SplitDataset, user: str) -> Case:
+def _last_case(data: SplitDataset, user: str) -> Case:
     *past, last = data.train_events(user)
     return Case(request=Request(id=f"weighs/{user}", user_id=user, history=tuple(past)), truth=last.item_id)

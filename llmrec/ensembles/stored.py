@@ -112,16 +112,16 @@ class Stored:
     choice: Choice | None = None
 
 
-def save(folder: Path, found: Stored) -> None:
+def save(folder: Path, content: Stored) -> None:
     """Write the stored ensembles to a folder."""
-    fusions = [fused.model_dump(mode="json") for fused in found.fusions]
-    chosen = None if found.choice is None else found.choice.model_dump(mode="json")
+    fusions = [fused.model_dump(mode="json") for fused in content.fusions]
+    chosen = None if content.choice is None else content.choice.model_dump(mode="json")
     write_checked(folder / FILE, {"format": FORMAT, "fusions": fusions, "choice": chosen})
 
 
-def settled(found: Stored) -> Stored:
+def settled(content: Stored) -> Stored:
     """Return the stored ensembles for a folder without the users reserved for ensemble weights."""
-    return replace(found, fusions=[fused.model_copy(update={"reserved": 0.0}) for fused in found.fusions])
+    return replace(content, fusions=[fused.model_copy(update={"reserved": 0.0}) for fused in content.fusions])
 
 
 def read(folder: Path) -> Stored:
@@ -170,7 +170,7 @@ def named(fusions: Sequence[Fused], families: Sequence[str], arm: str) -> dict[s
             if fusion.family == family and fusion.arm in ("baseline", arm):
                 name = fusion.id.split("/")[2]
                 names = (name, f"{name} ({arm})") if fusion.arm != "baseline" else (name,)
-                free = [one for one in names if one not in result]
+                free = [candidate for candidate in names if candidate not in result]
                 result[free[0] if free and family == families[0] else fusion.id] = fusion
     return result
 
@@ -233,14 +233,14 @@ def chosen(rows: Sequence[Answered], cases: Mapping[str, Sequence[Case]]) -> Cho
         The choice; None if there are no such users.
     """
     for family in ranking_families():
-        able = [row for row in rows if row.figures.task == family and row.figures.arm in _ARMS and not _is_part(row)]
-        judged = {row.figures.id: result for row in able if (result := validated(row, cases.get(family, ())))}
-        common = set.intersection(*(set(result) for result in judged.values())) if judged else set()
+        models = [row for row in rows if row.figures.task == family and row.figures.arm in _ARMS and not _is_part(row)]
+        results = {row.figures.id: result for row in models if (result := validated(row, cases.get(family, ())))}
+        common = set.intersection(*(set(result) for result in results.values())) if results else set()
         if not common:
             continue
         # Only users whom all models answered, so that all are compared on the same users.
-        figures = {name: float(np.mean([result[item] for item in sorted(common)])) for name, result in judged.items()}
-        single = {row.figures.id for row in able if row.figures.fusion is None}
+        figures = {name: float(np.mean([result[item] for item in sorted(common)])) for name, result in results.items()}
+        single = {row.figures.id for row in models if row.figures.fusion is None}
         order = sorted(figures, key=lambda name: name not in single)
         best = max(order, key=lambda name: round(figures[name], _SAME))
         users = {case.request.user_id for case in cases[family] if case.request.id in common}

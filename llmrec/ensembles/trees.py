@@ -152,17 +152,17 @@ def _arrays(text: str, features: int) -> _Arrays:
         # An infinite threshold separates rows with a value from rows without.
         if np.isnan(threshold).any() or not (np.isfinite(leaves).all() and np.isfinite(gain).all()):
             raise ValueError("a tree has values that are not finite")
-        own, nodes = np.array(counts)[:, None], np.arange(inner.shape[1])
+        sizes, nodes = np.array(counts)[:, None], np.arange(inner.shape[1])
         covers, leaf_covers = table("internal_count", np.int64), table("leaf_count", np.int64, extra=1)
-        below, at = np.zeros_like(covers), np.arange(len(trees))[:, None]
+        total, at = np.zeros_like(covers), np.arange(len(trees))[:, None]
         for child in (left, right):
             # Children must come after their parent, so that there are no cycles.
-            if np.any(inner & ((child < -own) | (child >= own - 1) | ((child >= 0) & (child <= nodes)))):
+            if np.any(inner & ((child < -sizes) | (child >= sizes - 1) | ((child >= 0) & (child <= nodes)))):
                 raise ValueError("a child of a tree node is out of range")
-            below += np.where(child >= 0, covers[at, np.maximum(child, 0)], leaf_covers[at, np.maximum(~child, 0)])
+            total += np.where(child >= 0, covers[at, np.maximum(child, 0)], leaf_covers[at, np.maximum(~child, 0)])
         if any(len({*left[n, : c - 1], *right[n, : c - 1]}) < 2 * (c - 1) for n, c in enumerate(counts)):
             raise ValueError("a tree node has two parents")
-        if np.any(leaf_covers[np.arange(widest) < own] < 1) or np.any(inner & ((covers < 1) | (covers != below))):
+        if np.any(leaf_covers[np.arange(widest) < sizes] < 1) or np.any(inner & ((covers < 1) | (covers != total))):
             raise ValueError("the row counts of a tree do not add up")
     except (KeyError, ValueError, OverflowError) as error:
         raise ModelError(f"the trees of an ensemble cannot be read: {error}", kind="damaged") from error
@@ -177,13 +177,13 @@ def _summed(arrays: _Arrays, features: NDArray[np.float32]) -> NDArray[np.float6
     trees, nodes = arrays.feature.shape
     tree, row = np.tile(np.arange(trees), len(features)), np.repeat(np.arange(len(features)), trees)
     node, values = arrays.roots[tree], features.ravel()
-    going = np.flatnonzero(node >= 0)
-    while len(going):
-        at = tree[going] * nodes + node[going]
-        own = values.take(row[going] * features.shape[1] + arrays.feature.take(at))
-        left = np.where(np.isnan(own), arrays.missing.take(at), own <= arrays.threshold.take(at))
-        node[going] = np.where(left, arrays.left.take(at), arrays.right.take(at))
-        going = going[node[going] >= 0]
+    active = np.flatnonzero(node >= 0)
+    while len(active):
+        position = tree[active] * nodes + node[active]
+        value = values.take(row[active] * features.shape[1] + arrays.feature.take(position))
+        left = np.where(np.isnan(value), arrays.missing.take(position), value <= arrays.threshold.take(position))
+        node[active] = np.where(left, arrays.left.take(position), arrays.right.take(position))
+        active = active[node[active] >= 0]
     return np.asarray(arrays.leaves[tree, ~node].reshape(len(features), trees).sum(axis=1))
 
 
@@ -316,11 +316,11 @@ def chosen(
     """
     settings = list(values)
     table = np.array([values[setting] for setting in settings])
-    apart = np.empty(table.shape[1])
+    cross_fitted_values = np.empty(table.shape[1])
     for fold in np.unique(folds):
         inside = folds == fold
-        apart[inside] = table[table[:, ~inside].mean(axis=1).argmax(), inside]
-    return settings[int(table.mean(axis=1).argmax())], apart
+        cross_fitted_values[inside] = table[table[:, ~inside].mean(axis=1).argmax(), inside]
+    return settings[int(table.mean(axis=1).argmax())], cross_fitted_values
 
 
 def cross_fitted(

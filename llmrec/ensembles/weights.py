@@ -206,28 +206,28 @@ _OF_MEMBER: Mapping[str, Callable[[Cells, int], NDArray[np.float32]]] = {
 
 def feature_names(cells: Cells, off: int | None = None) -> tuple[str, ...]:
     """Return the feature names for trees: three per member except ``off``, and features of history and context."""
-    members = [name for place, name in enumerate(cells.names) if place != off]
-    own = [f"{name}: {what}" for name in members for what in _OF_MEMBER]
-    return (*own, *([_SEEN] if cells.had.any() else []), *cells.context)
+    members = [name for index, name in enumerate(cells.names) if index != off]
+    features = [f"{name}: {kind}" for name in members for kind in _OF_MEMBER]
+    return (*features, *([_SEEN] if cells.had.any() else []), *cells.context)
 
 
 def member_of(feature: str) -> str | None:
     """Return the member to which a tree feature belongs; None for features of history or context."""
-    member, _, what = feature.rpartition(": ")
-    return member if what in _OF_MEMBER and member else None
+    member, _, kind = feature.rpartition(": ")
+    return member if kind in _OF_MEMBER and member else None
 
 
 def matrix(cells: Cells, names: Sequence[str]) -> NDArray[np.float32]:
     """Return the features for trees, shape (candidates, features); NaN for missing values."""
     result = np.full((len(cells.had), len(names)), np.nan, dtype=np.float32)
-    for place, name in enumerate(names):
-        member, _, what = name.rpartition(": ")
-        if what in _OF_MEMBER and member in cells.names:
-            result[:, place] = _OF_MEMBER[what](cells, cells.names.index(member))
+    for column, name in enumerate(names):
+        member, _, kind = name.rpartition(": ")
+        if kind in _OF_MEMBER and member in cells.names:
+            result[:, column] = _OF_MEMBER[kind](cells, cells.names.index(member))
         elif name == _SEEN:
-            result[:, place] = cells.had
+            result[:, column] = cells.had
         elif name in cells.context:
-            result[:, place] = cells.context[name]
+            result[:, column] = cells.context[name]
     return result
 
 
@@ -239,7 +239,7 @@ def _logs(cells: Cells, *, repeats: bool) -> NDArray[np.float32]:
 
 # --------------------------------------------------------------------------- fitting
 
-# Ridge penalty of the standardised weights of a logit, over the whole sample.
+# Ridge penalty of the standardised weights of a logit, summed over the sample.
 _PENALTY = 1.0
 # A score that ranks an item below all others.
 _NEVER = -1e9
@@ -255,14 +255,14 @@ def _likelihood(
     Every case must have its target among the candidates.
     """
     assert cells.truth is not None
-    total = weights @ logs.astype(np.float64)
-    total -= cells.most(total)[cells.rows]
-    own = total[cells.truth]
-    chances = np.exp(total)
-    sums = cells.total(chances)
-    chances /= sums[cells.rows]
-    gradient = logs @ chances - logs[:, cells.truth].sum(axis=1, dtype=np.float64)
-    return float((np.log(sums) - own).sum()), gradient, chances
+    logits = weights @ logs.astype(np.float64)
+    logits -= cells.most(logits)[cells.rows]
+    target_logits = logits[cells.truth]
+    probabilities = np.exp(logits)
+    sums = cells.total(probabilities)
+    probabilities /= sums[cells.rows]
+    gradient = logs @ probabilities - logs[:, cells.truth].sum(axis=1, dtype=np.float64)
+    return float((np.log(sums) - target_logits).sum()), gradient, probabilities
 
 
 def _maximised(
@@ -301,7 +301,7 @@ def logit(cells: Cells, start: Weights | None = None, *, repeats: bool, off: int
     """
     known = cells.of(cells.hits)
     logs = _logs(known, repeats=repeats)
-    used = [place for place in range(len(logs)) if place != off]
+    used = [index for index in range(len(logs)) if index != off]
     begin = None
     if start is not None:
         begin = np.array([*start.parts, *([start.repeat] if repeats else [])])[used]
@@ -319,11 +319,11 @@ def limits(cells: Cells, weights: Weights, users: Sequence[str], *, repeats: boo
     assert known.truth is not None
     logs = _logs(known, repeats=repeats).astype(np.float64)
     values = np.array([*weights.parts, *([weights.repeat] if repeats else [])])
-    _, _, chances = _likelihood(values, logs.astype(np.float32), known)
-    weighed = logs * chances
-    means = known.total(weighed)
+    _, _, probabilities = _likelihood(values, logs.astype(np.float32), known)
+    weighted = logs * probabilities
+    means = known.total(weighted)
     scores = (means - logs[:, known.truth]).T
-    low, high = limits_of(values, scores, weighed @ logs.T - means @ means.T, [users[row] for row in cells.hits])
+    low, high = limits_of(values, scores, weighted @ logs.T - means @ means.T, [users[row] for row in cells.hits])
     return replace(weights, low=low, high=high)
 
 
@@ -337,43 +337,43 @@ def pool(cells: Cells, start: Weights | None = None, *, repeats: bool, off: int 
         off: A member that is left out.
     """
     known = cells.of(cells.hits)
-    used = [place for place in range(len(cells.names)) if place != off]
-    own, seen, had = _shares(known)
-    shares, worth = _mixed(own[:, used], seen[:, used], had, repeats=repeats)
+    used = [index for index in range(len(cells.names)) if index != off]
+    truth, seen, had = _shares(known)
+    shares, repeat = _mixed(truth[:, used], seen[:, used], had, repeats=repeats)
     result = np.zeros(len(cells.names))
     result[used] = shares
-    return Weights("pool", tuple(result.tolist()), worth)
+    return Weights("pool", tuple(result.tolist()), repeat)
 
 
 def _shares(known: Cells) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
     """Return each member's probabilities of the target and of all history items, shape (n, k)."""
     assert known.truth is not None
     shares = [known.shares(member) for member in range(len(known.names))]
-    own = np.stack([values[known.truth] for values in shares], axis=1)
+    truth = np.stack([values[known.truth] for values in shares], axis=1)
     seen = np.stack([known.total(values * known.had) for values in shares], axis=1)
-    return own, seen, known.had[known.truth]
+    return truth, seen, known.had[known.truth]
 
 
 def _mixed(
-    own: NDArray[np.float64], seen: NDArray[np.float64], had: NDArray[np.bool_], *, repeats: bool, worth: float = 0.0
+    truth: NDArray[np.float64], seen: NDArray[np.float64], had: NDArray[np.bool_], *, repeats: bool, repeat: float = 0.0
 ) -> tuple[NDArray[np.float64], float]:
     """Fit the mixture weights of members, and the log weight of history items."""
 
     def loss(free: NDArray[np.float64]) -> float:
-        shares = _softmax(free[: own.shape[1]])
-        factor = np.exp(free[-1] if repeats else worth)
-        mixed = own @ shares * np.where(had, factor, 1.0) / (1 + (factor - 1) * (seen @ shares))
+        shares = _softmax(free[: truth.shape[1]])
+        factor = np.exp(free[-1] if repeats else repeat)
+        mixed = truth @ shares * np.where(had, factor, 1.0) / (1 + (factor - 1) * (seen @ shares))
         return float(-np.log(np.maximum(mixed, 1e-300)).sum())
 
     from scipy.optimize import minimize
 
-    begin = np.zeros(own.shape[1] + repeats)
+    begin = np.zeros(truth.shape[1] + repeats)
     result = minimize(loss, begin, method="L-BFGS-B", bounds=[(-12, 12)] * len(begin)).x
-    return _softmax(result[: own.shape[1]]), float(result[-1]) if repeats else worth
+    return _softmax(result[: truth.shape[1]]), float(result[-1]) if repeats else repeat
 
 
 def onto(cells: Cells, base: Weights, free: Sequence[int]) -> Weights:
-    """Add members to an ensemble: fit the weight of the ensemble as a whole and of each new member.
+    """Add members to an ensemble: fit the weight of the ensemble and of each new member.
 
     In a logit the ridge penalty shrinks these to 1 and 0; in a pool the ensemble is a member like the others. So a few
     cases suffice to add members to an ensemble that was fitted on many.
@@ -383,31 +383,31 @@ def onto(cells: Cells, base: Weights, free: Sequence[int]) -> Weights:
         base: Weights of all members, 0 for the new ones.
         free: Indices of the new members.
     """
-    known, places = cells.of(cells.hits), list(free)
+    known, columns = cells.of(cells.hits), list(free)
     if base.form == "pool":
-        own, seen, had = _shares(known)
-        joined = [np.column_stack([item @ np.array(base.parts), item[:, places]]) for item in (own, seen)]
-        shares, _ = _mixed(joined[0], joined[1], had, repeats=False, worth=base.repeat)
+        truth, seen, had = _shares(known)
+        joined = [np.column_stack([item @ np.array(base.parts), item[:, columns]]) for item in (truth, seen)]
+        shares, _ = _mixed(joined[0], joined[1], had, repeats=False, repeat=base.repeat)
         parts = shares[0] * np.array(base.parts)
-        parts[places] = shares[1:]
+        parts[columns] = shares[1:]
         return Weights("pool", tuple(parts.tolist()), base.repeat)
-    logs = np.stack([base.scores(known).astype(np.float32), *(known.scores(place) for place in places)])
-    bounds = [(0.0, None), *((None, None) for _ in places)]
+    logs = np.stack([base.scores(known).astype(np.float32), *(known.scores(member) for member in columns)])
+    bounds = [(0.0, None), *((None, None) for _ in columns)]
     scale, *added = _maximised(logs, known, np.eye(len(logs))[0], np.eye(len(logs))[0], bounds).tolist()
     if base.trees is not None:
         parts = np.zeros(len(cells.names))
-        parts[places] = added
+        parts[columns] = added
         return Weights("logit", tuple(parts.tolist()), base=base, scale=scale)
     parts = scale * np.array(base.parts)
-    parts[places] += added
+    parts[columns] += added
     return Weights("logit", tuple(parts.tolist()), scale * base.repeat, base=base.base, scale=scale * base.scale)
 
 
 def alone(cells: Cells, start: Weights | None = None, *, member: int, repeats: bool) -> Weights:
     """Return the weights of a single member, with or without history items."""
-    parts = tuple(float(member == place) for place in range(len(cells.names)))
-    able = [Weights("alone", parts, worth) for worth in ((0.0, _NEVER) if repeats else (0.0,))]
-    return max(able, key=lambda weights: (cells.ndcg(weights.scores(cells)).mean(), weights.repeat))
+    parts = tuple(float(member == index) for index in range(len(cells.names)))
+    options = [Weights("alone", parts, repeat) for repeat in ((0.0, _NEVER) if repeats else (0.0,))]
+    return max(options, key=lambda weights: (cells.ndcg(weights.scores(cells)).mean(), weights.repeat))
 
 
 def ranker(cells: Cells, start: Weights | None = None, *, setting: Setting, off: int | None = None) -> Weights:
@@ -456,21 +456,21 @@ def setting_of(form: Tried | None) -> Setting | None:
     return Setting(objective, int(rounds.removesuffix(" trees")))  # type: ignore[arg-type]
 
 
-def crossed(cells: Cells, fit: Fit, whole: Weights, folds: NDArray[np.int64]) -> NDArray[np.float64]:
+def crossed(cells: Cells, fit: Fit, start: Weights, folds: NDArray[np.int64]) -> NDArray[np.float64]:
     """Return NDCG@10 of each case with weights fitted on the other folds, shape (n,).
 
     Args:
         cells: All cases.
         fit: Fits the form.
-        whole: The form fitted to all cases, as initial values for the folds.
+        start: The form fitted to all cases, as initial values for the folds.
         folds: The fold of each case.
     """
     result = np.zeros(len(folds))
     for fold in np.unique(folds):
-        held = np.flatnonzero(folds == fold)
-        outside = cells.of(held)
-        weights = fit(np.flatnonzero(folds != fold), whole)
-        result[held] = outside.ndcg(weights.scores(outside))
+        rows = np.flatnonzero(folds == fold)
+        held_out = cells.of(rows)
+        weights = fit(np.flatnonzero(folds != fold), start)
+        result[rows] = held_out.ndcg(weights.scores(held_out))
     return result
 
 

@@ -26,14 +26,14 @@ class Carried:
         name: The name of the baseline, and of both files.
         network: A torch module.
         shape: Properties that must be equal to load the weights.
-        own: Substring in the names of weights that are specific to a domain.
+        domain_key: Substring in the names of weights that are specific to a domain.
         config: The parameters.
     """
 
     name: str
     network: Any
     shape: Mapping[str, Json]
-    own: str
+    domain_key: str
     config: TextsConfig
 
     def save(self, folder: Path, data: SplitDataset) -> None:
@@ -55,7 +55,7 @@ class Carried:
         }
         with replacing(folder) as draft:
             draft.mkdir()
-            arrays = {item: array for item, array in weights_of(self.network).items() if self.own not in item}
+            arrays = {item: array for item, array in weights_of(self.network).items() if self.domain_key not in item}
             require("safetensors.numpy", "train").save_file(arrays, draft / f"{self.name}.safetensors")
             write_json(draft / f"{self.name}.json", fields)
             seal(draft)
@@ -67,23 +67,23 @@ class Carried:
             ModelError: If the folder is incomplete or damaged, or the weights are of another shape or encoder.
             DataError: If they were learned from these data under another split.
         """
-        path, fix = Path(folder), f"save the weights again with the method save of a fitted {self.name}"
+        path, hint = Path(folder), f"save the weights again with the method save of a fitted {self.name}"
         if not verifies(path):
             raise ModelError(
-                f"start: the weights of {self.name} in {folder} are missing or damaged; {fix}", kind="damaged", at=path
+                f"start: the weights of {self.name} in {folder} are missing or damaged; {hint}", kind="damaged", at=path
             )
-        message = read_json(path / f"{self.name}.json", fix)
+        card = read_json(path / f"{self.name}.json", hint)
         for key, value in {**self.shape, "stamp": find_encoder(self.config.encoder)[1]}.items():
-            if message.get(key) != value:
+            if card.get(key) != value:
                 raise ModelError(
-                    f"start: {folder} was trained with {key}={message.get(key)!r}, but {key} is {value!r}; use the "
+                    f"start: {folder} was trained with {key}={card.get(key)!r}, but {key} is {value!r}; use the "
                     "same parameters and encoder for both",
                     kind="mismatch",
                     at=path,
                     column=key,
                 )
-        same = message.get("data") == data.dataset.name or message.get("fingerprint") == data.dataset.fingerprint
-        if same and message.get("train") != digest_frame(data.train):
+        same = card.get("data") == data.dataset.name or card.get("fingerprint") == data.dataset.fingerprint
+        if same and card.get("train") != digest_frame(data.train):
             raise DataError(
                 f"start: {folder} was trained on another split of {data.dataset.name}, which may include interactions "
                 "that are held out here; train the weights again on the training interactions of this split",
@@ -92,5 +92,5 @@ class Carried:
                 column="start",
             )
         arrays = require("safetensors.numpy", "train").load_file(path / f"{self.name}.safetensors")
-        kept = {item: array for item, array in weights_of(self.network).items() if self.own in item}
+        kept = {item: array for item, array in weights_of(self.network).items() if self.domain_key in item}
         put_back(self.network, {**arrays, **kept})

@@ -94,7 +94,7 @@ def test_a_part_that_few_cases_weigh_is_put_onto_a_fusion_that_many_have_weighed
     base = ListEnsemble("base", [_voice("one", one), _voice("two", two)])
     base.fit(cases)
     base.weights = base.fitted if form == "logit" else Weights("pool", (0.3, 0.7))
-    base._apart = {frozenset(): base.weights}
+    base._fits_without = {frozenset(): base.weights}
     joined = ListEnsemble("joined", [_voice("one", one), _voice("two", two), _voice("new", new)])
     few = cases[:80]
     joined.fit(few, dissect=True, onto=[base])
@@ -137,7 +137,7 @@ def test_who_judges_a_fusion_has_no_say_in_it() -> None:
     own = {each.name: each.value for each in base.tried}
     users = [case.request.user_id for case in cases]
     known, _ = base.known(cases)
-    base._apart.clear()
+    base._fits_without.clear()
     base._choose(known, users, repeats=False, dissect=False, only=Tried("logit", "logit", 0.0))
     joined = ListEnsemble("joined", voices)
     joined.fit(cases, dissect=True, onto=[base])

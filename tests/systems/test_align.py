@@ -56,7 +56,7 @@ def _stage(name: str, seed: int = 0, **more: Any) -> list[Any]:
     data, config = _data(), Align(**(ALIGN | more))
     (fields, rows), host = _fields(data), make(name, QUICK, seed=seed)
     torch.manual_seed(seed)
-    network = host._whole(fields, Adaptor((), frozenset()))
+    network = host._network(fields, Adaptor((), frozenset()))
 
     def represent(part: Any) -> Any:
         return torch.cat(host._represent(network["body"], host._see(network, fields, rows.of(part), [])), dim=1)

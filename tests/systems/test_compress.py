@@ -163,7 +163,7 @@ def test_a_run_is_measured_cut_and_exported(tmp_path: Path, monkeypatch: pytest.
         patched.setattr(compressing, "cut", lambda merged, draft, *_: (draft / "model.bin").write_bytes(b""))
         compress(run, tmp_path / "out", target_ms=1e9, users=4, depths=(4,), force=True)
     with monkeypatch.context() as patched, raises(LlmrecError, Facts("defect", says="nothing was exported")):
-        patched.setattr(compressing, "_APART", -1.0)
+        patched.setattr(compressing, "_TOLERANCE", -1.0)
         compress(run, tmp_path / "out", target_ms=1e9, users=4, depths=(2,), force=True)
     assert verify(tmp_path / "out") and (tmp_path / "out" / SUMS).read_bytes() == before
     assert not list(tmp_path.glob("out.*"))

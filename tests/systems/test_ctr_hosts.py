@@ -123,7 +123,7 @@ def test_each_feature_has_a_weight_of_its_own_in_the_first_order_term_of_deepfm(
 
     def log_odds(*items: str) -> list[float]:
         asked = [Request(id=item, user_id="u0", item=item, history=()) for item in items]
-        return host._judge(network, fields, fields.asked(asked), []).tolist()  # type: ignore[no-any-return]
+        return host._judge(network, fields, fields.encode(asked), []).tolist()  # type: ignore[no-any-return]
 
     items = list(fields.items)[:2]
     before = log_odds(*items)
@@ -167,13 +167,13 @@ def test_a_request_is_seen_as_its_training_row_is() -> None:
     fields, rows = Fields.of(data, "din", liked=None, window=4, decay=0.8)
     user = data.train["user_id"][0]
     own = data.train_events(user)
-    asked = fields.asked([Request(id="r", user_id=user, item=own[6].item_id, history=own[:6])])
+    asked = fields.encode([Request(id="r", user_id=user, item=own[6].item_id, history=own[:6])])
     assert np.array_equal(asked.events[0], rows.events[6]) and np.array_equal(asked.liked[0], rows.liked[6])
     assert asked.items[0] == rows.items[6] and asked.users[0] == rows.users[6]
     # What is counted of the user is what stood before; of the item, a training row leaves itself out.
     assert asked.numbers[0, [0, 1, 5, 6]] == pytest.approx(rows.numbers[6, [0, 1, 5, 6]], abs=0.05)
     again = (*own[:6], Event(item_id=own[6].item_id, rating=5.0))
-    repeated = fields.asked([Request(id="r", user_id=user, item=own[6].item_id, history=again)])
+    repeated = fields.encode([Request(id="r", user_id=user, item=own[6].item_id, history=again)])
     assert np.array_equal(repeated.events[0], asked.events[0])
 
 
@@ -254,7 +254,7 @@ def test_every_field_learns(name: str, tmp_path: Path) -> None:
     host = make(name, QUICK | {"features": _store(tmp_path / "s", users, items), "user_id": True}, seed=0)
     fields, rows = Fields.of(data, name, liked=None, window=5, decay=0.8)
     adaptor = Adaptor.of(host.config.folders, rows, 1.0, kinds=("user", "item"), shuffle=False, data=data)
-    network = host._whole(fields, adaptor)
+    network = host._network(fields, adaptor)
     some = rows.of(np.arange(64))
     host._forward(network, fields, some, adaptor.columns(some)).pow(2).sum().backward()
     silent = [key for key, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum()]

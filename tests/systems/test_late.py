@@ -167,7 +167,7 @@ def test_cached_equals_uncached_beyond_a_sliding_window(
     user, candidates = model.user(asked[0].history), [model.candidate(str(request.item)) for request in asked]
     with torch.no_grad():
         cached = model.logits(user, candidates)
-        whole = torch.stack([model.whole([[*user, each]])[0] for each in candidates])
+        whole = torch.stack([model.forward([[*user, each]])[0] for each in candidates])
     assert torch.allclose(cached, whole, atol=1e-4) and cached.std() > 1e-4
 
 
@@ -181,7 +181,7 @@ def test_cached_equals_uncached(folder: Path, data: SplitDataset, joint: int) ->
     with torch.no_grad():
         warm = model.logits(user, candidates)
         model.lower.forget([each.text for each in (*user, *candidates)])
-        cold = torch.stack([model.whole([[*user, each]])[0] for each in candidates])
+        cold = torch.stack([model.forward([[*user, each]])[0] for each in candidates])
     assert torch.allclose(warm, cold, atol=1e-5) and warm.std() > 1e-4
 
 
@@ -218,7 +218,7 @@ def test_a_store_is_added_to_and_one_that_is_damaged_or_busy_stops_nothing(folde
 def test_what_is_history_alone_is_never_asked_about(folder: Path) -> None:
     data = _split("prefix")
     model = LateInteraction(LateInteraction.Config(model=str(folder), joint=1, rows=10_000), seed=0)
-    prompts, _ = model._questions(data, model._late(model._lower(), data))
+    prompts, _ = model._prompts(data, model._late(model._lower(), data))
     learned, known = (
         Counter(
             f"Next: {data.dataset.titles[event.item_id]}."
@@ -243,7 +243,7 @@ def test_an_earlier_rating_of_the_item_that_is_asked_about_is_not_shown(folder: 
         Dataset("repeated", "films", conform(frame), titles), Split(kind="last_share", valid=0.1, test=0.2), seed=0
     )
     model = LateInteraction(LateInteraction.Config(model=str(folder), joint=1, rows=10_000), seed=0)
-    prompts, _ = model._questions(data, model._late(model._lower(), data))
+    prompts, _ = model._prompts(data, model._late(model._lower(), data))
     assert prompts and all(
         candidate.text.removeprefix("Next: ") not in part.text for *shown, candidate in prompts for part in shown
     )
@@ -267,9 +267,9 @@ def test_only_the_joint_part_is_trained_and_it_learns(folder: Path, data: SplitD
     same = zip(lower._body.parameters(), untouched._body.parameters(), strict=True)
     assert all(torch.equal(one, other) for one, other in same)
     assert not torch.equal(lower.joint.layers[0].mlp.up_proj.weight, untouched.joint.layers[0].mlp.up_proj.weight)
-    prompts, truth = model._questions(data, model._fitted)
+    prompts, truth = model._prompts(data, model._fitted)
     with torch.no_grad():
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(model._fitted.whole(prompts), torch.tensor(truth))
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(model._fitted.forward(prompts), torch.tensor(truth))
     assert float(loss) < 0.6
 
 

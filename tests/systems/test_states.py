@@ -88,11 +88,11 @@ def test_what_counts_as_a_false_negative_is_what_the_user_has_in_training(
     events = Log.of(data, catalogue)
     own = [set(events.items[events.users == user].tolist()) for user in range(events.user_count)]
     # The order of the only batch.
-    order = np.random.default_rng(3).permutation(len(model._owners))
+    order = np.random.default_rng(3).permutation(len(model._row_users))
     (has,) = seen
     targets = [int(items[at]) for items in np.split(events.items, 4 * np.arange(1, len(own))) for at in range(1, 4)]
     for row, place in enumerate(order[:40].tolist()):
-        user = own[model._owners[place]]
+        user = own[model._row_users[place]]
         assert has[row].tolist() == [targets[other] in user for other in order.tolist()]
 
 

@@ -95,11 +95,11 @@ def _values(model: UBert, *pairs: tuple[str, str]) -> list[float]:
 
 def test_no_batch_reads_the_review_of_its_own_pair(encoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     data = _data()
-    model = _model(encoder)._begun(data)
+    model = _model(encoder)._initial(data)
     said = {(user, item): text for user, item, text in data.train.select("user_id", "item_id", "text").iter_rows()}
     users, items = list(model.known.user_index), list(model.known.item_index)
     asked, read = list[tuple[str, str]](), list[list[set[str]]]()
-    forward, places = Reviewed.forward, Tokens.places
+    forward, positions = Reviewed.forward, Tokens.positions
 
     def watched(self: Reviewed, of: Any, to: Any) -> Any:
         asked.extend((users[u], items[i]) for u, i in zip(of, to, strict=True))
@@ -107,10 +107,10 @@ def test_no_batch_reads_the_review_of_its_own_pair(encoder: str, monkeypatch: py
 
     def noted(self: Tokens, rows: Any) -> Any:
         read.append([{model.reviews.texts[row] for row in each} for each in rows])
-        return places(self, rows)
+        return positions(self, rows)
 
     monkeypatch.setattr(Reviewed, "forward", watched)
-    monkeypatch.setattr(Tokens, "places", noted)
+    monkeypatch.setattr(Tokens, "positions", noted)
     optimiser = torch.optim.AdamW(model.network.parameters())
     _epoch(model, optimiser, np.random.default_rng(0))
     # A batch reads the reviews of its users, and then those of its items.
@@ -128,7 +128,7 @@ def test_no_batch_reads_the_review_of_its_own_pair(encoder: str, monkeypatch: py
 
 
 def test_a_prediction_does_not_move_with_the_review_of_its_pair(encoder: str) -> None:
-    model = _model(encoder)._begun(_data())
+    model = _model(encoder)._initial(_data())
     reviews, tokens = model.reviews, model.tokens
     row = 20
     tokens.values[tokens.starts[row] : tokens.starts[row + 1]] = torch.nan
@@ -200,7 +200,7 @@ def test_only_words_of_the_lexicon_are_masked(encoder: str) -> None:
         assert (hidden.texts == 0).sum() == 3 or share < 1
     # The first token of each word, in the numbering of states.
     states = frozen.states(hidden.encoded, spans)
-    assert (hidden.places < np.diff(states.starts)[hidden.texts]).all()
+    assert (hidden.positions < np.diff(states.starts)[hidden.texts]).all()
 
 
 def test_opinion_words_come_from_a_file_or_from_what_tells_ratings_apart(encoder: str, tmp_path: Path) -> None:
@@ -259,9 +259,9 @@ def test_pretraining_goes_to_another_domain_without_its_users(encoder: str, tmp_
     with pytest.raises(RuntimeError, match="fit"):
         teacher.answer(_asked(("u00", "i1")))
     teacher.save(tmp_path / "start", source)
-    plain = _model(encoder)._begun(target).network
-    begun = _model(encoder, start=str(tmp_path / "start"))._begun(target).network
-    taught = teacher._taught
+    plain = _model(encoder)._initial(target).network
+    begun = _model(encoder, start=str(tmp_path / "start"))._initial(target).network
+    taught = teacher._pretrained
     assert taught is not None
     for name, weight in begun.state_dict().items():
         # Pretraining knows no items.
@@ -271,7 +271,7 @@ def test_pretraining_goes_to_another_domain_without_its_users(encoder: str, tmp_
     assert taught.network["user"]["own"].weight.any()
     assert torch.equal(begun["item"]["query"].weight, begun["user"]["query"].weight)
     with raises(ModelError, Facts("mismatch", column="dim")):
-        _model(encoder, start=str(tmp_path / "start"), dim=4)._begun(target)
+        _model(encoder, start=str(tmp_path / "start"), dim=4)._initial(target)
     with raises(DataError, Facts("leak", column="start")):
         _model(encoder, start=str(tmp_path / "start")).fit(replace(source, train=source.train[:-1]))
 

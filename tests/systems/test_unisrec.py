@@ -21,7 +21,7 @@ from llmrec.data.split import SplitDataset, split
 from llmrec.errors import DataError, ModelError, RecipeError
 from llmrec.recipe.schema import Split
 from llmrec.systems.unisrec.baseline import UniSRec
-from llmrec.systems.unisrec.network import Fewer, adapted, changed_sequences, contrastive, gates_of, network_of
+from llmrec.systems.unisrec.network import DropWords, adapted, changed_sequences, contrastive, gates_of, network_of
 from llmrec.types import Event, Item, Request
 from tests.encoders import tiny_encoder
 from tests.facts import Facts, raises
@@ -161,7 +161,7 @@ def test_changed_sequences_hold_what_they_held_less_something() -> None:
 
 
 def test_words_are_left_out_but_never_all_of_them() -> None:
-    fewer, text = Fewer(0.5, 0), " ".join(f"w{n}" for n in range(200))
+    fewer, text = DropWords(0.5, 0), " ".join(f"w{n}" for n in range(200))
     kept = fewer(text).split()
     assert 70 < len(kept) < 130 and kept == [word for word in text.split() if word in set(kept)]
     assert all(fewer("word") == "word" for _ in range(20))

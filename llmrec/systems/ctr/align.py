@@ -101,12 +101,12 @@ class Sentences:
         """
         embed: Embed = words if config.encoder == LSA else fitting(config.encoder, data)
 
-        def vectors(said: Sequence[str], side: str) -> NDArray[np.float32]:
-            message = [place for place, text in enumerate(said) if text and config.sides in ("both", side)]
-            read = embed([said[place] for place in message]) if message else np.zeros((0, 1))
-            result = np.zeros((len(said), read.shape[1]), dtype=np.float32)
-            result[message] = read
-            return np.concatenate([np.zeros_like(result[:1]), result[config.order(len(said))]])
+        def vectors(sentences: Sequence[str], side: str) -> NDArray[np.float32]:
+            indices = [index for index, text in enumerate(sentences) if text and config.sides in ("both", side)]
+            encoded = embed([sentences[index] for index in indices]) if indices else np.zeros((0, 1))
+            result = np.zeros((len(sentences), encoded.shape[1]), dtype=np.float32)
+            result[indices] = encoded
+            return np.concatenate([np.zeros_like(result[:1]), result[config.order(len(sentences))]])
 
         users, titles, items = texts(data, fields)
         return Sentences(vectors(users, "user"), vectors(titles, "user"), vectors(items, "item"))
@@ -123,9 +123,9 @@ class Sentences:
         return np.concatenate([self.users[rows.users], past.astype(np.float32), self.items[rows.items]], axis=1)
 
 
-def words(said: Sequence[str]) -> NDArray[np.float32]:
+def words(sentences: Sequence[str]) -> NDArray[np.float32]:
     """Return bag-of-words vectors of texts, shape (n, d)."""
-    return latent(said, said).astype(np.float32)
+    return latent(sentences, sentences).astype(np.float32)
 
 
 def texts(data: SplitDataset, fields: Fields) -> tuple[list[str], list[str], list[str]]:
@@ -169,16 +169,16 @@ def first_stage(
         seed: The seed of the order of examples.
     """
     torch = require("torch", "baselines")
-    maps = torch.nn.ModuleDict()
+    projections = torch.nn.ModuleDict()
     if sentences is not None:
         with torch.no_grad():
             width = represent(np.arange(min(2, len(rows)))).shape[1]
-        maps["rows"] = torch.nn.Linear(width, config.width)
-        maps["texts"] = torch.nn.Linear(sentences.width, config.width)
-    learned = [*network.parameters(), *maps.parameters()]
+        projections["rows"] = torch.nn.Linear(width, config.width)
+        projections["texts"] = torch.nn.Linear(sentences.width, config.width)
+    learned = [*network.parameters(), *projections.parameters()]
     optimiser = torch.optim.AdamW(learned, lr=config.learning_rate, weight_decay=config.weight_decay)
-    rise = max(1.0, _WARM * config.epochs * math.ceil(len(rows) / config.batch))
-    rate = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: min(1.0, (step + 1) / rise))
+    warmup = max(1.0, _WARM * config.epochs * math.ceil(len(rows) / config.batch))
+    rate = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: min(1.0, (step + 1) / warmup))
     rng = np.random.default_rng([seed, 3])
     for _ in range(config.epochs):
         network.train()
@@ -190,13 +190,13 @@ def first_stage(
                 truth = torch.from_numpy(rows.truth[part])
                 loss = torch.nn.functional.binary_cross_entropy_with_logits(judge(part), truth)
             else:
-                some = rows.of(part)
-                text = maps["texts"](torch.from_numpy(sentences.of_rows(some)))
-                alike = similar(maps["rows"](represent(part)), text, config.parts) / config.temperature
-                hidden = torch.from_numpy(same(some))
-                loss = info_nce_both(alike, hidden)
-                first = alike.masked_fill(hidden, -math.inf).argmax(dim=1)
-                right += float((first == torch.arange(len(first))).sum())
+                batch = rows.of(part)
+                text = projections["texts"](torch.from_numpy(sentences.of_rows(batch)))
+                similarities = similar(projections["rows"](represent(part)), text, config.parts) / config.temperature
+                excluded = torch.from_numpy(same(batch))
+                loss = info_nce_both(similarities, excluded)
+                nearest = similarities.masked_fill(excluded, -math.inf).argmax(dim=1)
+                right += float((nearest == torch.arange(len(nearest))).sum())
             loss.backward()
             optimiser.step()
             rate.step()
@@ -215,9 +215,9 @@ def similar(rows: Any, sentences: Any, parts: int) -> Any:
     Returns:
         Shape (n, k).
     """
-    own, message = (item.unflatten(1, (parts, -1)).unbind(1) for item in (rows, sentences))
+    row_parts, text_parts = (item.unflatten(1, (parts, -1)).unbind(1) for item in (rows, sentences))
     larger = require("torch", "baselines").maximum
-    return sum(reduce(larger, [part @ other.T for other in message]) for part in own)
+    return sum(reduce(larger, [part @ other.T for other in text_parts]) for part in row_parts)
 
 
 def same(rows: Rows) -> NDArray[np.bool_]:

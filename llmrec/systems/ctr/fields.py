@@ -96,18 +96,18 @@ class Rows:
         """Return the number of rows."""
         return len(self.items)
 
-    def of(self, places: NDArray[np.int64] | NDArray[np.bool_]) -> Rows:
+    def of(self, indices: NDArray[np.int64] | NDArray[np.bool_]) -> Rows:
         """Return the selected rows."""
         return Rows(
-            self.users[places],
-            self.items[places],
-            self.user_names[places],
-            self.item_names[places],
-            tuple(of_user[places] for of_user in self.of_users),
-            self.events[places],
-            self.liked[places],
-            self.numbers[places],
-            self.truth[places],
+            self.users[indices],
+            self.items[indices],
+            self.user_names[indices],
+            self.item_names[indices],
+            tuple(of_user[indices] for of_user in self.of_users),
+            self.events[indices],
+            self.liked[indices],
+            self.numbers[indices],
+            self.truth[indices],
         )
 
 
@@ -147,8 +147,8 @@ class Fields:
         counted, known, numbers = Counted.of(data, name, liked, decay, before=True)
         items = {item: index for index, item in enumerate(sorted(data.dataset.items), start=1)}
         warm = np.zeros(len(items) + 1, dtype=np.int64)
-        places = np.array([items[item] for item in known.item_index])
-        warm[places] = places
+        warm_items = np.array([items[item] for item in known.item_index])
+        warm[warm_items] = warm_items
         entries = [{}, *(data.dataset.items[item].fields for item in items)]
         attributes = Attribute.all_of(entries)
         profiles = {user: dict(data.dataset.users.get(user, {})) for user in known.user_index}
@@ -183,10 +183,10 @@ class Fields:
         events = np.zeros((len(items), self.window), dtype=np.int64)
         liked = np.zeros_like(events)
         for back in range(1, self.window + 1):
-            able = np.flatnonzero(depth >= back)
+            usable = np.flatnonzero(depth >= back)
             # an earlier rating of the same item would reveal the answer
-            able = able[items[able - back] != items[able]]
-            events[able, -back], liked[able, -back] = items[able - back], likes[able - back]
+            usable = usable[items[usable - back] != items[usable]]
+            events[usable, -back], liked[usable, -back] = items[usable - back], likes[usable - back]
         user_names = both["user_id"].to_numpy()[order]
         profiles = [self.profiles.get(user, {}) for user in user_names.tolist()]
         rows = Rows(
@@ -207,7 +207,7 @@ class Fields:
         result.numbers[:] = numbers
         return result
 
-    def asked(self, requests: Sequence[Request], truth: Sequence[float] | None = None) -> Rows:
+    def encode(self, requests: Sequence[Request], truth: Sequence[float] | None = None) -> Rows:
         """Convert requests to indices; a request without an item has item 0."""
         shape = len(requests), self.window
         events, liked = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)

@@ -203,11 +203,11 @@ class Host(Baseline[H, Fitted]):
         elif cases is None:
             cases = rating_cases(data)
         liked = fields.counted.counts.liked
-        judged = fields.asked([case.request for case in cases], [float(float(c.truth) >= liked) for c in cases])
+        judged = fields.encode([case.request for case in cases], [float(float(c.truth) >= liked) for c in cases])
         self.looked_at = frozenset(case.request.user_id for case in cases)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
-            network, columns = self._whole(fields, adaptor), adaptor.columns(rows)
+            network, columns = self._network(fields, adaptor), adaptor.columns(rows)
             if config.align is not None:
                 self._align(config.align, network, fields, rows, columns, data)
             epoch = self._train(network, fields, (rows, columns), (judged, adaptor.columns(judged)))
@@ -219,13 +219,13 @@ class Host(Baseline[H, Fitted]):
         answers: list[Answer] = []
         for start in range(0, len(requests), _ROWS):
             part = requests[start : start + _ROWS]
-            rows = model.fields.asked(part)
-            chances = 1 / (1 + np.exp(-self._judge(model.network, model.fields, rows, model.adaptor.columns(rows))))
-            for request, chance in zip(part, chances.tolist(), strict=True):
+            rows = model.fields.encode(part)
+            logits = self._judge(model.network, model.fields, rows, model.adaptor.columns(rows))
+            for request, probability in zip(part, (1 / (1 + np.exp(-logits))).tolist(), strict=True):
                 if request.item is None:
                     answers.append(Unparsed(request_id=request.id, reason="the request has no item to judge"))
                     continue
-                value = min(max(round(chance, _DIGITS), 10**-_DIGITS), 1 - 10**-_DIGITS)
+                value = min(max(round(probability, _DIGITS), 10**-_DIGITS), 1 - 10**-_DIGITS)
                 answers.append(Probability(request_id=request.id, value=value))
         return answers
 
@@ -249,20 +249,20 @@ class Host(Baseline[H, Fitted]):
         """Return the training rows from which their own feature texts were not generated."""
         if not adaptor.seen:
             return rows
-        if message := adaptor.seen & data.held_out:
-            user, item = min(message)
+        if leaked := adaptor.seen & data.held_out:
+            user, item = min(leaked)
             raise DataError(
-                f"{self.name}: feature texts were generated from {len(message)} held-out interactions, such as user "
+                f"{self.name}: feature texts were generated from {len(leaked)} held-out interactions, such as user "
                 f"{user!r} with item {item!r}; create the texts from the training interactions of this split (llmrec "
                 "augment)",
                 kind="leak",
             )
         pairs = zip(rows.user_names.tolist(), rows.item_names.tolist(), strict=True)
         kept = np.array([pair not in adaptor.seen for pair in pairs], dtype=bool)
-        lost = int((~kept).sum())
-        if lost and self._config.seen == "refuse":
+        excluded = int((~kept).sum())
+        if excluded and self._config.seen == "refuse":
             raise DataError(
-                f"{self.name}: feature texts were generated from {lost} of {len(kept)} training examples; set "
+                f"{self.name}: feature texts were generated from {excluded} of {len(kept)} training examples; set "
                 "seen=leave, or data.split.kind=prefix, which separates texts and training",
                 kind="leak",
             )
@@ -272,16 +272,16 @@ class Host(Baseline[H, Fitted]):
                 "training; set data.split.kind=prefix",
                 kind="leak",
             )
-        if lost:
+        if excluded:
             log.info(
                 "%s: %d of %d training examples are excluded, because feature texts were generated from them",
                 self.name,
-                lost,
+                excluded,
                 len(kept),
             )
         return rows.of(kept)
 
-    def _whole(self, fields: Fields, adaptor: Adaptor) -> Any:
+    def _network(self, fields: Fields, adaptor: Adaptor) -> Any:
         nn, config = require("torch", "baselines").nn, self._config
         numbers = len(fields.counted.mean) if config.numbers else 0
         of_items = [len(item_attribute.numbers) for item_attribute in fields.item_attributes]
@@ -328,11 +328,11 @@ class Host(Baseline[H, Fitted]):
             return self._forward(network, fields, rows.of(part), [column.of(part) for column in columns])
 
         sentences = None if align.longer else Sentences.of(data, fields, align)
-        for number, message in enumerate(
+        for number, result in enumerate(
             first_stage(align, network, rows, represent=represent, judge=judge, sentences=sentences, seed=self._seed), 1
         ):
             level = logging.DEBUG if self._config.quiet else logging.INFO
-            log.log(level, "stage one, epoch %d: loss %.4f, own text first %.4f", number, message.loss, message.right)
+            log.log(level, "stage one, epoch %d: loss %.4f, own text nearest %.4f", number, result.loss, result.right)
 
     def _train(
         self,
@@ -360,8 +360,8 @@ class Host(Baseline[H, Fitted]):
             return total / max(1, len(order))
 
         def judge() -> float:
-            text = self._judge(network, fields, *judged)
-            return float(np.logaddexp(0, -(2 * judged[0].truth - 1) * text).mean())
+            odds = self._judge(network, fields, *judged)
+            return float(np.logaddexp(0, -(2 * judged[0].truth - 1) * odds).mean())
 
         model = _Learner(network, self.name)
         return until_least(model, judge if len(judged[0]) else None, config, learn, measure="log-loss")
@@ -439,9 +439,9 @@ def all_fields(seen: Seen) -> Any:
 def layers(widths: Sequence[int], dropout: float, *, last: int | None = 1) -> Any:
     """Return linear layers with ReLU and dropout, followed by a linear layer of size ``last``."""
     nn = require("torch", "baselines").nn
-    made: list[Any] = []
+    modules: list[Any] = []
     for before, after in pairwise(widths):
-        made += [nn.Linear(before, after), nn.ReLU(), nn.Dropout(dropout)]
+        modules += [nn.Linear(before, after), nn.ReLU(), nn.Dropout(dropout)]
     if last is not None:
-        made.append(nn.Linear(widths[-1], last))
-    return nn.Sequential(*made)
+        modules.append(nn.Linear(widths[-1], last))
+    return nn.Sequential(*modules)

@@ -54,8 +54,8 @@ def attended(weigh: Any, item: Any, events: Any, mask: torch.Tensor) -> Any:
         mask: 1 for history items, 0 for padding, shape (b, n).
     """
     torch = require("torch", "baselines")
-    beside = item[:, None, :].expand_as(events)
-    weights = weigh(torch.cat([beside, events, beside - events, beside * events], dim=-1))[:, :, 0] * mask
+    repeated = item[:, None, :].expand_as(events)
+    weights = weigh(torch.cat([repeated, events, repeated - events, repeated * events], dim=-1))[:, :, 0] * mask
     return (weights[:, :, None] * events).sum(dim=1)
 
 

@@ -95,8 +95,8 @@ class EndStates:
         Raises:
             ModelError: If a row is longer than the model's context.
         """
-        message = json.dumps([self._stamp, self._half, most, lead, rows])
-        file = cache_dir() / "states" / f"{hashlib.sha256(message.encode()).hexdigest()[:32]}.safetensors"
+        key = json.dumps([self._stamp, self._half, most, lead, rows])
+        file = cache_dir() / "states" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
         tensors, ends = require("safetensors.numpy", "train"), np.cumsum([len(row) for row in rows])
         if file.is_file():
             try:

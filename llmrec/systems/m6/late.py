@@ -86,9 +86,9 @@ class Late:
         """Return the segments about a user: the number of likes, and each rating."""
         rated = [event for event in events if event.rating is not None][-self.history :]
         kinds = [LIKED if float(event.rating or 0) >= self.liked else DISLIKED for event in rated]
-        fields = {LIKED: "Liked", DISLIKED: "Did not like"}
+        prefixes = {LIKED: "Liked", DISLIKED: "Did not like"}
         profile = Part(f"Liked {kinds.count(LIKED)} of {len(kinds)}.", PROFILE)
-        shown = [Part(f"{fields[k]}: {self.title(e.item_id)}.", k) for k, e in zip(kinds, rated, strict=True)]
+        shown = [Part(f"{prefixes[k]}: {self.title(e.item_id)}.", k) for k, e in zip(kinds, rated, strict=True)]
         return [profile, *shown]
 
     def candidate(self, item: str) -> Part:
@@ -99,7 +99,7 @@ class Late:
         """Return the concatenated hidden states of segments, plus embeddings of their kinds, shape (tokens, d)."""
         torch, states = require("torch", "train"), self.lower.states([segment.text for segment in segments])
         kinds = self.parts["kinds"].weight
-        return torch.cat([own + kinds[item.kind] for own, item in zip(states, segments, strict=True)])
+        return torch.cat([state + kinds[item.kind] for state, item in zip(states, segments, strict=True)])
 
     def logits(self, user: Sequence[Part], candidates: Sequence[Part]) -> Any:
         """Return the log-odds of a yes for several candidates of a user, shape (n,); the user is encoded once."""
@@ -107,18 +107,18 @@ class Late:
         after = [self.embedded([candidate]) for candidate in candidates]
         if not self.depth:
             mean = before.mean(0)
-            return self._head(torch.stack([torch.cat([mean, own[-1]]) for own in after]))
-        kept = self.lower.joint(inputs_embeds=before[None], use_cache=True).past_key_values
-        kept.batch_repeat_interleave(len(after))
+            return self._head(torch.stack([torch.cat([mean, candidate_states[-1]]) for candidate_states in after]))
+        cache = self.lower.joint(inputs_embeds=before[None], use_cache=True).past_key_values
+        cache.batch_repeat_interleave(len(after))
         rows, mask, lengths = self._padded(after)
         mask = torch.cat([mask.new_ones((len(after), len(before))), mask], dim=1)
-        places = (len(before) + torch.arange(rows.shape[1]))[None].expand(len(after), -1)
+        positions = (len(before) + torch.arange(rows.shape[1]))[None].expand(len(after), -1)
         states = self.lower.joint(
-            inputs_embeds=rows, attention_mask=mask, position_ids=places, past_key_values=kept, use_cache=True
+            inputs_embeds=rows, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         ).last_hidden_state
         return self._head(states[torch.arange(len(after)), lengths - 1])
 
-    def whole(self, prompts: Sequence[Sequence[Part]]) -> Any:
+    def forward(self, prompts: Sequence[Sequence[Part]]) -> Any:
         """Return the log-odds of whole prompts, each with its candidate last, for training, shape (n,)."""
         torch = require("torch", "train")
         if not self.depth:
@@ -169,7 +169,7 @@ class LateInteraction(Baseline[LateConfig, Late]):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
             model = self._late(self._lower(), data)
-            prompts, truth = self._questions(data, model)
+            prompts, truth = self._prompts(data, model)
             model.lower.keep({item.text for prompt in prompts for item in prompt})
             self._train(model, prompts, truth)
         self._model = model
@@ -193,14 +193,14 @@ class LateInteraction(Baseline[LateConfig, Late]):
         for n, request in enumerate(requests):
             if request.item is not None:
                 groups.setdefault((request.user_id, others(request.history, request.item)), []).append(n)
-        for (_, past), asked in groups.items():
+        for (_, past), indices in groups.items():
             user = model.user(past)
-            for start in range(0, len(asked), _CANDIDATES):
-                part = asked[start : start + _CANDIDATES]
+            for start in range(0, len(indices), _CANDIDATES):
+                part = indices[start : start + _CANDIDATES]
                 with torch.no_grad():
                     logits = model.logits(user, [model.candidate(str(requests[n].item)) for n in part])
-                for n, chance in zip(part, logits.sigmoid().tolist(), strict=True):
-                    result[n] = Probability(request_id=requests[n].id, value=chance)
+                for n, probability in zip(part, logits.sigmoid().tolist(), strict=True):
+                    result[n] = Probability(request_id=requests[n].id, value=probability)
         return [
             result.get(n) or Unparsed(request_id=request.id, reason="the request has no item to judge")
             for n, request in enumerate(requests)
@@ -223,14 +223,14 @@ class LateInteraction(Baseline[LateConfig, Late]):
         liked = threshold(scale_of(data), config.liked)
         return Late(lower, parts, data.dataset.items, liked, config.history, config.joint)
 
-    def _questions(self, data: SplitDataset, model: Late) -> tuple[list[list[Part]], list[float]]:
+    def _prompts(self, data: SplitDataset, model: Late) -> tuple[list[list[Part]], list[float]]:
         """Return a prompt for each training rating, and the labels."""
         rng, result = np.random.default_rng(self._seed), []
         for user in data.train.get_column("user_id").unique().sort().to_list():
             events = [event for event in data.history(user, "valid") if event.rating is not None]
             # Ratings that occur only in histories are inputs and never targets.
-            own = set(data.train_events(user))
-            result += [(events[:at], events[at]) for at in range(1, len(events)) if events[at] in own]
+            targets = set(data.train_events(user))
+            result += [(events[:at], events[at]) for at in range(1, len(events)) if events[at] in targets]
         if not result:
             raise DataError(
                 f"{self.name} needs users with at least two training ratings, but no user of {data.dataset.name} "
@@ -248,16 +248,16 @@ class LateInteraction(Baseline[LateConfig, Late]):
         torch, config = require("torch", "train"), self._config
         trained = [p for part in (model.lower.joint, model.parts) for p in part.parameters() if p.requires_grad]
         optimiser = torch.optim.AdamW(trained, lr=config.learning_rate)
-        rng, wanted = np.random.default_rng(self._seed + 1), torch.tensor(truth)
+        rng, labels = np.random.default_rng(self._seed + 1), torch.tensor(truth)
         with Bar(self.name, config.epochs * len(prompts), unit="rows", quiet=config.quiet, passing=True) as bar:
             for _ in range(config.epochs):
                 order = rng.permutation(len(prompts))
                 for start in range(0, len(order), config.batch):
                     part = order[start : start + config.batch].tolist()
                     with torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bf16()):
-                        logits = model.whole([prompts[n] for n in part]).float()
+                        logits = model.forward([prompts[n] for n in part]).float()
                     optimiser.zero_grad(set_to_none=True)
-                    torch.nn.functional.binary_cross_entropy_with_logits(logits, wanted[part]).backward()
+                    torch.nn.functional.binary_cross_entropy_with_logits(logits, labels[part]).backward()
                     optimiser.step()
                     bar.advance(len(part))
         model.lower.joint.eval()

@@ -69,11 +69,11 @@ class Lower:
         model = load_model(folder, section, dtype=self._torch.float32)
         check(model, "model")
         body = model.get_decoder()
-        every, whole = list(body.layers), len(body.layers)
-        used = whole if layers is None else layers
-        if joint > used or used > whole:
+        every, total = list(body.layers), len(body.layers)
+        used = total if layers is None else layers
+        if joint > used or used > total:
             raise RecipeError(
-                f"joint={joint} of {used} layers is not possible, since {section.name} has {whole} layers; lower "
+                f"joint={joint} of {used} layers is not possible, since {section.name} has {total} layers; lower "
                 "joint or layers",
                 kind="bad-value",
                 column="joint",
@@ -84,15 +84,15 @@ class Lower:
         self._cut(every[:used], body.norm)
         expected = self._sample()
         try:
-            self.joint = _upper(body, every[self.layer : used], slice(self.layer, used), whole)
+            self.joint = _upper(body, every[self.layer : used], slice(self.layer, used), total)
             self._cut(every[: self.layer], self._torch.nn.Identity())
             with self._torch.no_grad():
                 result = self.joint(inputs_embeds=self._sample(), use_cache=False).last_hidden_state
-            wrong = float((result - expected).abs().max() / expected.abs().max())
+            deviation = float((result - expected).abs().max() / expected.abs().max())
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
             log.debug("%s cannot be divided", section.name, exc_info=error)
-            wrong = float("nan")
-        if not wrong <= _TOLERANCE:
+            deviation = float("nan")
+        if not deviation <= _TOLERANCE:
             raise ModelError(
                 f"joint: {section.name} (model type {model.config.model_type}) cannot be divided: its last {joint} "
                 "layers as a separate decoder give different states than in the whole model; choose another model",
@@ -128,13 +128,13 @@ class Lower:
         for start in range(0, len(new), _TEXTS):
             part = [self.ids(text) for text in new[start : start + _TEXTS]]
             ids = torch.zeros((len(part), max(map(len, part))), dtype=torch.long)
-            for row, own in enumerate(part):
-                ids[row, : len(own)] = torch.tensor(own)
+            for row, tokens in enumerate(part):
+                ids[row, : len(tokens)] = torch.tensor(tokens)
             # With causal attention, padding on the right has no effect.
             with torch.no_grad():
                 result = self._body(input_ids=ids, use_cache=False).last_hidden_state
-            for text, own, states in zip(new[start : start + _TEXTS], part, result, strict=True):
-                self._known[text] = states[: len(own)].clone()
+            for text, tokens, states in zip(new[start : start + _TEXTS], part, result, strict=True):
+                self._known[text] = states[: len(tokens)].clone()
             self.read += sum(map(len, part))
         return [self._known[text] for text in texts]
 
@@ -148,22 +148,22 @@ class Lower:
 
         If another process is writing to the store, nothing is stored.
         """
-        asked = sorted(set(texts))
-        result = self._load(asked)
-        if result < len(asked):
+        unique = sorted(set(texts))
+        result = self._load(unique)
+        if result < len(unique):
             rows = {
-                _row(text, n): own
-                for text, states in zip(asked, self.states(asked), strict=True)
-                for n, own in enumerate(states.numpy())
+                _token_key(text, n): state
+                for text, states in zip(unique, self.states(unique), strict=True)
+                for n, state in enumerate(states.numpy())
             }
-            made = Provenance(system="segments", encoder={"layer": self.layer, "stamp": self._folder.name})
+            source = Provenance(system="segments", encoder={"layer": self.layer, "stamp": self._folder.name})
             try:
-                with writing(self._folder) as place:
+                with writing(self._folder) as root:
                     store = self._store()
                     if store is not None:
                         names = store.ids("item")
                         rows |= dict(zip(names, store.get("item", names)[0], strict=True))
-                    write_version(place, [Features("item", list(rows), np.stack(list(rows.values())), made)], keep=1)
+                    write_version(root, [Features("item", list(rows), np.stack(list(rows.values())), source)], keep=1)
             except LlmrecError as error:
                 if error.kind != "busy":
                     raise
@@ -175,7 +175,7 @@ class Lower:
         if store is None:
             return 0
         for text in set(texts) - self._known.keys():
-            vectors, known = store.get("item", [_row(text, n) for n in range(len(self.ids(text)))])
+            vectors, known = store.get("item", [_token_key(text, n) for n in range(len(self.ids(text)))])
             if known.all():
                 self._known[text] = self._torch.from_numpy(vectors)
         return len(self._known) - before
@@ -190,30 +190,30 @@ class Lower:
             return None
 
 
-def _row(text: str, number: int) -> str:
+def _token_key(text: str, number: int) -> str:
     return f"{hashlib.sha256(text.encode()).hexdigest()[:32]}:{number}"
 
 
-def _upper(body: torch.nn.Module, layers: Sequence[Any], place: slice, whole: int) -> Any:
+def _upper(body: torch.nn.Module, layers: Sequence[Any], indices: slice, total: int) -> Any:
     """Return a decoder with copies of the upper layers, which takes hidden states as input.
 
     Args:
         body: The original decoder.
         layers: The layers.
-        place: The indices of these layers in it.
-        whole: Its number of layers.
+        indices: The indices of these layers in it.
+        total: Its number of layers.
     """
     config = copy.deepcopy(body.config)
     # Settings per layer, such as the attention type, are lists with one value per layer.
     for name, value in vars(config).items():
-        if isinstance(value, list | tuple) and len(value) == whole:
-            setattr(config, name, list(value)[place])
+        if isinstance(value, list | tuple) and len(value) == total:
+            setattr(config, name, list(value)[indices])
     config.num_hidden_layers, config.vocab_size = len(layers), 8
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(config, name, 0)
-    made = type(body)(config).float()
-    for own, layer in zip(made.layers, layers, strict=True):
-        own.load_state_dict(layer.state_dict())
-    made.norm.load_state_dict(body.norm.state_dict())
-    made.embed_tokens.requires_grad_(False)
-    return made
+    decoder = type(body)(config).float()
+    for copied, layer in zip(decoder.layers, layers, strict=True):
+        copied.load_state_dict(layer.state_dict())
+    decoder.norm.load_state_dict(body.norm.state_dict())
+    decoder.embed_tokens.requires_grad_(False)
+    return decoder

@@ -136,7 +136,7 @@ class StateTower(ScoredBaseline[StateTowerConfig, Towers]):
     #: Hidden states after training histories.
     _known: dict[bytes, NDArray[np.float32]]
     #: Mean and whitening matrix of states after histories, shapes (d,) and (d, k).
-    _lens: tuple[NDArray[np.float32], NDArray[np.float32]]
+    _whitening: tuple[NDArray[np.float32], NDArray[np.float32]]
 
     def learn(self, data: SplitDataset) -> None:
         """Encode all texts, and train the projections.
@@ -166,7 +166,7 @@ class StateTower(ScoredBaseline[StateTowerConfig, Towers]):
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Return the fitted state as arrays."""
-        centre, whitening = self._lens
+        centre, whitening = self._whitening
         lens = {"lens.centre": centre, "lens.whitening": whitening}
         return {"vectors": self._fitted.vectors.detach().numpy(), **weights_of(self._fitted.network), **lens}
 
@@ -174,7 +174,7 @@ class StateTower(ScoredBaseline[StateTowerConfig, Towers]):
         """Restore the fitted projections from `state`."""
         torch = require("torch", "baselines")
         self._open(data)
-        self._lens = state["lens.centre"], state["lens.whitening"]
+        self._whitening = state["lens.centre"], state["lens.whitening"]
         catalogue = Catalogue.of(data)
         with torch.random.fork_rng(devices=[]):
             vectors = torch.from_numpy(state["vectors"])
@@ -189,7 +189,7 @@ class StateTower(ScoredBaseline[StateTowerConfig, Towers]):
     def _open(self, data: SplitDataset) -> None:
         order, items = self._config.order(len(data.dataset.items)), data.dataset.items
         ids = Catalogue.of(data).ids
-        self._titles = [items[ids[place]].title or ids[place] for place in order]
+        self._titles = [items[ids[index]].title or ids[index] for index in order]
         self._noun, self._known = data.dataset.noun, {}
         self._lead = f"The {self._noun} of one user, in this order:"
 
@@ -201,7 +201,7 @@ class StateTower(ScoredBaseline[StateTowerConfig, Towers]):
     def _vectors(self, data: SplitDataset, ids: Sequence[str]) -> NDArray[np.floating[Any]]:
         """Return the states after the texts of items, before whitening, shape (n, d)."""
         texts = texts_of([data.dataset.items[item] for item in ids])
-        rows = [[texts[place]] for place in self._config.order(len(ids))]
+        rows = [[texts[index]] for index in self._config.order(len(ids))]
         return unit(np.concatenate(self.reader.after(f"One of the {self._noun}:", rows, most=_TEXT)))
 
     def _rows(self, events: Log) -> list[NDArray[np.int64]]:
@@ -210,32 +210,32 @@ class StateTower(ScoredBaseline[StateTowerConfig, Towers]):
         pieces: list[NDArray[np.int64]] = []
         ends = np.cumsum(np.bincount(events.users, minlength=events.user_count))
         for user, items in enumerate(np.split(events.items, ends[:-1])):
-            alone = Log(np.zeros(len(items), np.int32), items, np.zeros(len(items)), 1)
-            own = pieces_of(alone, config.max_len)[: config.windows]
-            pieces.extend(own)
-            owners.extend([user] * len(own))
-        read = self.reader.after(self._lead, self._said([piece[:-1] for piece in pieces]), most=_TITLE)
-        for piece, states in zip(pieces, read, strict=True):
+            user_log = Log(np.zeros(len(items), np.int32), items, np.zeros(len(items)), 1)
+            windows = pieces_of(user_log, config.max_len)[: config.windows]
+            pieces.extend(windows)
+            owners.extend([user] * len(windows))
+        computed = self.reader.after(self._lead, self._titles_of([piece[:-1] for piece in pieces]), most=_TITLE)
+        for piece, states in zip(pieces, computed, strict=True):
             self._known |= {piece[: at + 1].tobytes(): state for at, state in enumerate(states)}
         result = Turned.of(np.stack(list(self._known.values()) or [np.zeros(self.reader.width, np.float32)]))
-        self._lens = result.centre.astype(np.float32), result.whitening(config.whitening).astype(np.float32)
-        self._owners = np.repeat(owners, [len(piece) - 1 for piece in pieces])
-        self._taken = events.binary(int(events.items.max(initial=0)) + 1)
+        self._whitening = result.centre.astype(np.float32), result.whitening(config.whitening).astype(np.float32)
+        self._row_users = np.repeat(owners, [len(piece) - 1 for piece in pieces])
+        self._user_items = events.binary(int(events.items.max(initial=0)) + 1)
         return [piece[: at + 1] for piece in pieces for at in range(1, len(piece))]
 
-    def _said(self, histories: Sequence[NDArray[np.int64]]) -> list[list[str]]:
+    def _titles_of(self, histories: Sequence[NDArray[np.int64]]) -> list[list[str]]:
         return [[self._titles[item] for item in history] for history in histories]
 
     def states(self, histories: Sequence[NDArray[np.int64]]) -> NDArray[np.float32]:
         """Return the hidden states after histories, shape (n, d); 0 for an empty history."""
         keys = [history.tobytes() for history in histories]
         new = {key: item for key, item in zip(keys, histories, strict=True) if key and key not in self._known}
-        read = self.reader.last(self._lead, self._said(list(new.values())), most=_TITLE)
-        result = dict(zip(new, read, strict=True)) | {b"": np.zeros(self.reader.width, dtype=np.float32)}
+        computed = self.reader.last(self._lead, self._titles_of(list(new.values())), most=_TITLE)
+        result = dict(zip(new, computed, strict=True)) | {b"": np.zeros(self.reader.width, dtype=np.float32)}
         return np.stack([result[key] if key in result else self._known[key] for key in keys])
 
     def _towers(self, catalogue: Catalogue, vectors: Any, popular: NDArray[np.float64]) -> Towers:
-        nn, (centre, whitening), dim = require("torch", "baselines").nn, self._lens, self._config.dim
+        nn, (centre, whitening), dim = require("torch", "baselines").nn, self._whitening, self._config.dim
         network = nn.ModuleDict(
             {
                 "user": nn.Linear(whitening.shape[1], dim, bias=False),
@@ -267,14 +267,14 @@ class StateTower(ScoredBaseline[StateTowerConfig, Towers]):
         model.network.train()
         for start in range(0, len(order), config.batch):
             part = order[start : start + config.batch]
-            wanted = targets[part]
+            batch_targets = targets[part]
             optimiser.zero_grad(set_to_none=True)
-            users = model.query([rows[place][:-1] for place in part])
-            items = model.item_vectors(model.vectors[torch.from_numpy(wanted)])
-            has = torch.from_numpy(self._taken[self._owners[part]][:, wanted].toarray() > 0)
+            users = model.query([rows[index][:-1] for index in part])
+            items = model.item_vectors(model.vectors[torch.from_numpy(batch_targets)])
+            has = torch.from_numpy(self._user_items[self._row_users[part]][:, batch_targets].toarray() > 0)
             logits = users @ items.T
             if config.corrected:
-                logits = logits - torch.from_numpy(np.log(share[wanted]).astype(np.float32))
+                logits = logits - torch.from_numpy(np.log(share[batch_targets]).astype(np.float32))
             loss = info_nce(logits, has)
             loss.backward()
             optimiser.step()

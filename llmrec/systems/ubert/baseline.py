@@ -42,7 +42,7 @@ _RESERVED: float = FusionSection.model_fields["reserved"].default
 # Tokens per batch of projections.
 _TOKENS = 1 << 16
 # Part of the names of user and item embeddings, which are specific to a data set.
-_OWN = ".own."
+_DOMAIN_WEIGHTS = ".own."
 
 
 class UBert(Baseline[UBertConfig, Reviewed]):
@@ -69,7 +69,7 @@ class UBert(Baseline[UBertConfig, Reviewed]):
     }
     FITS: ClassVar[int] = 5
     # The weights after pretraining alone, which cannot predict ratings.
-    _taught: Reviewed | None = None
+    _pretrained: Reviewed | None = None
 
     def learn(self, data: SplitDataset) -> None:
         """Train on training ratings and reviews.
@@ -84,12 +84,12 @@ class UBert(Baseline[UBertConfig, Reviewed]):
         cases = self._cases(data)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
-            model = self._begun(data)
+            model = self._initial(data)
             rng = np.random.default_rng(self._seed)
             truth = [float(case.truth) for case in cases]
 
             def judge() -> float:
-                model.settle()
+                model.update_means()
                 result = _rated(model, [case.request for case in cases])
                 return rmse(np.clip(result, *model.known.scale), truth)
 
@@ -98,14 +98,14 @@ class UBert(Baseline[UBertConfig, Reviewed]):
 
             until_least(model, judge if cases else None, config, learn, measure="RMSE")
         self.looked_at = stopped_by(cases)
-        self._taught, self._model = None, _finished(model)
+        self._pretrained, self._model = None, _finished(model)
 
     def pretrained(self, data: SplitDataset) -> None:
         """Only pretrain, on masked opinion words and ratings of single reviews; errors as in `learn`."""
         torch = require("torch", "baselines")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
-            self._taught, self._model = self._begun(data, pairs=False), None
+            self._pretrained, self._model = self._initial(data, pairs=False), None
 
     def save(self, folder: Path, data: SplitDataset) -> None:
         """Save weights without user and item embeddings, for ``start`` on another data set.
@@ -114,7 +114,7 @@ class UBert(Baseline[UBertConfig, Reviewed]):
             folder: The folder, which is replaced.
             data: The training data.
         """
-        self._carried(self._taught or self._fitted).save(Path(folder), data)
+        self._carried(self._pretrained or self._fitted).save(Path(folder), data)
 
     def features(self, data: SplitDataset, *, reserved: float = _RESERVED) -> tuple[Features, Features]:
         """Fit, and return user and item vectors for a feature store.
@@ -130,7 +130,7 @@ class UBert(Baseline[UBertConfig, Reviewed]):
         early, data = data.kind == "prefix", halves(data, reserved)[0]
         self.learn(replace(data, train=data.known, known=data.known.clear()) if early else data)
         model, config = self._fitted, self._config
-        made = Provenance(
+        source = Provenance(
             system=self.name,
             split=data.readable,
             generator={"parameters": config.model_dump(mode="json"), "seed": self._seed},
@@ -148,7 +148,7 @@ class UBert(Baseline[UBertConfig, Reviewed]):
             ("item", items, of_items),
         )
         one, other = (
-            Features(side, ids, model.vectors(side).numpy(), made, seen={k: frozenset(v) for k, v in seen.items()})
+            Features(side, ids, model.vectors(side).numpy(), source, seen={k: frozenset(v) for k, v in seen.items()})
             for side, ids, seen in sides
         )
         return one, other
@@ -164,9 +164,9 @@ class UBert(Baseline[UBertConfig, Reviewed]):
         known, width = ratings(data, self.name), state["network.down.weight"].shape[1]
         reviews = Reviews.read(data, known, self._config.order)
         with torch.random.fork_rng(devices=[]):
-            model = self._over(known, reviews, Tokens(torch.from_numpy(state["read"]), state["starts"]), width)
+            model = self._untrained(known, reviews, Tokens(torch.from_numpy(state["read"]), state["starts"]), width)
         put_back(model.network.double(), state)
-        model.settle()
+        model.update_means()
         self._model = model
         self.looked_at = stopped_by(self._cases(data))
 
@@ -184,20 +184,20 @@ class UBert(Baseline[UBertConfig, Reviewed]):
     def _carried(self, model: Reviewed) -> Carried:
         """Return the transferable network."""
         shape = {"dim": self._config.dim, "width": model.network["down"].in_features}
-        return Carried(self.name, model.network, shape, _OWN, self._config)
+        return Carried(self.name, model.network, shape, _DOMAIN_WEIGHTS, self._config)
 
-    def _over(self, known: Ratings, reviews: Reviews, tokens: Tokens, width: int) -> Reviewed:
+    def _untrained(self, known: Ratings, reviews: Reviews, tokens: Tokens, width: int) -> Reviewed:
         """Return the network with random weights."""
         network = network_of(width, len(known.user_index), len(known.item_index), self._config)
         return Reviewed(known, reviews, tokens, network, self._config, {})
 
-    def _begun(self, data: SplitDataset, *, pairs: bool = True) -> Reviewed:
+    def _initial(self, data: SplitDataset, *, pairs: bool = True) -> Reviewed:
         """Return the network before training on ratings, with transferred or pretrained weights."""
         config, known = self._config, ratings(data, self.name)
         reviews = Reviews.read(data, known, config.order)
         frozen = Frozen(config.encoder, data, config.tokens)
         tokens = frozen.states(*frozen.tokens(reviews.texts if pairs else ()))
-        model = self._over(known, reviews, tokens, tokens.values.shape[1])
+        model = self._untrained(known, reviews, tokens, tokens.values.shape[1])
         if config.start is not None:
             self._carried(model).load(config.start, data)
         if config.pretrain:
@@ -210,8 +210,8 @@ def _epoch(model: Reviewed, optimiser: Optimizer, rng: np.random.Generator) -> f
     torch, known, total = require("torch", "baselines"), model.known, 0.0
     model.network.train()
     for part in batches(len(known.values), model.config.batch, rng):
-        wanted = torch.from_numpy(((known.values[part] - known.mean) / model.spread).astype(np.float32))
-        loss = torch.nn.functional.mse_loss(model.forward(known.users[part], known.items[part]), wanted)
+        targets = torch.from_numpy(((known.values[part] - known.mean) / model.spread).astype(np.float32))
+        loss = torch.nn.functional.mse_loss(model.forward(known.users[part], known.items[part]), targets)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()
@@ -235,5 +235,5 @@ def _finished(model: Reviewed) -> Reviewed:
         parts = [projected(model.network, part, 0.0) for part in states.split(_TOKENS)]
     model.tokens = Tokens(torch.cat(parts), model.tokens.starts)
     model.network.double()
-    model.settle()
+    model.update_means()
     return model

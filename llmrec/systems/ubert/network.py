@@ -72,7 +72,7 @@ class Reviewed:
         tokens: The tokens of the reviews: frozen states, and after training the result of `projected`.
         network: The result of `network_of`.
         config: The parameters.
-        usual: By side, the mean vector of all users, or items, with training ratings, used for unknown ones.
+        mean_vectors: By side, the mean vector of all users, or items, with training ratings, used for unknown ones.
     """
 
     known: Ratings
@@ -80,7 +80,7 @@ class Reviewed:
     tokens: Tokens
     network: Any
     config: UBertConfig
-    usual: dict[Side, Any]
+    mean_vectors: dict[Side, Any]
     name: str = "ubert"
 
     @property
@@ -88,27 +88,27 @@ class Reviewed:
         """Standard deviation of the training ratings; 1 if all are equal."""
         return float(self.known.values.std()) or 1.0
 
-    def read(self, places: NDArray[np.int64]) -> Any:
+    def read(self, positions: NDArray[np.int64]) -> Any:
         """Return token vectors by index, shape (b, t, dim)."""
         torch = require("torch", "baselines")
         if self.tokens.values.dtype != torch.float16:
-            return self.tokens.values[torch.from_numpy(places)].to(self.network["down"].weight.dtype)
+            return self.tokens.values[torch.from_numpy(positions)].to(self.network["down"].weight.dtype)
         # A token that several pairs share is projected once.
-        unique, where = np.unique(places, return_inverse=True)
+        unique, where = np.unique(positions, return_inverse=True)
         result = projected(self.network, self.tokens.values[torch.from_numpy(unique)], self.config.dropout)
-        return result[torch.from_numpy(where.reshape(places.shape))]
+        return result[torch.from_numpy(where.reshape(positions.shape))]
 
     def side(self, side: Side, users: NDArray[np.int64], items: NDArray[np.int64]) -> tuple[Any, Any, Any]:
         """Return the vectors of users (or items) and of their tokens, and a mask: (b, dim), (b, t, dim), (b, t)."""
         torch, most = require("torch", "baselines"), self.config.reviews
-        rows = [self.reviews.beside(side, u, i, most) for u, i in zip(users.tolist(), items.tolist(), strict=True)]
-        places, mask = self.tokens.places(rows)
-        tokens, there = self.read(places), torch.from_numpy(mask)
-        own = torch.from_numpy(users if side == "user" else items)
-        vectors = encoded(self.network[side], own.clamp(min=0), tokens, there)
-        if side in self.usual:
-            vectors = torch.where((own >= 0)[:, None], vectors, self.usual[side])
-        return vectors, tokens, there
+        rows = [self.reviews.for_pair(side, u, i, most) for u, i in zip(users.tolist(), items.tolist(), strict=True)]
+        positions, mask = self.tokens.positions(rows)
+        tokens, token_mask = self.read(positions), torch.from_numpy(mask)
+        indices = torch.from_numpy(users if side == "user" else items)
+        vectors = encoded(self.network[side], indices.clamp(min=0), tokens, token_mask)
+        if side in self.mean_vectors:
+            vectors = torch.where((indices >= 0)[:, None], vectors, self.mean_vectors[side])
+        return vectors, tokens, token_mask
 
     def forward(self, users: NDArray[np.int64], items: NDArray[np.int64]) -> Any:
         """Return the predicted ratings of pairs, in standard deviations from the mean, shape (b,)."""
@@ -140,15 +140,15 @@ class Reviewed:
         self.network.eval()
         with torch.no_grad():
             for start in range(0, count, _ROWS):
-                own = np.arange(start, min(count, start + _ROWS))
-                none = np.full(len(own), -1)
-                parts.append(self.side(side, *((own, none) if side == "user" else (none, own)))[0])
+                indices = np.arange(start, min(count, start + _ROWS))
+                unknown = np.full(len(indices), -1)
+                parts.append(self.side(side, *((indices, unknown) if side == "user" else (unknown, indices)))[0])
         return torch.cat(parts)
 
-    def settle(self) -> None:
+    def update_means(self) -> None:
         """Compute the mean vectors that represent unknown users and items."""
-        self.usual = {}
-        self.usual = {side: self.vectors(side).mean(dim=0) for side in SIDES}
+        self.mean_vectors = {}
+        self.mean_vectors = {side: self.vectors(side).mean(dim=0) for side in SIDES}
 
 
 def projected(network: torch.nn.Module, states: torch.Tensor, dropout: float) -> Any:
@@ -177,16 +177,16 @@ def attended(query: Any, keys: Any, values: Any, mask: torch.Tensor) -> Any:
     return (weights @ values) * mask.any(dim=1)[:, None, None]
 
 
-def encoded(side: Any, own: Any, tokens: Any, mask: torch.Tensor) -> Any:
+def encoded(side: Any, indices: Any, tokens: Any, mask: torch.Tensor) -> Any:
     """Return vectors of users (or items) from embeddings and attention over review tokens, shape (b, dim).
 
     Args:
         side: The user encoder, or the item encoder.
-        own: Indices of users or items, shape (b,).
+        indices: Indices of users or items, shape (b,).
         tokens: Token vectors, shape (b, t, dim).
         mask: True for tokens, shape (b, t).
     """
-    name = side["own"](own) + side["domain"].weight
+    name = side["own"](indices) + side["domain"].weight
     return name + attended(side["query"](name)[:, None, :], side["key"](tokens), tokens, mask)[:, 0]
 
 

@@ -58,12 +58,12 @@ def lexicon(config: UBertConfig, texts: Sequence[str], ratings: NDArray[np.float
                 column="lexicon",
             )
         return tuple(results)
-    above: dict[str, list[float]] = defaultdict(list)
+    residuals: dict[str, list[float]] = defaultdict(list)
     for text, rating in zip(texts, (ratings - ratings.mean()).tolist(), strict=True):
         for word in {item.lower() for item in _WORD.findall(text)}:
-            above[word].append(rating)
-    telling = {word: abs(sum(item)) / len(item) ** 0.5 for word, item in above.items() if len(item) >= _LEAST}
-    return tuple(sorted(sorted(telling, key=lambda word: (-telling[word], word))[: config.opinions]))
+            residuals[word].append(rating)
+    effects = {word: abs(sum(item)) / len(item) ** 0.5 for word, item in residuals.items() if len(item) >= _LEAST}
+    return tuple(sorted(sorted(effects, key=lambda word: (-effects[word], word))[: config.opinions]))
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,13 @@ class Hidden:
     Attributes:
         encoded: The tokens of each text, with the mask in place of the words.
         texts: Text index of each masked word, shape (m,).
-        places: Position of its first token, special tokens not counted, shape (m,).
+        positions: Position of its first token, special tokens not counted, shape (m,).
         words: Its index in the lexicon, shape (m,).
     """
 
     encoded: list[list[int]]
     texts: NDArray[np.int64]
-    places: NDArray[np.int64]
+    positions: NDArray[np.int64]
     words: NDArray[np.int64]
 
     @staticmethod
@@ -94,7 +94,7 @@ class Hidden:
         rng: np.random.Generator,
     ) -> Hidden:
         """Mask all tokens of random opinion words, at least one word in each text that has any."""
-        number = {word: place for place, word in enumerate(words)}
+        number = {word: index for index, word in enumerate(words)}
         hidden, result = [list(ids) for ids in encoded], []
         for row, text in enumerate(texts):
             opinions = [item for item in _WORD.finditer(text) if item.group().lower() in number]
@@ -104,14 +104,14 @@ class Hidden:
             if len(opinions) and not chosen.any():
                 chosen[rng.integers(len(opinions))] = True
             for opinion in (item for item, drawn in zip(opinions, chosen.tolist(), strict=True) if drawn):
-                own = [
-                    place
-                    for place, (start, end) in enumerate(spans[row])
+                tokens = [
+                    index
+                    for index, (start, end) in enumerate(spans[row])
                     if end > start and start < opinion.end() and end > opinion.start()
                 ]
-                for place in own:
-                    hidden[row][place] = mask
-                before = sum(end > start for start, end in spans[row][: own[0]])
+                for index in tokens:
+                    hidden[row][index] = mask
+                before = sum(end > start for start, end in spans[row][: tokens[0]])
                 result.append((row, before, number[opinion.group().lower()]))
         columns = np.array(result, dtype=np.int64).reshape(-1, 3).T
         return Hidden(hidden, columns[0], columns[1], columns[2])
@@ -120,8 +120,8 @@ class Hidden:
 def last_of_pairs(known: Ratings) -> dict[tuple[int, int], float]:
     """Return the last rating of each (user, item) pair."""
     last = np.argsort(known.order)
-    given = (column[last].tolist() for column in (known.users, known.items, known.values))
-    return {(user, item): value for user, item, value in zip(*given, strict=True)}
+    columns = (column[last].tolist() for column in (known.users, known.items, known.values))
+    return {(user, item): value for user, item, value in zip(*columns, strict=True)}
 
 
 def pretrained(model: Reviewed, frozen: Frozen, seed: int) -> None:
@@ -156,11 +156,11 @@ def pretrained(model: Reviewed, frozen: Frozen, seed: int) -> None:
     rng = np.random.default_rng([seed, 1])
     plain, spans = frozen.tokens(reviews.texts)
     hidden = Hidden.of(reviews.texts, plain, spans, words, mask=frozen.mask, share=config.masked, rng=rng)
-    whole, model.tokens = model.tokens, frozen.states(hidden.encoded, spans)
-    wanted = torch.from_numpy(((truth - known.mean) / model.spread).astype(np.float32))
+    original_tokens, model.tokens = model.tokens, frozen.states(hidden.encoded, spans)
+    targets = torch.from_numpy(((truth - known.mean) / model.spread).astype(np.float32))
     of_text: dict[int, list[int]] = defaultdict(list)
-    for place, row in enumerate(hidden.texts.tolist()):
-        of_text[row].append(place)
+    for index, row in enumerate(hidden.texts.tolist()):
+        of_text[row].append(index)
     nn, dim, network = torch.nn, config.dim, model.network
     heads = nn.ModuleDict({"words": nn.Linear(2 * dim, len(words)), "rating": nn.Linear(dim, 1)})
     learning = [*network["down"].parameters(), *network["user"].parameters(), *heads.parameters()]
@@ -169,14 +169,14 @@ def pretrained(model: Reviewed, frozen: Frozen, seed: int) -> None:
     with Bar("ubert: single reviews", config.pretrain, unit="epochs", quiet=config.quiet, passing=True) as bar:
         for epoch in range(config.pretrain):
             for part in batches(len(truth), config.batch, rng):
-                places, mask = model.tokens.places([part[[row]] for row in range(len(part))])
-                tokens = model.read(places)
+                positions, mask = model.tokens.positions([part[[row]] for row in range(len(part))])
+                tokens = model.read(positions)
                 users = encoded(network["user"], torch.from_numpy(reviews.users[part]), tokens, torch.from_numpy(mask))
-                loss = config.beta * nn.functional.mse_loss(heads["rating"](users)[:, 0], wanted[part])
-                message = [(row, place) for row, text in enumerate(part.tolist()) for place in of_text[text]]
-                if message:
-                    rows, which = np.array(message).T
-                    joint = torch.cat([tokens[rows, hidden.places[which]], users[rows]], dim=1)
+                loss = config.beta * nn.functional.mse_loss(heads["rating"](users)[:, 0], targets[part])
+                masked = [(row, index) for row, text in enumerate(part.tolist()) for index in of_text[text]]
+                if masked:
+                    rows, which = np.array(masked).T
+                    joint = torch.cat([tokens[rows, hidden.positions[which]], users[rows]], dim=1)
                     loss = loss + nn.functional.cross_entropy(
                         heads["words"](joint), torch.from_numpy(hidden.words[which])
                     )
@@ -184,6 +184,6 @@ def pretrained(model: Reviewed, frozen: Frozen, seed: int) -> None:
                 loss.backward()
                 optimiser.step()
             bar.reach(epoch + 1)
-    model.tokens = whole
+    model.tokens = original_tokens
     for name in ("domain", "query", "key"):
         network["item"][name].load_state_dict(network["user"][name].state_dict())

@@ -54,12 +54,12 @@ class Reviews:
         rated = data.train.drop_nulls("rating").select("user_id", "item_id", "timestamp", "text")
         rated = rated.unique(["user_id", "item_id"], keep="last", maintain_order=True)
         rated = rated.sort("timestamp", maintain_order=True)
-        note = data.dataset.reviews
+        reviews = data.dataset.reviews
         results = []
         for user, item, _, text in rated.iter_rows():
-            message = note[user, item].text if (user, item) in note else "" if note else text or ""
-            if message.strip():
-                results.append((known.user_index[user], known.item_index[item], message))
+            review = reviews[user, item].text if (user, item) in reviews else "" if reviews else text or ""
+            if review.strip():
+                results.append((known.user_index[user], known.item_index[item], review))
         if not results:
             raise DataError(
                 f"the baseline 'ubert' needs reviews, but no training rating of {data.dataset.name!r} has a review; "
@@ -69,8 +69,8 @@ class Reviews:
                 column="text",
             )
         users, items, texts = zip(*results, strict=True)
-        dealt = [texts[place] for place in order(len(texts))]
-        return Reviews.of_rows(known, np.array(users), np.array(items), dealt)
+        assigned = [texts[index] for index in order(len(texts))]
+        return Reviews.of_rows(known, np.array(users), np.array(items), assigned)
 
     @staticmethod
     def of_rows(known: Ratings, users: NDArray[np.int64], items: NDArray[np.int64], texts: Sequence[str]) -> Reviews:
@@ -85,7 +85,7 @@ class Reviews:
             of[side] = np.split(np.argsort(owners, kind="stable"), ends[:-1])
         return Reviews(users, items, tuple(texts), of)
 
-    def beside(self, side: Side, user: int, item: int, most: int) -> NDArray[np.int64]:
+    def for_pair(self, side: Side, user: int, item: int, most: int) -> NDArray[np.int64]:
         """Return the latest reviews of a user (or item) that may be used for a pair.
 
         The review of the pair and reviews of the same user with the same text are excluded, since they would reveal the
@@ -103,11 +103,11 @@ class Reviews:
         result = self.of[side][owner]
         same = (self.users[result] == user) & (self.items[result] == item)
         if user >= 0 and item >= 0:
-            own = self.of["user"][user]
-            text = {self.texts[row] for row in own[self.items[own] == item].tolist()}
+            of_user = self.of["user"][user]
+            text = {self.texts[row] for row in of_user[self.items[of_user] == item].tolist()}
             if text:
-                by = self.users[result] == user
-                same |= by & np.array([self.texts[row] in text for row in result.tolist()], dtype=bool)
+                same_user = self.users[result] == user
+                same |= same_user & np.array([self.texts[row] in text for row in result.tolist()], dtype=bool)
         kept: NDArray[np.int64] = result[~same][-most:]
         return kept
 
@@ -124,20 +124,20 @@ class Tokens:
     values: Any
     starts: NDArray[np.int64]
 
-    def places(self, rows: Sequence[NDArray[np.int64]]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    def positions(self, rows: Sequence[NDArray[np.int64]]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Return the token positions of some texts, and a mask, shape (b, t) each.
 
         Args:
             rows: Texts to concatenate, for each of b users or items.
         """
         spans = [[np.arange(self.starts[row], self.starts[row + 1]) for row in item] for item in rows]
-        whole = [np.concatenate(span) if span else np.zeros(0, dtype=np.int64) for span in spans]
-        longest = max([1, *map(len, whole)])
-        places = np.zeros((len(rows), longest), dtype=np.int64)
+        token_rows = [np.concatenate(span) if span else np.zeros(0, dtype=np.int64) for span in spans]
+        longest = max([1, *map(len, token_rows)])
+        positions = np.zeros((len(rows), longest), dtype=np.int64)
         mask = np.zeros((len(rows), longest), dtype=bool)
-        for row, item in enumerate(whole):
-            places[row, : len(item)], mask[row, : len(item)] = item, True
-        return places, mask
+        for row, item in enumerate(token_rows):
+            positions[row, : len(item)], mask[row, : len(item)] = item, True
+        return positions, mask
 
 
 class Frozen:
@@ -181,6 +181,6 @@ class Frozen:
         starts = np.concatenate([[0], np.cumsum([len(item) for item in kept])]).astype(np.int64)
         values = torch.zeros(int(starts[-1]), self._encoder.model.config.hidden_size, dtype=torch.float16)
         for rows, states, _ in states_of(self._encoder, encoded):
-            for row, own in zip(rows, states, strict=True):
-                values[starts[row] : starts[row + 1]] = own[kept[row]].half().cpu()
+            for row, state in zip(rows, states, strict=True):
+                values[starts[row] : starts[row + 1]] = state[kept[row]].half().cpu()
         return Tokens(values, starts)

@@ -26,7 +26,7 @@ from llmrec.errors import RecipeError, require
 from llmrec.progress import Bar
 from llmrec.results import Reads
 from llmrec.systems.carried import Carried
-from llmrec.systems.unisrec.network import Fewer, UniSRecConfig, Universal, contrasted, network_of
+from llmrec.systems.unisrec.network import DropWords, UniSRecConfig, Universal, contrasted, network_of
 from llmrec.types import Request
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 # Number of validation cases for early stopping.
 _STOP_CASES = 5_000
 # Properties that must match those of transferred weights, and the name of item embeddings, which are not transferred.
-_SHAPE, _OWN = ("dim", "layers", "heads", "experts", "max_len"), "network.table."
+_SHAPE, _DOMAIN_WEIGHTS = ("dim", "layers", "heads", "experts", "max_len"), "network.table."
 
 
 class UniSRec(ScoredBaseline[UniSRecConfig, Universal]):
@@ -81,18 +81,18 @@ class UniSRec(ScoredBaseline[UniSRecConfig, Universal]):
         cases = stop_cases(data, config, _STOP_CASES)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
-            model, pieces = self._begun(data)
+            model, pieces = self._initial(data)
             rng = np.random.default_rng(self._seed)
             if config.start is not None:
                 for name in ("places", "blocks", "last_norm"):
                     model.network[name].requires_grad_(False)
             rates = [{"params": [parameter for parameter in model.network.parameters() if parameter.requires_grad]}]
-            begun = config.start is not None or config.pretrain > 0
+            pretrained = config.start is not None or config.pretrain > 0
 
             def learn(optimiser: Optimizer) -> float:
                 return _epoch(model, pieces, optimiser, rng)
 
-            until_best(model, cases, config, learn, rates=rates, learned=begun)
+            until_best(model, cases, config, learn, rates=rates, learned=pretrained)
         self.looked_at = stopped_by(cases)
         self._model = model.finished()
 
@@ -101,7 +101,7 @@ class UniSRec(ScoredBaseline[UniSRecConfig, Universal]):
         torch = require("torch", "baselines")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
-            model, _ = self._begun(data)
+            model, _ = self._initial(data)
         self._model = model.finished()
 
     def save(self, folder: Path, data: SplitDataset) -> None:
@@ -137,15 +137,15 @@ class UniSRec(ScoredBaseline[UniSRecConfig, Universal]):
                 column="encoder",
             )
         model, catalogue = self._fitted, Catalogue.of(data)
-        before = model.catalogue.places(catalogue.ids)
-        known = before >= 0
+        old_rows = model.catalogue.places(catalogue.ids)
+        known = old_rows >= 0
         other = copy.copy(self)
         other._model = replace(
             model,
             catalogue=catalogue,
             vectors=_vectors(data, catalogue, self._config),
-            own=np.where(known, model.own[before], -1),
-            popular=np.where(known, model.popular[before], 0.0),
+            embedding_rows=np.where(known, model.embedding_rows[old_rows], -1),
+            popular=np.where(known, model.popular[old_rows], 0.0),
         ).finished()
         return other
 
@@ -158,7 +158,7 @@ class UniSRec(ScoredBaseline[UniSRecConfig, Universal]):
         torch = require("torch", "baselines")
         catalogue = Catalogue.of(data)
         with torch.random.fork_rng(devices=[]):
-            model = self._over(catalogue, torch.from_numpy(state["vectors"]), Log.of(data, catalogue))
+            model = self._untrained(catalogue, torch.from_numpy(state["vectors"]), Log.of(data, catalogue))
         put_back(model.network, state)
         self._model = model.finished()
         self.looked_at = stopped_by(stop_cases(data, self._config, _STOP_CASES))
@@ -170,31 +170,31 @@ class UniSRec(ScoredBaseline[UniSRecConfig, Universal]):
     def _carried(self, model: Universal) -> Carried:
         """Return the transferable network."""
         shape = {key: getattr(self._config, key) for key in _SHAPE} | {"width": model.vectors.shape[1]}
-        return Carried(self.name, model.network, shape, _OWN, self._config)
+        return Carried(self.name, model.network, shape, _DOMAIN_WEIGHTS, self._config)
 
-    def _over(self, catalogue: Catalogue, vectors: Any, events: Log) -> Universal:
+    def _untrained(self, catalogue: Catalogue, vectors: Any, events: Log) -> Universal:
         """Return a network with random weights."""
         popular = counts(events, catalogue)
-        own = np.full(len(popular), -1, dtype=np.int64)
-        own[popular > 0] = np.arange(int((popular > 0).sum()))
+        embedding_rows = np.full(len(popular), -1, dtype=np.int64)
+        embedding_rows[popular > 0] = np.arange(int((popular > 0).sum()))
         network = network_of(vectors.shape[1], int((popular > 0).sum()) if self._config.ids else 0, self._config)
-        return Universal(catalogue, vectors, own, popular / popular.max(initial=1.0), network, self._config)
+        return Universal(catalogue, vectors, embedding_rows, popular / popular.max(initial=1.0), network, self._config)
 
-    def _begun(self, data: SplitDataset) -> tuple[Universal, list[NDArray[np.int64]]]:
+    def _initial(self, data: SplitDataset) -> tuple[Universal, list[NDArray[np.int64]]]:
         """Return the network before training on items, with transferred or pretrained weights, and the sequences."""
         torch, config = require("torch", "baselines"), self._config
         catalogue = Catalogue.of(data)
         events = Log.of(data, catalogue)
-        model = self._over(catalogue, _vectors(data, catalogue, config), events)
+        model = self._untrained(catalogue, _vectors(data, catalogue, config), events)
         if config.start is not None:
             self._carried(model).load(config.start, data)
-        numbers = model.own[events.items].astype(np.int32)
+        numbers = model.embedding_rows[events.items].astype(np.int32)
         pieces = pieces_of(replace(events, items=numbers), config.max_len)
         if config.pretrain:
             rng, text = np.random.default_rng([self._seed, 1]), None
             if config.word_drop and not config.encoder.startswith(STORE):
-                less = text_vectors(data, catalogue.ids, config, Fewer(config.word_drop, self._seed))
-                text = torch.from_numpy(less.astype(np.float32))[model.warm]
+                shortened = text_vectors(data, catalogue.ids, config, DropWords(config.word_drop, self._seed))
+                text = torch.from_numpy(shortened.astype(np.float32))[model.warm]
             optimiser = torch.optim.AdamW(
                 model.network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
             )
@@ -218,13 +218,13 @@ def _epoch(
     total, count = 0.0, 0
     for batch in batches_of(pieces, config.batch, rng):
         optimiser.zero_grad(set_to_none=True)
-        wanted = torch.from_numpy(batch.targets)
-        rows = wanted >= 0
+        targets = torch.from_numpy(batch.targets)
+        rows = targets >= 0
         raw = model.represented(warm)
         query = model.encoded(raw[torch.from_numpy(batch.items)])[rows] / config.temperature
         table = torch.nn.functional.normalize(raw, dim=1)
         with torch.no_grad():
-            value, of_query, of_table = over_all(query.detach(), table.detach(), wanted[rows], half=config.half)
+            value, of_query, of_table = over_all(query.detach(), table.detach(), targets[rows], half=config.half)
         torch.autograd.backward([query, table], [of_query, of_table])
         optimiser.step()
         total, count = total + value * len(query), count + len(query)

@@ -80,7 +80,7 @@ class Universal:
     Attributes:
         catalogue: The catalogue.
         vectors: Text vectors, shape (items, d).
-        own: Index of each item's learned embedding, -1 for none, shape (items,).
+        embedding_rows: Index of each item's learned embedding, -1 for none, shape (items,).
         popular: Training interactions of each item, divided by the maximum, shape (items,).
         network: Adaptor and sequence encoder.
         config: The parameters.
@@ -89,7 +89,7 @@ class Universal:
 
     catalogue: Catalogue
     vectors: Any
-    own: NDArray[np.int64]
+    embedding_rows: NDArray[np.int64]
     popular: NDArray[np.float64]
     network: Any
     config: UniSRecConfig
@@ -104,22 +104,22 @@ class Universal:
     @property
     def warm(self) -> NDArray[np.int64]:
         """Catalogue indices of the items with training interactions, in the order of their embeddings."""
-        known = np.flatnonzero(self.own >= 0)
-        return known[np.argsort(self.own[known])]
+        known = np.flatnonzero(self.embedding_rows >= 0)
+        return known[np.argsort(self.embedding_rows[known])]
 
-    def represented(self, places: NDArray[np.int64], vectors: Any = None) -> Any:
+    def represented(self, rows: NDArray[np.int64], vectors: Any = None) -> Any:
         """Return the input vectors of items, shape (n, dim).
 
         Args:
-            places: Indices in the catalogue.
+            rows: Indices in the catalogue.
             vectors: Text vectors to use instead of those of the items, shape (n, d).
         """
         torch, network = require("torch", "baselines"), self.network
-        result = adapted(network, self.vectors[places] if vectors is None else vectors, self.config.dropout)
+        result = adapted(network, self.vectors[rows] if vectors is None else vectors, self.config.dropout)
         if "table" in network:
-            own = torch.from_numpy(self.own[places])
+            embedding_rows = torch.from_numpy(self.embedding_rows[rows])
             # Items without training interactions have only a text vector.
-            result = result + network["table"](own.clamp(min=0)) * (own >= 0)[:, None]
+            result = result + network["table"](embedding_rows.clamp(min=0)) * (embedding_rows >= 0)[:, None]
         return result
 
     def encoded(self, items: Any) -> Any:
@@ -151,21 +151,21 @@ class Universal:
 
 def adapted(network: torch.nn.Module, vectors: Any, dropout: float) -> Any:
     """Return a mixture of parametric whitenings of text vectors: shape (n, d) -> (n, dim)."""
-    functional, own = require("torch", "baselines").nn.functional, network["adaptor"]
+    functional, adaptor = require("torch", "baselines").nn.functional, network["adaptor"]
     gates = gates_of(network, vectors)
     left = functional.dropout(vectors, dropout, network.training)
-    experts, width, dim = own["maps"].shape
-    spread = (left @ own["maps"].transpose(0, 1).reshape(width, -1)).view(-1, experts, dim)
-    centred = spread - (own["shifts"][:, None, :] @ own["maps"])[:, 0]
+    experts, width, dim = adaptor["maps"].shape
+    spread = (left @ adaptor["maps"].transpose(0, 1).reshape(width, -1)).view(-1, experts, dim)
+    centred = spread - (adaptor["shifts"][:, None, :] @ adaptor["maps"])[:, 0]
     return (gates[:, :, None] * centred).sum(dim=1)
 
 
 def gates_of(network: torch.nn.Module, vectors: Any) -> Any:
     """Return the mixture weights of the whitening experts, shape (n, experts), with noise during training."""
-    torch, own = require("torch", "baselines"), network["adaptor"]
-    logits = vectors @ own["gate"]
+    torch, adaptor = require("torch", "baselines"), network["adaptor"]
+    logits = vectors @ adaptor["gate"]
     if network.training:
-        deviation = torch.nn.functional.softplus(vectors @ own["noise"]) + _NOISE
+        deviation = torch.nn.functional.softplus(vectors @ adaptor["noise"]) + _NOISE
         logits = logits + torch.randn_like(logits) * deviation
     return torch.softmax(logits, dim=-1)
 
@@ -208,7 +208,7 @@ def contrastive(left: Any, right: Any, same: Any, temperature: float) -> Any:
 def contrasted(
     model: Universal,
     pieces: Sequence[NDArray[np.int64]],
-    said: Any,
+    dropped: Any,
     optimiser: torch.optim.Optimizer,
     rng: np.random.Generator,
 ) -> None:
@@ -217,7 +217,7 @@ def contrasted(
     Args:
         model: The model to train.
         pieces: Sequences of item indices.
-        said: Vectors of texts with words dropped, shape (warm, d); None: words are never dropped.
+        dropped: Vectors of texts with words dropped, shape (warm, d); None: words are never dropped.
         optimiser: The optimiser of the network.
         rng: The random generator for batches and for dropping items and words.
     """
@@ -225,17 +225,17 @@ def contrasted(
     model.network.train()
     for batch in batches_of(pieces, config.batch, rng):
         optimiser.zero_grad(set_to_none=True)
-        items, wanted = torch.from_numpy(batch.items), torch.from_numpy(batch.targets)
+        items, targets = torch.from_numpy(batch.items), torch.from_numpy(batch.targets)
         raw = model.represented(warm)
-        states, rows = model.encoded(raw[items]), wanted >= 0
-        following = torch.nn.functional.normalize(raw[wanted[rows]], dim=1)
-        loss = contrastive(states[rows], following, wanted[rows], config.temperature)
+        states, rows = model.encoded(raw[items]), targets >= 0
+        following = torch.nn.functional.normalize(raw[targets[rows]], dim=1)
+        loss = contrastive(states[rows], following, targets[rows], config.temperature)
         if config.contrast:
-            both = raw if said is None else torch.cat([raw, model.represented(warm, said)])
-            changed, ends = changed_sequences(batch, config.item_drop, len(raw) if said is not None else 0, rng)
+            both = raw if dropped is None else torch.cat([raw, model.represented(warm, dropped)])
+            changed, ends = changed_sequences(batch, config.item_drop, len(raw) if dropped is not None else 0, rng)
             last, every = rows.sum(dim=1) - 1, torch.arange(len(items))
             other = model.encoded(both[torch.from_numpy(changed)])[every, torch.from_numpy(ends)]
-            pair = contrastive(states[every, last], other, wanted[every, last], config.temperature)
+            pair = contrastive(states[every, last], other, targets[every, last], config.temperature)
             loss = loss + config.contrast * pair
         loss.backward()
         optimiser.step()
@@ -252,17 +252,17 @@ def changed_sequences(
     """
     items, ends = np.zeros_like(batch.items), np.zeros(len(batch.items), dtype=np.int64)
     for row, length in enumerate((batch.targets >= 0).sum(axis=1).tolist()):
-        own = batch.items[row, :length]
+        sequence = batch.items[row, :length]
         if offset and rng.random() < 0.5:
-            own = own + offset
+            sequence = sequence + offset
         else:
-            kept = own[rng.random(length) >= share]
-            own = kept if len(kept) else own[-1:]
-        items[row, : len(own)], ends[row] = own, len(own) - 1
+            kept = sequence[rng.random(length) >= share]
+            sequence = kept if len(kept) else sequence[-1:]
+        items[row, : len(sequence)], ends[row] = sequence, len(sequence) - 1
     return items, ends
 
 
-class Fewer:
+class DropWords:
     """Drops random words from a text, but never all of them."""
 
     def __init__(self, share: float, seed: int) -> None:

@@ -41,7 +41,7 @@ def compress(options: CompressOptions) -> None:
     """
     from llmrec.systems.m6.compress import compress as compressing
 
-    made = compressing.compress(
+    result = compressing.compress(
         options.run,
         options.out,
         target_ms=options.target_ms,
@@ -50,12 +50,12 @@ def compress(options: CompressOptions) -> None:
         force=options.force,
     )
     lines = {
-        f"{row.layers} layers, {row.dtype}": f"{made.metric} {row.quality}, {row.ms:.0f} ms, {row.mb:.0f} MB"
+        f"{row.layers} layers, {row.dtype}": f"{result.metric} {row.quality}, {row.ms:.0f} ms, {row.mb:.0f} MB"
         + (", Pareto" if row.pareto else "")
-        for row in made.rows
+        for row in result.rows
     }
-    show("20 candidates", lines, record={"compressed": made})
-    if made.chosen is None:
+    show("20 candidates", lines, record={"compressed": result})
+    if result.chosen is None:
         say(f"no compressed model takes at most {options.target_ms:g} ms, so nothing was exported")
         raise typer.Exit(1)
-    say(f"exported: {options.out}, {made.chosen.layers} layers, {made.chosen.dtype}")
+    say(f"exported: {options.out}, {result.chosen.layers} layers, {result.chosen.dtype}")

@@ -37,7 +37,6 @@ from llmrec.pipeline.runs import open_run
 from llmrec.pipeline.study import Study
 from llmrec.recipe.schema import ModelSection, Recipe
 from llmrec.recipe.shared import Dtype
-from llmrec.registry import lower
 from llmrec.registry import lower as lower_better
 from llmrec.report.canvas import HALF, NARROW, Canvas, fitted, spanning
 from llmrec.report.charts import legend
@@ -102,9 +101,9 @@ def with_front(rows: Sequence[Row], *, lower: bool) -> tuple[Row, ...]:
         return quality, -row.ms, -row.mb
 
     def beaten(row: Row) -> bool:
-        own = figures(row)
+        values = figures(row)
         return any(
-            all(o >= s for o, s in zip(other, own, strict=True)) and other != own for other in map(figures, rows)
+            all(o >= s for o, s in zip(other, values, strict=True)) and other != values for other in map(figures, rows)
         )
 
     return tuple(sorted((replace(row, pareto=not beaten(row)) for row in rows), key=lambda row: row.ms))
@@ -125,39 +124,39 @@ _LOOKS = {"bfloat16": ("circle", "zero-shot"), "float32": ("triangle", "tuned"),
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 16, 56, 296
 
 
-def write(found: Compressed, name: str, path: Path) -> None:
+def write(result: Compressed, name: str, path: Path) -> None:
     """Write the measurements of a run as an HTML page."""
-    rows = [row for row in found.rows if row.quality is not None]
+    rows = [row for row in result.rows if row.quality is not None]
     page = environment().get_template("compress.html.j2")
-    nonce = hashlib.sha256(repr((name, found)).encode()).hexdigest()[:32]
-    pictures = [front(rows, found, width) for width in (HALF, NARROW)] if rows else []
-    write_text(path, page.render(name=name, found=found, plotted=pictures, nonce=nonce, style=style()))
+    nonce = hashlib.sha256(repr((name, result)).encode()).hexdigest()[:32]
+    pictures = [front(rows, result, width) for width in (HALF, NARROW)] if rows else []
+    write_text(path, page.render(name=name, found=result, plotted=pictures, nonce=nonce, style=style()))
 
 
-def front(rows: Sequence[Row], found: Compressed, width: float) -> Canvas:
+def front(rows: Sequence[Row], result: Compressed, width: float) -> Canvas:
     """Plot quality against latency with the Pareto front, labelled by number of layers."""
     canvas = Canvas(width=width, height=_BOTTOM + 46)
     times = [row.ms for row in rows]
-    along = spanning([*times, found.target_ms] if found.target_ms > 0 else times, _LEFT, width - _RIGHT)
-    rise = fitted([row.quality for row in rows], _BOTTOM, _TOP)
-    canvas.left(rise, _LEFT, along.end, found.metric)
-    canvas.below(along, _TOP, _BOTTOM, "milliseconds, log scale" if along.log else "milliseconds", ticks=5)
-    if along.low <= found.target_ms <= along.high:
-        place = along(found.target_ms)
-        canvas.line(place, _TOP, place, _BOTTOM, "reference")
-        canvas.text(min(place + 4, width - 46), _TOP - 4, "target", "tick halo")
-    sign, best = -1 if lower(found.metric.partition(" of ")[0]) else 1, list[Row]()
+    x_axis = spanning([*times, result.target_ms] if result.target_ms > 0 else times, _LEFT, width - _RIGHT)
+    y_axis = fitted([row.quality for row in rows], _BOTTOM, _TOP)
+    canvas.left(y_axis, _LEFT, x_axis.end, result.metric)
+    canvas.below(x_axis, _TOP, _BOTTOM, "milliseconds, log scale" if x_axis.log else "milliseconds", ticks=5)
+    if x_axis.low <= result.target_ms <= x_axis.high:
+        target_x = x_axis(result.target_ms)
+        canvas.line(target_x, _TOP, target_x, _BOTTOM, "reference")
+        canvas.text(min(target_x + 4, width - 46), _TOP - 4, "target", "tick halo")
+    sign, pareto = -1 if lower_better(result.metric.partition(" of ")[0]) else 1, list[Row]()
     for row in sorted(rows, key=lambda row: row.ms):
-        if not best or sign * float(row.quality or 0) > sign * float(best[-1].quality or 0):
-            best.append(row)
-    canvas.path([(along(row.ms), rise(float(row.quality or 0))) for row in best], "curve good")
+        if not pareto or sign * float(row.quality or 0) > sign * float(pareto[-1].quality or 0):
+            pareto.append(row)
+    canvas.path([(x_axis(row.ms), y_axis(float(row.quality or 0))) for row in pareto], "curve good")
     legend(canvas, [(dtype, *_LOOKS[dtype]) for dtype in dict.fromkeys(row.dtype for row in rows)], _LEFT)
     for row in rows:
         form, hue = _LOOKS[row.dtype]
-        at, up = along(row.ms), rise(float(row.quality or 0))
-        message = f"{row.layers} layers, {row.dtype}: {row.quality:.4g}, {row.ms:.0f} ms, {row.mb:.0f} MB"
-        canvas.mark(form, at, up, f"fill {hue}", size=8 if row == found.chosen else 5, title=message)
-        canvas.text(at, up - (14 if row == found.chosen else 10), str(row.layers), "tick halo", anchor="middle")
+        x, y = x_axis(row.ms), y_axis(float(row.quality or 0))
+        title = f"{row.layers} layers, {row.dtype}: {row.quality:.4g}, {row.ms:.0f} ms, {row.mb:.0f} MB"
+        canvas.mark(form, x, y, f"fill {hue}", size=8 if row == result.chosen else 5, title=title)
+        canvas.text(x, y - (14 if row == result.chosen else 10), str(row.layers), "tick halo", anchor="middle")
     return canvas
 
 
@@ -167,9 +166,9 @@ TABLE = "compress.json"
 CANDIDATES = 20
 KINDS: tuple[Kind, ...] = ("bfloat16", "float32", "int8")
 # Tolerance between the quality of the export and the measurement, since the order of sums differs.
-_APART = 0.01
+_TOLERANCE = 0.01
 # Files of a model that change when layers are removed.
-_WRITTEN = ("model*.safetensors", "model.safetensors.index.json", "config.json", bottleneck.WEIGHTS)
+_MODEL_FILES = ("model*.safetensors", "model.safetensors.index.json", "config.json", bottleneck.WEIGHTS)
 
 
 def compress(
@@ -215,31 +214,31 @@ def compress(
                 raise
             # Keep earlier measurements if a package does not work here.
             log.warning("int8 is not available: %s", error)
-    rows = with_front([row for own in results for row in own], lower=lower_better(metric))
+    rows = with_front([row for part in results for row in part], lower=lower_better(metric))
     best = chosen(rows, target_ms, lower=lower_better(metric))
-    made = Compressed(
+    compressed = Compressed(
         f"{metric} of {family}", len(study.cases(family)), target_ms, rows, best, out if best is not None else None
     )
-    table = {key: value for key, value in asdict(made).items() if key != "folder"}
+    table = {key: value for key, value in asdict(compressed).items() if key != "folder"}
     write_json(run / TABLE, {**table, "machine": machine(), "llmrec": __version__})
-    write(made, study.recipe.name, run / PAGE)
+    write(compressed, study.recipe.name, run / PAGE)
     if best is not None:
 
         def change(draft: Path) -> None:
             cut(merged, draft, source.recipe, best)
-            (again,) = _measured(study, family, draft, best.dtype, (best.layers,))
-            if abs((again.quality or 0.0) - (best.quality or 0.0)) > _APART:
+            (exported,) = _measured(study, family, draft, best.dtype, (best.layers,))
+            if abs((exported.quality or 0.0) - (best.quality or 0.0)) > _TOLERANCE:
                 raise LlmrecError(
-                    f"{out}: the export has {metric} {again.quality}, but {best.quality} was measured; this is a "
+                    f"{out}: the export has {metric} {exported.quality}, but {best.quality} was measured; this is a "
                     "defect in llmrec, and nothing was exported",
                     kind="defect",
                     at=out,
                 )
 
-        wide: Dtype = "bfloat16" if best.dtype == "int8" else best.dtype
-        options = ExportOptions(run=run, out=out, dtype=wide, check_users=0, force=force)
+        dtype: Dtype = "bfloat16" if best.dtype == "int8" else best.dtype
+        options = ExportOptions(run=run, out=out, dtype=dtype, check_users=0, force=force)
         write_export(options, change=change)
-    return made
+    return compressed
 
 
 def cut(merged: Path, draft: Path, recipe: Recipe, row: Row) -> None:
@@ -248,19 +247,19 @@ def cut(merged: Path, draft: Path, recipe: Recipe, row: Row) -> None:
     The weights are the measured ones, in the measured dtype.
     """
     model = opened(merged, row.dtype, recipe)
-    body, text = model.get_decoder(), model.config.get_text_config()
-    for item in (body.config, text):
+    body, text_config = model.get_decoder(), model.config.get_text_config()
+    for item in (body.config, text_config):
         item.num_hidden_layers = row.layers
         if getattr(item, "layer_types", None):
             item.layer_types = list(item.layer_types)[: row.layers]
     body.layers = body.layers[: row.layers]
     for file in (*draft.glob("model*.safetensors*"), draft / bottleneck.WEIGHTS):
         file.unlink(missing_ok=True)
-    with TemporaryDirectory(dir=draft) as made:
-        model.save_pretrained(made)
-        bottleneck.save(model, Path(made))
-        safety.keep_only(Path(made), _WRITTEN)
-        for file in Path(made).iterdir():
+    with TemporaryDirectory(dir=draft) as folder:
+        model.save_pretrained(folder)
+        bottleneck.save(model, Path(folder))
+        safety.keep_only(Path(folder), _MODEL_FILES)
+        for file in Path(folder).iterdir():
             file.replace(draft / file.name)
     drop_places(draft / "config.json")
     card = (draft / "README.md").read_text(encoding="utf-8")
@@ -300,8 +299,8 @@ def opened(folder: Path, kind: Kind, recipe: Recipe) -> Any:
     require("bitsandbytes", "quant")
     if getattr(load_config(str(folder), section), "quantization_config", None) is not None:
         return load_model(str(folder), section)
-    text = require("transformers", "train").BitsAndBytesConfig(load_in_8bit=True)
-    return load_model(str(folder), section, quantization_config=text)
+    quantization = require("transformers", "train").BitsAndBytesConfig(load_in_8bit=True)
+    return load_model(str(folder), section, quantization_config=quantization)
 
 
 def _section(folder: Path, kind: Kind, recipe: Recipe) -> ModelSection:
@@ -329,15 +328,15 @@ def _measured(study: Study, family: str, folder: Path, kind: Kind, depths: Seque
     encoder = Encoder(load_tokenizer(str(folder), section), max_length=study.recipe.model.max_length)
     model = opened(folder, kind, study.recipe)
     layers = len(model.get_decoder().layers)
-    template, own = study.eval_templates(family)[0], family_of(family)
+    template, family_info = study.eval_templates(family)[0], family_of(family)
     results = []
     for depth in sorted({max(1, round(layers * part / 6)) for part in range(1, 7)} if not depths else set(depths)):
         backend = HFBackend(model, encoder, batch_tokens=study.recipe.eval.batch_tokens, exit=depth)
-        asker = Prompting(backend=backend, task=study.tasks[family], template=template.name)
+        prompting = Prompting(backend=backend, task=study.tasks[family], template=template.name)
         strategy = study.tasks[family].scored_by(template)
         assert strategy is not None
-        timed = _Timed(strategy_of(strategy, asker))
-        done = evaluate(timed, cases, name=family, kind=own.answer, protocol=protocol_of(study, family))
+        timed = _Timed(strategy_of(strategy, prompting))
+        evaluation = evaluate(timed, cases, name=family, kind=family_info.answer, protocol=protocol_of(study, family))
         if backend.exits is None or backend.exits.whole or not backend.exits.taken:
             raise LlmrecError(
                 f"early exit needs one-token labels, and this tokenizer splits the labels of {family} into several "
@@ -345,7 +344,7 @@ def _measured(study: Study, family: str, folder: Path, kind: Kind, depths: Seque
                 kind="unsupported",
                 column="tasks",
             )
-        quality = done.figures.metrics[own.headline_at(study.recipe.eval.cutoffs)].value
+        quality = evaluation.figures.metrics[family_info.headline_at(study.recipe.eval.cutoffs)].value
         unused = {id(p) for layer in list(model.get_decoder().layers)[depth:] for p in layer.parameters()}
         size = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in unused)
         ms = 1e3 * CANDIDATES * timed.seconds / len(cases)
