@@ -11,7 +11,7 @@ import numpy as np
 
 from eval.benchmarks.search_peers import Trie
 from eval.benchmarks.timing import Summary, alternated, at_most, faster, summary, within
-from llmrec.decode.beam import Fed, Floats, Wanted, beam
+from llmrec.decode.beam import Fed, Floats, Targets, beam
 from llmrec.decode.token_tree import Catalogue
 
 FIRST, LEVEL = 32_000, 256
@@ -73,17 +73,17 @@ class Instant:
         self.steps: list[tuple[int, int, float]] = []
         self._wanted, self._since = 0, 0.0
 
-    def open(self, prompts: Sequence[Sequence[int]], wanted: Wanted) -> Floats:
+    def open(self, prompts: Sequence[Sequence[int]], wanted: Targets) -> Floats:
         self._wanted = 0
         return self._answers(wanted)
 
-    def feed(self, fed: Fed, wanted: Wanted) -> Floats:
+    def feed(self, fed: Fed, wanted: Targets) -> Floats:
         return self._answers(wanted)
 
     def close(self) -> None:
         pass
 
-    def _answers(self, wanted: Wanted) -> Floats:
+    def _answers(self, wanted: Targets) -> Floats:
         count = len(wanted.tokens)
         if self._wanted:
             self.steps.append((self._wanted, count, time.perf_counter() - self._since))

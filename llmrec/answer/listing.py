@@ -26,7 +26,7 @@ _DEEPER = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class ListSpec:
     """What a list should contain: number of items, rules, and model.
 
     Attributes:
@@ -60,7 +60,7 @@ Query = tuple[Question, RankRequest]
 
 
 def listing(
-    request: RankRequest, spec: Wanted, catalogue: Catalogue, verb: str = RANK
+    request: RankRequest, spec: ListSpec, catalogue: Catalogue, verb: str = RANK
 ) -> Generator[Query, Answered, Answered]:
     """Yield the questions for models, receive the answers, and return the final list.
 
@@ -108,7 +108,7 @@ def is_cold(request: RankRequest) -> bool:
     return not request.history and not request.profile and USER_FIELDS not in request.context
 
 
-def _allowed(request: RankRequest, spec: Wanted, catalogue: Catalogue) -> RankRequest:
+def _allowed(request: RankRequest, spec: ListSpec, catalogue: Catalogue) -> RankRequest:
     """Remove the items that the rules forbid from a request, before ranking."""
     request, items = replace(request, keep_seen=not spec.exclude_seen), catalogue.items
     if not spec.rules:

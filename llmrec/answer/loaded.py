@@ -25,7 +25,7 @@ import pyarrow as pa
 from llmrec.answer.checks import decided
 from llmrec.answer.known import Catalogue, Known, Profile, known_of, profiles_of, read_known
 from llmrec.answer.language_model import LanguageModel
-from llmrec.answer.listing import Wanted, listing
+from llmrec.answer.listing import ListSpec, listing
 from llmrec.answer.opening import Models, open_models, reserved_by
 from llmrec.answer.options import RecommenderOptions
 from llmrec.answer.prompting import value_of
@@ -53,7 +53,7 @@ from llmrec.types import Item, Unparsed
 
 log = logging.getLogger(__name__)
 
-__all__ = ["Loaded", "Ranked", "Scored", "Wanted", "load"]
+__all__ = ["ListSpec", "Loaded", "Ranked", "Scored", "load"]
 
 _KEYS = ("id", "user_id", "history", "candidates", "profile")
 # Number of requests per batch for a data frame.
@@ -190,7 +190,7 @@ class Loaded(Displayed):
             LlmrecError: If a request cannot be answered; for a frame, if it cannot be read, or no column has users,
                 histories or candidates.
         """
-        spec = Wanted(k, model, strategy, exclude_seen, Rules.read(where or {}))
+        spec = ListSpec(k, model, strategy, exclude_seen, Rules.read(where or {}))
         if (sequence := _sequence(self.users if users is None else users)) is None:
             return like(users, self._table(as_arrow(users, "requests frame").to_pylist(), spec))
         histories = any(not isinstance(entry, str | int | float | None) for entry in sequence)
@@ -238,7 +238,7 @@ class Loaded(Displayed):
         Raises:
             LlmrecError: If the question cannot be answered.
         """
-        spec = Wanted(k, model, strategy, exclude_seen, Rules.read(where or {}))
+        spec = ListSpec(k, model, strategy, exclude_seen, Rules.read(where or {}))
         record = {"id": id, "user_id": user, "history": history, "candidates": candidates, "profile": profile}
         (answer,) = self.lists([self._request(record, 1)], spec)
         if isinstance(answer, LlmrecError):
@@ -367,7 +367,7 @@ class Loaded(Displayed):
         )
 
     def lists(
-        self, requests: Sequence[RankRequest], spec: Wanted, *, rationale: int = 0
+        self, requests: Sequence[RankRequest], spec: ListSpec, *, rationale: int = 0
     ) -> list[Answered | LlmrecError]:
         """Return a list or an error for every request; requests with the same settings are answered in one batch.
 
@@ -410,7 +410,7 @@ class Loaded(Displayed):
         """
         if isinstance(items, str):
             raise DataError(f"items: {items!r} is a string; give a list of ids, such as [{items!r}]", kind="bad-value")
-        Wanted(k)
+        ListSpec(k)
         known = [self._catalogue.get(str(item)).item_id for item in items]
         request = read_request({"history": known}, 1, self._models.items, whole=True)
         return _scored(self._models.similar(by).answer([request], Question(depth=k))[0])
@@ -482,7 +482,7 @@ class Loaded(Displayed):
         known = {key: value for key, value in record.items() if value is not None}
         return self.read(known, row, whole="candidates" not in known)
 
-    def _table(self, rows: Sequence[Mapping[str, Any]], spec: Wanted, bar: Bar | None = None) -> pa.Table:
+    def _table(self, rows: Sequence[Mapping[str, Any]], spec: ListSpec, bar: Bar | None = None) -> pa.Table:
         """Rank requests and return a table with one row per item or failed request."""
         columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
         rows = _read(rows)
@@ -540,7 +540,7 @@ class Loaded(Displayed):
 
     def _about(self, family: str, item: Any, *, model: str | None = None, **who: Any) -> float | str:
         question = Question(model=model, verb=family)
-        self._models.asked(question)
+        self._models.model_for(question)
         record = {"history": who.pop("history", None), "user_id": who.pop("user", None)}
         record["profile"] = who.pop("profile", None)
         if who:

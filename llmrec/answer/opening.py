@@ -114,7 +114,7 @@ class Models(Displayed):
             )
         return self._kept(_SIMILAR[by])
 
-    def asked(self, question: Question) -> Recommender:
+    def model_for(self, question: Question) -> Recommender:
         """Return the model that answers a question.
 
         Raises:
@@ -139,7 +139,7 @@ class Models(Displayed):
         Raises:
             LlmrecError: If no model answers the question.
         """
-        model = self.asked(question)
+        model = self.model_for(question)
         lists = question.verb in (SIMILAR, POPULAR)
         answers = model.answer(requests, replace(question, verb=RANK) if lists else question, listener)
         if question.verb == POPULAR and self.popular is not None:

@@ -138,7 +138,7 @@ def from_table(
 # --------------------------------------------------------------------------- one store
 
 
-def whole(store: FeatureStore, kind: FeatureKind) -> Features:
+def all_features(store: FeatureStore, kind: FeatureKind) -> Features:
     """Return all features of users or of items."""
     names = store.ids(kind)
     text = store.texts(kind, names)
@@ -185,7 +185,7 @@ def forget(folder: Path, user: str) -> Forgotten:
             path.unlink()
         drop_older(root)
         store = FeatureStore.open(folder)
-        tables = [whole(store, kind) for kind in store.kinds]
+        tables = [all_features(store, kind) for kind in store.kinds]
         pairs = {pair for table in tables for known in table.seen.values() for pair in known if pair[0] == user}
         entries = [(table.kind, item, known) for table in tables for item, known in table.seen.items()]
         others = sorted(
@@ -238,7 +238,7 @@ def edit(folder: Path, kind: FeatureKind, item: str, text: str) -> tuple[Feature
         raise DataError.at(folder, "mismatch", f" was built with another version of {spec['name']}; rebuild the store")
     with writing(folder) as root:
         store = FeatureStore.open(folder)
-        tables = {other: whole(store, other) for other in store.kinds}
+        tables = {other: all_features(store, other) for other in store.kinds}
         table = tables[kind]
         row = list(table.ids).index(item)
         vectors, new_texts = np.array(table.vectors), list(table.texts)

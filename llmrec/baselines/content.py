@@ -10,7 +10,15 @@ import numpy as np
 from pydantic import Field
 
 from llmrec.baselines.base import DECAYS, LSA, Auto, Catalogue, Decay, Log, ScoredBaseline, counts, filled, recent
-from llmrec.baselines.item_texts import WHITENINGS, TextsConfig, Turned, WhitenedConfig, opened, text_vectors, unit
+from llmrec.baselines.item_texts import (
+    WHITENINGS,
+    PrincipalAxes,
+    TextsConfig,
+    WhitenedConfig,
+    opened,
+    text_vectors,
+    unit,
+)
 from llmrec.data.features import FeatureStore
 from llmrec.errors import DataError
 from llmrec.models.text_encoder import text_embedder
@@ -28,7 +36,7 @@ class _Texts:
     """The text vectors of all items, and their popularity, shape (items,)."""
 
     catalogue: Catalogue
-    vectors: Turned
+    vectors: PrincipalAxes
     popular: NDArray[np.float64]
     synthetic: FeatureStore | None = None
 
@@ -97,7 +105,7 @@ class Content(ScoredBaseline[ContentConfig, _Texts]):
         vectors = text_vectors(data, catalogue.ids, self._config)
         popular = counts(Log.of(data, catalogue), catalogue)
         synthetic = _synthetic(data, self._config) if self._config.synthetic else None
-        self._model = _Texts(catalogue, Turned.of(vectors), popular, synthetic)
+        self._model = _Texts(catalogue, PrincipalAxes.of(vectors), popular, synthetic)
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
         """Return the text similarities of all items for every request, shape (n, items)."""

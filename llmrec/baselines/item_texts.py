@@ -84,7 +84,7 @@ class WhitenedConfig(TextsConfig):
 
 
 @dataclass(frozen=True)
-class Turned:
+class PrincipalAxes:
     """Vectors with their principal directions.
 
     Attributes:
@@ -102,11 +102,11 @@ class Turned:
     _last: dict[float, NDArray[np.float64]] = field(default_factory=dict, repr=False, compare=False)
 
     @staticmethod
-    def of(vectors: NDArray[np.floating[Any]]) -> Turned:
+    def of(vectors: NDArray[np.floating[Any]]) -> PrincipalAxes:
         """Compute the principal directions of vectors."""
         centre = vectors.mean(axis=0, dtype=np.float64)
         _, lengths, turned = np.linalg.svd(vectors - centre, full_matrices=False)
-        return Turned(vectors, centre, turned.T, lengths)
+        return PrincipalAxes(vectors, centre, turned.T, lengths)
 
     def whitening(self, exponent: float) -> NDArray[np.float64]:
         """Return the matrix that divides direction k of centred vectors by ``spread_k**exponent``, shape (d, <= k).

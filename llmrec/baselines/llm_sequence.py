@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field
 
 from llmrec.baselines.base import AboveZero, Catalogue, Log, Warm
-from llmrec.baselines.item_texts import Turned, WhitenedConfig, text_vectors
+from llmrec.baselines.item_texts import PrincipalAxes, WhitenedConfig, text_vectors
 from llmrec.baselines.neural import SequenceConfig, SequenceNetwork
 from llmrec.errors import require
 from llmrec.models.first_layers import first_layers
@@ -74,7 +74,7 @@ class LLMSequence(SequenceNetwork[LLMSequenceConfig]):
     def _open(self, data: SplitDataset) -> None:
         super()._open(data)
         catalogue = Catalogue.of(data)
-        texts = Turned.of(text_vectors(data, catalogue.ids, self._config)).whitened(self._config.whitening)
+        texts = PrincipalAxes.of(text_vectors(data, catalogue.ids, self._config)).whitened(self._config.whitening)
         self._vectors = texts[Warm.of(Log.of(data, catalogue), catalogue).indices].astype(np.float32)
 
     def _build(self, items: int) -> Any:

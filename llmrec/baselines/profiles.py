@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from llmrec.baselines.item_texts import Turned
+from llmrec.baselines.item_texts import PrincipalAxes
 from llmrec.data.described import refuse_seen, reshuffled
 from llmrec.data.features import FeatureKind, FeatureStore, Pair
 from llmrec.errors import DataError, require
@@ -60,7 +60,7 @@ class Table:
     @staticmethod
     def of(store: FeatureStore, kind: FeatureKind, names: Sequence[str], exponent: float, *, shuffle: bool) -> Table:
         """Fit the whitening of features."""
-        turned = Turned.of(store.get(kind, names)[0].astype(np.float64))
+        turned = PrincipalAxes.of(store.get(kind, names)[0].astype(np.float64))
         other = None
         if shuffle:
             other = reshuffled(sorted(store.ids(kind)))

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from llmrec import __version__
 from llmrec.bench import leaderboard
-from llmrec.bench.pages import own_pages
+from llmrec.bench.pages import benchmark_pages
 from llmrec.bench.records import BenchmarkPair, BenchmarkResult, BenchmarkRow, BenchmarkTable, PairSlice
 from llmrec.bench.references import all_references
 from llmrec.durable import write_checked, write_json, write_text
@@ -135,7 +135,7 @@ def write(page: Page, done: Finished, results: Path, seconds: float) -> Ran:
     )
     file = results / f"{result.benchmark}.json"
     write_json(file, result.as_json())
-    pages = own_pages(result, all_references()) | leaderboard.beside(results)
+    pages = benchmark_pages(result, all_references()) | leaderboard.pages_for(results)
     for name, text in pages.items():
         write_text(results.parent / name, text)
     titles = {leaderboard.PAGE: "leaderboard", f"{result.benchmark}.md": "page"}

@@ -15,7 +15,7 @@ import numpy as np
 from markupsafe import Markup
 from pydantic import Field, ValidationError
 
-from llmrec.bench.pages import engine, own_pages, published_results, read_results
+from llmrec.bench.pages import benchmark_pages, engine, published_results, read_results
 from llmrec.bench.records import BenchmarkResult, BenchmarkRow, BenchmarkTable, sort_key
 from llmrec.bench.references import Page, Published, Reference, all_references
 from llmrec.durable import write_text
@@ -156,7 +156,7 @@ def load_board(folder: Path) -> Board | None:
         ) from error
 
 
-def beside(folder: Path, references: Mapping[str, Reference] | None = None) -> dict[str, str]:
+def pages_for(folder: Path, references: Mapping[str, Reference] | None = None) -> dict[str, str]:
     """Return the pages and data of the leaderboard for a folder of results; empty without settings.
 
     Args:
@@ -186,9 +186,9 @@ def rewrite(folder: Path) -> list[Path]:
     if not folder.is_dir() or (folder / "results.json").is_file():
         return []
     references = all_references()
-    pages_by_name = beside(folder, references)
+    pages_by_name = pages_for(folder, references)
     for result in read_results(folder):
-        pages_by_name |= own_pages(result, references)
+        pages_by_name |= benchmark_pages(result, references)
     for name, text in pages_by_name.items():
         write_text(folder.parent / name, text)
     return [folder.parent / name for name in pages_by_name]

@@ -150,7 +150,7 @@ def _check_table(result: BenchmarkResult, table: BenchmarkTable) -> None:
             )
 
 
-def own_pages(result: BenchmarkResult, references: Mapping[str, Reference]) -> dict[str, str]:
+def benchmark_pages(result: BenchmarkResult, references: Mapping[str, Reference]) -> dict[str, str]:
     """Return the page of a benchmark by file name.
 
     Args:

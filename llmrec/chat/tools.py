@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from llmrec.answer.known import Catalogue
-from llmrec.answer.listing import Wanted, listing
+from llmrec.answer.listing import ListSpec, listing
 from llmrec.answer.opening import Models
 from llmrec.answer.recommender import RANK, SIMILAR, Answered, Question, ranking_of
 from llmrec.answer.rules import Rules
@@ -86,7 +86,7 @@ class ModelLists:
             candidates=tuple(items[name] for name in candidates if name in items),
             history=tuple(PastEvent(item=items[name]) for name in history if name in items),
         )
-        steps = listing(request, Wanted(k, rules=self.rules.joined(rules)), self.catalogue, verb)
+        steps = listing(request, ListSpec(k, rules=self.rules.joined(rules)), self.catalogue, verb)
         step = next(steps)
         while True:
             try:

@@ -65,13 +65,13 @@ def show_shard(folder: Path, target: Path) -> Mapping[str, Any]:
     from llmrec.pipeline.shards import read
 
     done = read(folder)
-    counts = {name: f"{done.told[name]:,}" for name in ("lines", "failed", "answers", "texts") if name in done.told}
-    seconds = ", ".join(f"{name} {spent:.1f}" for name, spent in done.told["seconds"].items())
+    counts = {name: f"{done.facts[name]:,}" for name in ("lines", "failed", "answers", "texts") if name in done.facts}
+    seconds = ", ".join(f"{name} {spent:.1f}" for name, spent in done.facts["seconds"].items())
     rows = {**counts, "seconds": seconds, "folder": str(folder)}
     last = f"when all {done.shard.count} are done: llmrec merge {shlex.quote(str(target))}"
-    show(f"shard {done.shard}", rows, record={"shard": {**done.told, "of": str(done.shard), "folder": folder}})
+    show(f"shard {done.shard}", rows, record={"shard": {**done.facts, "of": str(done.shard), "folder": folder}})
     say(last)
-    return done.told
+    return done.facts
 
 
 def show_tables(folder: Path) -> None:

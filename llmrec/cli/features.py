@@ -51,14 +51,14 @@ def import_texts(options: ImportOptions) -> None:
     Example:
         llmrec features import item_texts.csv --out features --kind item
     """
-    from llmrec.augment.stores import from_table, whole
+    from llmrec.augment.stores import all_features, from_table
     from llmrec.data.features import FeatureStore, write_version, writing
 
     tables = [from_table(options.texts, options.kind, column=options.text, seen=options.seen, encoder=options.encoder)]
     with writing(options.out) as folder:
         if (folder / "current").is_file():
             store = FeatureStore.open(folder)
-            tables += [whole(store, other) for other in store.kinds if other != options.kind]
+            tables += [all_features(store, other) for other in store.kinds if other != options.kind]
         write_version(folder, tables)
     show("features", _facts(options.out))
 

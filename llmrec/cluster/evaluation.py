@@ -108,7 +108,7 @@ def merge_run(home: Path, folders: Sequence[Path] = (), *, quiet: bool = False) 
         with closing(AnswerStore(home / ANSWERS)) as store:
             for entry in result:
                 store.join(entry.folder / ANSWERS)
-                for stage, spent in entry.told["seconds"].items():
+                for stage, spent in entry.facts["seconds"].items():
                     # The cost of answers is stored with them; the cost of starting engines is not.
                     if stage.startswith("start "):
                         session.budget.add(stage, spent)

@@ -200,7 +200,7 @@ class Worker:
         try:
             opened = self._work or read_job(self._folder, self._token).opened(self._advance)
             self._number, self._work = number, opened
-            facts = read(_patiently(self._work, shard)).told
+            facts = read(_patiently(self._work, shard)).facts
         except Exception as error:
             wrong = fix_of(error)
             text = str(wrong) if wrong else "".join(traceback.format_exception(error))

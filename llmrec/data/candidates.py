@@ -80,7 +80,7 @@ def draw(
 ) -> CandidateSets:
     """Draw candidates for the held-out interactions of a split, for all users or given users.
 
-    Negatives are items that the user has not interacted with; see `touched`. ``popularity`` draws them without
+    Negatives are items that the user has not interacted with; see `interacted_items`. ``popularity`` draws them without
     replacement, with probabilities proportional to 1 + the number of *training* interactions. The order is shuffled, so
     that the target's position is uniform.
 
@@ -98,7 +98,7 @@ def draw(
     index_of = {item: index for index, item in enumerate(catalogue)}
     weights = _weights(data, index_of, section.kind)
     total = np.cumsum(weights)
-    interactions = touched(data, split)
+    interactions = interacted_items(data, split)
     # Filtered items have a name but no index, and no interactions.
     catalogue_indices = np.array([index_of.get(name, -1) for name in interactions.names])
     sets: dict[str, tuple[str, ...]] = {}
@@ -119,7 +119,7 @@ def draw(
     return CandidateSets.of(section.kind, section.count, seed, sets, users)
 
 
-class Touched:
+class InteractedItems:
     """The items that each user interacted with, in columns that take four bytes per row."""
 
     def __init__(self, frame: pl.DataFrame) -> None:
@@ -137,14 +137,16 @@ class Touched:
         return frozenset(map(self.names.__getitem__, self.indices(user).tolist()))
 
 
-def touched(data: SplitDataset, split: SplitName) -> Touched:
+def interacted_items(data: SplitDataset, split: SplitName) -> InteractedItems:
     """Return, by user, the items that must not be drawn as negatives for a split's requests.
 
     For ``test`` these are the items of all splits. For ``valid`` they exclude those of test: otherwise choices made on
     validation would depend on the test items, because these would never be negatives.
     """
     frames = (data.train, data.known, data.valid) if split == "valid" else (data.dataset.interactions,)
-    return Touched(pl.concat([frame.select("user_id", "item_id") for frame in frames if frame.height] or [frames[0]]))
+    return InteractedItems(
+        pl.concat([frame.select("user_id", "item_id") for frame in frames if frame.height] or [frames[0]])
+    )
 
 
 def draw_among(

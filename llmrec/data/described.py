@@ -35,7 +35,9 @@ class Profile(str):
     __slots__ = ()
 
 
-def described(data: SplitDataset, section: TextsSection | None, held: frozenset[Pair] = frozenset()) -> SplitDataset:
+def with_stored_texts(
+    data: SplitDataset, section: TextsSection | None, held: frozenset[Pair] = frozenset()
+) -> SplitDataset:
     """Return a split whose users and items have the texts of a feature store; unchanged without a store.
 
     A user's text that names an item held out for this user is excluded, but the user stays: models with and without

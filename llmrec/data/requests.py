@@ -265,7 +265,7 @@ def _item(where: str, entry: object, catalogue: Mapping[str, Item] | None, remar
         fields = _fields(where, entry)
     elif catalogue is None:
         item_id, fields = None, {}
-        title = str(entry) if whole(entry) else _text(where, entry)
+        title = str(entry) if is_integer(entry) else _text(where, entry)
     else:
         item_id, title, fields = _optional_id(where, entry), "", {}
     known = None if catalogue is None or item_id is None else catalogue.get(item_id)
@@ -331,7 +331,7 @@ def _profile(profile: object) -> tuple[str, dict[str, str]]:
     # missing values of data frames are NaN
     known = {name: value for name, value in profile.items() if value is not None and value == value}
     values = {clean(_text("profile", name)): value for name, value in known.items()}
-    fields = {name: str(int(value) if whole(value) else value) for name, value in values.items() if _plain(value)}
+    fields = {name: str(int(value) if is_integer(value) else value) for name, value in values.items() if _plain(value)}
     if len(fields) < len(values):
         name = next(name for name in values if name not in fields)
         message = f"profile: {name[:60]!r} is {_kind(values[name])}; give a text or a number"
@@ -347,7 +347,7 @@ def _optional_id(what: str, value: object) -> str | None:
     """Return an id as text; integers are valid ids, even if a library converted them to floats."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
-    if whole(value):
+    if is_integer(value):
         return str(int(value))
     if not isinstance(value, str):
         raise DataError(f"{what} is {_kind(value)}; give a text or a whole number", kind="bad-value", column=what)
@@ -362,7 +362,7 @@ def _optional_id(what: str, value: object) -> str | None:
     return value if value.strip() else None
 
 
-def whole(value: object) -> TypeGuard[int | float]:
+def is_integer(value: object) -> TypeGuard[int | float]:
     """Whether a JSON value is an integer; ids may be integers."""
     return (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and value.is_integer())
 

@@ -263,7 +263,7 @@ def split(dataset: Dataset, section: Split, *, seed: int) -> SplitDataset:
     )
 
 
-def whole(dataset: Dataset, *, seed: int, ties: Ties = "hash", valid: float = 0.0) -> SplitDataset:
+def without_test(dataset: Dataset, *, seed: int, ties: Ties = "hash", valid: float = 0.0) -> SplitDataset:
     """Return a split without test interactions, to train a model that answers requests and is not evaluated.
 
     Args:
@@ -418,7 +418,7 @@ def scale_of(data: SplitDataset) -> tuple[float, float]:
 Part = Literal["sentence", "headline"]
 
 
-def written(data: SplitDataset, part: Part) -> SplitDataset:
+def with_review_part(data: SplitDataset, part: Part) -> SplitDataset:
     """Select one part of each review as the text of its interaction; data without reviews are unchanged.
 
     The task, baselines and metrics of a family then read the same column. An interaction without that part has no text.

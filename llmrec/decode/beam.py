@@ -46,7 +46,7 @@ class Fed:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Targets:
     """Which log-probabilities to compute.
 
     Attributes:
@@ -61,11 +61,11 @@ class Wanted:
 class TreeEngine(Protocol):
     """Reads trees of tokens after prompts, and returns log-probabilities of next tokens under the full softmax."""
 
-    def open(self, prompts: Sequence[Sequence[int]], wanted: Wanted) -> Floats:
+    def open(self, prompts: Sequence[Sequence[int]], wanted: Targets) -> Floats:
         """Read prompts, and return the log-probabilities of given next tokens, shape (m,)."""
         ...
 
-    def feed(self, fed: Fed, wanted: Wanted) -> Floats:
+    def feed(self, fed: Fed, wanted: Targets) -> Floats:
         """Read tokens, and return the log-probabilities of given next tokens, shape (m,)."""
         ...
 
@@ -229,7 +229,7 @@ def _descended(
     try:
         # Score the first tokens before anything is fed; all paths may share a first token.
         branches = _branches(search, beams)
-        logprobs = search.engine.open(prompts, Wanted(beams.handles[branches.parents], branches.tokens))
+        logprobs = search.engine.open(prompts, Targets(beams.handles[branches.parents], branches.tokens))
         while True:
             beams = keep(beams, branches, logprobs)
             beams, branches, logprobs = _onward(search, beams)
@@ -353,7 +353,7 @@ def _scored(
         *(np.concatenate([getattr(item, name) for item in fed]) for name in ("users", "parents", "tokens"))
     )
     search.fed += np.bincount(everything.users, minlength=len(search.fed))
-    answered = search.engine.feed(everything, Wanted(after[order], tokens[order]))
+    answered = search.engine.feed(everything, Targets(after[order], tokens[order]))
     logprobs = np.empty(len(after))
     logprobs[order] = answered
     forced = np.concatenate([_none(), *forced_rows])

@@ -21,7 +21,7 @@ from scipy.special import chdtrc
 
 from llmrec.baselines.fits import fitted
 from llmrec.baselines.parameters import make, stores_of
-from llmrec.data.candidates import touched
+from llmrec.data.candidates import interacted_items
 from llmrec.data.described import NAMED
 from llmrec.data.features import FeatureStore, Pair
 from llmrec.data.split import SplitDataset, earlier, request_id
@@ -136,7 +136,7 @@ def candidate_sets(study: Study) -> list[Check]:
     data, sets, split = study.data, study.candidates, study.recipe.eval.split
     if sets is None:
         return []
-    by_user = touched(data, split)
+    by_user = interacted_items(data, split)
     lacking, repeated, taken, positions = [], [], [], []
     for held in data.holdouts(split).of(sets.users):
         name = request_id(held.user_id, held.item_id)

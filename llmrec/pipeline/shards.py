@@ -41,7 +41,7 @@ class Finished:
         shard: Its index and the number of shards.
         key: Hash of every input that can change an answer; equal in all shards of a job.
         files: The sha256 of its result files, by name.
-        told: Further facts that the command stored.
+        facts: Further facts that the command stored.
     """
 
     folder: Path
@@ -49,7 +49,7 @@ class Finished:
     shard: Shard
     key: str
     files: Mapping[str, str]
-    told: Mapping[str, Any]
+    facts: Mapping[str, Any]
 
     def damaged(self) -> str | None:
         """Return the first file that was changed; None if all files are intact."""

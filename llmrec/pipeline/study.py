@@ -15,10 +15,10 @@ from llmrec.backends.encode import Encoder
 from llmrec.baselines.parameters import config_of
 from llmrec.baselines.retrieve import FUSED, Lists, retrieve
 from llmrec.data.candidates import CandidateSets, draw
-from llmrec.data.described import described, held_titles, names
+from llmrec.data.described import held_titles, names, with_stored_texts
 from llmrec.data.read.limits import shown
 from llmrec.data.sets.table import load
-from llmrec.data.split import SplitDataset, halves, split, whole, written
+from llmrec.data.split import SplitDataset, halves, split, with_review_part, without_test
 from llmrec.errors import DataError, RecipeError, did_you_mean
 from llmrec.evaluate.slices import attributes_of
 from llmrec.index.semantic import item_vectors
@@ -104,7 +104,7 @@ class Study:
         for family in self.recipe.tasks.present():
             used = self._table(family)
             part = family_of(family).writes
-            result[family] = written(used, part) if part is not None else used
+            result[family] = with_review_part(used, part) if part is not None else used
         return result
 
     @property
@@ -414,18 +414,22 @@ def load_tables(recipe: Recipe, data: SplitDataset | None = None) -> tuple[Split
         if recipe.reviews is not None:
             reviews = _split(recipe.reviews, recipe.seed, holds_out=data.measures)
             data, reviews = data.without(reviews.held_out), reviews.without(data.held_out)
-            reviews = described(reviews, recipe.reviews.texts, data.held_out)
-        return described(data, texts, reviews.held_out if reviews is not None else frozenset()), reviews
+            reviews = with_stored_texts(reviews, recipe.reviews.texts, data.held_out)
+        return with_stored_texts(data, texts, reviews.held_out if reviews is not None else frozenset()), reviews
 
 
 def load_split(section: DataSection, seed: int) -> SplitDataset:
     """Load and split the data of a recipe section."""
-    return described(_split(section, seed), section.texts)
+    return with_stored_texts(_split(section, seed), section.texts)
 
 
 def _split(section: DataSection, seed: int, *, holds_out: bool = True) -> SplitDataset:
     loaded = load(section, seed=seed)
-    return split(loaded, section.split, seed=seed) if holds_out else whole(loaded, seed=seed, ties=section.split.ties)
+    return (
+        split(loaded, section.split, seed=seed)
+        if holds_out
+        else without_test(loaded, seed=seed, ties=section.split.ties)
+    )
 
 
 def _aligned(recipe: Recipe, data: SplitDataset) -> tuple[HeldItems | None, CandidateSets | None]:

@@ -67,7 +67,7 @@ class Words(Section):
         after = rf"(?:\s+(?:{_any(*self.after_answer)}))?" if self.after_answer else ""
         return re.compile(rf"{before}{re.escape(self.answer)}{after}\b[\s:]*")
 
-    def said(self, *, yes: bool) -> str:
+    def answer_word(self, *, yes: bool) -> str:
         """Return the word for yes or no."""
         return self.says_yes if yes else self.says_no
 

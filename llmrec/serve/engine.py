@@ -464,7 +464,7 @@ def _answered(
 ) -> list[Reply]:
     """Answer all requests in one batch or, if that fails, one at a time."""
     try:
-        card = models.card(models.asked(question))
+        card = models.card(models.model_for(question))
         return [replace(answer, card=card) for answer in models.answer(question, requests, listener)]
     except LlmrecError as fault:
         error = fault

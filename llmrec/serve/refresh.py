@@ -22,7 +22,7 @@ from llmrec.data.described import described_items
 from llmrec.data.read.table import read_table
 from llmrec.data.read.typed import ids, numbers, per_second, since_1970, times
 from llmrec.data.sets.table import load
-from llmrec.data.split import halves, split, time_order, whole
+from llmrec.data.split import halves, split, time_order, without_test
 from llmrec.ensembles import stored
 from llmrec.ensembles.carried import carried
 from llmrec.errors import DataError, LlmrecError, did_you_mean, require
@@ -260,7 +260,7 @@ def _trained(bundle: Bundle, state: _State, options: RefreshOptions, folder: Pat
     # Nothing is held out, so there is no validation loss or early stopping.
     new = {"start": str(bundle.run), "steps": options.train, "valid_rows": 0, "judge": None}
     changed = recipe.model_copy(update={"train": recipe.train.model_copy(update=new), "name": folder.name})
-    pipeline.train(changed, folder, data=whole(everything, seed=recipe.seed))
+    pipeline.train(changed, folder, data=without_test(everything, seed=recipe.seed))
     return folder / "merged"
 
 

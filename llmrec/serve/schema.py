@@ -24,7 +24,7 @@ from pydantic_core import PydanticCustomError
 from llmrec.chat.calls import Call
 from llmrec.chat.state import State
 from llmrec.data.read.limits import ID_LIMIT
-from llmrec.data.requests import whole
+from llmrec.data.requests import is_integer
 
 MOST_EVENTS = 1000
 """Maximum number of interactions in the history of a request."""
@@ -50,7 +50,7 @@ LARGEST = 2**53 - 1
 
 def _number_as_text(value: object) -> object:
     """Convert an integer to a string, as in files; return other values unchanged."""
-    return str(int(value)) if whole(value) and abs(value) <= LARGEST else value
+    return str(int(value)) if is_integer(value) and abs(value) <= LARGEST else value
 
 
 _Integer = Annotated[int, Field(ge=-LARGEST, le=LARGEST)]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llmrec.answer.known import Catalogue, Known, Profile, known_of, merged, of_user, unknown, with_history
-from llmrec.answer.listing import Wanted, listing
+from llmrec.answer.listing import ListSpec, listing
 from llmrec.answer.options import RecommenderOptions
 from llmrec.answer.recommender import RANK, SIMILAR, Answered, Question, meant
 from llmrec.answer.rules import Rules
@@ -349,7 +349,7 @@ class Service:
             )
 
     async def listed(
-        self, request: RankRequest, wanted: Wanted, verb: str = RANK
+        self, request: RankRequest, wanted: ListSpec, verb: str = RANK
     ) -> tuple[tuple[Question, RankRequest], Answered]:
         """Return a recommendation list, and the last question that was sent to a model."""
         steps = listing(request, wanted, self.catalogue, verb)

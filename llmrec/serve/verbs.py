@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, create_model, model_validator
 from pydantic_core import PydanticCustomError
 
-from llmrec.answer.listing import COLD, Wanted
+from llmrec.answer.listing import COLD, ListSpec
 from llmrec.answer.prompting import CONTEXT
 from llmrec.answer.recommender import RANK, SIMILAR, Answered, Card, Question, Reasons, meant, ranking_of
 from llmrec.chat.state import State
@@ -172,7 +172,7 @@ async def rank(service: Service, body: RankBody) -> RankAnswer:
     service.check_strategy(body.model, body.strategy)
     request = await service.request_of(body, candidates=body.candidates)
     request = replace(request, notes=(*request.notes, *service.unknown_note(body.rules.block)))
-    wanted = Wanted(body.k, body.model, body.strategy, body.exclude_seen, rules)
+    wanted = ListSpec(body.k, body.model, body.strategy, body.exclude_seen, rules)
     (question, request), answer = await service.listed(request, wanted)
     reasons = Reasons()
     if body.rationale:
@@ -396,7 +396,7 @@ async def similar(service: Service, body: SimilarBody) -> SimilarAnswer:
         raise DataError("candidates: no candidate is in the catalogue", kind="unknown-name", column="candidates")
     record = {"history": list(body.item_ids), "candidates": within}
     request = read_request(record, 1, items, whole=within is None)
-    _, answer = await service.listed(request, Wanted(body.k, body.by, rules=rules), SIMILAR)
+    _, answer = await service.listed(request, ListSpec(body.k, body.by, rules=rules), SIMILAR)
     return SimilarAnswer(
         model=card_of(answer.card),
         items=ranked_items(answer, items),

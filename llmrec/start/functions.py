@@ -17,7 +17,7 @@ from llmrec.baselines.parameters import make
 from llmrec.data.frames import only_for_a_moment, write_frame
 from llmrec.data.sets.table import listed_items
 from llmrec.data.sets.table import load as read_data
-from llmrec.data.split import whole
+from llmrec.data.split import without_test
 from llmrec.display import Displayed, Summary, listed
 from llmrec.errors import DataError, RecipeError, did_you_mean
 from llmrec.keywords import in_python, keywords_of
@@ -343,7 +343,7 @@ def _fit_baseline(interactions: Any, items: Any, model: Any, columns: Mapping[st
         if items is not None and getattr(kind, "READS", "events") != "events":
             dataset = replace(dataset, items={**listed_items(recipe.data), **dataset.items})
     stops = getattr(getattr(model, "config", None), "patience", None) is not None
-    data = whole(dataset, seed=seed, ties=recipe.data.split.ties, valid=_STOPS if stops else 0.0)
+    data = without_test(dataset, seed=seed, ties=recipe.data.split.ties, valid=_STOPS if stops else 0.0)
     models = open_fitted(section, data, seed=seed, model=model)
     known = Known(models.items, Histories.of(dataset, seed))
     named = _with_baseline(recipe, section, family or "sequential", seed)

@@ -257,7 +257,7 @@ class CtrTask(Task):
         return rating is not None and rating >= self.liked
 
     def _with_answer(self, template: Template, values: Values, event: Event) -> Values:
-        return values | {"answer": template.words.said(yes=self._yes(event.rating))}
+        return values | {"answer": template.words.answer_word(yes=self._yes(event.rating))}
 
     def _answered(self, template: Template) -> Callable[[Values, Event], Values]:
         """Return the function that creates the template variables of an answered list entry."""

@@ -537,10 +537,10 @@ class DirectTask(Task):
         item = event.item_id if yes else self._negatives.draw(user, 1, rng, but=had)[0]
         shown = self._past.show(past, [item])
         values = self._asking(template, user, shown.events, (item,), "yes", shown.context({}))
-        answer = values | {"answer": template.words.said(yes=yes)}
+        answer = values | {"answer": template.words.answer_word(yes=yes)}
         example = chat_example(template, row, user, values, answer, past=shown.events, event=event)
         if self._listwise is not None:
-            example = replace(example, rejected=(template.answer({"answer": template.words.said(yes=not yes)}),))
+            example = replace(example, rejected=(template.answer({"answer": template.words.answer_word(yes=not yes)}),))
         # The user has no interaction with a negative, and the interaction with the item is not shown.
         return example if yes else replace(example, pairs=example.pairs[:-1], negatives=(item,))
 
@@ -565,7 +565,7 @@ class DirectTask(Task):
         # Both exclude the same interaction, so that user statistics do not reveal the answer.
         values |= self._view.user_stats(user, [chosen])
         name = "answer" if asks_for(template) == "yes" else "label"
-        return solved_chat(template, values, values | {name: template.words.said(yes=not index % 2)})
+        return solved_chat(template, values, values | {name: template.words.answer_word(yes=not index % 2)})
 
     def _answer_type(self, template: Template, want: str, request: Request) -> str:
         """Return the requested type of answer, if the template supports it."""

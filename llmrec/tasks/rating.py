@@ -244,7 +244,7 @@ class RatingTask(Branching):
         others = [label for label in self.scale.labels if label != true]
         yes = rng.random() < 0.5 or not others
         stars = true if yes else rng.choice(others)
-        return values | {"stars": stars}, {"answer": words.said(yes=yes)}
+        return values | {"stars": stars}, {"answer": words.answer_word(yes=yes)}
 
 
 def learned_only(template: Template) -> bool:

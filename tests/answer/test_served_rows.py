@@ -14,7 +14,7 @@ import polars as pl
 import pytest
 
 import llmrec
-from llmrec.answer.loaded import Loaded, Wanted
+from llmrec.answer.loaded import ListSpec, Loaded
 from llmrec.answer.rank.options import RankOptions
 from llmrec.answer.rank.run import rank_file
 from llmrec.answer.rank.sharded import merge_rank, rank_shard
@@ -335,13 +335,13 @@ def test_what_is_unknown_is_told_in_files_frames_and_lists(
 
 def test_an_item_that_a_recommender_has_not_learned_from_is_told(linear: pipeline.Run) -> None:
     with llmrec.load(str(linear.folder)) as rec:
-        (found,) = rec.lists([rec.read({"history": ["k01", {"title": "Tomorrow"}]}, 1, whole=True)], Wanted(k=1))
+        (found,) = rec.lists([rec.read({"history": ["k01", {"title": "Tomorrow"}]}, 1, whole=True)], ListSpec(k=1))
         assert isinstance(found, Answered) and found.unknown_items == ("Tomorrow",)
         assert "missing in the training data: 'Tomorrow'" in found.notes[0]
         request = rec.read({"user_id": "nobody", "history": None}, 1, whole=True)
-        (found,) = rec.lists([request], Wanted(k=1))
+        (found,) = rec.lists([request], ListSpec(k=1))
         assert isinstance(found, Answered) and found.unknown_user and found.cold and not found.unknown_items
-        (found,) = rec.lists([rec.read({"history": ["k01", "no such"]}, 1, whole=True)], Wanted(k=1))
+        (found,) = rec.lists([rec.read({"history": ["k01", "no such"]}, 1, whole=True)], ListSpec(k=1))
         assert isinstance(found, Answered) and found.unknown_items == ("no such",) and not found.cold
 
 

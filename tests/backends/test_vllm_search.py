@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from llmrec.backends.encode import Encoder
 from llmrec.backends.vllm.backend import Answers, Ask, VLLMBackend, VLLMTree, answered
 from llmrec.data.hashing import hash_one
-from llmrec.decode.beam import Fed, Wanted, beam
+from llmrec.decode.beam import Fed, Targets, beam
 from llmrec.decode.token_tree import Catalogue
 from llmrec.errors import BackendError
 from llmrec.index.table import ItemIndex, token
@@ -64,16 +64,16 @@ class MadeEngine:
 class PlainEngine:
     """A `TreeEngine` over the made model, with nothing to get wrong."""
 
-    def open(self, prompts: Sequence[Sequence[int]], wanted: Wanted) -> Any:
+    def open(self, prompts: Sequence[Sequence[int]], wanted: Targets) -> Any:
         self.texts = [tuple(prompt) for prompt in prompts]
         return self.answers(wanted)
 
-    def feed(self, fed: Fed, wanted: Wanted) -> Any:
+    def feed(self, fed: Fed, wanted: Targets) -> Any:
         for parent, read in zip(fed.parents.tolist(), fed.tokens.tolist(), strict=True):
             self.texts.append((*self.texts[parent], read))
         return self.answers(wanted)
 
-    def answers(self, wanted: Wanted) -> Any:
+    def answers(self, wanted: Targets) -> Any:
         self.distinct = {self.texts[after] for after in wanted.after.tolist()}
         return np.array([logprob(self.texts[a], t) for a, t in zip(wanted.after.tolist(), wanted.tokens, strict=True)])
 
@@ -112,7 +112,7 @@ def test_a_wide_node_is_asked_in_groups_and_equal_texts_once() -> None:
     tree = VLLMTree(made.read, chains=False, limit=4)
     after = np.repeat([0, 1, 2], [10, 3, 10])
     tokens = np.array([*range(10), 3, 2, 1, *range(9, -1, -1)])
-    values = tree.open([(5,), (6,), (5,)], Wanted(after, tokens))
+    values = tree.open([(5,), (6,), (5,)], Targets(after, tokens))
     assert [ask.text for ask in made.rounds[0]] == [(5,), (5,), (5,), (6,)]
     assert [len(ask.targets[0]) for ask in made.rounds[0]] == [4, 4, 2, 3]
     assert values[:10].tolist() == values[13:][::-1].tolist()
@@ -123,10 +123,10 @@ def test_a_wide_node_is_asked_in_groups_and_equal_texts_once() -> None:
 def test_a_chain_is_one_request_where_tokens_can_be_forced(chains: bool) -> None:
     made = MadeEngine(4, forces=True)
     tree = VLLMTree(made.read, chains=chains, limit=4)
-    tree.open([(5,)], Wanted(np.array([0, 0]), np.array([1, 2])))
+    tree.open([(5,)], Targets(np.array([0, 0]), np.array([1, 2])))
     # Behind 1: 3, 4, and then a choice of five. Behind 2: the forced end 6, 7.
     fed = Fed(np.zeros(5, dtype=int), np.array([0, 0, 1, 2, 3]), np.array([1, 2, 3, 6, 4]))
-    wanted = Wanted(np.array([1, 2, 3, 4, 5, 5, 5, 5, 5]), np.array([3, 6, 4, 7, 0, 1, 2, 3, 4]))
+    wanted = Targets(np.array([1, 2, 3, 4, 5, 5, 5, 5, 5]), np.array([3, 6, 4, 7, 0, 1, 2, 3, 4]))
     values = tree.feed(fed, wanted)
     texts = [(5,), (5, 1), (5, 2), (5, 1, 3), (5, 2, 6), (5, 1, 3, 4)]
     assert values.tolist() == [logprob(texts[a], t) for a, t in zip(wanted.after, wanted.tokens, strict=True)]
@@ -147,7 +147,7 @@ def test_a_chain_is_one_request_where_tokens_can_be_forced(chains: bool) -> None
 def test_a_prompt_that_goes_on_from_another_hides_no_choice() -> None:
     made = MadeEngine(4, forces=True)
     tree = VLLMTree(made.read, chains=True, limit=4)
-    values = tree.open([(5,), (5, 1)], Wanted(np.array([0, 0, 1, 1]), np.array([1, 2, 1, 2])))
+    values = tree.open([(5,), (5, 1)], Targets(np.array([0, 0, 1, 1]), np.array([1, 2, 1, 2])))
     assert values.tolist() == [logprob(text, t) for text in [(5,), (5, 1)] for t in (1, 2)]
     assert made.rounds == [[Ask((5,), (1,), ((1, 2), (1, 2)))]]
 

@@ -13,7 +13,7 @@ import pytest
 
 from llmrec.bench.engine import compared
 from llmrec.bench.leaderboard import rewrite
-from llmrec.bench.pages import own_pages
+from llmrec.bench.pages import benchmark_pages
 from llmrec.bench.recipes import Line, _add, combined, points, recipe_of
 from llmrec.bench.records import BenchmarkResult, BenchmarkRow, BenchmarkTable, RowFigures
 from llmrec.bench.run import check_page, run_benchmark
@@ -302,7 +302,7 @@ def result(metric: str, rows: Sequence[BenchmarkRow], **more: Any) -> BenchmarkR
 
 
 def test_no_name_becomes_markup() -> None:
-    found = own_pages(result("HR@1", [row("<script>x</script> | *a*", 10.0, 0.5), row("b&b", 20.0, 0.5)]), {})
+    found = benchmark_pages(result("HR@1", [row("<script>x</script> | *a*", 10.0, 0.5), row("b&b", 20.0, 0.5)]), {})
     assert "<script>" not in found["b.md"] and "<b>" not in found["b.md"]
 
 
@@ -327,7 +327,7 @@ def test_an_ensemble_costs_what_its_members_cost() -> None:
     model = row("label · list · tuned", 500, 0.4, arm="tuned")
     other = row("label · list · longer", 700, 0.4, arm="tuned")
     joined = row("fusion with models · list · tuned", 0, 0.5, arm="tuned", members=("label · list · tuned", "markov"))
-    text = own_pages(result("HR@1", [joined, model, other, row("markov", 0, 0.3, arm="baseline")]), {})["b.md"]
+    text = benchmark_pages(result("HR@1", [joined, model, other, row("markov", 0, 0.3, arm="baseline")]), {})["b.md"]
     costs = {line.split(" | ")[0].strip("| "): line.split(" | ")[2] for line in text.splitlines() if line[:2] == "| "}
     assert costs["fusion with models · list · tuned"] == costs["label · list · tuned"] == "500"
     assert "The cost of an ensemble is the sum over its members." in text

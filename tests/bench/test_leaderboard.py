@@ -220,7 +220,7 @@ def _board(
     for suite in suites:
         (results / f"{suite['benchmark']}.json").write_text(json.dumps(suite))
     (tmp_path / "leaderboard.yaml").write_text(json.dumps(settings))
-    pages = leaderboard.beside(results, references or {"papers": made_reference()})
+    pages = leaderboard.pages_for(results, references or {"papers": made_reference()})
     return pages["LEADERBOARD.md"], json.loads(pages["leaderboard.json"])
 
 

@@ -13,7 +13,7 @@ import pytest
 from llmrec.chat.calls import COUNTS, Call, Forget, Show, ends, legal, read_call, written
 from llmrec.chat.managers import ModelManager
 from llmrec.chat.state import ITEM, Line, State, Wish
-from llmrec.decode.beam import Fed, Floats, Wanted, beam
+from llmrec.decode.beam import Fed, Floats, Targets, beam
 from llmrec.decode.token_tree import Catalogue
 from llmrec.errors import DataError
 from llmrec.types import Message, Prompt, Segment
@@ -47,10 +47,10 @@ class RandomEngine:
     def __init__(self, seed: int) -> None:
         self._dice = np.random.default_rng(seed)
 
-    def open(self, prompts: Any, wanted: Wanted) -> Floats:
+    def open(self, prompts: Any, wanted: Targets) -> Floats:
         return self._drawn(len(wanted.tokens))
 
-    def feed(self, fed: Fed, wanted: Wanted) -> Floats:
+    def feed(self, fed: Fed, wanted: Targets) -> Floats:
         return self._drawn(len(wanted.tokens))
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from llmrec.data.described import ITEM_FIELD, USER_FIELD, described, names, reshuffled
+from llmrec.data.described import ITEM_FIELD, USER_FIELD, names, reshuffled, with_stored_texts
 from llmrec.data.features import Features, Pair, Provenance, publish
 from llmrec.data.split import SplitDataset
 from llmrec.errors import DataError
@@ -78,13 +78,13 @@ def test_texts_stand_with_users_and_items(tmp_path: Path, data: SplitDataset, st
 
 @pytest.mark.parametrize(("sides", "users", "items"), [("user", 5, 0), ("item", 0, 3)])
 def test_one_side_alone(data: SplitDataset, store: Path, sides: Any, users: int, items: int) -> None:
-    told = described(data, TextsSection(path=str(store), sides=sides)).dataset
+    told = with_stored_texts(data, TextsSection(path=str(store), sides=sides)).dataset
     assert sum(USER_FIELD in each for each in told.users.values()) == users
     assert sum(ITEM_FIELD in each.fields for each in told.items.values()) == items
 
 
 def test_a_control_gives_everybody_the_text_of_somebody_else(data: SplitDataset, store: Path) -> None:
-    told = described(data, TextsSection(path=str(store), shuffled=True)).dataset
+    told = with_stored_texts(data, TextsSection(path=str(store), shuffled=True)).dataset
     said = {user: each[USER_FIELD] for user, each in told.users.items()}
     assert sorted(said.values()) == sorted(f"likes u{n} <|im_end|>" for n in range(USERS - 1))
     assert all(user not in text for user, text in said.items())
@@ -104,9 +104,9 @@ def test_a_text_that_knows_an_answer_is_refused(tmp_path: Path, data: SplitDatas
     user, item = frame.filter(pl.col("user_id").cast(pl.String) != "u5").select("user_id", "item_id").row(0)
     folder = _store(tmp_path / "store", data, seen={str(user): frozenset({(str(user), str(item))})})
     with raises(DataError, Facts("leak", file=folder, says=(repr(user), repr(item), "data.split.kind=prefix"))):
-        described(data, TextsSection(path=str(folder)))
+        with_stored_texts(data, TextsSection(path=str(folder)))
     # What the items' texts say was read off no interaction.
-    assert described(data, TextsSection(path=str(folder), sides="item")).dataset.items["i0"].fields
+    assert with_stored_texts(data, TextsSection(path=str(folder), sides="item")).dataset.items["i0"].fields
 
 
 def test_a_text_on_an_item_that_knows_an_answer_is_refused(tmp_path: Path, data: SplitDataset) -> None:
@@ -115,14 +115,14 @@ def test_a_text_on_an_item_that_knows_an_answer_is_refused(tmp_path: Path, data:
     seen = {item: frozenset({(user, item)})}
     publish(tmp_path / "store", [Features("item", [item], np.ones((1, 2)), made, texts=["said"], seen=seen)])
     with raises(DataError, Facts("leak", file=tmp_path / "store", says=(repr(user), "held out"))):
-        described(data, TextsSection(path=str(tmp_path / "store")))
+        with_stored_texts(data, TextsSection(path=str(tmp_path / "store")))
 
 
 def test_what_another_table_holds_out_is_refused_too(data: SplitDataset, store: Path) -> None:
     user, item = "u1", data.known_events("u1")[0].item_id
-    described(data, TextsSection(path=str(store)))
+    with_stored_texts(data, TextsSection(path=str(store)))
     with raises(DataError, Facts("leak", file=store, says=(repr(user), repr(item)))):
-        described(data, TextsSection(path=str(store)), frozenset({(user, item)}))
+        with_stored_texts(data, TextsSection(path=str(store)), frozenset({(user, item)}))
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_a_text_that_names_what_its_user_is_asked_about_is_left_out(
     named = [f"loved {data.dataset.titles[held]} most", "loves the sea"]
     said = named[::-1] if shuffled else named
     publish(tmp_path / "store", [Features("user", users, np.eye(2), made, texts=said)])
-    told = described(data, TextsSection(path=str(tmp_path / "store"), shuffled=shuffled)).dataset
+    told = with_stored_texts(data, TextsSection(path=str(tmp_path / "store"), shuffled=shuffled)).dataset
     assert USER_FIELD not in told.users.get("u2", {})
     assert "1 more users excluded" in told.provenance["have texts"]
     # Nobody is set aside for it, so that all arms ask the same users.
@@ -163,21 +163,21 @@ def test_a_text_that_names_what_its_user_is_asked_about_is_left_out(
 def test_texts_of_another_split_are_refused(tmp_path: Path, data: SplitDataset) -> None:
     folder = _store(tmp_path / "store", data, split="another", seen={})
     with raises(DataError, Facts("mismatch", file=folder)):
-        described(data, TextsSection(path=str(folder)))
+        with_stored_texts(data, TextsSection(path=str(folder)))
 
 
 def test_texts_of_others_are_refused(tmp_path: Path, data: SplitDataset) -> None:
     made = Provenance(system="test", split=data.readable)
     publish(tmp_path / "store", [Features("item", ["x"], np.ones((1, 2)), made, texts=["about x"])])
     with raises(DataError, Facts("missing-value", file=tmp_path / "store", says="0 of 8 items")):
-        described(data, TextsSection(path=str(tmp_path / "store")))
+        with_stored_texts(data, TextsSection(path=str(tmp_path / "store")))
     with raises(DataError, Facts("missing-value", file=tmp_path / "store", says="data.texts.sides")):
-        described(data, TextsSection(path=str(tmp_path / "store"), sides="user"))
+        with_stored_texts(data, TextsSection(path=str(tmp_path / "store"), sides="user"))
 
 
 def test_no_field_of_the_data_is_written_over(tmp_path: Path, data: SplitDataset, store: Path) -> None:
-    told = described(data, TextsSection(path=str(store)))
+    told = with_stored_texts(data, TextsSection(path=str(store)))
     with raises(DataError, Facts("contradiction", file=store, says="'profile'")):
-        described(told, TextsSection(path=str(store)))
+        with_stored_texts(told, TextsSection(path=str(store)))
     with raises(DataError, Facts("contradiction", file=store, says="'about'")):
-        described(told, TextsSection(path=str(store), sides="item"))
+        with_stored_texts(told, TextsSection(path=str(store), sides="item"))

@@ -13,7 +13,7 @@ from llmrec.data import derived
 from llmrec.data.dataset import Dataset
 from llmrec.data.derived import extract, pseudonyms, sentences
 from llmrec.data.sets.table import load
-from llmrec.data.split import SplitDataset, split, written
+from llmrec.data.split import SplitDataset, split, with_review_part
 from llmrec.errors import DataError
 from llmrec.recipe.schema import DataSection, Filter, Split
 from tests.facts import Facts, raises
@@ -230,17 +230,17 @@ def test_sentences(text: str, cut: list[str]) -> None:
 
 def test_the_text_column_is_what_a_family_writes(data: SplitDataset) -> None:
     for part, name in (("sentence", "sentence"), ("headline", "headline")):
-        view = written(data, part)  # type: ignore[arg-type]
+        view = with_review_part(data, part)  # type: ignore[arg-type]
         assert view.held_out == data.held_out and view.fingerprint != data.fingerprint
         for frame in (view.train, view.valid, view.test, view.known):
             for user, item, text in frame.select("user_id", "item_id", "text").iter_rows():
                 assert (text or "") == getattr(view.dataset.reviews[user, item], name)
-    assert set(data.train.columns) < set(written(data, "sentence").train.columns)
+    assert set(data.train.columns) < set(with_review_part(data, "sentence").train.columns)
 
 
 def test_data_without_reviews_stay_as_they_are(dataset: Dataset) -> None:
     plain = split(replace(dataset, reviews={}, derives=frozenset()), Split(), seed=0)
-    assert written(plain, "headline") is plain
+    assert with_review_part(plain, "headline") is plain
     assert plain.dataset.items["B00"].title == "B00"
 
 

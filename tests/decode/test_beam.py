@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.data.hashing import hash_one
-from llmrec.decode.beam import Fed, Floats, Wanted, beam
+from llmrec.decode.beam import Fed, Floats, Targets, beam
 from llmrec.decode.token_tree import Catalogue
 from llmrec.types import SearchResult
 from tests.decode.trees import branching
@@ -39,7 +39,7 @@ class MadeEngine:
         self.forwards = self.fed = 0
         self.is_open = False
 
-    def open(self, prompts: Sequence[Sequence[int]], wanted: Wanted) -> Floats:
+    def open(self, prompts: Sequence[Sequence[int]], wanted: Targets) -> Floats:
         assert not self.is_open
         self.is_open = True
         self.texts = [tuple(prompt) for prompt in prompts]
@@ -48,7 +48,7 @@ class MadeEngine:
         assert (wanted.after < len(prompts)).all()
         return self._answers(wanted)
 
-    def feed(self, fed: Fed, wanted: Wanted) -> Floats:
+    def feed(self, fed: Fed, wanted: Targets) -> Floats:
         assert self.is_open
         before = len(self.texts)
         for user, parent, token in zip(fed.users.tolist(), fed.parents.tolist(), fed.tokens.tolist(), strict=True):
@@ -65,7 +65,7 @@ class MadeEngine:
     def close(self) -> None:
         self.is_open = False
 
-    def _answers(self, wanted: Wanted) -> Floats:
+    def _answers(self, wanted: Targets) -> Floats:
         assert (np.diff(wanted.after) >= 0).all()
         pairs = zip(wanted.after.tolist(), wanted.tokens.tolist(), strict=True)
         return np.array([logprobs(self.seed, self.texts[after])[token] for after, token in pairs])
@@ -204,11 +204,11 @@ def test_ten_thousand_lists_hold_real_items_once() -> None:
 class FastEngine(MadeEngine):
     """Random log-probabilities without a model behind them."""
 
-    def open(self, prompts: Sequence[Sequence[int]], wanted: Wanted) -> Floats:
+    def open(self, prompts: Sequence[Sequence[int]], wanted: Targets) -> Floats:
         self.dice = np.random.default_rng(self.seed)
         return -self.dice.exponential(size=len(wanted.tokens))
 
-    def feed(self, fed: Fed, wanted: Wanted) -> Floats:
+    def feed(self, fed: Fed, wanted: Targets) -> Floats:
         return -self.dice.exponential(size=len(wanted.tokens))
 
 
@@ -230,7 +230,7 @@ def test_nothing_asked_is_an_error(values: dict[str, Any]) -> None:
 
 def test_the_engine_is_closed_when_it_fails() -> None:
     class Failing(MadeEngine):
-        def feed(self, fed: Fed, wanted: Wanted) -> Floats:
+        def feed(self, fed: Fed, wanted: Targets) -> Floats:
             raise RuntimeError("out of memory")
 
     engine = Failing(0)
@@ -242,7 +242,7 @@ def test_the_engine_is_closed_when_it_fails() -> None:
 @pytest.mark.parametrize("broken", [math.nan, -math.inf])
 def test_scores_that_are_no_numbers_end_an_exact_search(broken: float) -> None:
     class Broken(FastEngine):
-        def feed(self, fed: Fed, wanted: Wanted) -> Floats:
+        def feed(self, fed: Fed, wanted: Targets) -> Floats:
             return np.full(len(wanted.tokens), broken)
 
     paths = [(a, b, END) for a in range(5) for b in range(6)]

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import chisquare
 
-from llmrec.decode.beam import Fed, Floats, Wanted
+from llmrec.decode.beam import Fed, Floats, Targets
 from llmrec.decode.rollouts import Group, Way, rollouts
 from llmrec.decode.token_tree import Catalogue
 
@@ -27,18 +27,18 @@ class Markov:
         self.table = table - np.log(np.exp(table).sum(axis=1, keepdims=True))
         self.last: list[int] = []
 
-    def open(self, prompts: object, wanted: Wanted) -> Floats:
+    def open(self, prompts: object, wanted: Targets) -> Floats:
         self.last = [each[-1] for each in prompts]  # type: ignore[attr-defined]
         return self._read(wanted)
 
-    def feed(self, fed: Fed, wanted: Wanted) -> Floats:
+    def feed(self, fed: Fed, wanted: Targets) -> Floats:
         self.last += fed.tokens.tolist()
         return self._read(wanted)
 
     def close(self) -> None:
         self.last = []
 
-    def _read(self, wanted: Wanted) -> Floats:
+    def _read(self, wanted: Targets) -> Floats:
         return np.array([self.table[self.last[n], t] for n, t in zip(wanted.after, wanted.tokens, strict=True)])
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from llmrec.backends.encode import Encoder
 from llmrec.backends.hf.backend import HFBackend
 from llmrec.backends.hf.tree import MaskedTree, PlainTree
-from llmrec.decode.beam import Fed, Wanted, beam
+from llmrec.decode.beam import Fed, Targets, beam
 from llmrec.decode.token_tree import Catalogue
 from llmrec.types import Message, Prompt, SearchResult, Segment
 from tests.decode.trees import branching
@@ -137,7 +137,7 @@ def test_a_tree_of_tokens_gives_what_plain_forwards_give(kind: type, name: str, 
     """A chain, a fork and a second feed behind both, for prompts of different lengths."""
     model = request.getfixturevalue(name)
     engine, prompts = kind(model, PAD), [(5, 6, 7, 8, 9, 3, 2), (40,), tuple(range(1, 20))]
-    opened = engine.open(prompts, Wanted(np.array([0, 0, 1, 2]), np.array([11, 12, 13, 14])))
+    opened = engine.open(prompts, Targets(np.array([0, 0, 1, 2]), np.array([11, 12, 13, 14])))
     assert opened == pytest.approx(
         [
             *plain(model, prompts[0], [(11,), (12,)]),
@@ -149,10 +149,10 @@ def test_a_tree_of_tokens_gives_what_plain_forwards_give(kind: type, name: str, 
     # Tokens 3 and 4 are a chain, 5 a fork beside it, 6 another user's; then one behind each.
     texts = {3: (0, (11,)), 4: (0, (11, 21)), 5: (0, (12,)), 6: (2, (14,))}
     fed = Fed(np.array([0, 0, 0, 2]), np.array([0, 3, 0, 2]), np.array([11, 21, 12, 14]))
-    answered = engine.feed(fed, Wanted(np.array([3, 4, 5, 5, 6]), np.array([21, 31, 31, 32, 33])))
+    answered = engine.feed(fed, Targets(np.array([3, 4, 5, 5, 6]), np.array([21, 31, 31, 32, 33])))
     texts |= {7: (2, (14, 50)), 8: (0, (12, 51)), 9: (0, (11, 21, 52))}
     fed = Fed(np.array([2, 0, 0]), np.array([6, 5, 4]), np.array([50, 51, 52]))
-    later = engine.feed(fed, Wanted(np.array([7, 8, 9]), np.array([60, 60, 60])))
+    later = engine.feed(fed, Targets(np.array([7, 8, 9]), np.array([60, 60, 60])))
     asked = [(3, 21), (4, 31), (5, 31), (5, 32), (6, 33), (7, 60), (8, 60), (9, 60)]
     for (number, token), value in zip(asked, [*answered, *later], strict=True):
         user, text = texts[number]

@@ -86,7 +86,7 @@ def test_a_yes_of_each_candidate_is_weighed_in_german() -> None:
 def test_words_change_the_hash_of_a_template_and_travel_with_it() -> None:
     template = TEMPLATES["ctr"]["judge-fit-de"]
     other = Template.of_stored(template.stored() | {"words": GERMAN.model_dump() | {"says_yes": "Jawohl"}})
-    assert other.answer({"answer": other.words.said(yes=True)}) == "Jawohl" and other.sha != template.sha
+    assert other.answer({"answer": other.words.answer_word(yes=True)}) == "Jawohl" and other.sha != template.sha
     assert Template.of_stored(template.stored()).sha == template.sha
     # What was stored before there were languages is English.
     old = {

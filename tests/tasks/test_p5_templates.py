@@ -22,7 +22,7 @@ from task_data import (
 )
 
 from llmrec.backends.fake import FakeBackend
-from llmrec.data.split import SplitDataset, written
+from llmrec.data.split import SplitDataset, with_review_part
 from llmrec.errors import DataError, RecipeError
 from llmrec.prompts.template import Template
 from llmrec.prompts.template import load_templates as read_templates
@@ -226,7 +226,7 @@ def data(*, hostile: bool = False) -> SplitDataset:
 
 def used(family: str, *, hostile: bool = False) -> SplitDataset:
     found = data(hostile=hostile)
-    return written(found, PARTS[family]) if family in PARTS else found  # type: ignore[arg-type]
+    return with_review_part(found, PARTS[family]) if family in PARTS else found  # type: ignore[arg-type]
 
 
 def asked_by(family: str, templates: tuple[str, ...] = ("p5",), *, hostile: bool = False, **section: Any) -> Any:

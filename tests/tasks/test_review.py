@@ -13,7 +13,7 @@ from task_data import CLASSES, asking, example_text, prompt_text, targets
 
 from llmrec.data.dataset import Review
 from llmrec.data.sets.table import load
-from llmrec.data.split import SplitDataset, split, written
+from llmrec.data.split import SplitDataset, split, with_review_part
 from llmrec.errors import DataError, RecipeError
 from llmrec.prompts.template import Template, load_templates
 from llmrec.recipe.schema import DataSection, Split
@@ -54,7 +54,7 @@ def plain_templates(family: str) -> dict[str, Template]:
 
 def make(family: str, data: SplitDataset, **section: Any) -> Any:
     task, kind = CLASSES[family]
-    used = written(data, PARTS[family]) if family in PARTS else data  # type: ignore[arg-type]
+    used = with_review_part(data, PARTS[family]) if family in PARTS else data  # type: ignore[arg-type]
     return built(task, used, kind(**section), plain_templates(family), seed=0)
 
 
@@ -77,7 +77,7 @@ def test_no_training_row_shows_a_word_of_a_held_out_review(family: str, data: Sp
 @pytest.mark.parametrize("choice", ["random", "own"])
 def test_no_solved_example_shows_one_either(family: str, choice: str, data: SplitDataset) -> None:
     kind, section = CLASSES[family]
-    used = written(data, PARTS[family]) if family in PARTS else data  # type: ignore[arg-type]
+    used = with_review_part(data, PARTS[family]) if family in PARTS else data  # type: ignore[arg-type]
     task = built(kind, used, section(), plain_templates(family), seed=0, shot_choice=choice)
     for case in task.cases("test"):
         asked = (case.request.user_id, str(case.request.item))
@@ -128,7 +128,7 @@ def test_truths_are_what_the_review_says(data: SplitDataset) -> None:
             truths = {"explanation": review.sentence, "review": review.headline, "stars": rated[pair]}
             assert case.truth == truths[family]
             assert case.request.history == (
-                written(data, PARTS[family]) if family in PARTS else data  # type: ignore[arg-type]
+                with_review_part(data, PARTS[family]) if family in PARTS else data  # type: ignore[arg-type]
             ).history(pair[0], "test")
 
 
@@ -231,7 +231,7 @@ def test_errors_name_the_mend(data: SplitDataset) -> None:
 
 @pytest.mark.parametrize("family", ["explanation", "review", "stars"])
 def test_texts_forge_neither_lines_nor_template_words(family: str, hostile: SplitDataset) -> None:
-    used = written(hostile, PARTS[family]) if family in PARTS else hostile  # type: ignore[arg-type]
+    used = with_review_part(hostile, PARTS[family]) if family in PARTS else hostile  # type: ignore[arg-type]
     kind, section = CLASSES[family]
     names = plain_templates(family)
     shown = 0

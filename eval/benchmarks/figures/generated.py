@@ -12,7 +12,7 @@ from eval.benchmarks.figures import chart, model_size
 from eval.benchmarks.figures.parts import put
 from eval.benchmarks.gpu import __main__ as gpu_check
 from llmrec.bench import leaderboard
-from llmrec.bench.pages import own_pages, read_results
+from llmrec.bench.pages import benchmark_pages, read_results
 from llmrec.bench.references import all_references
 from llmrec.data.sets.pages import Known, Layout, published
 from llmrec.registry import METRICS, SOURCES
@@ -37,9 +37,9 @@ def wanted(root: Path) -> dict[str, str]:
     results = root / "eval" / "results"
     benchmarks = read_results(results)
     references = all_references(root / "eval" / "references")
-    pages = leaderboard.beside(results, references)
+    pages = leaderboard.pages_for(results, references)
     for result in benchmarks:
-        pages |= own_pages(result, references)
+        pages |= benchmark_pages(result, references)
     found = {f"eval/{name}": text for name, text in pages.items()}
     found[chart.NAME] = chart.chart(json.loads(pages[leaderboard.DATA]))
     found[model_size.NAME] = model_size.chart(_read(results / "encoder_tuning.json")["variants"])

@@ -10,7 +10,7 @@ from types import TracebackType
 from llmrec.answer.checks import decided
 from llmrec.answer.known import Histories, Known
 from llmrec.answer.language_model import LanguageModel
-from llmrec.answer.listing import Wanted
+from llmrec.answer.listing import ListSpec
 from llmrec.answer.loaded import Loaded
 from llmrec.answer.opening import Models, language_model_name, offered, open_classics, open_models
 from llmrec.answer.options import ModelOptions, RecommenderOptions
@@ -203,7 +203,7 @@ class _NamedRanker:
         part: int | None = None,
     ) -> list[Answered]:
         valid = [request for request in requests if isinstance(request, RankRequest)]
-        lists = iter(self._loaded.lists(valid, Wanted(k=self._options.top), rationale=self._options.rationale))
+        lists = iter(self._loaded.lists(valid, ListSpec(k=self._options.top), rationale=self._options.rationale))
         answers = [
             _answered(request, next(lists) if isinstance(request, RankRequest) else None) for request in requests
         ]

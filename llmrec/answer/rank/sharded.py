@@ -86,7 +86,7 @@ def rank_shard(options: RankOptions, shard: Shard, *, ranker: Ranker | None = No
                 opened = opening(options, source, folder, budget)
             with opened as (recommender, key):
                 done = done_before(folder, key)
-                if done is not None and done.told["form"] == options.layout:
+                if done is not None and done.facts["form"] == options.layout:
                     log.warning("shard %s is already complete; use --restart to rank it again", shard)
                 else:
                     tally = Tally()
@@ -127,7 +127,7 @@ def merge_rank(target: Path, folders: Sequence[Path] = ()) -> Mapping[str, Any]:
         LlmrecError: If shards are missing, damaged, duplicated or from other inputs, or the file cannot be written.
     """
     shards = gathered(target, folders)
-    first = shards[0].told
+    first = shards[0].facts
     inputs = Inputs(first["requests"], target, first["form"], first["blank_lines"], first["told"], shards[0].key)
     form_of(target, inputs.form)
     parts = target.with_name(target.name + ".parts")
@@ -150,16 +150,16 @@ def _merged(shards: Sequence[Finished], inputs: Inputs) -> Mapping[str, Any]:
         tally.add(records)
         if inputs.form != "records":
             check_owners(Path(inputs.requests), records, owners)
-    write_lists(inputs.out, stored(paths), inputs.form, shards[0].told["tag"])
+    write_lists(inputs.out, stored(paths), inputs.form, shards[0].facts["tag"])
     seconds: Counter[str] = Counter()
     for shard in shards:
-        seconds.update(shard.told["seconds"])
-        tally.parts += [Part(**part) for part in shard.told["parts"]]
+        seconds.update(shard.facts["seconds"])
+        tally.parts += [Part(**part) for part in shard.facts["parts"]]
         for name in _FRESH:
-            setattr(tally, name, getattr(tally, name) + shard.told[name])
+            setattr(tally, name, getattr(tally, name) + shard.facts[name])
     summary = summary_of(inputs, tally, seconds)
     summary["shards"] = [
-        {"shard": str(shard.shard), **{name: shard.told[name] for name in ("seconds", "versions", "machine")}}
+        {"shard": str(shard.shard), **{name: shard.facts[name] for name in ("seconds", "versions", "machine")}}
         for shard in shards
     ]
     write_checked(summary_path(inputs.out), summary)

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from llmrec.baselines.base import AboveZero, Catalogue, Log, ScoredBaseline, counts
-from llmrec.baselines.item_texts import WHITENINGS, Turned, WhitenedConfig, refuse_unpretrained, texts_of, unit
+from llmrec.baselines.item_texts import WHITENINGS, PrincipalAxes, WhitenedConfig, refuse_unpretrained, texts_of, unit
 from llmrec.baselines.neural import (
     NeuralConfig,
     info_nce,
@@ -151,7 +151,7 @@ class StateTower(ScoredBaseline[StateTowerConfig, Towers]):
         refuse_unpretrained(self.name, config.encoder, "transitions-text")
         self._open(data)
         catalogue = Catalogue.of(data)
-        texts = Turned.of(self._vectors(data, catalogue.ids))
+        texts = PrincipalAxes.of(self._vectors(data, catalogue.ids))
         vectors = torch.from_numpy(texts.whitened(config.whitening).astype(np.float32))
         events = Log.of(data, catalogue)
         cases = stop_cases(data, config, _STOP_CASES)
@@ -217,7 +217,7 @@ class StateTower(ScoredBaseline[StateTowerConfig, Towers]):
         computed = self.reader.after(self._lead, self._titles_of([piece[:-1] for piece in pieces]), most=_TITLE)
         for piece, states in zip(pieces, computed, strict=True):
             self._known |= {piece[: at + 1].tobytes(): state for at, state in enumerate(states)}
-        result = Turned.of(np.stack(list(self._known.values()) or [np.zeros(self.reader.width, np.float32)]))
+        result = PrincipalAxes.of(np.stack(list(self._known.values()) or [np.zeros(self.reader.width, np.float32)]))
         self._whitening = result.centre.astype(np.float32), result.whitening(config.whitening).astype(np.float32)
         self._row_users = np.repeat(owners, [len(piece) - 1 for piece in pieces])
         self._user_items = events.binary(int(events.items.max(initial=0)) + 1)
