@@ -69,7 +69,7 @@ def test_a_corrected_text_has_another_vector(texts: Path, tmp_path: Path) -> Non
     folder, encoder = tmp_path / "store", tiny_encoder()
     run("import", str(texts), "--kind", "user", "--out", str(folder), "--encoder", encoder)
     before = FeatureStore.open(folder).get("user", ["u1", "u2"])[0]
-    publish(tmp_path / "old", [stores.whole(FeatureStore.open(folder), "user")])
+    publish(tmp_path / "old", [stores.all_features(FeatureStore.open(folder), "user")])
     run("edit", str(folder), "u1", "--text", "likes every film")
     after = FeatureStore.open(folder).get("user", ["u1", "u2"])[0]
     assert not np.allclose(before[0], after[0]) and np.array_equal(before[1], after[1])

@@ -46,7 +46,7 @@ def test_few_are_kept_and_all_are_right(monkeypatch: pytest.MonkeyPatch) -> None
     for turn in range(30):
         user = f"u{(turn * 5) % 7}"
         assert found.of(user) == naive(rows, user)
-        assert found._held == sum(map(len, found._kept.values())) <= 5
+        assert found._cached == sum(map(len, found._cache.values())) <= 5
 
 
 def test_pasts_are_those_of_the_split() -> None:
