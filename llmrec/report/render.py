@@ -188,7 +188,7 @@ def _filled(found: ImmutableSandboxedEnvironment) -> ImmutableSandboxedEnvironme
         spreads=marks.spreads, singles=marks.singles, single=marks.SINGLE,
         position_rows=slices.shown_rows, bands=slices.bands, position_says=slices.sentences,
         bias_words=slices.bias_words, slice_table=slices.slice_table, cost_by_row=costs.cost_by_row,
-        text_tasks=texts.text_tasks, samples=texts.samples, answered=texts.answered, asked_by=texts.asked_by,
+        text_tasks=texts.text_tasks, samples=texts.samples, answered=texts.answered, shown_in=texts.shown_in,
         about_choice=texts.about_choice, who=texts.who, open_texts=texts.OPEN, undefined_of=wording.undefined,
         contribution_of=summaries.contribution, unweighed=summaries.unweighed, rank_words=texts.rank_words,
         kind_words=wording.KINDS, forms=wording.FORMS, short=escape.short, not_evaluated=wording.NOT_EVALUATED,

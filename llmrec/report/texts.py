@@ -28,7 +28,7 @@ def answered(results: Results, sample: Sample) -> list[tuple[Row, Written]]:
     return [(row, sample.answers[row.id]) for row in rows if row.id in sample.answers]
 
 
-def asked_by(results: Results, sample: Sample, fact: PromptContents) -> str:
+def shown_in(results: Results, sample: Sample, fact: PromptContents) -> str:
     """Return which prompts show the additional information; empty if all do."""
     templates = dict.fromkeys(row.template for row in results.rows if row.task == sample.task and row.template)
     if not fact.by:

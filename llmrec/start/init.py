@@ -223,7 +223,7 @@ def _file(text: str) -> Path:
         raise DataError.at(
             text,
             "missing-file",
-            f": there is no such file{did_you_mean(stored.name, others)}; give the path of a table",
+            f": file not found{did_you_mean(stored.name, others)}; give the path of a table",
         )
     if (url := database_at(stored)) is not None:
         raise DataError.at(
