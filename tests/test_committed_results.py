@@ -76,7 +76,7 @@ def test_an_ensemble_is_compared_with_the_best_tuned_model_on_validation_or_the_
                 if row["trials"] and READS.index(row["reads"]) <= most
             }
             best = min(reached, key=lambda key: reached[key])
-            said = f"`{pair['a']}` is compared with `{pair['b']}`, which is not the best tuned model on validation"
+            said = f"`{pair['a']}` is compared with `{pair['b']}`, which is not the best model on validation"
             heading = {"excluded": "## Seen items filtered\n", "included": "## Seen items not filtered\n"}.get(
                 name, "## "
             )

@@ -225,7 +225,7 @@ def _exploratory(users: int, seeds: int) -> str:
 def _chosen(result: BenchmarkResult) -> list[str]:
     """Return a sentence on how hyperparameters were selected."""
     names = [table.name for table in result.tables]
-    tuned = [row for row in result.rows if row.trials]
+    tuned = [row for row in result.rows if len(row.trials) > 1]
     lines = []
     # Ensembles have separate trials for each table.
     if tuned and all(
@@ -235,7 +235,7 @@ def _chosen(result: BenchmarkResult) -> list[str]:
     fixed = [
         row.name
         for row in result.rows
-        if row.baseline and not row.trials and set(row.tables[names[0]].parameters) - {"liked"}
+        if row.baseline and len(row.trials) < 2 and set(row.tables[names[0]].parameters) - {"liked"}
     ]
     if fixed:
         lines.append(f"The hyperparameters of these models are fixed and not tuned: {', '.join(fixed)}.")
@@ -255,8 +255,8 @@ def _opponents(result: BenchmarkResult, table: BenchmarkTable) -> list[Markup]:
             names = ", ".join(code(name) for name in sorted(best))
             lines.append(
                 Markup(
-                    f"{code(pair.a)} is compared with {code(pair.b)}, which is not the best tuned model on "
-                    f"validation; that is {names}."
+                    f"{code(pair.a)} is compared with {code(pair.b)}, which is not the best model on validation; "
+                    f"that is {names}."
                 )
             )
     return lines

@@ -90,7 +90,7 @@ class BenchmarkRow(Record):
 
     Attributes:
         reads: The data of items that it reads.
-        trials: Trials on validation; empty if there was nothing to choose.
+        trials: Trials on validation; a single one if the hyperparameters are fixed, none if they have no metric.
         chosen_by: The metric by which the parameters were chosen.
         encoder: Settings of its text encoder, if it reads texts with one; see `Embedder.record`.
         seeds: Number of training seeds.
@@ -269,7 +269,7 @@ class BenchmarkResult(Record):
         return sorted(results, key=lambda entry: sort_key(entry[1].value(table.metric), table.metric))
 
     def best_on_validation(self, table: BenchmarkTable, reads: Reads | None) -> set[str]:
-        """Return the best tuned single models on validation; several if they are equal.
+        """Return the best single models on validation, of those with a validation value; several if they are equal.
 
         Args:
             table: A table of this result.

@@ -125,7 +125,10 @@ def test_the_grid_is_tried_on_validation_and_the_rest_of_the_row_stays(ran: tupl
         assert row["tables"][seen]["border"] == list(choice.border)
     assert [trial["values"] for trial in row["trials"]] == [dict(trial.values) for trial in expected.trials]
     assert row["chosen_by"] == "NDCG@10" and len(row["trials"]) >= 2
-    assert rows["ease"]["trials"] == [] and rows["ease"]["tables"]["excluded"]["parameters"] == {}
+    (fixed,) = rows["ease"]["trials"]
+    (trial,) = tune("ease", data, seed=0, tables=("excluded", "included"), grid={}).trials
+    assert fixed == {"parameters": {}, "values": dict(trial.values)}
+    assert rows["ease"]["tables"]["excluded"]["parameters"] == {}
 
 
 def test_each_table_has_the_parameters_that_were_chosen_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
