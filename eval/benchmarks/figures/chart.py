@@ -32,9 +32,9 @@ def chart(board: Sequence[Mapping[str, Any]]) -> str:
     for index, (label, _, _) in enumerate(_ROWS):
         canvas.text(_NAMES, _TOP + _STEP * index + _STEP / 2 + 4, label, anchor="end")
     wide = (WIDE - _NAMES - 12) / len(columns)
-    for place, column in enumerate(columns):
-        left = _NAMES + 12 + place * wide
-        cells = [_best(group["rows"], wanted, place) for _, wanted, _ in _ROWS]
+    for column_index, column in enumerate(columns):
+        left = _NAMES + 12 + column_index * wide
+        cells = [_best(group["rows"], kind, column_index) for _, kind, _ in _ROWS]
         known = [cell[end] for _, cell in filter(None, cells) for end in ("value", "low", "high")]
         scale = fitted(known, left, left + wide - _GAP, holds=(0.0,))
         canvas.text(left, _TOP - 14, column["title"], "name")
@@ -52,11 +52,11 @@ def chart(board: Sequence[Mapping[str, Any]]) -> str:
     return picture(canvas, f"{group['metric']} of the best model of each kind on each data set, with 95 % intervals")
 
 
-def _best(rows: Sequence[Mapping[str, Any]], wanted: str, place: int) -> tuple[str, Mapping[str, Any]] | None:
+def _best(rows: Sequence[Mapping[str, Any]], kind: str, column: int) -> tuple[str, Mapping[str, Any]] | None:
     """Return the best model of a type, or the model of that name, with its figures on a data set; None without one."""
     known = [
-        (row["model"], row["cells"][place])
+        (row["model"], row["cells"][column])
         for row in rows
-        if wanted in (row["type"], row["model"]) and row["cells"][place] is not None
+        if kind in (row["type"], row["model"]) and row["cells"][column] is not None
     ]
     return max(known, key=lambda entry: entry[1]["value"], default=None)

@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from eval.benchmarks.figures import verdicts
-from eval.benchmarks.figures.generated import wanted
+from eval.benchmarks.figures.generated import generated_pages
 from eval.benchmarks.figures.pages import figures, masked, plain_claims, read
 from eval.benchmarks.figures.pointers import PointerError, Results
 from eval.benchmarks.record import changed_since
@@ -35,7 +35,7 @@ class Allowed:
     text: str
     reason: str
 
-    def places(self, text: str) -> list[tuple[int, int]]:
+    def ranges_in(self, text: str) -> list[tuple[int, int]]:
         """Return the ranges of a page that this covers."""
         if self.text == "*":
             return [(0, len(text))]
@@ -51,47 +51,47 @@ class Allowed:
 def named(root: Path) -> list[str]:
     """Return the pages whose figures must have a source."""
     # `make notebooks` leaves reports of runs in docs/notebooks/runs.
-    found = (path.relative_to(root) for path in sorted((root / "docs").rglob("*.md")))
-    docs = (path.as_posix() for path in found if "runs" not in path.parts)
+    paths = (path.relative_to(root) for path in sorted((root / "docs").rglob("*.md")))
+    docs = (path.as_posix() for path in paths if "runs" not in path.parts)
     return ["README.md", "eval/PERFORMANCE.md", *(name for name in docs if name not in ELSEWHERE)]
 
 
 def exceptions(root: Path) -> list[Allowed]:
     """Return the committed exceptions."""
     content = yaml.safe_load((root / EXCEPTIONS).read_text(encoding="utf-8"))
-    return [Allowed(**each) for each in content or []]
+    return [Allowed(**entry) for entry in content or []]
 
 
 def faults(root: Path) -> list[str]:
     """Return the faults in a checkout, one line each; none if every figure equals its source."""
-    allowed, results, found = exceptions(root), Results(root), []
+    allowed, results, messages = exceptions(root), Results(root), []
     pages = named(root)
-    found += [f"{EXCEPTIONS}: there is no page {each.page}" for each in allowed if each.page not in pages]
-    found += [f"{EXCEPTIONS}: {each.text!r} has no reason" for each in allowed if not each.reason.strip()]
+    messages += [f"{EXCEPTIONS}: there is no page {each.page}" for each in allowed if each.page not in pages]
+    messages += [f"{EXCEPTIONS}: {each.text!r} has no reason" for each in allowed if not each.reason.strip()]
     for name in pages:
         text = (root / name).read_text(encoding="utf-8")
-        found += _page(name, text, [each for each in allowed if each.page == name], results)
-    for name, text in wanted(root).items():
+        messages += _page(name, text, [each for each in allowed if each.page == name], results)
+    for name, text in generated_pages(root).items():
         path = root / name
         if not path.exists() or path.read_text(encoding="utf-8") != text:
-            found.append(f"{name}: is not what its generator writes from the committed results; run make figures")
-    found += [
+            messages.append(f"{name}: is not what its generator writes from the committed results; run make figures")
+    messages += [
         f"docs/quickstart.md: its table was recorded with another recipes/quickstart.yaml: {each}; run make quickstart "
         "record"
         for each in changed_since(results.file("quickstart"), root / "recipes" / "quickstart.yaml")
     ]
-    return found
+    return messages
 
 
 def _page(name: str, text: str, allowed: Sequence[Allowed], results: Results) -> Iterator[str]:
-    places = []
+    ranges = []
     plain = masked(text)
     for each in allowed:
-        covered = each.places(text)
-        places += covered
-        if not any(figures(plain, *place) for place in covered):
+        covered = each.ranges_in(text)
+        ranges += covered
+        if not any(figures(plain, *start) for start in covered):
             yield f"{EXCEPTIONS}: {name} has no figure in {each.text!r} any more; take the exception out"
-    page = read(text, places)
+    page = read(text, ranges)
     yield from (f"{name}, {fault}" for fault in page.faults)
     for figure in page.unbound:
         yield f"{_where(name, text, figure.start)}: {figure} has no source; bind it, or put a parameter in backticks"
@@ -105,13 +105,13 @@ def _page(name: str, text: str, allowed: Sequence[Allowed], results: Results) ->
         if written != f"{bound.figure.sign}{bound.figure.digits}":
             yield f"{where} is {written} in {bound.expression}"
     claims = plain_claims(text)
-    found = [*verdicts.faults(claims, page.bound, results), *verdicts.unfounded(claims, plain, page.bound)]
-    for place, said in found:
-        yield f"{_where(name, text, place)}: {said}"
+    problems = [*verdicts.faults(claims, page.bound, results), *verdicts.unfounded(claims, plain, page.bound)]
+    for start, message in problems:
+        yield f"{_where(name, text, start)}: {message}"
 
 
-def _where(name: str, text: str, place: int) -> str:
-    return f"{name}, line {text.count(chr(10), 0, place) + 1}"
+def _where(name: str, text: str, position: int) -> str:
+    return f"{name}, line {text.count(chr(10), 0, position) + 1}"
 
 
 def write(root: Path) -> list[str]:
@@ -120,19 +120,19 @@ def write(root: Path) -> list[str]:
     Raises:
         PointerError: If a pointer is invalid; then no page is written.
     """
-    results, made = Results(root), {}
+    results, pages = Results(root), {}
     allowed = exceptions(root)
     for name in named(root):
         text = (root / name).read_text(encoding="utf-8")
-        places = [place for each in allowed if each.page == name for place in each.places(text)]
+        ranges = [place for each in allowed if each.page == name for place in each.ranges_in(text)]
         new = text
-        for bound in sorted(read(text, places).bound, key=lambda each: -each.figure.start):
+        for bound in sorted(read(text, ranges).bound, key=lambda each: -each.figure.start):
             written = bound.figure.written(results.value(bound.expression))
             new = f"{new[: bound.figure.start]}{written}{new[bound.figure.end :]}"
-        made[name] = (text, new)
-    changed = _put(root, {name: new for name, (old, new) in made.items() if new != old})
+        pages[name] = (text, new)
+    changed = _put(root, {name: new for name, (old, new) in pages.items() if new != old})
     # Generated parts are inside pages that may just have been written.
-    stale = {name: text for name, text in wanted(root).items() if _old(root / name) != text}
+    stale = {name: text for name, text in generated_pages(root).items() if _old(root / name) != text}
     return sorted({*changed, *_put(root, stale)})
 
 

@@ -26,7 +26,7 @@ TIMED = ("search", "search_vllm", "training")
 _KINDS = {"ranking": "rankings", "lists": "lists", "rating": "ratings", "probability": "yes/no", "text": "texts"}
 
 
-def wanted(root: Path) -> dict[str, str]:
+def generated_pages(root: Path) -> dict[str, str]:
     """Return the content of all generated files, by path in the checkout.
 
     The command-line reference is not included; another test compares it.
@@ -40,11 +40,11 @@ def wanted(root: Path) -> dict[str, str]:
     pages = leaderboard.pages_for(results, references)
     for result in benchmarks:
         pages |= benchmark_pages(result, references)
-    found = {f"eval/{name}": text for name, text in pages.items()}
-    found[chart.NAME] = chart.chart(json.loads(pages[leaderboard.DATA]))
-    found[model_size.NAME] = model_size.chart(_read(results / "encoder_tuning.json")["variants"])
-    found[negative.PAGE] = negative.write(root)
-    found[lines_of_code.PAGE] = lines_of_code.page(root)
+    files = {f"eval/{name}": text for name, text in pages.items()}
+    files[chart.NAME] = chart.chart(json.loads(pages[leaderboard.DATA]))
+    files[model_size.NAME] = model_size.chart(_read(results / "encoder_tuning.json")["variants"])
+    files[negative.PAGE] = negative.write(root)
+    files[lines_of_code.PAGE] = lines_of_code.page(root)
     board = leaderboard.load_board(root / "eval")
     assert board is not None
     matrix = leaderboard.featured(board, next(leaderboard.matrices(board, benchmarks, references)))
@@ -67,8 +67,8 @@ def wanted(root: Path) -> dict[str, str]:
         text = (root / name).read_text(encoding="utf-8")
         for mark, part in own.items():
             text = put(text, mark, part)
-        found[name] = text
-    return found
+        files[name] = text
+    return files
 
 
 def data_sets(known: Sequence[Known]) -> str:
@@ -105,8 +105,8 @@ def _data_set(known: Known) -> list[str]:
 
 def _some(layouts: Sequence[Layout], column: str) -> str:
     """Return whether all, some or none of the variants of a data set have a column."""
-    found = {bool(getattr(layout.events, column)) for layout in layouts}
-    return "–" if found == {False} else "yes" if found == {True} else "some files"
+    match = {bool(getattr(layout.events, column)) for layout in layouts}
+    return "–" if match == {False} else "yes" if match == {True} else "some files"
 
 
 def _counts(known: Known) -> str:

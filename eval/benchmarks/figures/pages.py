@@ -89,12 +89,12 @@ class Figure:
         value = value * 100 if self.percent else value
         if "e" in self.digits:
             mantissa = self.digits.partition("e")[0]
-            places = len(mantissa.partition(".")[2])
-            text = f"{abs(value):.{places}e}"
+            decimals = len(mantissa.partition(".")[2])
+            text = f"{abs(value):.{decimals}e}"
             head, _, power = text.partition("e")
             return f"{self._sign(value)}{head}e{int(power)}"
-        places = len(self.digits.partition(".")[2])
-        rounded = value.quantize(Decimal(1).scaleb(-places), rounding=ROUND_HALF_EVEN)
+        decimals = len(self.digits.partition(".")[2])
+        rounded = value.quantize(Decimal(1).scaleb(-decimals), rounding=ROUND_HALF_EVEN)
         text = f"{abs(rounded):,}" if "," in self.digits or abs(rounded) >= 10_000 else str(abs(rounded))
         if self.digits.startswith(".") and text.startswith("0."):
             text = text[1:]
@@ -154,15 +154,15 @@ def plain_claims(text: str) -> str:
 def _blanked(text: str, *patterns: re.Pattern[str]) -> str:
     """Return a text with all matches blanked, one pattern after the other; line breaks are unchanged."""
     for pattern in patterns:
-        text = pattern.sub(lambda found: re.sub(r"[^\n]", " ", found.group()), text)
+        text = pattern.sub(lambda match: re.sub(r"[^\n]", " ", match.group()), text)
     return text
 
 
 def figures(plain: str, start: int = 0, end: int | None = None) -> list[Figure]:
     """Return the figures of a masked page between two positions."""
     return [
-        Figure(found.start(), found.end("digits"), found["sign"] or "", found["digits"], bool(found["percent"]))
-        for found in FIGURE.finditer(plain, start, len(plain) if end is None else end)
+        Figure(match.start(), match.end("digits"), match["sign"] or "", match["digits"], bool(match["percent"]))
+        for match in FIGURE.finditer(plain, start, len(plain) if end is None else end)
     ]
 
 
@@ -194,8 +194,8 @@ def read(text: str, excepted: Sequence[tuple[int, int]] = ()) -> Page:
                 bound += _in_order(lines, _free(text, plain, start, end), names)
         except BindingError as error:
             faults.append(f"line {text.count(chr(10), 0, comment.start()) + 1}: {error}")
-    places = {each.figure.start for each in bound}
-    unbound = tuple(each for each in figures(plain) if each.start not in places)
+    starts = {each.figure.start for each in bound}
+    unbound = tuple(each for each in figures(plain) if each.start not in starts)
     return Page(tuple(bound), unbound, tuple(faults))
 
 
@@ -203,37 +203,37 @@ def _lines(body: str, names: _Names) -> list[str]:
     """Return the binding lines, and store the abbreviations."""
     kept = []
     for line in body.splitlines():
-        made = re.match(r"\s*\$([A-Za-z_]\w*) = (\S.*?)\s*$", line)
-        if made:
-            names.known[made[1]] = made[2]
+        match = re.match(r"\s*\$([A-Za-z_]\w*) = (\S.*?)\s*$", line)
+        if match:
+            names.known[match[1]] = match[2]
         elif line.strip():
             kept.append(line.strip())
     return kept
 
 
-def _block(text: str, at: int) -> tuple[int, int]:
+def _block(text: str, position: int) -> tuple[int, int]:
     """Return the range after a comment, up to an empty line."""
-    start = text.find("\n", at) + 1
+    start = text.find("\n", position) + 1
     end = text.find("\n\n", start)
     return start, len(text) if end < 0 else end
 
 
 def _free(text: str, plain: str, start: int, end: int) -> list[Figure]:
     """Return the figures of a block, except on lines that end with a separate comment."""
-    found, at = [], start
+    result, position = [], start
     for line in text[start:end].splitlines(keepends=True):
         if not BINDING.search(line):
-            found += figures(plain, at, at + len(line))
-        at += len(line)
-    return found
+            result += figures(plain, position, position + len(line))
+        position += len(line)
+    return result
 
 
 def expressions(text: str, names: _Names) -> list[str]:
     """Return the expressions of a text, with braces expanded."""
-    found = []
+    result = []
     for part in re.split(r";(?![^\[]*\])", names.put(text)):
-        found += list(_spread(part.strip())) if part.strip() not in {"", "-"} else []
-    return found
+        result += list(_spread(part.strip())) if part.strip() not in {"", "-"} else []
+    return result
 
 
 def _spread(text: str) -> Iterator[str]:
@@ -241,30 +241,30 @@ def _spread(text: str) -> Iterator[str]:
     if match is None:
         yield text
         return
-    for each in match[1].split(","):
-        yield from _spread(text[: match.start()] + each.strip() + text[match.end() :])
+    for option in match[1].split(","):
+        yield from _spread(text[: match.start()] + option.strip() + text[match.end() :])
 
 
-def _pair(found: Sequence[Figure], wanted: Sequence[str], where: str) -> list[Bound]:
-    if len(found) != len(wanted):
-        shown = ", ".join(map(str, found)) or "none"
-        raise BindingError(f"{where}: {len(found)} figures ({shown}), {len(wanted)} expressions ({'; '.join(wanted)})")
-    return [Bound(figure, expression) for figure, expression in zip(found, wanted, strict=True)]
+def _pair(printed: Sequence[Figure], texts: Sequence[str], where: str) -> list[Bound]:
+    if len(printed) != len(texts):
+        shown = ", ".join(map(str, printed)) or "none"
+        raise BindingError(f"{where}: {len(printed)} figures ({shown}), {len(texts)} expressions ({'; '.join(texts)})")
+    return [Bound(figure, expression) for figure, expression in zip(printed, texts, strict=True)]
 
 
-def _in_order(lines: Sequence[str], found: Sequence[Figure], names: _Names) -> list[Bound]:
-    return _pair(found, [each for line in lines for each in expressions(line, names)], "in order")
+def _in_order(lines: Sequence[str], printed: Sequence[Figure], names: _Names) -> list[Bound]:
+    return _pair(printed, [each for line in lines for each in expressions(line, names)], "in order")
 
 
-def _table(lines: Sequence[str], text: str, plain: str, place: tuple[int, int], names: _Names) -> list[Bound]:
+def _table(lines: Sequence[str], text: str, plain: str, block: tuple[int, int], names: _Names) -> list[Bound]:
     rows: dict[str, list[list[tuple[int, int]]]] = {}
-    at, bound = place[0], []
-    for number, line in enumerate(text[place[0] : place[1]].splitlines(keepends=True)):
-        cells = _cells(line, plain[at : at + len(line)], at)
+    position, bound = block[0], []
+    for number, line in enumerate(text[block[0] : block[1]].splitlines(keepends=True)):
+        cells = _cells(line, plain[position : position + len(line)], position)
         if number > 1:
             name = re.sub(r"[*`]", "", text[cells[0][0] : cells[0][1]]).strip()
             rows.setdefault(name, []).append(cells[1:])
-        at += len(line)
+        position += len(line)
     template = ""
     for line in lines:
         label, _, rest = line.rpartition(": ") if ": " in line else (line.removesuffix(":"), "", "")
@@ -273,29 +273,29 @@ def _table(lines: Sequence[str], text: str, plain: str, place: tuple[int, int], 
             continue
         if not rows.get(label):
             raise BindingError(f"no (further) row of the table is called {label!r}; there are {', '.join(rows)}")
-        said = [each.strip() for each in _split(rest)]
-        cells_said = _split(_filled(template, [label, *said])) if template else said
-        for cell, expected in zip(rows[label].pop(0), cells_said, strict=False):
-            found = figures(plain, *cell)
-            if found or not template:
-                bound += _pair(found, expressions(expected, names), f"row {label!r}")
+        columns = [each.strip() for each in _split(rest)]
+        expected_cells = _split(_filled(template, [label, *columns])) if template else columns
+        for cell, expected in zip(rows[label].pop(0), expected_cells, strict=False):
+            printed = figures(plain, *cell)
+            if printed or not template:
+                bound += _pair(printed, expressions(expected, names), f"row {label!r}")
     return bound
 
 
 def _filled(template: str, values: Sequence[str]) -> str:
     """Return a row's cells from those after ``each``; missing values are empty."""
-    return re.sub(r"\$(\d)", lambda found: values[int(found[1])] if int(found[1]) < len(values) else "", template)
+    return re.sub(r"\$(\d)", lambda match: values[int(match[1])] if int(match[1]) < len(values) else "", template)
 
 
 def _split(text: str) -> list[str]:
     return re.split(r" *\| *", text) if text else []
 
 
-def _cells(line: str, plain: str, at: int) -> list[tuple[int, int]]:
+def _cells(line: str, plain: str, offset: int) -> list[tuple[int, int]]:
     """Return the positions of a row's cells."""
-    bars = [place for place, letter in enumerate(line) if letter == "|" and not _escaped(line, place)]
-    return [(at + left + 1, at + right) for left, right in pairwise(bars)]
+    bars = [index for index, letter in enumerate(line) if letter == "|" and not _escaped(line, index)]
+    return [(offset + left + 1, offset + right) for left, right in pairwise(bars)]
 
 
-def _escaped(line: str, place: int) -> bool:
-    return line[place - 1 : place] == "\\" or line.count("`", 0, place) % 2 == 1
+def _escaped(line: str, index: int) -> bool:
+    return line[index - 1 : index] == "\\" or line.count("`", 0, index) % 2 == 1

@@ -47,17 +47,17 @@ class Results:
         self.file = functools.cache(self._file)
 
     def _file(self, name: str) -> Any:
-        place = f"eval/{name}.yaml" if name.startswith("references/") else f"eval/results/{name}.json"
-        path = self.root / place
+        file = f"eval/{name}.yaml" if name.startswith("references/") else f"eval/results/{name}.json"
+        path = self.root / file
         if not path.exists():
-            raise PointerError(f"there is no {place}")
+            raise PointerError(f"there is no {file}")
         # JSON is YAML, but the JSON parser is a hundred times faster.
         text = path.read_text(encoding="utf-8")
         return yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
 
     def find(self, pointer: str) -> list[Decimal]:
         """Return the numbers of a pointer, in order."""
-        return [_number(each, pointer) for each in self._entries(pointer)]
+        return [_number(entry, pointer) for entry in self._entries(pointer)]
 
     def entry(self, pointer: str) -> dict[str, Any]:
         """Return the single object of a pointer.
@@ -65,20 +65,20 @@ class Results:
         Raises:
             PointerError: If there is none, if there are several, or if it is not an object.
         """
-        found = self._entries(pointer)
-        if len(found) != 1 or not isinstance(found[0], dict):
-            raise PointerError(f"{pointer} leads to {len(found)} values")
-        return found[0]
+        entries = self._entries(pointer)
+        if len(entries) != 1 or not isinstance(entries[0], dict):
+            raise PointerError(f"{pointer} leads to {len(entries)} values")
+        return entries[0]
 
     def _entries(self, pointer: str) -> list[Any]:
         name, _, path = pointer.partition(":")
-        found = [self.file(name)]
+        entries = [self.file(name)]
         for match in STEP.finditer(path):
             if match["key"] is not None:
-                found = [inner for each in found for inner in _enter(each, match["key"], pointer)]
+                entries = [inner for entry in entries for inner in _enter(entry, match["key"], pointer)]
             elif match["inside"] is not None:
-                found = [inner for each in found for inner in _select(each, match["inside"], pointer)]
-        return found
+                entries = [inner for entry in entries for inner in _select(entry, match["inside"], pointer)]
+        return entries
 
     def value(self, text: str) -> Decimal:
         """Evaluate an expression.
@@ -87,7 +87,7 @@ class Results:
             PointerError: If it cannot be parsed, or a pointer has no value or several.
         """
         tokens = list(_tokens(text))
-        if not any(kind == "pointer" or (kind, said) == ("call", "chance") for kind, said in tokens):
+        if not any(kind == "pointer" or (kind, token) == ("call", "chance") for kind, token in tokens):
             raise PointerError(f"{text!r} names no result")
         with localcontext(prec=40):
             reader = _Reader(tokens, self.find, text)
@@ -97,14 +97,14 @@ class Results:
 
 
 def _tokens(text: str) -> Iterator[tuple[str, str]]:
-    at = 0
-    while text[at:].strip():
-        match = TOKEN.match(text, at)
+    position = 0
+    while text[position:].strip():
+        match = TOKEN.match(text, position)
         if match is None:
-            raise PointerError(f"cannot read {text[at:].strip()!r} in {text!r}")
+            raise PointerError(f"cannot read {text[position:].strip()!r} in {text!r}")
         kind = str(match.lastgroup)
         yield kind, match[kind]
-        at = match.end()
+        position = match.end()
 
 
 class _Reader:
@@ -141,21 +141,21 @@ class _Reader:
         return value
 
     def _one(self) -> Decimal:
-        kind, said = self._next()
+        kind, token = self._next()
         if kind == "number":
-            return Decimal(said)
+            return Decimal(token)
         if kind == "pointer":
-            found = self.find(said)
-            if len(found) != 1:
-                raise PointerError(f"{said} leads to {len(found)} values")
-            return found[0]
-        if (kind, said) == ("sign", "("):
+            values = self.find(token)
+            if len(values) != 1:
+                raise PointerError(f"{token} leads to {len(values)} values")
+            return values[0]
+        if (kind, token) == ("sign", "("):
             value = self.sum()
             self._expect(")")
             return value
         if kind != "call":
             raise PointerError(f"a pointer is missing in {self.text!r}")
-        value = self._call(said)
+        value = self._call(token)
         self._expect(")")
         return value
 
@@ -166,23 +166,23 @@ class _Reader:
             cutoff = self.sum()
             self._expect(",")
             return chance(int(cutoff), int(self.sum()))
-        found = self._values(name)
+        values = self._values(name)
         if name == "t":
             self._expect(",")
-            return paired_t(found, self._values(name))
+            return paired_t(values, self._values(name))
         if name == "count":
-            return Decimal(len(found))
-        if not found:
+            return Decimal(len(values))
+        if not values:
             raise PointerError(f"{name}() has no values: {self.text!r}")
         if name == "mean":
-            return sum(found, Decimal(0)) / len(found)
-        return {"min": min, "max": max, "sum": sum}[name](found)  # type: ignore[operator,no-any-return]
+            return sum(values, Decimal(0)) / len(values)
+        return {"min": min, "max": max, "sum": sum}[name](values)  # type: ignore[operator,no-any-return]
 
     def _values(self, name: str) -> list[Decimal]:
-        kind, said = self._next()
+        kind, token = self._next()
         if kind != "pointer":
             raise PointerError(f"{name}() takes a pointer: {self.text!r}")
-        return self.find(said)
+        return self.find(token)
 
 
 def paired_t(a: list[Decimal], b: list[Decimal]) -> Decimal:
@@ -193,12 +193,12 @@ def paired_t(a: list[Decimal], b: list[Decimal]) -> Decimal:
     """
     if len(a) != len(b) or len(a) < 2:
         raise PointerError(f"t() takes pairs: there are {len(a)} and {len(b)} values")
-    found = [one - other for one, other in zip(a, b, strict=True)]
-    mean = sum(found, Decimal(0)) / len(found)
-    square = sum(((each - mean) ** 2 for each in found), Decimal(0)) / (len(found) - 1)
+    differences = [first - second for first, second in zip(a, b, strict=True)]
+    mean = sum(differences, Decimal(0)) / len(differences)
+    square = sum(((difference - mean) ** 2 for difference in differences), Decimal(0)) / (len(differences) - 1)
     if square == 0:
         raise PointerError("t() is undefined: all differences are equal")
-    return mean / (square / len(found)).sqrt()
+    return mean / (square / len(differences)).sqrt()
 
 
 def chance(cutoff: int, candidates: int) -> Decimal:
@@ -222,11 +222,11 @@ def _select(value: Any, inside: str, pointer: str) -> list[Any]:
         return _enter(value, inside, pointer)
     if not isinstance(value, list):
         raise PointerError(f"{pointer} leads to nothing: [{inside}] asks for a list")
-    wanted = [condition.strip().partition("=")[::2] for condition in inside.split(" & ")]
-    found = [each for each in value if all(str(_inner(each, key)) == said for key, said in wanted)]
-    if not found:
+    conditions = [condition.strip().partition("=")[::2] for condition in inside.split(" & ")]
+    matches = [entry for entry in value if all(str(_inner(entry, key)) == expected for key, expected in conditions)]
+    if not matches:
         raise PointerError(f"{pointer} leads to nothing: no entry has {inside}")
-    return found
+    return matches
 
 
 def _inner(value: Any, key: str) -> Any:

@@ -20,7 +20,7 @@ from eval.benchmarks.figures.pointers import PointerError, Results
 from llmrec.bench.pages import result_of
 
 PAIR = re.compile(r"^(?P<entry>[\w./-]+:(?:\w+/)?(?:pairs|comparisons|explored)\[[^\]]*\])(?:/value)?$")
-SAID = re.compile(
+VERDICT_WORDS = re.compile(
     r"\b(?P<no>(?:no|not|nor|nothing|neither)(?: [\w-]+){0,2}|[Nn]one(?: [\w-]+){0,12}) significant(?:ly)?"
     r"|\bsignificantly (?P<way>better|higher|worse|lower|more|less)|\bsignificant(?:ly)?"
 )
@@ -49,8 +49,8 @@ def faults(text: str, bound: Sequence[Bound], results: Results) -> Iterator[tupl
         if "verdict" not in pair:
             continue
         start, end = _sentence(text, each.figure.start)
-        before = [*SAID.finditer(text, start, each.figure.start)]
-        words = SAID.search(text, each.figure.end, end) or (before[-1] if before else None)
+        before = [*VERDICT_WORDS.finditer(text, start, each.figure.start)]
+        words = VERDICT_WORDS.search(text, each.figure.end, end) or (before[-1] if before else None)
         if words is not None and (wrong := _wrong(words, pair)):
             yield each.figure.start, f"{each.figure}: the text says {words.group()!r}, and {entry} {wrong}"
         result = results.file(entry.partition(":")[0])
@@ -77,12 +77,12 @@ def unfounded(text: str, plain: str, bound: Sequence[Bound]) -> Iterator[tuple[i
         bound: Its figures with their expressions.
     """
     pairs = [each.figure.start for each in bound if PAIR.match(each.expression)]
-    ends = [*(found.end() for found in PARAGRAPH.finditer(text)), len(text)]
+    ends = [*(match.end() for match in PARAGRAPH.finditer(text)), len(text)]
     for start, end in pairwise([0, *ends]):
-        said = SAID.search(text, start, end)
+        words = VERDICT_WORDS.search(text, start, end)
         measured = "](../eval/" in text[start:end] or figures(plain, start, end)
-        if said and measured and not any(start <= place < end for place in pairs):
-            yield said.start(), f"{said.group()!r} has no difference of a pair in its paragraph"
+        if words and measured and not any(start <= position < end for position in pairs):
+            yield words.start(), f"{words.group()!r} has no difference of a pair in its paragraph"
 
 
 def _best_on_validation(result: dict[str, Any], pair: dict[str, Any]) -> set[str]:
@@ -93,10 +93,10 @@ def _best_on_validation(result: dict[str, Any], pair: dict[str, Any]) -> set[str
     return benchmark.best_on_validation(table, reads)
 
 
-def _sentence(text: str, place: int) -> tuple[int, int]:
-    start = max((found.end() for found in END.finditer(text, 0, place)), default=0)
-    found = END.search(text, place)
-    return start, found.start() if found else len(text)
+def _sentence(text: str, position: int) -> tuple[int, int]:
+    start = max((match.end() for match in END.finditer(text, 0, position)), default=0)
+    end = END.search(text, position)
+    return start, end.start() if end else len(text)
 
 
 def _wrong(words: re.Match[str], pair: dict[str, Any]) -> str:
