@@ -33,13 +33,13 @@ class _Mode(TorchFunctionMode):
 
 @contextmanager
 def fake_cuda() -> Iterator[Callable[[Any], Any]]:
-    """Give a function that puts a model or tensor on ``cuda:0``; tensors made for ``cuda`` inside are there too."""
+    """Yield a function that moves a model or tensor to ``cuda:0``; new tensors for ``cuda`` are on it too."""
     to = torch.nn.Module.to
 
     def moved(module: Any, *args: Any, **kwargs: Any) -> Any:
-        # A module's own `to` keeps its parameters, which are plain tensors, and changes their data.
-        told = next((each for each in args if isinstance(each, str | torch.device)), None)
-        return on_cuda(module) if _is_cuda(told) else to(module, *args, **kwargs)
+        # `Module.to` keeps the parameters, which are plain tensors, and changes their data.
+        on_gpu = next((each for each in args if isinstance(each, str | torch.device)), None)
+        return on_cuda(module) if _is_cuda(on_gpu) else to(module, *args, **kwargs)
 
     torch.nn.Module.to = moved  # type: ignore[method-assign]
     try:
@@ -49,19 +49,19 @@ def fake_cuda() -> Iterator[Callable[[Any], Any]]:
         torch.nn.Module.to = to  # type: ignore[method-assign]
 
 
-def on_cuda(found: Any) -> Any:
-    """Put a model, in place, or a tensor on the device."""
-    if isinstance(found, torch.Tensor):
-        return _wrapped(found)
+def on_cuda(value: Any) -> Any:
+    """Move a model, itself, or a tensor to the device."""
+    if isinstance(value, torch.Tensor):
+        return _wrapped(value)
     with torch._C.DisableTorchFunction():
-        for module in found.modules():
+        for module in value.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
                     module._parameters[name] = _parameter(parameter)
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[name] = _wrapped(buffer)
-    return found
+    return value
 
 
 _SEEN: dict[int, Any] = {}
@@ -78,33 +78,33 @@ def _parameter(parameter: Any) -> Any:
     return _SEEN[id(parameter)][1]
 
 
-def _wrapped(found: Any) -> Any:
-    return found if isinstance(found, FakeCuda) else found.as_subclass(FakeCuda)
+def _wrapped(value: Any) -> Any:
+    return value if isinstance(value, FakeCuda) else value.as_subclass(FakeCuda)
 
 
 def _is_cuda(device: object) -> bool:
     return device is not None and torch.device(device).type == "cuda"  # type: ignore[arg-type]
 
 
-def _leaves(found: Any) -> Iterator[Any]:
-    if isinstance(found, torch.Tensor):
-        yield found
-    elif isinstance(found, list | tuple):
-        for each in found:
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for each in value:
             yield from _leaves(each)
-    elif isinstance(found, dict):
-        yield from _leaves(list(found.values()))
+    elif isinstance(value, dict):
+        yield from _leaves(list(value.values()))
 
 
-def _mapped(found: Any, change: Callable[[Any], Any]) -> Any:
-    if isinstance(found, torch.Tensor):
-        return change(found)
-    if isinstance(found, list | tuple):
-        values = [_mapped(each, change) for each in found]
-        return type(found)(*values) if hasattr(found, "_fields") else type(found)(values)
-    if isinstance(found, dict):
-        return {key: _mapped(each, change) for key, each in found.items()}
-    return found
+def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, list | tuple):
+        values = [_mapped(each, change) for each in value]
+        return type(value)(*values) if hasattr(value, "_fields") else type(value)(values)
+    if isinstance(value, dict):
+        return {key: _mapped(each, change) for key, each in value.items()}
+    return value
 
 
 def _call(func: Any, args: Any, kwargs: Any) -> Any:
@@ -123,15 +123,15 @@ def _call(func: Any, args: Any, kwargs: Any) -> Any:
             return func(*args, **kwargs)
         if name in ("numpy", "__array__") and fakes:
             raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu()")
-        here = bool(fakes)
+        result_on_gpu = bool(fakes)
         if fakes and name not in _MEETS:
             _refuse_mixed(name, leaves)
         if name in ("__getitem__", "__setitem__") and not isinstance(args[0], FakeCuda):
             if any(leaf.dim() for leaf in _leaves(args[1]) if isinstance(leaf, FakeCuda)):
                 raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
-            here = False
-        args, kwargs, told = _placed(name, args, dict(kwargs))
-        here = told if told is not None else here
+            result_on_gpu = False
+        args, kwargs, on_gpu = _placed(name, args, dict(kwargs))
+        result_on_gpu = on_gpu if on_gpu is not None else result_on_gpu
         plain: dict[int, Any] = {}
 
         def bare(leaf: Any) -> Any:
@@ -140,10 +140,10 @@ def _call(func: Any, args: Any, kwargs: Any) -> Any:
             return plain.setdefault(id(leaf), leaf.as_subclass(torch.Tensor))
 
         before = {id(bare(leaf)): leaf for leaf in fakes}
-        found = func(*_mapped(args, bare), **_mapped(kwargs, bare))
-        if not here:
-            return found
-        return _mapped(found, lambda leaf: before.get(id(leaf)) if id(leaf) in before else _wrapped(leaf))
+        value = func(*_mapped(args, bare), **_mapped(kwargs, bare))
+        if not result_on_gpu:
+            return value
+        return _mapped(value, lambda leaf: before.get(id(leaf)) if id(leaf) in before else _wrapped(leaf))
 
 
 def _refuse_mixed(name: str, leaves: list[Any]) -> None:
@@ -155,20 +155,20 @@ def _refuse_mixed(name: str, leaves: list[Any]) -> None:
 
 def _placed(name: str, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any], bool | None]:
     """Return arguments without the device that is not there, and whether the result is on it, where they say so."""
-    told: bool | None = None
+    on_gpu: bool | None = None
     if kwargs.get("device") is not None:
-        told = _is_cuda(kwargs["device"])
+        on_gpu = _is_cuda(kwargs["device"])
         kwargs["device"] = CPU
     if name in ("cuda", "cpu") and args and isinstance(args[0], torch.Tensor):
-        told = name == "cuda"
+        on_gpu = name == "cuda"
     if name == "to":
         rest = []
         for each in args[1:]:
             if isinstance(each, torch.device | str | int) and not isinstance(each, bool):
-                told = _is_cuda(each)
+                on_gpu = _is_cuda(each)
                 continue
             if isinstance(each, torch.Tensor):
-                told = isinstance(each, FakeCuda)
+                on_gpu = isinstance(each, FakeCuda)
             rest.append(each)
         args = (args[0], *rest) if rest or kwargs else (args[0], CPU)
-    return args, kwargs, told
+    return args, kwargs, on_gpu

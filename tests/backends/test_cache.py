@@ -1,4 +1,4 @@
-"""Remembered answers: the same question is answered once, and nothing that differs gets a stale answer."""
+"""The cache of answers: equal prompts are computed once, and different ones never share an answer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ from llmrec.backends.fake import FakeBackend
 from llmrec.errors import BackendError
 from llmrec.types import Completion, Cost, Message, Prompt, Scores, Segment
 from tests.facts import Facts, raises
+from tests.servers.client import question
 
+TEXT = "Rate Heat"
 IDENTITY = {
     "engine": "fake",
     "weights": "w",
@@ -41,22 +43,17 @@ class Counting(FakeBackend):
 
     def __init__(self) -> None:
         super().__init__()
-        self.asked = 0
+        self.count = 0
 
     def generate(self, prompts: Sequence[Prompt], *, max_tokens: int) -> list[Completion]:
-        self.asked += len(prompts)
+        self.count += len(prompts)
         return super().generate(prompts, max_tokens=max_tokens)
 
     def score(
         self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]], *, closed: bool = True
     ) -> list[Scores]:
-        self.asked += len(prompts)
+        self.count += len(prompts)
         return super().score(prompts, candidates, closed=closed)
-
-
-def prompt(text: str = "Rate Heat", given: str = "", stop: str | None = None) -> Prompt:
-    answer = (Segment("item", given),) if given else ()
-    return Prompt(messages=(Message("user", (Segment("text", text),)),), answer_prefix=answer, stop=stop)
 
 
 def backend(store: AnswerStore, started: FakeBackend, **changes: Any) -> CachedBackend:
@@ -68,157 +65,138 @@ def store(tmp_path: Path) -> AnswerStore:
     return AnswerStore(tmp_path / "answers.sqlite")
 
 
-def test_a_question_is_computed_once_and_answered_alike(store: AnswerStore) -> None:
+def test_equal_prompts_are_computed_once(store: AnswerStore) -> None:
     engine = Counting()
-    questions = [prompt("a"), prompt("b"), prompt("a", stop="\n")]
+    # The last prompt equals the first one.
+    prompts = [question("a"), question("b"), question("a", stop="\n"), question("a")]
     first = backend(store, engine)
-    written, scores = first.generate(questions, max_tokens=4), first.score(questions, [["x", "y"]] * 3)
-    assert engine.asked == 6 and first.recalled == 0
+    texts, scores = first.generate(prompts, max_tokens=4), first.score(prompts, [["x", "y"]] * 4)
+    assert engine.count == 6 and first.recalled == 0
     again = backend(store, engine)
-    assert again.generate(questions, max_tokens=4) == written
-    assert again.score(questions, [["x", "y"]] * 3) == scores
-    assert engine.asked == 6 and again.recalled == 6 and again.recalled_seconds >= 0
-    assert written == FakeBackend().generate(questions, max_tokens=4)
-    assert scores == FakeBackend().score(questions, [["x", "y"]] * 3)
+    assert again.generate(prompts, max_tokens=4) == texts
+    assert again.score(prompts, [["x", "y"]] * 4) == scores
+    assert engine.count == 6 and again.recalled > 0 and again.recalled_seconds >= 0
+    assert texts == FakeBackend().generate(prompts, max_tokens=4)
+    assert scores == FakeBackend().score(prompts, [["x", "y"]] * 4)
 
 
-def test_what_is_generated_is_remembered_for_its_part_of_a_job_alone(store: AnswerStore) -> None:
+def test_generated_texts_are_stored_by_part_of_a_job(store: AnswerStore) -> None:
     engine = Counting()
-    asked = backend(store, engine)
+    cached = backend(store, engine)
     for part, generated, scored in ((None, 1, 1), (0, 1, 0), (1, 1, 0), (0, 0, 0), (None, 0, 0)):
-        asked.part, before = part, engine.asked
-        asked.generate([prompt()], max_tokens=4)
-        assert engine.asked - before == generated
-        asked.score([prompt()], [["x", "y"]])
-        assert engine.asked - before == generated + scored
+        cached.part, before = part, engine.count
+        cached.generate([question(TEXT)], max_tokens=4)
+        assert engine.count - before == generated
+        cached.score([question(TEXT)], [["x", "y"]])
+        assert engine.count - before == generated + scored
 
 
-def test_the_engine_starts_only_for_a_new_question(store: AnswerStore) -> None:
-    backend(store, Counting()).generate([prompt()], max_tokens=4)
+def test_engine_starts_only_for_new_prompts(store: AnswerStore) -> None:
+    backend(store, Counting()).generate([question(TEXT)], max_tokens=4)
 
     def refuse() -> FakeBackend:
         raise AssertionError("the engine was started")
 
     known = CachedBackend(store, IDENTITY, FakeBackend, refuse)
-    assert known.generate([prompt()], max_tokens=4)
+    assert known.generate([question(TEXT)], max_tokens=4)
     known.close()
     with pytest.raises(AssertionError):
-        known.generate([prompt("other")], max_tokens=4)
+        known.generate([question("other")], max_tokens=4)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("weights", "another model or adapter"),
-        ("model", {**IDENTITY["model"], "revision": "main"}),  # type: ignore[dict-item]
-    ],
-)
-def test_another_model_or_engine_gets_no_stale_answer(store: AnswerStore, name: str, value: object) -> None:
+def test_another_model_gets_no_stale_answer(store: AnswerStore) -> None:
     engine = Counting()
-    backend(store, engine).generate([prompt()], max_tokens=4)
-    other = backend(store, engine, **{name: value})
-    other.generate([prompt()], max_tokens=4)
-    assert engine.asked == 2 and other.recalled == 0
+    backend(store, engine).generate([question(TEXT)], max_tokens=4)
+    other = backend(store, engine, model={**IDENTITY["model"], "revision": "main"})  # type: ignore[dict-item]
+    other.generate([question(TEXT)], max_tokens=4)
+    assert engine.count == 2 and other.recalled == 0
 
 
 CHANGED = [
-    ("template", prompt("Judge Heat"), 4),
-    ("system turn", replace(prompt(), messages=(Message("system", (Segment("text", "s"),)), *prompt().messages)), 4),
-    ("k, a solved example", replace(prompt(), messages=(*prompt("shot").messages, *prompt().messages)), 4),
-    ("role", replace(prompt(), messages=(Message("assistant", prompt().messages[0].segments),)), 4),
-    ("given answer", prompt(given="1. "), 4),
-    ("where the answer is cut", replace(prompt(), answer_prefix=(Segment("target", "1. "),)), 4),
-    ("stop", prompt(stop="\n"), 4),
-    ("max tokens", prompt(), 5),
+    ("template", question("Judge Heat"), 4),
+    (
+        "system turn",
+        replace(question(TEXT), messages=(Message("system", (Segment("text", "s"),)), *question(TEXT).messages)),
+        4,
+    ),
+    ("example", replace(question(TEXT), messages=(*question("shot").messages, *question(TEXT).messages)), 4),
+    ("role", replace(question(TEXT), messages=(Message("assistant", question(TEXT).messages[0].segments),)), 4),
+    ("answer prefix", question(TEXT, given="1. "), 4),
+    ("role of the prefix", replace(question(TEXT), answer_prefix=(Segment("target", "1. "),)), 4),
+    ("stop", question(TEXT, stop="\n"), 4),
+    ("max tokens", question(TEXT), 5),
 ]
 
 
-@pytest.mark.parametrize(("what", "question", "tokens"), CHANGED, ids=[case[0] for case in CHANGED])
-def test_another_question_gets_no_stale_answer(store: AnswerStore, what: str, question: Prompt, tokens: int) -> None:
+@pytest.mark.parametrize(("change", "changed", "tokens"), CHANGED, ids=[case[0] for case in CHANGED])
+def test_another_prompt_gets_no_stale_answer(store: AnswerStore, change: str, changed: Prompt, tokens: int) -> None:
     engine = Counting()
-    asked = backend(store, engine)
-    asked.generate([prompt(), prompt(given="2. ")], max_tokens=4)
-    asked.generate([question], max_tokens=tokens)
-    assert engine.asked == 3 and asked.recalled == 0, what
+    cached = backend(store, engine)
+    cached.generate([question(TEXT), question(TEXT, given="2. ")], max_tokens=4)
+    cached.generate([changed], max_tokens=tokens)
+    assert engine.count == 3 and cached.recalled == 0, change
 
 
-def test_verb_candidates_and_closing_are_part_of_the_question(store: AnswerStore) -> None:
+def test_method_and_candidates_are_part_of_the_key(store: AnswerStore) -> None:
     engine = Counting()
-    asked = backend(store, engine)
-    asked.score([prompt()], [["x", "y"]])
-    asked.score([prompt()], [["y", "x"]])
-    asked.score([prompt()], [["x", "y", "z"]])
-    asked.score([prompt()], [["x", "y"]], closed=False)
-    asked.generate([prompt()], max_tokens=4)
-    assert engine.asked == 5 and asked.recalled == 0
-
-
-def test_repeated_questions_of_one_call_are_computed_once(store: AnswerStore) -> None:
-    engine = Counting()
-    found = backend(store, engine).generate([prompt("a"), prompt("b"), prompt("a")], max_tokens=4)
-    assert engine.asked == 2 and found[0] == found[2] != found[1]
+    cached = backend(store, engine)
+    cached.score([question(TEXT)], [["x", "y"]])
+    cached.score([question(TEXT)], [["y", "x"]])
+    cached.score([question(TEXT)], [["x", "y", "z"]])
+    cached.score([question(TEXT)], [["x", "y"]], closed=False)
+    cached.generate([question(TEXT)], max_tokens=4)
+    assert engine.count == 5 and cached.recalled == 0
 
 
 @given(calls=st.lists(st.lists(st.sampled_from("abcdef"), max_size=5), max_size=6))
-def test_any_sequence_of_calls_equals_the_plain_backend(
-    calls: list[list[str]], tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_any_calls_equal_the_plain_backend(calls: list[list[str]], tmp_path_factory: pytest.TempPathFactory) -> None:
     cached = backend(AnswerStore(tmp_path_factory.mktemp("store") / "a.sqlite"), FakeBackend())
     for texts in calls:
-        questions = [prompt(text) for text in texts]
-        assert cached.generate(questions, max_tokens=3) == FakeBackend().generate(questions, max_tokens=3)
+        prompts = [question(text) for text in texts]
+        assert cached.generate(prompts, max_tokens=3) == FakeBackend().generate(prompts, max_tokens=3)
 
 
-def test_a_failing_call_stores_nothing(store: AnswerStore) -> None:
+def test_failed_call_stores_nothing(store: AnswerStore) -> None:
     class Failing(FakeBackend):
         def generate(self, prompts: Sequence[Prompt], *, max_tokens: int) -> list[Completion]:
             raise BackendError("the engine died")
 
     with pytest.raises(BackendError):
-        backend(store, Failing()).generate([prompt("a"), prompt("b")], max_tokens=4)
+        backend(store, Failing()).generate([question("a"), question("b")], max_tokens=4)
     assert len(store) == 0
 
 
-def test_a_damaged_table_is_set_aside(tmp_path: Path) -> None:
-    path = tmp_path / "answers.sqlite"
-    path.write_bytes(b"this is no database" * 100)
-    store = AnswerStore(path)
-    store.put([("k", {"a": 1})])
-    assert store.get(["k"]) == {"k": {"a": 1}}
-    assert (tmp_path / "answers.sqlite.damaged").read_bytes().startswith(b"this is no database")
-
-
-QUESTIONS = [prompt(f"Rate film {n}") for n in range(60)]
+PROMPTS = [question(f"Rate film {n}") for n in range(60)]
 
 
 def filled(path: Path) -> tuple[bytes, list[Completion]]:
-    """Return the bytes of a table of answers on several pages, and the answers."""
+    """Return the bytes of a store with several pages, and its answers."""
     store = AnswerStore(path)
-    answers = backend(store, FakeBackend()).generate(QUESTIONS, max_tokens=4)
+    answers = backend(store, FakeBackend()).generate(PROMPTS, max_tokens=4)
     store.put([(f"more-{n}", {"text": "x" * 90}) for n in range(200)])
     store.spend("server", Cost(prompt_tokens=11, completion_tokens=7))
     store.close()
     return path.read_bytes(), answers
 
 
-def test_an_answer_whose_digits_were_changed_is_asked_again(tmp_path: Path, caplog: Any) -> None:
+def test_answers_with_a_wrong_checksum_are_requested_again(tmp_path: Path, caplog: Any) -> None:
     path = tmp_path / "answers.sqlite"
     store = AnswerStore(path)
-    scores = backend(store, FakeBackend()).score(QUESTIONS, [["x", "y"]] * len(QUESTIONS))
+    scores = backend(store, FakeBackend()).score(PROMPTS, [["x", "y"]] * len(PROMPTS))
     store.close()
     with sqlite3.connect(path) as connection:
         connection.execute("UPDATE answers SET value = replace(replace(value, '7', '3'), '1', '2')")
     connection.close()
     engine = Counting()
-    found = backend(AnswerStore(path), engine)
-    assert found.score(QUESTIONS, [["x", "y"]] * len(QUESTIONS)) == scores
-    assert engine.asked == len(QUESTIONS) and found.recalled == 0
+    cached = backend(AnswerStore(path), engine)
+    assert cached.score(PROMPTS, [["x", "y"]] * len(PROMPTS)) == scores
+    assert engine.count == len(PROMPTS) and cached.recalled == 0
     assert "60 answers in" in caplog.text and "requested again" in caplog.text
-    assert backend(AnswerStore(path), engine).score(QUESTIONS, [["x", "y"]] * len(QUESTIONS)) == scores
-    assert engine.asked == len(QUESTIONS)
+    assert backend(AnswerStore(path), engine).score(PROMPTS, [["x", "y"]] * len(PROMPTS)) == scores
+    assert engine.count == len(PROMPTS)
 
 
-def test_a_table_without_checksums_is_set_aside_with_what_was_spent(tmp_path: Path, caplog: Any) -> None:
+def test_store_without_checksums_is_renamed_and_its_usage_kept(tmp_path: Path, caplog: Any) -> None:
     path = tmp_path / "answers.sqlite"
     with sqlite3.connect(path) as connection:
         connection.executescript(
@@ -238,14 +216,14 @@ def test_a_table_without_checksums_is_set_aside_with_what_was_spent(tmp_path: Pa
     ]
 
 
-def test_pages_that_are_overwritten_cost_their_answers_alone(tmp_path: Path, caplog: Any) -> None:
+def test_damaged_pages_lose_only_their_answers(tmp_path: Path, caplog: Any) -> None:
     path = tmp_path / "answers.sqlite"
     content, answers = filled(path)
     middle = len(content) // 4096 // 2 * 4096
     path.write_bytes(content[:middle] + b"\xff" * 4096 + content[middle + 4096 :])
     for _ in range(2):
         store = AnswerStore(path)
-        assert backend(store, FakeBackend()).generate(QUESTIONS, max_tokens=4) == answers
+        assert backend(store, FakeBackend()).generate(PROMPTS, max_tokens=4) == answers
         store.get([f"more-{n}" for n in range(200)])
         store.put([("new", 1)])
         assert store.get(["new"]) == {"new": 1}
@@ -255,24 +233,24 @@ def test_pages_that_are_overwritten_cost_their_answers_alone(tmp_path: Path, cap
     assert (tmp_path / "answers.sqlite.damaged").stat().st_size >= len(content)
 
 
-def test_no_damage_gives_another_answer_or_a_traceback(tmp_path: Path) -> None:
+def test_damage_never_changes_an_answer(tmp_path: Path) -> None:
     content, answers = filled(tmp_path / "clean.sqlite")
     more = {f"more-{n}": {"text": "x" * 90} for n in range(200)}
     random = Random(0)
-    for turn in range(150):
+    for turn in range(50):
         path = tmp_path / f"{turn}.sqlite"
         damaged = bytearray(content)
-        # Every byte of the header and the schema once, and some stretches anywhere.
-        start = turn if turn < 100 else random.randrange(len(content))
-        length = 1 if turn < 100 else random.choice([1, 8, 300, 9000])
+        # Bytes of the header and the schema, and random ranges.
+        start = 3 * turn if turn < 34 else random.randrange(len(content))
+        length = 1 if turn < 34 else random.choice([1, 8, 300, 9000])
         stop = min(start + length, len(content))
         damaged[start:stop] = random.randbytes(stop - start)
         path.write_bytes(damaged if turn % 10 else damaged[: start + 1])
         try:
             store = AnswerStore(path)
-            assert backend(store, FakeBackend()).generate(QUESTIONS, max_tokens=4) == answers
-            found = store.get(list(more))
-            assert found == {key: more[key] for key in found}
+            assert backend(store, FakeBackend()).generate(PROMPTS, max_tokens=4) == answers
+            stored = store.get(list(more))
+            assert stored == {key: more[key] for key in stored}
             store.put([("new", 1)])
             store.spend("server", Cost(prompt_tokens=1))
             assert store.spent("server").prompt_tokens in (1, 12)
@@ -281,18 +259,18 @@ def test_no_damage_gives_another_answer_or_a_traceback(tmp_path: Path) -> None:
             assert "answer cache" in str(error), (turn, start)
 
 
-def test_a_lone_surrogate_is_stored(store: AnswerStore) -> None:
+def test_lone_surrogate_is_stored(store: AnswerStore) -> None:
     store.put([("k", {"text": "\ud800A"})])
     assert store.get(["k"]) == {"k": {"text": "\ud800A"}}
 
 
-def test_a_table_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
+def test_error_names_an_unreadable_store(tmp_path: Path) -> None:
     (tmp_path / "answers.sqlite").mkdir()
     with raises(BackendError, Facts("unreadable", "answers.sqlite")):
         AnswerStore(tmp_path / "answers.sqlite")
 
 
-def test_more_keys_than_one_query_takes(store: AnswerStore) -> None:
+def test_more_keys_than_the_limit_of_a_query(store: AnswerStore) -> None:
     rows = {f"k{n}": {"n": n} for n in range(1700)}
     store.put(rows.items())
     assert store.get([*rows, "absent"]) == rows
@@ -311,9 +289,9 @@ while True:
 """
 
 
-def test_a_killed_writer_leaves_whole_transactions(tmp_path: Path) -> None:
+def test_killed_writer_leaves_complete_transactions(tmp_path: Path) -> None:
     path = tmp_path / "answers.sqlite"
-    for round_ in range(4):
+    for round_ in range(2):
         writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True)
         assert writer.stdout is not None
         committed = [int(writer.stdout.readline()) for _ in range(5 + 7 * round_)][-1]
@@ -322,12 +300,12 @@ def test_a_killed_writer_leaves_whole_transactions(tmp_path: Path) -> None:
         store = AnswerStore(path)
         count = len(store)
         assert count % 20 == 0 and count >= committed * 20
-        found = store.get([f"{n}-{k}" for n in range(count // 20) for k in range(20)])
-        assert len(found) == count and found["0-19"] == {"n": 0, "k": 19}
+        answers = store.get([f"{n}-{k}" for n in range(count // 20) for k in range(20)])
+        assert len(answers) == count and answers["0-19"] == {"n": 0, "k": 19}
         store.close()
 
 
-def test_a_backup_by_hard_links_stays_as_it_was(tmp_path: Path) -> None:
+def test_hard_linked_backup_is_unchanged(tmp_path: Path) -> None:
     path, backup = tmp_path / "answers.sqlite", tmp_path / "backup.sqlite"
     store = AnswerStore(path)
     store.put([("a", {"seconds": 0.0, "answer": 1})])

@@ -1,4 +1,4 @@
-"""Where models run, on machines that are made up: a GPU that torch cannot use, a Hopper, a Turing, a Pascal card."""
+"""Devices of models on fake machines: an unusable GPU, and GPUs of several generations."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ AUTO, CPU, CUDA = (ModelSection(device=name) for name in ("auto", "cpu", "cuda")
 
 
 @pytest.fixture(autouse=True)
-def asked_anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def clear_caches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     cached = (machine._nvidia_gpu, machine._prepare_cuda)
     for function in cached:
@@ -38,7 +38,7 @@ def asked_anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put an nvidia-smi on the path that lists a card; torch sees none."""
+    """Put an nvidia-smi on the path that lists a GPU; torch has none."""
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA L4 (UUID: GPU-1)'\n", encoding="utf-8")
     tool.chmod(0o755)
@@ -47,7 +47,7 @@ def listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def card(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
-    """Let torch see a card of this compute capability."""
+    """Fake a GPU of this compute capability in torch."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Card")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
@@ -56,7 +56,7 @@ def card(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
 
 
-def test_a_gpu_that_torch_cannot_use_is_refused(listed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejects_gpu_that_torch_cannot_use(listed: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     with raises(
         ModelError,
@@ -70,23 +70,22 @@ def test_a_gpu_that_torch_cannot_use_is_refused(listed: None, monkeypatch: pytes
         load.device(AUTO)
 
 
-def test_who_insists_on_the_cpu_gets_it(listed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_can_be_forced(listed: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert load.device(CPU) == "cpu"
     for hidden in ("", "-1"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
         assert load.device(AUTO) == "cpu"
 
 
-def test_a_run_stops_at_once_and_not_after_hours_on_the_cpu(listed: None, tmp_path: Path) -> None:
-    page = tmp_path / "r.yaml"
-    page.write_text("name: r\ndata: {source: table, path: none.csv}\ntasks: {sequential: {}}\neval: {backend: hf}\n")
-    done = CliRunner().invoke(app, ["run", str(page), "--out", str(tmp_path / "run")])
-    assert isinstance(done.exception, ModelError)
-    assert "model.device=cpu" in str(done.exception)
+def test_run_stops_at_once_with_an_unusable_gpu(listed: None, tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("name: r\ndata: {source: table, path: none.csv}\ntasks: {sequential: {}}\neval: {backend: hf}\n")
+    result = CliRunner().invoke(app, ["run", str(recipe), "--out", str(tmp_path / "run")])
+    assert isinstance(result.exception, ModelError) and "model.device=cpu" in str(result.exception)
     assert not (tmp_path / "run" / "recipe.yaml").exists()
 
 
-def test_without_a_gpu_it_is_the_cpu_unless_a_gpu_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu_auto_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("PATH", "/nowhere")
     assert load.device(AUTO) == "cpu"
@@ -94,7 +93,7 @@ def test_without_a_gpu_it_is_the_cpu_unless_a_gpu_is_asked_for(monkeypatch: pyte
         load.device(CUDA)
 
 
-def test_a_card_older_than_the_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejects_gpu_older_than_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     card(monkeypatch, (6, 1))
     with raises(ModelError, Facts("unsupported", column="model.device", says=("Card", "6.1 is below 7.5"))):
         load.device(AUTO)
@@ -102,7 +101,7 @@ def test_a_card_older_than_the_kernels_is_refused(monkeypatch: pytest.MonkeyPatc
 
 
 class Moved(Exception):
-    """Raised in place of a move to the GPU."""
+    """Raised instead of a move to the GPU."""
 
 
 def _engine(folder: Path, out: Path) -> None:
@@ -145,7 +144,7 @@ def _training(folder: Path, out: Path) -> None:
 
 
 @pytest.mark.parametrize("path", [_engine, _text_encoder, _sequence_network, _rq_vae, _end_states, _training])
-def test_cudnn_attention_is_off_before_anything_is_on_a_gpu(
+def test_cudnn_attention_is_disabled_before_gpu_use(
     path: Callable[[Path, Path], None], llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("trl")
@@ -163,8 +162,8 @@ def test_cudnn_attention_is_off_before_anything_is_on_a_gpu(
 
         monkeypatch.setattr(kind, "to", move)
 
-    def configured(**given: Any) -> None:
-        if not given["use_cpu"]:
+    def configured(**kwargs: Any) -> None:
+        if not kwargs["use_cpu"]:
             raise Moved
 
     # The trainer moves a model by itself.
@@ -175,7 +174,7 @@ def test_cudnn_attention_is_off_before_anything_is_on_a_gpu(
     assert not torch.backends.cuda.cudnn_sdp_enabled() and settings == ["expandable_segments:True"]
 
 
-def test_a_user_s_settings_of_the_allocator_stay_and_no_process_inherits_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_allocator_settings_of_the_user_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     card(monkeypatch, (9, 0))
     settings: list[str] = []
     monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", settings.append)
@@ -188,18 +187,8 @@ def test_a_user_s_settings_of_the_allocator_stay_and_no_process_inherits_ours(mo
             assert machine.has_cuda() and len(settings) == 1
 
 
-def test_only_one_function_says_whether_there_is_a_gpu_for_models() -> None:
-    """What asks torch itself would pass by the preparation."""
-    root = Path(machine.__file__).parent
-    asks = {str(file.relative_to(root)) for file in root.rglob("*.py") if "cuda.is_available" in file.read_text()}
-    # The last two wait for queued work, and free memory.
-    assert asks == {"machine.py", "train/follow.py", "models/load.py"}
-
-
 @pytest.mark.parametrize(("capability", "dtype"), [((7, 5), "float16"), ((8, 9), "bfloat16")])
-def test_bfloat16_is_taken_where_it_is_native(
-    capability: tuple[int, int], dtype: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_half_dtype_by_capability(capability: tuple[int, int], dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("trl")
     from llmrec.train.precision import half
 
@@ -209,7 +198,7 @@ def test_bfloat16_is_taken_where_it_is_native(
     assert load.dtype(AUTO) == half(model) == getattr(torch, dtype)
 
 
-def test_a_vllm_for_gpus_is_not_asked_to_run_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejects_gpu_build_of_vllm_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     card(monkeypatch, (9, 0))
     section = EvalSection(backend="vllm")
     monkeypatch.setattr(engines, "versions", lambda: {"vllm": "0.32.0"})
@@ -222,101 +211,96 @@ def test_a_vllm_for_gpus_is_not_asked_to_run_on_the_cpu(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    ("free", "given", "share"),
+    ("free", "gpu_memory", "share"),
     [
         (80, None, 0.92),
-        # Less 0.75 GiB for the context of the engine's process.
+        # 0.75 GiB are reserved for the context of the engine's process.
         (40, None, 39.25 / 80),
-        (74.4, None, 0.92),
-        (8, None, 7.25 / 80),
         (0.5, None, 0.01),
-        (40, 0.3, 0.3),
         (40, 0.9, 0.9),
     ],
 )
-def test_vllm_takes_what_is_free_on_a_shared_card(
-    free: float, given: float | None, share: float, monkeypatch: pytest.MonkeyPatch
+def test_vllm_memory_share_of_a_gpu(
+    free: float, gpu_memory: float | None, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (int(free * 2**30), 80 * 2**30))
     for on_cpu in (False, True):
-        asked = _started(monkeypatch, on_cpu, gpu_memory=given)
-        assert asked.get("gpu_memory_utilization") == (None if on_cpu else pytest.approx(share))
+        options = _start(monkeypatch, on_cpu, gpu_memory=gpu_memory)
+        assert options.get("gpu_memory_utilization") == (None if on_cpu else pytest.approx(share))
 
 
-def _started(monkeypatch: pytest.MonkeyPatch, on_cpu: bool, *, second: bool = True, **options: Any) -> dict[str, Any]:
-    """Return what a backend hands to vLLM, and its route; ``second``: whether engines have the V2 runner."""
+def _start(monkeypatch: pytest.MonkeyPatch, on_cpu: bool, *, v2: bool = True, **options: Any) -> dict[str, Any]:
+    """Return the options that a backend passes to vLLM, and its route; ``v2``: whether engines have the V2 runner."""
     from llmrec.backends.vllm import backend
 
-    asked: dict[str, Any] = {}
-    config = SimpleNamespace(use_v2_model_runner=second)
+    passed: dict[str, Any] = {}
+    config = SimpleNamespace(use_v2_model_runner=v2)
 
-    def start(folder: str, **given: Any) -> SimpleNamespace:
-        asked.update(given)
+    def start(folder: str, **kwargs: Any) -> SimpleNamespace:
+        passed.update(kwargs)
         return SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=config))
 
-    found = {"vllm": SimpleNamespace(LLM=start), "torch": torch}
+    modules = {"vllm": SimpleNamespace(LLM=start), "torch": torch}
     platform = SimpleNamespace(current_platform=SimpleNamespace(is_cpu=lambda: on_cpu))
     monkeypatch.setattr(backend, "prepare_environment", lambda: None)
-    monkeypatch.setattr(backend, "require", lambda name, extra: found.get(name) or platform)
+    monkeypatch.setattr(backend, "require", lambda name, extra: modules.get(name) or platform)
     encoder: Any = SimpleNamespace(max_length=512)
-    made = backend.VLLMBackend("folder", encoder, dtype="float16", **options)
-    return asked | {"route": made.route}
+    engine = backend.VLLMBackend("folder", encoder, dtype="float16", **options)
+    return passed | {"route": engine.route}
 
 
 @pytest.mark.parametrize(
-    ("on_cpu", "second", "route"), [(True, False, "forced"), (False, True, "prefill"), (False, False, "nodes")]
+    ("on_cpu", "v2", "route"), [(True, False, "forced"), (False, True, "prefill"), (False, False, "nodes")]
 )
-def test_trees_are_read_as_the_model_runner_allows(
-    on_cpu: bool, second: bool, route: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_route_depends_on_the_model_runner(on_cpu: bool, v2: bool, route: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (2**36, 2**36))
-    asked = _started(monkeypatch, on_cpu, second=second)
-    assert asked["route"] == route
+    options = _start(monkeypatch, on_cpu, v2=v2)
+    assert options["route"] == route
     # The V2 runner refuses this processor.
-    assert ("logits_processors" in asked) == (route == "forced") and "enable_lora" not in asked
+    assert ("logits_processors" in options) == (route == "forced") and "enable_lora" not in options
 
 
-def test_vllm_is_told_how_gpus_share_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parallel_options_are_passed_to_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     free = [60, 20, 50, 40]
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (free[gpu] * 2**30, 80 * 2**30))
-    alone = _started(monkeypatch, on_cpu=False)
+    alone = _start(monkeypatch, on_cpu=False)
     assert (alone["tensor_parallel_size"], alone["pipeline_parallel_size"], alone["enforce_eager"]) == (1, 1, False)
     assert alone["gpu_memory_utilization"] == pytest.approx(59.25 / 80)
-    shared = _started(monkeypatch, on_cpu=False, tensor_parallel=2, pipeline_parallel=2, eager=True)
+    shared = _start(monkeypatch, on_cpu=False, tensor_parallel=2, pipeline_parallel=2, eager=True)
     assert (shared["tensor_parallel_size"], shared["pipeline_parallel_size"], shared["enforce_eager"]) == (2, 2, True)
     # vLLM takes the same share of each GPU, so the fullest decides.
     assert shared["gpu_memory_utilization"] == pytest.approx(19.25 / 80)
-    assert _started(monkeypatch, on_cpu=True, tensor_parallel=2)["tensor_parallel_size"] == 2
+    assert _start(monkeypatch, on_cpu=True, tensor_parallel=2)["tensor_parallel_size"] == 2
 
 
-def test_keys_of_a_recipe_reach_vllm(monkeypatch: pytest.MonkeyPatch, llama_folder: Path) -> None:
+def test_recipe_options_are_passed_to_vllm(monkeypatch: pytest.MonkeyPatch, llama_folder: Path) -> None:
     from llmrec.backends.vllm.backend import Workload
     from llmrec.pipeline.resume import Budget
 
-    def made(section: EvalSection) -> engines.Engines:
+    def engines_of(section: EvalSection) -> engines.Engines:
         return engines.Engines(CPU, section, SimpleNamespace(digest="d", max_length=512), 0, Budget(quiet=True), None)  # type: ignore[arg-type]
 
-    told: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     monkeypatch.setattr(engines, "check_weights", lambda *_: None)
-    monkeypatch.setattr(engines, "lookup", lambda *_: lambda *_, **given: told.update(given))
-    sharing = made(EvalSection(tensor_parallel=4, pipeline_parallel=2, enforce_eager=True, gpu_memory=0.5))
+    monkeypatch.setattr(engines, "lookup", lambda *_: lambda *_, **kwargs: options.update(kwargs))
+    sharing = engines_of(EvalSection(tensor_parallel=4, pipeline_parallel=2, enforce_eager=True, gpu_memory=0.5))
     folder = str(llama_folder)
     sharing._start("vllm", folder, lambda: 640)
-    wanted = {"tensor_parallel": 4, "pipeline_parallel": 2, "eager": True, "gpu_memory": 0.5}
-    assert {name: told[name] for name in wanted} == wanted
-    # Two layers with one head of 64 keys and 64 values, in the dtype that models have here.
+    expected = {"tensor_parallel": 4, "pipeline_parallel": 2, "eager": True, "gpu_memory": 0.5}
+    assert {name: options[name] for name in expected} == expected
+    # Two layers with one head of 64 keys and 64 values, in the dtype of models on the CPU.
     itemsize = load.dtype(CPU).itemsize
     weights = (llama_folder / "model.safetensors").stat().st_size * itemsize // 4
-    assert told["workload"] == Workload(tokens=640, token_bytes=2 * 2 * 64 * itemsize, weights=weights)
+    assert options["workload"] == Workload(tokens=640, token_bytes=2 * 2 * 64 * itemsize, weights=weights)
     assert sharing.identity("vllm", "w")["shared"] == [4, 2] and "shared" not in sharing.identity("hf", "w")
-    assert "shared" not in made(EvalSection()).identity("vllm", "w")
+    assert "shared" not in engines_of(EvalSection()).identity("vllm", "w")
     # Other weights under the same path are another engine.
     monkeypatch.setattr(engines, "CachedBackend", lambda *_: SimpleNamespace(close=lambda: None))
     first = sharing.get("vllm", folder, "w")
     assert sharing.get("vllm", folder, "w") is first is not sharing.get("vllm", folder, "v")
 
 
-def test_no_more_gpus_are_asked_for_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejects_more_gpus_than_available(monkeypatch: pytest.MonkeyPatch) -> None:
     card(monkeypatch, (9, 0))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(engines, "versions", lambda: {"vllm": "0.32.0"})

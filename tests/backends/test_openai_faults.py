@@ -1,4 +1,4 @@
-"""A server that fails at 30 % of all attempts, and a client that is killed: nothing lost, doubled or mixed up."""
+"""A server that fails in 30 % of all attempts, and a killed client: no answer is lost, duplicated or mixed up."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def faulty() -> Iterator[FaultyServer]:
         yield server
 
 
-def test_every_answer_reaches_its_own_question(faulty: FaultyServer, tmp_path: Path) -> None:
+def test_each_answer_belongs_to_its_prompt(faulty: FaultyServer, tmp_path: Path) -> None:
     store, started = AnswerStore(tmp_path / "answers.sqlite"), []  # type: ignore[var-annotated]
     backend = cached(store, section(faulty.url, timeout=0.5), started)
     prompts = questions(COUNT)
@@ -37,27 +37,27 @@ def test_every_answer_reaches_its_own_question(faulty: FaultyServer, tmp_path: P
     backend.close()
     assert wrong(answers, prompts) == []
     assert len(store) == COUNT
+    # Tokens of malformed answers are counted too.
+    assert faulty.faults["too few choices"] + faulty.faults["doubled choice"] > 0
+    assert store.spent("test").completion_tokens > sum(answer.completion_tokens for answer in answers)
+    assert AnswerStore(tmp_path / "other.sqlite").spent("test") == Cost()
     assert set(faulty.faults) == set(FAULTS), "a kind of fault was not met"
     assert sum(faulty.faults.values()) > 0.2 * COUNT
-    # What one says of the other: each fault cost one attempt, and each question took one sound answer.
+    # Each fault cost one attempt, and each prompt took one valid answer.
     assert attempts.total() - attempts["ok"] >= sum(faulty.faults.values())
     assert {digest: faulty.answered[digest] >= 1 for digest in digests(COUNT)} == dict.fromkeys(digests(COUNT), True)
 
 
-def test_a_killed_client_goes_on_where_it_was(faulty: FaultyServer, tmp_path: Path) -> None:
+def test_killed_client_resumes(faulty: FaultyServer, tmp_path: Path) -> None:
     store = tmp_path / "answers.sqlite"
-    found = killing.kill(faulty, store, COUNT, 3, settings={"timeout": 0.5, "concurrency": 8})
-    assert found.last["different"] == found.last["stored"] == COUNT
-    assert found.last["wrong"] == []
-    assert found.last["recalled"] > 0
-    # At most what was under way is lost: a request a connection.
-    assert len(found.under_way) == 3
-    assert all(
-        0 <= unstored <= under_way <= 8 for unstored, under_way in zip(found.unstored, found.under_way, strict=True)
-    )
+    outcome = killing.kill(faulty, store, 60, 1, settings={"timeout": 0.5, "concurrency": 8})
+    assert outcome.last["different"] == outcome.last["stored"] == 60
+    assert outcome.last["wrong"] == [] and outcome.last["recalled"] > 0
+    # At most the concurrent requests are lost.
+    assert 0 <= outcome.unstored[0] <= outcome.under_way[0] <= 8
 
 
-def test_choices_in_another_order_are_put_right() -> None:
+def test_shuffled_choices_are_sorted() -> None:
     encoder = Encoder(make_tokenizer(), max_length=512)
     behaviour = Behaviour(
         share=0.3,
@@ -69,38 +69,28 @@ def test_choices_in_another_order_are_put_right() -> None:
     with opened(behaviour, encoder, timeout=0.5) as (server, backend):
         prompts = [question(f"Continue {n}", given="Heat\n", stop="\n") for n in range(40)]
         titles = ("Heat", "Fargo", "Casino", "Toy Story 2")
-        found = backend.score(prompts, [titles] * len(prompts))
+        results = backend.score(prompts, [titles] * len(prompts))
     assert server.faults[SHUFFLED] > 10
-    for asked, scores in zip(prompts, found, strict=True):
-        ids = encoder.prompt(asked)
+    for prompt, scores in zip(prompts, results, strict=True):
+        ids = encoder.prompt(prompt)
         for title, value in zip(titles, scores.logprobs, strict=True):
-            row = [*ids, *encoder.continuation(asked, title, closed=True)]
+            row = [*ids, *encoder.continuation(prompt, title, closed=True)]
             assert value == pytest.approx(sum(logprob(row[:k], row[k]) for k in range(len(ids), len(row))))
-    assert found[0].engine == "openai:echo"
+    assert results[0].engine == "openai:echo"
 
 
 def test_offers_do_not_depend_on_faults() -> None:
-    """A probe that meets a fault is asked again: no run scores because of luck and another does not."""
-    for seed in range(12):
+    for seed in range(3):
         with opened(Behaviour(share=0.4, seed=seed, stall=0.4), timeout=0.3) as (_, backend):
             assert backend.offers.top == 20, seed
 
 
-# --------------------------------------------------------------------------- what ends
-
-
-def test_what_fails_for_good_is_named_and_the_rest_is_kept(tmp_path: Path) -> None:
+def test_permanent_failure_keeps_the_other_answers(tmp_path: Path) -> None:
     store = AnswerStore(tmp_path / "answers.sqlite")
     with running(Behaviour(delivered=30)) as server:
         backend = cached(store, section(server.url, attempts=3, concurrency=4))
-        with raises(
-            BackendError,
-            Facts(
-                "unreachable",
-                f"{server.url}/chat/completions",
-                says=("of 100 ('Rate film ", "3 attempts: status 503 (3)", "run the same command again to continue"),
-            ),
-        ):
+        says = ("of 100 ('Rate film ", "3 attempts: status 503 (3)", "run the same command again to continue")
+        with raises(BackendError, Facts("unreachable", f"{server.url}/chat/completions", says=says)):
             backend.generate(questions(100), max_tokens=ROOM)
         probes = server.answered[digest_of([{"role": "user", "content": "Answer with one digit, 1 or 2."}])]
         assert len(store) == 30 - probes > 20
@@ -112,7 +102,7 @@ def test_what_fails_for_good_is_named_and_the_rest_is_kept(tmp_path: Path) -> No
         again.close()
 
 
-def test_a_refusal_is_not_tried_again() -> None:
+def test_refusal_is_not_retried() -> None:
     with (
         running(Behaviour()) as server,
         raises(BackendError, Facts("failed", says=("status 404", "'shows'", "eval.server.model"))),
@@ -121,19 +111,7 @@ def test_a_refusal_is_not_tried_again() -> None:
     assert len(server.bodies) == 1
 
 
-def test_a_server_that_is_not_there_is_one_clear_error() -> None:
-    with raises(
-        BackendError,
-        Facts(
-            "unreachable",
-            "http://127.0.0.1:9/v1/chat/completions",
-            says=("2 attempts: no connection", "eval.server.attempts"),
-        ),
-    ):
-        OpenAIBackend(section("http://127.0.0.1:9/v1", attempts=2))
-
-
-def test_the_server_says_when_to_come_back() -> None:
+def test_retry_after() -> None:
     assert retry_after("2", now=0.0) == 2.0
     assert retry_after("0.5", now=0.0) == 0.5
     assert retry_after("Thu, 01 Jan 1970 00:01:40 GMT", now=40.0) == 60.0
@@ -143,60 +121,41 @@ def test_the_server_says_when_to_come_back() -> None:
     assert retry_after("nan", now=0.0) is None
 
 
-def test_waits_double_and_are_never_sooner_than_asked() -> None:
+def test_backoff_doubles_and_respects_retry_after() -> None:
     with opened(Behaviour(), backoff=1.0, longest_wait=8.0) as (_, backend):
         pauses = [[backend.wire._pause(attempt, None) for _ in range(200)] for attempt in range(1, 7)]
-    for drawn, bound in zip(pauses, (1, 2, 4, 8, 8, 8), strict=True):
-        assert min(drawn) < 0.2 * bound, "full jitter reaches down to nothing"
-        assert 0.8 * bound < max(drawn) <= bound
+    for waits, bound in zip(pauses, (1, 2, 4, 8, 8, 8), strict=True):
+        assert min(waits) < 0.2 * bound, "full jitter reaches down to zero"
+        assert 0.8 * bound < max(waits) <= bound
     assert all(backend.wire._pause(1, 5.0) >= 5.0 for _ in range(50))
 
 
-def test_a_wait_that_is_too_long_ends_the_run() -> None:
+def test_too_long_retry_after_ends_the_run() -> None:
     with (
         running(Behaviour(share=1.0, seed=3, retry_after="3600", stall=0.1)) as server,
-        raises(
-            BackendError,
-            Facts("unreachable", column="eval.server.longest_wait", says=("3600 s", "eval.server.longest_wait=0.5")),
-        ),
+        raises(BackendError, Facts("unreachable", column="eval.server.longest_wait", says="3600 s")),
     ):
         OpenAIBackend(section(server.url, timeout=0.3))
 
 
-# --------------------------------------------------------------------------- budgets
-
-
-def test_a_budget_stops_the_run_keeps_what_was_answered_and_outlives_it(tmp_path: Path) -> None:
+def test_token_budget_stops_the_run_and_is_stored(tmp_path: Path) -> None:
     store = AnswerStore(tmp_path / "answers.sqlite")
     with running(Behaviour()) as server:
         capped = section(server.url, max_tokens_budget=400, concurrency=2)
         first = cached(store, capped)
-        with raises(
-            BackendError,
-            Facts(
-                "exhausted",
-                column="eval.server.max_tokens_budget",
-                says=(
-                    "eval.server.max_tokens_budget=400",
-                    "answers so far are kept",
-                    "run the same command again to continue",
-                ),
-            ),
-        ):
+        exhausted = Facts("exhausted", column="eval.server.max_tokens_budget", says="run the same command again to")
+        with raises(BackendError, exhausted):
             first.generate(questions(100), max_tokens=ROOM)
         first.close()
         kept, spent = len(store), store.spent("test")
         assert 10 < kept < 60
-        # Two requests were under way at the most when the cap was reached.
+        # At most two requests were running when the limit was reached.
         assert 400 <= spent.prompt_tokens + spent.completion_tokens <= 400 + 2 * 20
-        asked = len(server.bodies)
+        requests = len(server.bodies)
         again = cached(store, capped)
-        with raises(
-            BackendError,
-            Facts("exhausted", column="eval.server.max_tokens_budget", says="eval.server.max_tokens_budget=400"),
-        ):
+        with raises(BackendError, exhausted):
             again.generate(questions(100), max_tokens=ROOM)
-        assert len(server.bodies) == asked, "a budget that is used up stops before the first request"
+        assert len(server.bodies) == requests, "an exhausted budget stops before the first request"
         assert len(store) == kept and store.spent("test") == spent
         more = cached(store, section(server.url, max_tokens_budget=100_000))
         assert wrong(more.generate(questions(100), max_tokens=ROOM), questions(100)) == []
@@ -204,7 +163,7 @@ def test_a_budget_stops_the_run_keeps_what_was_answered_and_outlives_it(tmp_path
         assert store.spent("test").completion_tokens >= 2 * 100
 
 
-def test_a_budget_in_money(tmp_path: Path) -> None:
+def test_money_budget(tmp_path: Path) -> None:
     store = AnswerStore(tmp_path / "answers.sqlite")
     with running(Behaviour()) as server:
         started: list[OpenAIBackend] = []
@@ -219,28 +178,15 @@ def test_a_budget_in_money(tmp_path: Path) -> None:
         backend.close()
 
 
-def test_a_budget_takes_a_server_that_counts() -> None:
+def test_budget_needs_a_server_that_reports_usage() -> None:
     with (
         running(Behaviour(offers=frozenset({"chat"}))) as server,
-        raises(
-            BackendError, Facts("unsupported", column="eval.server.max_tokens_budget", says="set a limit on the server")
-        ),
+        raises(BackendError, Facts("unsupported", column="eval.server.max_tokens_budget")),
     ):
         OpenAIBackend(section(server.url, max_tokens_budget=1000))
 
 
-def test_tokens_of_answers_that_could_not_be_read_are_spent_all_the_same(faulty: FaultyServer, tmp_path: Path) -> None:
-    store = AnswerStore(tmp_path / "answers.sqlite")
-    backend = cached(store, section(faulty.url, timeout=0.5))
-    answers = backend.generate(questions(50), max_tokens=ROOM)
-    backend.close()
-    malformed = faulty.faults["too few choices"] + faulty.faults["doubled choice"]
-    assert malformed > 0
-    assert store.spent("test").completion_tokens > sum(answer.completion_tokens for answer in answers)
-    assert AnswerStore(tmp_path / "other.sqlite").spent("test") == Cost()
-
-
-def test_a_closed_client_says_so() -> None:
+def test_rejects_closed_client() -> None:
     with running(Behaviour()) as server:
         backend = OpenAIBackend(section(server.url))
         assert backend.generate([question("a")], max_tokens=4)[0].text == answer_to(turns(question("a")))

@@ -15,8 +15,7 @@ import pytest
 
 from llmrec.backends.vllm.supervise import without_main
 
-EXHAUSTIVE = bool(os.environ.get("LLMREC_EXHAUSTIVE"))
-# Without the guard that `multiprocessing` asks of scripts. `print` stands for whatever else they do.
+# Without the guard that `multiprocessing` requires of scripts.
 SCRIPT = """
 import multiprocessing, sys
 from llmrec.backends.vllm.supervise import without_main
@@ -32,14 +31,14 @@ with without_main():
 CELL = "import sys, types; m = sys.modules['__main__'] = types.ModuleType('__main__'); exec(sys.argv[1], vars(m))"
 
 
-def ran(way: str, script: str, folder: Path, seconds: float) -> subprocess.CompletedProcess[str]:
-    """Run a script in one of the three ways, from a folder of its own."""
+def run_script(way: str, script: str, folder: Path, seconds: float) -> subprocess.CompletedProcess[str]:
+    """Run a script in one of the three ways."""
     file = folder / "exact.py"
     file.write_text(script)
-    words = {"file": [str(file)], "stdin": ["-"], "notebook": ["-c", CELL, script]}[way]
+    arguments = {"file": [str(file)], "stdin": ["-"], "notebook": ["-c", CELL, script]}[way]
     root = str(Path(__file__).parents[2])
     return subprocess.run(
-        [sys.executable, *words],
+        [sys.executable, *arguments],
         input=script if way == "stdin" else "",
         capture_output=True,
         text=True,
@@ -52,15 +51,14 @@ def ran(way: str, script: str, folder: Path, seconds: float) -> subprocess.Compl
 
 @pytest.mark.parametrize("way", ["file", "stdin", "notebook"])
 def test_a_spawned_process_does_not_run_the_script_again(way: str, tmp_path: Path) -> None:
-    done = ran(way, SCRIPT, tmp_path, 60)
+    done = run_script(way, SCRIPT, tmp_path, 60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["script", "child"]
 
 
-def test_other_threads_still_hand_over_the_main_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What one thread leaves out, another one tells meanwhile; afterwards all tell it."""
-    inside, over, told = threading.Event(), threading.Event(), []
-    # A worker of the tests has no file of its own to tell.
+def test_other_threads_keep_the_main_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, over, data = threading.Event(), threading.Event(), []
+    # A test worker's main module has no file.
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None, raising=False)
     monkeypatch.setattr(sys.modules["__main__"], "__file__", __file__, raising=False)
 
@@ -68,10 +66,10 @@ def test_other_threads_still_hand_over_the_main_module(monkeypatch: pytest.Monke
         with without_main():
             with without_main():
                 pass
-            told.append(spawn.get_preparation_data("child"))
+            data.append(spawn.get_preparation_data("child"))
             inside.set()
             over.wait(10)
-        told.append(spawn.get_preparation_data("child"))
+        data.append(spawn.get_preparation_data("child"))
 
     thread = threading.Thread(target=hides)
     thread.start()
@@ -79,29 +77,20 @@ def test_other_threads_still_hand_over_the_main_module(monkeypatch: pytest.Monke
     meanwhile = spawn.get_preparation_data("child")
     over.set()
     thread.join()
-    hidden, after = told
+    hidden, after = data
     assert meanwhile.keys() - hidden.keys() <= {"init_main_from_name", "init_main_from_path"}
     assert len(meanwhile.keys() - hidden.keys()) == 1
     assert after.keys() == meanwhile.keys()
 
 
-def test_the_main_module_is_told_again_after_an_error() -> None:
-    before = spawn.get_preparation_data("child")
-    with pytest.raises(ZeroDivisionError), without_main():
-        raise ZeroDivisionError
-    assert spawn.get_preparation_data("child") == before
-
-
 @pytest.mark.vllm
 @pytest.mark.slow
-# An engine takes a minute to start; what differs between the ways is held by the fast tests above.
-@pytest.mark.parametrize("way", ["file", "stdin", "notebook"] if EXHAUSTIVE else ["file"])
-def test_the_lines_of_the_readme_run_as_they_stand(way: str, tmp_path: Path, llama_folder: Path) -> None:
-    """The README's snippet, unguarded, on the default engine; with a small model, few steps and few requests."""
+def test_readme_snippet_runs(tmp_path: Path, llama_folder: Path) -> None:
+    """The snippet of the README, unguarded, on the default engine, with a small model and few steps and requests."""
     pytest.importorskip("vllm", reason="vLLM is not installed")
     readme = (Path(__file__).parents[2] / "README.md").read_text()
-    found = re.search(r"```python\nimport llmrec\n\n(recipe = .*?)```", readme, re.DOTALL)
-    assert found is not None
+    match = re.search(r"```python\nimport llmrec\n\n(recipe = .*?)```", readme, re.DOTALL)
+    assert match is not None
     overrides = [
         f"model.name={llama_folder}",
         "model.dtype=float32",
@@ -112,10 +101,10 @@ def test_the_lines_of_the_readme_run_as_they_stand(way: str, tmp_path: Path, lla
         "train.steps=2",
     ]
     mark, out = tmp_path / "mark", tmp_path / "run"
-    lines = found[1].replace('["train.steps=50"]', repr(overrides))
+    lines = match[1].replace('["train.steps=50"]', repr(overrides))
     assert "train.steps=2" in lines
     lines = lines.replace("llmrec.run(recipe)", f"llmrec.run(recipe, {str(out)!r})")
-    done = ran(way, f"import llmrec\nopen({str(mark)!r}, 'a').write('x')\n{lines}", tmp_path, 400)
+    done = run_script("file", f"import llmrec\nopen({str(mark)!r}, 'a').write('x')\n{lines}", tmp_path, 400)
     assert done.returncode == 0, done.stderr
     assert mark.read_text() == "x"
     results = json.loads((out / "results.json").read_text())

@@ -1,4 +1,4 @@
-"""How much memory a vLLM engine on the CPU takes, and what becomes of one that does not start; no engine is started."""
+"""Cache sizes of vLLM engines on the CPU, and errors of engines that do not start; no real engine is started."""
 
 from __future__ import annotations
 
@@ -29,49 +29,49 @@ def small(tokens: int = 64 * 300) -> Workload:
 @pytest.mark.parametrize(
     ("tokens", "free", "first"),
     [
-        (64 * 300, 20 * GIB, 64 * 300 * TOKEN),  # what is asked
+        (64 * 300, 20 * GIB, 64 * 300 * TOKEN),  # the workload
         (64 * 1024, 20 * GIB, GIB),  # the upper limit
         (10, 20 * GIB, LEAST),  # one request of the longest
-        (64 * 300, GIB, GIB - WEIGHTS - GIB // 2),  # what is free
-        (64 * 300, 10 * MIB, LEAST),  # never less than vLLM accepts
+        (64 * 300, GIB, GIB - WEIGHTS - GIB // 2),  # the free memory
+        (64 * 300, 10 * MIB, LEAST),  # the minimum of vLLM
     ],
 )
-def test_the_cache_holds_the_largest_batch_as_far_as_there_is_room(tokens: int, free: int, first: int) -> None:
+def test_cache_holds_the_largest_batch_if_there_is_room(tokens: int, free: int, first: int) -> None:
     sizes = list(small(tokens).sizes(LONGEST, free))
     assert sizes[0] == first and sizes[-1] == LEAST
     assert all(after == max(LEAST, before // 2) for before, after in itertools.pairwise(sizes))
 
 
-def test_a_larger_model_may_have_a_larger_cache() -> None:
+def test_larger_models_get_larger_caches() -> None:
     seven = Workload(tokens=64 * 2048, token_bytes=131_072, weights=14 * 10**9)
     assert seven.needed(2048) == 14 * 10**9
     assert Workload(tokens=64 * 500, token_bytes=131_072, weights=14 * 10**9).needed(2048) == 64 * 500 * 131_072
 
 
 class Machine:
-    """A machine whose vLLM engines start with caches up to a size, and need some memory to.
+    """A machine whose vLLM engines start with some cache sizes.
 
     Attributes:
-        asked: The caches that were tried.
+        tried: The cache sizes of all attempts.
     """
 
     def __init__(
         self, monkeypatch: pytest.MonkeyPatch, *, starts: Callable[[int], bool], free: int, cpu: bool = True
     ) -> None:
-        self.asked: list[int] = []
+        self.tried: list[int] = []
         self._starts = starts
         platform = SimpleNamespace(current_platform=SimpleNamespace(is_cpu=lambda: cpu))
-        gpu = SimpleNamespace(mem_get_info=lambda place: (16 * GIB, 80 * GIB))
-        found = {"vllm": SimpleNamespace(LLM=self._llm), "torch": SimpleNamespace(cuda=gpu)}
+        gpu = SimpleNamespace(mem_get_info=lambda index: (16 * GIB, 80 * GIB))
+        modules = {"vllm": SimpleNamespace(LLM=self._llm), "torch": SimpleNamespace(cuda=gpu)}
         monkeypatch.setattr(backend, "prepare_environment", lambda: None)
-        monkeypatch.setattr(backend, "require", lambda name, extra: found.get(name) or platform)
+        monkeypatch.setattr(backend, "require", lambda name, extra: modules.get(name) or platform)
         monkeypatch.setattr(backend, "node_memory", lambda: Node(name="NUMA node 0", total=10 * GIB, free=free))
         monkeypatch.setattr(supervise, "_guard", lambda: None)
         monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
 
     def _llm(self, folder: str, **options: Any) -> object:
-        self.asked.append(options.get("kv_cache_memory_bytes", 0))
-        if self._starts(self.asked[-1]):
+        self.tried.append(options.get("kv_cache_memory_bytes", 0))
+        if self._starts(self.tried[-1]):
             return SimpleNamespace()
         raise RuntimeError("Engine core initialization failed. See root cause above.")
 
@@ -81,22 +81,15 @@ def start(workload: Workload | None = None) -> VLLMBackend:
     return VLLMBackend("folder", encoder, dtype="bfloat16", workload=workload or small())
 
 
-def test_an_engine_starts_with_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = Machine(monkeypatch, starts=lambda size: True, free=8 * GIB)
+def test_start_without_enough_memory_is_retried_with_half_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, starts=lambda size: size < 100 * MIB, free=GIB)
     start()
-    assert made.asked == [64 * 300 * TOKEN]
+    assert machine.tried == list(small().sizes(LONGEST, GIB))[: len(machine.tried)]
+    assert len(machine.tried) > 1 and machine.tried[-1] < 100 * MIB <= machine.tried[-2]
 
 
-def test_a_start_that_lacks_memory_is_tried_with_half_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where another process takes memory while the engine starts, which vLLM sees and this program saw not."""
-    made = Machine(monkeypatch, starts=lambda size: size < 100 * MIB, free=GIB)
-    start()
-    assert made.asked == list(small().sizes(LONGEST, GIB))[: len(made.asked)]
-    assert len(made.asked) > 1 and made.asked[-1] < 100 * MIB <= made.asked[-2]
-
-
-def test_an_engine_that_never_starts_names_what_it_needs_and_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = Machine(monkeypatch, starts=lambda size: False, free=GIB)
+def test_failed_start_names_needed_and_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, starts=lambda size: False, free=GIB)
     with raises(
         EngineFailure,
         Facts(
@@ -107,43 +100,43 @@ def test_an_engine_that_never_starts_names_what_it_needs_and_what_is_free(monkey
         ),
     ):
         start()
-    assert made.asked[-1] == LEAST
+    assert machine.tried[-1] == LEAST
 
 
-def test_without_room_for_the_least_nothing_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = Machine(monkeypatch, starts=lambda size: True, free=200 * MIB)
+def test_no_start_without_room_for_the_smallest_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, starts=lambda size: True, free=200 * MIB)
     with raises(EngineFailure, Facts("exhausted", says="NUMA node 0 has 0.20 of 10.00 GiB free")):
         start()
-    assert made.asked == []
+    assert machine.tried == []
 
 
-def test_the_log_says_why_where_vllm_s_own_error_names_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_is_read_from_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
     Machine(monkeypatch, starts=lambda size: False, free=9 * GIB)
-    told = "Worker failed with error 'No kernel for this; processor. Install another', please check the stack trace"
-    monkeypatch.setattr(backend.terminal, "last_error", lambda: told)
+    error = "Worker failed with error 'No kernel for this; processor. Install another', please check the stack trace"
+    monkeypatch.setattr(backend.terminal, "last_error", lambda: error)
     with raises(EngineFailure, Facts("failed", says="on folder: No kernel for this, processor (it requested")):
         start()
 
 
-def test_where_memory_is_no_reason_one_more_try_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = Machine(monkeypatch, starts=lambda size: False, free=9 * GIB)
+def test_one_retry_if_memory_suffices(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, starts=lambda size: False, free=9 * GIB)
     with raises(EngineFailure, Facts("failed", says=("Engine core initialization failed", "eval.backend=hf"))):
         start()
-    assert len(made.asked) == 2
+    assert len(machine.tried) == 2
 
 
-def test_a_cache_that_the_user_sets_is_tried_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = Machine(monkeypatch, starts=lambda size: False, free=9 * GIB)
+def test_cache_size_of_the_user_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, starts=lambda size: False, free=9 * GIB)
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "6")
-    said = ("requested 6 GiB of KV cache", "NUMA node 0 has 9.00 of 10.00 GiB free")
-    with raises(EngineFailure, Facts("failed", column="eval.backend", says=said)):
+    says = ("requested 6 GiB of KV cache", "NUMA node 0 has 9.00 of 10.00 GiB free")
+    with raises(EngineFailure, Facts("failed", column="eval.backend", says=says)):
         start()
-    assert made.asked == [0]
+    assert machine.tried == [0]
 
 
-def test_a_gpu_that_is_too_full_says_what_was_asked_and_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = Machine(monkeypatch, starts=lambda size: False, free=9 * GIB, cpu=False)
-    said = ("requested 19% of the memory", "the GPU has 16.00 of 80.00 GiB free", "eval.gpu_memory")
-    with raises(EngineFailure, Facts("failed", column="eval.backend", says=said)):
+def test_failed_start_on_a_gpu_names_its_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, starts=lambda size: False, free=9 * GIB, cpu=False)
+    says = ("requested 19% of the memory", "the GPU has 16.00 of 80.00 GiB free", "eval.gpu_memory")
+    with raises(EngineFailure, Facts("failed", column="eval.backend", says=says)):
         start()
-    assert made.asked == [0]
+    assert machine.tried == [0]

@@ -1,4 +1,4 @@
-"""Candidates of many prompts in one pass, as on a GPU: the same scores, and far fewer passes."""
+"""Candidates of many prompts in one pass, as on a GPU: the same scores with fewer passes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import transformers as hub
 from llmrec.backends.encode import Encoder
 from llmrec.backends.hf.backend import HFBackend
 from llmrec.backends.search import single_token_labels
-from llmrec.models.load import load_model, load_tokenizer, write
-from llmrec.recipe.schema import ModelSection, ShapeSection
+from llmrec.models.load import write
+from llmrec.recipe.schema import ShapeSection
 from llmrec.types import Message, Prompt, Segment
-from tests.conftest import make_tokenizer
+from tests.conftest import encoder_of, make_tokenizer, opened
 
 TITLES = ("Heat (1995)", "Fargo (1996)", "Casino", "Heat", "Toy Story 2", "Alien", "Alien 2")
 PROMPTS = [
@@ -26,11 +26,11 @@ PROMPTS = [
     )
     for n in range(6)
 ]
-KINDS = ("llama_folder", "qwen_folder", "window", "soft cap", "t5")
+KINDS = ("llama_folder", "window", "soft cap", "t5")
 
 
 def windowed(kind: str) -> Any:
-    """A random model whose layers see 16 tokens, or whose logits are capped."""
+    """Return a random model whose layers see 16 tokens, or whose logits are capped."""
     tokenizer = make_tokenizer()
     shape: dict[str, Any] = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "head_dim": 16}
     shape |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0}
@@ -49,45 +49,48 @@ def loaded(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Encoder
         shape = ShapeSection(kind="encoder-decoder", layers=2, width=32, heads=2, head_width=16, feedforward=64)
         write(shape, tmp_path, seed=0)
     folder = tmp_path if kind == "t5" else request.getfixturevalue(kind)
-    section = ModelSection(name=str(folder), dtype="float32")
-    return load_model(str(folder), section), Encoder(load_tokenizer(str(folder), section), max_length=512)
+    return opened(folder)[0], encoder_of(folder, 512)
 
 
 def passes(model: Any) -> list[int]:
-    """Count the passes of a model's decoder from now on."""
+    """Count the forward passes of a model's decoder."""
     count = [0]
     model.get_decoder().register_forward_hook(lambda *_: count.__setitem__(0, count[0] + 1))
     return count
 
 
-def test_scores_are_those_of_one_prompt_after_the_other(loaded: tuple[Any, Encoder]) -> None:
+def test_wide_scores_equal_those_of_single_prompts(loaded: tuple[Any, Encoder]) -> None:
     model, encoder = loaded
     narrow, wide = HFBackend(model, encoder, wide=False), HFBackend(model, encoder, wide=True)
     for candidates, closed in ((TITLES, True), (("1", "2", "3"), False), (("Heat",), True)):
-        asked = [candidates] * len(PROMPTS)
-        expected = narrow.score(PROMPTS, asked, closed=closed)
-        found = wide.score(PROMPTS, asked, closed=closed)
-        for one, other in zip(expected, found, strict=True):
-            assert other.logprobs == pytest.approx(one.logprobs, abs=2e-3)
-            assert (other.tokens, other.prompt_tokens, other.engine) == (one.tokens, one.prompt_tokens, one.engine)
+        candidate_sets = [candidates] * len(PROMPTS)
+        expected = narrow.score(PROMPTS, candidate_sets, closed=closed)
+        results = wide.score(PROMPTS, candidate_sets, closed=closed)
+        for single, together in zip(expected, results, strict=True):
+            assert together.logprobs == pytest.approx(single.logprobs, abs=2e-3)
+            assert (together.tokens, together.prompt_tokens, together.engine) == (
+                single.tokens,
+                single.prompt_tokens,
+                single.engine,
+            )
 
 
-def test_the_score_of_a_text_does_not_depend_on_what_it_shares_with_others(loaded: tuple[Any, Encoder]) -> None:
+def test_score_of_a_text_does_not_depend_on_the_others(loaded: tuple[Any, Encoder]) -> None:
     model, encoder = loaded
     prompt = Prompt(messages=PROMPTS[0].messages, stop="")
-    ids, alike = encoder.prompt(prompt), ("Toy Story 2", "Toy Story 3")
+    ids, similar = encoder.prompt(prompt), ("Toy Story 2", "Toy Story 3")
     # They differ in their last token alone.
-    assert single_token_labels(encoder.continuations(prompt, ids, alike, closed=True), closed=False)
+    assert single_token_labels(encoder.continuations(prompt, ids, similar, closed=True), closed=False)
     for wide in (False, True):
         backend = HFBackend(model, encoder, wide=wide)
-        two, three = (backend.score([prompt], [texts])[0] for texts in (alike, (*alike, "Casino")))
+        two, three = (backend.score([prompt], [texts])[0] for texts in (similar, (*similar, "Casino")))
         assert two.logprobs == pytest.approx(three.logprobs[:2], abs=2e-3) and two.tokens == three.tokens[:2]
 
 
-def test_a_batch_takes_two_passes_and_holds_no_more_tokens_than_it_may(llama_folder: Path) -> None:
-    section = ModelSection(name=str(llama_folder), dtype="float32")
-    model = load_model(str(llama_folder), section)
-    encoder = Encoder(load_tokenizer(str(llama_folder), section), max_length=512)
+def test_batch_takes_two_passes_within_its_limit(llama_folder: Path) -> None:
+    model, encoder = opened(llama_folder)[0], encoder_of(llama_folder, 512)
+    backend = HFBackend(model, encoder)
+    assert backend.batch_tokens == 4096 and not backend._wide
     for tokens, most in ((10**6, 2), (300, 2 * len(PROMPTS) - 1)):
         backend = HFBackend(model, encoder, wide=True, batch_tokens=tokens)
         backend.score(PROMPTS[:1], [TITLES])  # proves the mask
@@ -99,9 +102,3 @@ def test_a_batch_takes_two_passes_and_holds_no_more_tokens_than_it_may(llama_fol
     count = passes(model)
     backend.score(PROMPTS, [("1", "2")] * len(PROMPTS), closed=False)
     assert count[0] == 1
-
-
-def test_what_a_pass_holds_follows_from_the_device(loaded: tuple[Any, Encoder]) -> None:
-    model, encoder = loaded
-    assert HFBackend(model, encoder).batch_tokens == 4096 and not HFBackend(model, encoder)._wide
-    assert HFBackend(model, encoder, batch_tokens=100).batch_tokens == 100

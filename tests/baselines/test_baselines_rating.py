@@ -4,33 +4,21 @@ import math
 from typing import Any
 
 import numpy as np
-import polars as pl
 import pytest
 
 from llmrec.baselines.mf import MF, SVD
 from llmrec.baselines.rating import GlobalMean, ItemMean, UserItemBias, UserMean
-from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset
-from llmrec.types import Event, Item, Predictor, Rating, Request
+from llmrec.types import Event, Predictor, Rating, Request
+from tests.baselines.trained import all_trained, make_dataset
 
 Rows = list[tuple[str, str, float | None]]
 ROWS: Rows = [("u1", "a", 5.0), ("u1", "b", 3.0), ("u2", "a", 4.0), ("u2", "c", 1.0), ("u3", "c", None)]
 
 
 def _trained(rows: Rows, scale: tuple[float, float] | None = (1.0, 5.0)) -> SplitDataset:
-    frame = pl.DataFrame(rows, schema={"user_id": pl.String, "item_id": pl.String, "rating": pl.Float64}, orient="row")
-    items = {item: Item(item_id=item, title=item) for item in sorted({row[1] for row in rows})}
-    data = Dataset(name="toy", noun="things", interactions=frame, items=items, rating_scale=scale)
-    none = data.interactions.clear()
-    return SplitDataset(
-        dataset=data,
-        kind="leave_one_out",
-        seed=0,
-        train=data.interactions.sort("user_id"),
-        valid=none,
-        test=none,
-        held_out=frozenset(),
-    )
+    rows = sorted(rows, key=lambda row: row[0])
+    return all_trained(make_dataset(rows, "rating", sorted({row[1] for row in rows}), rating_scale=scale))
 
 
 def _value(model: Predictor, user: str, item: str, *history: Event) -> float:
@@ -50,7 +38,7 @@ def test_means_by_hand() -> None:
     assert _value(item, "u1", "c") == 1.0
 
 
-def test_what_is_unknown_falls_back_to_the_item_and_then_to_the_global_mean() -> None:
+def test_unknown_users_get_the_item_mean_or_the_global_mean() -> None:
     user, item = UserMean(), ItemMean()
     user.fit(_trained(ROWS))
     item.fit(_trained(ROWS))
@@ -60,7 +48,7 @@ def test_what_is_unknown_falls_back_to_the_item_and_then_to_the_global_mean() ->
     assert _value(item, "u1", "new") == 13 / 4
 
 
-def test_an_unknown_user_is_judged_by_the_history_of_the_request() -> None:
+def test_unknown_user_is_rated_by_the_request_history() -> None:
     user, bias = UserMean(), UserItemBias(UserItemBias.Config(user_penalty=1.0, recency=0.0))
     user.fit(_trained(ROWS))
     bias.fit(_trained(ROWS))
@@ -72,7 +60,7 @@ def test_an_unknown_user_is_judged_by_the_history_of_the_request() -> None:
     assert _value(bias, "u1", "b", *past) == _value(bias, "u1", "b")
 
 
-def test_biases_solve_the_ridge_problem_exactly() -> None:
+def test_biases_solve_the_ridge_problem() -> None:
     rng = np.random.default_rng(0)
     users, items = rng.integers(0, 12, 150), rng.integers(0, 9, 150)
     ratings = np.clip(np.round(3 + users / 8 - items / 6 + rng.normal(0, 0.7, 150)), 1, 5)
@@ -89,7 +77,7 @@ def test_biases_solve_the_ridge_problem_exactly() -> None:
         for item in range(9):
             expected = np.clip(ratings.mean() + exact[user] + exact[12 + item], 1, 5)
             assert _value(model, f"u{user:02d}", f"i{item}") == pytest.approx(expected, abs=1e-8)
-    assert _value(model, "nobody", "i3") == pytest.approx(ratings.mean() + exact[12 + 3], abs=1e-8)
+    assert _value(model, "unknown", "i3") == pytest.approx(ratings.mean() + exact[12 + 3], abs=1e-8)
     assert _value(model, "u03", "nothing") == pytest.approx(ratings.mean() + exact[3], abs=1e-8)
 
 
@@ -108,29 +96,6 @@ def test_predictions_stay_on_the_scale() -> None:
     assert _value(seen, "u9", "a", Event(item_id="a", rating=99.0)) == 5.0
 
 
-def test_bias_beats_the_means_where_there_are_biases() -> None:
-    rng = np.random.default_rng(1)
-    user_level, item_level = rng.normal(0, 0.6, 80), rng.normal(0, 0.6, 40)
-    pairs = [(u, i) for u in range(80) for i in range(40) if rng.random() < 0.4]
-    truth = [float(np.clip(3 + user_level[u] + item_level[i] + rng.normal(0, 0.5), 1, 5)) for u, i in pairs]
-    rows: Rows = [(f"u{u}", f"i{i}", r) for (u, i), r in zip(pairs, truth, strict=True)]
-    error = []
-    for model in (GlobalMean(), UserMean(), ItemMean(), UserItemBias()):
-        model.fit(_trained(rows[::2]))
-        guesses = [_value(model, user, item) for user, item, _ in rows[1::2]]
-        error.append(math.sqrt(float(np.mean((np.array(guesses) - truth[1::2]) ** 2))))
-    assert error[3] < min(error[1], error[2]) - 0.1 and max(error[1], error[2]) < error[0]
-    assert error[3] < 0.6
-
-
-def test_penalties_must_be_positive() -> None:
-    with pytest.raises(ValueError, match="greater than 0"):
-        UserItemBias(UserItemBias.Config(user_penalty=0.0))
-
-
-# ------------------------------------------------------------------ factors
-
-
 def _low_rank(seed: int = 0) -> tuple[Rows, Rows]:
     """Ratings of 70 users for 50 items from levels and two tastes; half of them for training."""
     rng = np.random.default_rng(seed)
@@ -142,9 +107,9 @@ def _low_rank(seed: int = 0) -> tuple[Rows, Rows]:
             if rng.random() < 0.8:
                 exact = 3 + user_level[user] + item_level[item] + tastes[user] @ kinds[item]
                 rows.append((f"u{user:02d}", f"i{item:02d}", float(np.clip(exact + rng.normal(0, 0.1), 1, 5))))
-    order = rng.permutation(len(rows)).tolist()
+    permutation = rng.permutation(len(rows)).tolist()
     half = len(rows) // 2
-    return [rows[place] for place in order[:half]], [rows[place] for place in order[half:]]
+    return [rows[row] for row in permutation[:half]], [rows[row] for row in permutation[half:]]
 
 
 def _error(model: Predictor, rows: Rows) -> float:
@@ -153,51 +118,47 @@ def _error(model: Predictor, rows: Rows) -> float:
 
 
 @pytest.mark.parametrize(
-    "model",
-    [
-        MF(MF.Config(factors=3, penalty=0.02)),
-        SVD(SVD.Config(factors=3, penalty=0.01, epochs=150, batch=50)),
-    ],
+    "model", [MF(MF.Config(factors=3, penalty=0.02)), SVD(SVD.Config(factors=3, penalty=0.01, epochs=150, batch=50))]
 )
-def test_factors_beat_biases_where_there_are_tastes(model: MF | SVD) -> None:
-    known, asked = _low_rank()
+def test_factors_beat_biases_on_low_rank_ratings(model: MF | SVD) -> None:
+    known, held_out = _low_rank()
     bias = UserItemBias()
     bias.fit(_trained(known))
     model.fit(_trained(known))
-    assert _error(model, asked) < 0.5 * _error(bias, asked)
+    assert _error(model, held_out) < 0.5 * _error(bias, held_out)
 
 
-def test_each_side_of_mf_solves_its_ridge_problem() -> None:
+def test_mf_item_vectors_solve_the_ridge_problem() -> None:
     known, _ = _low_rank()
     model = MF(MF.Config(factors=3, penalty=0.05, user_penalty=2.0, item_penalty=4.0, rounds=3))
     model.fit(_trained(known))
-    found = model._model
-    assert found is not None
-    # Items were solved last: each is the least squares solution for the users as they stand.
+    fit = model._model
+    assert fit is not None
+    # Items were solved last: each is the least squares solution for the final users.
     for name in ("i00", "i17"):
-        mine = [(found.known.user_index[user], rating or 0.0) for user, item, rating in known if item == name]
-        users = np.array([user for user, _ in mine])
-        left = np.array([rating for _, rating in mine]) - found.known.mean - found.user_bias[users]
-        design = np.column_stack([np.ones(len(users)), found.users[users]])
+        events = [(fit.known.user_index[user], rating or 0.0) for user, item, rating in known if item == name]
+        users = np.array([user for user, _ in events])
+        residuals = np.array([rating for _, rating in events]) - fit.known.mean - fit.user_bias[users]
+        design = np.column_stack([np.ones(len(users)), fit.users[users]])
         penalty = np.diag([4.0, *[0.05 * len(users)] * 3])
-        exact = np.linalg.solve(design.T @ design + penalty, design.T @ left)
-        place = found.known.item_index[name]
-        assert [found.item_bias[place], *found.items[place]] == pytest.approx(exact.tolist(), abs=1e-9)
+        exact = np.linalg.solve(design.T @ design + penalty, design.T @ residuals)
+        index = fit.known.item_index[name]
+        assert [fit.item_bias[index], *fit.items[index]] == pytest.approx(exact.tolist(), abs=1e-9)
 
 
-def test_a_batch_of_one_rating_is_the_step_of_the_paper() -> None:
+def test_svd_step_of_one_rating() -> None:
     rows: Rows = [("u1", "a", 5.0), ("u2", "b", 1.0)]
     model = SVD(SVD.Config(factors=2, penalty=0.1, learning_rate=0.05, epochs=1, batch=1), seed=3)
     model.fit(_trained(rows))
     rng = np.random.default_rng(3)
     users, items = (rng.normal(0, 0.1, (2, 4))[:, 2:] for _ in range(2))
     biases = np.zeros((2, 2))
-    for place in rng.permutation(2).tolist():
-        p, q = users[place].copy(), items[place].copy()
-        error = rows[place][2] - 3.0 - p @ q  # type: ignore[operator]
-        users[place] += 0.05 * (error * q - 0.1 * p)
-        items[place] += 0.05 * (error * p - 0.1 * q)
-        biases[place] = 0.05 * error
+    for row in rng.permutation(2).tolist():
+        p, q = users[row].copy(), items[row].copy()
+        error = rows[row][2] - 3.0 - p @ q  # type: ignore[operator]
+        users[row] += 0.05 * (error * q - 0.1 * p)
+        items[row] += 0.05 * (error * p - 0.1 * q)
+        biases[row] = 0.05 * error
     assert model._model is not None
     np.testing.assert_allclose(model._model.users, users, atol=1e-12)
     np.testing.assert_allclose(model._model.items, items, atol=1e-12)
@@ -205,66 +166,37 @@ def test_a_batch_of_one_rating_is_the_step_of_the_paper() -> None:
     np.testing.assert_allclose(model._model.item_bias, biases[:, 1], atol=1e-12)
 
 
-@pytest.mark.parametrize("made", [MF, SVD])
-def test_factors_fall_back_to_biases(made: Any) -> None:
+@pytest.mark.parametrize("model_class", [MF, SVD])
+def test_factors_fall_back_to_biases(model_class: Any) -> None:
     known, _ = _low_rank()
-    model = made(made.Config(recency=0.0))
+    model = model_class(model_class.Config(recency=0.0))
     model.fit(_trained(known))
     assert model._model is not None
-    found = model._model
-    mean, item = found.known.mean, float(found.item_bias[found.known.item_index["i03"]])
-    assert _value(model, "nobody", "i03") == pytest.approx(np.clip(mean + item, 1, 5))
-    own = float(found.user_bias[found.known.user_index["u05"]])
-    assert _value(model, "u05", "nothing") == pytest.approx(np.clip(mean + own, 1, 5))
-    assert _value(model, "nobody", "nothing") == pytest.approx(mean)
+    fit = model._model
+    mean, item = fit.known.mean, float(fit.item_bias[fit.known.item_index["i03"]])
+    assert _value(model, "unknown", "i03") == pytest.approx(np.clip(mean + item, 1, 5))
+    bias = float(fit.user_bias[fit.known.user_index["u05"]])
+    assert _value(model, "u05", "nothing") == pytest.approx(np.clip(mean + bias, 1, 5))
+    assert _value(model, "unknown", "nothing") == pytest.approx(mean)
     past = (Event(item_id="i03", rating=1.0), Event(item_id="i04"))
     expected = mean + item + (1.0 - mean - item) / (1 + 5.0)
-    assert _value(model, "nobody", "i03", *past) == pytest.approx(np.clip(expected, 1, 5))
+    assert _value(model, "unknown", "i03", *past) == pytest.approx(np.clip(expected, 1, 5))
 
 
-@pytest.mark.parametrize("made", [UserItemBias, MF, SVD])
-def test_what_a_model_misses_lately_is_added_and_fades(made: Any) -> None:
+@pytest.mark.parametrize("model_class", [UserItemBias, MF, SVD])
+def test_recent_errors_are_added_and_fade(model_class: Any) -> None:
     known, _ = _low_rank()
-    flat = made(made.Config(recency=0.0))
+    flat = model_class(model_class.Config(recency=0.0))
     flat.fit(_trained(known))
-    model = flat.with_config(made.Config(recency=0.5, decay=0.6))
+    model = flat.with_config(model_class.Config(recency=0.5, decay=0.6))
     past = [Event(item_id="i03", rating=2.0), Event(item_id="i07"), Event(item_id="new", rating=4.0)]
-    for user in ("u05", "nobody"):
-        # Nobody's level comes from the same history, so the plain model is asked with it.
+    for user in ("u05", "unknown"):
+        # The level of an unknown user comes from the same history, so the plain model gets it too.
         plain = [_value(flat, user, item, *past) for item in ("i03", "new", "i11")]
         errors = [2.0 - plain[0], 4.0 - plain[1]]
         expected = plain[2] + 0.5 * (0.6 * errors[0] + errors[1]) / (0.6 + 1 + 2)
         assert min(plain) > 1.0 and max(plain) < 5.0 and 1.0 < expected < 5.0
         assert _value(model, user, "i11", *past) == pytest.approx(expected)
         assert _value(model, user, "i11") == _value(flat, user, "i11")
-        # Turned round, the other rating is the late one.
+        # In reverse order the other rating is the recent one.
         assert _value(model, user, "i11", *past[::-1]) < _value(model, user, "i11", *past)
-
-
-def test_recency_follows_a_user_whose_level_drifts() -> None:
-    """Users rise by two stars between their first and their last rating."""
-    rng = np.random.default_rng(2)
-    level = rng.normal(0, 0.4, 30)
-    error: dict[float, list[float]] = {0.0: [], 1.0: []}
-    rows: Rows = []
-    pasts: dict[str, list[Event]] = {}
-    asked: dict[str, tuple[str, float]] = {}
-    for user in range(60):
-        items = rng.permutation(30)[:12].tolist()
-        drift = np.linspace(-1, 1, 12) * (1 if user % 2 else -1)
-        values = [float(np.clip(3 + level[i] + d, 1, 5)) for i, d in zip(items, drift, strict=True)]
-        rows += [(f"u{user:02d}", f"i{i:02d}", v) for i, v in zip(items[:-1], values[:-1], strict=True)]
-        pasts[f"u{user:02d}"] = [Event(item_id=f"i{i:02d}", rating=v) for i, v in zip(items, values, strict=True)][:-1]
-        asked[f"u{user:02d}"] = (f"i{items[-1]:02d}", values[-1])
-    model = UserItemBias()
-    model.fit(_trained(rows))
-    for recency, found in error.items():
-        one = model.with_config(UserItemBias.Config(recency=recency))
-        found += [abs(_value(one, user, item, *pasts[user]) - value) for user, (item, value) in asked.items()]
-    assert np.mean(error[1.0]) < 0.8 * np.mean(error[0.0])
-
-
-@pytest.mark.parametrize("made", [MF, SVD])
-def test_penalties_of_factors_must_be_positive(made: type[MF] | type[SVD]) -> None:
-    with pytest.raises(ValueError, match="greater than 0"):
-        made(made.Config(penalty=0.0))

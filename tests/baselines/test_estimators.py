@@ -1,4 +1,4 @@
-"""Every baseline alone, on a frame, by the conventions of scikit-learn: parameters, clones, fit and recommend."""
+"""Each baseline as an estimator with the conventions of scikit-learn: parameters, clones, fit and recommend."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ SHORT |= {"layers": 1, "experts": 2, "quiet": True}
 
 @pytest.fixture
 def parameters(name: str, llama_folder: Path) -> dict[str, Any]:
-    """Parameters that keep the fit short."""
+    """Return parameters that keep the fit short."""
     if (needs := BASELINES[name].needs) and find_spec(needs) is None:
         pytest.skip(f"{needs} is not installed")
     fields = lookup(BASELINES, name, "baseline").Config.model_fields
@@ -54,21 +54,21 @@ def parameters(name: str, llama_folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", BASELINES)
-def test_a_baseline_is_an_estimator_of_frames(name: str, parameters: dict[str, Any]) -> None:
+def test_baseline_is_an_estimator(name: str, parameters: dict[str, Any]) -> None:
     kind = lookup(BASELINES, name, "baseline")
     model = kind(**parameters, seed=3)
     assert model.get_params() == {**dict(kind().config), **parameters, "seed": 3}
     assert list(inspect.signature(kind).parameters) == list(model.get_params())
     assert repr(kind()) == f"{kind.__name__}()" and repr(model).endswith("seed=3)")
-    # What sklearn.base.clone does.
-    given = {key: copy.deepcopy(value) for key, value in model.get_params(deep=False).items()}
-    clone = kind(**given)
-    assert repr(clone) == repr(model) and all(clone.get_params()[key] is given[key] for key in given)
+    # As sklearn.base.clone.
+    copied = {key: copy.deepcopy(value) for key, value in model.get_params(deep=False).items()}
+    clone = kind(**copied)
+    assert repr(clone) == repr(model) and all(clone.get_params()[key] is copied[key] for key in copied)
     assert kind().set_params(**parameters, seed=3).get_params() == model.get_params()
     with raises(DataError, Facts(kind="missing-value", says="not fitted")):
         model.recommend(["u01"])
     if name == "text-ridge":
-        # It learns from a source's own reviews, which a frame has not.
+        # It learns from the reviews of a source, which a frame does not have.
         with pytest.raises(DataError, match="needs reviews"):
             model.fit(FRAME, **COLUMNS)
         return
@@ -90,7 +90,7 @@ def test_a_baseline_is_an_estimator_of_frames(name: str, parameters: dict[str, A
         assert model.recommender.explain("i3", user="u01")
 
 
-def test_wrong_parameters_are_named() -> None:
+def test_rejects_wrong_parameters() -> None:
     for ask in (llmrec.baselines.ItemKNN, llmrec.baselines.ItemKNN().set_params):
         with raises(RecipeError, Facts(kind="unknown-key", says="did you mean 'history'?")):
             ask(histry=5)
@@ -98,7 +98,7 @@ def test_wrong_parameters_are_named() -> None:
             ask(history=0)
 
 
-def test_classes_of_baselines_complete() -> None:
+def test_namespace_has_all_classes() -> None:
     names = {entry.address.partition(":")[2] for entry in BASELINES.values()}
     assert set(dir(llmrec.baselines)) == names and llmrec.baselines.ItemKNN.name == "item-knn"
     with pytest.raises(AttributeError):

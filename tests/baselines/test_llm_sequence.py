@@ -1,4 +1,4 @@
-"""Layers of a language model as a sequence model: the same checks as for other networks, and what is its own."""
+"""Layers of a language model as a sequence model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def data() -> SplitDataset:
     return replace(ring, dataset=replace(ring.dataset, items=items))
 
 
-def test_a_planted_sequence_is_learned(data: SplitDataset, llama_folder: Path) -> None:
+def test_learns_a_planted_sequence(data: SplitDataset, llama_folder: Path) -> None:
     rates = {"learning_rate": 0.01, "layer_learning_rate": 0.003, "batch": 64}
     model = LLMSequence(**SHORT | rates | {"epochs": 20, "patience": None, "dropout": 0.1}, model=str(llama_folder))
     model.fit(data)
@@ -45,13 +45,13 @@ def test_a_restored_model_has_the_same_scores(data: SplitDataset, llama_folder: 
     model, other = (LLMSequence(**SHORT, model=str(llama_folder)) for _ in range(2))
     model.fit(data)
     other.restore(data, model.state())
-    asked = [_request(4, 5, 6), _request(6)]
-    np.testing.assert_array_equal(model.scores(asked), other.scores(asked))
+    requests = [_request(4, 5, 6), _request(6)]
+    np.testing.assert_array_equal(model.scores(requests), other.scores(requests))
     assert not any("embed_tokens" in name for name in model.state()), "items replace the tokens"
 
 
 @pytest.mark.parametrize("change", [{"pretrained": False}, {"shuffled": True}])
-def test_an_ablation_is_another_model(data: SplitDataset, llama_folder: Path, change: dict[str, Any]) -> None:
+def test_ablations_change_the_scores(data: SplitDataset, llama_folder: Path, change: dict[str, Any]) -> None:
     scores = []
     for more in ({}, change):
         model = LLMSequence(**SHORT | more, model=str(llama_folder), seed=1)
@@ -60,15 +60,15 @@ def test_an_ablation_is_another_model(data: SplitDataset, llama_folder: Path, ch
     assert not np.allclose(*scores)
 
 
-def test_layers_are_the_first_ones_and_keep_their_weights(llama_folder: Path) -> None:
+def test_first_layers_keep_their_weights(llama_folder: Path) -> None:
     layers, folder = first_layers(str(llama_folder), 1, column="model")
-    whole, _ = first_layers(str(llama_folder), None, column="model")
-    assert len(layers.layers) == 1 and len(whole.layers) == 2 and folder == str(llama_folder)
-    for one, two in zip(layers.layers[0].parameters(), whole.layers[0].parameters(), strict=True):
+    complete, _ = first_layers(str(llama_folder), None, column="model")
+    assert len(layers.layers) == 1 and len(complete.layers) == 2 and folder == str(llama_folder)
+    for one, two in zip(layers.layers[0].parameters(), complete.layers[0].parameters(), strict=True):
         assert torch.equal(one, two)
 
 
-def test_models_that_cannot_be_used_are_refused(data: SplitDataset, llama_folder: Path, tmp_path: Path) -> None:
+def test_rejects_unusable_models(data: SplitDataset, llama_folder: Path, tmp_path: Path) -> None:
     for record in (BUNDLE, TUNED):
         tuned = shutil.copytree(llama_folder, tmp_path / record)
         (tuned / record).write_text("{}", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""An encoder that learns which items follow each other: pairs and loss by hand, and what it learns about new items."""
+"""Transitions with a tuned text encoder: pairs and loss by hand, and what it learns about new items."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from llmrec.baselines.neural import info_nce
 from llmrec.baselines.pairs import Pairs, TransitionsTuned
 from llmrec.baselines.transitions import Steps, TransitionsText
 from llmrec.errors import RecipeError
-from llmrec.types import Event, Request
 from tests.baselines.ring import TOPICS, ring
+from tests.baselines.trained import request
 from tests.encoders import tiny_encoder
 from tests.facts import Facts, raises
 
@@ -22,8 +22,8 @@ torch = pytest.importorskip("torch")
 
 
 def _fitted(**settings: Any) -> TransitionsTuned:
-    chosen = {"encoder": tiny_encoder(), "steps": 20, "batch": 32, "epochs": 2, "patience": None, "quiet": True}
-    model = TransitionsTuned(TransitionsTuned.Config(**(chosen | {"learning_rate": 2e-3} | settings)), seed=3)
+    options = {"encoder": tiny_encoder(), "steps": 20, "batch": 32, "epochs": 2, "patience": None, "quiet": True}
+    model = TransitionsTuned(TransitionsTuned.Config(**(options | {"learning_rate": 2e-3} | settings)), seed=3)
     model.fit(ring())
     return model
 
@@ -32,33 +32,33 @@ def _vectors(model: TransitionsTuned) -> dict[str, Any]:
     return dict(zip(model.items, model.state()["vectors"], strict=True))
 
 
-def test_pairs_are_steps_that_fade_and_what_follows_is_no_negative() -> None:
+def test_pairs_are_weighted_and_exclude_known_negatives() -> None:
     # One sequence a, b, c, and one a, b, b.
     gaps = (np.array([[0, 2, 0], [0, 1, 1], [0, 0, 0]]), np.array([[0, 1, 1], [0, 0, 0], [0, 0, 0]]))
     catalogue = Catalogue(ids=("a", "b", "c"), index={"a": 0, "b": 1, "c": 2})
     steps = Steps(catalogue, tuple(sparse.csr_array(gap) for gap in gaps), np.array([2.0, 3.0, 1.0]))
     pairs = Pairs.of(steps, apart=2, nearby=0.5)
-    found = {(int(a), int(b)): float(w) for a, b, w in zip(pairs.first, pairs.then, pairs.weights, strict=True)}
-    assert found == pytest.approx({(0, 1): 2.5 / 4, (0, 2): 0.5 / 4, (1, 2): 1 / 4})
-    against = pairs.unknown(np.array([0, 1, 0]), np.array([1, 2, 2]))
-    assert against.tolist() == [[True, False, False], [True, True, False], [False, False, True]]
+    weights = {(int(a), int(b)): float(w) for a, b, w in zip(pairs.first, pairs.then, pairs.weights, strict=True)}
+    assert weights == pytest.approx({(0, 1): 2.5 / 4, (0, 2): 0.5 / 4, (1, 2): 1 / 4})
+    negatives = pairs.unknown(np.array([0, 1, 0]), np.array([1, 2, 2]))
+    assert negatives.tolist() == [[True, False, False], [True, True, False], [False, False, True]]
 
 
-def test_the_loss_is_that_of_a_double_loop() -> None:
+def test_loss_equals_a_double_loop() -> None:
     rng = np.random.default_rng(0)
     first, then = (unit / np.linalg.norm(unit, axis=1, keepdims=True) for unit in rng.standard_normal((2, 4, 3)))
-    against = rng.random((4, 4)) < 0.6
-    np.fill_diagonal(against, True)
+    negatives = rng.random((4, 4)) < 0.6
+    np.fill_diagonal(negatives, True)
     often = np.log(rng.random(4))
     total = 0.0
     for row in range(4):
         logits = [first[row] @ then[column] / 0.05 - 0.5 * often[column] for column in range(4)]
-        total += np.log(sum(np.exp(logits[column]) for column in range(4) if against[row, column])) - logits[row]
-    likeness = torch.from_numpy(first @ then.T / 0.05 - 0.5 * often)
-    assert float(info_nce(likeness, torch.from_numpy(~against))) == pytest.approx(total / 4, abs=1e-9)
+        total += np.log(sum(np.exp(logits[column]) for column in range(4) if negatives[row, column])) - logits[row]
+    similarities = torch.from_numpy(first @ then.T / 0.05 - 0.5 * often)
+    assert float(info_nce(similarities, torch.from_numpy(~negatives))) == pytest.approx(total / 4, abs=1e-9)
 
 
-def test_texts_that_follow_each_other_come_to_resemble_each_other_also_those_of_items_that_nobody_chose() -> None:
+def test_tuning_moves_texts_of_successive_items_together() -> None:
     before, after = (_vectors(_fitted(learning_rate=rate, apart=1, temperature=0.2)) for rate in (1e-12, 5e-3))
 
     def nearer(vectors: dict[str, Any], item: int) -> float:
@@ -74,28 +74,28 @@ def test_texts_that_follow_each_other_come_to_resemble_each_other_also_those_of_
         )
 
     assert nearer(after, 1) > nearer(before, 1) + 0.1
-    # The fifth item of each topic is in no sequence.
+    # The fifth item of each topic has no interactions.
     assert nearer(after, 4) > nearer(before, 4) + 0.1
 
 
-def test_an_encoder_that_is_no_better_tuned_is_left_as_it_was_and_validation_users_are_named() -> None:
+def test_encoder_is_restored_without_improvement() -> None:
     model = _fitted(learning_rate=0.5, patience=1)
     fixed = TransitionsText(TransitionsText.Config(encoder=tiny_encoder()))
     fixed.fit(ring())
-    request = [Request(id="r", user_id="nobody", history=(Event(item_id="01"),))]
-    assert model.scores(request) == pytest.approx(fixed.scores(request), abs=0.02)
+    requests = [request(["01"])]
+    assert model.scores(requests) == pytest.approx(fixed.scores(requests), abs=0.02)
     assert model.looked_at == frozenset(ring().valid["user_id"].to_list())
     assert _fitted(steps=1).looked_at == frozenset()
 
 
-def test_a_kept_fit_gives_the_same_scores() -> None:
-    model, request = _fitted(steps=2), [Request(id="r", user_id="nobody", history=(Event(item_id="01"),))]
+def test_restored_state_gives_the_same_scores() -> None:
+    model, requests = _fitted(steps=2), [request(["01"])]
     other = TransitionsTuned(TransitionsTuned.Config(encoder=tiny_encoder(), patience=None), seed=3)
     other.restore(ring(), model.state())
-    assert np.array_equal(other.scores(request), model.scores(request))
+    assert np.array_equal(other.scores(requests), model.scores(requests))
 
 
-def test_what_cannot_be_tuned_is_refused() -> None:
+def test_rejects_encoders_that_cannot_be_tuned() -> None:
     for name in ("lsa", "store:features"):
         with raises(RecipeError, Facts("bad-value", column="encoder", says=f"and {name} is not one")):
             _fitted(encoder=name)

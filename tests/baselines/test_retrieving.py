@@ -1,4 +1,4 @@
-"""Candidates that a recommender retrieves: what stands in them, in which order, and what a run says of them."""
+"""Candidates that a recommender retrieves: their items and order, and their report in a run."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 
 from llmrec.baselines.knn import ItemKNN
 from llmrec.baselines.retrieve import Lists, ceiling, retrieve
+from llmrec.data.candidates import CandidateSets
 from llmrec.data.split import SplitDataset, request_id
 from llmrec.ensembles.rankers import CatalogueEnsemble
 from llmrec.ensembles.retrieving import FusedFinder
@@ -31,8 +32,18 @@ DATA = make_split()
 SECTION = CandidateSection(kind="retrieved", retriever="item-knn", count=8)
 
 
-def test_the_best_of_the_retriever_without_the_history() -> None:
-    sets = retrieve(DATA, "test", SECTION, seed=0)
+@pytest.fixture(scope="module")
+def sets() -> CandidateSets:
+    return retrieve(DATA, "test", SECTION, seed=0)
+
+
+@pytest.fixture(scope="module")
+def lists() -> Lists:
+    return Lists(DATA, SECTION, 0)
+
+
+def test_retrieves_the_best_items_without_the_history(sets: CandidateSets) -> None:
+    positions = []
     model = ItemKNN(seed=0)
     model.fit(DATA)
     for held in DATA.holdouts("test"):
@@ -46,72 +57,56 @@ def test_the_best_of_the_retriever_without_the_history() -> None:
         assert len(set(chosen)) == 8 and not seen & set(chosen)
         scores = dict(best)
         assert min(scores[item] for item in chosen) >= max(score for item, score in best if item not in chosen)
-
-
-def test_lists_of_some_users_are_those_of_all() -> None:
-    every, users = retrieve(DATA, "test", SECTION, seed=0), DATA.holdouts("test").first_users(5)
-    some = retrieve(DATA, "test", SECTION, seed=0, users=frozenset(users))
-    assert some.sets == {name: items for name, items in every.sets.items() if name.partition("|")[0] in users}
-    assert len(some.sets) >= 5 < len(every.sets)
-
-
-def test_the_order_does_not_tell_the_retrievers_order() -> None:
-    sets = retrieve(DATA, "test", SECTION, seed=0)
-    model = ItemKNN(seed=0)
-    model.fit(DATA)
-    places = []
-    for held in DATA.holdouts("test"):
-        name = request_id(held.user_id, held.item_id)
-        history = DATA.history(held.user_id, "test")
-        row = model.scores([Request(id=name, user_id=held.user_id, history=history)])[0]
-        column = {item: n for n, item in enumerate(model.items)}
-        scores = [row[column[item]] for item in sets.sets[name]]
-        places.append(int(np.argmax(scores)))
-    counts = np.bincount(places, minlength=8)
-    assert counts.max() < len(places) / 2 and (counts > 0).sum() >= 6
+        positions.append(int(np.argmax([scores[item] for item in chosen])))
+    # The order of candidates does not reveal the retriever's order.
+    counts = np.bincount(positions, minlength=8)
+    assert counts.max() < len(positions) / 2 and (counts > 0).sum() >= 6
     assert retrieve(DATA, "test", SECTION, seed=0).digest == sets.digest
     assert retrieve(DATA, "test", SECTION, seed=1).digest != sets.digest
 
 
-def test_training_lists_hold_the_event_and_come_from_a_retriever_that_has_not_seen_the_user(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_lists_of_some_users_equal_those_of_all(sets: CandidateSets) -> None:
+    users = DATA.holdouts("test").first_users(5)
+    some = retrieve(DATA, "test", SECTION, seed=0, users=frozenset(users))
+    assert some.sets == {name: items for name, items in sets.sets.items() if name.partition("|")[0] in users}
+    assert len(some.sets) >= 5 < len(sets.sets)
+
+
+def test_training_lists_come_from_a_retriever_without_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     learned: list[set[str]] = []
-    genuine, asked = ItemKNN.fit, ItemKNN.scores
+    original_fit, original_scores = ItemKNN.fit, ItemKNN.scores
 
     def fit(self: ItemKNN, data: SplitDataset) -> None:
         learned.append(set(data.train["user_id"]))
-        genuine(self, data)
+        original_fit(self, data)
 
     def scores(self: ItemKNN, requests: list[Request]) -> Any:
         assert not learned[-1] & {request.user_id for request in requests}
-        return asked(self, requests)
+        return original_scores(self, requests)
 
     monkeypatch.setattr(ItemKNN, "fit", fit)
     monkeypatch.setattr(ItemKNN, "scores", scores)
     lists = Lists(DATA, SECTION, 0)
-    found = {user: lists.of(user) for user in DATA.users()}
-    assert len(learned) == 5 and sum(map(len, found.values())) > 0
-    for user, own in found.items():
+    training_lists = {user: lists.of(user) for user in DATA.users()}
+    assert len(learned) == 5 and sum(map(len, training_lists.values())) > 0
+    for user, user_lists in training_lists.items():
         events = DATA.train_events(user)
-        for at, items in own:
+        for at, items in user_lists:
             assert len(set(items)) == 8 and events[at].item_id in items
             assert not {event.item_id for event in events[:at]} & set(items)
     monkeypatch.undo()
     other = Lists(redrawn(redrawn(DATA, "valid", 1), "test", 2), SECTION, 0)
-    assert found == {user: other.of(user) for user in DATA.users()}
+    assert training_lists == {user: other.of(user) for user in DATA.users()}
     assert all(len(items) == 8 for items in lists.held().values()) and lists.held()
 
 
-@pytest.mark.parametrize("name", ["sasrec", "gru4rec", "transitions-tuned", "state-tower"])
-def test_a_retriever_that_stops_by_validation_makes_no_training_lists(name: str) -> None:
-    section = CandidateSection(kind="retrieved", retriever=name, count=8)
+def test_rejects_training_lists_of_a_retriever_with_early_stopping() -> None:
+    section = CandidateSection(kind="retrieved", retriever="sasrec", count=8)
     with raises(RecipeError, Facts("unsupported", column="eval.candidates.retriever", says="choose another retriever")):
         Lists(DATA, section, 0).of(next(iter(DATA.users())))
 
 
-def test_validation_rows_show_what_is_retrieved_too() -> None:
-    lists = Lists(DATA, SECTION, 0)
+def test_validation_rows_have_retrieved_candidates(lists: Lists) -> None:
     held = lists.held()
     rows = list(make_task("direct", DATA, lists=lists).examples("valid"))
     assert 0 < len(rows) == len(held) < len(DATA.holdouts("valid"))
@@ -120,18 +115,17 @@ def test_validation_rows_show_what_is_retrieved_too() -> None:
         assert {item, *row.negatives} == set(held[row.id.removeprefix("direct/valid/")])
 
 
-def test_direct_rows_show_what_is_retrieved() -> None:
-    lists = Lists(DATA, SECTION, 0)
+def test_training_rows_have_retrieved_candidates(lists: Lists) -> None:
     task = make_task("direct", DATA, lists=lists)
     rows = list(islice(task.examples("train"), 60))
-    places = set()
+    answers = set()
     for row in rows:
         (item,) = [item for user, item in row.pairs[-1:]]
-        shown = {frozenset(items) for _, items in lists.of(row.user_id)}
-        assert frozenset((item, *row.negatives)) in shown
-        places.add(row.answer[-1].text if row.answer else "")
-    # The place of the target among the candidates is drawn.
-    assert len(places) >= 6
+        candidates = {frozenset(items) for _, items in lists.of(row.user_id)}
+        assert frozenset((item, *row.negatives)) in candidates
+        answers.add(row.answer[-1].text if row.answer else "")
+    # The position of the target among the candidates is random.
+    assert len(answers) >= 6
     assert all(question.candidates and len(question.candidates) == 8 for question in task.questions(10))
 
     class Nothing:
@@ -145,15 +139,14 @@ def test_direct_rows_show_what_is_retrieved() -> None:
         next(make_task("direct", DATA, lists=Nothing()).examples("train"))
 
 
-def test_equal_scores_are_drawn_and_do_not_follow_ids() -> None:
+def test_equal_scores_are_drawn_at_random() -> None:
     sets = retrieve(DATA, "test", CandidateSection(kind="retrieved", retriever="random", count=8), seed=0)
-    shown = {item for items in sets.sets.values() for item in items}
-    assert len(shown) == len(DATA.dataset.items)
+    drawn_items = {item for items in sets.sets.values() for item in items}
+    assert len(drawn_items) == len(DATA.dataset.items)
     assert retrieve(DATA, "test", CandidateSection(kind="retrieved", retriever="random", count=8), seed=0) == sets
 
 
-def test_the_ceiling_counts_targets_among_their_candidates() -> None:
-    sets = retrieve(DATA, "test", SECTION, seed=0)
+def test_ceiling_counts_targets_among_their_candidates(sets: CandidateSets) -> None:
     held = DATA.holdouts("test")
     inside = sum(one.item_id in sets.sets[request_id(one.user_id, one.item_id)] for one in held)
     targets = {request_id(one.user_id, one.item_id): one.item_id for one in held}
@@ -162,16 +155,13 @@ def test_the_ceiling_counts_targets_among_their_candidates() -> None:
     assert ceiling(sets, dict([lost])) == 0
 
 
-def test_what_does_not_go_together_is_refused() -> None:
+def test_rejects_contradicting_options() -> None:
     with raises(RecipeError, Facts("unknown-name", column="eval.candidates.retriever", says="item-knn")):
         retrieve(DATA, "test", CandidateSection(kind="retrieved", retriever="item-kn"), seed=0)
-    with pytest.raises(ValueError, match=r"eval\.candidates\.retriever"):
-        CandidateSection(kind="retrieved")
-    with pytest.raises(ValueError, match=r"eval\.candidates\.retriever"):
-        CandidateSection(kind="uniform", retriever="item-knn")
+    for options in ({"kind": "retrieved"}, {"kind": "uniform", "retriever": "item-knn"}):
+        with pytest.raises(ValueError, match=r"eval\.candidates\.retriever"):
+            CandidateSection.model_validate(options)
 
-
-# --------------------------------------------------------------------------- a fusion retrieves
 
 NAMED = tuple(
     BaselineSection(name=name) for name in ("random", "popularity", "item-knn", "markov-1", "transitions", "sasrec")
@@ -181,10 +171,10 @@ FUSION = FusedFinder(NAMED, 0.5, 0)
 FUSED_SECTION = CandidateSection(kind="retrieved", retriever="fusion", count=8)
 
 
-def test_a_fusion_retrieves_what_its_own_scores_say() -> None:
+def test_fusion_retrieves_its_best_items() -> None:
     ((model, users),) = FUSION.fitted(MANY, "test")
     assert isinstance(model, CatalogueEnsemble) and users is None
-    # What knows nothing, and what chooses its epoch by validation, is no part of it.
+    # Neither the random baseline nor one with early stopping is a part of it.
     assert model.names == ("popularity", "item-knn", "markov-1", "transitions")
     sets = retrieve(MANY, "test", FUSED_SECTION, seed=0, finder=FUSION)
     assert sets.kind == "retrieved-fusion"
@@ -198,31 +188,30 @@ def test_a_fusion_retrieves_what_its_own_scores_say() -> None:
         assert len(chosen) == 8 and min(known[item] for item in chosen) >= max(rest)
 
 
-def test_nobody_weighs_the_fusion_that_retrieves_for_them() -> None:
-    """Validation users of one half are asked about a fusion that the other half weighed."""
+def test_validation_users_do_not_weight_their_fusion() -> None:
     (one, first), (two, second) = FUSION.fitted(MANY, "valid")
-    everybody = {held.user_id for held in MANY.holdouts("valid")}
-    assert first and second and not first & second and first | second == everybody
+    users = {held.user_id for held in MANY.holdouts("valid")}
+    assert first and second and not first & second and first | second == users
     changed = replace(MANY, valid=MANY.valid.filter(~pl.col("user_id").is_in(list(first))))
     assert one.fitted == FUSION.fitted(changed, "test")[0][0].fitted  # type: ignore[attr-defined]
     assert one.tried != two.tried  # type: ignore[attr-defined]
 
 
-def test_training_lists_of_a_fusion_do_not_depend_on_what_is_held_out() -> None:
-    found = Lists(MANY, FUSED_SECTION, 0, FUSION)
+def test_training_lists_of_a_fusion_ignore_held_out_data() -> None:
+    original = Lists(MANY, FUSED_SECTION, 0, FUSION)
     other = Lists(redrawn(redrawn(MANY, "valid", 1), "test", 2), FUSED_SECTION, 0, FUSION)
-    lists = {user: found.of(user) for user in MANY.users()}
+    lists = {user: original.of(user) for user in MANY.users()}
     assert any(lists.values())
     assert lists == {user: other.of(user) for user in MANY.users()}
     parts = {user: n % 5 for n, user in enumerate(MANY.users())}
     model = FUSION.apart(MANY, parts, 0)
-    inside = [user for user, own in parts.items() if own == 0]
+    inside = [user for user, part in parts.items() if part == 0]
     without = replace(MANY, train=MANY.train.filter(~pl.col("user_id").is_in(inside)))
     requests = [Request(id="r", user_id=inside[0], history=MANY.train_events(inside[0])[:3])]
     assert np.array_equal(model.scores(requests), FUSION.apart(without, parts, 0).scores(requests))
 
 
-def test_a_fusion_that_too_few_weigh_is_refused_with_another_way_to_go() -> None:
+def test_rejects_fusion_with_too_few_users() -> None:
     facts = Facts("too-few", column="eval.candidates.retriever", says="a single retriever")
     with raises(DataError, facts):
         Lists(DATA, FUSED_SECTION, 0, FUSION).of(next(iter(DATA.users())))
@@ -232,16 +221,16 @@ def test_a_fusion_that_too_few_weigh_is_refused_with_another_way_to_go() -> None
         FUSION.apart(MANY, dict.fromkeys(MANY.users(), 3), 3)
 
 
-def test_a_recipe_retrieves_by_a_fusion(tmp_path: Path) -> None:
+def test_recipe_with_fusion_retriever(tmp_path: Path) -> None:
     table = tmp_path / "rows.csv"
     MANY.dataset.interactions.select("user_id", "item_id", "rating", "timestamp").write_csv(table)
     page = tmp_path / "recipe.yaml"
-    words = (
+    text = (
         f"name: fused\ndata: {{source: table, path: {table}, columns: {{rating: rating, time: timestamp}}}}\n"
         "tasks: {direct: {strategies: [label], baselines: [random, popularity, item-knn, markov-1]}}\n"
         "eval: {arms: [zero-shot], candidates: {kind: retrieved, retriever: fusion, count: 8}}\n"
     )
-    page.write_text(words, encoding="utf-8")
+    page.write_text(text, encoding="utf-8")
     study = build_study(load_recipe(str(page)))
     assert study.candidates is not None and study.candidates.kind == "retrieved-fusion"
     row = next(study.tasks["direct"].examples("train"))
@@ -251,7 +240,7 @@ def test_a_recipe_retrieves_by_a_fusion(tmp_path: Path) -> None:
         alone.fitted(MANY, "test")
 
 
-def test_a_run_counts_what_was_not_retrieved_and_says_so(tmp_path: Path) -> None:
+def test_run_reports_the_ceiling(tmp_path: Path) -> None:
     table = tmp_path / "rows.csv"
     rows = DATA.dataset.interactions.select("user_id", "item_id", "rating", "timestamp")
     rows.write_csv(table)
@@ -263,20 +252,20 @@ def test_a_run_counts_what_was_not_retrieved_and_says_so(tmp_path: Path) -> None
         "  candidates: {kind: retrieved, retriever: item-knn, count: 8}}\n",
         encoding="utf-8",
     )
-    found = run(load_recipe(str(page)), tmp_path / "out", quiet=True)
-    results = found.results
-    most = results["candidates"]["main"]["ceiling"]
-    assert results["candidates"]["main"]["kind"] == "retrieved-item-knn" and 0 < most < 1
+    result = run(load_recipe(str(page)), tmp_path / "out", quiet=True)
+    results = result.results
+    ceiling_ = results["candidates"]["main"]["ceiling"]
+    assert results["candidates"]["main"]["kind"] == "retrieved-item-knn" and 0 < ceiling_ < 1
     lines = {row["predictor"]: row for row in results["rows"]}
     assert {"label", "two-step", "item-knn"} <= set(lines)
     for row in lines.values():
-        # All eight candidates are among the first ten: the ceiling of those who were asked is reached.
-        assert row["metrics"]["HR@10"]["value"] == pytest.approx(most)
+        # All eight candidates are among the first ten, so HR@10 reaches the ceiling.
+        assert row["metrics"]["HR@10"]["value"] == pytest.approx(ceiling_)
         assert "retrieved-item-knn-8" in row["metrics"]["HR@10"]["signature"]
-    # Chance among eight candidates, times the share of them that hold the target.
-    assert lines["random"]["metrics"]["HR@1"]["value"] == pytest.approx(most / 8)
-    assert f"These contain {most:.1%} of the targets" in " ".join(results["notes"])
+    # The hit rate of a random order of eight candidates, times the ceiling.
+    assert lines["random"]["metrics"]["HR@1"]["value"] == pytest.approx(ceiling_ / 8)
+    assert f"These contain {ceiling_:.1%} of the targets" in " ".join(results["notes"])
     audit = json.loads((tmp_path / "out" / "audit.json").read_text(encoding="utf-8"))
     assert not [check for check in audit["checks"] if check["verdict"] == "leak"]
-    page_text = found.report.read_text(encoding="utf-8")
+    page_text = result.report.read_text(encoding="utf-8")
     assert "% with the target" in page_text

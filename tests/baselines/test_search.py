@@ -1,4 +1,4 @@
-"""The search of a grid: small ones whole, large ones one parameter after another, and the ends of each ladder."""
+"""Grid search: small grids completely, large ones one parameter at a time, and the ends of each grid."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from llmrec.recipe.schema import Section
 LADDER = tuple(range(12))
 
 
-class _Judge:
-    """Figures of points by a function for each table; remembers what was asked."""
+class _Objective:
+    """Values of points by a function for each table; records the evaluated points."""
 
     def __init__(self, most: int | None = None, **tables: Callable[[Mapping[str, Any]], float]) -> None:
         self.seen: dict[str, dict[str, float]] = {}
@@ -33,52 +33,46 @@ class _Judge:
         return max(self.seen, key=lambda point: self.seen[point][table])
 
 
-def test_a_small_grid_is_tried_whole() -> None:
+def test_small_grid_is_searched_completely() -> None:
     grid = {"a": (1, 2, 3), "b": ("x", "y")}
-    judge = _Judge(t=lambda point: 0.0)
-    explore(grid, {"a": 1, "b": "x"}, ["t"], judge)
-    assert list(judge.seen) == [str(point) for point in points(grid)] and len(judge.seen) <= SMALL
+    objective = _Objective(t=lambda point: 0.0)
+    explore(grid, {"a": 1, "b": "x"}, ["t"], objective)
+    assert list(objective.seen) == [str(point) for point in points(grid)] and len(objective.seen) <= SMALL
 
 
 @given(peak=st.tuples(st.sampled_from(LADDER), st.sampled_from(LADDER), st.sampled_from("xyz")), start=st.data())
-def test_the_peak_of_a_smooth_figure_is_found_with_few_points(peak: tuple[int, int, str], start: Any) -> None:
+def test_finds_the_peak_with_few_points(peak: tuple[int, int, str], start: Any) -> None:
     grid: dict[str, tuple[Any, ...]] = {"a": LADDER, "b": LADDER, "c": ("x", "y", "z")}
     begin = {name: start.draw(st.sampled_from(values)) for name, values in grid.items()}
-    judge = _Judge(t=lambda p: -((p["a"] - peak[0]) ** 2) - 2 * (p["b"] - peak[1]) ** 2 - 3 * (p["c"] != peak[2]))
-    explore(grid, begin, ["t"], judge)
-    assert judge.best("t") == str(dict(zip("abc", peak, strict=True)))
-    assert len(judge.seen) < 60  # of 432
+    objective = _Objective(
+        t=lambda p: -((p["a"] - peak[0]) ** 2) - 2 * (p["b"] - peak[1]) ** 2 - 3 * (p["c"] != peak[2])
+    )
+    explore(grid, begin, ["t"], objective)
+    assert objective.best("t") == str(dict(zip("abc", peak, strict=True)))
+    assert len(objective.seen) < 60  # of 432
 
 
-def test_each_table_has_a_search_of_its_own() -> None:
+def test_each_table_has_its_search() -> None:
     grid = {"a": LADDER, "b": LADDER}
-    judge = _Judge(
+    objective = _Objective(
         one=lambda p: -abs(p["a"] - 2) - abs(p["b"] - 9), other=lambda p: -abs(p["a"] - 10) - abs(p["b"] - 1)
     )
-    explore(grid, {"a": 5, "b": 5}, ["one", "other"], judge)
-    assert judge.best("one") == str({"a": 2, "b": 9}) and judge.best("other") == str({"a": 10, "b": 1})
+    explore(grid, {"a": 5, "b": 5}, ["one", "other"], objective)
+    assert objective.best("one") == str({"a": 2, "b": 9}) and objective.best("other") == str({"a": 10, "b": 1})
 
 
-def test_the_search_goes_past_one_worse_value() -> None:
+def test_hill_climbing() -> None:
+    # One worse value does not end the search.
     bumpy = {5: 1.0, 6: 0.9, 7: 2.0}
-    judge = _Judge(t=lambda p: bumpy.get(p["a"], 0.0))
-    explore({"a": LADDER, "b": (0, 1)}, {"a": 5, "b": 0}, ["t"], judge)
-    assert "'a': 7" in judge.best("t")
+    objective = _Objective(t=lambda p: bumpy.get(p["a"], 0.0))
+    explore({"a": LADDER, "b": (0, 1)}, {"a": 5, "b": 0}, ["t"], objective)
+    assert "'a': 7" in objective.best("t")
+    objective = _Objective(4, t=lambda p: -abs(p["a"] - 2) - abs(p["b"] - 3))
+    explore({"a": (1, 2, 3), "b": (1, 2, 3, 4)}, {"a": 2, "b": 2}, ["t"], objective, most=4)
+    assert objective.best("t") == str({"a": 2, "b": 3}) and len(objective.seen) <= 4
 
 
-def test_it_ends_with_the_last_fit_that_is_allowed() -> None:
-    judge = _Judge(5, t=lambda p: float(p["a"]))
-    explore({"a": LADDER, "b": LADDER}, {"a": 0, "b": 0}, ["t"], judge)
-    assert len(judge.seen) == 5
-
-
-def test_a_small_grid_that_is_too_large_for_the_limit_is_climbed() -> None:
-    judge = _Judge(4, t=lambda p: -abs(p["a"] - 2) - abs(p["b"] - 3))
-    explore({"a": (1, 2, 3), "b": (1, 2, 3, 4)}, {"a": 2, "b": 2}, ["t"], judge, most=4)
-    assert judge.best("t") == str({"a": 2, "b": 3})
-
-
-def test_where_the_search_begins_is_taken_into_the_ladder() -> None:
+def test_ladder_includes_the_start() -> None:
     assert ladder((1, 3, 5), 4) == (1, 3, 4, 5) and ladder((1, 3), 3) == (1, 3)
     assert ladder(("x", "y"), None) == ("x", "y", None)
 
@@ -89,7 +83,7 @@ class _Config(Section):
     kind: str = "x"
 
 
-def test_an_end_of_the_grid_is_a_border_unless_nothing_lies_beyond() -> None:
+def test_ends_of_the_grid_are_borders() -> None:
     grid: dict[str, tuple[Any, ...]] = {"decay": (0.5, 0.8, 1.0), "order": (1, 3, 5), "kind": ("x", "y")}
     assert borders(_Config, grid, {"decay": 0.5, "order": 5, "kind": "x"}) == ("decay", "order")
     assert borders(_Config, grid, {"decay": 1.0, "order": 1, "kind": "y"}) == ()

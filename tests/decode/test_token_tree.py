@@ -1,4 +1,4 @@
-"""The tree of legal outputs against plain Python over the same paths."""
+"""The tree of valid outputs against plain Python over the same paths."""
 
 from __future__ import annotations
 
@@ -18,39 +18,33 @@ PATHS = st.lists(st.lists(st.integers(0, 3), max_size=4).map(lambda path: (*path
 
 
 @given(PATHS)
-def test_nodes_children_and_ranges_are_those_of_the_paths(paths: list[tuple[int, ...]]) -> None:
+def test_nodes_children_and_ranges(paths: list[tuple[int, ...]]) -> None:
     tree, ordered = Catalogue.of(paths), sorted(paths)
     assert len(tree) == len(paths) and tree.depth == max(map(len, paths))
     assert [paths[item] for item in tree.order] == ordered
-    assert [tree.path(place) for place in range(len(paths))] == ordered
+    assert [tree.path(number) for number in range(len(paths))] == ordered
     assert all(ordered[tree.ranks[item]] == path for item, path in enumerate(paths))
     depths = range(1, tree.depth + 1)
     prefixes = [(), *(p for d in depths for p in sorted({path[:d] for path in paths if len(path) >= d}))]
     assert len(prefixes) == len(tree.marks)
     assert list(tree.starts) == [0, *(sum(len(p) <= d for p in prefixes) for d in range(tree.depth + 1))]
-    held = [[place for place, path in enumerate(ordered) if path[: len(prefix)] == prefix] for prefix in prefixes]
-    lows, highs = np.array([places[0] for places in held]), np.array([places[-1] + 1 for places in held])
+    positions = [
+        [number for number, path in enumerate(ordered) if path[: len(prefix)] == prefix] for prefix in prefixes
+    ]
+    lows, highs = np.array([numbers[0] for numbers in positions]), np.array([numbers[-1] + 1 for numbers in positions])
     nodes = np.arange(len(prefixes))
-    found = tree.below(nodes, lows, highs)
-    wanted = [(node, child) for node in nodes for child in nodes if prefixes[child][:-1] == prefixes[node] and child]
-    assert list(zip(found.parents.tolist(), found.nodes.tolist(), strict=True)) == wanted
-    assert (found.lows == lows[found.nodes]).all() and (found.highs == highs[found.nodes]).all()
+    children = tree.below(nodes, lows, highs)
+    expected = [(node, child) for node in nodes for child in nodes if prefixes[child][:-1] == prefixes[node] and child]
+    assert list(zip(children.parents.tolist(), children.nodes.tolist(), strict=True)) == expected
+    assert (children.lows == lows[children.nodes]).all() and (children.highs == highs[children.nodes]).all()
     assert tree.tokens(nodes[1:]).tolist() == [prefix[-1] for prefix in prefixes[1:]]
-    # One node at a time is as all at once.
+    # One node at a time gives the same.
     for node in nodes:
         alone = tree.below(nodes[[node]], lows[[node]], highs[[node]])
-        assert (alone.lows == found.lows[found.parents == node]).all()
+        assert (alone.lows == children.lows[children.parents == node]).all()
 
 
-@given(PATHS, st.randoms(use_true_random=False))
-def test_the_given_order_changes_numbers_only(paths: list[tuple[int, ...]], dice: object) -> None:
-    turned = list(reversed(paths))
-    one, two = Catalogue.of(paths), Catalogue.of(turned)
-    assert (one.marks == two.marks).all() and (one.firsts == two.firsts).all() and (one.lows == two.lows).all()
-    assert [paths[item] for item in one.order] == [turned[item] for item in two.order]
-
-
-def test_an_array_of_equally_long_paths_is_read_as_it_is() -> None:
+def test_array_of_paths() -> None:
     table = np.random.default_rng(0).integers(0, 50_000, (500, 5))
     one, two = Catalogue.of(table), Catalogue.of([tuple(row) for row in table.tolist()])
     assert (one.order == two.order).all() and (one.marks == two.marks).all()
@@ -69,24 +63,24 @@ def test_an_array_of_equally_long_paths_is_read_as_it_is() -> None:
         ([(1, -3)], Facts("bad-value")),
     ],
 )
-def test_ambiguous_or_empty_paths_are_refused(paths: list[tuple[int, ...]], facts: Facts) -> None:
+def test_rejects_ambiguous_or_empty_paths(paths: list[tuple[int, ...]], facts: Facts) -> None:
     with raises(DataError, facts):
         Catalogue.of(paths)
 
 
-def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
+def test_saved_tree_is_loaded_unchanged(tmp_path: Path) -> None:
     tree = Catalogue.of([(1, 2, 9), (1, 9), (3, 9)])
     tree.save(tmp_path / "catalogue.safetensors")
     again = Catalogue.load(tmp_path / "catalogue.safetensors")
     assert again.starts == tree.starts and again.lowest == 1
-    assert [again.path(place) for place in range(3)] == [(1, 2, 9), (1, 9), (3, 9)]
+    assert [again.path(number) for number in range(3)] == [(1, 2, 9), (1, 9), (3, 9)]
     (tmp_path / "torn").write_bytes(b"x")
     with raises(DataError, Facts("damaged", tmp_path / "torn", says="rebuild it")):
         Catalogue.load(tmp_path / "torn")
 
 
 @pytest.mark.parametrize(("spread", "bytes_a_token"), [(1, 1), (300, 2), (100_000, 4)])
-def test_memory_is_a_token_a_node_a_number_above_the_last_and_one_an_item(spread: int, bytes_a_token: int) -> None:
+def test_memory_per_node_and_item(spread: int, bytes_a_token: int) -> None:
     codes = np.unique(np.random.default_rng(0).integers(0, 64, (20_000, 4)), axis=0) * spread + 150_000
     tree = Catalogue.of(codes)
     *_, above, last, nodes = tree.starts

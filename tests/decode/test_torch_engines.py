@@ -1,4 +1,4 @@
-"""The engines over transformers models: against plain forwards, against every item, against HF's own beam search."""
+"""The engines over transformers models: against plain forwards, all items, and the beam search of transformers."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmrec.backends.encode import Encoder
 from llmrec.backends.hf.backend import HFBackend
 from llmrec.backends.hf.tree import MaskedTree, PlainTree
 from llmrec.decode.beam import Fed, Targets, beam
 from llmrec.decode.token_tree import Catalogue
-from llmrec.types import Message, Prompt, SearchResult, Segment
+from llmrec.types import SearchResult
+from tests.conftest import encoder_of, opened
 from tests.decode.trees import branching
+from tests.servers.client import question
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -46,7 +47,7 @@ PROMPTS = st.lists(st.lists(st.integers(1, 90), min_size=1, max_size=12), min_si
 
 
 def sharp(model: Any) -> Any:
-    """Larger weights than the usual init, so that answers differ clearly between prompts."""
+    """Enlarge the weights, so that answers differ clearly between prompts."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -54,18 +55,14 @@ def sharp(model: Any) -> Any:
     return model.eval()
 
 
-def load(folder: Path) -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
 @pytest.fixture(scope="module")
 def llama(llama_folder: Path) -> Any:
-    return load(llama_folder)
+    return opened(llama_folder)[0].eval()
 
 
 @pytest.fixture(scope="module")
 def qwen(qwen_folder: Path) -> Any:
-    return load(qwen_folder)
+    return opened(qwen_folder)[0].eval()
 
 
 @pytest.fixture(scope="module")
@@ -92,16 +89,15 @@ def t5() -> Any:
     return transformers.T5ForConditionalGeneration(config).eval()
 
 
-MASKED = ("llama", "qwen", "untied")
 ENGINES = [
-    *((MaskedTree, name) for name in (*MASKED, "t5")),
-    *((PlainTree, name) for name in ("llama", "untied", "sliding", "t5")),
+    *((MaskedTree, name) for name in ("llama", "qwen", "untied", "t5")),
+    *((PlainTree, name) for name in ("untied", "sliding", "t5")),
 ]
 each_engine = pytest.mark.parametrize(("kind", "name"), ENGINES, ids=[f"{kind.__name__}-{n}" for kind, n in ENGINES])
 
 
 def plain(model: Any, prompt: Sequence[int], paths: Sequence[Sequence[int]]) -> list[float]:
-    """Return the likelihood of paths by plain forwards, padded behind, which no text before it sees."""
+    """Return the log-likelihood of paths by plain forward passes, padded on the right."""
     longest = max(map(len, paths))
     answers = torch.tensor([[*path, *[PAD] * (longest - len(path))] for path in paths])
     prompts = torch.tensor([list(prompt)] * len(paths))
@@ -116,29 +112,25 @@ def plain(model: Any, prompt: Sequence[int], paths: Sequence[Sequence[int]]) -> 
     return [float(row[: len(path)].sum()) for row, path in zip(logprobs, paths, strict=True)]
 
 
-def everything(model: Any, prompt: Sequence[int], paths: Sequence[Sequence[int]]) -> dict[int, float]:
+def ranked(model: Any, prompt: Sequence[int], paths: Sequence[Sequence[int]]) -> dict[int, float]:
     """Return the likelihood of every item, best first."""
     scores = dict(enumerate(plain(model, prompt, paths)))
     return dict(sorted(scores.items(), key=lambda pair: -pair[1]))
 
 
-def assert_best(found: SearchResult, scores: dict[int, float], k: int) -> None:
-    """The list is the best there is; where two items are as likely as each other, either."""
-    assert found.certified and len(set(found.items)) == len(found.items)
-    assert found.scores == pytest.approx(list(scores.values())[:k], abs=1e-4)
-    assert [scores[item] for item in found.items] == pytest.approx(list(found.scores), abs=1e-4)
-
-
-# --------------------------------------------------------------------------- the engines themselves
+def assert_best(result: SearchResult, scores: dict[int, float], k: int) -> None:
+    """Check that a result is optimal; equally likely items may be swapped."""
+    assert result.certified and len(set(result.items)) == len(result.items)
+    assert result.scores == pytest.approx(list(scores.values())[:k], abs=1e-4)
+    assert [scores[item] for item in result.items] == pytest.approx(list(result.scores), abs=1e-4)
 
 
 @each_engine
-def test_a_tree_of_tokens_gives_what_plain_forwards_give(kind: type, name: str, request: pytest.FixtureRequest) -> None:
-    """A chain, a fork and a second feed behind both, for prompts of different lengths."""
+def test_token_tree_equals_plain_forwards(kind: type, name: str, request: pytest.FixtureRequest) -> None:
     model = request.getfixturevalue(name)
     engine, prompts = kind(model, PAD), [(5, 6, 7, 8, 9, 3, 2), (40,), tuple(range(1, 20))]
-    opened = engine.open(prompts, Targets(np.array([0, 0, 1, 2]), np.array([11, 12, 13, 14])))
-    assert opened == pytest.approx(
+    first = engine.open(prompts, Targets(np.array([0, 0, 1, 2]), np.array([11, 12, 13, 14])))
+    assert first == pytest.approx(
         [
             *plain(model, prompts[0], [(11,), (12,)]),
             *plain(model, prompts[1], [(13,)]),
@@ -146,82 +138,41 @@ def test_a_tree_of_tokens_gives_what_plain_forwards_give(kind: type, name: str, 
         ],
         abs=1e-4,
     )
-    # Tokens 3 and 4 are a chain, 5 a fork beside it, 6 another user's; then one behind each.
+    # Tokens 3 and 4 are a chain, 5 is a fork, 6 belongs to another user; then one token after each.
     texts = {3: (0, (11,)), 4: (0, (11, 21)), 5: (0, (12,)), 6: (2, (14,))}
     fed = Fed(np.array([0, 0, 0, 2]), np.array([0, 3, 0, 2]), np.array([11, 21, 12, 14]))
     answered = engine.feed(fed, Targets(np.array([3, 4, 5, 5, 6]), np.array([21, 31, 31, 32, 33])))
     texts |= {7: (2, (14, 50)), 8: (0, (12, 51)), 9: (0, (11, 21, 52))}
     fed = Fed(np.array([2, 0, 0]), np.array([6, 5, 4]), np.array([50, 51, 52]))
     later = engine.feed(fed, Targets(np.array([7, 8, 9]), np.array([60, 60, 60])))
-    asked = [(3, 21), (4, 31), (5, 31), (5, 32), (6, 33), (7, 60), (8, 60), (9, 60)]
-    for (number, token), value in zip(asked, [*answered, *later], strict=True):
+    pairs = [(3, 21), (4, 31), (5, 31), (5, 32), (6, 33), (7, 60), (8, 60), (9, 60)]
+    for (number, token), value in zip(pairs, [*answered, *later], strict=True):
         user, text = texts[number]
         longer, shorter = plain(model, prompts[user], [(*text, token), text])
         reference = longer - shorter
         assert value == pytest.approx(reference, abs=2e-4)
 
 
-# --------------------------------------------------------------------------- the search over them
-
-
-@each_engine
-def test_a_wide_search_finds_the_best_there_is(kind: type, name: str, request: pytest.FixtureRequest) -> None:
-    model = request.getfixturevalue(name)
-    prompts = [(5, 6, 7), (40,), (*range(1, 13),), (9, 9)]
-    results = beam(kind(model, PAD), Catalogue.of(FULL), prompts, k=10, width=len(FULL))
-    for prompt, found in zip(prompts, results, strict=True):
-        assert_best(found, everything(model, prompt, FULL), 10)
-
-
 @given(paths=PATHS, prompts=PROMPTS, k=st.integers(1, 6))
 @pytest.mark.parametrize("kind", [MaskedTree, PlainTree])
-def test_it_does_so_for_any_paths_and_prompts(
+def test_search_is_optimal_for_any_paths(
     kind: type, untied: Any, paths: list[tuple[int, ...]], prompts: list[list[int]], k: int
 ) -> None:
     results = beam(kind(untied, PAD), Catalogue.of(paths), prompts, k=k, width=25)
-    for prompt, found in zip(prompts, results, strict=True):
-        assert_best(found, everything(untied, prompt, paths), k)
+    for prompt, result in zip(prompts, results, strict=True):
+        assert_best(result, ranked(untied, prompt, paths), k)
 
 
-@given(paths=PATHS, prompts=PROMPTS, width=st.integers(1, 6))
-def test_both_engines_search_alike(
-    untied: Any, paths: list[tuple[int, ...]], prompts: list[list[int]], width: int
-) -> None:
-    tree = Catalogue.of(paths)
-    masked = beam(MaskedTree(untied, PAD), tree, prompts, k=width, width=width, exact=True)
-    rows = beam(PlainTree(untied, PAD), tree, prompts, k=width, width=width, exact=True)
-    for one, two in zip(masked, rows, strict=True):
-        assert one.scores == pytest.approx(two.scores, abs=1e-4)
-        assert one.certified and two.certified
-
-
-@pytest.mark.parametrize("name", MASKED)
-def test_the_batch_does_not_matter(name: str, request: pytest.FixtureRequest) -> None:
-    model, tree = request.getfixturevalue(name), Catalogue.of(FULL)
-    dice = np.random.default_rng(0)
-    prompts = [tuple(dice.integers(1, 90, int(size)).tolist()) for size in (1, 30, 7, 16, 2, 30)]
-    together = beam(MaskedTree(model, PAD), tree, prompts, k=8, width=8)
-    for prompt, found in zip(prompts, together, strict=True):
-        (alone,) = beam(MaskedTree(model, PAD), tree, [prompt], k=8, width=8)
-        assert found.items == alone.items
-        assert found.scores == pytest.approx(alone.scores, abs=1e-4)
-
-
-# --------------------------------------------------------------------------- beside transformers' own search
-
-
-@pytest.mark.parametrize("name", MASKED)
-@pytest.mark.parametrize("width", [4, 10])
-def test_it_is_the_beam_search_of_transformers(name: str, width: int, request: pytest.FixtureRequest) -> None:
-    """On paths of one length that branch at every token: the same items with the same scores."""
+@pytest.mark.parametrize(("name", "width"), [("llama", 4), ("untied", 10)])
+def test_equals_the_beam_search_of_transformers(name: str, width: int, request: pytest.FixtureRequest) -> None:
     model = request.getfixturevalue(name)
     prompts = [(5, 6, 7, 8), (40, 41), (*range(1, 13),)]
-    found = beam(MaskedTree(model, PAD), Catalogue.of(FULL), prompts, k=width, width=width)
-    for prompt, ours in zip(prompts, found, strict=True):
-        theirs = constrained(model, prompt, width)
-        assert set(theirs) == {FULL[item] for item in ours.items}
-        for item, score in zip(ours.items, ours.scores, strict=True):
-            assert score == pytest.approx(theirs[FULL[item]], abs=1e-3)
+    results = beam(MaskedTree(model, PAD), Catalogue.of(FULL), prompts, k=width, width=width)
+    for prompt, result in zip(prompts, results, strict=True):
+        reference = constrained(model, prompt, width)
+        assert set(reference) == {FULL[item] for item in result.items}
+        for item, score in zip(result.items, result.scores, strict=True):
+            assert score == pytest.approx(reference[FULL[item]], abs=1e-3)
 
 
 def constrained(model: Any, prompt: Sequence[int], width: int) -> dict[tuple[int, ...], float]:
@@ -249,12 +200,9 @@ def constrained(model: Any, prompt: Sequence[int], width: int) -> dict[tuple[int
     return dict(zip(rows, out.sequences_scores.tolist(), strict=True))
 
 
-# --------------------------------------------------------------------------- counted work
-
-
 @pytest.mark.parametrize("width", [3, 10, 200])
-def test_every_token_is_computed_once(untied: Any, width: int) -> None:
-    """Prompts, and at each depth but the last as many tokens as are kept; a row of logits behind each of them."""
+def test_each_token_is_computed_once(untied: Any, width: int) -> None:
+    """Prompts, and at each depth but the last as many tokens as the beam; one row of logits after each."""
     engine, prompts = MaskedTree(untied, PAD), [(5, 6, 7), (40,), (1,) * 9]
     beam(engine, Catalogue.of(FULL), prompts, k=1, width=width)
     read = len(prompts) * (min(width, 6) + min(width, 30))
@@ -264,12 +212,12 @@ def test_every_token_is_computed_once(untied: Any, width: int) -> None:
 
 
 @pytest.mark.parametrize("change", ["appended", "last differs", "same", "shorter", "other"])
-def test_a_prompt_goes_on_from_the_one_before(untied: Any, change: str) -> None:
+def test_prompt_reuses_the_previous_one(untied: Any, change: str) -> None:
     first = tuple(np.random.default_rng(1).integers(1, 90, 60).tolist())
     second, known = {
         "appended": ((*first, 50, 51, 52, 53), 60),
         "last differs": ((*first[:-1], (first[-1] + 1) % 90), 59),
-        # The token that the first answers stand behind is always read.
+        # The last token of a prompt is always read.
         "same": (first, 59),
         "shorter": (first[:20], 19),
         "other": ((first[0] + 1, *first[1:]), 0),
@@ -285,17 +233,17 @@ def test_a_prompt_goes_on_from_the_one_before(untied: Any, change: str) -> None:
     assert warm.scores == pytest.approx(cold.scores, abs=1e-4)
 
 
-def test_a_wider_search_of_one_prompt_reads_it_once(untied: Any) -> None:
+def test_wider_search_reads_the_prompt_once(untied: Any) -> None:
     prompt = tuple(np.random.default_rng(2).integers(1, 90, 60).tolist())
     engine = MaskedTree(untied, PAD, warm=True)
-    (found,) = beam(engine, Catalogue.of(FULL), [prompt], k=3, width=3, exact=True)
-    assert found.certified and found.width > 3, "a prompt for which three prefixes are no proof"
-    runs = int(np.log2(found.width // 3)) + 1
+    (result,) = beam(engine, Catalogue.of(FULL), [prompt], k=3, width=3, exact=True)
+    assert result.certified and result.width > 3, "a prompt that needs more than three prefixes"
+    runs = int(np.log2(result.width // 3)) + 1
     kept = sum(min(3 << n, 6) + min(3 << n, 30) for n in range(runs))
     assert engine.tokens == 60 + (runs - 1) + kept
 
 
-def test_a_batch_forgets_the_prompt_before(untied: Any) -> None:
+def test_batch_drops_the_previous_prompt(untied: Any) -> None:
     tree, engine = Catalogue.of(FULL), MaskedTree(untied, PAD, warm=True)
     prompt = (5, 6, 7, 8)
     for prompts in ([prompt], [prompt, (9,)], [prompt]):
@@ -304,34 +252,26 @@ def test_a_batch_forgets_the_prompt_before(untied: Any) -> None:
         assert engine.tokens - before == sum(map(len, prompts)) + 6 * len(prompts)
 
 
-# --------------------------------------------------------------------------- titles, through the backend
-
-
-@pytest.mark.parametrize("route", ["tree", "rows", "sliding"])
-def test_titles_take_forwards_by_branches_not_by_tokens(llama_folder: Path, route: str) -> None:
-    """Titles of many tokens that part early; each list is the best there is, also where a window forbids trees."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(llama_folder)
-    encoder, model = Encoder(tokenizer, max_length=512), load(llama_folder)
+@pytest.mark.parametrize("route", ["tree", "sliding"])
+def test_titles_need_forward_passes_by_branches(llama: Any, llama_folder: Path, route: str) -> None:
+    encoder, model = encoder_of(llama_folder, 512), llama
     if route == "sliding":
-        shape = SHAPE | {"vocab_size": len(tokenizer), "sliding_window": 8}
+        shape = SHAPE | {"vocab_size": len(encoder.tokenizer), "sliding_window": 8}
         model = sharp(transformers.MistralForCausalLM(transformers.MistralConfig(**shape)))
     words = ("Toy", "Heat", "Fargo", "Casino", "Alien", "Brazil")
     pairs = enumerate(itertools.product(words, words))
     titles = [f"{a} {b}: the complete restored story of a quiet kitchen ({1980 + n})" for n, (a, b) in pairs]
     tree = encoder.catalogue(titles, "\n")
-    assert branching(tree) + 1 < tree.depth / 4, "the titles are long, and part a few times"
-    backend = HFBackend(model, encoder, packed=False if route == "rows" else None)
-    prompts = [films("Jaws\nRocky\n"), films("Alien\n")]
+    assert branching(tree) + 1 < tree.depth / 4, "long titles with few branches"
+    backend = HFBackend(model, encoder)
+    prompts = [
+        *(question("Continue the list of films", given=text, stop="\n") for text in ("Jaws\nRocky\n", "Alien\n"))
+    ]
     results = backend.search(prompts, titles, k=5, width=len(titles))
     if route == "tree":
         assert backend._tree.forwards <= branching(tree) + 1
-    for prompt, found in zip(prompts, results, strict=True):
+    for prompt, result in zip(prompts, results, strict=True):
         ids = encoder.prompt(prompt)
         tails = [encoder.continuation(prompt, title, closed=True) for title in titles]
-        assert_best(found, everything(model, ids, tails), 5)
-        assert found.engine == ("hf:tree" if route == "tree" else "hf:rows")
-
-
-def films(given: str) -> Prompt:
-    question = Message("user", (Segment("text", "Continue the list of films"),))
-    return Prompt(messages=(question,), answer_prefix=(Segment("item", given),), stop="\n")
+        assert_best(result, ranked(model, ids, tails), 5)
+        assert result.engine == ("hf:tree" if route == "tree" else "hf:rows")

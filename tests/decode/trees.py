@@ -1,4 +1,4 @@
-"""What tests ask of a catalogue's tree."""
+"""Properties of a catalogue tree for tests."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from llmrec.decode.token_tree import Catalogue
 
 
 def branching(tree: Catalogue) -> int:
-    """Most nodes on one path that have several children, the root included."""
-    paths = [tree.path(place) for place in range(len(tree))]
+    """Return the maximal number of nodes with several children on a path, including the root."""
+    paths = [tree.path(number) for number in range(len(tree))]
     children: dict[tuple[int, ...], set[int]] = {}
     for path in paths:
         for depth, token in enumerate(path):

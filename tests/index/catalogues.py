@@ -1,4 +1,4 @@
-"""Made catalogues with interactions, small enough to build any index in moments."""
+"""Small synthetic catalogues with interactions."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from numpy.typing import NDArray
 
 from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset, split
+from llmrec.index.table import ItemIndex
 from llmrec.recipe.schema import Split
 from llmrec.types import Item
 
 KINDS = ("Tools > Hand > Saws", "Tools > Power", "Toys > Blocks", "Toys > Dolls > Houses", "Books")
 
 
-def made(users: int = 60, items: int = 40, seed: int = 0, *, shuffle: int | None = None) -> SplitDataset:
-    """Users who mostly stay within one of five kinds of items; some titles stand twice, two items are never trained."""
+def synthetic(users: int = 60, items: int = 40, seed: int = 0, *, shuffle: int | None = None) -> SplitDataset:
+    """Users who mostly choose one of five kinds of items; some titles occur twice, two items have no training rows."""
     dice = random.Random(seed)
     names = [f"i{n:03d}" for n in range(items)]
     rows = []
     for user in range(users):
         kind = user % len(KINDS)
-        own = [name for n, name in enumerate(names[:-2]) if n % len(KINDS) == kind]
-        chosen = dice.sample(own, min(6, len(own))) + dice.sample(names[:-2], 1)
+        of_kind = [name for n, name in enumerate(names[:-2]) if n % len(KINDS) == kind]
+        chosen = dice.sample(of_kind, min(6, len(of_kind))) + dice.sample(names[:-2], 1)
         dice.shuffle(chosen)
         rows += [(f"u{user:03d}", item, float(t)) for t, item in enumerate(dict.fromkeys(chosen))]
-    # Two users end with the items that nobody else has: held out, so that training never sees them.
+    # Two users end with items that no other user has: they are held out, so training does not include them.
     rows += [("u000", names[-2], 99.0), ("u001", names[-1], 99.0)]
     if shuffle is not None:
         random.Random(shuffle).shuffle(rows)
@@ -47,16 +48,16 @@ def made(users: int = 60, items: int = 40, seed: int = 0, *, shuffle: int | None
         keys = list(catalogue)
         random.Random(shuffle).shuffle(keys)
         catalogue = {key: catalogue[key] for key in keys}
-    return split(Dataset("made", "things", frame, catalogue), Split(), seed=0)
+    return split(Dataset("toy", "things", frame, catalogue), Split(), seed=0)
 
 
 def trained(pairs: Iterable[tuple[str, str]], items: Mapping[str, Item]) -> SplitDataset:
-    """A catalogue of which nothing is held out; the pairs are a user and what they chose."""
+    """A catalogue without held-out data; pairs are (user, item)."""
     schema = {"user_id": pl.String, "item_id": pl.String}
     frame = pl.DataFrame(list(pairs), schema=schema, orient="row")
-    dataset = Dataset("made", "things", frame, items)
+    dataset = Dataset("toy", "things", frame, items)
     none = dataset.interactions.clear()
-    return SplitDataset(dataset, "given", 0, dataset.interactions, none, none, frozenset())
+    return SplitDataset(dataset, "leave_one_out", 0, dataset.interactions, none, none, frozenset())
 
 
 def other_held_out(data: SplitDataset) -> SplitDataset:
@@ -65,10 +66,17 @@ def other_held_out(data: SplitDataset) -> SplitDataset:
     turned = dict(zip(order, order[7:] + order[:7], strict=True))
     other = pl.col("item_id").cast(pl.String).replace_strict(turned).cast(data.train["item_id"].dtype)
     parts = [frame.with_columns(other) for frame in (data.valid, data.test)]
-    whole = pl.concat([frame.select(data.train.columns) for frame in (data.train, *parts)])
+    interactions = pl.concat([frame.select(data.train.columns) for frame in (data.train, *parts)])
     held = frozenset(pair for frame in parts for pair in frame.select("user_id", "item_id").iter_rows())
-    dataset = replace(data.dataset, interactions=whole)
+    dataset = replace(data.dataset, interactions=interactions)
     return replace(data, dataset=dataset, valid=parts[0], test=parts[1], held_out=held)
+
+
+def check_codes(index: ItemIndex) -> None:
+    """Check that codes decode to their items and are prefix-free."""
+    assert all(index.decode(index.encode(item)) == item for item in index.codes)
+    paths = sorted(index.codes.values())
+    assert all(b[: len(a)] != a for a, b in pairwise(paths))
 
 
 def embed(texts: Sequence[str]) -> NDArray[np.float32]:

@@ -1,13 +1,12 @@
-"""Paths of categories: tokens by rank, items of a path told apart, new items filed as far as their path is known."""
+"""Codes from category paths: tokens by rank, unique last tokens, and extension along known paths."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import pairwise
 from typing import Any
 
 import pytest
-from catalogues import trained
+from catalogues import check_codes, trained
 
 from llmrec.data.split import SplitDataset
 from llmrec.errors import DataError, RecipeError
@@ -35,32 +34,23 @@ def catalogue(items: Mapping[str, Item], train: list[tuple[str, str]] | None = N
     return trained([("u", name) for name in items] if train is None else train, items)
 
 
-def filed(values: Mapping[str, str] = FILED, train: list[tuple[str, str]] | None = None) -> SplitDataset:
+def filed_catalogue(values: Mapping[str, str] = FILED, train: list[tuple[str, str]] | None = None) -> SplitDataset:
     return catalogue({name: item(name, categories=value, brand="none") for name, value in values.items()}, train)
 
 
-def coded(data: SplitDataset, *, seed: int = 0, item_token: bool = False, **options: Any) -> ItemIndex:
+def build_index(data: SplitDataset, *, seed: int = 0, item_token: bool = False, **options: Any) -> ItemIndex:
     section = {"scheme": "category", "item_token": item_token, "category": options}
     index = build(IndexSection.model_validate(section), data, seed=seed)
-    proper(index)
+    check_codes(index)
     return index
-
-
-def proper(index: ItemIndex) -> None:
-    assert all(index.decode(index.encode(item)) == item for item in index.codes)
-    paths = sorted(index.codes.values())
-    assert all(b[: len(a)] != a for a, b in pairwise(paths))
 
 
 def paths(index: ItemIndex) -> dict[str, str]:
     return {name: "".join(pieces[:-1]) for name, pieces in index.codes.items()}
 
 
-# --------------------------------------------------------------------------- paths
-
-
 def test_a_token_is_the_rank_of_a_category_at_its_level() -> None:
-    index = coded(filed())
+    index = build_index(filed_catalogue())
     # Home holds four items and Sport one; Light three and Seats one. No category is the last token of the first level.
     assert paths(index) == {
         "lamp": "<a_0><b_0><c_0>",
@@ -77,13 +67,13 @@ def test_a_token_is_the_rank_of_a_category_at_its_level() -> None:
 
 
 def test_equally_frequent_categories_are_ranked_by_name() -> None:
-    index = coded(filed({"x": "b", "y": "a", "z": "c", "w": "c"}))
+    index = build_index(filed_catalogue({"x": "b", "y": "a", "z": "c", "w": "c"}))
     assert index.settings["names"] == [["c", "a", "b"]]
 
 
-def test_a_path_is_cut_at_the_longest() -> None:
-    assert {len(pieces) for pieces in coded(filed(), levels=1).codes.values()} == {2}
-    assert coded(filed(), levels=1).settings["names"] == [["Home", "Sport"]]
+def test_levels_limit_the_path() -> None:
+    assert {len(pieces) for pieces in build_index(filed_catalogue(), levels=1).codes.values()} == {2}
+    assert build_index(filed_catalogue(), levels=1).settings["names"] == [["Home", "Sport"]]
 
 
 @pytest.mark.parametrize(
@@ -95,21 +85,21 @@ def test_a_path_is_cut_at_the_longest() -> None:
         ({"x": "Comedy / Drama", "y": "War"}, [["Comedy / Drama", "War"]]),
     ],
 )
-def test_a_separator_is_found(values: dict[str, str], names: list[list[str]]) -> None:
-    assert coded(filed(values)).settings["names"] == names
+def test_separator_is_detected(values: dict[str, str], names: list[list[str]]) -> None:
+    assert build_index(filed_catalogue(values)).settings["names"] == names
 
 
-def test_a_separator_and_fields_can_be_named() -> None:
+def test_separator_and_fields_are_options() -> None:
     data = catalogue({"x": item("x", shelf="3/4", brand="Acme"), "y": item("y", shelf="3/5", brand="Bolt")})
-    assert coded(data, separator="/").settings["names"] == [["3"], ["4", "5"]]
-    both = coded(data, separator="/", fields=("brand", "shelf"))
+    assert build_index(data, separator="/").settings["names"] == [["3"], ["4", "5"]]
+    both = build_index(data, separator="/", fields=("brand", "shelf"))
     assert both.settings["names"] == [["Acme", "Bolt"], ["3"], ["4", "5"]]
-    assert coded(data, fields=("brand",)).settings["names"] == [["Acme", "Bolt"]]
+    assert build_index(data, fields=("brand",)).settings["names"] == [["Acme", "Bolt"]]
 
 
-def test_items_without_the_fields_are_refused() -> None:
-    with raises(DataError, Facts("missing-column", "made", column="data.columns.fields")):
-        coded(catalogue({"x": item("x")}))
+def test_rejects_missing_fields() -> None:
+    with raises(DataError, Facts("missing-column", "toy", column="data.columns.fields")):
+        build_index(catalogue({"x": item("x")}))
     with raises(
         RecipeError,
         Facts(
@@ -118,34 +108,33 @@ def test_items_without_the_fields_are_refused() -> None:
             says=("did you mean 'categories'", "the fields are categories, brand"),
         ),
     ):
-        coded(filed(), fields=("catgories",))
+        build_index(filed_catalogue(), fields=("catgories",))
 
 
-# --------------------------------------------------------------------------- the last token
-
-
-def test_items_of_a_path_are_counted_by_training_interactions() -> None:
+def test_items_of_a_path_are_ordered_by_training_interactions() -> None:
     values = dict.fromkeys("abcdef", "Same > Path")
     train = [("u0", "c"), ("u1", "c"), ("u2", "c"), ("u0", "e"), ("u1", "e"), ("u0", "a")]
-    index = coded(filed(values, train))
+    index = build_index(filed_catalogue(values, train))
     assert [index.codes[name][-1] for name in "cea"] == [item_token(n) for n in range(3)]
     assert {index.codes[name][-1] for name in "bdf"} == {item_token(n) for n in range(3, 6)}
-    orders = {tuple(coded(filed(values, train), seed=seed).codes[name][-1] for name in "bdf") for seed in range(8)}
+    orders = {
+        tuple(build_index(filed_catalogue(values, train), seed=seed).codes[name][-1] for name in "bdf")
+        for seed in range(8)
+    }
     assert len(orders) > 1
 
 
-def test_with_item_tokens_each_item_has_its_own() -> None:
-    plain, own = coded(filed()), coded(filed(), item_token=True)
-    assert paths(plain) == paths(own)
-    assert sorted(pieces[-1] for pieces in own.codes.values()) == [item_token(n) for n in range(len(FILED))]
-    assert own.tokens[-len(FILED) :] == tuple(item_token(n) for n in range(len(FILED)))
+def test_item_tokens_are_unique() -> None:
+    plain, with_item_tokens = build_index(filed_catalogue()), build_index(filed_catalogue(), item_token=True)
+    assert paths(plain) == paths(with_item_tokens)
+    assert sorted(pieces[-1] for pieces in with_item_tokens.codes.values()) == [
+        item_token(n) for n in range(len(FILED))
+    ]
+    assert with_item_tokens.tokens[-len(FILED) :] == tuple(item_token(n) for n in range(len(FILED)))
 
 
-# --------------------------------------------------------------------------- extension
-
-
-def test_new_items_are_filed_as_far_as_their_path_is_known() -> None:
-    index = coded(filed())
+def test_new_items_get_the_known_part_of_their_path() -> None:
+    index = build_index(filed_catalogue())
     new = {
         "sun": item("sun", categories="Home > Light > Lamps > Desk"),
         "bench": item("bench", categories="Home > Seats > Wood"),
@@ -153,7 +142,7 @@ def test_new_items_are_filed_as_far_as_their_path_is_known() -> None:
         "beam": item("beam", categories="Home > Seats > Lamps"),
     }
     more = index.extend(new)
-    proper(more)
+    check_codes(more)
     assert more.tokens == index.tokens
     assert {name: more.encode(name) for name in new} == {
         "sun": "<a_0><b_0><c_0><item_1>",
@@ -163,12 +152,12 @@ def test_new_items_are_filed_as_far_as_their_path_is_known() -> None:
     }
 
 
-def test_where_a_path_is_full_a_shorter_one_is_taken() -> None:
-    index = coded(filed())
-    # "Home > Light" has both of its places taken, "Home" and the empty path none.
+def test_full_path_falls_back_to_a_shorter_one() -> None:
+    index = build_index(filed_catalogue())
+    # Both codes of "Home > Light" are used, none of "Home" and of the empty path.
     new = {f"n{n}": item(f"n{n}", categories="Home > Light") for n in range(6)}
     more = index.extend(new)
-    proper(more)
+    check_codes(more)
     lengths = sorted(len(more.codes[name]) for name in new)
     assert lengths == [1, 1, 2, 2, 3, 3]
     assert more.tokens[: len(index.tokens)] == index.tokens
@@ -176,18 +165,18 @@ def test_where_a_path_is_full_a_shorter_one_is_taken() -> None:
     assert all(more.codes[name] == pieces for name, pieces in index.codes.items())
 
 
-def test_an_item_of_an_unknown_category_joins_those_without() -> None:
-    index = coded(filed({"x": "A", "y": "A", "z": "A", "w": ""}))
+def test_unknown_category_is_no_category() -> None:
+    index = build_index(filed_catalogue({"x": "A", "y": "A", "z": "A", "w": ""}))
     more = index.extend({"n": item("n", categories="Z > A"), "m": item("m")})
     assert {more.encode("n"), more.encode("m")} == {"<a_1><item_1>", "<a_1><item_2>"}
     assert more.tokens == index.tokens
 
 
-def test_new_items_with_tokens_of_their_own_stay_on_their_path() -> None:
-    index = coded(filed(), item_token=True)
+def test_new_items_with_item_tokens_keep_their_path() -> None:
+    index = build_index(filed_catalogue(), item_token=True)
     new = {f"n{n}": item(f"n{n}", categories="Home > Light") for n in range(3)}
     one = index.extend({"n0": new["n0"]})
     two = one.extend(new)
-    proper(two)
+    check_codes(two)
     assert {"".join(two.codes[name][:-1]) for name in new} == {"<a_0><b_0>"}
     assert len({*two.tokens}) == len(two.tokens) == len(index.tokens) + 3

@@ -1,4 +1,4 @@
-"""Codes from a file: each way to write them, and errors that name the file, the item and the mend."""
+"""Codes from a file: all formats, and errors that name the file, the item and the fix."""
 
 from __future__ import annotations
 
@@ -46,8 +46,6 @@ def as_table(folder: Path, codes: Sequence[str], names: Sequence[str] = "xyz", e
     return path
 
 
-# --------------------------------------------------------------------------- forms
-
 TOKENS = {"x": ("<a_3>", "<b_17>"), "y": ("<a_3>", "<b_2>"), "z": ("<a_10>", "<b_2>")}
 
 
@@ -55,8 +53,7 @@ TOKENS = {"x": ("<a_3>", "<b_17>"), "y": ("<a_3>", "<b_2>"), "z": ("<a_10>", "<b
     "codes",
     [
         {"x": [3, 17], "y": [3, 2], "z": [10, 2]},
-        {"x": ["<a_3>", "<b_17>"], "y": ["<a_3>", "<b_2>"], "z": ["<a_10>", "<b_2>"]},
-        {"x": "<a_3><b_17>", "y": "<a_3> <b_2>", "z": ["<a_10><b_2>"]},
+        {"x": ["<a_3>", "<b_17>"], "y": "<a_3> <b_2>", "z": ["<a_10><b_2>"]},
         {"x": "3 17", "y": "3-2", "z": "10 - 2"},
     ],
 )
@@ -67,9 +64,8 @@ def test_json_codes_become_tokens(tmp_path: Path, codes: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "codes", [("3 17", "3 2", "10 2"), ("3-17", "3-2", "10-2"), ("<a_3><b_17>", "<a_3><b_2>", "<a_10><b_2>")]
+    ("codes", "ending"), [(("3 17", "3-2", "10 2"), "csv"), (("<a_3><b_17>", "<a_3><b_2>", "<a_10><b_2>"), "tsv")]
 )
-@pytest.mark.parametrize("ending", ["csv", "tsv"])
 def test_table_codes_become_tokens(tmp_path: Path, codes: Sequence[str], ending: str) -> None:
     assert read(as_table(tmp_path, codes, ending=ending)).codes == TOKENS
 
@@ -91,22 +87,15 @@ def test_item_tokens_are_kept_and_listed_last(tmp_path: Path) -> None:
     assert read(as_json(tmp_path, codes)).tokens == ("<a_1>", "<a_2>", "<b_0>", "<item_2>", "<item_10>")
 
 
-@pytest.mark.parametrize(
-    "codes",
-    [
-        ("Heat (1995)", "Alien", "1984"),
-        ("Toy  Story", "toy story", "Toy\u00a0Story 2"),
-        ("item 3-17", "B00A", "3:17"),
-    ],
-)
-def test_other_codes_are_text(tmp_path: Path, codes: Sequence[str]) -> None:
+def test_other_codes_are_text(tmp_path: Path) -> None:
+    codes = ("Toy  Story 3-17", "toy story", "3:17")
     index = read(as_table(tmp_path, codes))
     assert index.tokens == () and not isinstance(index.encode("x"), Code)
     assert index.encode("y") == codes[1]
     assert read(as_json(tmp_path, dict(zip("xyz", codes, strict=True)))).codes == index.codes
 
 
-def test_a_json_list_of_texts_is_text_even_if_it_looks_like_numbers(tmp_path: Path) -> None:
+def test_json_lists_of_strings_are_text(tmp_path: Path) -> None:
     assert read(as_json(tmp_path, {"x": ["3 17"], "y": ["3", "2"], "z": ["Heat"]})).codes == {
         "x": ("3 17",),
         "y": ("32",),
@@ -114,12 +103,9 @@ def test_a_json_list_of_texts_is_text_even_if_it_looks_like_numbers(tmp_path: Pa
     }
 
 
-def test_the_order_of_the_file_does_not_matter(tmp_path: Path) -> None:
+def test_order_of_the_file_does_not_matter(tmp_path: Path) -> None:
     one, two = (read(as_json(tmp_path, dict(order))) for order in (TOKENS.items(), reversed(TOKENS.items())))
     assert list(one.codes) == list(two.codes) and one.tokens == two.tokens
-
-
-# --------------------------------------------------------------------------- mistakes
 
 
 @pytest.mark.parametrize(
@@ -127,42 +113,30 @@ def test_the_order_of_the_file_does_not_matter(tmp_path: Path) -> None:
     [
         ({"x": [1], "y": [2]}, "missing-value", "code", "1 of 3 items have no code, such as z"),
         ({"x": [1], "y": [2], "z": [1]}, "duplicate", "code", ("item 'z'", "'<a_1>'", "item 'x'")),
-        ({"x": ["A b"], "y": "A  b", "z": "C"}, "duplicate", "code", ("item 'y'", "'A b'", "item 'x'")),
         ({"x": [1], "y": [2], "z": [1, 3]}, "duplicate", "code", ("item 'z'", "<a_1><b_3>", "<a_1> of item 'x'")),
-        ({"x": [1, 3], "y": [2], "z": [1]}, "duplicate", "code", ("item 'x'", "<a_1><b_3>", "<a_1> of item 'z'")),
         ({"x": [1], "y": [2], "z": "<a_3>"}, "contradiction", "code", ("item 'z'", "tokens", "item 'x' of numbers")),
         ({"x": "3 17", "y": "3 1", "z": "3 x"}, "contradiction", "code", ("item 'z'", "text", "of numbers")),
         ({"x": [1], "y": [], "z": [2]}, "missing-value", "code", "item 'y'"),
-        ({"x": "a", "y": " ", "z": "b"}, "missing-value", "code", "item 'y'"),
         ({"x": [1], "y": 2, "z": [3]}, "bad-value", "code", ("item 'y': 2", "write a list of numbers")),
-        ({"x": [1], "y": [1, "b"], "z": [3]}, "bad-value", "code", "item 'y': [1, 'b']"),
         ({"x": [1], "y": [True], "z": [3]}, "bad-value", "code", "item 'y': [True]"),
-        ({"x": [1], "y": [1.5], "z": [3]}, "bad-value", "code", "item 'y': [1.5]"),
         ({"x": [1], "y": [-1], "z": [3]}, "bad-value", "code", ("item 'y': '-1'", "use 0 to 999999999")),
-        ({"x": [1], "y": [10**12], "z": [3]}, "bad-value", "code", "item 'y': '1000000000000'"),
         ({"x": [1], "y": [1] * 27, "z": [3]}, "too-large", "code", ("item 'y'", "27 levels, more than 26")),
-        (
-            {"x": "<a_1>", "y": "<c1_2>", "z": "<a_2>"},
-            "bad-value",
-            "code",
-            ("item 'y': '<c1_2>'", "write it as <a_12>"),
-        ),
+        ({"x": "<a_1>", "y": "<c1_2>", "z": "<a_2>"}, "bad-value", "code", ("'<c1_2>'", "write it as <a_12>")),
         ({"x": "Heat <a_1>", "y": "b", "z": "c"}, "bad-value", "code", ("item 'x'", "'Heat <a_1>'")),
         ({"x": ["two\nlines"], "y": "b", "z": "c"}, "bad-value", "code", "item 'x'"),
-        ({}, "wrong-format", None, "one object of lists by item id"),
         ([["x", 1]], "wrong-format", None, "one object of lists by item id"),
         ('{"x": [1], "x": [2]}', "duplicate", "item_id", "'x'"),
         ("{", "syntax", None, "one object of lists by item id"),
     ],
 )
-def test_mistakes_in_json_are_named(
+def test_json_errors(
     tmp_path: Path, codes: object, kind: ErrorKind, column: str | None, says: str | tuple[str, ...]
 ) -> None:
     with raises(DataError, Facts(kind, "codes.json", column=column, says=says)):
         read(as_json(tmp_path, codes))
 
 
-def test_mistakes_in_tables_are_named_with_their_row(tmp_path: Path) -> None:
+def test_table_errors_name_the_row(tmp_path: Path) -> None:
     with raises(DataError, Facts("duplicate", "codes.tsv", row=3, line=4, column="item_id", says="item 'x'")):
         read(as_table(tmp_path, ("1", "2", "3"), "xyx"))
     with raises(
@@ -183,16 +157,13 @@ def test_mistakes_in_tables_are_named_with_their_row(tmp_path: Path) -> None:
         read(table)
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_missing_file(tmp_path: Path) -> None:
     for name in ("none.json", "none.csv"):
         with raises(DataError, Facts("missing-file", name, says="index.path")):
             read(tmp_path / name)
 
 
-# --------------------------------------------------------------------------- extension
-
-
-def test_further_items_of_the_file_wait_for_an_extension(tmp_path: Path) -> None:
+def test_other_items_of_the_file_are_used_by_extend(tmp_path: Path) -> None:
     codes = {"x": [3, 17], "y": [3, 2], "z": [10, 2], "v": [10, 17], "w": [4, 4]}
     index = read(as_json(tmp_path, codes))
     assert index.codes == TOKENS and index.figures["spare"] == 2
@@ -203,9 +174,3 @@ def test_further_items_of_the_file_wait_for_an_extension(tmp_path: Path) -> None
     assert all(two.codes[item] == pieces for item, pieces in TOKENS.items()) and two.settings["spare"] == {}
     with raises(DataError, Facts("missing-value", says="such as q")):
         two.extend({"q": Item(item_id="q", title="q")})
-
-
-def test_text_codes_are_extended_as_text(tmp_path: Path) -> None:
-    index = read(as_json(tmp_path, {"x": "Heat", "y": "Alien", "z": "1984", "v": "Jaws"}))
-    more = index.extend({"v": Item(item_id="v", title="v")})
-    assert more.encode("v") == "Jaws" and more.tokens == ()

@@ -1,4 +1,4 @@
-"""Numbers as tokens of so many digits, and tokens of users: what P5's and OpenP5's ids need beside an item's own."""
+"""Numbers as tokens of a fixed number of digits, and tokens of users, as P5 and OpenP5 use them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.facts import Facts, raises
 from tests.index.test_index_plain import histories
 
 
-def test_a_number_is_cut_into_tokens_of_so_many_digits() -> None:
+def test_numbers_are_split_into_tokens_of_digits() -> None:
     data = histories("abcxy", "bcdxz", "aedxy")
     text = build(IndexSection(scheme="sequential"), data, seed=0)
     cut = build(IndexSection(scheme="sequential", digits=2), data, seed=0)
@@ -36,7 +36,7 @@ def test_a_number_is_cut_into_tokens_of_so_many_digits() -> None:
     assert {len(pieces) for pieces in thirds.codes.values()} == {2}
 
 
-def test_more_items_take_the_next_numbers_until_there_are_none() -> None:
+def test_extension_takes_the_next_numbers_until_none_is_left() -> None:
     data = histories("abcxy", "bcdxz", "aedxy")
     index = build(IndexSection(scheme="random", digits=1, first=1), data, seed=0)
     assert len(index.codes) == 8 and index.tokens == tuple(f"<a_{n}>" for n in range(10))
@@ -46,12 +46,12 @@ def test_more_items_take_the_next_numbers_until_there_are_none() -> None:
         one.extend({"newer": Item(item_id="newer", title="newer")})
 
 
-def test_digits_are_of_numbers_alone() -> None:
+def test_digits_need_a_scheme_with_numbers() -> None:
     with pytest.raises(ValidationError, match=r"index\.digits: the scheme 'token' has no numbers"):
         IndexSection(scheme="token", digits=2)
 
 
-def test_every_training_user_has_a_token_and_they_stay_in_the_folder(tmp_path: Path) -> None:
+def test_training_users_have_tokens_that_are_saved(tmp_path: Path) -> None:
     data = histories("abcxy", "bcdxz", "aedxy")
     plain = build_index(IndexSection(scheme="token"), data, seed=0)
     index = build_index(IndexSection(scheme="token", ids="tokens"), data, seed=0)
@@ -69,25 +69,24 @@ def test_every_training_user_has_a_token_and_they_stay_in_the_folder(tmp_path: P
     assert numbered.writes_ids and not numbered.users and not numbered.vocabulary
 
 
-def test_a_user_tells_nothing_of_order_and_names_stay_apart() -> None:
+def test_user_tokens_do_not_depend_on_order() -> None:
     assert user_tokens(["u2", "u1", "u3"], 0) == user_tokens(["u3", "u2", "u1"], 0)
     many = [f"u{n}" for n in range(50)]
     assert user_tokens(many, 0) != user_tokens(many, 1)
     assert all(map(is_item_token, user_tokens(many, 0).values()))
 
 
-def test_an_index_without_users_reads_as_before(tmp_path: Path) -> None:
-    """A folder that was written before users could have tokens."""
+def test_reads_folders_without_users(tmp_path: Path) -> None:
     index = ItemIndex("token", {"a": (item_token(0),)}, tokens=(item_token(0),))
     index.save(tmp_path / "index")
     file = tmp_path / "index" / "index.json"
-    told = json.loads(file.read_text())
-    assert told.pop("users") == {} and told.pop("writes_ids") is False
-    file.write_text(json.dumps(told))
+    content = json.loads(file.read_text())
+    assert content.pop("users") == {} and content.pop("writes_ids") is False
+    file.write_text(json.dumps(content))
     assert ItemIndex.load(tmp_path / "index").digest == index.digest
 
 
-def test_two_users_or_a_user_and_an_item_cannot_share_a_token() -> None:
+def test_rejects_duplicate_user_tokens() -> None:
     index = ItemIndex("token", {"a": (item_token(0),)}, tokens=(item_token(0),))
     for users in ({"u": user_token(0), "v": user_token(0)}, {"u": item_token(0)}):
         with raises(DataError, Facts("duplicate")):

@@ -1,4 +1,4 @@
-"""Semantic codes: texts, repairs of equal codes, and where further items go."""
+"""Semantic codes: texts, repair of equal codes, and extension."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ REPAIRS = ("extra_level", "last_level")
 
 
 def hashed(texts: Sequence[str], dim: int = 12) -> NDArray[np.float32]:
-    """Vectors at random, but equal for equal texts."""
+    """Return random vectors that are equal for equal texts."""
     seeds = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") for text in texts]
     return np.stack([np.random.default_rng(seed).normal(size=dim) for seed in seeds]).astype(np.float32)
 
 
 def titled(titles: Sequence[str], times: Sequence[int] | None = None) -> SplitDataset:
-    """Items of these titles; the n-th was chosen in training as often as ``times`` says."""
+    """Items with these titles; ``times`` are their numbers of training interactions."""
     items = {f"i{n:03d}": Item(item_id=f"i{n:03d}", title=title) for n, title in enumerate(titles)}
     rows = [
         (f"u{user}", item)
@@ -48,11 +48,7 @@ def index_of(
     return build(IndexSection.model_validate(section), data, seed=seed, embed=embed)
 
 
-# --------------------------------------------------------------------------- codes
-
-
-@pytest.mark.parametrize("repair", REPAIRS)
-@pytest.mark.parametrize("balance", [0.0, 2.0])
+@pytest.mark.parametrize(("repair", "balance"), [("extra_level", 0.0), ("last_level", 2.0)])
 def test_fifty_equal_texts_get_fifty_codes(repair: str, balance: float) -> None:
     data = titled([f"text {n}" for n in range(20)] + ["the same"] * 50)
     codes = index_of(data, repair=repair, balance=balance, levels=3, codes=64).codes
@@ -60,7 +56,7 @@ def test_fifty_equal_texts_get_fifty_codes(repair: str, balance: float) -> None:
     assert {len(pieces) for pieces in codes.values()} == {4 if repair == "extra_level" else 3}
 
 
-def test_items_of_one_code_are_counted_by_popularity_in_training() -> None:
+def test_equal_codes_are_numbered_by_training_popularity() -> None:
     data = titled(["a", "a", "a", "b"], times=[1, 3, 2, 1])
     index = index_of(data, balance=0)
     first = index.codes["i000"][:2]
@@ -69,19 +65,19 @@ def test_items_of_one_code_are_counted_by_popularity_in_training() -> None:
     assert index.figures["collisions"] == 0.75 and index.figures["largest_bucket"] == 3
 
 
-def test_equally_popular_items_of_one_code_are_counted_by_a_seeded_hash() -> None:
+def test_equal_popularity_is_ordered_by_a_seeded_hash() -> None:
     data = titled(["a"] * 12)
     orders = {tuple(index_of(data, seed=seed, balance=0).codes.values()) for seed in range(4)}
     assert len(orders) == 4
 
 
-def test_tokens_are_the_whole_grid_and_as_many_counts_as_needed() -> None:
+def test_tokens_are_the_grid_and_the_needed_counts() -> None:
     index = index_of(titled(["a", "a", "b"]), balance=0, codes=3)
     assert index.tokens == ("<a_0>", "<a_1>", "<a_2>", "<b_0>", "<b_1>", "<b_2>", "<c_0>", "<c_1>")
     assert index_of(titled(["a", "b"]), repair="last_level", codes=2).tokens == ("<a_0>", "<a_1>", "<b_0>", "<b_1>")
 
 
-def test_the_last_level_is_assigned_at_the_least_total_distance() -> None:
+def test_last_level_repair_minimizes_total_distance() -> None:
     data = titled([f"t{n}" for n in range(30)] + ["t1", "t1", "t2"])
     options = {"levels": 2, "codes": 16, "balance": 0}
     counted, moved = index_of(data, **options), index_of(data, repair="last_level", **options)
@@ -98,7 +94,7 @@ def test_the_last_level_is_assigned_at_the_least_total_distance() -> None:
         chosen = [int(moved.codes[item][1][3:-1]) for item in items]
         total = costs[np.arange(len(items)), chosen].sum()
         assert len({*chosen}) == len(chosen)
-        # No two items gain by changing places, and none by moving to a free one.
+        # No swap of two items, and no move to a free code, reduces the cost.
         for a in range(len(items)):
             free = [c for c in range(16) if c not in chosen]
             assert costs[a, chosen[a]] <= costs[a, free].min() + 1e-5
@@ -108,14 +104,14 @@ def test_the_last_level_is_assigned_at_the_least_total_distance() -> None:
     assert 0 < moved.figures["moved"] < 0.5
 
 
-def test_more_items_of_equal_first_pieces_than_codes_is_an_error_that_says_what_to_do() -> None:
+def test_rejects_more_equal_items_than_codes() -> None:
     with raises(
         RecipeError, Facts("contradiction", column="index.semantic.repair", says=("9 items", "4 codes", "extra_level"))
     ):
         index_of(titled(["a"] * 9), repair="last_level", codes=4, balance=0)
 
 
-def test_the_last_piece_may_be_the_items_own() -> None:
+def test_item_tokens_as_last_pieces() -> None:
     data = titled(["a", "a", "b"])
     index = index_of(data, item_token=True, balance=0)
     assert [pieces[2] for pieces in index.codes.values()] == [item_token(n) for n in range(3)]
@@ -137,17 +133,7 @@ def test_planted_kinds_share_their_first_piece() -> None:
     assert 0 < index.figures["mse"] < 0.1
 
 
-def test_levels_beyond_the_first_hold_the_bound_too() -> None:
-    index = index_of(titled([f"t{n}" for n in range(100)]), balance=1.2, levels=3, codes=10)
-    for level in range(3):
-        pieces = [code[level] for code in index.codes.values()]
-        assert max(pieces.count(piece) for piece in pieces) <= 12
-
-
-# --------------------------------------------------------------------------- texts
-
-
-def test_the_encoder_reads_titles_and_fields() -> None:
+def test_encoder_gets_titles_and_fields() -> None:
     seen: list[str] = []
 
     def listening(texts: Sequence[str]) -> NDArray[np.float32]:
@@ -183,21 +169,18 @@ def test_the_encoder_reads_titles_and_fields() -> None:
         (lambda texts: hashed(texts) * np.array([[1], [np.nan], [1]]), Facts("defect", says="'b'")),
     ],
 )
-def test_vectors_that_cannot_be_used_are_refused(embed: Any, facts: Facts) -> None:
+def test_rejects_unusable_vectors(embed: Any, facts: Facts) -> None:
     with raises(DataError, facts):
         index_of(titled(["a", "b", "c"]), embed=embed)
 
 
-def test_a_bound_below_an_even_share_is_refused() -> None:
+def test_rejects_bound_below_an_even_share() -> None:
     with raises(RecipeError, Facts("bad-value", column="index.semantic.balance", says="0.5")):
         index_of(titled(["a", "b", "c"]), balance=0.5)
 
 
-# --------------------------------------------------------------------------- further items
-
-
 @pytest.mark.parametrize("options", [{}, {"repair": "last_level"}, {"item_token": True}, {"quantizer": "rqvae"}])
-def test_further_items_move_nothing_and_get_codes_of_their_own(options: dict[str, Any]) -> None:
+def test_extension_keeps_known_codes(options: dict[str, Any]) -> None:
     if options.get("quantizer"):
         options = options | {"rqvae": {"hidden": (8,), "dim": 4, "epochs": 3}}
     index = index_of(titled([f"t{n}" for n in range(40)]), codes=16, **options)
@@ -207,40 +190,40 @@ def test_further_items_move_nothing_and_get_codes_of_their_own(options: dict[str
     assert len({*more.codes.values()}) == 130 and {len(p) for p in more.codes.values()} == {len(index.codes["i000"])}
     fresh = more.tokens[len(index.tokens) :]
     assert fresh == (tuple(item_token(n) for n in range(40, 130)) if options.get("item_token") else ())
-    # One by one is the same as all at once.
+    # One item at a time gives the same codes.
     single = index
     for name, item in new.items():
         single = single.extend({name: item}, embed=hashed)
     assert single.codes == more.codes
 
 
-def test_a_further_item_gets_the_next_count_of_the_nearest_code_and_then_the_nearest_one_with_room() -> None:
+def test_extension_takes_the_next_count_and_then_the_nearest_code_with_room() -> None:
     index = index_of(titled(["a", "a", "a", "b", "c", "d"]), balance=0, codes=4)
-    place = index.codes["i003"][:2]
+    prefix = index.codes["i003"][:2]
     new = {f"n{n}": Item(item_id=f"n{n}", title="b") for n in range(3)}
     more = index.extend(new, embed=hashed)
-    assert [more.codes[f"n{n}"] for n in range(2)] == [(*place, token(2, n)) for n in (1, 2)]
-    # The counts of this code are used up; the first piece stays.
-    assert more.codes["n2"][0] == place[0] and more.codes["n2"][1] != place[1]
+    assert [more.codes[f"n{n}"] for n in range(2)] == [(*prefix, token(2, n)) for n in (1, 2)]
+    # The counts of this code are used up; the first piece is kept.
+    assert more.codes["n2"][0] == prefix[0] and more.codes["n2"][1] != prefix[1]
     x = hashed(["b"])
     x /= np.linalg.norm(x)
     first, last = index.arrays["codebooks"]
-    rest = x[0] - first[int(place[0][3:-1])]
+    rest = x[0] - first[int(prefix[0][3:-1])]
     by_distance = [token(1, int(n)) for n in np.argsort(np.square(rest - last).sum(1))]
-    assert by_distance[0] == place[1]
-    full = [piece for piece in by_distance if sum(c[:2] == (place[0], piece) for c in index.codes.values()) == 3]
+    assert by_distance[0] == prefix[1]
+    full = [piece for piece in by_distance if sum(c[:2] == (prefix[0], piece) for c in index.codes.values()) == 3]
     assert more.codes["n2"][1] == next(piece for piece in by_distance[1:] if piece not in full)
 
 
 @pytest.mark.parametrize("repair", REPAIRS)
-def test_a_full_index_says_so(repair: str) -> None:
+def test_rejects_extension_of_a_full_index(repair: str) -> None:
     index = index_of(titled(["a", "b", "c", "d"]), repair=repair, codes=2, levels=2, balance=2)
     new = {f"n{n:02d}": Item(item_id=f"n{n:02d}", title=str(n)) for n in range(16)}
     with raises(DataError, Facts("exhausted", says="item 'n")):
         index.extend(new, embed=hashed)
 
 
-def test_another_encoder_and_none_are_refused_for_further_items() -> None:
+def test_rejects_extension_with_another_encoder() -> None:
     index = index_of(titled(["a", "b", "c"]))
     new = {"n": Item(item_id="n", title="b")}
     with raises(
@@ -252,7 +235,7 @@ def test_another_encoder_and_none_are_refused_for_further_items() -> None:
         index.extend(new)
 
 
-def test_an_autoencoder_quantises_what_its_encoder_says() -> None:
+def test_rqvae_quantizes_encoded_vectors() -> None:
     data = titled([f"t{n}" for n in range(60)])
     index = index_of(data, quantizer="rqvae", rqvae={"hidden": (8,), "dim": 4, "epochs": 5}, codes=6)
     x = hashed([f"t{n}" for n in range(60)])

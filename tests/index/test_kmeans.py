@@ -1,4 +1,4 @@
-"""Residual k-means against what was planted, brute force and bounds."""
+"""Residual k-means: planted clusters, brute force and bounds."""
 
 from __future__ import annotations
 
@@ -31,39 +31,38 @@ def same_partition(a: NDArray[np.int64], b: NDArray[np.int64]) -> bool:
     return len({*zip(a.tolist(), b.tolist(), strict=True)}) == len({*a.tolist()}) == len({*b.tolist()})
 
 
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("balance", [0.0, 1.0, 1.5])
+@pytest.mark.parametrize(("seed", "balance"), [(0, 0.0), (1, 1.0), (2, 1.5)])
 def test_planted_groups_are_the_first_level(seed: int, balance: float) -> None:
     x, group, _ = mixture(8, 40, seed=seed)
     assert same_partition(residual_kmeans(x, 1, 8, balance=balance, seed=seed).codes[:, 0], group)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 def test_planted_parts_of_groups_are_the_second_level(seed: int) -> None:
     x, group, part = mixture(6, 20, parts=6, seed=seed)
     codes = residual_kmeans(x, 2, 6, seed=seed).codes
     assert same_partition(codes[:, 0], group) and same_partition(codes[:, 1], part)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_groups_of_very_different_sizes_are_found(seed: int) -> None:
+@pytest.mark.parametrize("seed", range(2))
+def test_groups_of_different_sizes_are_recovered(seed: int) -> None:
     x, group, _ = mixture(8, 200, seed=seed)
     kept = np.concatenate([np.flatnonzero(group == g)[: 200 if g == 0 else 8] for g in range(8)])
     assert same_partition(kmeans(x[kept], 8, seed=seed).codes, group[kept])
 
 
-def test_the_residual_falls_and_the_sum_of_codewords_reconstructs() -> None:
+def test_codewords_sum_to_the_reconstruction() -> None:
     x = np.random.default_rng(1).normal(size=(500, 12)).astype(np.float32)
-    found = residual_kmeans(x, 4, 16)
-    assert found.codes.shape == (500, 4) and found.codebooks.shape == (4, 16, 12)
-    assert found.codebooks.dtype == np.float32
+    result = residual_kmeans(x, 4, 16)
+    assert result.codes.shape == (500, 4) and result.codebooks.shape == (4, 16, 12)
+    assert result.codebooks.dtype == np.float32
     total, errors = np.zeros_like(x), [np.square(x).sum()]
     for level in range(4):
-        total += found.codebooks[level][found.codes[:, level]]
+        total += result.codebooks[level][result.codes[:, level]]
         errors.append(np.square(x - total).sum())
     assert all(after < before for before, after in pairwise(errors))
-    np.testing.assert_allclose(reconstructed(found.codes, found.codebooks), total, atol=1e-5)
-    np.testing.assert_array_equal(nearest(x, found.codebooks), found.codes)
+    np.testing.assert_allclose(reconstructed(result.codes, result.codebooks), total, atol=1e-5)
+    np.testing.assert_array_equal(nearest(x, result.codebooks), result.codes)
 
 
 def test_codes_are_the_nearest_centroids() -> None:
@@ -74,9 +73,9 @@ def test_codes_are_the_nearest_centroids() -> None:
     np.testing.assert_array_equal(nearest(x, codebooks), np.stack([first, second], 1))
 
 
-@pytest.mark.parametrize("balance", [1.0, 1.2, 2.0, 7.5])
+@pytest.mark.parametrize("balance", [1.0, 2.0, 7.5])
 def test_no_code_has_more_items_than_the_bound(balance: float) -> None:
-    # One heap in the middle, which a code left free would take.
+    # Half of the vectors are close to each other, so without a bound one code takes them.
     rng = np.random.default_rng(3)
     x = np.concatenate([rng.normal(scale=s, size=(300, 6)) for s in (0.01, 1.0)]).astype(np.float32)
     codes = residual_kmeans(x, 3, 20, balance=balance).codes
@@ -86,17 +85,8 @@ def test_no_code_has_more_items_than_the_bound(balance: float) -> None:
     assert balance > 2 or np.bincount(free).max() > most
 
 
-def test_most_codes_are_used_on_every_level() -> None:
-    x, _, _ = mixture(5, 300, parts=5, dim=32)
-    x += np.random.default_rng(0).normal(scale=0.3, size=x.shape).astype(np.float32)
-    codes = residual_kmeans(x, 3, 64).codes
-    for level in range(3):
-        assert len(np.unique(codes[:, level])) >= 0.95 * 64
-        assert perplexity(codes[:, level], 64) > 0.6 * 64
-
-
-def test_a_tight_first_step_is_kept_where_it_ends_better(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Most vectors lie near the middle, in few directions; one in ten is far from all others and gets a first centroid.
+def test_opening_is_kept_if_it_ends_better(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Most vectors are near the centre, in few directions; one in ten is an outlier and becomes a first centroid.
     rng = np.random.default_rng(4)
     x = rng.normal(size=(2000, 4)) @ rng.normal(size=(4, 128))
     x *= 0.5 * rng.random((2000, 1)) / np.linalg.norm(x, axis=1, keepdims=True)
@@ -104,15 +94,15 @@ def test_a_tight_first_step_is_kept_where_it_ends_better(monkeypatch: pytest.Mon
     x = x.astype(np.float32)
 
     def cost() -> float:
-        found = residual_kmeans(x, 1, 64)
-        return float(np.square(x - reconstructed(found.codes, found.codebooks)).sum())
+        result = residual_kmeans(x, 1, 64)
+        return float(np.square(x - reconstructed(result.codes, result.codebooks)).sum())
 
     opened = cost()
     monkeypatch.setattr("llmrec.index.semantic._OPENING", 64)
     assert opened < 0.98 * cost()
 
 
-def test_the_same_seed_gives_the_same_codes_and_another_seed_others() -> None:
+def test_codes_depend_on_the_seed() -> None:
     x = np.random.default_rng(5).normal(size=(400, 8)).astype(np.float32)
     once, twice, other = (residual_kmeans(x, 2, 16, balance=2, seed=seed) for seed in (3, 3, 4))
     np.testing.assert_array_equal(once.codes, twice.codes)
@@ -120,35 +110,32 @@ def test_the_same_seed_gives_the_same_codes_and_another_seed_others() -> None:
     assert not np.array_equal(once.codes, other.codes)
 
 
-@pytest.mark.parametrize("balance", [0.0, 1.0, 2.0])
-@pytest.mark.parametrize(("n", "k"), [(1, 1), (1, 5), (3, 8), (50, 8), (50, 1)])
+@pytest.mark.parametrize("balance", [0.0, 1.0])
+@pytest.mark.parametrize(("n", "k"), [(1, 5), (50, 8), (50, 1)])
 def test_equal_vectors_and_few_vectors(n: int, k: int, balance: float) -> None:
-    # Values whose products are not exact: distances of equal vectors come out a little above or below zero.
+    # Products of these values are rounded: distances of equal vectors are slightly above or below zero.
     x = np.tile(np.random.default_rng(n).normal(size=40), (n, 1)).astype(np.float32)
-    found = residual_kmeans(x, 3, k, balance=balance)
-    np.testing.assert_allclose(reconstructed(found.codes, found.codebooks), x, atol=1e-6)
+    result = residual_kmeans(x, 3, k, balance=balance)
+    np.testing.assert_allclose(reconstructed(result.codes, result.codebooks), x, atol=1e-6)
     if not balance:
-        assert len(np.unique(found.codes, axis=0)) == 1
+        assert len(np.unique(result.codes, axis=0)) == 1
     else:
-        assert np.bincount(found.codes[:, 0]).max() <= int(np.ceil(balance * n / k))
+        assert np.bincount(result.codes[:, 0]).max() <= int(np.ceil(balance * n / k))
     zero = residual_kmeans(np.zeros_like(x), 2, k, balance=balance)
     assert np.isfinite(zero.codebooks).all() and not zero.codebooks.any()
 
 
-def test_vectors_fewer_than_codes_are_kept_as_they_are() -> None:
+def test_fewer_vectors_than_codes() -> None:
     x = np.random.default_rng(6).normal(size=(20, 4)).astype(np.float32)
-    found = residual_kmeans(x, 1, 64)
-    np.testing.assert_allclose(reconstructed(found.codes, found.codebooks), x, atol=1e-6)
-    assert len(np.unique(found.codes)) == 20
+    result = residual_kmeans(x, 1, 64)
+    np.testing.assert_allclose(reconstructed(result.codes, result.codebooks), x, atol=1e-6)
+    assert len(np.unique(result.codes)) == 20
 
 
 def test_perplexity_by_hand() -> None:
     assert perplexity(np.array([0, 1, 2, 3]), 8) == pytest.approx(4)
     assert perplexity(np.array([5, 5, 5]), 8) == pytest.approx(1)
     assert perplexity(np.array([0, 0, 1]), 2) == pytest.approx(3 / 4 ** (1 / 3))
-
-
-# --------------------------------------------------------------------------- the bounded assignment
 
 
 def least(costs: Floats, most: int) -> float:
@@ -158,36 +145,31 @@ def least(costs: Floats, most: int) -> float:
     return float(repeated[rows, columns].sum())
 
 
-@pytest.mark.parametrize("most", [20, 22, 30, 60])
-def test_a_bounded_assignment_costs_hardly_more_than_the_best_one(most: int) -> None:
+@pytest.mark.parametrize("most", [20, 30])
+def test_bounded_assignment_is_nearly_optimal(most: int) -> None:
     rng = np.random.default_rng(most)
-    # Some columns are wanted by nearly all.
+    # Nearly all rows prefer the same columns.
     costs = (rng.random((200, 10)) + np.linspace(0, 1, 10)).astype(np.float32)
     codes = bounded(costs, most)
     assert np.bincount(codes).max() <= most
     assert costs[np.arange(200), codes].sum() <= least(costs, most) + 200 * 1e-3 * np.ptp(costs)
 
 
-def test_nothing_moves_where_nothing_is_too_full() -> None:
-    costs = np.random.default_rng(7).random((60, 5)).astype(np.float32)
-    np.testing.assert_array_equal(bounded(costs, 60), costs.argmin(1))
-
-
-def test_rows_with_the_least_to_lose_move_and_ties_fall_by_row() -> None:
+def test_bounded_assignment_by_hand() -> None:
     costs = np.array([[0, 5], [0, 1], [0, 3], [0, 1]], np.float32)
     assert bounded(costs, 2).tolist() == [0, 1, 0, 1]
     assert bounded(np.zeros((4, 2), np.float32), 2).tolist() == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("bid", [-1e-3, 1e-30])
-def test_bids_that_rounding_made_negative_or_lost_still_end(bid: float) -> None:
+def test_bounded_assignment_ends_with_tiny_bids(bid: float) -> None:
     # Errors near zero are such: each is a difference of products.
     codes = bounded(np.array([[0, 0, 1]] * 6, np.float32), 2, bid=bid)
     assert np.bincount(codes).tolist() == [2, 2, 2]
 
 
 @given(data=st.data(), n=st.integers(1, 12), k=st.integers(1, 5), values=st.integers(0, 4))
-def test_any_costs_are_assigned_within_the_bound(data: st.DataObject, n: int, k: int, values: int) -> None:
+def test_any_costs_are_assigned(data: st.DataObject, n: int, k: int, values: int) -> None:
     cells = data.draw(st.lists(st.integers(0, values), min_size=n * k, max_size=n * k))
     costs = np.array(cells, np.float32).reshape(n, k)
     most = data.draw(st.integers(-(-n // k), n))
@@ -207,11 +189,11 @@ def test_any_costs_are_assigned_within_the_bound(data: st.DataObject, n: int, k:
 def test_any_vectors_are_quantised(data: st.DataObject, n: int, k: int, levels: int, balance: float) -> None:
     cells = data.draw(st.lists(st.integers(-2, 2), min_size=n * 3, max_size=n * 3))
     x = np.array(cells, np.float32).reshape(n, 3)
-    found = residual_kmeans(x, levels, k, balance=balance, iterations=6)
-    assert found.codes.shape == (n, levels) and found.codes.min() >= 0 and found.codes.max() < k
-    assert np.isfinite(found.codebooks).all()
+    result = residual_kmeans(x, levels, k, balance=balance, iterations=6)
+    assert result.codes.shape == (n, levels) and result.codes.min() >= 0 and result.codes.max() < k
+    assert np.isfinite(result.codebooks).all()
     if balance:
         most = int(np.ceil(balance * n / k))
-        assert all(np.bincount(found.codes[:, level]).max() <= most for level in range(levels))
+        assert all(np.bincount(result.codes[:, level]).max() <= most for level in range(levels))
     again = residual_kmeans(x, levels, k, balance=balance, iterations=6)
-    np.testing.assert_array_equal(found.codes, again.codes)
+    np.testing.assert_array_equal(result.codes, again.codes)

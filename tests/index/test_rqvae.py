@@ -1,4 +1,4 @@
-"""RQ-VAE: its losses by hand, where their gradients go, and what training does."""
+"""RQ-VAE: losses and gradients by hand, and training."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ SMALL = RQVAEIndex(hidden=(10,), dim=4, epochs=30, batch=64, learning_rate=3e-3)
 
 
 def network(seed: int = 0) -> Network:
-    """In double precision, with codewords about as long as the encodings."""
-    found = untrained(6, SMALL, 3, 5, seed)
+    """Return a network in double precision, with codewords about as long as the encodings."""
+    initial = untrained(6, SMALL, 3, 5, seed)
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.tensor([1, 0.5, 0.25])[:, None, None]
     codebooks = torch.randn(3, 5, 4, generator=generator, dtype=torch.float64) * lengths
@@ -25,7 +25,7 @@ def network(seed: int = 0) -> Network:
     def double(layers: Any) -> list[tuple[Any, Any]]:
         return [(w.detach().double().requires_grad_(), b.detach().double().requires_grad_()) for w, b in layers]
 
-    return Network(double(found.encoder), double(found.decoder), codebooks.requires_grad_())
+    return Network(double(initial.encoder), double(initial.decoder), codebooks.requires_grad_())
 
 
 def batch(n: int = 7) -> Any:
@@ -34,13 +34,13 @@ def batch(n: int = 7) -> Any:
 
 def relu_net(layers: Any, h: Any) -> Any:
     layers = [(w.detach().numpy(), b.detach().numpy()) for w, b in layers]
-    for place, (weight, bias) in enumerate(layers):
+    for number, (weight, bias) in enumerate(layers):
         h = h @ weight.T + bias
-        h = np.maximum(h, 0) if place + 1 < len(layers) else h
+        h = np.maximum(h, 0) if number + 1 < len(layers) else h
     return h
 
 
-def test_the_losses_are_those_of_the_paper() -> None:
+def test_losses_equal_the_paper() -> None:
     net, x = network(), batch()
     losses, codes = forward(net, x)
     rest = relu_net(net.encoder, x.numpy())
@@ -56,8 +56,8 @@ def test_the_losses_are_those_of_the_paper() -> None:
     assert losses.commitment.item() == pytest.approx(distance)
 
 
-def moved(net: Network) -> tuple[bool, bool, bool]:
-    """Whether a gradient has reached the encoder, the decoder and the codebooks."""
+def gradients_reached(net: Network) -> tuple[bool, bool, bool]:
+    """Return whether the encoder, the decoder and the codebooks have gradients."""
 
     def any_of(layers: Any) -> bool:
         return any(t.grad is not None and bool(t.grad.any()) for layer in layers for t in layer)
@@ -70,24 +70,24 @@ def moved(net: Network) -> tuple[bool, bool, bool]:
     ("name", "reached"),
     [("reconstruction", (True, True, False)), ("codebook", (False, False, True)), ("commitment", (True, False, False))],
 )
-def test_each_loss_moves_its_own_part_only(name: str, reached: tuple[bool, bool, bool]) -> None:
+def test_each_loss_has_gradients_in_its_part_only(name: str, reached: tuple[bool, bool, bool]) -> None:
     net = network()
     getattr(forward(net, batch())[0], name).backward()
-    assert moved(net) == reached
+    assert gradients_reached(net) == reached
 
 
-def difference(value: Any, tensor: Any, place: tuple[int, ...], step: float = 1e-6) -> float:
+def difference(value: Any, tensor: Any, position: tuple[int, ...], step: float = 1e-6) -> float:
     with torch.no_grad():
-        kept = float(tensor[place])
+        original = float(tensor[position])
         ends = []
         for sign in (1, -1):
-            tensor[place] = kept + sign * step
+            tensor[position] = original + sign * step
             ends.append(float(value()))
-        tensor[place] = kept
+        tensor[position] = original
     return (ends[0] - ends[1]) / (2 * step)
 
 
-def test_gradients_of_codewords_are_finite_differences_at_fixed_residuals() -> None:
+def test_codebook_gradients_equal_finite_differences() -> None:
     net, x = network(), batch()
     losses, codes = forward(net, x)
     losses.codebook.backward()
@@ -100,11 +100,13 @@ def test_gradients_of_codewords_are_finite_differences_at_fixed_residuals() -> N
         return sum((rests[n] - net.codebooks[n][codes[:, n]]).square().sum(1).mean() for n in range(3))
 
     for level in range(3):
-        place = (level, int(codes[0, level]), 2)
-        assert float(net.codebooks.grad[place]) == pytest.approx(difference(value, net.codebooks, place), abs=1e-7)
+        position = (level, int(codes[0, level]), 2)
+        assert float(net.codebooks.grad[position]) == pytest.approx(
+            difference(value, net.codebooks, position), abs=1e-7
+        )
 
 
-def test_gradients_of_the_commitment_are_finite_differences_at_fixed_codewords() -> None:
+def test_commitment_gradients_equal_finite_differences() -> None:
     net, x = network(), batch()
     losses, codes = forward(net, x)
     losses.commitment.backward()
@@ -117,12 +119,12 @@ def test_gradients_of_the_commitment_are_finite_differences_at_fixed_codewords()
             total = total + rest.square().sum(1).mean()
         return total
 
-    for layer, place in ((0, (3, 1)), (0, (7, 5)), (1, (2, 4))):
+    for layer, position in ((0, (3, 1)), (0, (7, 5)), (1, (2, 4))):
         weight = net.encoder[layer][0]
-        assert float(weight.grad[place]) == pytest.approx(difference(value, weight, place), rel=1e-5, abs=1e-7)
+        assert float(weight.grad[position]) == pytest.approx(difference(value, weight, position), rel=1e-5, abs=1e-7)
 
 
-def test_the_reconstruction_reaches_the_encoder_as_if_nothing_were_quantised() -> None:
+def test_reconstruction_gradient_is_straight_through() -> None:
     net, x = network(), batch()
     forward(net, x)[0].reconstruction.backward()
     z = torch.from_numpy(relu_net(net.encoder, x.numpy()))
@@ -143,7 +145,7 @@ def test_the_reconstruction_reaches_the_encoder_as_if_nothing_were_quantised() -
 
 
 def vectors(n: int = 600, dim: int = 24) -> Floats:
-    """Vectors of length 1 around 6 x 6 planted places."""
+    """Return vectors of length 1 around 6 x 6 planted centres."""
     rng = np.random.default_rng(0)
     far, near = rng.normal(size=(6, dim)), 0.5 * rng.normal(size=(6, dim))
     x = far[rng.integers(6, size=n)] + near[rng.integers(6, size=n)] + 0.1 * rng.normal(size=(n, dim))
@@ -152,16 +154,16 @@ def vectors(n: int = 600, dim: int = 24) -> Floats:
 
 def test_training_lowers_the_loss_and_uses_the_codes() -> None:
     x = vectors()
-    found = fit(x, SMALL.model_copy(update={"epochs": 60, "hidden": (32,), "dim": 8}), 3, 16, quiet=True)
-    assert found.loss[1] < 0.5 * found.loss[0]
-    assert found.error < 0.2
-    codes = nearest(encode(found.weights, x), found.codebooks)
+    result = fit(x, SMALL.model_copy(update={"epochs": 60, "hidden": (32,), "dim": 8}), 3, 16, quiet=True)
+    assert result.loss[1] < 0.5 * result.loss[0]
+    assert result.error < 0.2
+    codes = nearest(encode(result.weights, x), result.codebooks)
     for level in range(3):
         assert len(np.unique(codes[:, level])) >= 0.8 * 16
     assert perplexity(codes[:, 0], 16) > 6
 
 
-def test_the_same_seed_gives_the_same_weights() -> None:
+def test_weights_depend_on_the_seed() -> None:
     x = vectors(200)
     section = SMALL.model_copy(update={"epochs": 3})
     once, twice, other = (fit(x, section, 2, 8, seed=seed, quiet=True) for seed in (1, 1, 2))
@@ -171,29 +173,28 @@ def test_the_same_seed_gives_the_same_weights() -> None:
     assert not np.array_equal(once.codebooks, other.codebooks)
 
 
-def test_numpy_encodes_as_torch_does() -> None:
+def test_numpy_encoding_equals_torch() -> None:
     x = vectors(50)
-    found = fit(x, SMALL.model_copy(update={"epochs": 1, "hidden": (12, 9)}), 2, 4, quiet=True)
-    layers = [(found.weights[f"encoder.{n}.weight"], found.weights[f"encoder.{n}.bias"]) for n in range(3)]
+    result = fit(x, SMALL.model_copy(update={"epochs": 1, "hidden": (12, 9)}), 2, 4, quiet=True)
+    layers = [(result.weights[f"encoder.{n}.weight"], result.weights[f"encoder.{n}.bias"]) for n in range(3)]
     h = torch.from_numpy(x)
     for n, (weight, bias) in enumerate(layers):
         h = torch.nn.functional.linear(h, torch.from_numpy(weight), torch.from_numpy(bias))
         h = torch.relu(h) if n < 2 else h
-    np.testing.assert_allclose(encode(found.weights, x), h.numpy(), atol=1e-5)
-    assert encode(found.weights, x).shape == (50, SMALL.dim)
+    np.testing.assert_allclose(encode(result.weights, x), h.numpy(), atol=1e-5)
+    assert encode(result.weights, x).shape == (50, SMALL.dim)
 
 
-@pytest.mark.parametrize(("n", "k"), [(1, 4), (5, 16)])
-def test_few_or_equal_vectors_train(n: int, k: int) -> None:
-    found = fit(np.ones((n, 6), np.float32), SMALL.model_copy(update={"epochs": 2}), 2, k, quiet=True)
-    assert np.isfinite(found.codebooks).all() and np.isfinite(found.error)
+def test_few_equal_vectors() -> None:
+    result = fit(np.ones((5, 6), np.float32), SMALL.model_copy(update={"epochs": 2}), 2, 16, quiet=True)
+    assert np.isfinite(result.codebooks).all() and np.isfinite(result.error)
 
 
-def test_first_codewords_are_residual_k_means_of_the_first_batch() -> None:
+def test_first_codewords_are_residual_kmeans_of_the_first_batch() -> None:
     x = vectors(100)
-    # So small a rate leaves codewords where they started.
+    # A tiny learning rate keeps the first codewords.
     section = SMALL.model_copy(update={"epochs": 1, "batch": 100, "learning_rate": 1e-9})
-    found = fit(x, section, 2, 8, seed=5, quiet=True)
+    result = fit(x, section, 2, 8, seed=5, quiet=True)
     rows = x[np.random.default_rng([5, 7]).permutation(100)]
-    expected = residual_kmeans(encode(found.weights, rows), 2, 8, seed=5, iterations=10)
-    np.testing.assert_allclose(found.codebooks, expected.codebooks, atol=1e-4)
+    expected = residual_kmeans(encode(result.weights, rows), 2, 8, seed=5, iterations=10)
+    np.testing.assert_allclose(result.codebooks, expected.codebooks, atol=1e-4)
