@@ -1,6 +1,6 @@
-"""A made shop: orders of 80 customers for 60 products, in the three shapes that tables of one's own come in.
+"""A synthetic shop: orders of 80 customers for 60 products, in common shapes of tables.
 
-Everything is seeded and made: no person ordered anything. A customer has two favourite categories and buys what was
+Everything is generated from a seed. A customer has two favourite categories and buys what was
 bought along with the last thing; stars say how well a product's grade meets the customer's taste, and comments say why.
 
 ``python tests/shop.py FOLDER`` writes all tables.
@@ -65,14 +65,14 @@ class Order:
 def products() -> list[Product]:
     """Return 60 products, 12 in each category."""
     dice = random.Random("products 0")
-    found = []
+    result = []
     for category, things in _THINGS.items():
         for thing in things * 2:
-            make = _MAKES[len(found) * 3 % len(_MAKES)]
+            make = _MAKES[len(result) * 3 % len(_MAKES)]
             price = dice.randint(400, 9900) / 100
-            code = f"P{len(found) + 101}"
-            found.append(Product(code, f"{make} {thing}", category, price, dice.randint(2, 5)))
-    return found
+            code = f"P{len(result) + 101}"
+            result.append(Product(code, f"{make} {thing}", category, price, dice.randint(2, 5)))
+    return result
 
 
 def orders() -> list[Order]:
@@ -86,7 +86,7 @@ def orders() -> list[Order]:
     whose = [customer for customer in favourites for _ in range(6)]
     whose += [dice.choice(sorted(favourites)) for _ in range(ORDERS - len(whose))]
     dice.shuffle(whose)
-    found, moment = [], _START
+    result, moment = [], _START
     for number, customer in enumerate(whose):
         moment += timedelta(minutes=dice.randint(20, 900))
         category = (
@@ -103,22 +103,15 @@ def orders() -> list[Order]:
         stars = min(5, max(1, product.grade + strict[customer] + dice.choice((-1, 0, 0, 0, 1))))
         tone = _GOOD if stars >= 4 else _FAIR if stars == 3 else _POOR
         comment = f"{dice.choice(tone)}, {dice.choice(_ABOUT[category])}." if dice.random() < 0.7 else ""
-        found.append(Order(50_000 + number, customer, product, float(stars), moment, comment))
-    return found
+        result.append(Order(50_000 + number, customer, product, float(stars), moment, comment))
+    return result
 
 
 def write_orders(path: Path) -> Path:
     """Write the plain table: commas, points, ISO times."""
     head = (
-        "order_id",
-        "customer_id",
-        "product_id",
-        "product_name",
-        "category",
-        "price",
-        "stars",
-        "ordered_at",
-        "comment",
+        *("order_id", "customer_id", "product_id", "product_name", "category", "price"),
+        *("stars", "ordered_at", "comment"),
     )
     rows = [
         (
@@ -140,15 +133,8 @@ def write_orders(path: Path) -> Path:
 def write_european(path: Path) -> Path:
     """Write them as a European spreadsheet does: semicolons, decimal commas, day first, a byte order mark."""
     head = (
-        "Bestellnr",
-        "Kundennummer",
-        "Artikelnr",
-        "Bezeichnung",
-        "Warengruppe",
-        "Preis",
-        "Sterne",
-        "Datum",
-        "Kommentar",
+        *("Bestellnr", "Kundennummer", "Artikelnr", "Bezeichnung", "Warengruppe", "Preis"),
+        *("Sterne", "Datum", "Kommentar"),
     )
     rows = [
         (

@@ -1,4 +1,4 @@
-"""A metric and a baseline from outside: a file each and an entry in the registry, as a contributor would add them."""
+"""A new metric and a new baseline: a file each and an entry in the registry, as a contributor would add them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ main()
 """
 
 
-def test_a_metric_and_a_baseline_are_a_file_and_an_entry_each(tmp_path: Path) -> None:
+def test_metric_and_baseline_are_a_file_and_an_entry_each(tmp_path: Path) -> None:
     for name, text in (("added_rare", BASELINE), ("added_half", METRIC), ("added_main", MAIN)):
         (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
     command = [
@@ -87,7 +87,7 @@ def first(judged, k):
 """
 
 
-def test_a_metric_of_an_installed_package_is_a_function_and_a_row_of_score(tmp_path: Path) -> None:
+def test_metric_of_an_installed_package(tmp_path: Path) -> None:
     info = tmp_path / "acme-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme\nVersion: 1.0\n")

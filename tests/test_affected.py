@@ -73,26 +73,18 @@ def checkout(tmp_path: Path) -> Path:
         (["docs/gone.md"], ["docs"]),
     ],
 )
-def test_what_reaches_a_change_is_affected(checkout: Path, changed: list[str], tests: list[str]) -> None:
+def test_tests_that_reach_a_change(checkout: Path, changed: list[str], tests: list[str]) -> None:
     assert affected.affected(checkout, FILES, changed) == [f"tests/test_{name}.py" for name in tests]
 
 
 @pytest.mark.parametrize(
-    "changed",
-    [
-        "llmrec/__init__.py",
-        "llmrec/words.py",
-        "tests/conftest.py",
-        "prompts/rating/rate.yaml",
-        "pyproject.toml",
-        "odd.txt",
-    ],
+    "changed", ["llmrec/words.py", "tests/conftest.py", "prompts/rating/rate.yaml", "pyproject.toml", "odd.txt"]
 )
-def test_what_every_test_runs_affects_every_test(checkout: Path, changed: str) -> None:
+def test_shared_files_affect_every_test(checkout: Path, changed: str) -> None:
     assert affected.affected(checkout, FILES, [changed]) == sorted(TESTS)
 
 
-def test_a_removed_module_affects_the_tests_that_still_import_it(checkout: Path) -> None:
+def test_removed_module_affects_its_importers(checkout: Path) -> None:
     (checkout / "llmrec/baselines/ease.py").unlink()
     (checkout / "tests/test_docs.py").unlink()
     files = [file for file in FILES if (checkout / file).exists()]
@@ -100,7 +92,7 @@ def test_a_removed_module_affects_the_tests_that_still_import_it(checkout: Path)
     assert affected.affected(checkout, files, changed) == ["tests/test_ease.py"]
 
 
-def test_a_branch_differs_from_where_it_left_main(
+def test_changed_files_of_a_branch(
     checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def git(*arguments: str) -> None:

@@ -1,9 +1,10 @@
-"""Committed results record how they were made, and hold no data of other people."""
+"""Committed results have their provenance, and no data of other people."""
 
 from __future__ import annotations
 
 import json
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ COLUMNS = sorted({column["suite"] for group in BOARD["groups"] for column in gro
 READS = ("events", "texts", "language model")
 
 
+@cache
 def results() -> dict[str, Any]:
     return {
         path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "eval" / "results").glob("*.json")
     }
 
 
-def test_what_a_result_lacks_of_its_provenance_is_listed_with_a_reason() -> None:
+def test_incomplete_provenance_has_a_reason() -> None:
     listed: dict[str, set[str]] = {}
     for entry in yaml.safe_load((ROOT / EXCEPTIONS).read_text(encoding="utf-8")):
         assert entry["reason"]
@@ -33,32 +35,32 @@ def test_what_a_result_lacks_of_its_provenance_is_listed_with_a_reason() -> None
     assert listed == {name: lacks for name, result in results().items() if (lacks := lacking(result, ROOT))}
 
 
-def test_a_result_needs_every_part() -> None:
-    whole = {"command": "llmrec eval eval/suites/toys.yaml", **provenance(), "commit": "abc"}
-    assert lacking(whole, ROOT) == set()
+def test_provenance_needs_every_part() -> None:
+    complete = {"command": "llmrec eval eval/suites/toys.yaml", **provenance(), "commit": "abc"}
+    assert lacking(complete, ROOT) == set()
     for part, without in (
-        ("command", {**whole, "command": ""}),
-        ("commit", {**whole, "commit": ""}),
-        ("commit", {**whole, "commit": "abc+"}),
-        ("version", {**whole, "versions": {}}),
-        ("machine", {**whole, "machine": {}}),
-        ("duration", {**whole, "duration": None}),
-        ("script", {**whole, "command": "llmrec run recipes/removed.yaml"}),
-        ("script", {**whole, "command": "python -m eval.benchmarks.removed OUT"}),
-        ("script", {**whole, "command": "make bench NAME=removed"}),
+        ("command", {**complete, "command": ""}),
+        ("commit", {**complete, "commit": ""}),
+        ("commit", {**complete, "commit": "abc+"}),
+        ("version", {**complete, "versions": {}}),
+        ("machine", {**complete, "machine": {}}),
+        ("duration", {**complete, "duration": None}),
+        ("script", {**complete, "command": "llmrec run recipes/removed.yaml"}),
+        ("script", {**complete, "command": "python -m eval.benchmarks.removed OUT"}),
+        ("script", {**complete, "command": "make bench NAME=removed"}),
     ):
         assert lacking(without, ROOT) == {part}
 
 
-def test_no_result_holds_prompts_texts_or_titles_of_other_people() -> None:
-    for name, found in results().items():
-        shown = [key for key in ("example", "examples", "gallery", "newcomers", "texts") if found.get(key)]
-        failed = [row["id"] for row in found.get("rows", ()) if "id" in row and row.get("failures")]
+def test_no_result_has_texts_of_other_people() -> None:
+    for name, result in results().items():
+        shown = [key for key in ("example", "examples", "gallery", "newcomers", "texts") if result.get(key)]
+        failed = [row["id"] for row in result.get("rows", ()) if "id" in row and row.get("failures")]
         assert not shown and not failed, (name, "write it with eval.benchmarks.record", shown, failed)
 
 
 @pytest.mark.parametrize("suite", COLUMNS)
-def test_an_ensemble_is_compared_with_the_best_tuned_model_on_validation_or_the_page_says_so(suite: str) -> None:
+def test_ensemble_is_compared_with_the_best_tuned_model_or_the_page_says_so(suite: str) -> None:
     result = results()[suite]
     page = (ROOT / "eval" / f"{suite}.md").read_text(encoding="utf-8")
     for table in result["tables"]:
@@ -76,12 +78,12 @@ def test_an_ensemble_is_compared_with_the_best_tuned_model_on_validation_or_the_
                 if row["trials"] and READS.index(row["reads"]) <= most
             }
             best = min(reached, key=lambda key: reached[key])
-            said = f"`{pair['a']}` is compared with `{pair['b']}`, which is not the best model on validation"
+            output = f"`{pair['a']}` is compared with `{pair['b']}`, which is not the best model on validation"
             heading = {"excluded": "## Seen items filtered\n", "included": "## Seen items not filtered\n"}.get(
                 name, "## "
             )
             part = page.partition(heading)[2].partition("\n## ")[0]
-            assert (said in part) == (reached[pair["b"]] > reached[best]), (suite, name, pair["a"], pair["b"], best)
+            assert (output in part) == (reached[pair["b"]] > reached[best]), (suite, name, pair["a"], pair["b"], best)
 
 
 def test_every_result_is_used_by_a_page() -> None:

@@ -1,4 +1,4 @@
-"""The containers' files, as far as they can be checked without an engine that builds them."""
+"""The files of the containers, as far as they can be checked without building them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ class Instruction:
     rest: str
 
 
+@cache
 def instructions(file: Path) -> list[Instruction]:
     """Split a Dockerfile into instructions; comments go, continued lines are joined."""
     lines = [line for line in file.read_text(encoding="utf-8").splitlines() if not line.lstrip().startswith("#")]
@@ -42,7 +44,7 @@ def instructions(file: Path) -> list[Instruction]:
 
 
 def rests(file: Path, word: str) -> list[str]:
-    return [found.rest for found in instructions(file) if found.word == word]
+    return [result.rest for result in instructions(file) if result.word == word]
 
 
 def sources(file: Path) -> list[str]:
@@ -70,47 +72,22 @@ def allowed(path: str) -> bool:
     return result
 
 
-# --------------------------------------------------------------------------- Dockerfiles
-
-
-def test_there_is_one_for_the_cpu_one_for_cuda_and_one_that_serves() -> None:
-    assert sorted(DOCKER.glob("Dockerfile.*")) == [*FILES, SERVE]
-
-
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
-def test_what_is_copied_exists_and_enters_the_build(file: Path) -> None:
+def test_dockerfile(file: Path) -> None:
     copied = sources(file)
     assert len(copied) > 8
     for source in copied:
         assert (ROOT / source).exists(), source
         assert allowed(source), source
-
-
-@pytest.mark.parametrize(
-    "path", [".git", ".git/config", ".env", ".venv/bin/python", "runs/quickstart/answers.sqlite", "llmrec/__pycache__"]
-)
-def test_what_is_private_or_large_stays_out(path: str) -> None:
-    assert not allowed(path)
-
-
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
-def test_base_has_a_tag_that_says_what_it_is(file: Path) -> None:
+    for rest in (*rests(file, "ENV"), *rests(file, "ARG")):
+        assert not SECRET.search(rest), rest
+    (setup,) = [rest for rest in rests(file, "RUN") if "llmrec.setup_env" in rest]
+    assert "PIP_NO_CACHE_DIR=1" in setup
+    (apt,) = [rest for rest in rests(file, "RUN") if "apt-get" in rest]
+    assert "rm -rf /var/lib/apt/lists/*" in apt
+    assert "ADD" not in {result.word for result in instructions(file)}
     for rest in rests(file, "FROM"):
-        name, _, tag = rest.split()[0].partition(":")
-        assert name
-        assert re.search(r"\d+\.\d+", tag), tag
-        assert "latest" not in tag
-
-
-def test_the_base_of_cuda_is_that_of_torch() -> None:
-    """The image refuses drivers that are too old for its CUDA, so its CUDA must be the one that torch asks for."""
-    (base,) = rests(DOCKER / "Dockerfile.cuda", "FROM")
-    major = int(base.partition(":")[2].partition(".")[0])
-    assert major == max(_DRIVERS)
-
-
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
-def test_runs_llmrec_as_a_user_without_rights(file: Path) -> None:
+        assert re.search(r":.*\d+\.\d+", rest.split()[0]) and "latest" not in rest, rest
     uid, gid = rests(file, "USER")[-1].split(":")
     assert uid == gid
     assert int(uid) >= 10000
@@ -119,23 +96,8 @@ def test_runs_llmrec_as_a_user_without_rights(file: Path) -> None:
     assert any("/app/.venv/bin:$PATH" in rest for rest in rests(file, "ENV"))
     volumes = json.loads(rests(file, "VOLUME")[-1])
     assert volumes == ["/app/runs", "/cache"]
-    words = [found.word for found in instructions(file)]
+    words = [result.word for result in instructions(file)]
     assert words.index("USER") > max(n for n, word in enumerate(words) if word in ("RUN", "COPY"))
-
-
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
-def test_holds_no_secret_and_leaves_no_cache(file: Path) -> None:
-    for rest in (*rests(file, "ENV"), *rests(file, "ARG")):
-        assert not SECRET.search(rest), rest
-    (setup,) = [rest for rest in rests(file, "RUN") if "llmrec.setup_env" in rest]
-    assert "PIP_NO_CACHE_DIR=1" in setup
-    (apt,) = [rest for rest in rests(file, "RUN") if "apt-get" in rest]
-    assert "rm -rf /var/lib/apt/lists/*" in apt
-    assert "ADD" not in {found.word for found in instructions(file)}
-
-
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
-def test_extras_are_those_of_the_project(file: Path) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     extras = set(project["project"]["optional-dependencies"])
     text = " ".join(rests(file, "RUN"))
@@ -145,11 +107,27 @@ def test_extras_are_those_of_the_project(file: Path) -> None:
     assert {"train", "quant", "text"} <= set(setup_env.EXTRAS)
 
 
+@pytest.mark.parametrize(
+    "path", [".git/config", ".env", ".venv/bin/python", "runs/quickstart/answers.sqlite", "llmrec/__pycache__"]
+)
+def test_private_or_large_files_are_ignored(path: str) -> None:
+    assert not allowed(path)
+
+
+def test_images_differ_only_in_base_and_engine() -> None:
+    """The image refuses drivers that are too old for its CUDA, so its CUDA must be the one that torch asks for."""
+    (base,) = rests(DOCKER / "Dockerfile.cuda", "FROM")
+    major = int(base.partition(":")[2].partition(".")[0])
+    assert major == max(_DRIVERS)
+    cpu, cuda = ([one for one in instructions(file) if one.word in ("COPY", "VOLUME", "USER", "CMD")] for file in FILES)
+    assert cpu == cuda
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
-def test_the_set_up_comes_before_the_sources_and_finds_what_it_reads(file: Path, tmp_path: Path) -> None:
-    found = instructions(file)
-    at = next(n for n, one in enumerate(found) if one.word == "RUN" and "llmrec.setup_env" in one.rest)
-    before = [source for one in found[:at] if one.word == "COPY" for source in one.rest.split()[:-1]]
+def test_set_up_runs_before_the_sources_are_copied(file: Path, tmp_path: Path) -> None:
+    result = instructions(file)
+    at = next(n for n, one in enumerate(result) if one.word == "RUN" and "llmrec.setup_env" in one.rest)
+    before = [source for one in result[:at] if one.word == "COPY" for source in one.rest.split()[:-1]]
     assert "llmrec" not in before
     for source in before:
         (tmp_path / source).parent.mkdir(parents=True, exist_ok=True)
@@ -171,29 +149,24 @@ def test_the_set_up_comes_before_the_sources_and_finds_what_it_reads(file: Path,
     assert all((tmp_path / name).is_file() for name in project["license-files"])
 
 
-def test_both_images_differ_only_in_base_packages_and_engine() -> None:
-    cpu, cuda = ([one for one in instructions(file) if one.word in ("COPY", "VOLUME", "USER", "CMD")] for file in FILES)
-    assert cpu == cuda
-
-
 def parsed(name: str, arguments: list[str]) -> Any:
     """Return the context of a command line."""
     program: Any = get_command(app)
     return program.get_command(None, name).make_context(name, arguments)
 
 
-def test_the_image_that_serves_is_a_layer_over_the_others_and_its_command_is_understood() -> None:
+def test_serving_image() -> None:
     assert rests(SERVE, "ARG") == ["BASE=llmrec:cpu"]
     assert rests(SERVE, "FROM") == ["${BASE}"]
     assert rests(SERVE, "USER")[-1] == rests(FILES[0], "USER")[-1]
     assert json.loads(rests(SERVE, "ENTRYPOINT")[-1]) == ["llmrec"]
     name, *arguments = json.loads(rests(SERVE, "CMD")[-1])
-    made = parsed(name, arguments)
-    assert made.params["host"] == "0.0.0.0"
-    assert str(made.params["keys"]).startswith("/run/secrets/")
-    assert str(made.params["store"]).startswith(json.loads(rests(SERVE, "VOLUME")[-1])[0])
+    context = parsed(name, arguments)
+    assert context.params["host"] == "0.0.0.0"
+    assert str(context.params["keys"]).startswith("/run/secrets/")
+    assert str(context.params["store"]).startswith(json.loads(rests(SERVE, "VOLUME")[-1])[0])
     (health,) = rests(SERVE, "HEALTHCHECK")
-    assert f"http://127.0.0.1:{made.params['port']}/ready" in health
+    assert f"http://127.0.0.1:{context.params['port']}/ready" in health
     code = json.loads(health.partition("CMD")[2])
     assert code[:2] == ["python", "-c"]
     compile(code[2], "HEALTHCHECK", "exec")
@@ -211,29 +184,26 @@ def test_compose_of_the_service() -> None:
         assert all(port.startswith("127.0.0.1:") for port in service.get("ports", [])), name
         assert not service["image"].endswith(":latest"), name
     command, *arguments = services["serve"]["command"]
-    made = parsed(command, arguments)
-    assert str(made.params["keys"]) == services["key"]["entrypoint"][-1]
+    context = parsed(command, arguments)
+    assert str(context.params["keys"]) == services["key"]["entrypoint"][-1]
     (target,) = yaml.safe_load((DOCKER / "prometheus.yaml").read_text())["scrape_configs"][0]["static_configs"]
     assert target["targets"] == ["serve:8000"]
 
 
-def test_the_example_for_kubernetes() -> None:
-    found = list(yaml.safe_load_all((DOCKER / "kubernetes.yaml").read_text(encoding="utf-8")))
-    (deployment,) = [each for each in found if each["kind"] == "Deployment"]
+def test_kubernetes_example() -> None:
+    result = list(yaml.safe_load_all((DOCKER / "kubernetes.yaml").read_text(encoding="utf-8")))
+    (deployment,) = [each for each in result if each["kind"] == "Deployment"]
     pod = deployment["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     command, *arguments = container["args"]
-    made = parsed(command, arguments)
-    assert pod["terminationGracePeriodSeconds"] > made.params["timeout"]
+    context = parsed(command, arguments)
+    assert pod["terminationGracePeriodSeconds"] > context.params["timeout"]
     assert container["readinessProbe"]["httpGet"]["path"] == "/ready"
     assert container["livenessProbe"]["httpGet"]["path"] == "/health"
     mounted = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
     assert {mount["name"] for mount in mounted.values()} <= {volume["name"] for volume in pod["volumes"]}
     for option in ("keys", "store"):
-        assert str(Path(str(made.params[option])).parent) in mounted
-
-
-# --------------------------------------------------------------------------- compose
+        assert str(Path(str(context.params[option])).parent) in mounted
 
 
 def test_services(compose: dict[str, Any]) -> None:
@@ -264,7 +234,7 @@ def test_services(compose: dict[str, Any]) -> None:
     assert named == set(compose["volumes"])
 
 
-def test_serving_stays_on_this_machine_and_needs_a_key(compose: dict[str, Any], tmp_path: Path) -> None:
+def test_served_model_is_local_and_needs_a_key(compose: dict[str, Any], tmp_path: Path) -> None:
     service = compose["services"]["serve"]
     assert service["ports"] == ["127.0.0.1:8000:8000"]
     assert service["environment"]["VLLM_API_KEY"] == "${LLMREC_API_KEY:-}"
@@ -291,10 +261,7 @@ def test_serving_stays_on_this_machine_and_needs_a_key(compose: dict[str, Any], 
     assert answered.stdout.strip().endswith("--served-model-name llmrec")
 
 
-# --------------------------------------------------------------------------- the page, and the linters
-
-
-def test_commands_of_the_page_name_what_exists(compose: dict[str, Any]) -> None:
+def test_commands_of_the_page_exist(compose: dict[str, Any]) -> None:
     text = (DOCKER / "README.md").read_text(encoding="utf-8")
     commands = [line for block in re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL) for line in block.splitlines()]
     images = {service["image"] for service in compose["services"].values()}

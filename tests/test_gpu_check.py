@@ -1,4 +1,4 @@
-"""`make gpu-check`: every check can fail, what passed is kept, the page; and what checks measure, on a CPU."""
+"""`make gpu-check`: each check can fail, passed checks are kept, the page, and measurements on a CPU."""
 
 from __future__ import annotations
 
@@ -74,19 +74,16 @@ def test_limits_of_measurements_that_decide() -> None:
     assert checks.fall([]) == {"steps": 0, "last_to_first_loss": None}
 
 
-def test_every_recipe_for_gpus_that_trains_is_a_check() -> None:
+def test_checks_cover_the_gpu_recipes_and_fsdp() -> None:
     recipes = {f"recipe-{file.stem}": load_recipe(str(file), []) for file in Path("recipes/gpu").rglob("*.yaml")}
     trained = {name for name, recipe in recipes.items() if "tuned" in recipe.eval.arms}
     assert trained == {name for name in NAMED if name.startswith("recipe-")} and len(NAMED) == len(CHECKS)
-
-
-def test_fsdp_takes_the_configuration_of_the_documentation() -> None:
     config = yaml.safe_load(checks.fsdp_config(Path("docs/scaling.md").read_text(encoding="utf-8")))
     assert config["distributed_type"] == "FSDP" and config["num_processes"] == 2
     assert config["fsdp_config"]["fsdp_state_dict_type"] == "FULL_STATE_DICT"
 
 
-def test_without_a_gpu_it_says_so_and_ends_with_two(
+def test_exit_code_without_a_gpu(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -95,7 +92,7 @@ def test_without_a_gpu_it_says_so_and_ends_with_two(
     assert capsys.readouterr().err.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
-def test_what_passed_is_not_run_again_and_each_result_is_kept_at_once(machine: Machine) -> None:
+def test_passed_checks_are_kept_and_skipped(machine: Machine) -> None:
     kept: list[dict[str, Any]] = []
     runs: list[str] = []
 
@@ -117,22 +114,22 @@ def test_what_passed_is_not_run_again_and_each_result_is_kept_at_once(machine: M
         measured("two", {"a": 1}, gpus=2),
         measured("large", {"a": 1}, disk=10**9),
     ]
-    place = replace(machine, gpus=1)
+    one_gpu = replace(machine, gpus=1)
     for again in (False, False, True):
         before = kept[-1] if kept else {"checks": {}}
         keep = lambda now: kept.append(json.loads(json.dumps(now)))  # noqa: E731
-        found = gpu_check.run(listed, place, before, STAMP, again=again, keep=keep)["checks"]
-    verdicts = [found[check.name]["verdict"] for check in listed]
+        result = gpu_check.run(listed, one_gpu, before, STAMP, again=again, keep=keep)["checks"]
+    verdicts = [result[check.name]["verdict"] for check in listed]
     assert verdicts == ["passed", "failed", "failed", "not run", "not run", "not run"]
-    assert found["two"]["why"] == "needs 2 GPUs" and "needs docker" in found["absent"]["why"]
-    assert found["bad"]["measured"] == {"a": 3} and found["bad"]["why"] == "a is 3, not 1 to 2"
+    assert result["two"]["why"] == "needs 2 GPUs" and "needs docker" in result["absent"]["why"]
+    assert result["bad"]["measured"] == {"a": 3} and result["bad"]["why"] == "a is 3, not 1 to 2"
     assert [runs.count(name) for name in ("good", "bad", "two", "large")] == [2, 3, 0, 0]
     assert [len(item["checks"]) for item in kept[:6]] == [1, 2, 3, 4, 5, 6]
-    gpu_check.run(listed[:1], place, kept[-1], "NVIDIA H100, 580.1, commit abc", again=False, keep=lambda now: None)
+    gpu_check.run(listed[:1], one_gpu, kept[-1], "NVIDIA H100, 580.1, commit abc", again=False, keep=lambda now: None)
     assert runs.count("good") == 3, "what another GPU passed is not taken over"
 
 
-def test_the_page_says_what_was_run_and_that_nothing_was() -> None:
+def test_page_of_results() -> None:
     empty = gpu_check.table({"checks": {}})
     assert empty.count("| not run |") == len(CHECKS) and "no machine with a GPU" in empty
     page = gpu_check.PAGE.read_text(encoding="utf-8")
@@ -143,7 +140,7 @@ def test_the_page_says_what_was_run_and_that_nothing_was() -> None:
     assert '| failed; 61 s; x \\| y; `{"wrong": "a\\|b"}` |' in text
 
 
-def test_commands_are_run_and_their_output_is_kept(machine: Machine) -> None:
+def test_runs_commands_and_keeps_their_output(machine: Machine) -> None:
     folder = machine.work
     assert machine.call(folder, "sh", "-c", "echo two; echo why >&2; exit 3").status == 3
     with pytest.raises(Failure, match="ended with 3: why"):
@@ -191,7 +188,7 @@ def mask_that_is_causal(patch: pytest.MonkeyPatch) -> None:
         (mask_that_is_causal, ["gradient_difference"]),
     ],
 )
-def test_the_masked_backward_pass_finds_faults(
+def test_masked_backward_pass_finds_faults(
     fault: Any, wrong: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("trl")
@@ -212,7 +209,7 @@ def test_checks_run_on_a_cpu(name: str, machine: Machine) -> None:
 
 
 @pytest.mark.slow
-def test_a_recipe_and_a_merge_are_measured_on_a_cpu(machine: Machine) -> None:
+def test_measures_a_recipe_and_a_merge_on_a_cpu(machine: Machine) -> None:
     pytest.importorskip("trl")
     facts = checks.recipe_of("recipes/movielens-100k/four-tasks.yaml", machine, machine.work)
     assert facts["steps"] == 200 and facts["last_to_first_loss"] < 1 and facts["estimate_gib"] > 0
@@ -220,14 +217,12 @@ def test_a_recipe_and_a_merge_are_measured_on_a_cpu(machine: Machine) -> None:
     assert facts["weights_gib"] > 0 and "peak_to_weights" in facts
 
 
-def test_a_recipe_whose_data_and_model_are_missing_is_not_run(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_recipe_without_data_or_model_is_not_run(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     plans = {"data.path": "no data", "model.name": "no access", None: "no reviews"}
-    asked: list[list[str]] = []
+    calls: list[list[str]] = []
 
     def call(self: Machine, folder: Path, *command: str, **_: Any) -> checks.Done:
-        asked.append([word for word in command if "=" in word][-2:])
+        calls.append([word for word in command if "=" in word][-2:])
         column = next(column for column in wrong if checks._INSTEAD.get(column) not in command or column == wrong[-1])
         error = {"kind": "missing-file", "column": column, "message": plans[column]}
         return checks.Done(2, json.dumps({"error": error}), 1.0)
@@ -236,4 +231,4 @@ def test_a_recipe_whose_data_and_model_are_missing_is_not_run(
     for wrong in (["data.path", "model.name"], [None]):
         with pytest.raises(NotRun, match=plans[wrong[-1]]):
             checks.recipe_of("recipes/gpu/p5.yaml", machine, machine.work)
-    assert asked[2] == ["data.source=movielens-100k", "model.name=Qwen/Qwen3-8B"] and len(asked) == 4
+    assert calls[2] == ["data.source=movielens-100k", "model.name=Qwen/Qwen3-8B"] and len(calls) == 4

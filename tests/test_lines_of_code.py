@@ -19,31 +19,31 @@ from llmrec.models.wheels import WHEELS
 ROOT = Path(__file__).parent.parent
 KNOWN = code.definition(ROOT)
 RESULT = json.loads((ROOT / code.RESULT).read_text(encoding="utf-8"))
-# A minute or more of training each, or steps that other tests take.
-LONG = {"tuned", "sasrec", "language_model", "encoder", "export", "cold", "intervals"}
+# Minutes of training, or steps of other tests: `compare` fits and evaluates what `popularity` and `serve` need.
+LONG = {"tuned", "sasrec", "language_model", "encoder", "export", "cold", "intervals", "serve", "popularity"}
 
 
 @pytest.mark.parametrize(
     "task",
     [pytest.param(task, id=task["name"], marks=[pytest.mark.slow] * (task["name"] in LONG)) for task in KNOWN["tasks"]],
 )
-def test_a_script_of_llmrec_does_its_task(task: dict[str, Any]) -> None:
+def test_script_of_llmrec_does_its_task(task: dict[str, Any]) -> None:
     pytest.importorskip("torch", reason="the train extra is not installed")
     if task["name"] == "serve":
         pytest.importorskip("llmrec.serve", reason="the extension is not there")
     if not all(find_spec(wheel.package) for wheel in WHEELS.values()):
         pytest.skip("the models of the set-up are not installed")
-    found = code.outcome(code.scripts(ROOT, code.LIBRARY, task["name"]), task, sys.executable)
-    assert found.get("served", 10) == 10 and found.get("NDCG@10", 1.0) > 0.05
+    result = code.outcome(code.scripts(ROOT, code.LIBRARY, task["name"]), task, sys.executable)
+    assert result.get("served", 10) == 10 and result.get("NDCG@10", 1.0) > 0.05
 
 
-def test_every_library_has_a_script_or_a_reason() -> None:
+def test_library_has_a_script_or_a_reason() -> None:
     for task in KNOWN["tasks"]:
         for library in KNOWN["libraries"]:
             assert bool(code.scripts(ROOT, library, task["name"])) != (library in task.get("absent", {}))
 
 
-def test_the_result_is_of_these_scripts() -> None:
+def test_result_is_of_these_scripts() -> None:
     counted = {}
     for cell in RESULT["cells"]:
         files = code.scripts(ROOT, cell["library"], cell["task"])
@@ -53,6 +53,6 @@ def test_the_result_is_of_these_scripts() -> None:
     assert all((code.LIBRARY, task["name"]) in counted for task in KNOWN["tasks"])
 
 
-def test_blank_lines_and_comments_are_not_counted(tmp_path: Path) -> None:
+def test_ignores_blank_lines_and_comments(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text("# why\nimport os\n\n    # more\nprint(os.name)  # shown\n")
     assert code.lines(tmp_path / "a.py") == 2

@@ -34,17 +34,19 @@ def page(tmp_path: Path, pair: dict[str, Any], **entry: str) -> str:
         ({"p": 0.2, "value": 1.5}, "+1.500 [−.020, .000]", "no significant difference"),
     ],
 )
-def test_effect_and_verdict_are_those_of_the_comparison(
-    tmp_path: Path, changed: dict[str, Any], effect: str, verdict: str
-) -> None:
+def test_effect_and_verdict_of_a_comparison(tmp_path: Path, changed: dict[str, Any], effect: str, verdict: str) -> None:
     metric = changed.get("metric", "NDCG@10")
     expected = f"| I | D | x − y | {metric} | {effect} | {verdict} | [made](results/made.json) |"
     assert page(tmp_path, {**PAIR, **changed}) == expected
 
 
-def test_a_pointer_to_nothing_is_an_error(tmp_path: Path) -> None:
+def test_rejects_a_pointer_to_nothing(tmp_path: Path) -> None:
     with pytest.raises(PointerError, match="no entry has a=z"):
         page(tmp_path / "d", PAIR, at="made:pairs[a=z]")
+
+
+DIALOGUES = [{"dialogues": {"manager": "rules", "users": 400}}, {"dialogues": {"manager": "a/model", "users": 12}}]
+ARMS = [{"arm": "tuned", "seeds": 3}, {"arm": "zero-shot", "seeds": 1}, {"arm": "tuned", "seeds": 2}]
 
 
 @pytest.mark.parametrize(
@@ -53,25 +55,8 @@ def test_a_pointer_to_nothing_is_an_error(tmp_path: Path) -> None:
         ({"kind": "suite", "protocol": {"users": 943, "seeds": [0, 1, 2]}}, False),
         ({"kind": "suite", "protocol": {"users": 166, "seeds": [0, 1, 2]}}, True),
         ({"kind": "suite", "protocol": {"users": 943, "seeds": [0]}}, True),
-        (
-            {
-                "kind": "chat",
-                "protocol": {"seeds": [0, 1, 2]},
-                "rows": [
-                    {"dialogues": {"manager": "rules", "users": 400}},
-                    {"dialogues": {"manager": "some/model", "users": 12}},
-                ],
-            },
-            True,
-        ),
-        (
-            {
-                "kind": "benchmark",
-                "tables": [{"users": 400}, {"users": 300}],
-                "rows": [{"arm": "tuned", "seeds": 3}, {"arm": "zero-shot", "seeds": 1}, {"arm": "tuned", "seeds": 2}],
-            },
-            True,
-        ),
+        ({"kind": "chat", "protocol": {"seeds": [0, 1, 2]}, "rows": DIALOGUES}, True),
+        ({"kind": "benchmark", "tables": [{"users": 400}], "rows": ARMS}, True),
         ({"headline": {}, "rows": [{"arm": "baseline", "n": 300}]}, False),
         ({"headline": {}, "rows": [{"arm": "tuned", "users": 300}]}, True),
         ({"users": 250, "seeds": [0, 1, 2]}, False),
@@ -79,6 +64,6 @@ def test_a_pointer_to_nothing_is_an_error(tmp_path: Path) -> None:
         ({"rows": [], "seconds": 3.0}, False),
     ],
 )
-def test_results_of_few_users_or_seeds_are_exploratory(tmp_path: Path, result: dict[str, Any], small: bool) -> None:
+def test_few_users_or_seeds_are_exploratory(tmp_path: Path, result: dict[str, Any], small: bool) -> None:
     (tmp_path / "some.json").write_text(json.dumps(result), encoding="utf-8")
     assert negative.exploratory(tmp_path) == ({"some"} if small else set())

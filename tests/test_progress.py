@@ -1,4 +1,4 @@
-"""Progress where there is no terminal: lines at growing intervals, whether or not the work says anything."""
+"""Progress without a terminal: lines at growing intervals, whether or not the work reports anything."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llmrec.progress import Bar, BatchBar, count_answers, span
 
 
 class Clock:
-    """A clock in place of the real one, which goes on to whatever is waited for, until its work has ended."""
+    """A clock that advances when it is waited for, until its work ends."""
 
     def __init__(self, ends: float) -> None:
         self.now, self._ends = 0.0, ends
@@ -44,9 +44,9 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Clock:
     """Work of a hundred seconds."""
     caplog.set_level(logging.INFO, logger="llmrec.progress")
-    made = Clock(100.0)
-    monkeypatch.setattr(progress, "time", made)
-    return made
+    clock = Clock(100.0)
+    monkeypatch.setattr(progress, "time", clock)
+    return clock
 
 
 def timed(bar: Bar, clock: Clock) -> Bar:
@@ -62,15 +62,15 @@ def waited(bar: Bar) -> None:
         bar._ticker.join()
 
 
-def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name == "llmrec.progress"]
 
 
-def test_lines_say_how_far_it_is_and_what_is_left(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+def test_lines_have_progress_and_remaining_time(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     bar = timed(Bar("sasrec", 100, unit="epochs", early=True), clock)
     bar.advance(5, "loss 6.100")
     waited(bar)
-    lines = told(caplog)
+    lines = messages(caplog)
     assert lines[0] == "sasrec: 5 of 100 epochs, loss 6.100; 10 s so far, 3 min left at most"
     assert lines[-1] == "sasrec: done 5 of 100 epochs, 2 min"
     # Growing intervals: as much again as half of the time so far.
@@ -78,7 +78,7 @@ def test_lines_say_how_far_it_is_and_what_is_left(clock: Clock, caplog: pytest.L
     assert times == ["10 s", "20 s", "30 s", "45 s", "68 s"]
 
 
-def test_what_an_earlier_run_did_took_none_of_this_ones_time() -> None:
+def test_remaining_time_ignores_skipped_steps() -> None:
     bar = Bar("train", 240, unit="steps")
     bar.skip(180)
     assert bar._left(20.0) == ""
@@ -86,26 +86,25 @@ def test_what_an_earlier_run_did_took_none_of_this_ones_time() -> None:
     assert bar._left(16.0) == ", about 8 min left"
     bar.advance(58)
     assert bar._left(500.0) == ""
+    assert [span(seconds) for seconds in (4.2, 99, 130, 3540, 7200)] == ["4 s", "99 s", "2 min", "59 min", "2.0 h"]
 
 
-def test_work_that_says_nothing_shows_that_it_goes_on(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+def test_silent_work_has_lines(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     waited(timed(Bar("fitting ease", None), clock))
-    assert told(caplog)[0] == "fitting ease: 10 s so far"
+    assert messages(caplog)[0] == "fitting ease: 10 s so far"
 
 
-def test_what_is_short_or_quiet_writes_nothing(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_short_or_quiet_work_has_no_lines(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     caplog.set_level(logging.INFO, logger="llmrec.progress")
     with Bar("short", 3) as bar:
         bar.advance()
     monkeypatch.setattr(progress, "FIRST", 0.001)
     with Bar("quiet", 3, quiet=True), Budget(quiet=True).stage("stage"):
         time.sleep(0.02)
-    assert told(caplog) == []
+    assert messages(caplog) == []
 
 
-def test_only_the_innermost_speaks_and_failures_are_not_done(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+def test_only_the_innermost_bar_writes(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     outside, inside = (timed(Bar(name, 2), clock) for name in ("outside", "inside"))
     with pytest.raises(RuntimeError), inside:
         progress._open.insert(0, outside)
@@ -115,16 +114,12 @@ def test_only_the_innermost_speaks_and_failures_are_not_done(clock: Clock, caplo
         outside._tick()
         progress._open.remove(outside)
         raise RuntimeError
-    lines = told(caplog)
+    lines = messages(caplog)
     assert lines and all(line.startswith("inside: 0 of 2;") for line in lines)
     assert not progress._open
 
 
-def test_times_are_in_words() -> None:
-    assert [span(seconds) for seconds in (4.2, 99, 130, 3540, 7200)] == ["4 s", "99 s", "2 min", "59 min", "2.0 h"]
-
-
-def test_a_log_file_has_lines_before_the_command_ends(tmp_path: Path) -> None:
+def test_log_file_has_lines_before_the_end(tmp_path: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path; from llmrec import progress; progress.FIRST = 0.05\n"
         "from llmrec.cli.main import _apply; _apply({})\n"
@@ -141,22 +136,15 @@ def test_a_log_file_has_lines_before_the_command_ends(tmp_path: Path) -> None:
     assert re.match(r"train: 2 of 8 steps, loss 1.0; \d+ s so far, about", lines[0]) and len(lines) >= 3
 
 
-# --------------------------------------------------------------------------- inside a batch
-
-
 class Watched(BatchBar):
-    """Remembers where it stood.
+    """Records the counts that it reached."""
 
-    Attributes:
-        places: In the order in which they were reached.
-    """
-
-    def reach(self, done: int, said: str | None = None) -> None:
-        super().reach(done, said)
-        self.places = [*getattr(self, "places", []), done]
+    def reach(self, done: int, note: str | None = None) -> None:
+        super().reach(done, note)
+        self.counts = [*getattr(self, "counts", []), done]
 
 
-def test_a_bar_moves_while_a_batch_is_answered() -> None:
+def test_bar_advances_within_a_batch() -> None:
     with Watched("likelihood", [20, 20, 30, 30, 10], batch=2, unit="candidates") as bar:
         for _ in range(2):
             count_answers(0.5)
@@ -169,27 +157,24 @@ def test_a_bar_moves_while_a_batch_is_answered() -> None:
         bar.advance(2)
         count_answers(1)
         bar.advance()
-    assert bar.places == [10, 20, 40, 40, 70, 100, 100, 100, 110, 110]
+    assert bar.counts == [10, 20, 40, 40, 70, 100, 100, 100, 110, 110]
     assert bar.reached() == "110 of 110 candidates"
 
 
-def test_several_prompts_of_a_question_are_one_question() -> None:
+def test_several_prompts_of_a_question_count_once() -> None:
+    with Bar("reading", 3) as plain:
+        count_answers(1)
+    assert plain.reached() == "0 of 3"
     with Watched("pairwise", [3] * 4, batch=4, prompts=6) as bar:
         for _ in range(4):
             count_answers(6)
-        assert bar.places == [3, 6, 9, 12]
+        assert bar.counts == [3, 6, 9, 12]
         bar.restart()
         count_answers(12)
-    assert bar.places[-2:] == [0, 6]
+    assert bar.counts[-2:] == [0, 6]
 
 
-def test_answers_outside_of_a_batch_are_nobody_s() -> None:
-    with Bar("reading", 3) as bar:
-        count_answers(1)
-    assert bar.reached() == "0 of 3"
-
-
-def test_transformers_say_how_far_a_batch_is(llama_folder: Path) -> None:
+def test_transformers_backend_reports_progress(llama_folder: Path) -> None:
     """One call scores a whole batch of requests, which took nine minutes without a sign of life."""
     pytest.importorskip("torch", reason="the train extra is not installed")
     from llmrec.backends.encode import Encoder
@@ -204,7 +189,7 @@ def test_transformers_say_how_far_a_batch_is(llama_folder: Path) -> None:
     prompts = [Prompt(messages=(Message(role="user", segments=(Segment("text", f"film {n}"),)),)) for n in range(4)]
     with Watched("likelihood", [2] * 4, batch=4) as bar:
         backend.score(prompts, [["Heat", "Fargo"]] * 4)
-        assert bar.places == [2, 4, 6, 8]
+        assert bar.counts == [2, 4, 6, 8]
         bar.restart()
         backend.generate(prompts, max_tokens=4)
-    assert bar.places[4:6] == [0, 2] and bar.places[-1] == 8
+    assert bar.counts[4:6] == [0, 2] and bar.counts[-1] == 8

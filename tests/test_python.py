@@ -1,4 +1,4 @@
-"""The functions of `llmrec`: what is public, how results print, commands as functions, and errors in Python's words."""
+"""The functions of `llmrec`: public names, display of results, commands as functions, and error messages."""
 
 from __future__ import annotations
 
@@ -42,12 +42,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
         "name": "tales",
         "data": {"source": "table", "columns": {"user": "user", "item": "item", "title": "title", "time": "time"}},
         "tasks": {"sequential": {"strategies": ["search"], "baselines": BASELINES}},
-        "eval": {"arms": [], "users": 40, "candidates": {"kind": "catalogue"}, "bootstrap": 50},
+        "eval": {
+            "arms": [],
+            "users": 40,
+            "candidates": {"kind": "catalogue"},
+            "bootstrap": 50,
+            "fusion": {"controls": True},
+        },
     }
     return llmrec.run(recipe, tmp_path_factory.mktemp("python") / "run", data=FRAME, quiet=True)
 
 
-def test_completion_offers_the_public_names_alone() -> None:
+def test_public_names() -> None:
     assert dir(llmrec) == sorted(llmrec.__all__)
     assert {
         "auto",
@@ -64,21 +70,18 @@ def test_completion_offers_the_public_names_alone() -> None:
         "LlmrecError",
     } <= set(dir(llmrec))
     for name in llmrec.__all__:
-        found = getattr(llmrec, name)
-        assert found is getattr(llmrec, name) and (name == "__version__" or found.__doc__)
-        if inspect.isfunction(found):
-            assert pickle.loads(pickle.dumps(found)) is found
+        result = getattr(llmrec, name)
+        assert result is getattr(llmrec, name) and (name == "__version__" or result.__doc__)
+        if inspect.isfunction(result):
+            assert pickle.loads(pickle.dumps(result)) is result
     with pytest.raises(AttributeError):
         llmrec.runs  # type: ignore[attr-defined]  # noqa: B018
-
-
-def test_the_package_imports_nothing_until_a_name_is_used() -> None:
     code = "import llmrec, sys; print([name for name in ('pydantic', 'torch') if name in sys.modules], dir(llmrec))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("[] ") and "'tune'" in done.stdout
 
 
-def test_what_a_notebook_shows_of_a_run_is_short(run: Any) -> None:
+def test_display_of_results(run: Any) -> None:
     recipe = as_recipe(run.results["recipe"])
     with llmrec.load(str(run.folder)) as rec:
         shown = [run, run.results, Results.model_validate(run.results), run.rows[0], recipe, rec]
@@ -90,9 +93,6 @@ def test_what_a_notebook_shows_of_a_run_is_short(run: Any) -> None:
     assert str(run.folder) in repr(run) and "NDCG@10" in repr(run) and "markov" in repr(run)
     assert "tales" in repr(recipe) and "sequential" in repr(recipe)
     assert run.results["rows"] and isinstance(run.results, dict)
-
-
-def test_what_init_check_and_score_return_is_short(run: Any) -> None:
     begun = llmrec.init(FRAME)
     assert "taken for" in repr(begun) and len(repr(begun)) < 2500
     path = run.folder / "data" / "interactions.parquet"
@@ -105,24 +105,21 @@ def test_what_init_check_and_score_return_is_short(run: Any) -> None:
     assert "NDCG@10" in repr(scores) and str(scores) == repr(scores) and len(repr(scores)) < 2500
 
 
-def test_what_is_shown_is_escaped_and_cut() -> None:
-    found = Summary(HOSTILE, {HOSTILE: HOSTILE}, (HOSTILE,), [(HOSTILE * 100,)] * 50, "\n".join([HOSTILE] * 50))
-    text, page = as_text(found), as_html(found)
+def test_display_is_escaped_cut_and_has_no_secret() -> None:
+    result = Summary(HOSTILE, {HOSTILE: HOSTILE}, (HOSTILE,), [(HOSTILE * 100,)] * 50, "\n".join([HOSTILE] * 50))
+    text, page = as_text(result), as_html(result)
     assert "<script" not in page and "&lt;script&gt;" in page
     for shown in (text, page):
         assert "\x1b" not in shown and "\u202e" not in shown
         assert "30 more rows" in shown and "20 more lines" in shown
     assert max(map(len, text.splitlines())) < 200
-
-
-def test_a_recipe_shows_no_address_of_a_database() -> None:
     tasks: dict[str, Any] = {"sequential": {}}
     data = {"source": "table", "path": "postgresql://ada:secret@host/shop", "query": "select 1"}
     shown = as_recipe({"data": data, "tasks": tasks, "eval": {"arms": []}})
     assert "secret" not in repr(shown) + shown._repr_html_()
 
 
-def test_auto_takes_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_accepts_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def first(search: Any) -> None:
         search.tried = {part.label: autos.Tried(part) for part in search.parts}
 
@@ -135,11 +132,11 @@ def test_auto_takes_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(autos._Search, "rest", lambda search: None)
     monkeypatch.setattr(autos, "installed_encoder", lambda: None)
     for _ in range(2):
-        made = llmrec.auto(
+        result = llmrec.auto(
             FRAME.drop("title"), FRAME.select("item", "title").unique(), classic=True, out=tmp_path / "r"
         )
-    assert made.folder == tmp_path / "r" and "NDCG@10" in repr(made)
-    with llmrec.load(str(made.folder)) as rec:
+    assert result.folder == tmp_path / "r" and "NDCG@10" in repr(result)
+    with llmrec.load(str(result.folder)) as rec:
         assert rec.rank(history=["i1", "i2"], k=1)[0].title.startswith("Tale")
     with pytest.raises(llmrec.LlmrecError, match=r'interactions frame: .*user="COLUMN"'):
         llmrec.auto(FRAME.rename({"user": "a", "item": "b"}), out=tmp_path / "other")
@@ -148,73 +145,69 @@ def test_auto_takes_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert caught.value.column == "budget"
 
 
-def test_tune_takes_values_and_frames(run: Any, tmp_path: Path) -> None:
+def test_tune_accepts_values_and_frames(run: Any, tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     recipe = as_recipe({**run.results["recipe"], "data": {**run.results["recipe"]["data"], "path": None}})
     over = {"tasks.sequential.history": [1, 5]}
-    found = llmrec.tune(recipe, over, data=FRAME, out=tmp_path / "search", quiet=True)
-    assert found.trials == 2 and found.chosen.keys() == over.keys() and "on validation users" in repr(found)
-    assert llmrec.load_recipe(found.recipe).data.path == str(tmp_path / "search" / "data" / "interactions.parquet")
+    result = llmrec.tune(recipe, over, data=FRAME, out=tmp_path / "search", quiet=True)
+    assert result.trials == 2 and result.chosen.keys() == over.keys() and "on validation users" in repr(result)
+    assert llmrec.load_recipe(result.recipe).data.path == str(tmp_path / "search" / "data" / "interactions.parquet")
     again = llmrec.tune(recipe, over, data=FRAME, out=tmp_path / "search", quiet=True)
-    assert again.best == found.best
+    assert again.best == result.best
     with pytest.raises(llmrec.LlmrecError, match="such as over=") as caught:
         llmrec.tune(recipe, {}, data=FRAME, out=tmp_path / "none")
     assert caught.value.column == "over"
 
 
-def test_fuse_takes_runs_and_folders(run: Any, tmp_path: Path) -> None:
+def test_fuse_accepts_runs_and_folders(run: Any, tmp_path: Path) -> None:
     other = llmrec.run(
         run.results["recipe"],
         tmp_path / "other",
-        overrides={"tasks.sequential.baselines": [*BASELINES, "ease"], "eval.fusion.controls": True},
+        overrides={"tasks.sequential.baselines": [*BASELINES, "ease"]},
         quiet=True,
     )
-    first = llmrec.run(run.results["recipe"], tmp_path / "first", overrides={"eval.fusion.controls": True}, quiet=True)
-    compared = llmrec.compare(first, other)
+    compared = llmrec.compare(run, other)
     assert compared.differences and all(pair.low <= pair.value <= pair.high for pair in compared.differences)
-    joined = llmrec.fuse([first, other.folder], tmp_path / "joined")
+    joined = llmrec.fuse([run, other.folder], tmp_path / "joined")
     assert {"ease", "markov"} <= {row["predictor"] for row in joined.results["rows"]}
 
 
-def test_export_hands_its_keywords_on(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_export_passes_keywords(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(llmrec.LlmrecError, match="only baselines"):
         llmrec.export(run, tmp_path / "out")
-    asked: list[Any] = []
-    monkeypatch.setattr(exports, "write_export", lambda options, say: asked.append(options))
+    calls: list[Any] = []
+    monkeypatch.setattr(exports, "write_export", lambda options, say: calls.append(options))
     llmrec.export(run, tmp_path / "out", check_users=3, adapter_only=True)
-    (options,) = asked
+    (options,) = calls
     assert (options.run, options.check_users, options.adapter_only) == (run.folder, 3, True)
 
 
 @pytest.mark.parametrize(
-    ("text", "spoken"),
+    ("text", "message"),
     [
         ("say it with --user COLUMN --item COLUMN.", 'say it with user="COLUMN" item="COLUMN".'),
         ("set --fields 'Farbe x'", 'set fields="Farbe x"'),
         ("--fields Farbe shows it", 'fields="Farbe" shows it'),
         ("which is named by --user; its columns", "which is named by user; its columns"),
-        ("lower --overrides and try again", "lower overrides and try again"),
         ("--user=... --item=...", 'user="..." item="..."'),
         ("replace it with --force", "replace it with force=True"),
         ("drop --no-items", "drop with_items=False"),
-        ("give --check-users 0", "give check_users=0"),
         ("run `llmrec rank --user x`", "run `llmrec rank --user x`"),
-        ("pip install --no-deps x", "pip install --no-deps x"),
         ("--set eval.permutations=4)", 'overrides="eval.permutations=4")'),
     ],
 )
-def test_messages_name_keywords(text: str, spoken: str) -> None:
+def test_messages_have_keywords(text: str, message: str) -> None:
     def function(
         user: str, item: str, fields: str, check_users: int, overrides: str, with_items: bool, force: bool = False
     ) -> None: ...
 
-    assert in_python(text, keywords_of(function)) == spoken
+    assert in_python(text, keywords_of(function)) == message
 
 
-def test_the_command_line_still_names_its_options() -> None:
+def test_messages_of_the_command_line_have_options() -> None:
     from llmrec.evaluate.scoring import score
 
-    for asked, column in ((llmrec.score, "k"), (score, "--k")):
+    for function, column in ((llmrec.score, "k"), (score, "--k")):
         with pytest.raises(llmrec.LlmrecError) as caught:
-            asked([], [], k=[])
+            function([], [], k=[])
         assert caught.value.column == column

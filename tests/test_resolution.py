@@ -1,4 +1,4 @@
-"""What pip would install for a GPU, and whether the lowest allowed versions go together, asked of the package index.
+"""What pip would install for a GPU, and whether the lowest allowed versions go together, from the package index.
 
 ``LLMREC_NETWORK=1 pytest tests/test_resolution.py`` starts it.
 
@@ -37,8 +37,8 @@ def _plain_index() -> dict[str, str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
     for key in ("index-url", "cert", "proxy"):
         variable = f"PIP_{key.upper().replace('-', '_')}"
-        told = subprocess.run([*pip, f"global.{key}"], capture_output=True, text=True, check=False)
-        value = os.environ.get(variable) or (told.stdout.strip() if told.returncode == 0 else "")
+        done = subprocess.run([*pip, f"global.{key}"], capture_output=True, text=True, check=False)
+        value = os.environ.get(variable) or (done.stdout.strip() if done.returncode == 0 else "")
         if value:
             environment[variable] = value
     return {**environment, "PIP_CONFIG_FILE": os.devnull}
@@ -52,9 +52,9 @@ EXTRAS = ("", "train", "text", "openai", "serve", "mcp", "reviews", "tables")
 def test_the_lowest_versions_resolve(extra: str, tmp_path: Path) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     # What an extra brings may need more than the core's own lowest versions, so that each is held to its own bounds.
-    told = project["optional-dependencies"][extra] if extra else project["dependencies"]
-    wanted = [Requirement(each) for each in told]
-    bounds = {want.name: bound.version for want in wanted for bound in want.specifier if bound.operator == ">="}
+    texts = project["optional-dependencies"][extra] if extra else project["dependencies"]
+    requirements = [Requirement(each) for each in texts]
+    bounds = {want.name: bound.version for want in requirements for bound in want.specifier if bound.operator == ">="}
     # Of a bound such as 5.16 any 5.16.x will do: the first of them may never have been published.
     lines = [f"{name}=={version}{'.*' if version.count('.') < 2 else ''}" for name, version in bounds.items()]
     (tmp_path / "lowest.txt").write_text("\n".join(lines), encoding="utf-8")
@@ -77,10 +77,10 @@ def test_the_set_up_for_a_gpu_resolves_to_what_is_known(pip: str, tmp_path: Path
     command, environment = [str(tmp_path / "venv" / "bin" / "pip")], _plain_index()
     if pip == "newest":
         subprocess.run([*command, "install", "--quiet", "--upgrade", "pip"], env=environment, check=True)
-    wanted = f".[{','.join((*setup_env.EXTRAS, 'vllm'))}]"
+    target = f".[{','.join((*setup_env.EXTRAS, 'vllm'))}]"
     options = ["--dry-run", "--ignore-installed", "--quiet", "--report", str(tmp_path / "report.json")]
     done = subprocess.run(
-        [*command, "install", *options, wanted], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        [*command, "install", *options, target], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))

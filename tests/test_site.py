@@ -39,41 +39,35 @@ def _entries(nav: list[Any]) -> Iterator[str]:
                 yield from [inside] if isinstance(inside, str) else _entries(inside)
 
 
-def test_every_page_stands_in_the_navigation_once_and_every_entry_is_a_page(settings: dict[str, Any]) -> None:
-    named, wanted = Counter(_entries(settings["nav"])), {pages.place_of(path) for path in pages.pages()}
-    assert sorted(wanted - set(named)) == [], "add these to zensical.toml"
-    assert sorted(set(named) - wanted) == [], "take these out of zensical.toml: there is no such page"
+def test_navigation_has_every_page_once(settings: dict[str, Any]) -> None:
+    named, expected = Counter(_entries(settings["nav"])), {pages.place_of(path) for path in pages.pages()}
+    assert sorted(expected - set(named)) == [], "add these to zensical.toml"
+    assert sorted(set(named) - expected) == [], "take these out of zensical.toml: there is no such page"
     assert [entry for entry, times in named.items() if times > 1] == []
-    assert [next(iter(part)) for part in settings["nav"]] == [
-        "Home",
-        "Get started",
-        "Guides",
-        "Reference",
-        "Results",
-    ]
+    assert [next(iter(part)) for part in settings["nav"]] == ["Home", "Get started", "Guides", "Reference", "Results"]
 
 
-def test_nothing_is_fetched_from_elsewhere(settings: dict[str, Any]) -> None:
+def test_loads_nothing_from_other_hosts(settings: dict[str, Any]) -> None:
     assert settings["theme"]["font"] is False
     named = [*settings["extra_css"], *(each["path"] for each in settings["extra"]["polyfills"])]
     assert all((pages.ASSETS / Path(path).name).is_file() for path in named)
 
 
-def test_every_link_of_every_page_leads_to_another_of_the_site(sources: Path) -> None:
-    found, missing = 0, list[str]()
+def test_links_stay_within_the_site(sources: Path) -> None:
+    result, missing = 0, list[str]()
     for page in sources.rglob("*.md"):
         text = re.sub(r"^ *(```+).*?^ *\1 *$|`[^`\n]+`", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
         assert "<!--" not in text, page
         for link in re.findall(r"\]\(([^)\s#]+)(?:#[^)\s]*)?\)", text):
             if "://" in link:
                 continue
-            found += 1
+            result += 1
             if not (page.parent / link).is_file() and page.parent / link != sources / pages.REPORT:
                 missing.append(f"{page.relative_to(sources)}: {link}")
-    assert found > 300 and missing == []
+    assert result > 300 and missing == []
 
 
-def test_links_follow_their_targets_and_code_stays_as_it_is() -> None:
+def test_rewrites_links_but_not_code() -> None:
     text = (
         "[a](../eval/LEADERBOARD.md#top) ![b](generative/scaling.svg) [c](https://x.org) [d](#here) [e](../LICENSE) "
         "[f](../docker/) [`g`](../README.md)<!-- not seen --> `[h](../LICENSE) <!-- seen -->`\n"
@@ -88,7 +82,7 @@ def test_links_follow_their_targets_and_code_stays_as_it_is() -> None:
     assert linked == ["eval/LEADERBOARD.md", "docs/generative/scaling.svg", "LICENSE", "docker/README.md", "README.md"]
 
 
-def test_files_are_shown_as_code_and_folders_as_lists(sources: Path) -> None:
+def test_files_folders_and_notebooks(sources: Path) -> None:
     shown = (sources / "code" / "LICENSE.md").read_text(encoding="utf-8")
     assert "exclude: true" in shown and "Apache License" in shown
     folder = "docs/examples/llmrec-example"
@@ -98,16 +92,13 @@ def test_files_are_shown_as_code_and_folders_as_lists(sources: Path) -> None:
     assert (sources / pages.place_of("docs/openapi.json")).read_bytes() == (
         pages.ROOT / "docs" / "openapi.json"
     ).read_bytes()
-
-
-def test_notebooks_are_shown_with_their_outputs(sources: Path) -> None:
     shown = (sources / "notebooks" / "demo.md").read_text(encoding="utf-8")
     assert "````python\nimport llmrec" in shown and "(../code/recipes/demo.yaml.md)" in shown
     assert '<img alt="Chart of forest-1" src="data:image/svg+xml;base64,' in shown
     assert '<div class="output">' in shown and "<style" not in shown and 'class="dataframe"' not in shown
 
 
-def test_the_example_needs_no_library_of_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_example_needs_no_model_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     recipe = llmrec.load_recipe(pages.ROOT / "recipes" / "made" / "classic.yaml", {"eval.bootstrap": 50})
     assert (recipe.data.source, recipe.eval.arms) == ("made-reviews", ())
@@ -116,7 +107,7 @@ def test_the_example_needs_no_library_of_models(tmp_path: Path, monkeypatch: pyt
     assert "made-reviews" in run.report.read_text(encoding="utf-8")
 
 
-def test_the_checker_finds_what_is_broken(tmp_path: Path) -> None:
+def test_checker_finds_broken_links(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     (tmp_path / "a.html").write_text(
         '<h1 id="top"></h1><a href="deep/#here">1</a><a href="#top">2</a><a href="https://x.org">3</a>'
@@ -134,7 +125,7 @@ def test_the_checker_finds_what_is_broken(tmp_path: Path) -> None:
     ]
 
 
-def test_every_picture_is_small_and_shown_with_a_description() -> None:
+def test_pictures_are_small_and_have_a_description() -> None:
     shown = "".join((pages.ROOT / path).read_text(encoding="utf-8") for path in pages.pages())
     for name in PICTURES:
         assert 0 < (pages.ROOT / "docs" / name).stat().st_size <= LARGEST, name

@@ -37,9 +37,9 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_each_fault_is_found_in_the_views_that_have_it(name: str, browser: Browser, tmp_path: Path) -> None:
-    body, wanted, views = PAGES[name]
+def test_finds_each_fault_in_its_views(name: str, browser: Browser, tmp_path: Path) -> None:
+    body, expected, views = PAGES[name]
     (tmp_path / "page.html").write_text(HEAD + body, encoding="utf-8")
-    found = list(looks(browser, tmp_path / "page.html"))
-    assert {view for view, problem in found if wanted and wanted in problem} == views
-    assert wanted or not found
+    result = list(looks(browser, tmp_path / "page.html"))
+    assert {view for view, problem in result if expected and expected in problem} == views
+    assert expected or not result

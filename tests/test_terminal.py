@@ -1,7 +1,8 @@
-"""What llmrec says goes to the terminal, and what libraries print into a log: from Python, from C, from processes."""
+"""Messages of llmrec go to the terminal; output of libraries, from Python, C or processes, goes to a log."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Annotated
 from llmrec import terminal
 from llmrec.answer.options import About
-from llmrec.cli.console import say
+from llmrec.cli.console import say, store_facts
 from llmrec.cli.main import app_of, main
 from llmrec.errors import EngineFailure, LlmrecError
 @dataclass
@@ -42,6 +43,9 @@ def one(options: Options) -> None:
         logging.getLogger("another").warning("another's note")
     logging.getLogger("llmrec.some").warning("own note")
     say("words")
+    store_facts(figure=1.5)
+    if kind == "full":
+        raise OSError(28, "No space left on device", "results.json")
     if kind == "defect":
         raise ValueError("broken")
     if kind == "engine":
@@ -62,7 +66,7 @@ def ended(*args: str, command: str = "one") -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, capture_output=True, text=True, timeout=60, check=False, env=environment)
 
 
-def test_libraries_print_into_the_log_of_the_folder(tmp_path: Path) -> None:
+def test_output_of_libraries_is_in_the_log(tmp_path: Path) -> None:
     done = ended("--folder", str(tmp_path))
     assert (done.returncode, done.stdout, done.stderr) == (0, "words\n", "own note\n")
     log = tmp_path / terminal.LOG
@@ -74,31 +78,40 @@ def test_libraries_print_into_the_log_of_the_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("kind", "code"), [("failed", 2), ("defect", 1)])
-def test_what_broke_shows_their_last_lines_and_where_all_of_it_stands(tmp_path: Path, kind: str, code: int) -> None:
+def test_failure_shows_last_lines_and_path_of_the_log(tmp_path: Path, kind: str, code: int) -> None:
     done = ended("--folder", str(tmp_path), "--kind", kind)
     assert done.returncode == code
     assert str(tmp_path / terminal.LOG) in done.stderr and all(line in done.stderr for line in NOISE)
     assert "error: it broke" in done.stderr or "ValueError: broken" in done.stderr
-    nowhere = ended("--kind", kind)
-    assert all(line in nowhere.stderr for line in NOISE)
 
 
-def test_what_a_user_got_wrong_is_one_line() -> None:
+def test_streams_without_a_folder() -> None:
+    assert all(line in ended("--kind", "defect").stderr for line in NOISE)
     done = ended("--kind", "unknown-key")
     assert (done.returncode, done.stderr) == (2, "own note\nerror: it broke\n")
+    done = ended("--json")
+    assert json.loads(done.stdout)["figure"] == 1.5 and done.stderr == "own note\nwords\n"
+    assert ended(command="serve").stdout == "a library's line\n"
 
 
-def test_an_engine_that_failed_is_one_line_with_what_its_processes_said(tmp_path: Path) -> None:
+def test_failed_engine_is_one_line(tmp_path: Path) -> None:
     done = ended("--folder", str(tmp_path), "--kind", "engine")
     assert (done.returncode, done.stderr) == (2, "own note\nerror: it did not start: no memory is left\n")
     assert "Traceback" in (tmp_path / terminal.LOG).read_text(encoding="utf-8")
 
 
-def test_a_service_keeps_its_streams() -> None:
-    assert ended(command="serve").stdout == "a library's line\n"
+@pytest.mark.parametrize(
+    ("kind", "code", "error"),
+    [("full", 2, ("exhausted", "results.json")), ("defect", 1, ("defect", None))],
+)
+def test_json_of_a_full_disk_and_a_defect(kind: str, code: int, error: tuple[str, str | None]) -> None:
+    done = ended("--json", "--kind", kind)
+    result = json.loads(done.stdout)["error"]
+    assert done.returncode == code and (result["kind"], result["file"]) == error
+    assert kind == "full" or (result["message"] == "ValueError: broken" and "Traceback" in done.stderr)
 
 
-def test_a_link_in_place_of_the_log_is_not_followed(tmp_path: Path) -> None:
+def test_rejects_a_symlinked_log(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "own.txt").write_text("mine", encoding="utf-8")
     (tmp_path / "run" / terminal.LOG).symlink_to(tmp_path / "own.txt")
@@ -106,25 +119,27 @@ def test_a_link_in_place_of_the_log_is_not_followed(tmp_path: Path) -> None:
     assert (tmp_path / "own.txt").read_text(encoding="utf-8") == "mine"
 
 
-def test_a_reader_that_has_enough_is_no_error() -> None:
+def test_closed_pipe_is_no_error() -> None:
     line = f"{sys.executable} -c '{PROGRAM.replace(chr(39), chr(34))}' one --silent | head -0; echo $?"
     done = subprocess.run(line, shell=True, capture_output=True, text=True, timeout=60, check=False)
     assert "Traceback" not in done.stderr
 
 
-def test_from_python_nothing_is_turned(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_no_redirection_from_python(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     terminal.works_in(tmp_path)
     assert terminal.out() is sys.stdout and terminal.err() is sys.stderr
     assert terminal.folder() == tmp_path and not list(tmp_path.iterdir())
 
 
-def test_a_bar_on_a_terminal_vanishes_and_lines_stand_above_it(tmp_path: Path) -> None:
+def test_bar_on_a_terminal_vanishes_below_lines() -> None:
     pty = pytest.importorskip("pty")
     code = (
-        "import sys, time; from llmrec import progress; progress.FIRST = 0.2\n"
-        "from llmrec import terminal\n"
-        f"from llmrec.cli.main import main; sys.argv = ['llmrec', 'schema', '--out', {str(tmp_path / 's.json')!r}]\n"
-        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "import sys, time; from dataclasses import dataclass\n"
+        "from llmrec import progress, terminal; from llmrec.cli.main import app_of, main; progress.FIRST = 0.2\n"
+        "@dataclass\nclass Options: ...\n"
+        "def command(options: Options) -> None: ...\n"
+        "sys.argv = ['llmrec']\n"
+        "try:\n    main(app_of({'command': command}))\nexcept SystemExit:\n    pass\n"
         "with progress.Bar('baselines', None), progress.Bar('train', 8, unit='steps') as bar:\n"
         "    bar.advance(2, 'loss 1.0'); progress.say('a line', terminal.err()); time.sleep(0.3)\n"
     )
@@ -140,35 +155,35 @@ def test_a_bar_on_a_terminal_vanishes_and_lines_stand_above_it(tmp_path: Path) -
         except OSError:
             pass
     os.close(parent)
-    said = text.decode()
-    assert "2 of 8 steps  loss 1.0" in said and "a line\r\n" in said
-    assert "baselines: done, " in said and "train: done" not in said and "\x1b[3" not in said
+    output = text.decode()
+    assert "2 of 8 steps  loss 1.0" in output and "a line\r\n" in output
+    assert "baselines: done, " in output and "train: done" not in output and "\x1b[3" not in output
 
 
-def test_a_warning_is_said_once_in_a_command(
+def test_warning_is_printed_once_in_a_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "t.csv").touch()
     log = logger("llmrec.test_once")
 
-    def said() -> list[str]:
+    def messages() -> list[str]:
         for name in ("t.csv", str(tmp_path / "t.csv"), "t.csv"):
             log.warning("%s has %d rows", name, 3)
         log.warning("%s has %d rows", "t.csv", 4)
         log.info("done")
-        found = [record.getMessage() for record in caplog.records]
+        result = [record.getMessage() for record in caplog.records]
         caplog.clear()
-        return found
+        return result
 
     with caplog.at_level(logging.INFO, "llmrec.test_once"):
-        assert len(said()) == 5
+        assert len(messages()) == 5
         with once():
-            assert said() == ["t.csv has 3 rows", "t.csv has 4 rows", "done"]
+            assert messages() == ["t.csv has 3 rows", "t.csv has 4 rows", "done"]
             with once():
-                assert said() == ["done"]
+                assert messages() == ["done"]
             known = noted()
-        assert len(said()) == 5
+        assert len(messages()) == 5
         # As in another process that the command started.
         with once(known):
-            assert said() == ["done"]
+            assert messages() == ["done"]

@@ -1,4 +1,4 @@
-"""A recipe's texts: what is asked and what it has seen, that a killed call goes on, and that hosts take them."""
+"""Generated texts of a recipe: prompts and the data they have seen, resume after a kill, and the use of texts."""
 
 from __future__ import annotations
 
@@ -30,46 +30,67 @@ from tests.facts import Facts, raises
 pytest.importorskip("transformers")
 
 
-def test_texts_on_users_read_the_beginning_alone(llama_folder: Path) -> None:
-    made = augmenting_recipe(llama_folder, history=3)
-    data, _ = load_tables(made, None)
-    assert made.augment is not None
-    for each in about_users(data, made.augment, 0):
+@pytest.fixture(scope="module")
+def written(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return six texts of users and items; copy their folder to write to it."""
+    folder = tmp_path_factory.mktemp("written") / "store"
+    return augmenting.augment(augmenting_recipe(llama_folder), folder, quiet=True)
+
+
+@pytest.fixture(scope="module")
+def complete(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a store of all users and items; copy it to write to it."""
+    folder = tmp_path_factory.mktemp("complete") / "store"
+    return augmenting.augment(augmenting_recipe(llama_folder, limit=None), folder, quiet=True).folder
+
+
+def test_texts_of_users_read_only_the_training_events(llama_folder: Path) -> None:
+    result = augmenting_recipe(llama_folder, history=3)
+    data, _ = load_tables(result, None)
+    assert result.augment is not None
+    for each in about_users(data, result.augment, 0):
         known = {(each.id, event.item_id) for event in data.known_events(each.id)}
         assert each.seen <= known and len(each.seen) == min(3, len(known)) and not each.seen & data.held_out
-        said = each.prompt.messages[-1].text
+        output = each.prompt.messages[-1].text
         later = {data.dataset.titles[event.item_id] for event in data.train_events(each.id)}
         shown = {data.dataset.titles[item] for _, item in each.seen}
-        assert all(title in said for title in shown) and not any(title in said for title in later - shown)
-        assert "taste" in said
-    assert all(not each.seen for each in about_items(data, made.augment, 0))
-    assert len(about_items(data, made.augment, 0)) == 6
+        assert all(title in output for title in shown) and not any(title in output for title in later - shown)
+        assert "taste" in output
+    assert all(not each.seen for each in about_items(data, result.augment, 0))
+    assert len(about_items(data, result.augment, 0)) == 6
 
 
-def test_what_is_written_is_stored_with_where_it_comes_from(llama_folder: Path, tmp_path: Path) -> None:
-    made = augmenting_recipe(llama_folder)
-    done = augmenting.augment(made, tmp_path / "store", quiet=True)
-    store = FeatureStore.open(done.folder)
-    data, _ = load_tables(made, None)
+def test_provenance_and_estimate_of_texts(llama_folder: Path, written: Any) -> None:
+    done, store = written, FeatureStore.open(written.folder)
+    data, _ = load_tables(augmenting_recipe(llama_folder), None)
     assert store.kinds == ("user", "item") and done.texts["item"] == len(store.ids("item")) > 0
     assert done.cost.completion_tokens > 0 and done.cost.prompt_tokens > 0
     assert store.provenance("user").split == data.readable and store.provenance("item").split == ""
     assert store.provenance("user").generator["decoding"] == "greedy"
     assert store.seen("user") and not store.seen("item")
     assert FeatureStore.open(done.folder, split=data.readable).kinds == store.kinds
+    result = augmenting_recipe(llama_folder)
+    planned = augmenting.plan(result)
+    assert result.augment is not None
+    output = augmenting.estimate(planned, result.augment)
+    assert (
+        output["users"].startswith("6 texts")
+        and "at most 24 completion tokens" in output["users"]
+        and "minutes" in output["time"]
+    )
 
 
-def test_what_was_corrected_or_erased_stays_so(llama_folder: Path, tmp_path: Path) -> None:
-    made = augmenting_recipe(llama_folder)
-    done = augmenting.augment(made, tmp_path / "store", quiet=True)
-    first, second = FeatureStore.open(done.folder).ids("item")[:2]
-    stores.edit(done.folder, "item", first, "another text")
-    gone = FeatureStore.open(done.folder).ids("user")[0]
-    stores.forget(done.folder, gone)
-    again = augmenting.augment(made, tmp_path / "store", quiet=True)
+def test_corrections_and_deletions_are_kept(llama_folder: Path, written: Any, tmp_path: Path) -> None:
+    result = augmenting_recipe(llama_folder)
+    folder = Path(shutil.copytree(written.folder, tmp_path / "store"))
+    first, second = FeatureStore.open(folder).ids("item")[:2]
+    stores.edit(folder, "item", first, "another text")
+    gone = FeatureStore.open(folder).ids("user")[0]
+    stores.forget(folder, gone)
+    again = augmenting.augment(result, tmp_path / "store", quiet=True)
     store = FeatureStore.open(again.folder)
     assert store.texts("item", [first]) == {first: "another text"} and gone not in store.ids("user")
-    assert again.cost.prompt_tokens == 0 and not list(done.folder.glob("answers.sqlite*"))
+    assert again.cost.prompt_tokens == 0 and not list(folder.glob("answers.sqlite*"))
     more = augmenting.augment(augmenting_recipe(llama_folder, factors=["price"]), tmp_path / "store", quiet=True)
     assert (
         more.cost.prompt_tokens > 0 and FeatureStore.open(more.folder).texts("item", [first])[first] != "another text"
@@ -82,7 +103,7 @@ def test_what_was_corrected_or_erased_stays_so(llama_folder: Path, tmp_path: Pat
     assert second in store.ids("item")
 
 
-def test_other_titles_are_other_questions(llama_folder: Path, tmp_path: Path) -> None:
+def test_other_titles_change_the_texts(llama_folder: Path, tmp_path: Path) -> None:
     """Ids and interactions are the same, and what the texts were written from is not."""
     columns = {"user": "u", "item": "i", "rating": "r", "time": "t", "title": "name"}
     events = [(f"u{user}", f"i{(user + step) % 11}", 1 + step % 5, step) for user in range(6) for step in range(9)]
@@ -92,19 +113,20 @@ def test_other_titles_are_other_questions(llama_folder: Path, tmp_path: Path) ->
         (tmp_path / "table.csv").write_text("\n".join(["u,i,r,t,name", *rows]), encoding="utf-8")
         base = augmenting_recipe(llama_folder)
         data = base.data.model_copy(update={"source": "table", "path": str(tmp_path / "table.csv")})
-        made = base.model_copy(
+        result = base.model_copy(
             update={"data": data.model_copy(update={"columns": data.columns.model_validate(columns)})}
         )
-        return FeatureStore.open(augmenting.augment(made, tmp_path / "store", quiet=True).folder)
+        return FeatureStore.open(augmenting.augment(result, tmp_path / "store", quiet=True).folder)
 
     first, again, other = written("Red book"), written("Red book"), written("Blue film")
     assert first.provenance("item") == again.provenance("item") != other.provenance("item")
     assert first.provenance("user") == again.provenance("user") != other.provenance("user")
 
 
-def test_a_killed_call_asks_nothing_twice(llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made, calls = augmenting_recipe(llama_folder), []
-    whole = augmenting.augment(made, tmp_path / "whole", quiet=True)
+def test_resume_after_kill_generates_nothing_twice(
+    llama_folder: Path, written: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result, calls = augmenting_recipe(llama_folder), []
     plain = CachedBackend.generate
 
     def counted(self: CachedBackend, prompts: Any, *, max_tokens: int) -> Any:
@@ -116,35 +138,19 @@ def test_a_killed_call_asks_nothing_twice(llama_folder: Path, tmp_path: Path, mo
     with monkeypatch.context() as patch:
         patch.setattr(CachedBackend, "generate", counted)
         with pytest.raises(KeyboardInterrupt):
-            augmenting.augment(made, tmp_path / "killed", quiet=True)
+            augmenting.augment(result, tmp_path / "killed", quiet=True)
     assert not (tmp_path / "killed" / "current").exists()
-    again = augmenting.augment(made, tmp_path / "killed", quiet=True)
-    one, other = FeatureStore.open(whole.folder), FeatureStore.open(again.folder)
+    again = augmenting.augment(result, tmp_path / "killed", quiet=True)
+    one, other = FeatureStore.open(written.folder), FeatureStore.open(again.folder)
     for kind in one.kinds:
         assert one.texts(kind, one.ids(kind)) == other.texts(kind, other.ids(kind))
     # With every answer known no engine is started.
     shutil.rmtree(llama_folder / "none", ignore_errors=True)
     monkeypatch.setattr("llmrec.pipeline.engines.load_model", lambda *_, **__: pytest.fail("an engine was started"))
-    assert augmenting.augment(made, tmp_path / "killed", quiet=True).texts == again.texts
+    assert augmenting.augment(result, tmp_path / "killed", quiet=True).texts == again.texts
 
 
-def test_hosts_take_what_was_written(llama_folder: Path, tmp_path: Path) -> None:
-    pytest.importorskip("torch")
-    made = augmenting_recipe(llama_folder, limit=None, max_tokens=2)
-    done = augmenting.augment(made, tmp_path / "store", quiet=True)
-    data, _ = load_tables(made, None)
-    host = make(
-        "deepfm",
-        {"features": str(done.folder), "epochs": 1, "patience": None, "seen": "refuse", "hidden": "4"},
-        seed=0,
-    )
-    host.fit(data)
-    assert host._fitted.adaptor.width > 0
-
-
-def test_a_recipe_without_the_section_or_with_an_unknown_template_is_refused(
-    llama_folder: Path, tmp_path: Path
-) -> None:
+def test_rejects_missing_section_and_unknown_template(llama_folder: Path, tmp_path: Path) -> None:
     bare = augmenting_recipe(llama_folder).model_copy(update={"augment": None})
     with raises(RecipeError, Facts("missing-key", column="augment")):
         augmenting.plan(bare)
@@ -155,19 +161,19 @@ def test_a_recipe_without_the_section_or_with_an_unknown_template_is_refused(
     assert template_of("item", "item-facts").shape == "chat"
 
 
-def test_the_control_has_the_same_events_and_no_model(llama_folder: Path, tmp_path: Path) -> None:
-    made = augmenting_recipe(llama_folder)
-    done = augmenting.without_model(made, tmp_path / "control")
-    store, (data, asked) = FeatureStore.open(done.folder), augmenting.questions(made)
+def test_control_without_a_model(llama_folder: Path, tmp_path: Path) -> None:
+    result = augmenting_recipe(llama_folder)
+    done = augmenting.without_model(result, tmp_path / "control")
+    store, (data, request) = FeatureStore.open(done.folder), augmenting.questions(result)
     assert store.kinds == ("user", "item") and not store.texts("user", store.ids("user"))
-    assert store.ids("item") == sorted(each.id for each in asked["item"])
+    assert store.ids("item") == sorted(each.id for each in request["item"])
     assert len(store.ids("item")) < len(data.dataset.items)
     # Each taste is of all events that the question shows, those of items that no question is about among them.
     whole = augmenting.without_model(augmenting_recipe(llama_folder, limit=None), tmp_path / "whole").folder
     every = FeatureStore.open(whole)
     assert every.ids("item") == sorted(data.dataset.items)
     mixed = 0
-    for each in asked["user"]:
+    for each in request["user"]:
         assert store.seen_by("user")[each.id] == each.seen
         events = [event for event in data.known_events(each.id) if (each.id, event.item_id) in each.seen]
         vectors = every.get("item", [event.item_id for event in events])[0]
@@ -177,30 +183,15 @@ def test_the_control_has_the_same_events_and_no_model(llama_folder: Path, tmp_pa
         mixed += bool(liked.any() and not liked.all())
     assert mixed
     assert store.provenance("user").split == data.readable and store.provenance("user").generator == {}
+    # Without ratings it is the mean of all.
+    two = Features("item", ["a", "b"], np.array([[1.0, 3.0], [3.0, 5.0]]), Provenance(system="x"))
+    unrated = [Event(item_id="a"), Event(item_id="b")]
+    assert augmenting._taste(data, unrated, two, {"a": 0, "b": 1}, None).tolist() == [2.0, 4.0]
 
 
-def test_the_control_of_events_without_ratings_is_the_mean_of_all(llama_folder: Path) -> None:
-    data, _ = augmenting.questions(augmenting_recipe(llama_folder))
-    every = Features("item", ["a", "b"], np.array([[1.0, 3.0], [3.0, 5.0]]), Provenance(system="x"))
-    events = [Event(item_id="a"), Event(item_id="b")]
-    assert augmenting._taste(data, events, every, {"a": 0, "b": 1}, None).tolist() == [2.0, 4.0]
-
-
-def test_the_estimate_counts_what_would_be_read(llama_folder: Path) -> None:
-    made = augmenting_recipe(llama_folder)
-    planned = augmenting.plan(made)
-    assert made.augment is not None
-    said = augmenting.estimate(planned, made.augment)
-    assert (
-        said["users"].startswith("6 texts")
-        and "at most 24 completion tokens" in said["users"]
-        and "minutes" in said["time"]
-    )
-
-
-def test_content_neighbours_read_a_store_and_refuse_texts_that_have_seen_the_answer(tmp_path: Path) -> None:
-    made = as_recipe({"name": "x", "data": {"source": "made-reviews"}, "tasks": {"sequential": {}}})
-    data, _ = load_tables(made, None)
+def test_content_neighbours_reject_leaking_texts(tmp_path: Path) -> None:
+    result = as_recipe({"name": "x", "data": {"source": "made-reviews"}, "tasks": {"sequential": {}}})
+    data, _ = load_tables(result, None)
     items = sorted(data.dataset.items)
     vectors = np.random.default_rng(0).normal(size=(len(items), 8)).astype(np.float32)
     publish(tmp_path / "clean", [Features("item", items, vectors, Provenance(system="x"))])
@@ -210,14 +201,13 @@ def test_content_neighbours_read_a_store_and_refuse_texts_that_have_seen_the_ans
     assert len(model.scores([Request(id="r", user_id=user, history=data.train_events(user))])[0]) == len(items)
     held = min(data.held_out)
     publish(
-        tmp_path / "leak",
-        [Features("item", items, vectors, Provenance(system="x"), seen={held[1]: frozenset({held})})],
+        tmp_path / "leak", [Features("item", items, vectors, Provenance(system="x"), seen={held[1]: frozenset({held})})]
     )
     with raises(DataError, Facts("leak", says="held-out")):
         make("content", {"encoder": f"store:{tmp_path / 'leak'}"}, seed=0).fit(data)
 
 
-def test_rows_are_made_anew_where_a_store_says_something_else(tmp_path: Path) -> None:
+def test_changed_store_changes_the_row(tmp_path: Path) -> None:
     def stored(scale: float) -> dict[str, str]:
         users = Features("user", ["u0", "u1"], scale * np.eye(2), Provenance(system="x"), texts=["a", "b"])
         publish(tmp_path / "store", [users])
@@ -230,7 +220,7 @@ def test_rows_are_made_anew_where_a_store_says_something_else(tmp_path: Path) ->
         stores_of("content", {"encoder": f"store:{tmp_path / 'none'}"})
 
 
-def test_the_audit_looks_at_what_features_have_seen(tmp_path: Path) -> None:
+def test_audit_checks_events_seen_by_features(tmp_path: Path) -> None:
     def check(seen: dict[str, frozenset[tuple[str, str]]]) -> Check | None:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         items = [f"u{n}" for n in range(3)]
@@ -251,20 +241,20 @@ def test_the_audit_looks_at_what_features_have_seen(tmp_path: Path) -> None:
     study = build_study(plain)
     assert feature_texts(study) is None
     learned = next(iter(study.data.train.select("user_id", "item_id").iter_rows()))
-    found = check({"u0": frozenset({learned})})
-    assert found is not None and found.verdict == "clean" and found.figures["training_rows_seen"] == 1
+    result = check({"u0": frozenset({learned})})
+    assert result is not None and result.verdict == "clean" and result.figures["training_rows_seen"] == 1
     leaked = check({"u0": frozenset({min(study.data.held_out)})})
     assert leaked is not None and leaked.verdict == "leak"
 
 
-def test_a_run_writes_its_features_first_and_uses_them_again(llama_folder: Path, tmp_path: Path) -> None:
+def test_run_writes_features_and_reuses_them(llama_folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("torch")
     folder = tmp_path / "run"
     host = {"name": "deepfm", "features": str(folder / "features"), "epochs": 1}
-    made = augmenting_recipe(llama_folder, limit=None, max_tokens=2)
+    result = augmenting_recipe(llama_folder, limit=None, max_tokens=2)
     plain = {"name": "deepfm", "epochs": 1}
     tasks = {"ctr": {"baselines": ["like-ratio", "logistic", plain, host]}}
-    values = made.model_dump(mode="json") | {"tasks": tasks, "eval": {"arms": [], "backend": "hf", "users": 20}}
+    values = result.model_dump(mode="json") | {"tasks": tasks, "eval": {"arms": [], "backend": "hf", "users": 20}}
     first = pipeline.run(values, folder, quiet=True)
     version = (folder / "features" / "current").read_text()
     assert any(row["predictor"].startswith("deepfm(") for row in first.results["rows"])
@@ -281,56 +271,56 @@ def test_a_run_writes_its_features_first_and_uses_them_again(llama_folder: Path,
 
 
 def _audit(folder: Path) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads((folder / "audit.json").read_text(encoding="utf-8"))["checks"]
-    return found
+    result: list[dict[str, Any]] = json.loads((folder / "audit.json").read_text(encoding="utf-8"))["checks"]
+    return result
 
 
-def test_prompts_take_what_was_written(llama_folder: Path, tmp_path: Path) -> None:
-    made = augmenting_recipe(llama_folder, limit=None)
-    store = augmenting.augment(made, tmp_path / "store", quiet=True).folder
+def test_prompts_show_generated_texts(llama_folder: Path, complete: Path, tmp_path: Path) -> None:
+    result = augmenting_recipe(llama_folder, limit=None)
+    store = Path(shutil.copytree(complete, tmp_path / "store"))
     items = {each: f"is number {n}" for n, each in enumerate(FeatureStore.open(store).ids("item"))}
     for item, text in items.items():
         stores.edit(store, "item", item, text)
-    shown = as_recipe(made.model_dump(), {"data.texts.path": str(store), "tasks": {"sequential": {}}})
+    shown = as_recipe(result.model_dump(), {"data.texts.path": str(store), "tasks": {"sequential": {}}})
     study = build_study(shown)
     assert {each: item.fields["about"] for each, item in study.data.dataset.items.items()} == items
-    # What is asked is what was asked: nothing is written from what was written.
-    _, before = augmenting.questions(made)
+    # The prompts are the same: no text is generated from another.
+    _, before = augmenting.questions(result)
     _, after = augmenting.questions(shown)
     assert before == after
 
 
-def test_what_answers_shows_what_prompts_showed(llama_folder: Path, tmp_path: Path) -> None:
-    made = augmenting_recipe(llama_folder, limit=None)
-    store = augmenting.augment(made, tmp_path / "store", quiet=True).folder
+def test_answering_shows_generated_texts(llama_folder: Path, complete: Path, tmp_path: Path) -> None:
+    result = augmenting_recipe(llama_folder, limit=None)
+    store = Path(shutil.copytree(complete, tmp_path / "store"))
     user, other = FeatureStore.open(store).ids("user")[:2]
     (item,) = FeatureStore.open(store).ids("item")[:1]
     stores.edit(store, "user", user, "likes quiet things")
     stores.edit(store, "item", item, "a quiet thing")
     changes = {"data.texts.path": str(store), "augment": None, "eval.arms": [], "name": "shown"}
-    run = pipeline.run(as_recipe(made.model_dump(), changes), tmp_path / "run", quiet=True).folder
+    run = pipeline.run(as_recipe(result.model_dump(), changes), tmp_path / "run", quiet=True).folder
     known = known_of(str(run), None)
     assert known.items[item].fields["about"] == "a quiet thing" and store in known.features
     assert catalogue_of(bundles.read(str(run)), None)[0] == known.items
     profiles = profiles_of(str(run))
-    asked = {"user_id": user, "history": []}
+    request = {"user_id": user, "history": []}
     stored = known.histories.of_user
-    told, is_known = with_history(asked, stored, known.items, profiles)
-    assert told["profile"] == "likes quiet things" == known.profile(user) and told["history"] == [] and is_known
-    assert with_history({**asked, "profile": ""}, stored, known.items, profiles) == (told, True)
-    for own in ({**asked, "profile": "mine"}, {**asked, "user_id": "nobody"}, {"history": []}):
-        assert with_history(own, stored, known.items, profiles) == (own, False)
+    answer, is_known = with_history(request, stored, known.items, profiles)
+    assert answer["profile"] == "likes quiet things" == known.profile(user) and answer["history"] == [] and is_known
+    assert with_history({**request, "profile": ""}, stored, known.items, profiles) == (answer, True)
+    for other_request in ({**request, "profile": "mine"}, {**request, "user_id": "unknown"}, {"history": []}):
+        assert with_history(other_request, stored, known.items, profiles) == (other_request, False)
     # Who is erased is so at once, for what is open too.
     stores.forget(store, user)
     assert known.profile(user) is None and known.profile(other) and known.profile(None) is None
 
 
-def test_prompts_are_not_to_show_another_store_than_is_written(llama_folder: Path, tmp_path: Path) -> None:
-    made = as_recipe(augmenting_recipe(llama_folder).model_dump(), {"data.texts.path": str(tmp_path / "elsewhere")})
+def test_rejects_another_store_in_prompts(llama_folder: Path, tmp_path: Path) -> None:
+    result = as_recipe(augmenting_recipe(llama_folder).model_dump(), {"data.texts.path": str(tmp_path / "elsewhere")})
     with raises(RecipeError, Facts("contradiction", column="data.texts.path", says=str(tmp_path / "run" / "features"))):
-        pipeline.run(made, tmp_path / "run", quiet=True)
+        pipeline.run(result, tmp_path / "run", quiet=True)
     # What a run writes before it reads it is no fault of a recipe that is checked.
-    own = as_recipe(made.model_dump(), {"data.texts.path": "runs/toy/features", "name": "toy"})
-    assert preflight._writable(own).data.texts is None
+    later = as_recipe(result.model_dump(), {"data.texts.path": "runs/toy/features", "name": "toy"})
+    assert preflight._writable(later).data.texts is None
     with raises(RecipeError, Facts("contradiction", column="data.texts.path")):
-        preflight.checked_study(made)
+        preflight.checked_study(result)

@@ -24,16 +24,16 @@ from tests.facts import Facts, raises
 TOPICS = ("sound", "battery life", "price")
 
 
-def test_topics_outside_the_list_are_left_out() -> None:
+def test_topics_outside_the_list_are_removed() -> None:
     section = AugmentSection(topics=TOPICS)
-    said = "They like the Price, and long battery-life; also colours and soundness."
-    assert kept("user", said, section) == "battery life, price"
+    output = "They like the Price, and long battery-life; also colours and soundness."
+    assert kept("user", output, section) == "battery life, price"
     assert kept("user", "Nothing of it.", section) == ""
     assert kept("item", "a  text", section) == "a text"
 
 
 @pytest.mark.parametrize(
-    ("said", "title"),
+    ("text", "title"),
     [
         ('{"title": "Educated", "description": "A memoir."}', "Educated. A memoir"),
         ('Sure! {"title": "Educated", "description": ""} Enjoy', "Educated"),
@@ -42,21 +42,21 @@ def test_topics_outside_the_list_are_left_out() -> None:
         ("\n\n", ""),
     ],
 )
-def test_a_synthetic_item_is_read(said: str, title: str) -> None:
-    assert invented(said) == title
+def test_reads_a_synthetic_item(text: str, title: str) -> None:
+    assert invented(text) == title
 
 
-def test_only_users_of_few_events_are_asked_about(llama_folder: Path) -> None:
-    made = augmenting_recipe(llama_folder, synthetic="cold-item", cold=5, limit=None)
-    data, _ = load_tables(made, None)
-    assert made.augment is not None
-    asked = about_users(data, made.augment, 0, kind="synthetic")
+def test_synthetic_items_only_for_users_with_few_events(llama_folder: Path) -> None:
+    result = augmenting_recipe(llama_folder, synthetic="cold-item", cold=5, limit=None)
+    data, _ = load_tables(result, None)
+    assert result.augment is not None
+    request = about_users(data, result.augment, 0, kind="synthetic")
     few = {user for user in data.users() if 0 < len(data.known_events(user)) <= 5}
-    assert 0 < len(few) < len(data.users()) and {each.id for each in asked} == few
-    assert all(each.seen and not each.seen & data.held_out for each in asked)
+    assert 0 < len(few) < len(data.users()) and {each.id for each in request} == few
+    assert all(each.seen and not each.seen & data.held_out for each in request)
 
 
-def test_the_chain_shows_what_was_written_before_and_makes_no_interaction(
+def test_chain_of_texts_makes_no_interaction(
     llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown: list[str] = []
@@ -64,22 +64,22 @@ def test_the_chain_shows_what_was_written_before_and_makes_no_interaction(
     def generate(self: CachedBackend, prompts: Any, *, max_tokens: int) -> list[Completion]:
         texts = [prompt.messages[-1].text for prompt in prompts]
         shown.extend(texts)
-        said = ["Price, and poetry" if "these topics" in text else '{"title": "An Invented Thing"}' for text in texts]
-        return [Completion(text=text, prompt_tokens=1, completion_tokens=1) for text in said]
+        output = ["Price, and poetry" if "these topics" in text else '{"title": "An Invented Thing"}' for text in texts]
+        return [Completion(text=text, prompt_tokens=1, completion_tokens=1) for text in output]
 
     monkeypatch.setattr(CachedBackend, "generate", generate)
-    made = augmenting_recipe(
+    result = augmenting_recipe(
         llama_folder, users="user-topics", items=None, topics=TOPICS, synthetic="cold-item", cold=5, limit=None
     )
-    before, _ = load_tables(made, None)
-    done = augmenting.augment(made, tmp_path / "store", quiet=True)
-    store, (after, _) = FeatureStore.open(done.folder), load_tables(made, None)
+    before, _ = load_tables(result, None)
+    done = augmenting.augment(result, tmp_path / "store", quiet=True)
+    store, (after, _) = FeatureStore.open(done.folder), load_tables(result, None)
     assert store.kinds == ("user", "synthetic")
     cold = store.ids("synthetic")
     assert set(store.texts("user", store.ids("user")).values()) == {"price"}
     assert set(store.texts("synthetic", cold).values()) == {"An Invented Thing"}
-    asked = [text for text in shown if "these topics" not in text]
-    assert len(asked) == len(cold) and all("The person likes: price." in text for text in asked)
+    request = [text for text in shown if "these topics" not in text]
+    assert len(request) == len(cold) and all("The person likes: price." in text for text in request)
     assert store.provenance("synthetic").generator["synthetic"] is True
     assert store.provenance("synthetic").split == before.readable
     # No item, no event and no candidate came of it, and nothing held out was seen.
@@ -92,27 +92,30 @@ def test_the_chain_shows_what_was_written_before_and_makes_no_interaction(
 
 
 def _synthetic(folder: Path, user: str, vector: np.ndarray, **more: Any) -> None:
-    made = Provenance(system="x", encoder={"stamp": "s"})
+    result = Provenance(system="x", encoder={"stamp": "s"})
     publish(
-        folder, [Features("synthetic", [user, "other"], np.stack([vector, -vector]), made, texts=["a", "b"], **more)]
+        folder, [Features("synthetic", [user, "other"], np.stack([vector, -vector]), result, texts=["a", "b"], **more)]
     )
 
 
-def test_it_stands_before_the_events_of_users_who_have_few(tmp_path: Path) -> None:
+def test_synthetic_item_precedes_few_events(tmp_path: Path) -> None:
     data, _ = load_tables(augmenting_recipe(tmp_path), None)
     items = sorted(data.dataset.items)
     vectors = np.random.default_rng(0).normal(size=(len(items), 8)).astype(np.float32)
     publish(tmp_path / "items", [Features("item", items, vectors, Provenance(system="x", encoder={"stamp": "s"}))])
     user = data.users()[0]
     _synthetic(tmp_path / "made", user, vectors[3])
-    said = {"encoder": f"store:{tmp_path / 'items'}", "whitening": 0.0, "decay": 0.5, "cold": 2}
-    plain, cold = make("content", said, seed=0), make("content", said | {"synthetic": str(tmp_path / "made")}, seed=0)
+    keys = {"encoder": f"store:{tmp_path / 'items'}", "whitening": 0.0, "decay": 0.5, "cold": 2}
+    plain, cold = (
+        make("content", keys, seed=0),
+        make("content", keys | {"synthetic": str(tmp_path / "made")}, seed=0),
+    )
     plain.fit(data)
     cold.fit(data)
 
     def scores(model: Any, who: str, *history: str) -> np.ndarray:
-        asked = Request(id="r", user_id=who, history=tuple(Event(item_id=item) for item in history))
-        return np.asarray(model.scores([asked])[0])
+        request = Request(id="r", user_id=who, history=tuple(Event(item_id=item) for item in history))
+        return np.asarray(model.scores([request])[0])
 
     assert int(np.argmax(scores(cold, user))) == 3
     one = items[5:6]
@@ -121,13 +124,13 @@ def test_it_stands_before_the_events_of_users_who_have_few(tmp_path: Path) -> No
     many = items[5:8]
     assert np.array_equal(scores(cold, user, *many), scores(plain, user, *many))
     assert np.array_equal(scores(cold, "unknown", *one), scores(plain, "unknown", *one))
-    assert set(stores_of("content", said | {"synthetic": str(tmp_path / "made")})) == {
+    assert set(stores_of("content", keys | {"synthetic": str(tmp_path / "made")})) == {
         str(tmp_path / "items"),
         str(tmp_path / "made"),
     }
 
 
-def test_what_was_written_from_held_out_events_or_by_another_encoder_is_refused(tmp_path: Path) -> None:
+def test_rejects_leaks_and_other_encoders(tmp_path: Path) -> None:
     data, _ = load_tables(augmenting_recipe(tmp_path), None)
     held = min(data.held_out)
     _synthetic(tmp_path / "leak", held[0], np.ones(8), seen={held[0]: frozenset({held})})

@@ -38,11 +38,11 @@ def texts(tmp_path: Path) -> Path:
     return path
 
 
-def test_texts_of_others_become_features(texts: Path, tmp_path: Path) -> None:
+def test_imports_texts(texts: Path, tmp_path: Path) -> None:
     folder, encoder = tmp_path / "store", tiny_encoder()
     seen = str(tmp_path / "seen.csv")
-    said = run("import", str(texts), "--kind", "user", "--out", str(folder), "--encoder", encoder, "--seen", seen)
-    assert "2 vectors" in said and "3 interactions" in said
+    output = run("import", str(texts), "--kind", "user", "--out", str(folder), "--encoder", encoder, "--seen", seen)
+    assert "2 vectors" in output and "3 interactions" in output
     store = FeatureStore.open(folder)
     assert store.ids("user") == ["u1", "u2"] and store.seen_by("user")["u1"] == {("u1", "i1"), ("u1", "i2")}
     assert "likes quiet films" in run("show", str(folder), "u1") and "no text" in run("show", str(folder), "u3")
@@ -52,20 +52,18 @@ def test_texts_of_others_become_features(texts: Path, tmp_path: Path) -> None:
     assert FeatureStore.open(folder).kinds == ("user", "item")
 
 
-def test_interactions_of_ids_that_have_no_text_are_refused_or_named(
-    texts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_interactions_of_unknown_ids(texts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     seen = tmp_path / "seen.csv"
     seen.write_text("user_id,item_id\nU1,i1\nU2,i1\n", encoding="utf-8")
     with raises(DataError, Facts("mismatch", column="user_id", says="'u1'")):
         stores.from_table(str(texts), "user", seen=str(seen), encoder="chance")
     seen.write_text("user_id,item_id\nu1,i1\nU2,i1\n", encoding="utf-8")
-    made = stores.from_table(str(texts), "user", seen=str(seen), encoder=tiny_encoder())
+    result = stores.from_table(str(texts), "user", seen=str(seen), encoder=tiny_encoder())
     # u3 has no text, and so nothing to have seen.
-    assert made.seen == {"u1": {("u1", "i1")}} and "1 of the 2 users" in caplog.text and "'u2'" in caplog.text
+    assert result.seen == {"u1": {("u1", "i1")}} and "1 of the 2 users" in caplog.text and "'u2'" in caplog.text
 
 
-def test_a_corrected_text_has_another_vector(texts: Path, tmp_path: Path) -> None:
+def test_corrected_text_has_another_vector(texts: Path, tmp_path: Path) -> None:
     folder, encoder = tmp_path / "store", tiny_encoder()
     run("import", str(texts), "--kind", "user", "--out", str(folder), "--encoder", encoder)
     before = FeatureStore.open(folder).get("user", ["u1", "u2"])[0]
@@ -73,8 +71,8 @@ def test_a_corrected_text_has_another_vector(texts: Path, tmp_path: Path) -> Non
     run("edit", str(folder), "u1", "--text", "likes every film")
     after = FeatureStore.open(folder).get("user", ["u1", "u2"])[0]
     assert not np.allclose(before[0], after[0]) and np.array_equal(before[1], after[1])
-    said = run("diff", str(tmp_path / "old"), str(folder), code=1)
-    assert "1 texts changed" in said and "+ likes every film" in said and "- likes quiet films" in said
+    output = run("diff", str(tmp_path / "old"), str(folder), code=1)
+    assert "1 texts changed" in output and "+ likes every film" in output and "- likes quiet films" in output
     assert "0 texts changed" in run("diff", str(folder), str(folder))
     with raises(DataError, Facts("unknown-name", says="'u9'")):
         run("edit", str(folder), "u9", "--text", "x")
@@ -82,15 +80,15 @@ def test_a_corrected_text_has_another_vector(texts: Path, tmp_path: Path) -> Non
         run("edit", str(folder), "u1", "--text", " ")
 
 
-def test_a_person_is_erased_and_what_was_written_from_them_is_named(tmp_path: Path) -> None:
+def test_forget_removes_a_user(tmp_path: Path) -> None:
     users = Features("user", ["u1", "u2"], np.eye(2), MADE, ["one", "two"], {"u1": frozenset({("u1", "i1")})})
     items = Features("item", ["i1", "i2"], np.eye(2), MADE, ["a", "b"], {"i1": frozenset({("u1", "i1"), ("u2", "i1")})})
     publish(tmp_path, [users, items])
     publish(tmp_path, [users, items])
     for name in ("answers.sqlite", "answers.sqlite-wal", "answers.sqlite.damaged"):
         (tmp_path / name).write_text("u1 said so")
-    said = run("forget", str(tmp_path), "u1")
-    assert "a text, 1 interactions" in said and "i1" in said
+    output = run("forget", str(tmp_path), "u1")
+    assert "a text, 1 interactions" in output and "i1" in output
     store = FeatureStore.open(tmp_path)
     assert store.ids("user") == ["u2"] and store.seen() == {("u2", "i1")}
     assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1
@@ -104,7 +102,7 @@ def test_a_person_is_erased_and_what_was_written_from_them_is_named(tmp_path: Pa
     assert FeatureStore.open(tmp_path).ids("user") == ["u2"]
 
 
-def test_a_vector_is_made_anew_by_its_own_encoder_or_not_at_all(tmp_path: Path) -> None:
+def test_edit_needs_the_same_encoder(tmp_path: Path) -> None:
     users = Features("user", ["u1"], np.eye(1), MADE, ["one"])
     publish(tmp_path / "bare", [replace(users, provenance=Provenance(system="x"))])
     with raises(DataError, Facts("unsupported")):
@@ -118,7 +116,7 @@ def test_a_vector_is_made_anew_by_its_own_encoder_or_not_at_all(tmp_path: Path) 
         stores.edit(tmp_path / "mute", "user", "u1", "two")
 
 
-def test_look_ups_are_timed(tmp_path: Path) -> None:
+def test_lookup_times(tmp_path: Path) -> None:
     publish(tmp_path, [Features("user", [f"u{n}" for n in range(50)], np.eye(50), MADE)])
     found = stores.timed(FeatureStore.open(tmp_path), "user")
     assert set(found) == {"single_p50_us", "single_p99_us", "hundred_p50_us", "hundred_p99_us"}
@@ -134,7 +132,7 @@ def test_look_ups_are_timed(tmp_path: Path) -> None:
         ("user_id,text\nu1, \n", Facts("empty")),
     ],
 )
-def test_texts_that_cannot_be_features_are_named(tmp_path: Path, rows: str, facts: Facts) -> None:
+def test_rejects_invalid_texts(tmp_path: Path, rows: str, facts: Facts) -> None:
     path = tmp_path / "texts.csv"
     path.write_text(rows, encoding="utf-8")
     with raises(DataError, facts):

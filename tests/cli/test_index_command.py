@@ -1,4 +1,4 @@
-"""`llmrec index` on a made table, and the index of a run folder."""
+"""`llmrec index` on a small table, and the index of a run folder."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from llmrec.report import index_summary
 from tests.facts import Facts, raises
 
 KINDS = ("Tools > Saws", "Tools > Drills", "Toys > Blocks", "Toys > Dolls", "Books > Maps")
-SCHEMES = ("title", "random", "sequential", "token", "collaborative", "category")
+SCHEMES = ("title", "token", "collaborative", "category")
 SMALL = {"collaborative": ("index.collaborative.clusters=3", "index.collaborative.leaf=6")}
 
 
 @pytest.fixture
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A table of 25 items in five kinds, two of them of one title, and its recipe, in a working folder of their own."""
+    """A table of 25 items of five kinds, two with the same title, and its recipe; the working folder is theirs."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LLMREC_CACHE", str(tmp_path / "cache"))
     rows = [(user, (user * 5 + k * (1 + user % 3)) % 25, 100 * user + k) for user in range(20) for k in range(6)]
@@ -53,13 +53,13 @@ eval: {candidates: {count: 5}}
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_every_scheme_is_written_and_told(recipe: Path, scheme: str) -> None:
+def test_scheme_is_written_and_printed(recipe: Path, scheme: str) -> None:
     overrides = [f"index.scheme={scheme}", *SMALL.get(scheme, ())]
     done = CliRunner().invoke(app, ["index", str(recipe), *overrides, "--out", "made"])
     assert done.exit_code == 0, done.output
     index, loaded = ItemIndex.load(Path("made")), load_recipe(recipe, overrides)
-    whole = build_study(loaded).index
-    assert whole is not None and index.digest == whole.digest
+    complete = build_study(loaded).index
+    assert complete is not None and index.digest == complete.digest
     assert f"index {scheme} of" in done.stdout and "made/index.html" in done.stdout
     assert ("perplexity" in done.stdout) is bool(index.tokens)
     shown = done.stdout.partition("examples\n")[2].partition("written\n")[0].splitlines()
@@ -75,19 +75,13 @@ def test_every_scheme_is_written_and_told(recipe: Path, scheme: str) -> None:
     }  # fmt: skip
 
 
-def test_shared_titles_are_counted(recipe: Path) -> None:
-    made = index_report.index(load_recipe(recipe))
-    assert made.found.collisions == 2 / 25
-    assert index_summary.key_figures(made.found)["Items with a duplicate ID before repair"] == "8 %"
+def test_counts_shared_titles(recipe: Path) -> None:
+    result = index_report.index(load_recipe(recipe))
+    assert result.found.collisions == 2 / 25
+    assert index_summary.key_figures(result.found)["Items with a duplicate ID before repair"] == "8 %"
 
 
-def test_it_lies_in_the_run_folder_and_is_written_again(recipe: Path) -> None:
-    for _ in range(2):
-        assert CliRunner().invoke(app, ["index", str(recipe)]).exit_code == 0
-    assert Path("runs/shop/index/index.html").is_file()
-
-
-def test_the_second_table_holds_out_pairs_too(recipe: Path) -> None:
+def test_held_out_pairs_of_the_review_table(recipe: Path) -> None:
     text = recipe.read_text(encoding="utf-8")
     data = text[text.index("data:") : text.index("tasks:")]
     recipe.write_text(
@@ -103,7 +97,7 @@ def test_the_second_table_holds_out_pairs_too(recipe: Path) -> None:
     assert indexed.data.fingerprint == study.data.fingerprint and indexed.index.digest == study.index.digest
 
 
-def test_items_that_are_asked_for_come_first_with_those_nearest(recipe: Path) -> None:
+def test_requested_items_come_first(recipe: Path) -> None:
     overrides = ["index.scheme=collaborative", *SMALL["collaborative"]]
     done = CliRunner().invoke(app, ["index", str(recipe), *overrides, "--items", "i7, i3", "--out", "made"])
     assert done.exit_code == 0, done.output
@@ -115,16 +109,13 @@ def test_items_that_are_asked_for_come_first_with_those_nearest(recipe: Path) ->
     unknown = CliRunner().invoke(app, ["index", str(recipe), *overrides, "--items", "i99", "--out", "none"])
     assert isinstance(unknown.exception, DataError) and "'i99'" in str(unknown.exception)
     assert not Path("none").exists()
-
-
-def test_a_recipe_without_an_index_is_told_how_to_have_one(recipe: Path) -> None:
     done = CliRunner().invoke(app, ["index", str(recipe), "index=null"])
     assert isinstance(done.exception, RecipeError)
     assert "recipe shop has no section index" in str(done.exception)
     assert "'index={scheme: semantic}'" in str(done.exception)
 
 
-def test_no_other_folder_is_replaced(recipe: Path) -> None:
+def test_only_index_folders_are_replaced(recipe: Path) -> None:
     precious = recipe.parent / "mine"
     precious.mkdir()
     (precious / "notes.txt").write_text("mine", encoding="utf-8")
@@ -134,9 +125,12 @@ def test_no_other_folder_is_replaced(recipe: Path) -> None:
     assert (precious / "notes.txt").read_text(encoding="utf-8") == "mine"
     (recipe.parent / "empty").mkdir()
     assert index_report.index(load_recipe(recipe), recipe.parent / "empty").page.is_file()
+    for _ in range(2):
+        assert CliRunner().invoke(app, ["index", str(recipe)]).exit_code == 0
+    assert Path("runs/shop/index/index.html").is_file()
 
 
-def test_texts_are_shown_without_control_characters(recipe: Path) -> None:
+def test_control_characters_are_escaped(recipe: Path) -> None:
     text = Path("shop.csv").read_text(encoding="utf-8").replace("Thing 7", "\x1b[31mThing\u202e 7")
     Path("shop.csv").write_text(text, encoding="utf-8")
     done = CliRunner().invoke(app, ["index", str(recipe), "index.scheme=token", "--items", "i7"])
@@ -144,25 +138,15 @@ def test_texts_are_shown_without_control_characters(recipe: Path) -> None:
     assert "[U+001B][31mThing" in done.stdout
 
 
-# --------------------------------------------------------------------------- in a run
-
-
-def test_a_run_keeps_its_index_with_its_page(recipe: Path, tmp_path: Path) -> None:
-    study = build_study(load_recipe(recipe, ["index.scheme=random"]))
-    folder = tmp_path / "run"
+def test_index_of_a_run_is_kept_or_replaced(recipe: Path, tmp_path: Path) -> None:
+    folder, study = tmp_path / "run", build_study(load_recipe(recipe, ["index.scheme=random"]))
     index_report.write_run(study, folder)
-    assert study.index is not None
-    assert ItemIndex.load(folder / "index").digest == study.index.digest
+    assert study.index is not None and ItemIndex.load(folder / "index").digest == study.index.digest
     assert "Report of the run" in (folder / "report" / "item-index.html").read_text(encoding="utf-8")
     assert index_summary.line(folder).startswith("scheme random; 25 items")
     stamp = (folder / "index" / "index.json").stat().st_ino
     index_report.write_run(study, folder)
-    assert (folder / "index" / "index.json").stat().st_ino == stamp, "an index that is there is left as it is"
-
-
-def test_another_recipe_leaves_no_page_of_the_one_before(recipe: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    index_report.write_run(build_study(load_recipe(recipe, ["index.scheme=random"])), folder)
+    assert (folder / "index" / "index.json").stat().st_ino == stamp, "an existing index is not written again"
     index_report.write_run(build_study(load_recipe(recipe, ["index.scheme=token"])), folder)
     assert ItemIndex.load(folder / "index").scheme == "token"
     assert index_summary.line(folder).startswith("scheme token")

@@ -31,26 +31,26 @@ def test_two_processes_answer_once_and_go_on_after_one_was_killed(llama_folder: 
         time.sleep(0.05)
     (second,) = (each for each in psutil.Process(killed.pid).children() if each.environ().get("RANK") == "1")
     second.send_signal(signal.SIGKILL)
-    _, said = killed.communicate(timeout=300)
-    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    _, stderr = killed.communicate(timeout=300)
+    errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
     assert killed.returncode == 2
     assert "process 1 of 2 was ended by SIGKILL" in errors[-1]
-    assert "Traceback" not in said
+    assert "Traceback" not in stderr
     assert len(errors) <= 2
     assert not (out / "train.json").exists()
-    whole = started(str(llama_folder), out, "--json")
-    answered, said = whole.communicate(timeout=300)
-    assert whole.returncode == 0, said
-    told = json.loads(answered)["training"]
-    assert (told["processes"], told["distributed"], told["steps"]) == (2, "MULTI_CPU", 6)
-    assert "training: 2 processes, MULTI_CPU (gloo)" in said
+    resumed = started(str(llama_folder), out, "--json")
+    stdout, stderr = resumed.communicate(timeout=300)
+    assert resumed.returncode == 0, stderr
+    training = json.loads(stdout)["training"]
+    assert (training["processes"], training["distributed"], training["steps"]) == (2, "MULTI_CPU", 6)
+    assert "training: 2 processes, MULTI_CPU (gloo)" in stderr
 
 
 def test_what_is_wrong_is_said_once(tmp_path: Path) -> None:
     wrong = started(str(tmp_path / "nowhere"), tmp_path / "run")
-    answered, said = wrong.communicate(timeout=300)
+    stdout, stderr = wrong.communicate(timeout=300)
     assert wrong.returncode == 2
-    assert answered == ""
-    lines = [line for line in said.splitlines() if not line.startswith(("data:", "model:"))]
-    assert len(lines) == 1, said
+    assert stdout == ""
+    lines = [line for line in stderr.splitlines() if not line.startswith(("data:", "model:"))]
+    assert len(lines) == 1, stderr
     assert "nowhere does not exist" in lines[0]

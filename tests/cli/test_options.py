@@ -25,31 +25,42 @@ FILES = {"model": "m", "requests": Path("a.jsonl"), "out": Path("b.csv")}
 
 def handed(*arguments: str) -> RankOptions | str:
     """Return the record that a command is handed, or what the command line says instead."""
-    found: list[RankOptions] = []
+    result: list[RankOptions] = []
 
     def rank(options: RankOptions) -> None:
-        found.append(options)
+        result.append(options)
 
     done = CliRunner().invoke(app_of({"rank": rank}), arguments)
-    return found[0] if found else done.output
+    return result[0] if result else done.output
 
 
-def test_what_is_not_given_is_the_records_own_default() -> None:
+def test_default_options() -> None:
     assert handed(*NEEDED) == RankOptions(**FILES)
 
 
 def test_every_option_reaches_its_field() -> None:
-    given = ["--items", "i.csv", "--task", "direct", "--template", "t", "--candidates", "all", "--strategy", "search"]
-    given += ["--beams", "3", "--exact", "--set", "depth=2", "--set", "window=3", "--retrieve", "knn", "--k", "4"]
-    given += ["--fuse", "model", "--baseline", "markov", "--recipe", "r.yaml", "--form", "long"]
-    given += ["--rationale", "5", "--backend", "openai", "--server-url", "u", "--server-url", "v"]
-    given += ["--server-model", "s"]
-    given += ["--server-key-env", "K", "--top", "6", "--batch", "7", "--noun", "films", "--max-length", "80"]
-    given += ["--dtype", "float32", "--limit", "8", "--shard", "1/2", "--restart", "--all-users", "--to", "x.db"]
-    given += ["--by", "fusion"]
-    given += ["--gpu-memory", "0.5", "--tensor-parallel", "2", "--enforce-eager"]
-    given += ["--ray", "local", "--actors", "2", "--cpus", "0.5", "--gpus", "3", "--shards", "9"]
-    wanted = RankOptions(
+    arguments = [
+        "--items",
+        "i.csv",
+        "--task",
+        "direct",
+        "--template",
+        "t",
+        "--candidates",
+        "all",
+        "--strategy",
+        "search",
+    ]
+    arguments += ["--beams", "3", "--exact", "--set", "depth=2", "--set", "window=3", "--retrieve", "knn", "--k", "4"]
+    arguments += ["--fuse", "model", "--baseline", "markov", "--recipe", "r.yaml", "--form", "long"]
+    arguments += ["--rationale", "5", "--backend", "openai", "--server-url", "u", "--server-url", "v"]
+    arguments += ["--server-model", "s"]
+    arguments += ["--server-key-env", "K", "--top", "6", "--batch", "7", "--noun", "films", "--max-length", "80"]
+    arguments += ["--dtype", "float32", "--limit", "8", "--shard", "1/2", "--restart", "--all-users", "--to", "x.db"]
+    arguments += ["--by", "fusion"]
+    arguments += ["--gpu-memory", "0.5", "--tensor-parallel", "2", "--enforce-eager"]
+    arguments += ["--ray", "local", "--actors", "2", "--cpus", "0.5", "--gpus", "3", "--shards", "9"]
+    expected = RankOptions(
         **FILES, items=Path("i.csv"), task="direct", template="t", candidates="all", strategy="search", beams=3,
         exact=True, settings=("depth=2", "window=3"), retrieve="knn", k=4, fuse="model", rationale=5, backend="openai",
         server_url=("u", "v"), server_model="s", server_key_env="K", top=6, batch=7, noun="films", max_length=80,
@@ -57,36 +68,36 @@ def test_every_option_reaches_its_field() -> None:
         recipe="r.yaml", form="long", ray="local", actors=2, cpus=0.5, gpus=3.0, shards=9,
         gpu_memory=0.5, tensor_parallel=2, enforce_eager=True,
     )  # fmt: skip
-    assert handed(*NEEDED, *given) == wanted
+    assert handed(*NEEDED, *arguments) == expected
     default = RankOptions(**FILES)
-    same = [name for name in vars(wanted) if getattr(wanted, name) == getattr(default, name)]
+    same = [name for name in vars(expected) if getattr(expected, name) == getattr(default, name)]
     assert sorted(same) == ["model", "out", "requests"]
 
 
 @pytest.mark.parametrize("record", [RankOptions, PredictOptions, ServeOptions, ChatOptions])
-def test_an_engine_has_the_same_options_wherever_a_model_is_opened(record: type[ModelOptions]) -> None:
-    wanted, found = (get_type_hints(kind, include_extras=True) for kind in (ModelOptions, record))
+def test_model_options_are_the_same_in_all_commands(record: type[ModelOptions]) -> None:
+    expected, result = (get_type_hints(kind, include_extras=True) for kind in (ModelOptions, record))
     # A service and a conversation name the model without an option.
-    assert {name: found[name] for name in wanted if name != "model"} == {
-        name: hint for name, hint in wanted.items() if name != "model"
+    assert {name: result[name] for name in expected if name != "model"} == {
+        name: hint for name, hint in expected.items() if name != "model"
     }
     defaults = [{field.name: field.default for field in fields(kind)} for kind in (ModelOptions, record)]
-    assert {name: defaults[1][name] for name in wanted if name != "model"} == {
+    assert {name: defaults[1][name] for name in expected if name != "model"} == {
         name: value for name, value in defaults[0].items() if name != "model"
     }
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("arguments", "message"),
     [
         ([*NEEDED, "--batch", "0"], "Invalid value for '--batch'"),
         ([*NEEDED, "--max-length", "15"], "Invalid value for '--max-length'"),
         ([*NEEDED, "--no-exact"], "No such option"),
     ],
 )
-def test_what_cannot_be_is_refused(given: list[str], said: str) -> None:
-    found = handed(*given)
-    assert isinstance(found, str) and said in found
+def test_rejects_invalid_values(arguments: list[str], message: str) -> None:
+    result = handed(*arguments)
+    assert isinstance(result, str) and message in result
 
 
 COMMAND = '''
@@ -99,26 +110,26 @@ from llmrec.cli.console import say, store_facts
 
 @dataclass(frozen=True, kw_only=True)
 class GreetOptions:
-    """A name, and how it is called."""
+    """A name."""
 
     name: Annotated[str, About(argument=True, metavar="NAME", help="Whose.")]
     loud: Annotated[bool, About(help="In capitals.")] = False
 
 
 def greet(options: GreetOptions) -> None:
-    """Greet somebody."""
+    """Greet a user."""
     text = f"hello {options.name}"
     store_facts(greeting=text)
     say(text.upper() if options.loud else text)
 '''
 
 
-def test_a_command_is_a_module_and_an_entry_of_the_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_command_is_a_module_and_a_registry_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "greeting_command.py").write_text(COMMAND, encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
-    added = {**registry.COMMANDS, "greet": Command("greeting_command:greet", "Data", "Greet somebody.")}
+    added = {**registry.COMMANDS, "greet": Command("greeting_command:greet", "Data", "Greet a user.")}
     for module in (registry, main):
         monkeypatch.setattr(module, "COMMANDS", added)
     listed = CliRunner().invoke(main.app, ["--help"]).output
-    assert "greet         Greet somebody.\n" in listed
+    assert "greet         Greet a user.\n" in listed
     assert CliRunner().invoke(main.app, ["greet", "Ada", "--loud"]).output == "HELLO ADA\n"

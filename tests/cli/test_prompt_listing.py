@@ -1,4 +1,4 @@
-"""`llmrec prompts`: a list of what a recipe does with each template, rows of any of them, and two side by side."""
+"""`llmrec prompts`: the list of templates, rows of any template, and the diff of two."""
 
 from __future__ import annotations
 
@@ -36,64 +36,48 @@ def study() -> Study:
 
 
 def block(study: Study, name: str) -> str:
-    """What the list says of one template, with single spaces."""
+    """The entry of one template in the list, with single spaces."""
     return " ".join(" ".join(lines(study, [find(study, name)])).split())
 
 
-# --------------------------------------------------------------------------- the list
-
-
-def test_the_list_has_every_template_once_and_fits_a_terminal(study: Study) -> None:
+def test_lists_have_every_template_and_fit_a_terminal(study: Study) -> None:
     listed = list(lines(study, named(study)))
     for known in study.templates.values():
         for template in known.values():
             assert sum(line.startswith(f"  {template.id} ") for line in listed) == 1
     assert max(map(len, listed)) <= WIDTH
-
-
-def test_the_short_list_names_every_template_and_says_which_are_used(study: Study) -> None:
-    told = list(prompts.names(study))
-    words = " ".join(" ".join(told).replace(",", " ").split()).split()
+    short = list(prompts.names(study))
+    words = " ".join(short).replace(",", " ").split()
     for known in study.templates.values():
         for template in known.values():
             assert template.name in words or template.id in words
-    assert ["rating/rate-next", "trained", "on,", "evaluated", "with"] in [line.split() for line in told]
-    assert ["rating/judge-one", "evaluated", "with"] in [line.split() for line in told]
-    assert max(map(len, told)) <= WIDTH and len(told) < 40
+    assert ["rating/judge-one", "evaluated", "with"] in [line.split() for line in short]
+    assert max(map(len, short)) <= WIDTH and len(short) < 40
 
 
-def test_the_list_says_what_is_trained_on_and_asked_with(study: Study) -> None:
+def test_entries_of_the_list(study: Study) -> None:
     assert block(study, "rate-next").startswith(
         "rating templates rating/rate-next version 1, seen, chat, trained on, evaluated with shows noun, scale_low"
     )
     assert "version 1, unseen, chat, evaluated with shows" in block(study, "judge-one")
     assert "version 1, seen, list shows" in block(study, "list-ratings")
     assert "named, chat, set m6 shows" in block(study, "m6-rate")
-
-
-def test_the_list_says_what_a_template_shows_and_writes(study: Study) -> None:
-    told = block(study, "m6-rate")
+    output = block(study, "m6-rate")
     for field in ("user_stats.count", "history.title", "history.rating", "item_stats.mean", "item.title"):
-        assert field in told
-    assert told.endswith("writes rating")
+        assert field in output
+    assert output.endswith("writes rating")
     assert "leak where there is a rating" in block(study, "with-rating")
-
-
-def test_a_template_that_cannot_be_used_says_why(study: Study) -> None:
     assert "cannot be used here: it shows item codes, but there is no index" in block(study, "next-code")
     missing = block(study, "name-title-headline")
     assert "needs reviews" in missing and "cannot be used here: it shows parts of reviews" in missing
     assert "cannot be used" not in block(study, "m6-rate")
-
-
-def test_fields_name_the_list_that_a_loop_is_over() -> None:
     by_taste = load_templates("ctr")["by-taste"]
     assert fields(by_taste, "user") == ["noun", "liked.title", "disliked.title", "item.title", "fields.value"]
     assert fields(by_taste, "target") == ["answer"]
     assert fields(by_taste, "system") == []
 
 
-def test_names_and_sets_narrow_it(study: Study) -> None:
+def test_filter_by_names_and_sets(study: Study) -> None:
     assert [t.id for t in named(study, ["rating/m6-rate", "plain"])] == ["rating/m6-rate", "explanation/plain"]
     chosen = named(study, ["rate-next"], ["m6"])
     assert {t.set for t in chosen} == {"", "m6"} and chosen[0].id == "rating/rate-next"
@@ -106,24 +90,16 @@ def test_names_and_sets_narrow_it(study: Study) -> None:
         (["rate-nxt"], [], ("rate-nxt", "did you mean 'rate-next'")),
         (["one-history"], [], ("choose one of", "rating/one-history", "sequential/one-history")),
         (["ctr/by-taste"], [], ("no task 'ctr'", "rating, ")),
-        ([], ["m-6"], ("unknown template set 'm-6'", "did you mean 'm6'", "sets of this recipe are de, m6")),
+        ([], ["m-6"], ("unknown template set 'm-6'", "did you mean 'm6'")),
     ],
 )
-def test_unknown_names_are_refused(study: Study, names: list[str], sets: list[str], parts: tuple[str, ...]) -> None:
+def test_rejects_unknown_names(study: Study, names: list[str], sets: list[str], parts: tuple[str, ...]) -> None:
     with pytest.raises(RecipeError) as caught:
         named(study, names, sets)
     assert all(part in str(caught.value) for part in parts)
 
 
-# --------------------------------------------------------------------------- rows of any template
-
-
-def test_a_template_that_is_trained_on_is_rendered_as_it_trains(study: Study) -> None:
-    trained = islice(study.training_tasks["rating"].examples("train"), 20)
-    assert list(islice(rows(study, find(study, "rate-next")), 20)) == list(trained)
-
-
-def test_rows_of_templates_that_are_not_trained_on(study: Study, encoder: Encoder) -> None:
+def test_rows_of_templates(study: Study, encoder: Encoder) -> None:
     templates = [find(study, name) for name in ("m6-rate", "judge-one", "next-code", "m6-choose", "whether-name-title")]
     named_one, unseen, coded, labelled, learned = (rendered(study, encoder, template) for template in templates)
     assert named_one.startswith("[rating/m6-rate, not trained on here]\n") and "«" in named_one
@@ -131,11 +107,13 @@ def test_rows_of_templates_that_are_not_trained_on(study: Study, encoder: Encode
     assert coded.startswith("[sequential/next-code, not trained on here] cannot be used here: it shows item\n")
     assert "«" not in coded
     assert labelled.startswith("[direct/m6-choose, not trained on here]\n") and "On offer:" in labelled
-    # It is learned and never asked with.
+    # Only training uses it.
     assert learned.startswith("[rating/whether-name-title, not trained on here]\n") and "«" in learned
+    trained = islice(study.training_tasks["rating"].examples("train"), 20)
+    assert list(islice(rows(study, find(study, "rate-next")), 20)) == list(trained)
 
 
-def test_a_template_that_does_not_fit_the_recipe_says_why(encoder: Encoder) -> None:
+def test_template_that_does_not_fit_has_a_reason(encoder: Encoder) -> None:
     summary = build_study(
         load_recipe("recipes/movielens-100k/four-tasks.yaml", [*SETTINGS[:-1], "tasks.rating.past=summary"])
     )
@@ -143,59 +121,40 @@ def test_a_template_that_does_not_fit_the_recipe_says_why(encoder: Encoder) -> N
     assert "cannot be rendered here: tasks: past=summary" in " ".join(text.split())
 
 
-# --------------------------------------------------------------------------- two templates
-
-
-def test_the_diff_shows_parts_and_the_prompt_of_one_event(study: Study, encoder: Encoder) -> None:
-    told = list(prompts.compare(study, encoder, "rate-next", "m6-rate"))
-    assert told[:2] == ["- rating/rate-next", "+ rating/m6-rate"]
-    assert "use: seen -> named" in told and "set: none -> m6" in told
-    assert "the same in both: version, shape, target" in told
-    assert any(line.startswith("  - Predict how a user rates") for line in told)
-    prompt = told[[line.startswith("The prompt of a training example") for line in told].index(True) :]
+def test_diff_of_parts_and_of_a_prompt(study: Study, encoder: Encoder) -> None:
+    output = list(prompts.compare(study, encoder, "rate-next", "m6-rate"))
+    assert output[:2] == ["- rating/rate-next", "+ rating/m6-rate"]
+    assert "use: seen -> named" in output and "set: none -> m6" in output
+    assert "the same in both: version, shape, target" in output
+    assert any(line.startswith("  - Predict how a user rates") for line in output)
+    prompt = output[[line.startswith("The prompt of a training example") for line in output].index(True) :]
     assert any(line.startswith("  - What rating does") for line in prompt)
     assert any(line.startswith("  + To be rated: ") for line in prompt)
     assert sum("«" in line for line in prompt) == 1
-    assert max(map(len, told)) <= WIDTH + 4
+    assert max(map(len, output)) <= WIDTH + 4
 
 
-def test_a_list_and_a_chat_meet_at_one_event(study: Study, encoder: Encoder) -> None:
-    left, right = find(study, "list-ratings"), find(study, "rate-next")
-    pair = prompts._same_event(study, left, right)
-    assert pair is not None
-    one, other = pair
-    assert (one.template, other.template) == ("rating/list-ratings", "rating/rate-next")
-    assert one.pairs[-1] == other.pairs[-1]
-    assert one.answer[-1].text.strip() == other.answer[-1].text
-
-
-def test_templates_that_cannot_be_rendered_are_compared_by_source(study: Study, encoder: Encoder) -> None:
-    told = " ".join(" ".join(prompts.compare(study, encoder, "next-title", "next-code")).split())
-    assert "The prompts are not compared: sequential/next-code shows item codes" in told
-    assert "target - {{ item.title }} + {{ item.code }}" in told
+def test_diff_of_sources_without_prompts(study: Study, encoder: Encoder) -> None:
+    output = " ".join(" ".join(prompts.compare(study, encoder, "next-title", "next-code")).split())
+    assert "The prompts are not compared: sequential/next-code shows item codes" in output
+    assert "target - {{ item.title }} + {{ item.code }}" in output
     with raises(RecipeError, Facts("contradiction", says=("rating/rate-next", "sequential/next-title"))):
         list(prompts.compare(study, encoder, "rate-next", "next-title"))
 
 
-def test_a_template_beside_itself_differs_in_nothing(study: Study, encoder: Encoder) -> None:
-    told = list(prompts.compare(study, encoder, "rate-next", "rate-next"))
-    assert not any(line.startswith(("  - ", "  + ")) for line in told)
-    assert "  the same in both" in told
-
-
-def test_a_template_beside_what_a_run_trained_with(study: Study, encoder: Encoder, tmp_path: Path) -> None:
+def test_diff_with_the_template_of_a_run(study: Study, encoder: Encoder, tmp_path: Path) -> None:
     (tmp_path / "merged").mkdir()
     with raises(RecipeError, Facts("missing-file", tmp_path, says=bundle.FILE)):
         list(prompts.compare(study, encoder, "rate-next", str(tmp_path)))
     known = study.templates["rating"]
     older = {**known, "rate-next": replace(known["rate-next"], user="Rate {{ item.title }}.", version=7)}
     bundle.write(replace(study, templates={**study.templates, "rating": older}), tmp_path / "merged")
-    told = list(prompts.compare(study, encoder, "rate-next", str(tmp_path)))
-    assert told[:2] == [f"- rating/rate-next, as trained in {tmp_path}", "+ rating/rate-next, as it is now"]
-    assert "version: 7 -> 1" in told and "  - Rate {{ item.title }}." in told
-    assert any(line.startswith("  - Rate ") and "{" not in line for line in told)
+    output = list(prompts.compare(study, encoder, "rate-next", str(tmp_path)))
+    assert output[:2] == [f"- rating/rate-next, as trained in {tmp_path}", "+ rating/rate-next, as it is now"]
+    assert "version: 7 -> 1" in output and "  - Rate {{ item.title }}." in output
+    assert any(line.startswith("  - Rate ") and "{" not in line for line in output)
     # What a run folder does not record is no difference.
-    assert not any(line.startswith(("set:", "leak:")) for line in told)
+    assert not any(line.startswith(("set:", "leak:")) for line in output)
     file = tmp_path / "merged" / bundle.FILE
     stored = json.loads(file.read_text("utf-8"))
     stored["templates"]["rating"] = [t for t in stored["templates"]["rating"] if t["name"] != "rate-next"]
@@ -207,23 +166,20 @@ def test_a_template_beside_what_a_run_trained_with(study: Study, encoder: Encode
         list(prompts.compare(study, encoder, "rate-next", str(tmp_path)))
 
 
-# --------------------------------------------------------------------------- the command
-
-
-def test_the_evaluation_prompts_are_those_of_a_case(encoder: Encoder) -> None:
+def test_evaluation_prompts_of_a_case(encoder: Encoder) -> None:
     strategies = "tasks.direct.strategies=[label, list, pointwise-yes]"
     study = build_study(load_recipe("recipes/movielens-100k/four-tasks.yaml", [*SETTINGS, strategies]))
     shown = evaluated(study, encoder, named(study, ["rate-next", "continue-list", "after-history"]))
     case, task = study.cases("sequential")[0], study.tasks["sequential"]
     for arm, shots in (("zero-shot", 0), ("few-shot", 1)):
         (text,) = shown[f"sequential/{arm}/likelihood/continue-list"]
-        asked = encoder.text(task.prompt(case.request, template="continue-list", shots=shots))
-        assert text.partition("\n")[2] == asked
+        request = encoder.text(task.prompt(case.request, template="continue-list", shots=shots))
+        assert text.partition("\n")[2] == request
     assert "tuned" in shown["sequential/zero-shot/likelihood/continue-list"][0].partition("\n")[0]
-    one, whole, yes = (
+    one, complete, yes = (
         shown[f"direct/zero-shot/{name}/after-history"][0] for name in ("label", "list", "pointwise-yes")
     )
-    assert "Answer with its label." in one and "Order all labels" in whole
+    assert "Answer with its label." in one and "Order all labels" in complete
     assert "Answer Yes or No." in yes and "\nA. " in yes and "\nB. " not in yes
     assert {row.partition("/")[0] for row in shown} == {"sequential", "direct", "rating"}
     with pytest.raises(RecipeError, match="no evaluation prompt to show"):
@@ -243,14 +199,14 @@ def command(*arguments: str) -> str:
     return done.stdout
 
 
-def test_the_command_lists_renders_and_compares(llama_folder: Path) -> None:
+def test_command_lists_renders_and_compares(llama_folder: Path) -> None:
     recipe = ["recipes/movielens-100k/four-tasks.yaml", *SETTINGS, f"model.name={llama_folder}", "model.dtype=float32"]
-    whole = command(*recipe)
-    assert "direct templates\n" in whole and whole.count("\n[") == 4 and "\x1b" not in whole
+    complete = command(*recipe)
+    assert "direct templates\n" in complete and complete.count("\n[") == 4 and "\x1b" not in complete
     alone = command(*recipe, "--template", "rate-next", "--set", "m6")
     assert alone.count("[rating/m6-rate, not trained on here]\n") == alone.count("[rating/rate-next]\n") == 1
     assert "rating/list-ratings" not in alone
-    asked = command(*recipe, "--eval", "-t", "rating/rate-next")
-    assert asked.startswith("[rating/zero-shot/expected/rate-next, ") and "«" not in asked
+    request = command(*recipe, "--eval", "-t", "rating/rate-next")
+    assert request.startswith("[rating/zero-shot/expected/rate-next, ") and "«" not in request
     compared = command(*recipe, "--diff", "rate-next", "m6-rate")
     assert compared.startswith("- rating/rate-next\n+ rating/m6-rate\n")

@@ -39,7 +39,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def asked(recipe: Path, requests: Path, out: Path, **changes: Any) -> RankOptions:
+def options_of(recipe: Path, requests: Path, out: Path, **changes: Any) -> RankOptions:
     values: dict[str, Any] = {"baseline": "markov"}
     return RankOptions(recipe=str(recipe), requests=requests, out=out, **values | changes)
 
@@ -61,15 +61,12 @@ def records_of(cases: Sequence[Case]) -> list[dict[str, Any]]:
     ]
 
 
-# --------------------------------------------------------------------------- the same lists everywhere
-
-
-def test_lists_are_those_of_the_evaluation_with_the_recipes_parameters(recipe: Path, tmp_path: Path) -> None:
+def test_lists_equal_those_of_the_evaluation(recipe: Path, tmp_path: Path) -> None:
     study = build_study(load_recipe(str(recipe)))
     cases = study.cases("sequential")[:12]
     requests = records_of(cases)
-    rank_file(asked(recipe, jsonl(tmp_path / "in.jsonl", requests), tmp_path / "out.jsonl"))
-    found = ranked(lines(tmp_path / "out.jsonl"))
+    rank_file(options_of(recipe, jsonl(tmp_path / "in.jsonl", requests), tmp_path / "out.jsonl"))
+    result = ranked(lines(tmp_path / "out.jsonl"))
     models = [
         make("markov", parameters, seed=study.recipe.seed)
         for parameters in (study.baselines("sequential")[0].parameters, {})
@@ -77,12 +74,14 @@ def test_lists_are_those_of_the_evaluation_with_the_recipes_parameters(recipe: P
     answers = []
     for model in models:
         model.fit(study.data)
-        said = model.answer([case.request for case in cases])
-        answers.append([list(zip(each.items, each.scores, strict=True)) for each in said if isinstance(each, Ranking)])
-    assert found == answers[0] and found != answers[1]
+        output = model.answer([case.request for case in cases])
+        answers.append(
+            [list(zip(each.items, each.scores, strict=True)) for each in output if isinstance(each, Ranking)]
+        )
+    assert result == answers[0] and result != answers[1]
 
 
-def test_lists_are_those_of_python_and_a_service(llama_folder: Path, tmp_path: Path) -> None:
+def test_lists_equal_those_of_the_loaded_recommender(llama_folder: Path, tmp_path: Path) -> None:
     run = toy_run(llama_folder, tmp_path / "run")
     requests = [
         {"id": "known", "user_id": "u01"},
@@ -93,40 +92,39 @@ def test_lists_are_those_of_python_and_a_service(llama_folder: Path, tmp_path: P
         {"id": "nobody", "user_id": "nobody"},
     ]
     file = jsonl(tmp_path / "in.jsonl", requests)
-    summary = rank_file(asked(run, file, tmp_path / "out.jsonl", baseline="item-knn", top=4))
+    summary = rank_file(options_of(run, file, tmp_path / "out.jsonl", baseline="item-knn", top=4))
     rows = lines(tmp_path / "out.jsonl")
     assert (summary["ranked"], summary["failed"], summary["baseline"]) == (6, 0, "item-knn")
     with llmrec.load(str(run), models=["item-knn"]) as rec:
         for row, request in zip(rows, requests, strict=True):
-            told = {{"user_id": "user"}.get(key, key): value for key, value in request.items()}
-            wanted = rec.rank(**told, k=4)
+            output = {{"user_id": "user"}.get(key, key): value for key, value in request.items()}
+            expected = rec.rank(**output, k=4)
             assert list(zip(row["items"], row["titles"], row["scores"], strict=True)) == [
-                (each.item_id, each.title, each.score) for each in wanted
+                (each.item_id, each.title, each.score) for each in expected
             ]
     assert "of this user in the data" in rows[0]["notes"][0]
     assert "no history" in rows[5]["notes"] and rows[5]["items"] == rows[2]["items"]
 
 
-def test_every_kind_of_file_may_leave_candidates_out(recipe: Path, tmp_path: Path) -> None:
+def test_requests_without_candidates_in_csv_and_parquet(recipe: Path, tmp_path: Path) -> None:
     frame = pl.DataFrame({"id": ["a", "b"], "user_id": ["u01", None], "history": [None, '["k01"]']})
     frame.write_csv(tmp_path / "in.csv")
     frame.write_parquet(tmp_path / "in.parquet")
-    frame.write_csv(tmp_path / "in.tsv", separator="\t")
-    found = []
-    for suffix in ("csv", "tsv", "parquet"):
-        rank_file(asked(recipe, tmp_path / f"in.{suffix}", tmp_path / suffix / "out.jsonl", top=3))
-        found.append(ranked(lines(tmp_path / suffix / "out.jsonl")))
-    assert found[0] == found[1] == found[2] and [len(each) for each in found[0]] == [3, 3]
+    result = []
+    for suffix in ("csv", "parquet"):
+        rank_file(options_of(recipe, tmp_path / f"in.{suffix}", tmp_path / suffix / "out.jsonl", top=3))
+        result.append(ranked(lines(tmp_path / suffix / "out.jsonl")))
+    assert result[0] == result[1] and [len(each) for each in result[0]] == [3, 3]
 
 
-def test_the_whole_catalogue_leaves_candidates_aside(recipe: Path, tmp_path: Path) -> None:
+def test_whole_catalogue_ignores_candidates(recipe: Path, tmp_path: Path) -> None:
     file = jsonl(tmp_path / "in.jsonl", [{"id": "a", "history": ["k01"], "candidates": ["k02"]}])
-    rank_file(asked(recipe, file, tmp_path / "out.jsonl", candidates="all"))
+    rank_file(options_of(recipe, file, tmp_path / "out.jsonl", candidates="all"))
     (row,) = lines(tmp_path / "out.jsonl")
     assert len(row["items"]) == 20 and "k01" not in row["items"] and "ignored" in row["notes"][0]
 
 
-def test_every_user_gets_a_list_without_a_run(recipe: Path, tmp_path: Path) -> None:
+def test_lists_of_all_users_without_a_run(recipe: Path, tmp_path: Path) -> None:
     read = {}
     for name in ("all.csv", "all.run", "all.inter"):
         options = RankOptions(baseline="markov", recipe=str(recipe), all_users=True, to=str(tmp_path / name), limit=3)
@@ -140,7 +138,7 @@ def test_every_user_gets_a_list_without_a_run(recipe: Path, tmp_path: Path) -> N
     assert read["all.run"].select(pl.nth(0, 2, 3, 4)).rows() == lists.rows()
 
 
-def test_a_database_by_its_address(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_writes_to_a_database_url(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     for address in ("sqlite:///../lists.db", f"sqlite:///{tmp_path}/lists"):
@@ -152,11 +150,13 @@ def test_a_database_by_its_address(recipe: Path, tmp_path: Path, monkeypatch: py
 SUMMARIES = ("lists.db.summary.json", "lists.summary.json")
 
 
-@pytest.mark.parametrize("form", ["all-users", "long", "records"])
-def test_no_spreadsheet_runs_an_id_or_a_title(tmp_path: Path, form: str) -> None:
+@pytest.mark.parametrize("form", ["all-users", "records"])
+def test_csv_guards_against_formulas(tmp_path: Path, form: str) -> None:
     hostile = ["=1+1", "+1", "-2+3", "@SUM(1)", "'=1", " =1+1", "plain"]
     items = [f"{mark}I{n}" for n, mark in enumerate(hostile)]
-    rows = [f'"{user}","{items[(place + n) % 7]}",{n + 1}\n' for place, user in enumerate(hostile) for n in range(4)]
+    rows = [
+        f'"{user}","{items[(position + n) % 7]}",{n + 1}\n' for position, user in enumerate(hostile) for n in range(4)
+    ]
     (tmp_path / "events.csv").write_text("user_id,item_id,timestamp\n" + "".join(rows))
     page = tmp_path / "page.yaml"
     page.write_text(
@@ -171,105 +171,80 @@ def test_no_spreadsheet_runs_an_id_or_a_title(tmp_path: Path, form: str) -> None
         file = jsonl(tmp_path / "in.jsonl", requests)
         rank_file(RankOptions(baseline="popularity", recipe=str(page), requests=file, out=out, form=form))
     with out.open(newline="", encoding="utf-8") as stream:
-        head, *found = list(csv.reader(stream))
-    texts = {name: {row[place] for row in found} for place, name in enumerate(head) if name not in ("rank", "score")}
+        head, *result = list(csv.reader(stream))
+    texts = {
+        name: {row[position] for row in result} for position, name in enumerate(head) if name not in ("rank", "score")
+    }
     assert not [cell for column in texts.values() for cell in column if cell.lstrip().startswith(("=", "+", "-", "@"))]
-    users = pl.Series(sorted(texts["user" if form == "long" else "user_id"]))
+    users = pl.Series(sorted(texts["user_id"]))
     assert set(unguarded(users)) == set(hostile)
 
 
-# --------------------------------------------------------------------------- forms
-
-
-def test_forms_say_the_same(recipe: Path, tmp_path: Path) -> None:
+def test_forms_have_the_same_lists(recipe: Path, tmp_path: Path) -> None:
     requests = [{"id": "a", "user_id": "u01"}, {"id": "b", "history": ["k01"]}, {"id": "bad", "candidates": []}]
     file = jsonl(tmp_path / "in.jsonl", requests)
-    rank_file(asked(recipe, file, tmp_path / "out.jsonl", top=3))
+    rank_file(options_of(recipe, file, tmp_path / "out.jsonl", top=3))
     names = ["u01", "b"]
-    wanted = [
-        (user, item, place, score)
+    expected = [
+        (user, item, position, score)
         for user, row in zip(names, lines(tmp_path / "out.jsonl"), strict=False)
-        for place, (item, score) in enumerate(zip(row["items"], row["scores"], strict=True), start=1)
+        for position, (item, score) in enumerate(zip(row["items"], row["scores"], strict=True), start=1)
     ]
-    for name in ("long.csv", "long.tsv", "long.parquet", "long.jsonl"):
-        rank_file(asked(recipe, file, tmp_path / name, top=3, form="long"))
-    read = {
-        "long.csv": pl.read_csv(tmp_path / "long.csv"),
-        "long.tsv": pl.read_csv(tmp_path / "long.tsv", separator="\t"),
-        "long.parquet": pl.read_parquet(tmp_path / "long.parquet"),
-        "long.jsonl": pl.read_ndjson(tmp_path / "long.jsonl"),
-    }
-    for frame in read.values():
-        assert frame.columns == ["user", "item", "rank", "score"] and frame.rows() == wanted
-    rank_file(asked(recipe, file, tmp_path / "tools.csv", top=3, form="rectools"))
-    tools = pl.read_csv(tmp_path / "tools.csv")
-    assert tools.columns == ["user_id", "item_id", "rank", "score"] and tools.rows() == wanted
-    rank_file(asked(recipe, file, tmp_path / "list.inter", top=3))
+    readers = {"long.csv": pl.read_csv, "long.parquet": pl.read_parquet, "long.jsonl": pl.read_ndjson}
+    for name, read in readers.items():
+        rank_file(options_of(recipe, file, tmp_path / name, top=3, form="long"))
+        frame = read(tmp_path / name)
+        assert frame.columns == ["user", "item", "rank", "score"] and frame.rows() == expected
+    # A finished file is written again in another form.
+    rank_file(options_of(recipe, file, tmp_path / "long.csv", top=3, form="rectools"))
+    tools = pl.read_csv(tmp_path / "long.csv")
+    assert tools.columns == ["user_id", "item_id", "rank", "score"] and tools.rows() == expected
+    rank_file(options_of(recipe, file, tmp_path / "list.inter", top=3))
     bole = pl.read_csv(tmp_path / "list.inter", separator="\t")
-    assert bole.columns[0] == "user_id:token" and bole.rows() == wanted
-    rank_file(asked(recipe, file, tmp_path / "list.run", top=3))
-    told = [line.split(" ") for line in (tmp_path / "list.run").read_text().splitlines()]
-    assert [(u, i, int(r), float(s)) for u, _, i, r, s, _ in told] == wanted and told[0][5] == "markov"
+    assert bole.columns[0] == "user_id:token" and bole.rows() == expected
+    rank_file(options_of(recipe, file, tmp_path / "list.run", top=3))
+    output = [line.split(" ") for line in (tmp_path / "list.run").read_text().splitlines()]
+    assert [(u, i, int(r), float(s)) for u, _, i, r, s, _ in output] == expected and output[0][5] == "markov"
 
 
-def test_another_form_of_a_finished_file_is_written_again(recipe: Path, tmp_path: Path) -> None:
-    file = jsonl(tmp_path / "in.jsonl", [{"id": "a", "history": ["k01"]}])
-    for form, column in (("auto", "request_id"), ("long", "user")):
-        rank_file(asked(recipe, file, tmp_path / "out.csv", form=form))
-        assert column in pl.read_csv(tmp_path / "out.csv").columns
-
-
-def test_two_lists_of_one_user_cannot_be_told_apart_in_rows(recipe: Path, tmp_path: Path) -> None:
+def test_long_form_rejects_two_lists_of_one_user(recipe: Path, tmp_path: Path) -> None:
     requests = [{"id": "a", "user_id": "u01", "history": ["k01"]}, {"id": "b", "user_id": "u01", "history": ["k02"]}]
     file = jsonl(tmp_path / "in.jsonl", requests)
     with raises(DataError, Facts(kind="duplicate", file=str(file), line=2, column="user_id")):
-        rank_file(asked(recipe, file, tmp_path / "out.csv", form="long"))
-    assert rank_file(asked(recipe, file, tmp_path / "out.csv"))["from_earlier_run"] == 2
+        rank_file(options_of(recipe, file, tmp_path / "out.csv", form="long"))
+    assert rank_file(options_of(recipe, file, tmp_path / "out.csv"))["from_earlier_run"] == 2
 
 
-def test_an_id_with_a_blank_is_no_trec_column(recipe: Path, tmp_path: Path) -> None:
-    file = jsonl(tmp_path / "in.jsonl", [{"id": "a b", "history": ["k01"]}])
-    with raises(DataError, Facts(kind="bad-value", column="user")):
-        rank_file(asked(recipe, file, tmp_path / "out.trec"))
-
-
-def test_the_standard_output_holds_lists_alone(
+def test_stdout_has_only_lists(
     recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = jsonl(tmp_path / "in.jsonl", [{"id": "a", "history": ["k01"]}, {"id": "bad", "candidates": []}])
-    given = ["rank", "--baseline", "markov", "--recipe", str(recipe), "--in", str(file), "--out", "-", "--top", "2"]
+    arguments = ["rank", "--baseline", "markov", "--recipe", str(recipe), "--in", str(file), "--out", "-", "--top", "2"]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["llmrec", *given])
+    monkeypatch.setattr("sys.argv", ["llmrec", *arguments])
     with pytest.raises(SystemExit) as end:
         cli.main()
-    told = capfd.readouterr()
-    rows = [json.loads(line) for line in told.out.splitlines()]
+    output = capfd.readouterr()
+    rows = [json.loads(line) for line in output.out.splitlines()]
     assert end.value.code == 1 and [row["request_id"] for row in rows] == ["a", "bad"]
-    assert len(rows[0]["items"]) == 2 and "ranked" in told.err and sorted(tmp_path.iterdir()) == [file]
-    summary = rank_file(asked(recipe, file, STDOUT, form="trec", top=1))
+    assert len(rows[0]["items"]) == 2 and "ranked" in output.err and sorted(tmp_path.iterdir()) == [file]
+    summary = rank_file(options_of(recipe, file, STDOUT, form="trec", top=1))
     assert capfd.readouterr().out.split()[:2] == ["a", "Q0"] and summary["out"] == "-"
-
-
-# --------------------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize(
     ("changes", "facts"),
     [
         ({"baseline": "markow"}, Facts(kind="unknown-name", column="--baseline")),
-        ({"baseline": "global-mean"}, Facts(kind="unknown-name", column="--baseline")),
         ({"recipe": None}, Facts(kind="missing-key", column="--recipe")),
         ({"model": "runs/quickstart"}, Facts(kind="contradiction", column="--model")),
         ({"strategy": "label"}, Facts(kind="contradiction", column="--strategy")),
         ({"baseline": None, "recipe": None}, Facts(kind="missing-key", column="--model")),
         ({"baseline": None, "model": "runs/quickstart"}, Facts(kind="contradiction", column="--recipe")),
         ({"form": "long", "out": Path("out.trec")}, Facts(kind="contradiction", column="--form")),
-        ({"form": "trec", "out": Path("out.inter")}, Facts(kind="contradiction", column="--form")),
     ],
 )
-def test_what_does_not_go_together_is_refused(
-    recipe: Path, tmp_path: Path, changes: dict[str, Any], facts: Facts
-) -> None:
+def test_rejects_contradicting_options(recipe: Path, tmp_path: Path, changes: dict[str, Any], facts: Facts) -> None:
     file = jsonl(tmp_path / "in.jsonl", [{"id": "a", "history": ["k01"]}])
     values: dict[str, Any] = {"recipe": str(recipe), "baseline": "markov", "out": Path("out.jsonl")} | changes
     out = tmp_path / values.pop("out")

@@ -30,14 +30,9 @@ TITLES = ("Toy Story", "Heat", "Toy Story 2", "Brazil and Jaws")
 
 @pytest.mark.parametrize(
     ("marks", "shown"),
-    [
-        *(("", False), ("not vllm", False), ("not gpu", False), ("slow and not gpu", False)),
-        *(("gpu", True), ("gpu and not vllm", True), ("vllm or gpu", True)),
-    ],
+    [*(("", False), ("not gpu", False), ("slow and not gpu", False)), *(("gpu", True), ("gpu and not vllm", True))],
 )
-def test_the_gpu_is_hidden_unless_its_tests_are_asked_for(
-    marks: str, shown: bool, request: pytest.FixtureRequest
-) -> None:
+def test_gpu_is_hidden_without_gpu_marks(marks: str, shown: bool, request: pytest.FixtureRequest) -> None:
     assert asks_for_gpu(marks) is shown
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == "-1"
     assert hidden or asks_for_gpu(request.config.option.markexpr)
@@ -52,18 +47,18 @@ def backend_on(device: str, folder: Path) -> Backend:
 
 
 @pytest.mark.gpu
-def test_scores_are_those_of_a_cpu(llama_folder: Path) -> None:
+def test_scores_equal_those_of_a_cpu(llama_folder: Path) -> None:
     from tests.contracts.test_backends import PROMPTS
 
     cpu, cuda = (backend_on(device, llama_folder) for device in DEVICES)
-    asked = PROMPTS, [TITLES] * len(PROMPTS)
-    for one, two in zip(cpu.score(*asked), cuda.score(*asked), strict=True):
+    arguments = PROMPTS, [TITLES] * len(PROMPTS)
+    for one, two in zip(cpu.score(*arguments), cuda.score(*arguments), strict=True):
         assert two.logprobs == pytest.approx(one.logprobs, abs=1e-3)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_packed_rows_train_as_on_a_cpu(method: str, llama_folder: Path, tmp_path: Path) -> None:
+def test_packed_training_equals_that_of_a_cpu(method: str, llama_folder: Path, tmp_path: Path) -> None:
     """Under an explicit mask, the path where cuDNN's attention gives gradients that are no numbers."""
     from llmrec.train import lora, sft
     from llmrec.train.batches import plan
@@ -84,16 +79,16 @@ def test_packed_rows_train_as_on_a_cpu(method: str, llama_folder: Path, tmp_path
 
 
 @pytest.mark.gpu
-def test_texts_have_the_vectors_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vectors_of_texts_equal_those_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     on_gpu = text_encoder.encode_texts(tiny_encoder(), TITLES)
     monkeypatch.setattr(text_encoder, "has_cuda", lambda: False)
     assert np.allclose(on_gpu, text_encoder.encode_texts(tiny_encoder(), TITLES), atol=1e-3)
 
 
 @pytest.mark.gpu
-def test_networks_learn_as_on_a_cpu() -> None:
-    found: dict[str, Any] = {device: scores(SASRec, device)[1] for device in DEVICES}
-    assert np.allclose(found["cuda"], found["cpu"], atol=1e-2)
+def test_networks_train_as_on_a_cpu() -> None:
+    result: dict[str, Any] = {device: scores(SASRec, device)[1] for device in DEVICES}
+    assert np.allclose(result["cuda"], result["cpu"], atol=1e-2)
     assert isinstance(neural.SequenceConfig().half, bool)
     x = np.random.default_rng(0).standard_normal((80, 6)).astype(np.float32)
     section = RQVAEIndex(hidden=(10,), dim=4, epochs=3, batch=32)

@@ -1,4 +1,4 @@
-"""`llmrec init` on a made shop: the recipe that it writes, the walk through docs/your-data.md, and hostile names."""
+"""`llmrec init` on tables of a synthetic shop: the recipe, the commands of docs/your-data.md, and hostile names."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def squeezed(line: str) -> str:
 
 
 def assert_in_order(shown: str, real: str) -> None:
-    """Every line that the page shows is printed, in this order; `...` stands for lines left out."""
+    """Every line of the page is printed, in this order; `...` means omitted lines."""
     lines = iter([squeezed(line) for line in real.splitlines()])
     for line in shown.splitlines():
         if line.strip() not in ("...", ""):
@@ -73,7 +73,7 @@ RUN = ("eval.backend=fake", "eval.scorer=fake", "eval.users=4", "eval.bootstrap=
 SMALL = ("train.batch_tokens=512", "train.valid_rows=0", "train.lora.top_layers=1", "model.dtype=float32")
 
 
-def test_every_command_of_the_page_prints_what_the_page_shows(folder: Path, llama_folder: Path) -> None:
+def test_commands_of_the_page_print_what_it_shows(folder: Path, llama_folder: Path) -> None:
     pytest.importorskip("trl", reason="the train extra is not installed")
     pytest.importorskip("rouge_score", reason="the text extra is not installed")
     printed, ran = "", []
@@ -105,10 +105,10 @@ def test_every_command_of_the_page_prints_what_the_page_shows(folder: Path, llam
 # --------------------------------------------------------------------------- the three shops
 
 
-def test_the_written_recipe_is_what_check_reads(folder: Path) -> None:
-    made = init("orders.csv")
-    recipe = load_recipe(made.recipe)
-    assert made.recipe == Path("orders.yaml") and recipe.name == "orders"
+def test_written_recipe_is_valid(folder: Path) -> None:
+    result = init("orders.csv")
+    recipe = load_recipe(result.recipe)
+    assert result.recipe == Path("orders.yaml") and recipe.name == "orders"
     assert recipe.data.columns == Columns(
         user="customer_id",
         item="product_id",
@@ -126,21 +126,18 @@ def test_the_written_recipe_is_what_check_reads(folder: Path) -> None:
     assert "valid" in llmrec("check", "orders.yaml")
 
 
-@pytest.mark.parametrize("name", ["bestellungen.csv", "clicks.csv"])
-def test_other_shapes_walk_from_table_to_results(folder: Path, llama_folder: Path, name: str) -> None:
-    more = ["--mend", "mended.parquet"] if name == "bestellungen.csv" else ["--items", "products.csv"]
-    assert "wrote mine.yaml" in llmrec("init", name, "--name", "mine", *more)
+def test_european_table_from_init_to_results(folder: Path, llama_folder: Path) -> None:
+    assert "wrote mine.yaml" in llmrec("init", "bestellungen.csv", "--name", "mine", "--mend", "mended.parquet")
     assert "recipe mine is valid" in llmrec("check", "mine.yaml")
     out = llmrec("run", "mine.yaml", f"model.name={llama_folder}", "eval.arms=[zero-shot]", *RUN)
     assert "error" not in out.splitlines()[0]
     results = json.loads(Path("runs/mine/results.json").read_text(encoding="utf-8"))
-    tasks = {row["task"] for row in results["rows"]}
-    assert tasks == ({"rating", "sequential", "direct", "explanation"} if name[0] == "b" else {"sequential", "direct"})
+    assert {row["task"] for row in results["rows"]} == {"rating", "sequential", "direct", "explanation"}
     titles = {item.title for item in build_study(load_recipe("mine.yaml")).data.dataset.items.values()}
     assert titles == {product.name for product in shop.products()}
 
 
-def test_the_mended_shop_is_the_plain_shop(folder: Path) -> None:
+def test_repaired_table_equals_the_plain_table(folder: Path) -> None:
     init("orders.csv")
     init("bestellungen.csv", mend=Path("mended.csv"))
     plain, mended = (build_study(load_recipe(name)).data.dataset for name in ("orders.yaml", "bestellungen.yaml"))
@@ -150,7 +147,7 @@ def test_the_mended_shop_is_the_plain_shop(folder: Path) -> None:
     assert Path("again.csv").read_bytes() == before
 
 
-def test_nothing_is_written_over_without_force(folder: Path) -> None:
+def test_never_overwrites_without_force(folder: Path) -> None:
     init("orders.csv")
     Path("orders.yaml").write_text("mine\n", encoding="utf-8")
     assert llmrec("init", "orders.csv").startswith("error: orders.yaml exists")
@@ -173,45 +170,46 @@ def test_nothing_is_written_over_without_force(folder: Path) -> None:
         (["orders.csv", "--name", "a b"], ["'a b'", "letters"]),
         (["orders.csv", "--dates", "dayfirst"], ["did you mean 'day-first'"]),
         (["order.csv"], ["order.csv: file not found (did you mean 'orders.csv'?); give the path of a table"]),
-        (["nowhere/x.csv"], ["nowhere/x.csv: file not found; give"]),
         (["sqlite:///gone.db"], ["gone.db"]),
         (["orders.csv", "--query", "SELECT 1"], ["--query", "not a database"]),
         (["orders.csv", "--items", "sqlite:///shop.db"], ["sqlite:///shop.db", "Parquet"]),
-        (["orders.xlsx"], ["orders.xlsx"]),
         (["bestellungen.csv", "--mend", "x.txt"], ["x.txt", ".parquet"]),
         (["clicks.csv", "--items", "bestellungen.csv"], ["bestellungen.csv", "'product_id'"]),
     ],
 )
-def test_refusals_are_one_paragraph_and_write_nothing(folder: Path, arguments: list[str], parts: list[str]) -> None:
+def test_errors_are_one_paragraph_and_write_nothing(folder: Path, arguments: list[str], parts: list[str]) -> None:
     before = sorted(folder.iterdir())
-    said = llmrec("init", *arguments)
-    assert said.startswith("error: ") and len(said.splitlines()) == 1
+    output = llmrec("init", *arguments)
+    assert output.startswith("error: ") and len(output.splitlines()) == 1
     for part in parts:
-        assert part in said
+        assert part in output
     assert sorted(folder.iterdir()) == before
 
 
-def test_a_database_is_a_table_once_its_rows_are_named(folder: Path) -> None:
+def test_database_with_a_query(folder: Path) -> None:
     with closing(sqlite3.connect(folder / "shop.db")) as shop:
         frame = pl.read_csv(folder / "clicks.csv")
         shop.execute(f"CREATE TABLE clicks ({', '.join(frame.columns)})")
         shop.executemany(f"INSERT INTO clicks VALUES ({', '.join('?' * frame.width)})", frame.rows())
         shop.commit()
-    said = llmrec("init", "sqlite:///shop.db")
-    assert said.startswith("error: ") and "SELECT * FROM clicks" in said and not (folder / "shop.yaml").exists()
+    output = llmrec("init", "sqlite:///shop.db")
+    assert output.startswith("error: ") and "SELECT * FROM clicks" in output and not (folder / "shop.yaml").exists()
     llmrec("init", "sqlite:///shop.db", "--query", "SELECT * FROM clicks", "--items", "products.csv")
     llmrec("init", "clicks.csv", "--items", "products.csv")
-    made, plain = load_recipe(folder / "shop.yaml"), load_recipe(folder / "clicks.yaml")
-    assert made.data.path == "sqlite:///shop.db" and made.data.query == "SELECT * FROM clicks"
-    assert made.data.columns == plain.data.columns
-    assert load(made.data, seed=0).fingerprint == load(plain.data, seed=0).fingerprint
+    result, plain = load_recipe(folder / "shop.yaml"), load_recipe(folder / "clicks.yaml")
+    assert result.data.path == "sqlite:///shop.db" and result.data.query == "SELECT * FROM clicks"
+    assert result.data.columns == plain.data.columns
+    assert load(result.data, seed=0).fingerprint == load(plain.data, seed=0).fingerprint
     assert "is valid" in llmrec("check", "shop.yaml")
 
 
-def test_a_recipe_elsewhere_still_finds_the_table(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recipe_in_another_folder_finds_the_table(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     llmrec("init", "clicks.csv", "--items", "products.csv", "--out", "recipes/mine.yaml")
     recipe = load_recipe(folder / "recipes" / "mine.yaml")
     assert Path(str(recipe.data.path)).is_absolute() and Path(str(recipe.data.items)).is_absolute()
+    assert set(recipe.tasks.present()) == {"sequential", "direct"}
+    titles = {item.title for item in build_study(recipe).data.dataset.items.values()}
+    assert titles == {product.name for product in shop.products()}
     (folder / "elsewhere").mkdir()
     monkeypatch.chdir(folder / "elsewhere")
     assert "is valid" in llmrec("check", "../recipes/mine.yaml")
@@ -220,21 +218,24 @@ def test_a_recipe_elsewhere_still_finds_the_table(folder: Path, monkeypatch: pyt
     assert "is valid" in llmrec("check", "near.yaml")
 
 
-def test_titles_in_a_table_beside_are_pointed_out(folder: Path) -> None:
-    said = llmrec("init", "clicks.csv")
-    assert "--items products.csv" in said and "no titles" in said
+def test_suggests_other_files(folder: Path) -> None:
+    output = llmrec("init", "clicks.csv")
+    assert "--items products.csv" in output and "no titles" in output
     assert load_recipe("clicks.yaml").data.columns.title is None
+    frame = pl.read_csv("published.csv")
+    for part in ("train", "test"):
+        frame.filter(pl.col("part") == part).drop("part").write_csv(f"shop-{part}.csv")
+    assert "shop-test.csv is in the same folder" in llmrec("init", "shop-train.csv")
+    assert "in the same folder" not in llmrec("init", "shop-test.csv")
 
 
-def test_nothing_is_said_of_a_file_that_nobody_asked_for(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_warnings_about_encodings(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     (folder / "other.csv").write_bytes(("who,what\n" + "u,é\n" * 40).encode("latin-1"))
     llmrec("init", "clicks.csv")
     assert "other.csv" not in caplog.text
     llmrec("init", "other.csv")
     assert "other.csv" in caplog.text and "Windows-1252" in caplog.text
-
-
-def test_a_command_says_each_warning_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Path("clicks.yaml").unlink()
     for name in ("clicks.csv", "products.csv"):
         text = Path(name).read_text(encoding="utf-8").replace("e", "\u00e9").replace("\u00e9v", "ev")
         head, _, body = text.partition("\n")
@@ -250,23 +251,28 @@ def test_a_command_says_each_warning_once(folder: Path, caplog: pytest.LogCaptur
         assert sorted(notes) == ["clicks.csv", "products.csv"]
 
 
-def test_a_column_of_parts_becomes_the_split(folder: Path) -> None:
-    said = llmrec("init", "published.csv")
-    assert "part split its values; train 612, valid 88, test 174" in squeezed(said)
+def test_column_of_parts_becomes_the_split(folder: Path) -> None:
+    output = llmrec("init", "published.csv")
+    assert "part split its values; train 612, valid 88, test 174" in squeezed(output)
     recipe = load_recipe("published.yaml")
     assert recipe.data.split.kind == "given" and recipe.data.columns.split == "part"
     data = build_study(recipe).data
     assert (data.train.height, data.valid.height, data.test.height) == (612, 88, 174)
-    # Not taken: a split is drawn anew, and the column is no field of products.
+    # With none a new split is drawn, and the column is no field of products.
     assert "leave_one_out" not in llmrec("init", "published.csv", "--name", "drawn", "--split", "none")
     drawn = load_recipe("drawn.yaml")
     assert drawn.data.split.kind == "leave_one_out" and drawn.data.columns.split is None
     assert drawn.data.columns.fields == ()
     error = llmrec("init", "published.csv", "--name", "wrong", "--split", "stars")
     assert error.startswith("error: published.csv: column 'stars' cannot be the split") and "train, valid" in error
+    frame = pl.read_csv("published.csv")
+    frame.with_columns(pl.col("stars").cast(pl.String) + ",0").write_csv("commas.csv")
+    assert "--mend" in llmrec("init", "commas.csv")
+    init("commas.csv", mend=Path("copy.csv"))
+    assert build_study(load_recipe("commas.yaml")).data.test.height == 174
 
 
-def test_words_that_are_no_parts_are_no_split(folder: Path) -> None:
+def test_other_words_are_no_split(folder: Path) -> None:
     frame = pl.read_csv("published.csv")
     for name, words in {
         "blank.csv": pl.when(pl.int_range(pl.len()) == 3).then(None).otherwise(pl.col("part")),
@@ -278,23 +284,7 @@ def test_words_that_are_no_parts_are_no_split(folder: Path) -> None:
         assert load_recipe(f"{name.removesuffix('.csv')}.yaml").data.split.kind == "leave_one_out"
 
 
-def test_a_mended_copy_keeps_the_parts(folder: Path) -> None:
-    frame = pl.read_csv("published.csv")
-    frame.with_columns(pl.col("stars").cast(pl.String) + ",0").write_csv("commas.csv")
-    assert "--mend" in llmrec("init", "commas.csv")
-    init("commas.csv", mend=Path("copy.csv"))
-    assert build_study(load_recipe("commas.yaml")).data.test.height == 174
-
-
-def test_a_file_of_tests_beside_a_file_of_training_is_pointed_out(folder: Path) -> None:
-    frame = pl.read_csv("published.csv")
-    for part in ("train", "test"):
-        frame.filter(pl.col("part") == part).drop("part").write_csv(f"shop-{part}.csv")
-    assert "shop-test.csv is in the same folder" in llmrec("init", "shop-train.csv")
-    assert "in the same folder" not in llmrec("init", "shop-test.csv")
-
-
-def test_a_headline_is_not_taken_for_a_title(folder: Path) -> None:
+def test_headline_is_not_a_title(folder: Path) -> None:
     """A column called title that differs within an item must not be read as one, which an unset title would do."""
     frame = pl.read_csv("orders.csv").rename({"comment": "title"}).drop("product_name")
     frame.write_csv("t.csv")
@@ -304,25 +294,13 @@ def test_a_headline_is_not_taken_for_a_title(folder: Path) -> None:
     assert {item.title for item in build_study(recipe).data.dataset.items.values()} == set(frame["product_id"])
 
 
-def test_files_of_every_format(folder: Path) -> None:
-    frame = pl.read_csv("orders.csv", infer_schema=False)
-    frame.write_parquet("a.parquet")
-    Path("b.jsonl").write_text(frame.write_ndjson(), encoding="utf-8")
-    frame.write_csv("c.tsv", separator="\t")
-    init("orders.csv")
-    expected = load_recipe("orders.yaml").data
-    for name in ("a.parquet", "b.jsonl", "c.tsv"):
-        recipe = load_recipe(init(name).recipe)
-        assert recipe.data.model_copy(update={"path": "orders.csv"}) == expected
-
-
 # --------------------------------------------------------------------------- decisions
 
 
-def plan_of(rows: list[tuple[object, ...]], names: tuple[str, ...], **said: str) -> Plan:
+def plan_of(rows: list[tuple[object, ...]], names: tuple[str, ...], **options: str) -> Plan:
     frame = pl.DataFrame([[str(value) for value in row] for row in rows], schema=list(names), orient="row")
     return decide(
-        events_of(guess(Table("t.csv", frame), requested_roles(InitOptions(table="t", **said)))),
+        events_of(guess(Table("t.csv", frame), requested_roles(InitOptions(table="t", **options)))),
         ("item",),
         whole=True,
         backend="hf",
@@ -334,14 +312,20 @@ def some(users: int, items: int, rows: int) -> list[tuple[object, ...]]:
     return [(f"u{dice.randrange(users)}", f"i{dice.randrange(items)}", dice.randint(2, 5)) for _ in range(rows)]
 
 
-def test_a_small_catalogue_has_fewer_candidates() -> None:
+def test_candidates_and_estimate_of_a_plan() -> None:
     plan = plan_of(some(30, 12, 150), ("user", "item", "stars"))
     assert 2 <= plan.candidates < 12
     assert plan.candidates == 12 - plan.facts.history[2] + 1
     assert plan.scale == (1.0, 5.0)
+    title = "A very long title of a thing that goes on and on and on " * 3
+    rows = [(user, item, f"{title} {item}") for user, item, _ in some(200, 90, 4000)]
+    plan = plan_of(rows, ("user", "item", "title"))
+    assert plan.facts.title_tokens > 40
+    assert sum(plan.seconds.values()) <= BUDGET_SECONDS
+    assert plan.users < 100 or "few-shot" not in plan.arms
 
 
-def test_tasks_are_off_for_a_reason() -> None:
+def test_disabled_tasks_have_a_reason() -> None:
     pairs = [row[:2] for row in some(30, 60, 300)]
     plan = plan_of(pairs, ("user", "item"))
     assert plan.on == ("sequential", "direct")
@@ -357,38 +341,19 @@ def test_tasks_are_off_for_a_reason() -> None:
     assert "0 of 150 users" in plan.tasks["sequential"][1]
 
 
-def test_a_large_sparse_table_is_filtered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmrec.start.plan._CORE_ROWS", 1000)
-    monkeypatch.setattr("llmrec.start.plan._CORE_LEFT", 20)
-    dice = random.Random(2)
-    rows = [(f"u{int(dice.paretovariate(0.4))}", f"i{int(dice.paretovariate(0.6))}") for _ in range(6000)]
-    plan = plan_of(rows, ("user", "item"))
-    assert plan.core == 5 and plan.facts.history[0] >= 5
-    assert "filter: {user_core: 5, item_core: 5}" in render(page(Columns(user="user", item="item"), plan))
-
-
-def test_the_estimate_fits_the_budget_even_for_long_titles() -> None:
-    title = "A very long title of a thing that goes on and on and on " * 3
-    rows = [(user, item, f"{title} {item}") for user, item, _ in some(200, 90, 4000)]
-    plan = plan_of(rows, ("user", "item", "title"))
-    assert plan.facts.title_tokens > 40
-    assert sum(plan.seconds.values()) <= BUDGET_SECONDS
-    assert plan.users < 100 or "few-shot" not in plan.arms
-
-
 def baskets(users: int, moments: int, each: int) -> list[tuple[object, ...]]:
     return [
-        (f"u{user}", f"i{(7 * user + moment * each + place) % 40}", f"2024-01-{1 + moment:02d}")
+        (f"u{user}", f"i{(7 * user + moment * each + position) % 40}", f"2024-01-{1 + moment:02d}")
         for user in range(users)
         for moment in range(moments)
-        for place in range(each)
+        for position in range(each)
     ]
 
 
-def test_whole_orders_are_held_out_where_orders_have_several_items(folder: Path) -> None:
+def test_holds_out_orders_of_several_items(folder: Path) -> None:
     pl.DataFrame(baskets(30, 4, 3), schema=["client", "sku", "date"], orient="row").write_csv("t.csv")
-    said = llmrec("init", "t.csv")
-    (note,) = [line for line in said.splitlines() if "last_basket" in line]
+    output = llmrec("init", "t.csv")
+    (note,) = [line for line in output.splitlines() if "last_basket" in line]
     assert "100% of the users chose several products at their last timestamp" in note and "whole orders" in note
     recipe = load_recipe("t.yaml")
     assert recipe.data.split.kind == "last_basket"
@@ -396,34 +361,29 @@ def test_whole_orders_are_held_out_where_orders_have_several_items(folder: Path)
     assert (study.data.test.height, study.data.valid.height) == (90, 90) and not stats.baskets(study.data)
     plan = plan_of(baskets(30, 4, 3), ("user", "item", "date"))
     assert (plan.facts.able, plan.facts.teachable, plan.facts.targets) == (30, 30, 3.0)
-    # Every item of a basket is asked about, which takes time.
+    # Every item of a basket is one prompt.
     single = plan_of(baskets(30, 12, 1), ("user", "item", "date"))
     assert single.split == "leave_one_out" and single.facts.targets == 1.0 and single.facts.tied == 0.0
+    few = [*baskets(9, 3, 2), *((f"v{row[0]}", *row[1:]) for row in baskets(40, 2, 3))]
+    assert plan_of(few, ("user", "item", "date")).split == "leave_one_out"
     assert plan.seconds["evaluation"] / plan.users > 2 * single.seconds["evaluation"] / single.users
 
 
-@pytest.mark.parametrize("form", ["%Y-%m-%d", "%d.%m.%Y", "%m/%d/%Y", "%s"])
-def test_the_last_order_is_the_last_however_dates_are_written(form: str) -> None:
+@pytest.mark.parametrize("form", ["%d.%m.%Y", "%s"])
+def test_last_order_in_all_date_formats(form: str) -> None:
     """The last of three orders has one item, the first ones three: by their texts another would be the last."""
     days = [datetime(2023, 12, 30, tzinfo=UTC), datetime(2024, 1, 16, tzinfo=UTC), datetime(2024, 11, 2, tzinfo=UTC)]
     written = [str(int(day.timestamp())) if form == "%s" else day.strftime(form) for day in days]
     rows = [
-        (f"u{user}", f"i{(user + 5 * order + place) % 40}", day)
+        (f"u{user}", f"i{(user + 5 * order + position) % 40}", day)
         for user in range(20)
         for order, day in enumerate(written)
-        for place in range(1 if order == 2 else 3)
+        for position in range(1 if order == 2 else 3)
     ]
     assert plan_of(rows, ("user", "item", "date")).split == "leave_one_out"
 
 
-def test_orders_are_cut_where_too_few_users_have_three(folder: Path) -> None:
-    rows = [*baskets(9, 3, 2), *((f"v{row[0]}", *row[1:]) for row in baskets(40, 2, 3))]
-    assert plan_of(rows, ("user", "item", "date")).split == "leave_one_out"
-    pl.DataFrame(rows, schema=["client", "sku", "date"], orient="row").write_csv("t.csv")
-    assert "have the same timestamp as an interaction of their history" in llmrec("init", "t.csv")
-
-
-def test_zeros_that_may_mean_no_rating_are_pointed_out(folder: Path) -> None:
+def test_warns_about_zero_ratings(folder: Path) -> None:
     dice = random.Random(3)
     rows = [(f"u{dice.randrange(40)}", f"i{dice.randrange(60)}", dice.choice((0, 0, 6, 8, 10))) for _ in range(600)]
     pl.DataFrame(rows, schema=["user", "item", "stars"], orient="row").write_csv("t.csv")
@@ -478,9 +438,7 @@ names = st.one_of(
     names,
     st.none() | names,
 )
-def test_any_column_names_come_back_as_they_were(
-    tmp_path: Path, columns: Columns, path: str, items: str | None
-) -> None:
+def test_column_names_survive_the_recipe(tmp_path: Path, columns: Columns, path: str, items: str | None) -> None:
     (tmp_path / "r.yaml").write_text(render(page(columns, PLAN, path=path, items=items)), encoding="utf-8")
     recipe = load_recipe(tmp_path / "r.yaml")
     assert recipe.data.columns == columns
@@ -489,22 +447,22 @@ def test_any_column_names_come_back_as_they_were(
 
 
 @given(st.text(max_size=30))
-def test_a_scalar_is_one_line_of_yaml(text: str) -> None:
+def test_scalar_is_one_line_of_yaml(text: str) -> None:
     line = scalar(text)
     assert len(line.splitlines()) == 1
     assert yaml.safe_load(f"a: {line}  # remark") == {"a": text}
 
 
-def test_reasons_cannot_write_yaml() -> None:
+def test_reasons_are_escaped() -> None:
     plan = replace(PLAN, tasks={**PLAN.tasks, "explanation": (False, "a\ntrain: {steps: 1}")}, noun="a\nb: c")
     values = yaml.safe_load(render(page(Columns(user="a\nb", item="c"), plan)))
     assert values["train"]["steps"] == plan.steps
     assert values["data"]["noun"] == "a\nb: c"
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 2**32 - 1))
-def test_init_writes_a_recipe_that_check_takes_or_says_one_thing(folder: Path, seed: int) -> None:
+def test_random_tables_give_a_valid_recipe_or_one_error(folder: Path, seed: int) -> None:
     """On tables of all sorts: no traceback, one paragraph, and no recipe that does not load."""
     dice = random.Random(seed)
     size = dice.choice((4, 40, 150))
@@ -551,7 +509,7 @@ def _ratings(dice: random.Random) -> list[Callable[[int], float]]:
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 2**32 - 1), st.integers(0, 6), st.booleans())
-def test_a_recipe_of_init_passes_its_own_check(folder: Path, seed: int, kind: int, named: bool) -> None:
+def test_filtered_tables_give_a_valid_recipe(folder: Path, seed: int, kind: int, named: bool) -> None:
     """On tables without a fault, of which a core filter drops rows with the lowest and the highest ratings.
 
     The page is written unseen, as for a table that is too large to be checked on the way.
@@ -575,26 +533,26 @@ def test_a_recipe_of_init_passes_its_own_check(folder: Path, seed: int, kind: in
         assert scale == recipe.data.rating_scale == ((0, 7) if kind == 0 else (-10, 10))
 
 
-def test_a_kind_of_event_can_be_kept_by_the_line_that_is_shown(folder: Path) -> None:
+def test_suggested_line_filters_events(folder: Path) -> None:
     clicks = pl.read_csv("clicks.csv")
     for name, quoted in (("event", "event"), ("what happened", "col('what happened')")):
         kinds = pl.Series(name, [("view", "view", "purchase")[row % 3] for row in range(clicks.height)])
         clicks.with_columns(kinds).write_csv("events.csv")
-        said = llmrec("init", "events.csv", "--force")
+        output = llmrec("init", "events.csv", "--force")
         line = f"""filter: {{where: "{quoted} == 'purchase'"}}"""
-        assert line in said and f"  # {line}  # keeps one kind of event" in Path("events.yaml").read_text(
+        assert line in output and f"  # {line}  # keeps one kind of event" in Path("events.yaml").read_text(
             encoding="utf-8"
         )
         text = Path("events.yaml").read_text(encoding="utf-8").replace(f"  # {line}", f"  {line}")
         Path("kept.yaml").write_text(text, encoding="utf-8")
         assert load(load_recipe("kept.yaml").data, seed=0).interactions.height <= clicks.height / 3
-    # A core filter stands in the same line, since a recipe has one filter.
+    # A core filter is in the same line, since a recipe has one filter.
     assert yaml.safe_load(where_line("event", "buy", 5)) == {
         "filter": {"where": "event == 'buy'", "user_core": 5, "item_core": 5}
     }
 
 
-def test_words_that_a_customer_used_before_are_no_leak(folder: Path) -> None:
+def test_repeated_words_of_a_customer_are_no_leak(folder: Path) -> None:
     """The shop's customers repeat themselves, as people do: the audit must not stop the walk's run for that."""
     llmrec("init", "orders.csv", "--name", "shop")
     study = build_study(load_recipe("shop.yaml"))
@@ -604,4 +562,4 @@ def test_words_that_a_customer_used_before_are_no_leak(folder: Path) -> None:
         for case in study.cases("explanation")
         if any(str(case.truth) == event.text for event in case.request.history)
     ]
-    assert repeated, "nobody repeats a text, so this test shows nothing"
+    assert repeated, "no text is repeated, so this test shows nothing"

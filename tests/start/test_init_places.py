@@ -24,9 +24,6 @@ def rows_of(name: str) -> list[tuple[object, ...]]:
     return [tuple(frame.columns), *frame.rows()]
 
 
-# --------------------------------------------------------------------------- spreadsheets
-
-
 @pytest.fixture
 def book(folder: Path) -> Path:
     pytest.importorskip("fastexcel")
@@ -38,23 +35,20 @@ def book(folder: Path) -> Path:
     return workbook(folder / "book.xlsx", sheets)
 
 
-@pytest.mark.parametrize("absolute", [False, True])
-def test_a_sheet_is_named_behind_a_hash(book: Path, absolute: bool) -> None:
-    name = str(book) if absolute else book.name
-    made = init(f"{name}#Clicks 2024", items=f"{name}#Items", backend="hf")
-    recipe = load_recipe(made.recipe)
-    assert recipe.data.path == f"{name}#Clicks 2024" and recipe.data.items == f"{name}#Items"
+def test_sheet_after_a_hash(book: Path) -> None:
+    recipe = load_recipe(init("book.xlsx#Clicks 2024", items=f"{book}#Items", backend="hf").recipe)
+    assert recipe.data.path == "book.xlsx#Clicks 2024" and recipe.data.items == f"{book}#Items"
     init("clicks.csv", items="products.csv", backend="hf")
     plain = load_recipe("clicks.yaml")
     assert recipe.data.columns == plain.data.columns
     assert load(recipe.data, seed=0).fingerprint == load(plain.data, seed=0).fingerprint
 
 
-def test_a_sheet_of_items_is_pointed_out(book: Path) -> None:
+def test_suggests_a_sheet_of_items(book: Path) -> None:
     assert "set --items 'book.xlsx#Items'" in init("book.xlsx#Clicks 2024", backend="hf").found
 
 
-def test_a_wrong_sheet_or_book_is_named(book: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_wrong_sheet_or_file(book: Path, caplog: pytest.LogCaptureFixture) -> None:
     with raises(DataError, Facts("unknown-name", "book.xlsx", says="'Clicks 2024'")):
         init("book.xlsx#Clicks 2023")
     with raises(DataError, Facts("missing-file", says="did you mean 'book.xlsx'")):
@@ -64,9 +58,6 @@ def test_a_wrong_sheet_or_book_is_named(book: Path, caplog: pytest.LogCaptureFix
     assert "choose another with book.xlsx#SHEET: Clicks 2024, Items" in caplog.text
     with raises(DataError, Facts("exists", says="never overwritten")):
         init("book.xlsx#Clicks 2024", mend=book, force=True)
-
-
-# --------------------------------------------------------------------------- databases
 
 
 def database(path: Path, **tables: list[tuple[object, ...]]) -> str:
@@ -83,12 +74,12 @@ def people(events: list[tuple[object, ...]]) -> list[tuple[object, ...]]:
     return [("id", "email", "city"), *((number, f"{user}@example.org", "Ulm") for number, user in enumerate(users))]
 
 
-def suggestion(said: str) -> str:
-    (found,) = re.findall(r"--query ('[^']*')", said)
-    return shlex.split(found)[0]
+def suggestion(message: str) -> str:
+    (result,) = re.findall(r"--query ('[^']*')", message)
+    return shlex.split(result)[0]
 
 
-def test_the_query_is_of_the_table_with_a_user_and_an_item_and_has_titles(folder: Path) -> None:
+def test_suggested_query_joins_titles(folder: Path) -> None:
     events = rows_of("clicks.csv")
     url = database(folder / "shop.db", customers=people(events), events=events, products=rows_of("products.csv"))
     with pytest.raises(DataError) as error:
@@ -96,9 +87,9 @@ def test_the_query_is_of_the_table_with_a_user_and_an_item_and_has_titles(folder
     query = suggestion(str(error.value))
     init(url, query=query, backend="hf")
     init("clicks.csv", items="products.csv", backend="hf")
-    made, plain = load_recipe("shop.yaml"), load_recipe("clicks.yaml")
-    assert made.data.columns.title == "name"
-    assert load(made.data, seed=0).fingerprint == load(plain.data, seed=0).fingerprint
+    result, plain = load_recipe("shop.yaml"), load_recipe("clicks.yaml")
+    assert result.data.columns.title == "name"
+    assert load(result.data, seed=0).fingerprint == load(plain.data, seed=0).fingerprint
     # The file alone, and the table of items as a database, lead to the same query.
     for table, items in (("shop.db", None), (url, url)):
         with raises(DataError, Facts("wrong-format", says=query)):
@@ -107,7 +98,7 @@ def test_the_query_is_of_the_table_with_a_user_and_an_item_and_has_titles(folder
         init(str(folder / "shop.db"), force=True)
 
 
-def test_two_tables_with_a_user_and_an_item_each_are_joined(folder: Path) -> None:
+def test_suggested_query_joins_orders_and_lines(folder: Path) -> None:
     events = rows_of("clicks.csv")
     orders = [("order_id", "customer_id", "ts"), *((n, row[0], row[2]) for n, row in enumerate(events[1:]))]
     lines = [("order_id", "sku", "qty"), *((n, row[1], 1) for n, row in enumerate(events[1:]))]
@@ -121,7 +112,7 @@ def test_two_tables_with_a_user_and_an_item_each_are_joined(folder: Path) -> Non
     assert (columns.user, columns.item, columns.time) == ("customer_id", "sku", "ts")
 
 
-def test_a_recipe_that_names_a_database_as_a_file_is_told_the_form(folder: Path) -> None:
+def test_database_file_in_a_recipe(folder: Path) -> None:
     database(folder / "shop.db", events=rows_of("clicks.csv"))
     Path("r.yaml").write_text(
         "name: r\ndata: {source: table, path: shop.db}\ntasks: {sequential: {}}\n", encoding="utf-8"

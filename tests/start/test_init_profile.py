@@ -1,4 +1,4 @@
-"""What `llmrec init` reads out of names and values: roles, forms of numbers and dates, parts of large files."""
+"""What `llmrec init` infers from names and values: roles, formats of numbers and dates, parts of large files."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def table(columns: dict[str, Sequence[object]]) -> Table:
     return Table("t.csv", frame, header=1)
 
 
-def roles(columns: dict[str, Sequence[object]], **said: str) -> Roles:
-    return guess(table(columns), requested_roles(InitOptions(table="t", **said)))
+def roles(columns: dict[str, Sequence[object]], **options: str) -> Roles:
+    return guess(table(columns), requested_roles(InitOptions(table="t", **options)))
 
 
 def found(answer: Roles) -> tuple[str | None, ...]:
@@ -81,11 +81,11 @@ def found(answer: Roles) -> tuple[str | None, ...]:
 )
 def test_names_in_many_languages(role: str, names: str) -> None:
     for name in names.split(" "):
-        said = named(name)
-        assert said.weight(role) == max(said.roles.values()) > 0, (name, said)
+        output = named(name)
+        assert output.weight(role) == max(output.roles.values()) > 0, (name, output)
 
 
-def test_what_belongs_to_something_is_not_that_thing() -> None:
+def test_attributes_are_not_their_object() -> None:
     assert not named("product_rating").weight("item")
     assert not named("review_title").weight("title")
     assert not named("review_id").weight("text")
@@ -94,8 +94,7 @@ def test_what_belongs_to_something_is_not_that_thing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "noun"),
-    [("product_id", "products"), ("movieId", "movies"), ("isbn", "books"), ("stories.csv", "stories"), ("xyz", None)],
+    ("word", "noun"), [("product_id", "products"), ("isbn", "books"), ("stories.csv", "stories"), ("xyz", None)]
 )
 def test_nouns(word: str, noun: str | None) -> None:
     assert noun_of(word) == noun
@@ -125,12 +124,10 @@ def test_numbers(cells: list[str], form: str, values: list[float | None]) -> Non
     [
         (["2024-05-31", "2024-06-01T08:15:00Z"], "ISO dates", "2024-05-31"),
         (["1717140000000", "1717150000000"], "numbers", "1717140000000"),
-        (["31.05.2024 08:15", "01.06.2024 09:00"], "day-first dates", "31.05.2024 08:15"),
         (["01.06.2024", "02.06.2024", "soon", "", "", "1.6.2024", "2.6.2024"], "day-first dates", "01.06.2024"),
         (["01/06/2024", "31/05/2024"], "day-first dates", "01/06/2024"),
         (["6/1/2024 3:04 PM", "5/31/2024 1:00 AM"], "month-first dates", "6/1/2024 3:04 PM"),
         (["01/06/2024", "02/06/2024"], "dates with ambiguous day and month", None),
-        (["2024/05/31", "2024/06/01"], "dates", "2024/05/31"),
         (["Sep 17, 2014", "Oct 1, 2014"], "dates", "Sep 17, 2014"),
         (["2019-11-01 00:00:05 UTC", "2019-11-01 00:00:06 UTC"], "ISO dates", "2019-11-01 00:00:05 UTC"),
         (["yesterday", "soon"], "no times", None),
@@ -143,30 +140,24 @@ def test_times(cells: list[str], form: str, first: str | None) -> None:
 
 
 @given(st.lists(st.sampled_from(["4", "4,5", "x", "", "1.5", "1,234", "nan", "2024-01-05", "05.01.2024"]), min_size=1))
-def test_a_readable_form_is_what_the_data_layer_reads(cells: list[str]) -> None:
+def test_readable_form_is_read_by_the_data_layer(cells: list[str]) -> None:
     """Where a form is readable and every cell has a value, the column's own reader takes it, and the same values."""
     series = pl.Series(cells)
-    whole = Table("t.csv", pl.DataFrame({"c": cells}), header=1)
+    complete = Table("t.csv", pl.DataFrame({"c": cells}), header=1)
     read = numbers(series)
     if read.form == "plain numbers" and read.values.null_count() == 0:
-        assert read_numbers(whole, "c", "rating").to_list() == read.values.to_list()
+        assert read_numbers(complete, "c", "rating").to_list() == read.values.to_list()
     when = times(series, series)
     if when.form in READABLE and when.form != "numbers" and when.values.null_count() == 0:
-        assert len(read_times(whole, "c")) == len(cells)
+        assert len(read_times(complete, "c")) == len(cells)
 
 
 # --------------------------------------------------------------------------- roles
 
 
 def test_well_known_layouts() -> None:
-    assert found(roles({"userId": USERS, "movieId": ITEMS, "rating": STARS, "timestamp": SECONDS})) == (
-        "userId",
-        "movieId",
-        "rating",
-        "timestamp",
-        None,
-        None,
-    )
+    movies = roles({"userId": USERS, "movieId": ITEMS, "rating": STARS, "timestamp": SECONDS})
+    assert found(movies) == ("userId", "movieId", "rating", "timestamp", None, None)
     amazon = {
         "rating": STARS,
         "title": [text[:20] for text in TEXTS],
@@ -184,17 +175,11 @@ def test_well_known_layouts() -> None:
     assert found(roles(yelp)) == ("user_id", "business_id", "stars", "date", None, None)
     books = {"User-ID": USERS, "ISBN": ITEMS, "Book-Rating": [dice.choice((0, 0, 7, 9)) for _ in PAIRS]}
     assert found(roles(books))[:3] == ("User-ID", "ISBN", "Book-Rating")
-    assert found(roles({"user": USERS, "artist": TITLES, "plays": COUNTS})) == (
-        "user",
-        "artist",
-        None,
-        None,
-        "artist",
-        None,
-    )
+    music = roles({"user": USERS, "artist": TITLES, "plays": COUNTS})
+    assert found(music) == ("user", "artist", None, None, "artist", None)
 
 
-def test_an_order_line_table() -> None:
+def test_table_of_order_lines() -> None:
     answer = roles(
         {
             "order_id": [line // 3 for line in LINES],
@@ -238,29 +223,32 @@ def test_values_decide_where_names_do_not() -> None:
     assert roles({"user": USERS, "item": ITEMS, "text": about}).text is None
 
 
-def test_an_address_is_a_user() -> None:
+def test_columns_of_one_role() -> None:
     addresses = [f"{user}@example.org" for user in USERS]
     assert roles({"event": ["view"] * len(PAIRS), "email": addresses, "sku": ITEMS, "ts": SECONDS}).user == "email"
     assert roles({"customer_id": USERS, "customer_email": addresses, "sku": ITEMS}).user == "customer_id"
     assert roles({"client": USERS, "mail": addresses, "sku": ITEMS}).user == "client"
+    answer = roles({"user": USERS, "item": ITEMS, "stars": STARS, "score": STARS, "date": DAYS, "time": DAYS})
+    assert answer.rating == "stars" and "--rating score" in answer.why["score"]
+    assert {answer.time} < {"date", "time"}
+    columns = {"user": USERS, "item": ITEMS, "stars": STARS, "day": DAYS, "name": TITLES, "comment": TEXTS}
+    answer = roles(columns, rating=NONE, time=NONE, title=NONE, text=NONE, fields=NONE)
+    assert found(answer) == ("user", "item", None, None, None, None)
+    assert answer.fields == ()
 
 
-@pytest.mark.parametrize("name", ["Kommentar", "comment", "notes", "delivery_note"])
-def test_a_text_is_a_review_only_if_something_says_so(name: str) -> None:
+@pytest.mark.parametrize("name", ["Kommentar", "delivery_note"])
+def test_text_is_a_review_only_with_evidence(name: str) -> None:
     orders = {"Kunde": USERS, "Artikelnr": ITEMS, name: TEXTS}
     answer = roles(orders)
     assert answer.text is None and f"--text {name}" in answer.why[name]
     assert roles(orders, text=name).text == name
+    assert roles({"user": USERS, "item": ITEMS, "Rezension": TEXTS}).text == "Rezension"
     # A rating in the same row is evidence, but not for what its name says is about the order.
     assert roles({**orders, "Sterne": STARS}).text == (None if name == "delivery_note" else name)
 
 
-@pytest.mark.parametrize("name", ["reviewText", "Rezension", "review", "text", "opinion"])
-def test_a_text_may_be_a_review_by_its_name(name: str) -> None:
-    assert roles({"user": USERS, "item": ITEMS, name: TEXTS}).text == name
-
-
-def test_of_two_columns_of_the_same_prices_one_is_shown() -> None:
+def test_one_of_two_equal_columns_is_a_field() -> None:
     prices = [f"{10 + item},50" for _, item in PAIRS]
     answer = roles({"Kunde": USERS, "Artikelnr": ITEMS, "Preis": prices, "Einzelpreis": prices, "Marke": TITLES})
     assert answer.fields == ("Preis", "Marke") and answer.why["Einzelpreis"] == "has the same values as Preis"
@@ -276,11 +264,9 @@ def test_of_two_columns_of_the_same_prices_one_is_shown() -> None:
     ("values", "kept"),
     [
         (("view", "cart", "purchase"), "purchase"),
-        (("pv", "fav", "cart", "buy"), "buy"),
         (("page_view", "add_to_cart", "Remove from cart"), "add_to_cart"),
         (("click", "impression"), "click"),
         (("red", "blue", "green"), None),
-        (("view",), None),
     ],
 )
 def test_kinds_of_events(values: tuple[str, ...], kept: str | None) -> None:
@@ -288,7 +274,7 @@ def test_kinds_of_events(values: tuple[str, ...], kept: str | None) -> None:
     assert next(iter(kinds_of_events(held)), None) == kept
 
 
-def test_a_sparse_table_is_judged_by_the_values_that_repeat() -> None:
+def test_sparse_table_is_judged_by_repeated_values() -> None:
     items = [n if n > 40 else n // 2 for n in range(600)]
     columns = {
         "buyer": [f"b{n % 90}" for n in range(600)],
@@ -302,61 +288,37 @@ def test_a_sparse_table_is_judged_by_the_values_that_repeat() -> None:
     assert "several" in answer.why["headline"]
 
 
-def test_no_column_becomes_two_things_by_a_guess() -> None:
-    answer = roles({"user": USERS, "item": ITEMS, "stars": STARS, "score": STARS, "date": DAYS, "time": DAYS})
-    assert answer.rating == "stars" and "--rating score" in answer.why["score"]
-    assert {answer.time} < {"date", "time"}
+PAIR: dict[str, Sequence[object]] = {"user": USERS, "item": ITEMS}
+PEOPLE: dict[str, Sequence[object]] = {"customer": USERS, "member": USERS[::-1], "item": ITEMS}
 
 
 @pytest.mark.parametrize(
-    ("columns", "said", "facts"),
+    ("columns", "options", "facts"),
     [
         ({"a": USERS, "b": ITEMS}, {}, Facts("missing-column", says=("--user COLUMN --item COLUMN", "a (40 values)"))),
-        (
-            {"user_id": LINES, "item": ITEMS},
-            {},
-            Facts("missing-column", says=("'user_id'", "different value in every row")),
-        ),
-        (
-            {"customer": USERS, "member": USERS[::-1], "item": ITEMS},
-            {},
-            Facts("ambiguous", says="--user customer or --user member"),
-        ),
-        (
-            {"user": USERS, "item": ITEMS},
-            {"user": "uzer"},
-            Facts("missing-column", column="uzer", says=("did you mean 'user'", "--user")),
-        ),
-        (
-            {"user": USERS, "item": ITEMS},
-            {"fields": "itm"},
-            Facts("missing-column", column="itm", says=("did you mean 'item'", "--fields")),
-        ),
-        (
-            {"user": USERS, "item": ITEMS, "n": LINES},
-            {"user": "n"},
-            Facts("bad-value", column="n", says=("every row", "--user")),
-        ),
-        (
-            {"user": USERS, "item": ITEMS},
-            {"user": "item", "item": "item"},
-            Facts("contradiction", column="item", says="--user, --item"),
-        ),
+        ({"user_id": LINES, "item": ITEMS}, {}, Facts("missing-column", says="different value in every row")),
+        (PEOPLE, {}, Facts("ambiguous", says="--user customer or --user member")),
+        (PAIR, {"user": "uzer"}, Facts("missing-column", column="uzer", says=("did you mean 'user'", "--user"))),
+        (PAIR, {"fields": "itm"}, Facts("missing-column", column="itm", says=("did you mean 'item'", "--fields"))),
+        ({**PAIR, "n": LINES}, {"user": "n"}, Facts("bad-value", column="n", says=("every row", "--user"))),
+        (PAIR, {"user": "item", "item": "item"}, Facts("contradiction", column="item", says="--user, --item")),
         ({"196": USERS, "242": ITEMS, "3.5": STARS}, {}, Facts("wrong-format", says="196, 242, 3.5")),
         ({"user|item|rating": ["a|b|3"]}, {}, Facts("missing-column", says="user|item|rating")),
     ],
 )
-def test_questions_are_one_paragraph(columns: dict[str, list[object]], said: dict[str, str], facts: Facts) -> None:
+def test_questions_are_one_paragraph(
+    columns: dict[str, Sequence[object]], options: dict[str, str], facts: Facts
+) -> None:
     with raises(DataError, facts if facts.kind == "contradiction" else replace(facts, file="t.csv")):
-        roles(columns, **said)
+        roles(columns, **options)
 
 
-def test_the_order_of_dates_is_one_of_two() -> None:
+def test_rejects_unknown_date_order() -> None:
     with raises(DataError, Facts("unknown-name", column="dates", says="did you mean 'day-first'")):
         requested_roles(InitOptions(table="t", dates="day_first"))
 
 
-def test_names_from_a_file_cannot_write_lines() -> None:
+def test_names_of_a_file_are_escaped() -> None:
     assert shown("a\n# b\x1b[31m") == "a # b[31m"
     answer = roles({"user\n": USERS, "item": ITEMS})
     assert answer.user == "user\n"
@@ -372,39 +334,40 @@ def write_csv(path: Path, rows: int) -> Path:
     return path
 
 
-def test_a_small_file_is_read_whole(tmp_path: Path) -> None:
+def test_parts_of_a_csv_file(tmp_path: Path) -> None:
     part = peek(write_csv(tmp_path / "t.csv", 100))
     assert part.whole and part.table.frame.height == part.first == 100
     assert part.where(1).endswith("row 2 (line 3)")
+    body = "".join(f'u{n % 50},i{n % 31},"one\ntwo, ""three"" {n}"\n' for n in range(5_000))
+    (tmp_path / "t.csv").write_text("user,item,text\n" + body, encoding="utf-8")
+    part = peek(tmp_path / "t.csv", limit=20_000, part=20_000)
+    assert not part.whole
+    assert part.table.frame["text"][-1].startswith('one\ntwo, "three" ')
+    (tmp_path / "t.csv.gz").write_bytes(b"\x1f\x8bnothing")
+    for facts in (Facts("damaged", "t.csv.gz"), Facts("missing-file", "gone.csv")):
+        with raises(DataError, facts):
+            peek(tmp_path / str(facts.file))
 
 
 @pytest.mark.parametrize("ending", ["csv", "csv.gz", "jsonl"])
-def test_of_a_large_file_a_part_is_read(tmp_path: Path, ending: str) -> None:
+def test_part_of_a_large_file_is_read(tmp_path: Path, ending: str) -> None:
     plain = write_csv(tmp_path / "t.csv", 20_000)
-    whole = read_table(plain).frame
+    complete = read_table(plain).frame
     path = tmp_path / f"large.{ending}"
     if ending == "csv":
         path.write_bytes(plain.read_bytes())
     elif ending == "csv.gz":
         path.write_bytes(gzip.compress(plain.read_bytes()))
     else:
-        path.write_text(whole.write_ndjson(), encoding="utf-8")
+        path.write_text(complete.write_ndjson(), encoding="utf-8")
     part = peek(path, limit=60_000, part=30_000)
     assert not part.whole
     assert 0 < part.first <= part.table.frame.height < 20_000
-    assert part.table.frame.join(whole, on=whole.columns, how="anti").is_empty()
+    assert part.table.frame.join(complete, on=complete.columns, how="anti").is_empty()
     last = part.table.frame["ts"].cast(pl.Int64).max()
     assert last is not None and (int(last) > 15_000) == (ending != "csv.gz")  # type: ignore[call-overload]
     assert part.where(part.first).endswith("a row further down") or part.first == part.table.frame.height
     assert guess(part.table, RequestedRoles()).rating == "stars"
-
-
-def test_a_part_ends_after_a_whole_quoted_row(tmp_path: Path) -> None:
-    body = "".join(f'u{n % 50},i{n % 31},"one\ntwo, ""three"" {n}"\n' for n in range(5_000))
-    (tmp_path / "t.csv").write_text("user,item,text\n" + body, encoding="utf-8")
-    part = peek(tmp_path / "t.csv", limit=20_000, part=20_000)
-    assert not part.whole
-    assert part.table.frame["text"][-1].startswith('one\ntwo, "three" ')
 
 
 def test_parquet_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -416,13 +379,6 @@ def test_parquet_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert not part.whole and part.table.frame.height < 5000
     assert part.table.frame["ts"].cast(pl.Int64).max() > 4000  # type: ignore[operator]
     assert peek(tmp_path / "t.parquet", whole=True).table.frame.height == 5000
-
-
-def test_damage_is_one_paragraph(tmp_path: Path) -> None:
-    (tmp_path / "t.csv.gz").write_bytes(b"\x1f\x8bnothing")
-    for facts in (Facts("damaged", "t.csv.gz"), Facts("missing-file", "gone.csv")):
-        with raises(DataError, facts):
-            peek(tmp_path / str(facts.file))
 
 
 # --------------------------------------------------------------------------- faults and their mend
@@ -437,9 +393,9 @@ SPOILERS: dict[str, tuple[str, Callable[[list[str]], list[str]], str]] = {
 
 
 @pytest.mark.parametrize("spoiler", SPOILERS)
-def test_what_cannot_be_read_is_named_and_mended(spoiler: str, tmp_path: Path) -> None:
+def test_unreadable_values_are_reported_and_repaired(spoiler: str, tmp_path: Path) -> None:
     columns = {"user": USERS, "item": ITEMS, "stars": list(map(str, STARS)), "day": DAYS, "title": TITLES}
-    name, spoil, said = SPOILERS[spoiler]
+    name, spoil, output = SPOILERS[spoiler]
     columns[name] = spoil(columns.get(name, DAYS))
     if name == "timestamp":
         del columns["day"]  # a column of llmrec's own name is read where no other one is named
@@ -448,7 +404,7 @@ def test_what_cannot_be_read_is_named_and_mended(spoiler: str, tmp_path: Path) -
     answer = guess(part.table, requested_roles(InitOptions(table="t", title="title")))
     wrong = faults(part, answer, None, answer.item)
     assert [fault.column for fault in wrong] == [name]
-    assert said in wrong[0].text and "row " in wrong[0].text and wrong[0].mend
+    assert output in wrong[0].text and "row " in wrong[0].text and wrong[0].mend
     frame, done = mended(part.table, answer, None, answer.item)
     frame.write_csv(tmp_path / "mended.csv")
     again = peek(tmp_path / "mended.csv")
@@ -463,36 +419,29 @@ def test_what_cannot_be_read_is_named_and_mended(spoiler: str, tmp_path: Path) -
         assert [text[:10] for text in frame["day"]] == DAYS
 
 
-def test_a_column_of_a_type_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+def test_column_of_an_unusable_type(tmp_path: Path) -> None:
     arrow = pa.table({"item": ITEMS, "stars": STARS, "user": pa.array([{"a": b"x"}] * len(ITEMS))})
     pq.write_table(arrow, tmp_path / "t.parquet")
     part = peek(tmp_path / "t.parquet")
-    for wanted, kind in ((RequestedRoles(), "missing-column"), (RequestedRoles(user="user"), "bad-value")):
-        with raises(DataError, Facts(kind, says=("'user'" if wanted.user else "user", "cannot be used"))):
-            guess(part.table, wanted)
+    for expected, kind in ((RequestedRoles(), "missing-column"), (RequestedRoles(user="user"), "bad-value")):
+        with raises(DataError, Facts(kind, says=("'user'" if expected.user else "user", "cannot be used"))):
+            guess(part.table, expected)
 
 
-def test_a_second_table_is_joined_on_one_name(tmp_path: Path) -> None:
+def test_second_table_is_joined(tmp_path: Path) -> None:
     kept = sorted(set(ITEMS))[1:]
     listed = table({"id": kept, "name": [f"Name {item}" for item in kept]})
     pl.DataFrame({"user": USERS, "item": ITEMS}).write_csv(tmp_path / "t.csv")
     part = peek(tmp_path / "t.csv")
     answer = guess(part.table, RequestedRoles(), listed)
     assert answer.title == "name"
-    said = [fault.text for fault in faults(part, answer, listed, "id")]
-    assert "'id'" in said[0] and "'item'" in said[0]
-    assert f"1 of {len(kept) + 1} items" in said[1]
+    output = [fault.text for fault in faults(part, answer, listed, "id")]
+    assert "'id'" in output[0] and "'item'" in output[0]
+    assert f"1 of {len(kept) + 1} items" in output[1]
     frame, done = mended(part.table, answer, listed, "id")
     assert frame.columns == ["user", "id"]
     assert set(frame["id"]) == set(kept)
     assert len(done) == 1
-
-
-def test_leaving_out_is_said_with_none() -> None:
-    columns = {"user": USERS, "item": ITEMS, "stars": STARS, "day": DAYS, "name": TITLES, "comment": TEXTS}
-    answer = roles(columns, rating=NONE, time=NONE, title=NONE, text=NONE, fields=NONE)
-    assert found(answer) == ("user", "item", None, None, None, None)
-    assert answer.fields == ()
 
 
 def test_profiles_of_parquet_types(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`llmrec tune`: what a space is, what is tried, what a killed call leaves, and what comes out."""
+"""`llmrec tune`: search spaces, trials, interrupted and failed trials, and the resulting recipe."""
 
 from __future__ import annotations
 
@@ -48,25 +48,32 @@ def test_spaces_are_ranges_and_lists() -> None:
     assert grid([rate, kinds]) is None
     assert spaces(["a=1e-4,0.1,true"])[0].values == (1e-4, 0.1, True)
     assert rate.parameter(5e-4) == 5e-4 and rate.parameter(1.0) is None and kinds.parameter("qlora") is None
+    import optuna
+
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    trial = study.ask()
+    assert Space("a", (True, None, 1.5)).suggest(trial) in (True, None, 1.5)
+    assert 1e-4 <= Space("b", (), 1e-4, 1e-3).suggest(trial) <= 1e-3  # type: ignore[operator]
+    assert isinstance(Space("c", (), 2, 9).suggest(trial), int)
 
 
-@pytest.mark.parametrize("text", ["", "a", "a=", "=1..2", "a=2..1", "a=x..y", "a={b: 1}", "a=1..", "a=[", "a=true..2"])
-def test_what_is_no_space(text: str) -> None:
+@pytest.mark.parametrize("text", ["a", "a=", "=1..2", "a=2..1", "a=x..y", "a={b: 1}", "a=["])
+def test_rejects_invalid_spaces(text: str) -> None:
     with pytest.raises(RecipeError) as caught:
         spaces([text])
     assert caught.value.column == "--over" and caught.value.kind == "bad-value"
 
 
-def test_a_list_is_tried_whole_and_the_best_is_a_recipe(page: Path, tmp_path: Path) -> None:
+def test_search_over_a_list(page: Path, tmp_path: Path) -> None:
     lines: list[str] = []
-    asked = options(page, tmp_path, "tasks.sequential.history=1,5,8", metric="sequential/NDCG@5")
-    found = tuning.search(asked, lines.append)
-    assert found.trials == 3 and found.first is not None and found.best >= found.first
-    made = load_recipe(found.recipe)
+    request = options(page, tmp_path, "tasks.sequential.history=1,5,8", metric="sequential/NDCG@5")
+    result = tuning.search(request, lines.append)
+    assert result.trials == 3 and result.first is not None and result.best >= result.first
+    made = load_recipe(result.recipe)
     assert (
         made.eval.split == "test"
         and made.tasks.present()["sequential"].history
-        == found.chosen[  # type: ignore[attr-defined]
+        == result.chosen[  # type: ignore[attr-defined]
             "tasks.sequential.history"
         ]
     )
@@ -75,17 +82,17 @@ def test_a_list_is_tried_whole_and_the_best_is_a_recipe(page: Path, tmp_path: Pa
     assert table[1].split(",")[1] == "5"  # the recipe's own value first
     record = json.loads((tmp_path / "search" / "tune.json").read_text())
     assert record["metric"] == "sequential/NDCG@5" and len(record["trials"]) == 3
-    assert "best of 3 trials" in tuning.summary(found)
+    assert "best of 3 trials" in tuning.summary(result)
 
     again: list[str] = []
-    assert tuning.search(asked, again.append).best == found.best and again == ["all settings were tried"]
+    assert tuning.search(request, again.append).best == result.best and again == ["all settings were tried"]
     with pytest.raises(RecipeError) as caught:
         tuning.search(options(page, tmp_path, "tasks.sequential.history=1,2"))
     assert caught.value.kind == "mismatch"
 
 
-def test_a_killed_trial_is_tried_again(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = options(page, tmp_path, "tasks.sequential.history=1,5")
+def test_killed_trial_runs_again(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = options(page, tmp_path, "tasks.sequential.history=1,5")
     real = tuning.run
 
     def killed(*given: object, **named: object) -> object:
@@ -93,14 +100,12 @@ def test_a_killed_trial_is_tried_again(page: Path, tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(tuning, "run", killed)
     with pytest.raises(KeyboardInterrupt):
-        tuning.search(asked)
+        tuning.search(request)
     monkeypatch.setattr(tuning, "run", real)
-    assert tuning.search(asked).trials == 2
+    assert tuning.search(request).trials == 2
 
 
-def test_trials_that_break_are_kept_and_do_not_end_the_search(
-    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_trials_do_not_end_the_search(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = tuning.run
 
     def breaking(recipe: object, *given: object, **named: object) -> object:
@@ -109,18 +114,18 @@ def test_trials_that_break_are_kept_and_do_not_end_the_search(
         return real(recipe, *given, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(tuning, "run", breaking)
-    found = tuning.search(options(page, tmp_path, "tasks.sequential.history=1,5"))
-    assert (found.trials, found.failed, found.chosen) == (2, 1, {"tasks.sequential.history": 5})
+    result = tuning.search(options(page, tmp_path, "tasks.sequential.history=1,5"))
+    assert (result.trials, result.failed, result.chosen) == (2, 1, {"tasks.sequential.history": 5})
     assert "no memory" in (tmp_path / "search" / "trials.csv").read_text()
 
 
-def test_a_range_is_searched_until_the_trials_are_done(page: Path, tmp_path: Path) -> None:
+def test_search_over_a_range_ends_after_the_trials(page: Path, tmp_path: Path) -> None:
     lines: list[str] = []
-    found = tuning.search(options(page, tmp_path, "tasks.sequential.history=1..9", trials=2), lines.append)
-    assert found.trials == 2 and lines[-1] == "2 trials are done" and found.first is not None
+    result = tuning.search(options(page, tmp_path, "tasks.sequential.history=1..9", trials=2), lines.append)
+    assert result.trials == 2 and lines[-1] == "2 trials are done" and result.first is not None
 
 
-def test_trials_that_answer_other_questions_are_no_search(page: Path, tmp_path: Path) -> None:
+def test_rejects_a_space_that_changes_the_cases(page: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         tuning.search(options(page, tmp_path, "eval.users=20,40"))
     assert (caught.value.kind, caught.value.column) == ("mismatch", "--over")
@@ -138,19 +143,9 @@ def test_trials_that_answer_other_questions_are_no_search(page: Path, tmp_path: 
         (("tasks.sequential.history=1,2",), {"budget": "soon"}, "--budget"),
     ],
 )
-def test_what_cannot_be_searched(
+def test_rejects_invalid_options(
     over: tuple[str, ...], more: dict[str, str], column: str, page: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(LlmrecError) as caught:
         tuning.search(options(page, tmp_path, *over, **more))
     assert column in (caught.value.column, str(caught.value)) or column in str(caught.value)
-
-
-def test_a_space_suggests_what_it_holds() -> None:
-    import optuna
-
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    trial = study.ask()
-    assert Space("a", (True, None, 1.5)).suggest(trial) in (True, None, 1.5)
-    assert 1e-4 <= Space("b", (), 1e-4, 1e-3).suggest(trial) <= 1e-3  # type: ignore[operator]
-    assert isinstance(Space("c", (), 2, 9).suggest(trial), int)
