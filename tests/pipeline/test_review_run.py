@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
@@ -21,18 +20,9 @@ from tests.review_files import marks, records, write
 pytest.importorskip("trl", reason="the train extra is not installed")
 
 SMALL = (
-    "train.steps=3",
-    "train.batch_tokens=1024",
-    "train.max_row_tokens=1000",
-    "train.valid_rows=4",
-    "train.valid_every=3",
-    "train.save_every=3",
-    "train.lora.top_layers=1",
-    "tasks.explanation.max_tokens=4",
-    "tasks.review.max_tokens=4",
-    "eval.users=5",
-    "eval.bootstrap=50",
-    "eval.backend=hf",
+    *("train.steps=3", "train.batch_tokens=1024", "train.max_row_tokens=1000", "train.valid_rows=4"),
+    *("train.valid_every=3", "train.save_every=3", "train.lora.top_layers=1", "tasks.explanation.max_tokens=4"),
+    *("tasks.review.max_tokens=4", "eval.users=5", "eval.bootstrap=50", "eval.backend=hf"),
     "eval.arms=[few-shot, tuned]",
 )
 FAMILIES = ("rating", "explanation", "review", "stars")
@@ -85,13 +75,6 @@ def test_notes_name_derived_fields_and_leaking_templates(done: pipeline.Run) -> 
     assert "titles" in done.results["data"]["main"]["derived"]
     page = (done.folder / "report" / "index.html").read_text(encoding="utf-8")
     assert "Rating from a review" in page and "derived: titles" in page
-
-
-def test_examples_have_truths_of_their_task(done: pipeline.Run, study: Study) -> None:
-    truths = {case.request.id: case.truth for case in study.cases("review")}
-    shown = [example for example in done.results["examples"] if example["task"] == "review"]
-    assert shown and {example["truth"] for example in shown} <= set(truths.values())
-    assert json.dumps(done.results)
 
 
 def test_audit_has_no_leaks(study: Study) -> None:

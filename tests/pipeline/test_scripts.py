@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import html
 import json
 import re
 import unicodedata
@@ -104,27 +103,3 @@ def test_titles_in_answers_are_parsed(run: Path) -> None:
         assert [clean(TITLES[item]) for item in items] == titles and len(titles) == 6
         seen |= set(items)
     assert seen == set(TITLES)
-
-
-def test_report_escapes_titles(run: Path) -> None:
-    page = (run / "report" / "index.html").read_text(encoding="utf-8")
-    assert "Less < Möre" not in page and "\u202e" not in page
-    assert sum(clean(title) in html.unescape(page) for title in TITLES.values()) >= 3
-
-
-@pytest.mark.parametrize("ending", ["csv", "jsonl"])
-def test_ranked_lists_have_cleaned_titles(run: Path, tmp_path: Path, ending: str) -> None:
-    requests, out = tmp_path / "requests.jsonl", tmp_path / f"lists.{ending}"
-    requests.write_text(json.dumps({"id": "1", "history": ["thai"], "candidates": list(TITLES)}) + "\n", "utf-8")
-    recipe = str(run / "recipe.yaml")
-    command("rank", "--baseline", "popularity", "--recipe", recipe, "--in", str(requests), "--out", str(out))
-    if ending == "csv":
-        with out.open(newline="", encoding="utf-8") as stream:
-            (row,) = csv.DictReader(stream)
-        items, titles = json.loads(row["items"]), json.loads(row["titles"])
-    else:
-        (line,) = out.read_text(encoding="utf-8").splitlines()
-        items, titles = json.loads(line)["items"], json.loads(line)["titles"]
-    assert dict(zip(items, titles, strict=True)) == {item: clean(title) for item, title in TITLES.items()}
-    # Cleaning removes only invisible joiners and marks of direction.
-    assert {item for item, title in TITLES.items() if clean(title) != title} == {"persian", "family", "override"}

@@ -106,34 +106,21 @@ def page(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-@pytest.mark.parametrize(
-    ("gpu", "more"),
-    [
-        (True, ()),
-        # Slower on a CPU than merged weights.
-        pytest.param(False, (), marks=pytest.mark.slow),
-        # Not supported by vLLM.
-        pytest.param(True, ("train.lora.dora=true",), marks=pytest.mark.slow),
-    ],
-)
 def test_run_uses_one_engine_for_base_and_adapter_on_gpu(
-    device: Callable[[bool], None], page: Path, llama_folder: Path, tmp_path: Path, gpu: bool, more: tuple[str, ...]
+    device: Callable[[bool], None], page: Path, llama_folder: Path, tmp_path: Path
 ) -> None:
-    base, shared = llama_folder.name, gpu and not more
-    device(gpu)
-    done = pipeline.run(load_recipe(str(page), more), tmp_path / "r", quiet=True)
-    assert Adapting.started == ([(base, 1)] if shared else [(base, 0), ("merged", 0)])
-    assert set(Adapting.used) == ({"", "r"} if shared else {""})
+    device(True)
+    done = pipeline.run(load_recipe(str(page)), tmp_path / "r", quiet=True)
+    assert Adapting.started == [(llama_folder.name, 1)] and set(Adapting.used) == {"", "r"}
     assert {row["arm"] for row in done.results["rows"]} >= {"zero-shot", "few-shot", "tuned"}
     assert Adapting.open == 0
-    # A second run starts nothing; on a CPU, answers of the shared engine are not reused.
-    pipeline.run(load_recipe(str(page), more), tmp_path / "r", quiet=True)
-    assert len(Adapting.started) == (1 if shared else 2)
-    if shared:
-        Adapting.started = []
-        device(False)
-        pipeline.run(load_recipe(str(page)), tmp_path / "r", quiet=True)
-        assert len(Adapting.started) == 2
+    # A second run starts nothing. On a CPU, each model has an engine, and answers of the shared engine are not reused.
+    pipeline.run(load_recipe(str(page)), tmp_path / "r", quiet=True)
+    assert len(Adapting.started) == 1
+    Adapting.started = []
+    device(False)
+    pipeline.run(load_recipe(str(page)), tmp_path / "r", quiet=True)
+    assert Adapting.started == [(llama_folder.name, 0), ("merged", 0)]
 
 
 @pytest.mark.slow
@@ -310,8 +297,8 @@ def test_identity_of_shared_engine(device: Callable[[bool], None], llama_folder:
         assert shared.identity("vllm", weights) == {**plain.identity("vllm", weights), "adapters": "live"}
         assert shared.identity("hf", weights) == plain.identity("hf", weights)
     assert shared.identity("vllm", "other") == plain.identity("vllm", "other")
-    beside = Engines(section, EvalSection(), encoder, 0, Budget(), None, beside=shared)
-    assert beside.is_shared("vllm", "tuned") and not plain.is_shared("vllm", "tuned")
+    second = Engines(section, EvalSection(), encoder, 0, Budget(), None, beside=shared)
+    assert second.is_shared("vllm", "tuned") and not plain.is_shared("vllm", "tuned")
     # Another maximum length needs another engine.
     short = Engines(section, EvalSection(), Encoder(encoder.tokenizer, max_length=64), 0, Budget(), None, beside=shared)
     assert not short.is_shared("vllm", "base")

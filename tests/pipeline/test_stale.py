@@ -77,9 +77,7 @@ def base(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, d
     "change",
     [
         *(
-            "model.dtype=bfloat16",
-            "seed=1",
-            "tasks.sequential.eval_templates=[name-next]",
+            *("model.dtype=bfloat16", "seed=1", "tasks.sequential.eval_templates=[name-next]"),
             "tasks.sequential.history=2",
         ),
         *("eval.candidates.count=4", "eval.shots.k=2", "tasks.direct.strategies=[list]", "data.noun=goods"),

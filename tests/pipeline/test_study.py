@@ -15,7 +15,7 @@ from llmrec.errors import DataError, RecipeError
 from llmrec.pipeline.evaluation import Evaluation, ResultRow
 from llmrec.pipeline.resume import Budget
 from llmrec.pipeline.study import Study, build_study
-from llmrec.pipeline.training import plan_training, training_key
+from llmrec.pipeline.training import plan_training
 from llmrec.recipe.load import dump, load_recipe, recipe_hash
 from llmrec.recipe.schema import Recipe
 from tests.facts import Facts, raises
@@ -50,15 +50,6 @@ def test_candidates_are_drawn_for_evaluated_users_only() -> None:
         assert [case.request for case in some.cases(family)] == [case.request for case in every.cases(family)][:count]
     assert set(some.candidates.sets) == {case.request.id for case in some.cases("direct")}
     assert every.candidates == draw(every.data, "test", every.recipe.eval.candidates, seed=0)
-
-
-def test_training_key_depends_on_base_model(tmp_path: Path) -> None:
-    base, other = tmp_path / "base", tmp_path / "other"
-    for folder in (base, other):
-        folder.mkdir()
-        (folder / "config.json").write_text(json.dumps({"name": folder.name}), encoding="utf-8")
-    study = build_study(recipe())
-    assert training_key(study, str(other)) != training_key(study, str(base))
 
 
 def test_training_seed_changes_rows_but_no_questions() -> None:

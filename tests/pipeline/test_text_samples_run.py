@@ -7,13 +7,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
 from llmrec.backends.fake import FakeBackend
-from llmrec.pipeline import examples
 from llmrec.pipeline import run as pipeline
 from llmrec.pipeline.examples import COUNT, drawn, text_samples
 from llmrec.pipeline.study import Study, build_study, encoder_of, load_split
@@ -23,8 +21,6 @@ from llmrec.recipe.schema import Recipe
 from llmrec.registry import BACKENDS
 from llmrec.report.page import write as write_report
 from llmrec.report.results import read
-from llmrec.results import Prediction
-from llmrec.types import Rating, Text
 from tests.review_files import records, write
 
 INJECTIONS = (
@@ -201,7 +197,7 @@ def test_long_review_is_shortened(llama_folder: Path, tmp_path: Path, monkeypatc
     path = write(tmp_path / "long.json", rows)
     changes = [f"model.name={llama_folder}", f"data.path={path}", "tasks.explanation=null", "tasks.review.shown=1200"]
     study = build_study(load_recipe("recipes/reviews/musical-instruments.yaml", [*changes, "eval.users=3"]))
-    (sample, *_) = [found.as_json() for found in text_samples(study, [])]
+    (sample, *_) = [each.as_json() for each in text_samples(study, [])]
     (review,) = sample["told"]
     assert len(review["text"]) < 430 and review["text"].endswith("more … (1200 characters)")
 
@@ -274,33 +270,3 @@ def test_answer_of_obedient_model_is_one_line(
     texts = [answer["text"] for row, answer in answers if "/baseline/" not in row]
     assert texts and all(text and "\n" not in text and text.isprintable() for text in texts)
     assert "pwned" in "".join(texts)
-
-
-@pytest.mark.parametrize("text", INJECTIONS)
-def test_injection_as_answer_is_parsed_normally(text: str, studies: dict[str, Study]) -> None:
-    """The answer is one line of text, a number of the scale, or missing."""
-    for study in studies.values():
-        for family, names in TEMPLATES.items():
-            task, request = study.tasks[family], study.cases(family)[0].request
-            for name in names:
-                answer = task.parse(text, request, template=name)
-                if family == "stars":
-                    assert answer is None or (isinstance(answer, Rating) and 1 <= answer.value <= 5)
-                elif name == "name-item-both":
-                    assert answer is None
-                else:
-                    assert answer == Text(request_id=request.id, text=clean(text, 1000))
-
-
-@pytest.mark.parametrize(
-    ("parsed", "text"),
-    [
-        ('{"items": ["a", "b"], "scores": [2, 1]}', "rank 2"),
-        ('{"items": ["a", "c"], "scores": [2, 1]}', "not in the top 2"),
-        ("0.25", "0.250"),
-        ("null", "could not be parsed"),
-        ('"good"', "good"),
-    ],
-)
-def test_short_text_of_answer(parsed: str, text: str) -> None:
-    assert examples._answer_text(cast(Prediction, SimpleNamespace(parsed=parsed)), "b") == text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from rich.console import Console
 
 from llmrec.pipeline.run import run
 from llmrec.recipe.comparisons import Suite
-from llmrec.recipe.load import load_benchmark, load_recipe
+from llmrec.recipe.load import load_recipe
 from llmrec.report.results import results_of
 from llmrec.report.table import console_tables
 
@@ -108,16 +107,3 @@ def test_run_reports_undefined_metrics_in_every_format(folder: Path) -> None:
         console.print(shown)
     printed = " ".join(console.export_text().split())
     assert "undefined" in printed and f"GAUC is undefined: {OF_USERS}." in printed
-
-
-def test_benchmark_reports_undefined_metrics(folder: Path) -> None:
-    page = folder / "bench.yaml"
-    page.write_text(
-        f"benchmark: small\nrecipe: {folder / 'recipe.yaml'}\nbootstrap: 100\nruns: [{{name: only}}]\n",
-        encoding="utf-8",
-    )
-    run_benchmark(load_benchmark(str(page)), out=folder / "bench", results=folder / "eval" / "results", say=str)
-    results = json.loads((folder / "eval" / "results" / "small.json").read_text(encoding="utf-8"))
-    assert not [pair for pair in (*results["comparisons"], *results["pairs"]) if pair["table"] == "ctr"]
-    text = (folder / "eval" / "small.md").read_text(encoding="utf-8")
-    assert f"AUC is undefined: {ONE_CLASS}. {NOTHING}" in text
