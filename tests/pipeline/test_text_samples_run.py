@@ -263,7 +263,7 @@ def test_answer_of_obedient_model_is_one_line(
 ) -> None:
     chosen = recipes["injected"]
     chosen = chosen.model_copy(update={"eval": chosen.eval.model_copy(update={"backend": "fake", "scorer": "fake"})})
-    monkeypatch.setitem(BACKENDS, "fake", f"{__name__}:Obedient")  # type: ignore[arg-type]
+    monkeypatch.setitem(BACKENDS, "fake", f"{__name__}:Obedient")
     run = pipeline.run(chosen, tmp_path / "run", quiet=True)
     assert {row["parse_rate"] for row in run.results["rows"] if row["predictor"] == "text"} == {1.0}
     answers = [pair for sample in run.results["texts"] for pair in sample["answers"].items()]
