@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal, cast, get_args, get_origin
@@ -12,13 +13,15 @@ from typing import Annotated, Any, Literal, cast, get_args, get_origin
 import pytest
 from pydantic import BaseModel
 
+from llmrec.data.split import SplitDataset
 from llmrec.fingerprint import Affects, Stage, code_digest, declared, fingerprint, settings
 from llmrec.pipeline.engines import Engines
 from llmrec.pipeline.evaluation import Evaluation
 from llmrec.pipeline.resume import Budget
 from llmrec.pipeline.row_specs import specs_of
-from llmrec.pipeline.study import build_study
+from llmrec.pipeline.study import build_study, load_split
 from llmrec.pipeline.training import training_key
+from llmrec.prompts.template import load_templates
 from llmrec.recipe.schema import BaselineSection, Recipe, TrainSection
 from llmrec.registry import BASELINES, METRICS
 from llmrec.results import Arm
@@ -223,9 +226,15 @@ def left_out(key: str) -> set[str]:
     return set(BASE["tasks"]) - {family, *(("rating", "stars") if name in ("arms", "weight") else ())}
 
 
+SPLITS: dict[tuple[str, int], SplitDataset] = {}
+
+
 def observed(recipe: Recipe, folder: str) -> dict[str, Any]:
-    """Return what is stored under a fingerprint, by stage; rows by id."""
-    study = build_study(recipe)
+    """Return the fingerprints of all stages; those of rows by id."""
+    loaded = (recipe.data.model_dump_json(), recipe.seed)
+    if loaded not in SPLITS:
+        SPLITS[loaded] = load_split(recipe.data, recipe.seed)
+    study = build_study(recipe, SPLITS[loaded])
     evaluation = Evaluation(study, None, Path(folder), Budget(quiet=True), quiet=True)
     arms = ("baseline", *recipe.eval.arms)
     specs = [spec for arm in arms for spec in specs_of(study, cast("Arm", arm))]
@@ -269,6 +278,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         codes = {f"B{item:02d}": [f"<a_{first + item}>"] for item in range(ITEMS)}
         (folder / f"{name}.json").write_text(json.dumps(codes), encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _templates() -> Iterator[None]:
+    """Read templates only once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llmrec.pipeline.study.load_templates", cache(load_templates))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sqlite3
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -45,10 +46,14 @@ def expected(complete: Chain) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def trained(runs: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Chain:
-    """Return a run that was killed after its training."""
+def trained(complete: Chain, tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    """Return a run without the files of its evaluation."""
     chain = Chain(tmp_path_factory.mktemp("trained"))
-    assert runs.do(chain, "run", "between stages, before evaluation") == -9
+    evaluated = shutil.ignore_patterns(
+        *("answers.sqlite*", "rows", "*.parquet", "results.json", "report", "audit*.json", "trackers.json")
+    )
+    shutil.copytree(complete.run, chain.run, ignore=evaluated)
+    shutil.copytree(complete.run / "candidates", chain.run / "candidates", dirs_exist_ok=True)
     return chain
 
 
