@@ -143,10 +143,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_payload_is_in_a_prompt(folder: Path) -> None:
-    expected = {shown for text in _texts("full") if (shown := clean(text))}
+    # Without spaces, since broken item tokens get one.
+    expected = {clean(text).replace(" ", "") for text in _texts("full")}
     for way in WAYS:
         recorder = _recorded("full", folder, way)
         shown = "\n".join(_flat(prompt) for prompt in recorder.prompts) + "\n".join(recorder.texts)
+        shown = shown.replace(" ", "")
         assert not [text for text in expected if text not in shown]
 
 
