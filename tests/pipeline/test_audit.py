@@ -265,7 +265,7 @@ def test_users_with_leaking_profiles_are_excluded(study: Study) -> None:
     profile = {"likes": f"everything like {title(study, item)}"}
     dataset = replace(study.data.dataset, users={user: profile, "another": {"likes": "nothing"}})
     changed = build_study(study.recipe, replace(study.data, dataset=dataset))
-    checks = examine(changed)
+    checks = examine(only(changed, "direct"))
     check = checks["user profiles of made-reviews"]
     assert leaking(checks) == set() and check.verdict == "notice" and check.figures == {"users": 1}
     assert check.found.startswith("1 user is excluded from the evaluation, of 2 with a profile in made-reviews")
@@ -397,7 +397,7 @@ def test_no_answers_avoid_held_out_items(monkeypatch: pytest.MonkeyPatch) -> Non
     # Every other example is a no.
     yes_no = "tasks={direct: {templates: [user-title], strategies: [pointwise-yes]}}"
     changes = (yes_no, "eval.arms=[zero-shot, few-shot]", "eval.shots.k=2")
-    assert leaking(examine(built(*changes))) == set()
+    assert not leaks_at(DRAWN, built(*changes)) and not leaks_at(SHOTS, built(*changes))
     monkeypatch.setattr("llmrec.tasks.direct.Negatives", Knowing)
     assert {DRAWN, SHOTS} <= leaking(examine(built(*changes)))
 
@@ -408,8 +408,8 @@ def built(*changes: str) -> Study:
 
 def test_packed_rows_depend_on_held_out_items(monkeypatch: pytest.MonkeyPatch) -> None:
     tasks = ", ".join(f"{family}: {{templates: [one-history]}}" for family in ("sequential", "rating"))
-    packed = (f"tasks={{{tasks}}}", "train.packing=tree")
-    assert leaking(examine(built(*packed))) == set()
+    packed, name = (f"tasks={{{tasks}}}", "train.packing=tree"), DRAWN.replace("direct", "sequential")
+    assert not leaks_at(name, built(*packed))
     honest = SequentialTask.branch
 
     def branch(self: SequentialTask, number: int, user: str) -> Example | None:
@@ -417,7 +417,7 @@ def test_packed_rows_depend_on_held_out_items(monkeypatch: pytest.MonkeyPatch) -
         return row and replace(row, user_id=f"{user} {last.get(user, '')}")
 
     monkeypatch.setattr(SequentialTask, "branch", branch)
-    assert leaking(examine(built(*packed))) == {"training rows of sequential that depend on held-out interactions"}
+    assert leaks_at(name, built(*packed))
 
 
 def test_second_table_with_other_items_is_clean(study: Study) -> None:
