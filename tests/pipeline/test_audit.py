@@ -397,7 +397,8 @@ def test_no_answers_avoid_held_out_items(monkeypatch: pytest.MonkeyPatch) -> Non
     # Every other example is a no.
     yes_no = "tasks={direct: {templates: [user-title], strategies: [pointwise-yes]}}"
     changes = (yes_no, "eval.arms=[zero-shot, few-shot]", "eval.shots.k=2")
-    assert not leaks_at(DRAWN, built(*changes)) and not leaks_at(SHOTS, built(*changes))
+    plain = built(*changes)
+    assert not leaks_at(DRAWN, plain) and not leaks_at(SHOTS, plain)
     monkeypatch.setattr("llmrec.tasks.direct.Negatives", Knowing)
     assert {DRAWN, SHOTS} <= leaking(examine(built(*changes)))
 

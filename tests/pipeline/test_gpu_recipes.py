@@ -182,7 +182,7 @@ def test_every_recipe_has_a_test() -> None:
         assert load_recipe(path).name == f"gpu-{path.stem}" and "Not run yet" in path.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", [name for name in SMALL if name != "minionerec"])
+@pytest.mark.parametrize("name", [name for name in SMALL if name not in ("minionerec", "qwen3-4b-24gb")])
 def test_recipe_is_planned_and_estimated_without_weights(
     name: str,
     sources: Mapping[str, Path],
