@@ -76,10 +76,7 @@ def base(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, d
 @pytest.mark.parametrize(
     "change",
     [
-        *(
-            *("model.dtype=bfloat16", "seed=1", "tasks.sequential.eval_templates=[name-next]"),
-            "tasks.sequential.history=2",
-        ),
+        *("model.dtype=bfloat16", "seed=1", "tasks.sequential.eval_templates=[name-next]"),
         *("eval.candidates.count=4", "eval.shots.k=2", "tasks.direct.strategies=[list]", "data.noun=goods"),
         *("tasks.sequential.history=2", "eval.users=8", "eval.split=valid"),
     ],
