@@ -338,10 +338,10 @@ def rows(family: str, fill_name: str, count: int) -> list[Example]:
 
 
 def shown(family: str, template: str, fill_name: str) -> set[int]:
-    """Return the items whose titles are in the prompts of a template."""
+    """Return the items whose titles are in the prompts of a template, without spaces: broken tokens get one."""
     items = dataset(fill_name).dataset.items
-    titles = {int(item[1:]): clean(entry.title) for item, entry in items.items()}
-    text = "\n".join(_flat(prompt(family, template, fill_name, 0, user)[0]) for user in range(USERS))
+    titles = {int(item[1:]): _squeezed(clean(entry.title)) for item, entry in items.items()}
+    text = "\n".join(_squeezed(_flat(prompt(family, template, fill_name, 0, user)[0])) for user in range(USERS))
     return {number for number, title in titles.items() if title and title in text}
 
 
