@@ -1,4 +1,4 @@
-"""Item tokens are written by codes alone: no title, field, review or profile can spell one out."""
+"""Only codes write item tokens: no title, field, review or profile can."""
 
 from __future__ import annotations
 
@@ -45,9 +45,7 @@ def ids_of(encoder: Encoder) -> set[int]:
 
 
 def rendered(encoder: Encoder, template: Template, values: dict[str, object]) -> list[int]:
-    """Return the ids of the turns and of the answer, read as one text and piece by piece."""
-    answer = template.answer(values)
-    return [*encoder.chat(template.turns(values)), *encoder.piece(answer)]
+    return [*encoder.chat(template.turns(values)), *encoder.piece(template.answer(values))]
 
 
 @pytest.mark.parametrize("text", SPELT)
@@ -56,8 +54,8 @@ def test_data_never_becomes_an_item_token(text: str, encoder: Encoder) -> None:
         family="x", name="x", version=1, use="seen", shape="chat", user="{{ a }}{{ b }} and {{ a }}", target="{{ b }}"
     )
     for first in SPELT:
-        found = rendered(encoder, template, {"a": first, "b": text})
-        assert not ids_of(encoder) & set(found), (first, text)
+        ids = rendered(encoder, template, {"a": first, "b": text})
+        assert not ids_of(encoder) & set(ids), (first, text)
 
 
 @given(
@@ -65,8 +63,7 @@ def test_data_never_becomes_an_item_token(text: str, encoder: Encoder) -> None:
         st.sampled_from([*SPELT, "<", ">", "_", "a", "1", "item", "user", " ", "\u0301", "\u200b", "｜"]), max_size=8
     )
 )
-def test_no_pieces_of_data_side_by_side_make_one(parts: list[str]) -> None:
-    """Whatever two values are set side by side, no token stands in the text."""
+def test_adjacent_values_never_form_an_item_token(parts: list[str]) -> None:
     for cut in range(len(parts) + 1):
         one, two = without_item_tokens("".join(parts[:cut])), without_item_tokens("".join(parts[cut:]))
         joined = one + two
@@ -74,26 +71,26 @@ def test_no_pieces_of_data_side_by_side_make_one(parts: list[str]) -> None:
         assert without_item_tokens(one) == one
 
 
-def test_a_code_is_written_as_its_tokens(encoder: Encoder) -> None:
+def test_code_is_written_as_its_tokens(encoder: Encoder) -> None:
     template = Template(
         family="x", name="x", version=1, use="seen", shape="chat", user="{{ a }}", target="{{ item.code }}"
     )
-    found = rendered(encoder, template, {"a": "<a_1>", "item": {"code": Code("<a_1><b_2>"), "title": "<c_3>"}})
+    ids = rendered(encoder, template, {"a": "<a_1>", "item": {"code": Code("<a_1><b_2>"), "title": "<c_3>"}})
     expected = encoder.tokenizer.convert_tokens_to_ids(["<a_1>", "<b_2>"])
-    assert [i for i in found if i in ids_of(encoder)] == expected
-    # The same text as plain data is not a code.
+    assert [i for i in ids if i in ids_of(encoder)] == expected
+    # Plain data with the same text is no code.
     plain = rendered(encoder, template, {"a": "x", "item": {"code": "<a_1><b_2>", "title": ""}})
     assert not ids_of(encoder) & set(plain)
 
 
-def test_ordinary_titles_are_left_alone() -> None:
+def test_ordinary_titles_are_unchanged() -> None:
     for title in ("I <3 you", "a < b > c", "<b>bold</b>", "5 > 3", "Heat (1995)", "<3", "x <- y"):
         assert without_item_tokens(title) == title
 
 
-@pytest.mark.parametrize("name", ["continue-codes", "next-code", "continue-list", "next-title", "profile-list"])
-def test_a_whole_task_writes_only_its_codes(name: str, encoder: Encoder) -> None:
-    """Titles, fields and profiles full of tokens, beside real codes in the same prompt."""
+@pytest.mark.parametrize("name", ["continue-codes", "next-code", "profile-list"])
+def test_task_writes_only_its_codes(name: str, encoder: Encoder) -> None:
+    """Titles, fields and profiles contain tokens, and the same prompt has real codes."""
     items = {f"i{n}": Item(item_id=f"i{n}", title=f"{SPELT[n]} {n}", fields={"kind": SPELT[-n]}) for n in range(8)}
     rows = [(f"u{u}", f"i{(u + n) % 8}", float(n)) for u in range(4) for n in range(6)]
     frame = pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row")
@@ -102,21 +99,21 @@ def test_a_whole_task_writes_only_its_codes(name: str, encoder: Encoder) -> None
     codes = {f"i{n}": (token(0, n % 4), token(1, n // 4)) for n in range(8)}
     index = ItemIndex("x", codes, tokens=TOKENS)
     task = make(SequentialTask, data, SequentialSection(), load_templates("sequential"), seed=0, index=index)
-    own: list[Any] = [encoder.tokenizer.convert_tokens_to_ids(list(codes[f"i{n}"])) for n in range(8)]
+    known: list[Any] = [encoder.tokenizer.convert_tokens_to_ids(list(codes[f"i{n}"])) for n in range(8)]
     for case in task.cases("test"):
-        asked = Request(
+        request = Request(
             id=case.request.id, user_id=case.request.user_id, history=case.request.history, context={"profile": "<b_2>"}
         )
-        prompt = task.prompt(asked, template=name)
-        found = [i for i in encoder.prompt(prompt) if i in ids_of(encoder)]
+        prompt = task.prompt(request, template=name)
+        shown = [i for i in encoder.prompt(prompt) if i in ids_of(encoder)]
         coded = load_templates("sequential")[name].writes_codes
-        wanted = [i for event in asked.history for i in own[int(event.item_id[1:])]] if coded else []
-        assert found == wanted
-        for item, text in zip(task.catalogue, task.continuations(asked, template=name), strict=True):
+        expected = [i for event in request.history for i in known[int(event.item_id[1:])]] if coded else []
+        assert shown == expected
+        for item, text in zip(task.catalogue, task.continuations(request, template=name), strict=True):
             tail = [i for i in encoder.continuation(prompt, text, closed=True) if i in ids_of(encoder)]
-            assert tail == (own[int(item[1:])] if coded else [])
+            assert tail == (known[int(item[1:])] if coded else [])
 
 
-def test_the_pattern_is_that_of_the_tokens_which_indexes_make() -> None:
+def test_pattern_matches_tokens_of_indexes() -> None:
     assert all(map(is_item_token, TOKENS))
     assert not any(map(is_item_token, ("<a>", "<a_>", "<_1>", "a_1", "<ab_1>", "<items_1>", "<|a_1|>", "<a_1> ", "")))

@@ -1,4 +1,4 @@
-"""Requests that name unknown items in their own words: no payload in them becomes a control token."""
+"""Requests with unknown items: no payload in them becomes a control token."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ WAYS = (
 
 
 class Recorder(FakeBackend):
-    """Keeps what it is asked."""
+    """Records prompts and candidates."""
 
     def __init__(self) -> None:
         super().__init__(complete=lambda text: "A, B")
@@ -75,20 +75,20 @@ def _bundle() -> Bundle:
 
 
 def _texts(fill: str) -> list[str]:
-    """Return texts that stand wherever a request can have one."""
+    """Return the texts of all fields of requests."""
     if fill == "harmless":
         return [harmless(n) for n in range(COUNT)]
-    if fill == "whole":
+    if fill == "full":
         return [text.replace("\0", "") for text in payloads()]
     return [f"{right} x{n} {left}" for n, (left, right) in enumerate(halves())]
 
 
 def _records(texts: list[str], mark: str) -> list[dict[str, Any]]:
-    """Return requests that show every text as a candidate, in a history and in a profile; ids carry them too."""
-    found = []
+    """Return requests with every text as a candidate, in a history and in a profile; ids contain them too."""
+    records = []
     for start in range(0, len(texts), SIZE):
         part = texts[start : start + SIZE]
-        found.append(
+        records.append(
             {
                 "id": f"{start} {clean(part[0], 40)}",
                 "user_id": clean(part[1], 40) or "u",
@@ -97,7 +97,7 @@ def _records(texts: list[str], mark: str) -> list[dict[str, Any]]:
                     {"title": f"h{n} {text}", "rating": 4, "text": f"t {texts[(start + 7 + n) % len(texts)]}"}
                     for n, text in enumerate(part)
                 ],
-                # The number keeps payloads that clean to one text apart, so that both fills have as many candidates.
+                # The number separates payloads with the same cleaned text, so both fills have as many candidates.
                 "candidates": [
                     {"item_id": f"{mark}{n}", "title": f"{text} c{n}", "genres": f"g {text}"}
                     for n, text in enumerate(part)
@@ -105,7 +105,7 @@ def _records(texts: list[str], mark: str) -> list[dict[str, Any]]:
                 + ["known"],
             }
         )
-    return found
+    return records
 
 
 @cache
@@ -118,8 +118,8 @@ def _read(fill: str, folder: Path) -> list[RankRequest]:
 
 
 @cache
-def _asked(fill: str, folder: Path, way: Asking) -> Recorder:
-    """Return what an engine is asked for the requests of one fill."""
+def _recorded(fill: str, folder: Path, way: Asking) -> Recorder:
+    """Return the prompts and candidates of the requests of one fill."""
     requests = _read(fill, folder)
     backend = Recorder()
     answers = rank_requests(
@@ -131,7 +131,7 @@ def _asked(fill: str, folder: Path, way: Asking) -> Recorder:
         batch=64,
     )
     assert all(isinstance(answer, Ranking) for answer in answers), answers[:2]
-    # A request with long candidates is scored in slices, which share their prompt.
+    # Long candidates are scored in slices with the same prompt.
     backend.prompts = list(dict.fromkeys(backend.prompts))
     assert len(backend.prompts) == len(requests) == COUNT // SIZE
     return backend
@@ -142,13 +142,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("requests")
 
 
-def test_every_payload_is_asked_about(folder: Path) -> None:
-    """Else the test below would prove little."""
-    wanted = {shown for text in _texts("whole") if (shown := clean(text))}
+def test_every_payload_is_in_a_prompt(folder: Path) -> None:
+    # Without spaces, since broken item tokens get one.
+    expected = {clean(text).replace(" ", "") for text in _texts("full")}
     for way in WAYS:
-        asked = _asked("whole", folder, way)
-        said = "\n".join(_flat(prompt) for prompt in asked.prompts) + "\n".join(asked.texts)
-        assert not [text for text in wanted if text not in said]
+        recorder = _recorded("full", folder, way)
+        shown = "\n".join(_flat(prompt) for prompt in recorder.prompts) + "\n".join(recorder.texts)
+        shown = shown.replace(" ", "")
+        assert not [text for text in expected if text not in shown]
 
 
 def _flat(prompt: Prompt) -> str:
@@ -156,12 +157,12 @@ def _flat(prompt: Prompt) -> str:
 
 
 @every_tokenizer
-def test_requests_hold_the_control_tokens_of_harmless_ones(encoder: Encoder, name: str, folder: Path) -> None:
+def test_requests_have_the_control_tokens_of_harmless_ones(encoder: Encoder, name: str, folder: Path) -> None:
     for way in WAYS:
-        plain = _asked("harmless", folder, way)
-        for fill in ("whole",) if way.strategy == "list" else ("whole", "split"):
-            hostile = _asked(fill, folder, way)
-            # Lists are asked for in the words of labels; a few show that.
+        plain = _recorded("harmless", folder, way)
+        for fill in ("full",) if way.strategy == "list" else ("full", "split"):
+            hostile = _recorded(fill, folder, way)
+            # Lists use the prompts of labels; a few are enough.
             few = slice(None, None, 5 if way.strategy == "list" else 1)
             for prompt, other in zip(hostile.prompts[few], plain.prompts[few], strict=True):
                 _same(encoder, prompt, other)
@@ -170,17 +171,17 @@ def test_requests_hold_the_control_tokens_of_harmless_ones(encoder: Encoder, nam
                 assert not marks(encoder.tokenizer, encoder.piece(text)), text
 
 
-_WANTED: dict[tuple[int, Prompt], tuple[int, ...]] = {}
+_EXPECTED: dict[tuple[int, Prompt], tuple[int, ...]] = {}
 
 
 def _same(encoder: Encoder, prompt: Prompt, other: Prompt) -> None:
     key = (id(encoder), other)
-    if key not in _WANTED:
-        _WANTED[key] = marks(encoder.tokenizer, encoder.prompt(other))
-    assert marks(encoder.tokenizer, encoder.prompt(prompt)) == _WANTED[key], _flat(prompt)
+    if key not in _EXPECTED:
+        _EXPECTED[key] = marks(encoder.tokenizer, encoder.prompt(other))
+    assert marks(encoder.tokenizer, encoder.prompt(prompt)) == _EXPECTED[key], _flat(prompt)
 
 
-def test_what_is_no_text_is_refused() -> None:
+def test_rejects_invalid_characters() -> None:
     for text in ("Heat\0", "Heat\ud800"):
         for record in ({"candidates": [{"title": text}]}, {"candidates": ["known"], "profile": text}):
             with raises(DataError, Facts("encoding")):

@@ -1,9 +1,9 @@
-"""Computes every figure of a run again from predictions.parquet and items.parquet.
+"""Recomputes all values of a run from predictions.parquet and items.parquet.
 
 docs/datasets-and-output-files.md describes their columns.
 
-numpy and the standard library alone, with pyarrow to read the files and, for texts, sacrebleu and rouge-score; nothing
-of llmrec, so that a mistake in its metrics or in what it stores cannot hide.
+It uses numpy, pyarrow and, for texts, sacrebleu and rouge-score, but not llmrec, so that it finds errors in the metrics
+and files of llmrec.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def read(path: Path) -> Columns:
     return dict(pq.read_table(path).to_pydict())
 
 
-def taken(columns: Columns, places: Any) -> Columns:
-    return {name: [values[place] for place in places] for name, values in columns.items()}
+def taken(columns: Columns, indices: Any) -> Columns:
+    return {name: [values[index] for index in indices] for name, values in columns.items()}
 
 
 def rows_of(columns: Columns) -> dict[str, Columns]:
@@ -35,16 +35,10 @@ def rows_of(columns: Columns) -> dict[str, Columns]:
     return {row: taken(columns, np.flatnonzero(ids == row)) for row in dict.fromkeys(columns["row_id"])}
 
 
-def metrics(row: Columns, answer: str, asked: dict[str, str]) -> dict[str, float | None]:
-    """Return the figures of a row's requests.
-
-    Args:
-        row: Its columns.
-        answer: ``ranking``, ``rating``, ``probability`` or ``text``.
-        asked: The signature of each metric.
-    """
-    made = {"ranking": rankings, "rating": ratings, "probability": probabilities, "text": texts}[answer]
-    return made(row, asked)
+def metrics(row: Columns, answer: str, signatures: dict[str, str]) -> dict[str, float | None]:
+    """Return the metrics of a row, by the signature of each metric."""
+    compute = {"ranking": rankings, "rating": ratings, "probability": probabilities, "text": texts}[answer]
+    return compute(row, signatures)
 
 
 # --------------------------------------------------------------------------- rankings
@@ -61,8 +55,8 @@ def per_request(row: Columns, name: str) -> Any:
     return np.array(values)
 
 
-def rankings(row: Columns, asked: dict[str, str]) -> dict[str, float | None]:
-    return {name: float(per_request(row, name).mean()) for name in asked}
+def rankings(row: Columns, signatures: dict[str, str]) -> dict[str, float | None]:
+    return {name: float(per_request(row, name).mean()) for name in signatures}
 
 
 # --------------------------------------------------------------------------- numbers
@@ -75,16 +69,16 @@ def auc(score: Any, yes: Any) -> float | None:
     return float(((won[:, None] > lost) + 0.5 * (won[:, None] == lost)).mean())
 
 
-def ratings(row: Columns, asked: dict[str, str]) -> dict[str, float | None]:
+def ratings(row: Columns, signatures: dict[str, str]) -> dict[str, float | None]:
     guess, truth = np.array(row["value"]), np.array(row["truth"], dtype=float)
-    found: dict[str, float | None] = {
+    values: dict[str, float | None] = {
         "RMSE": float(np.sqrt(((guess - truth) ** 2).mean())),
         "MAE": float(np.abs(guess - truth).mean()),
     }
-    if "LikedAUC" in asked:
-        (least,) = re.findall(r"how:from-([^|]+)", asked["LikedAUC"])
-        found["LikedAUC"] = auc(guess, truth >= float(least))
-    return found
+    if "LikedAUC" in signatures:
+        (least,) = re.findall(r"how:from-([^|]+)", signatures["LikedAUC"])
+        values["LikedAUC"] = auc(guess, truth >= float(least))
+    return values
 
 
 def within(row: Columns) -> list[float | None]:
@@ -93,13 +87,13 @@ def within(row: Columns) -> list[float | None]:
 
 
 def bins(row: Columns) -> list[tuple[int, float, float]]:
-    """Return size, mean P(yes) and share of yes of ten bins of about as many answers; equal ones are never parted."""
+    """Return size, mean P(yes) and share of yes of ten bins of about as many answers; equal ones share a bin."""
     guess, yes = np.array(row["value"]), np.array(row["truth"], dtype=float)
     borders = np.sort(guess)[(np.arange(1, 10) * len(guess)) // 10]
-    own = np.array([int((borders <= value).sum()) for value in guess])
+    bin_of = np.array([int((borders <= value).sum()) for value in guess])
     return [
-        (int((own == each).sum()), float(guess[own == each].mean()), float(yes[own == each].mean()))
-        for each in np.unique(own)
+        (int((bin_of == each).sum()), float(guess[bin_of == each].mean()), float(yes[bin_of == each].mean()))
+        for each in np.unique(bin_of)
     ]
 
 
@@ -108,13 +102,13 @@ def log_losses(row: Columns) -> Any:
     return -np.log(np.maximum(np.where(yes, guess, 1 - guess), 1e-15))
 
 
-def probabilities(row: Columns, asked: dict[str, str]) -> dict[str, float | None]:
-    own = [value for value in within(row) if value is not None]
+def probabilities(row: Columns, signatures: dict[str, str]) -> dict[str, float | None]:
+    users = [value for value in within(row) if value is not None]
     return {
         "AUC": auc(np.array(row["value"]), np.array(row["truth"], dtype=float) == 1),
-        "GAUC": float(np.mean(own)) if own else None,
+        "GAUC": float(np.mean(users)) if users else None,
         "LogLoss": float(log_losses(row).mean()),
-        "ECE": sum(size * abs(said - so) for size, said, so in bins(row)) / len(row["value"]),
+        "ECE": sum(size * abs(guess - share) for size, guess, share in bins(row)) / len(row["value"]),
     }
 
 
@@ -134,41 +128,41 @@ def rouge(row: Columns, name: str) -> Any:
     return np.array([scorer.score(truth, text)[kind].fmeasure for truth, text in pairs])
 
 
-def texts(row: Columns, asked: dict[str, str]) -> dict[str, float | None]:
+def texts(row: Columns, signatures: dict[str, str]) -> dict[str, float | None]:
     from sacrebleu import BLEU
 
-    said = written(row)
-    words = [WORD.findall(text.lower()) for text in said]
-    found: dict[str, float | None] = {
+    answers = written(row)
+    words = [WORD.findall(text.lower()) for text in answers]
+    values: dict[str, float | None] = {
         name: float(rouge(row, name).mean()) for name in ("ROUGE-1", "ROUGE-2", "ROUGE-L")
     }
-    found["BLEU-4"] = BLEU(force=True).corpus_score(said, [row["truth"]]).score / 100
+    values["BLEU-4"] = BLEU(force=True).corpus_score(answers, [row["truth"]]).score / 100
     for n in (1, 2):
-        grams = [tuple(own[place : place + n]) for own in words for place in range(len(own) - n + 1)]
-        found[f"Distinct-{n}"] = len(set(grams)) / len(grams) if grams else 0.0
-    found["USR"] = len({tuple(own) for own in words if own}) / len(said)
-    if "CopyRate" in asked:
-        found["CopyRate"] = float(np.mean(row["copied"]))
-    if "FCR" not in asked:
-        return found
-    (vocabulary,) = re.findall(r"how:features-(\d+)", asked["FCR"])
-    held = Counter(feature for own in row["features"] for feature in own)
+        grams = [tuple(text[start : start + n]) for text in words for start in range(len(text) - n + 1)]
+        values[f"Distinct-{n}"] = len(set(grams)) / len(grams) if grams else 0.0
+    values["USR"] = len({tuple(text) for text in words if text}) / len(answers)
+    if "CopyRate" in signatures:
+        values["CopyRate"] = float(np.mean(row["copied"]))
+    if "FCR" not in signatures:
+        return values
+    (vocabulary,) = re.findall(r"how:features-(\d+)", signatures["FCR"])
+    held = Counter(feature for each in row["features"] for feature in each)
     named = [hit for hit in row["feature_named"] if hit is not None]
-    pairs, total = len(said) * (len(said) - 1), sum(held.values())
-    found["FMR"] = float(np.mean(named)) if named else None
-    found["FCR"] = len(held) / int(vocabulary)
-    found["DIV"] = sum(count * (count - 1) for count in held.values()) / pairs if pairs else None
-    found["Hallucination"] = sum(row["unsupported"]) / total if total else None
-    return found
+    pairs, total = len(answers) * (len(answers) - 1), sum(held.values())
+    values["FMR"] = float(np.mean(named)) if named else None
+    values["FCR"] = len(held) / int(vocabulary)
+    values["DIV"] = sum(count * (count - 1) for count in held.values()) / pairs if pairs else None
+    values["Hallucination"] = sum(row["unsupported"]) / total if total else None
+    return values
 
 
-# --------------------------------------------------------------------------- beside the metrics
+# --------------------------------------------------------------------------- other values
 
 
 def rates(row: Columns, answer: str) -> Figures:
-    """Return what a row of results.json says beside its metrics."""
+    """Return the other values of a row of results.json."""
     n, unread = len(row["request_id"]), np.array([error is not None for error in row["error"]])
-    found: Figures = {
+    values: Figures = {
         "n": n,
         "users": len(set(row["user_id"])),
         "parse_rate": 1 - unread.sum() / n,
@@ -176,65 +170,59 @@ def rates(row: Columns, answer: str) -> Figures:
         **{name: sum(row[name]) for name in ("prompt_tokens", "completion_tokens", "forwards")},
     }
     if answer == "ranking":
-        found["tie_rate"] = float(np.mean(np.array(row["tied"]) > 1))
+        values["tie_rate"] = float(np.mean(np.array(row["tied"]) > 1))
     if answer == "rating":
-        found["fallbacks"] = int(unread.sum())
+        values["fallbacks"] = int(unread.sum())
     if answer == "probability":
         sizes = Counter(row["value"])
-        found["tie_rate"] = float(np.mean([sizes[value] > 1 for value in row["value"]]))
-        found["users_left_out"] = sum(value is None for value in within(row))
-        found["reliability"] = bins(row)
+        values["tie_rate"] = float(np.mean([sizes[value] > 1 for value in row["value"]]))
+        values["users_left_out"] = sum(value is None for value in within(row))
+        values["reliability"] = bins(row)
     if answer == "text" and row["truth_copied"][0] is not None:
-        found["truth_copy_rate"] = float(np.mean(row["truth_copied"]))
+        values["truth_copy_rate"] = float(np.mean(row["truth_copied"]))
     if answer == "text" and row["features"][0] is not None:
         held = sum(row["truth_features"])
-        found["truth_hallucination_rate"] = sum(row["truth_unsupported"]) / held if held else None
-        found["features_asked"] = sum(feature is not None for feature in row["feature"])
-        found["features_named"] = sum(len(own) for own in row["features"])
-    return found
+        values["truth_hallucination_rate"] = sum(row["truth_unsupported"]) / held if held else None
+        values["features_asked"] = sum(feature is not None for feature in row["feature"])
+        values["features_named"] = sum(len(each) for each in row["features"])
+    return values
 
 
 def by_position(row: Columns) -> list[Figures]:
-    """Return HR@1 and the mean rank by the place of the target; one that was left out has the last rank."""
+    """Return HR@1 and the mean rank by the position of the target; a missing target has the last rank."""
     hit = per_request(row, "HR@1")
     rank = np.array(
         [above + (tied + 1) / 2 if tied else pool
          for above, tied, pool in zip(row["above"], row["tied"], row["pool"], strict=True)]
     )  # fmt: skip
-    place = np.array([0 if position is None else position for position in row["position"]])
+    positions = np.array([0 if position is None else position for position in row["position"]])
     return [
         {
             "position": int(each),
-            "n": int((place == each).sum()),
-            "hit": float(hit[place == each].mean()),
-            "rank": float(rank[place == each].mean()),
-            "rank_sd": float(rank[place == each].std(ddof=1)) if (place == each).sum() > 1 else None,
+            "n": int((positions == each).sum()),
+            "hit": float(hit[positions == each].mean()),
+            "rank": float(rank[positions == each].mean()),
+            "rank_sd": float(rank[positions == each].std(ddof=1)) if (positions == each).sum() > 1 else None,
         }
-        for each in np.unique(place[place > 0])
+        for each in np.unique(positions[positions > 0])
     ]
 
 
 def bias(row: Columns) -> tuple[float, float]:
-    """Return what the target's position explains of its rank (Kruskal-Wallis over n - 1), and their correlation."""
+    """Return the share of the rank explained by the position (Kruskal-Wallis over n - 1), and their correlation."""
 
     def ranks(values: Any) -> Any:
         return np.array([(values < value).sum() + ((values == value).sum() + 1) / 2 for value in values])
 
     last = [rank if rank is not None else pool for rank, pool in zip(row["rank"], row["pool"], strict=True)]
-    both = [(place, rank) for place, rank in zip(row["position"], last, strict=True) if place is not None]
-    places, found = (ranks(np.array(side, dtype=float)) for side in zip(*both, strict=True))
-    means = np.array([found[places == place].mean() for place in places])
-    return float(means.var() / found.var()), float(np.corrcoef(places, found)[0, 1])
+    both = [(position, rank) for position, rank in zip(row["position"], last, strict=True) if position is not None]
+    positions, explained = (ranks(np.array(side, dtype=float)) for side in zip(*both, strict=True))
+    means = np.array([explained[positions == position].mean() for position in positions])
+    return float(means.var() / explained.var()), float(np.corrcoef(positions, explained)[0, 1])
 
 
 def in_slice(row: Columns, name: str, training: Any) -> Any:
-    """Say which requests are in a slice, by its name.
-
-    Args:
-        row: The columns.
-        name: Such as ``item:cold-below-5``.
-        training: Training interactions of every item of the table, from items.parquet.
-    """
+    """Return which requests are in a slice such as ``item:cold-below-5``; ``training`` counts interactions by item."""
     kind, _, rule = name.partition(":")
     if kind in ("history", "activity"):
         values = np.array(row["history" if kind == "history" else "user_training"])
@@ -253,7 +241,7 @@ def in_slice(row: Columns, name: str, training: Any) -> Any:
 
 
 def sliced(row: Columns, name: str) -> Any:
-    """Return the per-request values that a slice's figure is the mean of; for RMSE the root of the mean."""
+    """Return the values of requests, whose mean is the metric of a slice; for RMSE, the root of the mean."""
     if name.startswith(("HR", "NDCG", "MRR")):
         return per_request(row, name)
     if name.startswith("ROUGE"):

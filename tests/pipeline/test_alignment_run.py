@@ -1,10 +1,11 @@
-"""The alignment task in whole runs: its table, its candidates, its audit, and what a base model may know before."""
+"""The alignment task in complete runs: results, candidates, audit, and start of the item tokens."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import islice, product
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ import pytest
 
 from llmrec.baselines.factors import ALS
 from llmrec.errors import RecipeError
-from llmrec.pipeline import audit
 from llmrec.pipeline import run as pipeline
-from llmrec.pipeline.leaks import alignment_checks
+from llmrec.pipeline.indexing import with_tokens
+from llmrec.pipeline.leaks import alignment_checks, questions, training_rows
 from llmrec.pipeline.study import Study, build_study
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe
@@ -29,18 +30,9 @@ from tests.pipeline.test_audit import prompts_with, rows_with, with_task
 pytest.importorskip("trl", reason="the train extra is not installed")
 
 SMALL = (
-    "data={source: made-reviews, noun: products}",
-    "index={scheme: token}",
-    "tasks.alignment.held_out=0.5",
-    "train.steps=3",
-    "train.batch_tokens=512",
-    "train.valid_rows=4",
-    "train.lora.top_layers=1",
-    "eval.users=6",
-    "eval.candidates.count=5",
-    "eval.bootstrap=50",
-    "eval.backend=fake",
-    "eval.scorer=fake",
+    *("data={source: made-reviews, noun: products}", "index={scheme: token}", "tasks.alignment.held_out=0.5"),
+    *("train.steps=3", "train.batch_tokens=512", "train.valid_rows=4", "train.lora.top_layers=1", "eval.users=6"),
+    *("eval.candidates.count=5", "eval.bootstrap=50", "eval.backend=fake", "eval.scorer=fake"),
     "eval.arms=[zero-shot, few-shot, tuned]",
 )
 
@@ -55,7 +47,7 @@ def study() -> Study:
     return build_study(recipe("none"))
 
 
-def test_what_is_held_out_does_not_depend_on_the_seed_of_training(study: Study) -> None:
+def test_training_seed_does_not_change_held_out_items(study: Study) -> None:
     other = build_study(recipe("none", "train.seed=5"))
     task = other.training_tasks["alignment"]
     assert isinstance(task, AlignmentTask) and task.held == study.held == other.held
@@ -64,10 +56,9 @@ def test_what_is_held_out_does_not_depend_on_the_seed_of_training(study: Study) 
     assert not {item for row in rows for _, item in row.pairs} & task.held.items
 
 
-def test_templates_that_show_code_and_title_at_once_are_refused_beside_it() -> None:
+def test_rejects_trained_template_with_code_and_title() -> None:
     with raises(RecipeError, Facts("contradiction", column="tasks.sequential.templates", says="titled-codes")):
         build_study(recipe("none", "tasks.sequential.templates=[next-code, titled-codes]"))
-    # What is not trained shows nothing to the model.
     build_study(recipe("none", "tasks.sequential.templates=[titled-codes]", "train.without=[sequential]"))
 
 
@@ -77,7 +68,7 @@ def done(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     return chosen, pipeline.run(chosen, tmp_path_factory.mktemp("run") / "r", quiet=True)
 
 
-def test_every_arm_is_asked_both_ways_beside_chance(done: tuple[Recipe, pipeline.Run]) -> None:
+def test_every_arm_is_evaluated_in_both_directions(done: tuple[Recipe, pipeline.Run]) -> None:
     rows = [row for row in done[1].results["rows"] if row["task"] == "alignment"]
     assert {(row["arm"], row["predictor"], row["template"]) for row in rows} == {
         ("baseline", "random", None),
@@ -88,23 +79,22 @@ def test_every_arm_is_asked_both_ways_beside_chance(done: tuple[Recipe, pipeline
         assert row["n"] == row["users"] == 6 and row["parse_rate"] == 1
         assert "|cand:held-out-items-5|" in row["metrics"]["HR@1"]["signature"]
         assert row["metrics"]["HR@1"]["low"] is not None and "NDCG@10" in row["metrics"]
-    told = {row["inputs"] for row in rows}
-    assert told >= {"the candidates", "code of the item", "text of the item, 2 solved examples"}
+    assert {row["inputs"] for row in rows} >= {
+        "the candidates",
+        "code of the item",
+        "text of the item, 2 solved examples",
+    }
     assert done[1].results["headline"]["alignment"] == "NDCG@10"
     assert done[1].results["training"]["rows"]["alignment"] > 0
 
 
-def test_files_and_report_say_what_was_ranked(done: tuple[Recipe, pipeline.Run]) -> None:
+def test_files_and_report_describe_candidates(done: tuple[Recipe, pipeline.Run]) -> None:
     run, results = done[1], done[1].results
     path = run.folder / "candidates" / "alignment-test.parquet"
     sets, digest = dict(pl.read_parquet(path).iter_rows()), results["candidates"]["alignment"]["digest"]
     assert digest in str(pq.read_schema(path).metadata)
-    assert results["candidates"]["alignment"] == {
-        "digest": digest,
-        "count": 5,
-        "kind": "held-out-items",
-        "ceiling": None,
-    }
+    described = {"digest": digest, "count": 5, "kind": "held-out-items", "ceiling": None}
+    assert results["candidates"]["alignment"] == described
     assert results["candidates"]["main"]["digest"] != digest
     assert {row["candidates"] for row in results["rows"] if row["task"] == "alignment"} == {digest}
     page = (run.folder / "report" / "report.md").read_text(encoding="utf-8")
@@ -117,23 +107,17 @@ def test_files_and_report_say_what_was_ranked(done: tuple[Recipe, pipeline.Run])
     assert shown and all(each["truth"] in titles for each in shown)
 
 
-def test_the_run_passes_its_audit(done: tuple[Recipe, pipeline.Run]) -> None:
-    checks = {check.name: check for check in audit.audit(done[1].folder)}
-    assert all(check.verdict != "leak" for check in checks.values())
-    for what in ("training rows", "few-shot examples"):
-        assert checks[f"held-out items in {what} of alignment"].found.startswith("none in ")
-    assert checks["alignment candidates"].found == "none in 6 sets"
-    assert checks["questions of alignment"].verdict == "clean"
+def test_audit_of_run_has_no_leaks(done: tuple[Recipe, pipeline.Run]) -> None:
+    audit = json.loads((done[1].folder / "audit.json").read_text(encoding="utf-8"))
+    checks = {check["name"]: check for check in audit["checks"]}
+    assert audit["leaks"] == 0
+    for name in ("training rows", "few-shot examples"):
+        assert checks[f"held-out items in {name} of alignment"]["found"].startswith("none in ")
+    assert checks["alignment candidates"]["found"] == "none in 6 sets"
+    assert checks["questions of alignment"]["verdict"] == "clean"
 
 
-def test_a_second_run_makes_nothing_again(done: tuple[Recipe, pipeline.Run]) -> None:
-    before = {path: path.stat().st_mtime_ns for path in (done[1].folder / "rows").iterdir()}
-    assert pipeline.run(done[0], done[1].folder, quiet=True).results["rows"] == done[1].results["rows"]
-    assert {path: path.stat().st_mtime_ns for path in (done[1].folder / "rows").iterdir()} == before
-
-
-def test_the_words_of_a_held_out_item_are_not_in_its_token(llama_folder: Path, tmp_path: Path) -> None:
-    """A token of one item's own starts from the words of its title, which would answer the question untrained."""
+def test_token_of_held_out_item_does_not_start_from_its_title(llama_folder: Path, tmp_path: Path) -> None:
     safetensors = pytest.importorskip("safetensors.numpy")
     session = pipeline.open_session(recipe(llama_folder), tmp_path / "a", quiet=True)
     held, index = session.study.held, session.study.index
@@ -142,30 +126,28 @@ def test_the_words_of_a_held_out_item_are_not_in_its_token(llama_folder: Path, t
     def rows(folder: str) -> dict[str, Any]:
         table = safetensors.load_file(Path(folder) / "model.safetensors")["model.embed_tokens.weight"]
         ids = {item: session.encoder.tokenizer.convert_tokens_to_ids(pieces[0]) for item, pieces in index.codes.items()}
-        return {item: table[place] for item, place in ids.items()}
+        return {item: table[row] for item, row in ids.items()}
 
     renamed = {
-        item: replace(entry, title="Quite another name") if item in held.items else entry
+        item: replace(entry, title="A different name") if item in held.items else entry
         for item, entry in session.study.data.dataset.items.items()
     }
     data = replace(session.study.data, dataset=replace(session.study.data.dataset, items=renamed))
-    from llmrec.pipeline.indexing import with_tokens
-
     chosen = recipe(llama_folder)
-    made = [
-        with_tokens(str(llama_folder), chosen.model, chosen.index, index, used, tmp_path / name, seed=0, held=hidden)
-        for name, used, hidden in (("b", data, held), ("c", data, None))
+    bases = [
+        with_tokens(str(llama_folder), chosen.model, chosen.index, index, data, tmp_path / name, seed=0, held=items)
+        for name, items in (("b", held), ("c", None))
     ]
-    one, hidden, told = rows(session.base), rows(made[0]), rows(made[1])
-    assert all(np.array_equal(one[item], hidden[item]) for item in held.items)
-    assert any(not np.array_equal(one[item], told[item]) for item in held.items)
+    before, hidden, shown = rows(session.base), rows(bases[0]), rows(bases[1])
+    assert all(np.array_equal(before[item], hidden[item]) for item in held.items)
+    assert any(not np.array_equal(before[item], shown[item]) for item in held.items)
 
 
-def test_rows_can_start_from_the_vectors_of_a_recommender(llama_folder: Path, tmp_path: Path) -> None:
-    """Items that the same users chose get rows alike; one without training interactions starts at random."""
+def test_tokens_can_start_from_vectors_of_a_recommender(llama_folder: Path, tmp_path: Path) -> None:
+    """Items of the same users get similar rows; an item without training interactions starts at random."""
     pytest.importorskip("implicit")
     safetensors = pytest.importorskip("safetensors.numpy")
-    found = {}
+    starts = {}
     for start in ("collaborative", "random"):
         changed = [f"model.name={llama_folder}", "model.dtype=float32", SMALL[0], f"index.tokens={start}"]
         chosen = load_recipe("recipes/movielens-100k/item-tokens.yaml", changed)
@@ -174,21 +156,21 @@ def test_rows_can_start_from_the_vectors_of_a_recommender(llama_folder: Path, tm
         assert index is not None
         table = safetensors.load_file(Path(session.base) / "model.safetensors")["model.embed_tokens.weight"]
         ids = {item: session.encoder.tokenizer.convert_tokens_to_ids(code[0]) for item, code in index.codes.items()}
-        found[start] = {item: table[place] for item, place in ids.items()}
+        starts[start] = {item: table[row] for item, row in ids.items()}
     model = ALS(seed=chosen.seed)
     model.fit(session.study.data)
     known = model.item_vectors()
-    assert 2 < len(known) <= len(found["random"])
+    assert 2 < len(known) <= len(starts["random"])
     items = sorted(known)
 
-    def likeness(vectors: Any) -> Any:
+    def similarities(vectors: Any) -> Any:
         rows = np.stack([vectors[item] for item in items]).astype(float)
         rows -= rows.mean(axis=0)
         rows /= np.linalg.norm(rows, axis=1, keepdims=True)
         return (rows @ rows.T)[np.triu_indices(len(items), 1)]
 
-    told, chance = (np.corrcoef(likeness(known), likeness(found[start]))[0, 1] for start in ("collaborative", "random"))
-    assert told > 0.3 > chance
+    correlations = [np.corrcoef(similarities(known), similarities(each))[0, 1] for each in starts.values()]
+    assert correlations[0] > 0.3 > correlations[1]
 
 
 # --------------------------------------------------------------------------- planted leaks
@@ -198,7 +180,7 @@ def leaking(study: Study) -> list[str]:
     return [check.name for check in alignment_checks(study, 60) if check.verdict == "leak"]
 
 
-def test_the_audit_finds_what_is_planted(study: Study) -> None:
+def test_audit_finds_planted_leaks(study: Study) -> None:
     assert study.held is not None and study.index is not None
     task, item, valid = study.tasks["alignment"], study.held.test[0], study.held.valid[0]
     assert leaking(study) == []
@@ -212,7 +194,7 @@ def test_the_audit_finds_what_is_planted(study: Study) -> None:
     alone = rows_with(study, "alignment", lambda row: replace(row, answer=(Segment("target", code),)))
     assert leaking(alone) == []
 
-    def asked(change: Callable[[Case], dict[str, Any]]) -> Study:
+    def changed(change: Callable[[Case], dict[str, Any]]) -> Study:
         def cases(split: Any) -> list[Case]:
             first, *rest = task.cases(split)
             return [replace(first, request=replace(first.request, **change(first))), *rest]
@@ -220,17 +202,15 @@ def test_the_audit_finds_what_is_planted(study: Study) -> None:
         return with_task(study, "alignment", cases=cases)
 
     for wrong in (
-        asked(lambda case: {"candidates": [c for c in case.request.candidates or () if c != case.truth]}),
-        asked(lambda case: {"candidates": [*(case.request.candidates or ()), (case.request.candidates or ())[0]]}),
-        asked(lambda case: {"candidates": [*(case.request.candidates or ()), valid]}),
-        asked(lambda case: {"item": case.truth}),
+        changed(lambda case: {"candidates": [c for c in case.request.candidates or () if c != case.truth]}),
+        changed(lambda case: {"candidates": [*(case.request.candidates or ()), (case.request.candidates or ())[0]]}),
+        changed(lambda case: {"candidates": [*(case.request.candidates or ()), valid]}),
+        changed(lambda case: {"item": case.truth}),
     ):
         assert leaking(wrong) == ["alignment candidates"]
 
 
-def test_the_audit_reads_questions_in_the_form_that_they_ask_for(study: Study) -> None:
-    from llmrec.pipeline.leaks import questions
-
+def test_audit_checks_questions_in_the_expected_form(study: Study) -> None:
     task: Any = study.tasks["alignment"]
     truth = {case.request.id: str(case.truth) for case in task.cases("test")}
     assert questions(study, "alignment").verdict == "clean" and study.index is not None
@@ -247,14 +227,14 @@ def test_the_audit_reads_questions_in_the_form_that_they_ask_for(study: Study) -
 # --------------------------------------------------------------------------- recipes
 
 
-def test_a_recipe_without_codes_is_refused() -> None:
+def test_rejects_recipe_without_codes() -> None:
     with raises(RecipeError, Facts("contradiction", column="tasks.alignment", says="index: {scheme: semantic}")):
         recipe("none", "index=null")
     with raises(RecipeError, Facts("contradiction", column="index.scheme", says=("'title'", "such as semantic"))):
         recipe("none", "index={scheme: title}")
 
 
-def test_alignment_keeps_its_candidates_where_the_catalogue_is_ranked() -> None:
+def test_alignment_keeps_its_candidates_in_catalogue_runs() -> None:
     study = build_study(recipe("none", "eval.candidates.kind=catalogue", "tasks.sequential.strategies=[search]"))
     assert study.candidates is None and study.sets("sequential") is None
     assert study.sets("alignment") is study.aligned is not None
@@ -262,36 +242,23 @@ def test_alignment_keeps_its_candidates_where_the_catalogue_is_ranked() -> None:
     assert all(len(case.request.candidates or ()) == 5 for case in cases)
 
 
-def test_training_depends_on_the_share_and_evaluation_too(study: Study) -> None:
-    from llmrec.pipeline.training import training_key
-
-    other = replace(study, recipe=recipe("none", "tasks.alignment.held_out=0.4"))
-    asked = replace(study, recipe=recipe("none", "tasks.alignment.eval_templates=[decode]"))
-    folder = "."
-    keys = [training_key(each, folder) for each in (study, other, asked)]
-    assert keys[0] == keys[2] != keys[1]
-
-
-def test_a_model_card_can_show_a_question(done: tuple[Recipe, pipeline.Run]) -> None:
-    """Cards show a prompt about invented items, also where a model was tuned on nothing but alignment."""
+def test_model_card_shows_question(done: tuple[Recipe, pipeline.Run]) -> None:
+    """Cards show a prompt about invented items."""
     from llmrec.exports.card_facts import sample_prompt
     from llmrec.pipeline import bundle
 
-    found = bundle.read(str(done[1].folder))
-    sections = {"alignment": found.tasks.present()["alignment"]}
-    sample = sample_prompt(sections, found.templates, noun="products", scale=None, seed=0, index=found.index)
+    stored = bundle.read(str(done[1].folder))
+    sections = {"alignment": stored.tasks.present()["alignment"]}
+    sample = sample_prompt(sections, stored.templates, noun="products", scale=None, seed=0, index=stored.index)
     assert sample.family == "alignment" and sample.candidates == ()
     (turn,) = sample.prompt.messages
     assert turn.text.startswith("Each of these products has a code.") and "<item_" in turn.text
 
 
 @pytest.mark.parametrize(
-    ("name", "form"),
-    [*product(("titles-to-code", "codes-to-title"), ("title", "code")), ("continue-codes", "code")],
+    ("name", "form"), [("titles-to-code", "title"), ("titles-to-code", "code"), ("continue-codes", "code")]
 )
-def test_the_audit_reads_the_forms_that_a_template_writes(name: str, form: str) -> None:
-    from llmrec.pipeline.leaks import questions, training_rows
-
+def test_audit_checks_the_forms_of_a_template(name: str, form: str) -> None:
     study = build_study(recipe("none", f"tasks.sequential.templates=[{name}]", "tasks.alignment=null"))
     index = study.index
     assert index is not None
@@ -301,8 +268,8 @@ def test_the_audit_reads_the_forms_that_a_template_writes(name: str, form: str) 
         return index.encode(item) if form == "code" else study.data.dataset.items[item].title
 
     held, hint = study.data.holdouts("test")[0], Segment("item", written(study.data.holdouts("test")[0].item_id))
-    told = rows_with(study, "sequential", lambda row: replace(row, user_id=held.user_id, answer=(hint, *row.answer)))
-    assert training_rows(told, "sequential", 60).verdict == "leak"
+    shown = rows_with(study, "sequential", lambda row: replace(row, user_id=held.user_id, answer=(hint, *row.answer)))
+    assert training_rows(shown, "sequential", 60).verdict == "leak"
     truth = {case.request.id: str(case.truth) for case in study.cases("sequential")}
-    told = prompts_with(study, "sequential", lambda request, _: written(truth[request.id]))
-    assert questions(told, "sequential").verdict == "leak"
+    shown = prompts_with(study, "sequential", lambda request, _: written(truth[request.id]))
+    assert questions(shown, "sequential").verdict == "leak"

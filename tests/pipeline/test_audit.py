@@ -1,4 +1,4 @@
-"""The audit catches every planted leak, and raises no alarm on a clean run."""
+"""The audit finds every planted leak and none in a clean run."""
 
 from __future__ import annotations
 
@@ -30,30 +30,20 @@ from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Split
 from llmrec.report.results import read
 from llmrec.tasks.fewshot import Drawn, Window
-from llmrec.tasks.pool import Negatives
 from llmrec.tasks.sequential import SequentialTask
 from llmrec.types import Case, Event, Example, Item, Message, Prompt, Request, Segment
 from tests.facts import Facts, raises
 
 SETTINGS = (
-    "data={source: made-reviews, noun: products}",
-    "reviews=null",
-    "eval.candidates.count=5",
-    "eval.users=40",
-    "tasks.sequential.users=null",
-    "tasks.rating.users=null",
-    "tasks.rating.arms=null",
-    "tasks.direct.arms=null",
-    "tasks.direct.strategies=[label, list]",
-    "tasks.direct.users=null",
-    "tasks.explanation.users=null",
+    *("data={source: made-reviews, noun: products}", "reviews=null", "eval.candidates.count=5", "eval.users=40"),
+    *("tasks.sequential.users=null", "tasks.rating.users=null", "tasks.rating.arms=null", "tasks.direct.arms=null"),
+    *("tasks.direct.strategies=[label, list]", "tasks.direct.users=null", "tasks.explanation.users=null"),
 )
-# Each of thirty audits fits every baseline twice: controls are enough. One audit has all.
+# An audit fits every baseline twice, so these audits have controls only. One audit has all baselines.
 FEW = (
     "tasks.rating.baselines=[global-mean, user-mean, item-mean, user-item-bias]",
     "tasks.sequential.baselines=[random, popularity, item-knn, markov-1]",
-    "tasks.direct.baselines=[random, popularity, item-knn, markov-1]",
-    "tasks.explanation.baselines=[frequent-text]",
+    *("tasks.direct.baselines=[random, popularity, item-knn, markov-1]", "tasks.explanation.baselines=[frequent-text]"),
 )
 ROWS = 30
 
@@ -64,7 +54,7 @@ def study() -> Study:
 
 
 def results_of(study: Study) -> dict[str, Any]:
-    """Results as an honest run would write them."""
+    """Return the results of a run without leaks."""
     rows = [
         {"id": f"{family}/baseline/{n}", "task": family, "candidates": digest_of(study, family)}
         for family in study.tasks
@@ -97,29 +87,39 @@ def predictions_of(study: Study) -> pl.DataFrame:
 
 
 def examine(study: Study, **changes: Any) -> dict[str, Check]:
-    found = {"results": results_of(study), "predictions": predictions_of(study)} | changes
-    return {check.name: check for check in audit.examine(study, found["results"], found["predictions"])}
+    inputs = {"results": results_of(study), "predictions": predictions_of(study)} | changes
+    return {check.name: check for check in audit.examine(study, inputs["results"], inputs["predictions"])}
 
 
 def leaking(checks: Mapping[str, Check]) -> set[str]:
     return {name for name, check in checks.items() if check.verdict == "leak"}
 
 
-def test_a_clean_run_raises_no_alarm() -> None:
+def leaks_at(name: str, study: Study, **changes: Any) -> bool:
+    """Run the checks up to the named one, and return whether it reports a leak."""
+    inputs = {"results": results_of(study), "predictions": predictions_of(study)} | changes
+    checks = audit.examine(study, inputs["results"], inputs["predictions"])
+    return next(check for check in checks if check.name == name).verdict == "leak"
+
+
+def test_clean_run_has_no_leaks() -> None:
     checks = examine(build_study(load_recipe("recipes/movielens-100k/four-tasks.yaml", SETTINGS)))
     assert leaking(checks) == set()
-    assert len(checks) >= 20
+    assert len(checks) >= 20 and BASELINES in checks
     assert all(check.found for check in checks.values())
 
 
-def test_statistics_in_words_raise_no_alarm() -> None:
+def test_statistics_in_words_are_no_leak() -> None:
     named = [f"tasks.{family}.templates=[m6]" for family in ("rating", "sequential", "direct", "explanation")]
     study = build_study(load_recipe("recipes/movielens-100k/four-tasks.yaml", [*SETTINGS, *FEW, *named]))
     assert {template.set for family in study.tasks for template in study.eval_templates(family)} == {"m6"}
     assert leaking(examine(study)) == set()
 
 
-# --------------------------------------------------------------------------- twelve planted leaks
+# --------------------------------------------------------------------------- planted leaks
+
+BASELINES = "baselines that learned from held-out interactions"
+INTERACTIONS = "training interactions of made-reviews"
 
 
 class Tampered:
@@ -133,11 +133,16 @@ class Tampered:
 
 
 def with_task(study: Study, family: str, **methods: Any) -> Study:
-    return replace(study, tasks={**study.tasks, family: Tampered(study.tasks[family], **methods)})
+    """Return a study of one task with some methods replaced."""
+    return replace(study, tasks={family: Tampered(study.tasks[family], **methods)})
+
+
+def only(study: Study, family: str) -> Study:
+    return replace(study, tasks={family: study.tasks[family]})
 
 
 def held(study: Study) -> tuple[str, str]:
-    """Some held-out pair."""
+    """Return a held-out pair."""
     first = study.data.holdouts("test")[0]
     return first.user_id, first.item_id
 
@@ -146,63 +151,59 @@ def title(study: Study, item: str) -> str:
     return study.data.dataset.items[item].title
 
 
-def rows_with(study: Study, family: str, change: Callable[[Example], Example], place: int | None = 7) -> Study:
+def rows_with(study: Study, family: str, change: Callable[[Example], Example], row: int | None = 7) -> Study:
     """Change one training row, or all."""
 
     def examples(split: str, limit: int | None = None) -> Iterator[Example]:
         for n, example in enumerate(study.tasks[family].examples(split, limit)):  # type: ignore[arg-type]
-            yield change(example) if place in (n, None) else example
+            yield change(example) if row in (n, None) else example
 
     return with_task(study, family, examples=examples)
 
 
 def prompts_with(study: Study, family: str, hint: Callable[[Request, str], str]) -> Study:
-    """Add to each prompt what a request and a template are given; nothing where it is empty."""
+    """Append a hint to each prompt, unless the hint is empty."""
 
     def prompt(request: Request, *, template: str, shots: int = 0) -> Prompt:
-        asked, said = study.tasks[family].prompt(request, template=template, shots=shots), hint(request, template)
-        last = asked.messages[-1]
-        told = replace(last, segments=(*last.segments, Segment("item", said))) if said else last
-        return replace(asked, messages=(*asked.messages[:-1], told))
+        plain, text = study.tasks[family].prompt(request, template=template, shots=shots), hint(request, template)
+        last = plain.messages[-1]
+        hinted = replace(last, segments=(*last.segments, Segment("item", text))) if text else last
+        return replace(plain, messages=(*plain.messages[:-1], hinted))
 
     return with_task(study, family, prompt=prompt)
 
 
-def test_1_a_held_out_pair_among_training_interactions(study: Study) -> None:
+def test_held_out_pair_among_training_interactions(study: Study) -> None:
     more = pl.concat([study.data.train, study.data.test[:1].select(study.data.train.columns)])
-    checks = examine(replace(study, data=replace(study.data, train=more)))
-    assert "training interactions of made-reviews" in leaking(checks)
+    assert leaks_at(INTERACTIONS, replace(study, data=replace(study.data, train=more)))
 
 
-def test_2_a_training_interaction_later_than_what_is_held_out(study: Study) -> None:
+def test_training_interaction_later_than_held_out_one(study: Study) -> None:
     data = study.data
     user, _ = held(study)
     late = data.train.with_columns(
         pl.when(pl.col("user_id") == user).then(pl.col("timestamp") + 1e12).otherwise(pl.col("timestamp"))
     )
-    checks = examine(replace(study, data=replace(data, train=late)))
-    assert "training interactions of made-reviews" in leaking(checks)
+    assert leaks_at(INTERACTIONS, replace(study, data=replace(data, train=late)))
 
 
-def test_3_a_training_row_that_declares_a_held_out_pair(study: Study) -> None:
+def test_training_row_declares_held_out_pair(study: Study) -> None:
     leaky = rows_with(study, "sequential", lambda example: replace(example, pairs=(*example.pairs, held(study))))
-    assert "training rows of sequential" in leaking(examine(leaky))
+    assert leaks_at("training rows of sequential", leaky)
 
 
-def test_4_a_training_row_that_shows_a_held_out_title_without_saying_so(study: Study) -> None:
+def test_training_row_shows_undeclared_held_out_title(study: Study) -> None:
     user, item = held(study)
 
     def change(example: Example) -> Example:
         return replace(example, user_id=user, answer=(*example.answer, Segment("item", title(study, item))))
 
-    assert "training rows of direct" in leaking(examine(rows_with(study, "direct", change)))
+    assert leaks_at("training rows of direct", rows_with(study, "direct", change))
 
 
-def test_4_a_training_row_that_shows_a_held_out_code_where_ids_are_codes() -> None:
-    named = ("tasks.rating={templates: [user-item]}", "tasks.sequential=null", "tasks.direct=null", "index.ids=codes")
-    study = build_study(
-        load_recipe("recipes/movielens-100k/four-tasks.yaml", [*SETTINGS[:4], *named, "index.scheme=random"])
-    )
+def test_training_row_shows_held_out_code_as_id() -> None:
+    changes = ("tasks={rating: {templates: [user-item]}}", "index.ids=codes", "index.scheme=random")
+    study = build_study(load_recipe("recipes/movielens-100k/four-tasks.yaml", [*SETTINGS[:4], *changes]))
     assert study.index is not None
     user, item = held(study)
     shown = Segment("item", study.index.encode(item))
@@ -210,22 +211,22 @@ def test_4_a_training_row_that_shows_a_held_out_code_where_ids_are_codes() -> No
     def show(example: Example) -> Example:
         return replace(example, user_id=user, messages=(*example.messages, Message("user", (shown,))))
 
-    assert "training rows of rating" not in leaking(examine(study))
-    assert "training rows of rating" in leaking(examine(rows_with(study, "rating", show)))
+    assert not leaks_at("training rows of rating", study)
+    assert leaks_at("training rows of rating", rows_with(study, "rating", show))
 
 
-def test_5_a_training_row_that_quotes_a_held_out_review(study: Study) -> None:
+def test_training_row_quotes_held_out_review(study: Study) -> None:
     row = next(r for r in study.data.holdouts("test") if r.text and len(r.text) > 40)
 
     def change(example: Example) -> Example:
-        said = Segment("item", f"Earlier: {row.text}")
-        return replace(example, user_id=row.user_id, answer=(said, *example.answer))
+        quote = Segment("item", f"Earlier: {row.text}")
+        return replace(example, user_id=row.user_id, answer=(quote, *example.answer))
 
-    assert "training rows of explanation" in leaking(examine(rows_with(study, "explanation", change)))
+    assert leaks_at("training rows of explanation", rows_with(study, "explanation", change))
 
 
 @pytest.mark.parametrize(("last", "secret"), [("It does what it says, and it came quickly.", False), ("x" * 40, True)])
-def test_what_a_user_writes_about_everything_is_no_secret(last: str, secret: bool) -> None:
+def test_repeated_sentence_is_no_secret(last: str, secret: bool) -> None:
     same = "It does what it says, and it came quickly."
     rows = [("u", f"i{n}", float(n), f"On item {n}: {same} Thanks!" if n < 5 else last) for n in range(6)]
     frame = pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp", "text"], orient="row")
@@ -235,143 +236,138 @@ def test_what_a_user_writes_about_everything_is_no_secret(last: str, secret: boo
     assert (last in _Secrets(data).texts["u"]) == secret
 
 
-def test_6_a_few_shot_example_with_a_held_out_pair(study: Study) -> None:
+def test_few_shot_example_has_held_out_pair(study: Study) -> None:
     user, item = held(study)
 
     def draw_shots(request: Request, k: int) -> Drawn:
         return Drawn((Window(user, (Event(item_id=item),)),), request.history)
 
-    assert "few-shot examples of rating" in leaking(examine(with_task(study, "rating", draw_shots=draw_shots)))
+    assert leaks_at("few-shot examples of rating", with_task(study, "rating", draw_shots=draw_shots))
 
 
-def test_7_a_history_that_holds_the_target(study: Study) -> None:
+def test_history_contains_target(study: Study) -> None:
     def cases(split: str) -> list[Case]:
-        found = study.tasks["sequential"].cases(split)  # type: ignore[arg-type]
-        first = found[0]
+        first, *rest = study.tasks["sequential"].cases(split)  # type: ignore[arg-type]
         past = (*first.request.history, Event(item_id=str(first.truth)))
-        return [replace(first, request=replace(first.request, history=past)), *found[1:]]
+        return [replace(first, request=replace(first.request, history=past)), *rest]
 
-    assert "questions of sequential" in leaking(examine(with_task(study, "sequential", cases=cases)))
+    assert leaks_at("questions of sequential", with_task(study, "sequential", cases=cases))
 
 
-def test_8_a_prompt_that_names_the_target(study: Study) -> None:
+def test_prompt_names_target(study: Study) -> None:
     targets = {case.request.id: str(case.truth) for case in study.cases("sequential")}
-    told = prompts_with(study, "sequential", lambda asked, _: f"likes such as {title(study, targets[asked.id])}")
-    assert "questions of sequential" in leaking(examine(told))
+    hinted = prompts_with(study, "sequential", lambda request, _: f"likes such as {title(study, targets[request.id])}")
+    assert leaks_at("questions of sequential", hinted)
 
 
-def test_9_a_profile_that_names_a_held_out_item(study: Study) -> None:
-    """Its user is not asked about, which is a notice; asked all the same, the prompts show it."""
+def test_users_with_leaking_profiles_are_excluded(study: Study) -> None:
     user, item = held(study)
-    named = {"likes": f"everything like {title(study, item)}"}
-    dataset = replace(study.data.dataset, users={user: named, "another": {"likes": "nothing"}})
-    told = build_study(study.recipe, replace(study.data, dataset=dataset))
-    checks = examine(told)
+    profile = {"likes": f"everything like {title(study, item)}"}
+    dataset = replace(study.data.dataset, users={user: profile, "another": {"likes": "nothing"}})
+    changed = build_study(study.recipe, replace(study.data, dataset=dataset))
+    checks = examine(only(changed, "direct"))
     check = checks["user profiles of made-reviews"]
     assert leaking(checks) == set() and check.verdict == "notice" and check.figures == {"users": 1}
     assert check.found.startswith("1 user is excluded from the evaluation, of 2 with a profile in made-reviews")
     assert check.examples == (f"user {user}: field 'likes' names held-out item {item}",)
     for family in study.tasks:
         assert user in {case.request.user_id for case in study.cases(family)}
-        assert user not in {case.request.user_id for case in told.cases(family)}
-        assert told.set_aside(family) == {user}
+        assert user not in {case.request.user_id for case in changed.cases(family)}
+        assert changed.set_aside(family) == {user}
 
 
-def test_who_is_set_aside_is_replaced_by_the_next_user(study: Study) -> None:
+def test_next_user_replaces_excluded_one(study: Study) -> None:
     recipe = study.recipe.model_copy(update={"eval": study.recipe.eval.model_copy(update={"users": 5})})
-    first, *_ = asked = [case.request.user_id for case in build_study(recipe).cases("sequential")]
+    first, *_ = before = [case.request.user_id for case in build_study(recipe).cases("sequential")]
     (target,) = [held for held in study.data.holdouts("test") if held.user_id == first]
     users = {first: {"likes": f"most of all {title(study, target.item_id)}"}}
-    told = build_study(recipe, replace(study.data, dataset=replace(study.data.dataset, users=users)))
-    left = [case.request.user_id for case in told.cases("sequential")]
-    assert len(left) == len(asked) == 5 and left[:4] == asked[1:]
+    changed = build_study(recipe, replace(study.data, dataset=replace(study.data.dataset, users=users)))
+    after = [case.request.user_id for case in changed.cases("sequential")]
+    assert len(after) == len(before) == 5 and after[:4] == before[1:]
 
 
 def tampered_sets(study: Study, change: Any) -> Study:
     assert study.candidates is not None
     targets = {request_id(h.user_id, h.item_id): h for h in study.data.holdouts("test")}
     sets = {name: change(items, targets[name]) for name, items in study.candidates.sets.items()}
-    return replace(study, candidates=replace(study.candidates, sets=sets))
+    return only(replace(study, candidates=replace(study.candidates, sets=sets)), "sequential")
 
 
 def without_target(items: Sequence[str], target: Any) -> tuple[str, ...]:
     return tuple(item for item in items if item != target.item_id)
 
 
-def test_shuffled_candidates_of_equal_popularity_show_no_order(study: Study) -> None:
+def test_order_of_equally_popular_candidates_is_clean(study: Study) -> None:
     items, rng = sorted(study.data.dataset.items), random.Random(0)
     # Two items are popular and all others alike, as in a sparse catalogue.
     train = pl.DataFrame({"item_id": [*items, *items[:2] * 9]})
     data: Any = SimpleNamespace(train=train, dataset=study.data.dataset)
     sets = {str(n): tuple(rng.sample(items, 20)) for n in range(400)}
     assert _ordered(replace(study, data=data), sets).verdict == "clean"
-    # Two sets agree by chance, which says nothing of the rest.
+    # Random pairs of sets can agree.
     pairs = ({name: sets[name] for name in (str(n), str(n + 1))} for n in range(0, 400, 2))
     assert all(_ordered(replace(study, data=data), pair).verdict == "clean" for pair in pairs)
     by_count = {name: tuple(sorted(them, key=items[:2].count)) for name, them in sets.items()}
     assert _ordered(replace(study, data=data), by_count).verdict == "leak"
 
 
-def test_10_candidate_sets_that_lack_repeat_or_betray_the_target(study: Study) -> None:
-    assert "candidate sets without the target" in leaking(examine(tampered_sets(study, without_target)))
-    twice = tampered_sets(study, lambda items, target: (*items[:-1], items[0]))
-    assert "duplicate candidates" in leaking(examine(twice))
-    first = tampered_sets(study, lambda items, target: (target.item_id, *without_target(items, target)))
-    assert "position of the target among its candidates" in leaking(examine(first))
-    by_id = tampered_sets(study, lambda items, target: tuple(sorted(items)))
-    assert "order of the candidates" in leaking(examine(by_id))
-
-    def own(items: Sequence[str], target: Any) -> tuple[str, ...]:
+def test_candidate_sets_reveal_target(study: Study) -> None:
+    def shows_interaction(items: Sequence[str], target: Any) -> tuple[str, ...]:
         return (*without_target(items, target)[:-1], study.data.train_events(target.user_id)[0].item_id, target.item_id)
 
-    assert "negatives with interactions of the user" in leaking(examine(tampered_sets(study, own)))
+    for name, change in (
+        ("candidate sets without the target", without_target),
+        ("duplicate candidates", lambda items, target: (*items[:-1], items[0])),
+        (
+            "position of the target among its candidates",
+            lambda items, target: (target.item_id, *without_target(items, target)),
+        ),
+        ("order of the candidates", lambda items, target: tuple(sorted(items))),
+        ("negatives with interactions of the user", shows_interaction),
+    ):
+        assert leaks_at(name, tampered_sets(study, change)), name
 
 
-def test_11_rows_that_were_asked_different_things(study: Study) -> None:
-    results = results_of(study)
-    next(row for row in results["rows"] if row["task"] == "direct")["candidates"] = "another"
-    assert "models of one table with different candidates" in leaking(examine(study, results=results))
-    fewer = predictions_of(study)[1:]
-    assert "models of one table with different requests" in leaking(examine(study, predictions=fewer))
-    foreign = predictions_of(study).with_columns(
-        pl.when(pl.col("task") == "direct")
-        .then(pl.lit('{"items": ["no candidate"], "scores": [1.0]}'))
-        .otherwise(pl.col("parsed"))
-        .alias("parsed")
-    )
-    assert "ranked items that are not candidates" in leaking(examine(study, predictions=foreign))
+def test_rows_of_a_table_answer_different_requests(study: Study) -> None:
+    study = only(study, "direct")
+    results, predictions = results_of(study), predictions_of(study)
+    results["rows"][0]["candidates"] = "another"
+    assert leaks_at("models of one table with different candidates", study, results=results)
+    assert leaks_at("models of one table with different requests", study, predictions=predictions[1:])
+    foreign = predictions.with_columns(parsed=pl.lit('{"items": ["no candidate"], "scores": [1.0]}'))
+    assert leaks_at("ranked items that are not candidates", study, predictions=foreign)
 
 
-# The mean of all ratings is what it was while the items alone are others.
-@pytest.mark.parametrize("kind", [Popularity, GlobalMean])
-def test_12_a_baseline_that_learned_from_what_is_held_out(
-    study: Study, kind: Any, monkeypatch: pytest.MonkeyPatch
+# The mean of all ratings changes only with ratings, not with items.
+@pytest.mark.parametrize(("kind", "family"), [(Popularity, "sequential"), (GlobalMean, "rating")])
+def test_baseline_learned_from_held_out_interactions(
+    study: Study, kind: Any, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = kind.fit
+    study, honest = only(study, family), kind.fit
 
     def fit(self: Any, data: SplitDataset) -> None:
         honest(self, replace(data, train=pl.concat([data.train, data.test.select(data.train.columns)])))
 
     monkeypatch.setattr(kind, "fit", fit)
-    assert "baselines that learned from held-out interactions" in leaking(examine(study))
-    monkeypatch.setattr(leaks, "fitted", _kept_of_another_machine)
-    assert "baselines that learned from held-out interactions" in leaking(examine(study))
+    assert leaks.baselines(study).verdict == "leak"
+    monkeypatch.setattr(leaks, "fitted", _stored_fit)
+    assert leaks.baselines(study).verdict == "leak"
 
 
-def _kept_of_another_machine(name: str, parameters: Mapping[str, Any], data: SplitDataset, *, seed: int) -> Any:
-    """Return a fit that gives other answers than one that is made here."""
+def _stored_fit(name: str, parameters: Mapping[str, Any], data: SplitDataset, *, seed: int) -> Any:
+    """Return a stored fit whose answers differ from those of a new fit."""
     model = leaks.make(name, parameters, seed=seed)
     model.fit(replace(data, train=data.train.tail(10)))
     model.recalled = 1.0
     return model
 
 
-def test_a_kept_fit_with_other_answers_is_no_leak(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leaks, "fitted", _kept_of_another_machine)
+def test_stored_fit_with_other_answers_is_no_leak(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leaks, "fitted", _stored_fit)
     assert leaks.baselines(study).verdict == "clean"
 
 
-# --------------------------------------------------------------------------- what may depend on held-out interactions
+# --------------------------------------------------------------------------- dependence on held-out interactions
 
 DRAWN = "training rows of direct that depend on held-out interactions"
 SHOTS = "few-shot examples of direct that depend on held-out interactions"
@@ -379,81 +375,53 @@ VALID = "validation rows of direct that depend on test interactions"
 POSITIONS = "position questions of direct that depend on held-out interactions"
 
 
-def rebuilt(study: Study, *named: str) -> Study:
-    """The same study, made again by the code as it is patched."""
-    return build_study(load_recipe("recipes/movielens-100k/four-tasks.yaml", [*SETTINGS, *FEW, *named]))
+def rebuilt(*changes: str) -> Study:
+    """Build the study again with the patched code."""
+    return build_study(load_recipe("recipes/movielens-100k/four-tasks.yaml", [*SETTINGS, *FEW, *changes]))
 
 
-def test_13_negatives_that_are_drawn_knowing_what_is_held_out(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As they once were: no row shows a held-out item, and that is how it is told."""
+def test_negatives_avoid_held_out_items(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No row shows a held-out item, which reveals them."""
     monkeypatch.setattr("llmrec.tasks.direct.Negatives", Knowing)
-    knowing = rebuilt(study, "eval.arms=[zero-shot, few-shot]", "eval.debias=measured")
+    knowing = rebuilt("eval.arms=[zero-shot, few-shot]", "eval.debias=measured")
     checks = examine(knowing)
     assert leaking(checks) == {DRAWN, SHOTS, VALID, POSITIONS}
     assert checks["training rows of direct"].verdict == "clean"
-    # Held-out items are drawn anew among what rows show as negatives, so that few rows are enough.
+    # New held-out items are drawn among the negatives of rows, so few rows are enough.
     assert leaks.rows_drawn_again(knowing, "direct", 2).verdict == "leak"
     for family in ("sequential", "rating", "explanation"):
         assert leaks.rows_drawn_again(knowing, family, ROWS).verdict == "clean"
 
 
-@pytest.mark.parametrize("templates", ["user-title", "name-title"])
-def test_13_a_no_that_is_drawn_knowing_what_is_held_out(
-    study: Study, templates: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asking = f"tasks.direct={{templates: [{templates}], strategies: [pointwise-yes]}}"
+def test_no_answers_avoid_held_out_items(monkeypatch: pytest.MonkeyPatch) -> None:
     # Every other example is a no.
-    named = (asking, "eval.arms=[zero-shot, few-shot]", "eval.shots.k=2")
-    assert leaking(examine(rebuilt(study, *named))) == set()
+    yes_no = "tasks={direct: {templates: [user-title], strategies: [pointwise-yes]}}"
+    changes = (yes_no, "eval.arms=[zero-shot, few-shot]", "eval.shots.k=2")
+    plain = built(*changes)
+    assert not leaks_at(DRAWN, plain) and not leaks_at(SHOTS, plain)
     monkeypatch.setattr("llmrec.tasks.direct.Negatives", Knowing)
-    assert {DRAWN, SHOTS} <= leaking(examine(rebuilt(study, *named)))
+    assert {DRAWN, SHOTS} <= leaking(examine(built(*changes)))
 
 
-def test_14_negatives_by_a_popularity_that_counts_held_out_interactions(
-    study: Study, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Counting(Negatives):
-        def __init__(self, data: SplitDataset, kind: str) -> None:
-            super().__init__(data, kind)
-            self._bag = sorted([*self._bag, *data.dataset.interactions["item_id"].to_list()])
-
-    monkeypatch.setattr("llmrec.tasks.direct.Negatives", Counting)
-    assert DRAWN in leaking(examine(rebuilt(study, "eval.candidates.kind=popularity")))
+def built(*changes: str) -> Study:
+    return build_study(load_recipe("recipes/movielens-100k/four-tasks.yaml", [*SETTINGS[:4], *changes]))
 
 
-def test_15_rows_in_an_order_that_knows_what_is_held_out(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No row says anything; which comes first does."""
-    honest = SequentialTask.examples
-
-    def examples(self: SequentialTask, split: Any, limit: int | None = None) -> Iterator[Example]:
-        last = dict(self._data.test.select("user_id", "item_id").iter_rows())
-        rows = list(islice(honest(self, "train"), ROWS))
-        yield from sorted(rows, key=lambda row: last.get(row.user_id, ""))
-
-    monkeypatch.setattr(SequentialTask, "examples", examples)
-    found = leaking(examine(rebuilt(study, "tasks.direct=null")))
-    assert "training rows of sequential that depend on held-out interactions" in found
-
-
-def test_16_packed_rows_that_branch_off_are_made_again_too(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    named = [f"tasks.{family}={{templates: [one-history]}}" for family in ("sequential", "rating")]
-    packed = (*named, "tasks.direct=null", "tasks.explanation=null", "train.packing=tree")
-    assert leaking(examine(rebuilt(study, *packed))) == set()
+def test_packed_rows_depend_on_held_out_items(monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = ", ".join(f"{family}: {{templates: [one-history]}}" for family in ("sequential", "rating"))
+    packed, name = (f"tasks={{{tasks}}}", "train.packing=tree"), DRAWN.replace("direct", "sequential")
+    assert not leaks_at(name, built(*packed))
     honest = SequentialTask.branch
 
     def branch(self: SequentialTask, number: int, user: str) -> Example | None:
         row, last = honest(self, number, user), dict(self._data.test.select("user_id", "item_id").iter_rows())
-        # It counts its user's name by what is held out.
         return row and replace(row, user_id=f"{user} {last.get(user, '')}")
 
     monkeypatch.setattr(SequentialTask, "branch", branch)
-    assert leaking(examine(rebuilt(study, *packed))) == {
-        "training rows of sequential that depend on held-out interactions"
-    }
+    assert leaks_at(name, built(*packed))
 
 
-def test_two_tables_of_the_same_users_and_other_items_are_made_again(study: Study) -> None:
-    """Items that rows of one table show are in the catalogue of no other."""
+def test_second_table_with_other_items_is_clean(study: Study) -> None:
     data = study.data
     items = {f"other {item}": replace(entry, item_id=f"other {item}") for item, entry in data.dataset.items.items()}
     frame = data.dataset.interactions.with_columns(pl.concat_str(pl.lit("other "), "item_id").alias("item_id"))
@@ -465,74 +433,74 @@ def test_two_tables_of_the_same_users_and_other_items_are_made_again(study: Stud
 
 
 def drawn_held_out(study: Study) -> tuple[int, Example, str]:
-    """The first row of direct that shows a held-out item as a negative: its place, itself and the item."""
-    for place, row in enumerate(islice(study.training_examples("direct"), ROWS)):
-        for item in row.negatives:
-            if (row.user_id, item) in study.data.held_out:
-                return place, row, item
-    raise AssertionError("no row shows a held-out item")
+    """Return the first row of direct with a held-out item as a negative: its index, the row and the item."""
+    return next(
+        (index, row, item)
+        for index, row in enumerate(islice(study.training_examples("direct"), ROWS))
+        for item in row.negatives
+        if (row.user_id, item) in study.data.held_out
+    )
 
 
-def test_a_held_out_item_may_be_a_negative_and_nothing_else(study: Study) -> None:
-    place, row, item = drawn_held_out(study)
-    said, turn = Segment("item", title(study, item)), row.messages[-1]
-    assert said in turn.segments
-    asked = replace(turn, segments=(*turn.segments, said))
+def test_held_out_item_may_only_be_a_negative(study: Study) -> None:
+    index, row, item = drawn_held_out(study)
+    name, turn = Segment("item", title(study, item)), row.messages[-1]
+    assert name in turn.segments
+    twice = replace(turn, segments=(*turn.segments, name))
 
     def checked(changed: Example) -> Check:
-        return leaks.training_rows(rows_with(study, "direct", lambda _: changed, place), "direct", place + 1)
+        return leaks.training_rows(rows_with(study, "direct", lambda _: changed, index), "direct", index + 1)
 
     assert checked(row).verdict == "clean"
     shown = f"user {row.user_id}, title of held-out item {item}"
     for changed in (
-        replace(row, messages=(*row.messages[:-1], asked)),
-        replace(row, answer=(said, *row.answer)),
+        replace(row, messages=(*row.messages[:-1], twice)),
+        replace(row, answer=(name, *row.answer)),
         replace(row, negatives=tuple(each for each in row.negatives if each != item)),
         replace(row, pairs=(*row.pairs, (row.user_id, item))),
     ):
-        found = checked(changed)
+        check = checked(changed)
         pair = f"row {row.id}: pair {(row.user_id, item)}"
-        assert found.verdict == "leak" and found.examples[0] in (f"row {row.id}: {shown}", pair)
+        assert check.verdict == "leak" and check.examples[0] in (f"row {row.id}: {shown}", pair)
 
 
-def test_a_text_about_a_held_out_item_leaks_where_the_item_is_a_negative_too(study: Study) -> None:
-    """The title of a negative is in the catalogue; what its user wrote about it is not."""
-    place, row, item = drawn_held_out(study)
+def test_text_about_held_out_negative_is_a_leak(study: Study) -> None:
+    index, row, item = drawn_held_out(study)
     text = "I had waited for this one, and it was worth the wait."
     data = study.data
     written = pl.when((pl.col("user_id") == row.user_id) & (pl.col("item_id") == item)).then(pl.lit(text))
     valid, test = (frame.with_columns(text=written.otherwise(pl.col("text"))) for frame in (data.valid, data.test))
     quoted = (*row.messages, Message("user", (Segment("item", f"Earlier: {text}"),)))
-    told = replace(study, data=replace(data, valid=valid, test=test))
-    told = rows_with(told, "direct", lambda row: replace(row, messages=quoted), place)
-    found = leaks.training_rows(told, "direct", place + 1)
-    assert found.examples == (f"row {row.id}: user {row.user_id}, text about held-out item {item}",)
+    changed = replace(study, data=replace(data, valid=valid, test=test))
+    changed = rows_with(changed, "direct", lambda row: replace(row, messages=quoted), index)
+    check = leaks.training_rows(changed, "direct", index + 1)
+    assert check.examples == (f"row {row.id}: user {row.user_id}, text about held-out item {item}",)
 
 
-def test_a_template_that_names_its_item_twice_may_name_a_negative_twice(study: Study) -> None:
+def test_template_may_name_a_negative_twice(study: Study) -> None:
     twice = "Would {{ user_name }} take {{ item.title }}? Think of {{ item.title }}."
     words = {"family": "direct", "version": 1, "use": "seen", "shape": "chat"}
     template = Template(name="twice", user=twice, target="{{ answer }}", **words)  # type: ignore[arg-type]
     user, item = held(study)
-    said = Segment("item", title(study, item))
+    name = Segment("item", title(study, item))
 
-    def often(times: int) -> list[str]:
-        turn = Message("user", (Segment("text", "Would "), *[said] * times))
+    def repeated(times: int) -> list[str]:
+        turn = Message("user", (Segment("text", "Would "), *[name] * times))
         row = Example(
             id="r", user_id=user, task="direct", template=template.id, messages=(turn,), ends_turn=True,
             answer=(Segment("target", "No"),), negatives=(item,),
         )  # fmt: skip
         return list(leaks._revealed(row, leaks._Secrets(study.data), template))
 
-    assert often(2) == [] and len(often(3)) == 1
+    assert repeated(2) == [] and len(repeated(3)) == 1
 
 
-def test_what_a_row_of_sequential_rejects_may_stand_in_no_question(study: Study) -> None:
+def test_rejected_item_in_a_question_is_a_leak(study: Study) -> None:
     (user, item), template = held(study), study.templates["sequential"][study.tasks["sequential"].eval_templates[0]]
-    said = title(study, item)
-    shown = Message("user", (Segment("text", "After "), Segment("item", said)))
+    name = title(study, item)
+    shown = Message("user", (Segment("text", "After "), Segment("item", name)))
 
-    def told(message: Message, *rejected: str) -> list[str]:
+    def revealed(message: Message, *rejected: str) -> list[str]:
         row = Example(
             id="r", user_id=user, task="sequential", template=template.id, messages=(message,), ends_turn=False,
             answer=(Segment("target", "x"),), negatives=(item,), rejected=rejected,
@@ -540,19 +508,19 @@ def test_what_a_row_of_sequential_rejects_may_stand_in_no_question(study: Study)
         return list(leaks._revealed(row, leaks._Secrets(study.data), template))
 
     plain = Message("user", (Segment("text", "What next?"),))
-    assert told(plain, f"{said}\n") == [] and len(told(shown, f"{said}\n")) == 1
-    assert len(told(plain, f"{said}\n", f"{said}\n")) == 1
+    assert revealed(plain, f"{name}\n") == [] and len(revealed(shown, f"{name}\n")) == 1
+    assert len(revealed(plain, f"{name}\n", f"{name}\n")) == 1
 
 
-def test_redrawn_holdouts_are_others_in_all_but_their_users(study: Study) -> None:
+def test_redrawn_holdouts_keep_their_users(study: Study) -> None:
     data = study.data
-    (user, _), only = held(study), min(data.dataset.items)
-    other = redrawn(data, "test", toward={user: [only]})
+    (user, _), item = held(study), min(data.dataset.items)
+    other = redrawn(data, "test", toward={user: [item]})
     assert other.test["user_id"].equals(data.test["user_id"]) and other.test.schema == data.test.schema
     for column in ("item_id", "rating", "text"):
         moved = (other.test[column] != data.test[column]).mean()
         assert moved is not None and moved > 0.5, column
-    assert dict(other.test.select("user_id", "item_id").iter_rows())[user] == only
+    assert dict(other.test.select("user_id", "item_id").iter_rows())[user] == item
     assert other.train.equals(data.train) and other.valid.equals(data.valid)
     assert other.held_out == {
         *other.valid["user_id", "item_id"].iter_rows(),
@@ -564,9 +532,9 @@ def test_redrawn_holdouts_are_others_in_all_but_their_users(study: Study) -> Non
 
 
 def sequences(numbering: str) -> SplitDataset:
-    """300 users with 6 items each, most of them their own; ids are numbered by whole histories, or drawn."""
+    """Return 300 users with 6 items each; ids are numbered by complete histories, or drawn."""
     rng = random.Random(0)
-    histories = [[f"own-{user}-{n}" for n in range(4)] + rng.sample(["a", "b", "c", "d"], 2) for user in range(300)]
+    histories = [[f"item-{user}-{n}" for n in range(4)] + rng.sample(["a", "b", "c", "d"], 2) for user in range(300)]
     for history in histories:
         rng.shuffle(history)
     items = list(dict.fromkeys(item for history in histories for item in history))
@@ -585,8 +553,8 @@ def sequences(numbering: str) -> SplitDataset:
     return split(Dataset("numbered", "items", pl.DataFrame(events), catalogue), Split(), seed=0)
 
 
-def test_the_id_probe_sees_numbers_that_follow_whole_histories() -> None:
-    leaky = audit.id_arithmetic(sequences("whole histories"), "test")
+def test_id_probe_finds_numbers_that_follow_histories() -> None:
+    leaky = audit.id_arithmetic(sequences("histories"), "test")
     assert leaky.figures["HR@5"] > 0.5 and leaky.figures["chance"] < 0.05
     drawn = audit.id_arithmetic(sequences("drawn"), "test")
     assert abs(drawn.figures["HR@5"] - drawn.figures["chance"]) < 0.02
@@ -599,43 +567,45 @@ def test_planted_duplicates_are_found() -> None:
     near = [(100 + n, 1600 + n) for n in range(100)]
     sets += [sets[a] for a, _ in exact]
     sets += [frozenset([*sorted(sets[a])[1:], f"other {a}"]) for a, _ in near]
-    found = {(a, b): similarity for a, b, similarity in audit.near_duplicates(sets, 0.9)}
-    assert sum(pair in found for pair in exact) >= 99
-    assert sum(pair in found for pair in near) >= 90
-    assert found.keys() <= {*exact, *near}
-    assert all(similarity == len(sets[a] & sets[b]) / len(sets[a] | sets[b]) for (a, b), similarity in found.items())
+    similarities = {(a, b): similarity for a, b, similarity in audit.near_duplicates(sets, 0.9)}
+    assert sum(pair in similarities for pair in exact) >= 99
+    assert sum(pair in similarities for pair in near) >= 90
+    assert similarities.keys() <= {*exact, *near}
+    assert all(
+        similarity == len(sets[a] & sets[b]) / len(sets[a] | sets[b]) for (a, b), similarity in similarities.items()
+    )
 
 
-def test_near_equal_titles_are_named(study: Study) -> None:
+def test_near_equal_titles_are_reported(study: Study) -> None:
     data = study.data
     items = dict(data.dataset.items)
     first, second, third = sorted(items)[:3]
     items[first] = replace(items[first], title="The Remarkable Kettle of Stainless Steel, 2 litres")
     items[second] = replace(items[second], title="The Remarkable Kettle of Stainless Steel 3 litres")
     items[third] = replace(items[third], title="the remarkable kettle of stainless steel 2 litres")
-    found = audit.duplicate_items(replace(data, dataset=replace(data.dataset, items=items)))
-    assert found.verdict == "notice"
-    assert found.figures["equal"] >= 2 and found.figures["near_pairs"] >= 1
+    check = audit.duplicate_items(replace(data, dataset=replace(data.dataset, items=items)))
+    assert check.verdict == "notice"
+    assert check.figures["equal"] >= 2 and check.figures["near_pairs"] >= 1
 
 
-def test_a_twin_who_has_the_held_out_item_is_named(study: Study) -> None:
+def test_twin_with_held_out_item_is_reported(study: Study) -> None:
     data = study.data
     user, item = next((h.user_id, h.item_id) for h in data.holdouts("test") if len(data.train_events(h.user_id)) >= 6)
     parts = (data.train, data.valid, data.test)
     plain = [part.select(data.train.columns).with_columns(pl.col("user_id").cast(pl.String)) for part in parts]
-    own = [part.filter(pl.col("user_id") == user).with_columns(user_id=pl.lit("twin")) for part in plain]
-    train = pl.concat([plain[0], own[0], own[2]])
-    whole = pl.concat([train, *plain[1:]])
-    planted = replace(data, train=train, dataset=replace(data.dataset, interactions=whole))
-    found = audit.duplicate_users(planted, "test", threshold=0.8)
-    assert any(user in line and "twin" in line for line in found.examples), item
+    twin = [part.filter(pl.col("user_id") == user).with_columns(user_id=pl.lit("twin")) for part in plain]
+    train = pl.concat([plain[0], twin[0], twin[2]])
+    every = pl.concat([train, *plain[1:]])
+    planted = replace(data, train=train, dataset=replace(data.dataset, interactions=every))
+    check = audit.duplicate_users(planted, "test", threshold=0.8)
+    assert any(user in line and "twin" in line for line in check.examples), item
 
 
-def test_a_model_that_recites_is_told_from_one_that_does_not() -> None:
+def test_memorisation_probe_detects_recited_titles() -> None:
     data = sequences("drawn")
     by_head = {entry.title.rsplit(" ", 2)[0]: entry for entry in data.dataset.items.values()}
-    only = {entry.item_id: entry for entry in by_head.values()}
-    alone = replace(data, dataset=SimpleNamespace(name="numbered", noun="items", items=only))  # type: ignore[arg-type]
+    items = {entry.item_id: entry for entry in by_head.values()}
+    alone = replace(data, dataset=SimpleNamespace(name="numbered", noun="items", items=items))  # type: ignore[arg-type]
 
     def recite(text: str) -> str:
         head = text.rsplit("\n", 1)[-1].removesuffix("|").strip()
@@ -651,15 +621,15 @@ def test_a_model_that_recites_is_told_from_one_that_does_not() -> None:
 # --------------------------------------------------------------------------- the gate
 
 
-def test_the_model_is_asked_on_the_device_of_the_recipe(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
+def test_memorisation_probe_uses_device_of_recipe(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    devices: list[Any] = []
     monkeypatch.setattr("llmrec.models.load.device", lambda section: "meta")
-    monkeypatch.setattr(audit, "memorisation", lambda backend, data, seed: asked.append(backend.model.device.type))
+    monkeypatch.setattr(audit, "memorisation", lambda backend, data, seed: devices.append(backend.model.device.type))
     audit._memory(study)
-    assert asked == ["meta"]
+    assert devices == ["meta"]
 
 
-def test_a_run_that_leaks_gets_no_table(tmp_path: Path) -> None:
+def test_results_of_leaking_run_cannot_be_read(tmp_path: Path) -> None:
     of = write_json(tmp_path / "results.json", {})
     audit.write(tmp_path, [Check("candidates", "3 in 10 sets", "leak", ("request a|b",))], of=of)
     with raises(
@@ -669,6 +639,6 @@ def test_a_run_that_leaks_gets_no_table(tmp_path: Path) -> None:
         read(tmp_path)
 
 
-def test_an_unfinished_run_cannot_be_audited(tmp_path: Path) -> None:
-    with raises(LlmrecError, Facts("missing-file", "test_an_unfinished_run_cannot_0", says="`llmrec run`")):
+def test_unfinished_run_cannot_be_audited(tmp_path: Path) -> None:
+    with raises(LlmrecError, Facts("missing-file", tmp_path, says="`llmrec run`")):
         audit.audit(tmp_path)

@@ -1,4 +1,4 @@
-"""The way from `llmrec run` to a model: at most ten functions of llmrec, so that a traceback can be read."""
+"""From `llmrec run` to a model: at most ten functions of llmrec, for short tracebacks."""
 
 from __future__ import annotations
 
@@ -22,45 +22,45 @@ RUN = (
 
 
 def frames() -> list[str]:
-    """Return the functions of llmrec from the command on, the outermost first."""
-    called = [
+    """Return the functions of llmrec on the stack, from the command on."""
+    calls = [
         f"{frame.frame.f_globals['__name__']}.{frame.function}"
         for frame in reversed(inspect.stack())
         if str(frame.frame.f_globals.get("__name__", "")).startswith("llmrec")
     ]
-    return called[called.index("llmrec.cli.run.run") :]
+    return calls[calls.index("llmrec.cli.run.run") :]
 
 
-def ran(folder: Path, model: Path, backend: str) -> None:
+def run(folder: Path, model: Path, backend: str) -> None:
     settings = f"eval={{arms: [zero-shot], users: 12, bootstrap: 20, backend: {backend}, candidates: {{count: 6}}}}"
-    found = CliRunner().invoke(app, [*RUN, f"model.name={model}", settings, "--out", str(folder)])
-    assert found.exit_code == 0, found.output
+    result = CliRunner().invoke(app, [*RUN, f"model.name={model}", settings, "--out", str(folder)])
+    assert result.exit_code == 0, result.output
 
 
-@pytest.mark.parametrize("verb", ["score", "generate"])
-def test_a_backend_is_near(verb: str, tmp_path: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[list[str]] = []
-    asked = getattr(FakeBackend, verb)
+def record(owner: Any, method: str, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Return a list to which each call of a method adds its stack."""
+    stacks: list[list[str]] = []
+    original = getattr(owner, method)
 
-    def asking(*args: Any, **options: Any) -> Any:
-        seen.append(frames())
-        return asked(*args, **options)
+    def recorded(*args: Any, **options: Any) -> Any:
+        stacks.append(frames())
+        return original(*args, **options)
 
-    monkeypatch.setattr(FakeBackend, verb, asking)
-    ran(tmp_path / "run", llama_folder, "fake")
-    assert seen and max(map(len, seen)) < MOST, max(seen, key=len)
+    monkeypatch.setattr(owner, method, recorded)
+    return stacks
+
+
+def test_call_depth_of_backend(tmp_path: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scored, generated = (record(FakeBackend, method, monkeypatch) for method in ("score", "generate"))
+    run(tmp_path / "run", llama_folder, "fake")
+    assert scored and generated
+    deepest = max([*scored, *generated], key=len)
+    assert len(deepest) < MOST, deepest
 
 
 @pytest.mark.slow
-def test_a_forward_pass_is_near(tmp_path: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_call_depth_of_forward_pass(tmp_path: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     transformers = pytest.importorskip("transformers", reason="the train extra is not installed")
-    seen: list[list[str]] = []
-    forward = transformers.LlamaModel.forward
-
-    def passing(*args: Any, **options: Any) -> Any:
-        seen.append(frames())
-        return forward(*args, **options)
-
-    monkeypatch.setattr(transformers.LlamaModel, "forward", passing)
-    ran(tmp_path / "run", llama_folder, "hf")
-    assert seen and min(map(len, seen)) <= MOST, min(seen, key=len)
+    stacks = record(transformers.LlamaModel, "forward", monkeypatch)
+    run(tmp_path / "run", llama_folder, "hf")
+    assert stacks and min(map(len, stacks)) <= MOST, min(stacks, key=len)

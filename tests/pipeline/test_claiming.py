@@ -1,4 +1,4 @@
-"""Files of somebody else, and links, in the places where llmrec writes and clears."""
+"""Foreign files and links in folders that llmrec writes and clears."""
 
 from __future__ import annotations
 
@@ -19,50 +19,49 @@ from tests.facts import Facts, raises
 
 
 @pytest.fixture
-def asked(llama_folder: Path, tmp_path: Path) -> object:
+def ranking(llama_folder: Path, tmp_path: Path) -> object:
     source = jsonl(tmp_path / "in.jsonl", records(2))
     return lambda **changes: options(llama_folder, source, tmp_path / "o.jsonl", **changes)
 
 
 @pytest.mark.parametrize("restart", [False, True])
-def test_somebodys_folder_of_parts_is_refused_and_kept(asked, tmp_path: Path, restart: bool) -> None:  # type: ignore[no-untyped-def]
+def test_keeps_foreign_file_in_parts_folder(ranking, tmp_path: Path, restart: bool) -> None:  # type: ignore[no-untyped-def]
     mine = tmp_path / "o.jsonl.parts" / "mine.txt"
     mine.parent.mkdir()
     mine.write_text("mine")
     with raises(LlmrecError, Facts("exists", says="mine.txt")):
-        rank_file(asked(restart=restart))
+        rank_file(ranking(restart=restart))
     assert mine.read_text() == "mine"
     assert [path.name for path in mine.parent.iterdir()] == ["mine.txt"]
 
 
-@pytest.mark.parametrize("restart", [False, True])
-def test_a_folder_of_parts_that_is_a_link_is_refused(asked, tmp_path: Path, restart: bool) -> None:  # type: ignore[no-untyped-def]
+def test_rejects_linked_parts_folder(ranking, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "keep.txt").write_text("keep")
     (tmp_path / "o.jsonl.parts").symlink_to(elsewhere)
     with raises(LlmrecError, Facts("unsafe", tmp_path / "o.jsonl.parts")):
-        rank_file(asked(restart=restart))
+        rank_file(ranking(restart=True))
     assert [path.name for path in elsewhere.iterdir()] == ["keep.txt"]
 
 
-def test_what_was_put_beside_the_parts_stays(asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+def test_keeps_file_added_to_parts_folder(ranking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     from llmrec.answer.rank import run as rank_files
 
     write = rank_files.write_lists
     mine = tmp_path / "o.jsonl.parts" / "mine.txt"
 
-    def late(*given: object) -> None:
+    def late(*args: object) -> None:
         mine.write_text("mine")
-        write(*given)  # type: ignore[arg-type]
+        write(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(rank_files, "write_lists", late)
-    rank_file(asked())
+    rank_file(ranking())
     assert mine.read_text() == "mine"
     assert {path.name for path in mine.parent.iterdir()} == {"mine.txt", LOCK}
 
 
-def test_a_lock_that_is_a_link_is_neither_followed_nor_emptied(tmp_path: Path) -> None:
+def test_rejects_symlinked_lock(tmp_path: Path) -> None:
     precious, run = tmp_path / "precious", tmp_path / "run"
     precious.write_text("precious")
     run.mkdir()
@@ -72,7 +71,7 @@ def test_a_lock_that_is_a_link_is_neither_followed_nor_emptied(tmp_path: Path) -
     assert precious.read_text() == "precious"
 
 
-def test_a_lock_with_words_of_somebody_keeps_them(tmp_path: Path) -> None:
+def test_keeps_content_of_foreign_lock(tmp_path: Path) -> None:
     (tmp_path / LOCK).write_text("mine")
     with raises(LlmrecError, Facts("exists", tmp_path, says=LOCK)), locked(tmp_path, RUN):
         pass
@@ -81,16 +80,15 @@ def test_a_lock_with_words_of_somebody_keeps_them(tmp_path: Path) -> None:
     assert (tmp_path / LOCK).read_text() == "mine"
 
 
-@pytest.mark.parametrize("name", ["adapter", "merged", "report", "checkpoints"])
-def test_a_run_does_not_take_over_somebodys_folder(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).mkdir()
-    (tmp_path / name / "mine.txt").write_text("mine")
-    with raises(LlmrecError, Facts("exists", tmp_path, says=name)), locked(tmp_path, RUN):
+def test_run_does_not_use_foreign_folder(tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "mine.txt").write_text("mine")
+    with raises(LlmrecError, Facts("exists", tmp_path, says="adapter")), locked(tmp_path, RUN):
         pass
-    assert {path.name for path in tmp_path.iterdir()} == {name}
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter"}
 
 
-def test_a_run_goes_on_in_its_own_folder(tmp_path: Path) -> None:
+def test_run_continues_in_its_folder(tmp_path: Path) -> None:
     folder = tmp_path / "new"
     with locked(folder, RUN):
         (folder / "adapter").mkdir()
@@ -98,14 +96,8 @@ def test_a_run_goes_on_in_its_own_folder(tmp_path: Path) -> None:
         assert (folder / "adapter").is_dir() and (folder / LOCK).read_text()
 
 
-def test_a_folder_with_files_of_a_run_and_no_mark_is_refused(tmp_path: Path) -> None:
-    write_text(tmp_path / "train.json", '{"key": "0123456789abcdef"}')
-    with raises(LlmrecError, Facts("exists", tmp_path, says="train.json")), locked(tmp_path, RUN):
-        pass
-
-
-@pytest.mark.parametrize("name", RUN)
-def test_a_link_under_a_runs_own_name_is_refused(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["merged", "results.json"])
+def test_rejects_link_with_name_of_run_file(tmp_path: Path, name: str) -> None:
     run = tmp_path / "run"
     with locked(run, RUN):
         pass
@@ -114,7 +106,7 @@ def test_a_link_under_a_runs_own_name_is_refused(tmp_path: Path, name: str) -> N
         pass
 
 
-def test_a_report_is_not_written_through_a_link(tmp_path: Path) -> None:
+def test_report_is_not_written_through_link(tmp_path: Path) -> None:
     elsewhere, run = tmp_path / "elsewhere", tmp_path / "run"
     for folder in (elsewhere, run):
         folder.mkdir()
@@ -125,7 +117,7 @@ def test_a_report_is_not_written_through_a_link(tmp_path: Path) -> None:
     assert (elsewhere / "index.html").read_text() == "mine"
 
 
-def test_a_draft_takes_nobodys_name(tmp_path: Path) -> None:
+def test_draft_keeps_foreign_folder(tmp_path: Path) -> None:
     mine = tmp_path / ".table.csv.draft"
     mine.mkdir()
     (mine / "mine.txt").write_text("mine")
@@ -133,7 +125,7 @@ def test_a_draft_takes_nobodys_name(tmp_path: Path) -> None:
     assert (mine / "mine.txt").read_text() == "mine"
 
 
-def test_a_link_to_a_folder_is_not_replaced_by_a_folder(tmp_path: Path) -> None:
+def test_folder_does_not_replace_link(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "merged").symlink_to(tmp_path / "elsewhere")
     with raises(LlmrecError, Facts("unsafe", tmp_path / "merged")), replacing(tmp_path / "merged") as draft:
@@ -141,16 +133,16 @@ def test_a_link_to_a_folder_is_not_replaced_by_a_folder(tmp_path: Path) -> None:
     assert (tmp_path / "merged").is_symlink()
 
 
-def test_an_export_sweeps_only_what_exports_left(tmp_path: Path) -> None:
-    gone = next(number for number in range(4_000_000, 5_000_000) if not Path(f"/proc/{number}").exists())
-    mine = tmp_path / f"model.old-{gone}"
+def test_export_keeps_foreign_folder(tmp_path: Path) -> None:
+    process = next(number for number in range(4_000_000, 5_000_000) if not Path(f"/proc/{number}").exists())
+    mine = tmp_path / f"model.old-{process}"
     mine.mkdir()
     with placing(tmp_path / "model", force=False) as draft:
         (draft / "x").touch()
     assert mine.is_dir()
 
 
-def test_an_index_takes_the_place_of_an_index_alone(tmp_path: Path) -> None:
+def test_index_replaces_only_an_index(tmp_path: Path) -> None:
     folder = tmp_path / "index"
     ItemIndex("title", {}).save(folder)
     assert not _holds_more(folder)
@@ -161,7 +153,7 @@ def test_an_index_takes_the_place_of_an_index_alone(tmp_path: Path) -> None:
     assert _holds_more(folder)
 
 
-def test_a_file_does_not_replace_a_folder(tmp_path: Path) -> None:
+def test_file_does_not_replace_folder(tmp_path: Path) -> None:
     (tmp_path / "row.json").mkdir()
     with raises(LlmrecError, Facts("exists", tmp_path / "row.json", says="move the folder away")):
         write_text(tmp_path / "row.json", "x")

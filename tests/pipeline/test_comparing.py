@@ -1,4 +1,4 @@
-"""Which comparisons of a run are planned, and that those of all families are tested as one."""
+"""Planned comparisons of a run, and their joint test over all tasks."""
 
 from __future__ import annotations
 
@@ -20,11 +20,8 @@ from llmrec.results import Comparison, FusionWeights, Metric, PartWeight, Predic
 from llmrec.tasks.family import family_of
 
 SMALL = (
-    "reviews=null",
-    "tasks={rating: {strategies: [expected, parsed]}, sequential: {strategies: [likelihood]}}",
-    "eval.users=40",
-    "eval.bootstrap=200",
-    "eval.backend=hf",
+    *("reviews=null", "tasks={rating: {strategies: [expected, parsed]}, sequential: {strategies: [likelihood]}}"),
+    *("eval.users=40", "eval.bootstrap=200", "eval.backend=hf"),
 )
 USERS = 40
 TUNED = {"rating": "rating/tuned/expected/list-ratings", "sequential": "sequential/tuned/likelihood/continue-list"}
@@ -34,14 +31,14 @@ def study(*more: str) -> Study:
     return build_study(load_recipe("recipes/movielens-100k/four-tasks.yaml", [*SMALL, *more]))
 
 
-def rows_of(made: Study, levels: dict[str, float]) -> list[ResultRow]:
-    """Return a row for each that the study will have; the level of a row is the first that its id begins with."""
-    specs = [spec for arm in ("baseline", "zero-shot", "few-shot", "tuned") for spec in specs_of(made, arm)]
-    return [_row(made, spec, next((v for k, v in levels.items() if spec.id.startswith(k)), 0.5)) for spec in specs]
+def rows_of(built: Study, levels: dict[str, float]) -> list[ResultRow]:
+    """Return a row for each specification; its level is that of the first matching prefix of its id."""
+    specs = [spec for arm in ("baseline", "zero-shot", "few-shot", "tuned") for spec in specs_of(built, arm)]
+    return [_row(built, spec, next((v for k, v in levels.items() if spec.id.startswith(k)), 0.5)) for spec in specs]
 
 
-def _row(made: Study, spec: RowSpec, level: float) -> ResultRow:
-    metric = family_of(spec.family).headline_at(made.recipe.eval.cutoffs)
+def _row(built: Study, spec: RowSpec, level: float) -> ResultRow:
+    metric = family_of(spec.family).headline_at(built.recipe.eval.cutoffs)
     rng = np.random.default_rng(sum(map(ord, spec.id)))
     values = np.abs(level + rng.normal(0, 0.05, USERS))
     value = float(values.mean() if statistic_of(metric) == "mean" else np.sqrt(values.mean()))
@@ -59,18 +56,18 @@ def _row(made: Study, spec: RowSpec, level: float) -> ResultRow:
     return ResultRow(figures, {metric: values}, records)
 
 
-def with_verdict(found: Sequence[Comparison]) -> dict[tuple[str, str], Comparison]:
-    return {(entry.a, entry.b): entry for entry in found if entry.verdict is not None}
+def with_verdict(comparisons: Sequence[Comparison]) -> dict[tuple[str, str], Comparison]:
+    return {(entry.a, entry.b): entry for entry in comparisons if entry.verdict is not None}
 
 
 @pytest.fixture(scope="module")
-def made() -> Study:
+def built() -> Study:
     return study()
 
 
-def test_the_tuned_row_of_each_family_meets_its_untuned_one_and_the_best_control(made: Study) -> None:
+def test_tuned_rows_are_compared_with_untuned_and_best_control(built: Study) -> None:
     levels = {"sequential/baseline/markov": 0.9, "rating/baseline/user-item-bias": 0.2}
-    pairs = [(pair.a.figures.id, pair.b.figures.id) for pair in planned_of(made, rows_of(made, levels))]
+    pairs = [(pair.a.figures.id, pair.b.figures.id) for pair in planned_of(built, rows_of(built, levels))]
     first = {family: tuned.replace("/tuned/", "/zero-shot/") for family, tuned in TUNED.items()}
     assert {pair for pair in pairs if "zero-shot" in pair[1]} == {(TUNED[name], first[name]) for name in TUNED}
     rivals = {b for _, b in pairs if "/baseline/" in b}
@@ -78,22 +75,21 @@ def test_the_tuned_row_of_each_family_meets_its_untuned_one_and_the_best_control
     assert len(pairs) == 4 and "markov" in str(rivals)
 
 
-def test_planned_comparisons_are_one_family_and_the_others_make_no_claim(made: Study) -> None:
-    rows = rows_of(made, {"sequential/tuned": 0.9, "rating/tuned": 0.49})
-    found, lines = compare_rows(made, rows)
-    planned = with_verdict(found)
-    assert len(planned) == 4 and found[: len(planned)] == list(planned.values())
+def test_only_planned_comparisons_have_p_values(built: Study) -> None:
+    rows = rows_of(built, {"sequential/tuned": 0.9, "rating/tuned": 0.49})
+    comparisons, lines = compare_rows(built, rows)
+    planned = with_verdict(comparisons)
+    assert len(planned) == 4 and comparisons[: len(planned)] == list(planned.values())
     raw = [entry.p_raw for entry in planned.values()]
     assert [entry.p for entry in planned.values()] == holm([p for p in raw if p is not None])
     for entry in planned.values():
         assert entry.low is not None and entry.high is not None and entry.p is not None
         assert (entry.low <= 0 <= entry.high) == (entry.p > 0.05) == (entry.verdict == "not shown")
     assert planned[TUNED["sequential"], TUNED["sequential"].replace("tuned", "zero-shot")].verdict == "shown"
-    others = [entry for entry in found if entry.verdict is None]
+    others = [entry for entry in comparisons if entry.verdict is None]
     assert others and not any({"p", "p_raw", "verdict"} & set(entry.as_json()) for entry in others)
-    # What was compared all along is still there: few-shot, the other strategy, and every control.
     assert {entry.a.split("/")[1] for entry in others} == {"tuned", "few-shot", "zero-shot"}
-    assert {entry.b for entry in found if entry.a == TUNED["rating"]} >= {
+    assert {entry.b for entry in comparisons if entry.a == TUNED["rating"]} >= {
         row.figures.id for row in rows if row.figures.id.startswith("rating/baseline/")
     }
     assert not set(planned) & {(entry.a, entry.b) for entry in others}
@@ -101,35 +97,35 @@ def test_planned_comparisons_are_one_family_and_the_others_make_no_claim(made: S
     assert all("4 planned comparisons" in line and "an unadjusted 95 %" in line for line in lines.values())
 
 
-def test_without_a_language_model_fusions_meet_the_best_single_baseline(made: Study) -> None:
+def test_fusion_is_compared_with_best_baseline(built: Study) -> None:
     levels = {"sequential/baseline/markov": 0.7, "sequential/baseline/popularity": 0.9}
-    rows = [row for row in rows_of(made, levels) if row.figures.id.startswith("sequential/baseline/")]
+    rows = [row for row in rows_of(built, levels) if row.figures.id.startswith("sequential/baseline/")]
     best, other = (next(row for row in rows if row.figures.id.endswith(name)) for name in ("popularity", "random"))
     weights = FusionWeights(form="logit", parts=(PartWeight(name="popularity", weight=1.0),))
     joined = replace(other, figures=other.figures.model_copy(update={"fusion": weights}))
-    found, lines = compare_rows(made, [*(row for row in rows if row is not other), joined])
-    assert [(entry.a, entry.b, entry.verdict) for entry in found] == [(joined.figures.id, best.figures.id, None)]
+    comparisons, lines = compare_rows(built, [*(row for row in rows if row is not other), joined])
+    assert [(entry.a, entry.b, entry.verdict) for entry in comparisons] == [(joined.figures.id, best.figures.id, None)]
     assert "0 planned" not in lines["sequential"]
 
 
-def test_a_recipe_names_other_pairs_and_the_best_control_by_its_name() -> None:
-    asked = [["rating/few-shot/parsed/list-ratings", "rating/best-baseline"], [TUNED["sequential"], "sequential/x"]]
-    asked[1][1] = "sequential/baseline/popularity"
-    made = study(f"eval.planned={asked}".replace("'", '"'))
-    refuse_unknown(made)
-    rows = rows_of(made, {"rating/baseline/user-mean": 0.1, "sequential/tuned": 0.9})
-    found, _ = compare_rows(made, rows)
-    assert set(with_verdict(found)) == {
+def test_recipe_plans_other_pairs() -> None:
+    pairs = [["rating/few-shot/parsed/list-ratings", "rating/best-baseline"]]
+    pairs += [[TUNED["sequential"], "sequential/baseline/popularity"]]
+    planned = study(f"eval.planned={pairs}".replace("'", '"'))
+    refuse_unknown(planned)
+    rows = rows_of(planned, {"rating/baseline/user-mean": 0.1, "sequential/tuned": 0.9})
+    comparisons, _ = compare_rows(planned, rows)
+    assert set(with_verdict(comparisons)) == {
         ("rating/few-shot/parsed/list-ratings", "rating/baseline/user-mean"),
         (TUNED["sequential"], "sequential/baseline/popularity"),
     }
     none = study("eval.planned=[]")
-    found, lines = compare_rows(none, rows_of(none, {}))
-    assert found and not with_verdict(found) and "planned" not in str(lines)
+    comparisons, lines = compare_rows(none, rows_of(none, {}))
+    assert comparisons and not with_verdict(comparisons) and "planned" not in str(lines)
 
 
 @pytest.mark.parametrize(
-    ("pair", "said"),
+    ("pair", "message"),
     [
         (
             ["rating/tuned/expectd/list-ratings", "rating/best-baseline"],
@@ -139,13 +135,13 @@ def test_a_recipe_names_other_pairs_and_the_best_control_by_its_name() -> None:
         (["rating/tuned/expected/list-ratings", "explanation/best-baseline"], "there is no model 'explanation/best-b"),
     ],
 )
-def test_rows_that_the_run_will_not_have_are_refused_before_it_begins(pair: list[str], said: str) -> None:
-    with pytest.raises(RecipeError, match=said):
+def test_rejects_comparison_of_unknown_rows(pair: list[str], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
         refuse_unknown(study(f"eval.planned=[{pair}]".replace("'", '"')))
 
 
-def test_without_a_tuned_row_nothing_is_planned_by_itself(made: Study) -> None:
-    rows = [row for row in rows_of(made, {}) if row.figures.arm != "tuned"]
-    assert list(planned_of(made, rows)) == []
-    found, _ = compare_rows(made, rows)
-    assert found and not with_verdict(found)
+def test_nothing_is_planned_without_tuned_rows(built: Study) -> None:
+    rows = [row for row in rows_of(built, {}) if row.figures.arm != "tuned"]
+    assert list(planned_of(built, rows)) == []
+    comparisons, _ = compare_rows(built, rows)
+    assert comparisons and not with_verdict(comparisons)

@@ -1,4 +1,4 @@
-"""A tuned encoder is a folder like any other, and is refused where it could know what is held out."""
+"""Tuned encoders: their folder, and refusal where they could know held-out interactions."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ WORDS = ("anvil", "banjo", "candle", "drum", "engine", "feather")
 
 
 def _table(folder: Path) -> Path:
-    """Sixty users who go back and forth between two of six topics with four items each."""
+    """Write interactions of 60 users who alternate between two of six topics with four items each."""
     rng, path = np.random.default_rng(0), folder / "ring.csv"
     lines = ["user_id,item_id,timestamp,title"]
     for user in range(60):
@@ -61,7 +61,7 @@ def tuned(table: Path) -> Path:
 def _tune(table: Path, out: Path) -> Mapping[str, Any]:
     data = [f"data.path={table}", "data.source=table", "data.columns={title: title}", "data.rating_scale=null"]
     recipe = load_recipe("recipes/movielens-100k/four-tasks.yaml", data)
-    config = TransitionsTunedConfig(encoder=tiny_encoder(), blocks=2, epochs=2, learning_rate=5e-3)
+    config = TransitionsTunedConfig(encoder=tiny_encoder(), blocks=2, epochs=1, learning_rate=5e-3)
     return tune_encoder(recipe, out, config)
 
 
@@ -69,10 +69,10 @@ def _split(table: Path, seed: int = 0, **more: object) -> SplitDataset:
     return load_split(DataSection.model_validate({"source": "table", "path": str(table), **more}), seed)
 
 
-def test_it_is_an_encoder_that_says_what_it_learned_from(table: Path, tuned: Path) -> None:
-    told = json.loads((tuned / TUNED).read_text(encoding="utf-8"))
-    assert told["interactions"] == 240 and told["encoder"] == tiny_encoder() and told["parameters"]["blocks"] == 2
-    assert set(told["files"]) | {TUNED, ".lock"} >= {entry.name for entry in tuned.iterdir()}
+def test_tuned_folder_records_its_training(table: Path, tuned: Path) -> None:
+    record = json.loads((tuned / TUNED).read_text(encoding="utf-8"))
+    assert record["interactions"] == 240 and record["encoder"] == tiny_encoder() and record["parameters"]["blocks"] == 2
+    assert set(record["files"]) | {TUNED, ".lock"} >= {entry.name for entry in tuned.iterdir()}
     texts = ["anvil a", "feather b"]
     before, after = encode_texts(tiny_encoder(), texts), encode_texts(str(tuned), texts)
     assert before.shape == after.shape and not np.allclose(before, after, atol=1e-4)
@@ -90,7 +90,7 @@ def test_rows_that_use_it_are_language_models(tuned: Path) -> None:
     assert (reads_of("late-interaction", {}), reads_of("late-interaction", {"joint": 0})) == ("language model", "texts")
 
 
-def test_another_encoder_under_the_same_path_makes_other_rows(table: Path, tuned: Path, tmp_path: Path) -> None:
+def test_changed_encoder_changes_row_keys(table: Path, tuned: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tuned, tmp_path / "encoder"))
     data = f"data={{source: table, path: {table}, columns: {{title: title}}}}"
     controls = "random, popularity, item-knn, markov-1"
@@ -112,8 +112,7 @@ def test_another_encoder_under_the_same_path_makes_other_rows(table: Path, tuned
     assert hashes_of("popularity", {}) == hashes_of("content", {"encoder": str(tmp_path / "none")}) == {}
 
 
-def test_vectors_are_those_of_the_folder_as_it_is_now(tuned: Path, tmp_path: Path) -> None:
-    """Weights and pooling are looked at anew at every call, in one process too."""
+def test_vectors_follow_changes_of_the_folder(tuned: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tuned, tmp_path / "encoder"))
     stamps, texts = [text_embedder(str(folder)).stamp], ["anvil a", "feather b drum"]
     means = text_embedder(str(folder))(texts)
@@ -129,7 +128,7 @@ def test_vectors_are_those_of_the_folder_as_it_is_now(tuned: Path, tmp_path: Pat
     assert len(set(stamps)) == 3
 
 
-def test_it_serves_the_split_that_it_learned_from_and_no_other(table: Path, tuned: Path) -> None:
+def test_rejects_tuned_encoder_with_other_split(table: Path, tuned: Path) -> None:
     same, other = _split(table), _split(table, split={"kind": "last_share", "valid": 0.2, "test": 0.5})
     more = TransitionsTunedConfig(encoder=str(tuned), blocks=1, epochs=1, steps=1, quiet=True)
     for model in (Content(Content.Config(encoder=str(tuned))), TransitionsTuned(more)):
@@ -142,7 +141,7 @@ def test_it_serves_the_split_that_it_learned_from_and_no_other(table: Path, tune
         vectors_of(other.dataset.items, str(tuned), other).of(["00"])
 
 
-def test_it_is_written_anew_and_nobody_elses_files_are_replaced(table: Path, tuned: Path, tmp_path: Path) -> None:
+def test_tuning_replaces_its_folder_but_no_foreign_files(table: Path, tuned: Path, tmp_path: Path) -> None:
     assert _tune(table, tuned)["interactions"] == 240
     (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
     with raises(LlmrecError, Facts("exists", tmp_path)):

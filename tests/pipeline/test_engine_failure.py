@@ -1,4 +1,4 @@
-"""Engines that do not start, or break down: another answers in their place, or their rows are not evaluated."""
+"""Engines that fail: another engine replaces them, or their rows are not evaluated."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 from llmrec.answer.checks import decided
 from llmrec.answer.language_model import LanguageModel
@@ -18,7 +17,6 @@ from llmrec.answer.opening import open_models
 from llmrec.answer.options import RecommenderOptions
 from llmrec.answer.rank.run import rank_file
 from llmrec.backends.fake import FakeBackend
-from llmrec.cli.main import app
 from llmrec.errors import EngineFailure
 from llmrec.pipeline import engines
 from llmrec.pipeline import run as pipeline
@@ -38,17 +36,17 @@ PAGE = """
 name: failing
 data: {source: made-reviews, noun: products}
 tasks:
-  direct: {strategies: [label, list], weight: 0}
-  sequential: {weight: 0}
+  direct: {strategies: [label, permutation], weight: 0, baselines: [random, popularity, item-knn, markov-1]}
+  sequential: {weight: 0, baselines: [random, popularity, item-knn, markov-1]}
 eval:
   {arms: [zero-shot], users: 6, batch: 4, bootstrap: 50, candidates: {count: 5}}
 """
-# Rows of the two engines; on a CPU titles are scored by transformers, whichever engine the recipe names.
+# Rows of the two engines. On a CPU, transformers score titles whichever engine the recipe names.
 VLLM_ROWS, HF_ROWS = 2, 1
 
 
-class Standing(FakeBackend):
-    """Stands in the place of vLLM."""
+class Working(FakeBackend):
+    """Replaces vLLM."""
 
     name = "vllm"
 
@@ -56,18 +54,18 @@ class Standing(FakeBackend):
         super().__init__()
 
 
-class Failing(Standing):
+class Failing(Working):
     """Does not start."""
 
     starts = 0
 
     def __init__(self, *args: object, **options: object) -> None:
         type(self).starts += 1
-        said = "vLLM could not start: 0.1 GiB are free; set eval.backend=hf"
-        raise EngineFailure(said, kind="exhausted", column="eval.backend")
+        message = "vLLM could not start: 0.1 GiB are free; set eval.backend=hf"
+        raise EngineFailure(message, kind="exhausted", column="eval.backend")
 
 
-class Dying(Standing):
+class Dying(Working):
     """Answers one batch."""
 
     def score(
@@ -79,21 +77,24 @@ class Dying(Standing):
         return super().score(prompts, candidates, closed=closed)
 
 
+Use = Callable[[type[FakeBackend]], None]
+
+
 @pytest.fixture
-def put(monkeypatch: pytest.MonkeyPatch) -> Callable[[type[FakeBackend]], None]:
-    """Return what puts a class in the place of vLLM."""
+def use(monkeypatch: pytest.MonkeyPatch) -> Use:
+    """Return a function that replaces vLLM by a class."""
     for module in ("llmrec.pipeline.engines", "llmrec.pipeline.preflight", "llmrec.answer.checks"):
         monkeypatch.setattr(f"{module}.installed", lambda name: True)
     monkeypatch.setattr(engines, "versions", lambda: {"llmrec": "0", "vllm": "0.32.0+cpu"})
     Failing.starts = 0
 
-    def put(kind: type[FakeBackend]) -> None:
+    def use(kind: type[FakeBackend]) -> None:
         def lookup(table: Any, name: str, what: str) -> Any:
             return kind if table is BACKENDS and name == "vllm" else looked_up(table, name, what)
 
         monkeypatch.setattr(engines, "lookup", lookup)
 
-    return put
+    return use
 
 
 @pytest.fixture(scope="module")
@@ -109,53 +110,50 @@ def recipe(page: Path, *more: str) -> Recipe:
 
 @pytest.fixture(scope="module")
 def by_transformers(page: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
-    """Return the figures of a plain recipe of transformers."""
-    made = pipeline.run(recipe(page, "eval.backend=hf"), tmp_path_factory.mktemp("hf") / "r", quiet=True)
-    return [row["metrics"] for row in made.results["rows"]]
+    """Return the metrics of a run with transformers."""
+    done = pipeline.run(recipe(page, "eval.backend=hf"), tmp_path_factory.mktemp("hf") / "r", quiet=True)
+    return [row["metrics"] for row in done.results["rows"]]
 
 
 def engines_of(results: dict[str, Any]) -> dict[str, str]:
-    asked = [row for row in results["rows"] if row["template"] is not None and "fusion" not in row]
-    return {row["id"]: row["engine"].partition(":")[0] for row in asked}
+    rows = [row for row in results["rows"] if row["template"] is not None and "fusion" not in row]
+    return {row["id"]: row["engine"].partition(":")[0] for row in rows}
 
 
-def test_transformers_answer_for_an_engine_that_does_not_start(
-    put: Callable[[type[FakeBackend]], None],
+def test_transformers_replace_engine_that_does_not_start(
+    use: Use,
     page: Path,
     by_transformers: list[dict[str, float]],
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    put(Failing)
+    use(Failing)
     with caplog.at_level(logging.WARNING, logger="llmrec"):
-        made = pipeline.run(recipe(page), tmp_path / "r", quiet=True)
-    assert set(engines_of(made.results).values()) == {"hf"} and "unevaluated" not in made.results
+        done = pipeline.run(recipe(page), tmp_path / "r", quiet=True)
+    assert set(engines_of(done.results).values()) == {"hf"} and "unevaluated" not in done.results
     (line,) = [record.getMessage() for record in caplog.records if "vLLM" in record.getMessage()]
     assert line.startswith("vLLM could not start: 0.1 GiB are free; using transformers instead, ")
     assert "twice as long" in line
     assert Failing.starts == 1
-    # The rows say who answered, and a second call reuses them, also where the engine would start by then.
-    put(Standing)
+    # A second run reuses the rows, even if the engine starts now.
+    use(Working)
     again = pipeline.run(recipe(page), tmp_path / "r", quiet=True)
-    assert engines_of(again.results) == engines_of(made.results)
-    # A plain recipe of transformers asks the same questions of the same engine.
-    assert [row["metrics"] for row in made.results["rows"]] == by_transformers
+    assert engines_of(again.results) == engines_of(done.results)
+    assert [row["metrics"] for row in done.results["rows"]] == by_transformers
 
 
-def test_no_row_mixes_the_answers_of_two_engines(
-    put: Callable[[type[FakeBackend]], None], page: Path, by_transformers: list[dict[str, float]], tmp_path: Path
+def test_rows_do_not_mix_answers_of_two_engines(
+    use: Use, page: Path, by_transformers: list[dict[str, float]], tmp_path: Path
 ) -> None:
-    put(Dying)
-    made = pipeline.run(recipe(page), tmp_path / "r", quiet=True)
-    assert set(engines_of(made.results).values()) == {"hf"}
-    assert [row["metrics"] for row in made.results["rows"]] == by_transformers
+    use(Dying)
+    done = pipeline.run(recipe(page), tmp_path / "r", quiet=True)
+    assert set(engines_of(done.results).values()) == {"hf"}
+    assert [row["metrics"] for row in done.results["rows"]] == by_transformers
 
 
-def test_rows_of_an_engine_that_was_asked_for_are_marked_and_completed_later(
-    put: Callable[[type[FakeBackend]], None], page: Path, tmp_path: Path
-) -> None:
-    put(Failing)
-    folder, asked = tmp_path / "r", recipe(page, "eval.backend=vllm", "eval.fusion.model_users=20")
+def test_rows_of_requested_engine_are_marked_and_completed_later(use: Use, page: Path, tmp_path: Path) -> None:
+    use(Failing)
+    folder, chosen = tmp_path / "r", recipe(page, "eval.backend=vllm", "eval.fusion.model_users=20")
     with raises(
         EngineFailure,
         Facts(
@@ -164,12 +162,12 @@ def test_rows_of_an_engine_that_was_asked_for_are_marked_and_completed_later(
             says=("0.1 GiB are free; set eval.backend=hf.", str(folder / "report" / "index.html"), "the same command"),
         ),
     ) as caught:
-        pipeline.run(asked, folder, quiet=True)
+        pipeline.run(chosen, folder, quiet=True)
     assert Failing.starts == 1
     results = json.loads((folder / "results.json").read_bytes())
     missing = {row["id"]: row["reason"] for row in results["unevaluated"]}
     assert set(missing.values()) == {"vLLM could not start: 0.1 GiB are free"}
-    # Also the fusions that they would have been joined in.
+    # Ensembles with these rows are missing too.
     assert {name.split("/")[0] for name in missing} == {"direct"} and len(missing) > VLLM_ROWS
     assert set(engines_of(results).values()) == {"hf"} and len(engines_of(results)) == HF_ROWS
     assert f"{len(missing)} of {len(missing) + len(results['rows'])} models were not evaluated" in str(caught.value)
@@ -178,26 +176,18 @@ def test_rows_of_an_engine_that_was_asked_for_are_marked_and_completed_later(
     for text in report.values():
         assert text.count("not evaluated") >= len(missing)
     assert len(csv_text(results_of(results)).splitlines()) == len(report[".csv"].splitlines())
-    put(Standing)
-    done = pipeline.run(asked, folder, quiet=True)
+    use(Working)
+    done = pipeline.run(chosen, folder, quiet=True)
     assert "unevaluated" not in done.results
     answered = list(engines_of(done.results).values())
     assert (answered.count("hf"), len(answered)) == (HF_ROWS, HF_ROWS + VLLM_ROWS)
     assert missing.keys() <= {row["id"] for row in done.results["rows"]}
 
 
-@pytest.mark.slow
-def test_the_command_ends_with_one_line(put: Callable[[type[FakeBackend]], None], page: Path, tmp_path: Path) -> None:
-    put(Failing)
-    done = CliRunner().invoke(app, ["run", str(page), "eval.backend=vllm", "--out", str(tmp_path / "r"), "-q"])
-    assert isinstance(done.exception, EngineFailure)
-    assert "\n" not in str(done.exception) and "eval.backend=hf" in str(done.exception)
-
-
-def test_without_any_engine_the_classic_recommenders_are_reported(
-    put: Callable[[type[FakeBackend]], None], page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_baselines_are_reported_without_any_engine(
+    use: Use, page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put(Failing)
+    use(Failing)
 
     def full(*args: object, **options: object) -> None:
         raise EngineFailure("loading the model: memory is full; choose a smaller one", kind="exhausted")
@@ -211,43 +201,39 @@ def test_without_any_engine_the_classic_recommenders_are_reported(
 
 
 @pytest.mark.parametrize("kind", [Failing, Dying])
-def test_a_recommender_answers_through_another_engine(
-    kind: type[Standing], put: Callable[[type[FakeBackend]], None], llama_folder: Path, tmp_path: Path
-) -> None:
-    put(kind)
-    asked = options(llama_folder, jsonl(tmp_path / "in.jsonl", records(4)), tmp_path / "out.jsonl", strategy="label")
-    asked = replace(asked, items=items_csv(tmp_path), batch=2)
-    summary = rank_file(replace(asked, backend="auto"))
-    rank_file(replace(asked, out=tmp_path / "hf.jsonl", backend="hf"))
+def test_recommender_uses_another_engine(kind: type[Working], use: Use, llama_folder: Path, tmp_path: Path) -> None:
+    use(kind)
+    ranking = options(llama_folder, jsonl(tmp_path / "in.jsonl", records(4)), tmp_path / "out.jsonl", strategy="label")
+    ranking = replace(ranking, items=items_csv(tmp_path), batch=2)
+    summary = rank_file(replace(ranking, backend="auto"))
+    rank_file(replace(ranking, out=tmp_path / "hf.jsonl", backend="hf"))
     assert summary["engine"] == "hf"
     assert lines(tmp_path / "out.jsonl")[-1] == lines(tmp_path / "hf.jsonl")[-1]
 
 
-def test_a_recommender_that_was_told_its_engine_fails_with_one_line(
-    put: Callable[[type[FakeBackend]], None], llama_folder: Path, tmp_path: Path
-) -> None:
-    put(Failing)
-    asked = options(llama_folder, jsonl(tmp_path / "in.jsonl", records(4)), tmp_path / "out.jsonl", strategy="label")
+def test_recommender_with_requested_engine_fails(use: Use, llama_folder: Path, tmp_path: Path) -> None:
+    use(Failing)
+    ranking = options(llama_folder, jsonl(tmp_path / "in.jsonl", records(4)), tmp_path / "out.jsonl", strategy="label")
     with raises(EngineFailure, Facts("exhausted", says="0.1 GiB are free")):
-        rank_file(replace(asked, items=items_csv(tmp_path), backend="vllm"))
+        rank_file(replace(ranking, items=items_csv(tmp_path), backend="vllm"))
 
 
-def test_a_service_on_a_gpu_answers_through_transformers(
-    put: Callable[[type[FakeBackend]], None], llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_service_on_a_gpu_uses_transformers(
+    use: Use, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put(Failing)
+    use(Failing)
     monkeypatch.setattr("llmrec.answer.checks.device", lambda model: "cuda")
     monkeypatch.setattr(engines, "_on_gpu", lambda model: True)
     monkeypatch.setattr(engines, "_device", lambda model: "a card")
-    asked = RecommenderOptions(model=str(llama_folder), items=items_csv(tmp_path), dtype="float32")
-    models = open_models(decided(asked), ())
+    chosen = RecommenderOptions(model=str(llama_folder), items=items_csv(tmp_path), dtype="float32")
+    models = open_models(decided(chosen), ())
     model = models.get(None)
     assert isinstance(model, LanguageModel)
     model.warm()
     assert (Failing.starts, model.described["engine"]) == (1, "hf")
     models.close()
     with raises(EngineFailure, Facts("exhausted", says="0.1 GiB are free")):
-        models = open_models(decided(replace(asked, backend="vllm")), ())
+        models = open_models(decided(replace(chosen, backend="vllm")), ())
         model = models.get(None)
         assert isinstance(model, LanguageModel)
         model.warm()

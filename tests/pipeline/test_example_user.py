@@ -1,4 +1,4 @@
-"""The user of the first screen: drawn by the seed, with the list of the row that stands for the run."""
+"""The example user of a report: drawn by the seed, with the list of the main row."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ eval: {arms: [], users: 12, bootstrap: 50, candidates: {count: 5}, fusion: {cont
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, pipeline.Run]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, pipeline.Run]:
     folder: Path = tmp_path_factory.mktemp("shop")
     (folder / "page.yaml").write_text(RECIPE)
     run = pipeline.run(folder / "page.yaml", folder / "run", quiet=True)
     return build_study(load_recipe(folder / "page.yaml")), run
 
 
-def test_it_is_the_list_of_the_best_row_and_the_case_of_the_user(made: tuple[Study, pipeline.Run]) -> None:
-    study, run = made
+def test_example_shows_list_of_best_row(finished: tuple[Study, pipeline.Run]) -> None:
+    study, run = finished
     shown = run.results["example"]
-    own = [row for row in run.results["rows"] if row["task"] == "sequential"]
-    assert shown["row"] == max(own, key=lambda row: row["metrics"]["NDCG@10"]["value"])["id"]
+    rows = [row for row in run.results["rows"] if row["task"] == "sequential"]
+    assert shown["row"] == max(rows, key=lambda row: row["metrics"]["NDCG@10"]["value"])["id"]
     items = study.data.dataset.items
     case = next(
         case
@@ -52,8 +52,8 @@ def test_it_is_the_list_of_the_best_row_and_the_case_of_the_user(made: tuple[Stu
     assert "One user" in run.report.read_text(encoding="utf-8")
 
 
-def test_a_tuned_model_comes_before_what_is_better_and_an_ensemble_never(made: tuple[Study, pipeline.Run]) -> None:
-    study, run = made
+def test_example_prefers_tuned_model_and_skips_ensembles(finished: tuple[Study, pipeline.Run]) -> None:
+    study, run = finished
     headline = run.results["headline"]
     worst = min(
         (row for row in run.rows if row.figures.task == "sequential"),
@@ -62,6 +62,6 @@ def test_a_tuned_model_comes_before_what_is_better_and_an_ensemble_never(made: t
     tuned = replace(worst, figures=worst.figures.model_copy(update={"id": "tuned", "arm": "tuned"}))
     joined = {"id": "joined", "fusion": FusionWeights(form="alone", parts=())}
     ensemble = replace(tuned, figures=tuned.figures.model_copy(update=joined))
-    found = example_user(study, [*run.rows, ensemble, tuned], headline)
-    assert found is not None and found.row == "tuned" and found.user.id == run.results["example"]["user"]["id"]
+    example = example_user(study, [*run.rows, ensemble, tuned], headline)
+    assert example is not None and example.row == "tuned" and example.user.id == run.results["example"]["user"]["id"]
     assert example_user(study, [row for row in run.rows if row.figures.task == "rating"], headline) is None

@@ -1,10 +1,11 @@
-"""Each setting declares the stages that it affects: a change gives these another fingerprint, and no other stage."""
+"""Each setting declares its stages: a change gives these, and no others, another fingerprint."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal, cast, get_args, get_origin
@@ -12,13 +13,15 @@ from typing import Annotated, Any, Literal, cast, get_args, get_origin
 import pytest
 from pydantic import BaseModel
 
+from llmrec.data.split import SplitDataset
 from llmrec.fingerprint import Affects, Stage, code_digest, declared, fingerprint, settings
 from llmrec.pipeline.engines import Engines
 from llmrec.pipeline.evaluation import Evaluation
 from llmrec.pipeline.resume import Budget
 from llmrec.pipeline.row_specs import specs_of
-from llmrec.pipeline.study import build_study
+from llmrec.pipeline.study import build_study, load_split
 from llmrec.pipeline.training import training_key
+from llmrec.prompts.template import load_templates
 from llmrec.recipe.schema import BaselineSection, Recipe, TrainSection
 from llmrec.registry import BASELINES, METRICS
 from llmrec.results import Arm
@@ -50,7 +53,7 @@ def merged(one: Mapping[str, Any], two: Mapping[str, Any]) -> dict[str, Any]:
     return {**one, **two, **both}
 
 
-# What a setting needs in order to be allowed, or to have an effect: the longest prefix of its key holds.
+# What a setting needs to be valid or to have an effect. The longest prefix of its key applies.
 SFT = {"train": {"start": "runs/sft", "judge": {}}}
 SEARCH = {
     "tasks": {"direct": None, "sequential": {"strategies": ["search"]}},
@@ -97,7 +100,7 @@ CONTEXT: Mapping[str, dict[str, Any]] = {
     },
     "eval.split": {"tasks": {"alignment": None}},
 }
-# Other values where none can be made of the type of a setting.
+# Other values that cannot be derived from the type of a setting.
 OTHER: Mapping[str, Any] = {
     "prompts": ["more"],
     "encoder": "lsa",
@@ -135,7 +138,7 @@ OTHER: Mapping[str, Any] = {
     "augment.topics": ["mood"],
     "augment.synthetic": "cold-item",
 }
-# These have one value alone on the data of this test.
+# These have only one value on the data of this test.
 SINGLE = {
     "index.semantic.encoder",
     "index.semantic.fields",
@@ -153,7 +156,7 @@ TEMPLATES = {
     "review": "user-headline",
     "stars": "text-stars",
 }
-# Stages whose results depend on those of another stage.
+# Stages that depend on another stage.
 BEHIND: Mapping[Stage, frozenset[Stage]] = {
     "index": frozenset({"tokens", "train", "evaluate"}),
 }
@@ -223,9 +226,15 @@ def left_out(key: str) -> set[str]:
     return set(BASE["tasks"]) - {family, *(("rating", "stars") if name in ("arms", "weight") else ())}
 
 
+SPLITS: dict[tuple[str, int], SplitDataset] = {}
+
+
 def observed(recipe: Recipe, folder: str) -> dict[str, Any]:
-    """Return what is stored under a fingerprint, by stage; rows by id."""
-    study = build_study(recipe)
+    """Return the fingerprints of all stages; those of rows by id."""
+    loaded = (recipe.data.model_dump_json(), recipe.seed)
+    if loaded not in SPLITS:
+        SPLITS[loaded] = load_split(recipe.data, recipe.seed)
+    study = build_study(recipe, SPLITS[loaded])
     evaluation = Evaluation(study, None, Path(folder), Budget(quiet=True), quiet=True)
     arms = ("baseline", *recipe.eval.arms)
     specs = [spec for arm in arms for spec in specs_of(study, cast("Arm", arm))]
@@ -271,14 +280,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _templates() -> Iterator[None]:
+    """Read templates only once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llmrec.pipeline.study.load_templates", cache(load_templates))
+        yield
+
+
 @pytest.fixture(scope="module")
 def known() -> dict[str, dict[str, Any]]:
-    """What was observed before a change, by recipe."""
+    """Return the fingerprints before a change, by recipe."""
     return {}
 
 
 @pytest.mark.parametrize("key", TRIED)
-def test_a_setting_changes_the_stages_that_it_declares_and_no_others(
+def test_setting_changes_its_declared_stages_only(
     key: str, folder: Path, known: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
@@ -291,12 +308,12 @@ def test_a_setting_changes_the_stages_that_it_declares_and_no_others(
     recipe = before.model_dump_json()
     if recipe not in known:
         known[recipe] = observed(before, str(folder))
-    found = changed(known[recipe], observed(after, str(folder)))
+    affected = changed(known[recipe], observed(after, str(folder)))
     behind = {each for stage in stages for each in BEHIND.get(stage, ())}
-    assert stages - {"data"} <= found <= stages | behind
+    assert stages - {"data"} <= affected <= stages | behind
 
 
-def test_an_optional_setting_enters_where_it_is_not_the_default() -> None:
+def test_optional_setting_enters_only_if_changed() -> None:
     keys = {"optim", "use_liger_kernel", "torch_compile"}
     assert not keys & set(settings(Recipe.model_validate(BASE).train, "train", inherited=["train"]))
     changed = TrainSection(optim="adafactor", use_liger_kernel=True, torch_compile=True)
@@ -311,8 +328,7 @@ def test_data_enters_by_content() -> None:
             assert not {"data", "reviews"} & settings(recipe, stage).keys(), stage
 
 
-def test_every_setting_of_a_new_section_affects_its_stages() -> None:
-    """A setting without a declaration has that of its section, so that none can be forgotten."""
+def test_settings_inherit_stages_of_their_section() -> None:
 
     class Inner(BaseModel):
         size: int = 1
@@ -324,21 +340,20 @@ def test_every_setting_of_a_new_section_affects_its_stages() -> None:
     assert settings(Outer(), "train") == {"inner": {"size": 1}} and settings(Outer(), "evaluate") == {}
 
 
-def test_code_is_found_by_imports() -> None:
-    """Each baseline has the code that it imports, and none that it does not."""
+def test_code_digest_follows_imports() -> None:
     digests = {name: code_digest(entry.address.partition(":")[0]) for name, entry in BASELINES.items()}
     assert digests["ease"] != digests["sasrec"] and digests["markov"] == digests["markov-1"]
     assert code_digest("llmrec.metrics.ranking") == code_digest("llmrec.metrics.ranking", "llmrec.errors")
     assert code_digest("no.such", "llmrec.none") == code_digest()
 
 
-def test_an_entry_of_the_registry_changes_what_is_made_by_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A metric's entry says how its figure is computed; the code digest does not cover the registry."""
+def test_registry_entry_changes_its_fingerprints(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code digest does not cover the registry."""
     monkeypatch.chdir(folder)
     recipe = Recipe.model_validate(BASE)
     before = observed(recipe, str(folder))
     monkeypatch.setitem(cast("dict[str, Any]", METRICS), "RMSE", replace(METRICS["RMSE"], root=False))
     assert changed(before, observed(recipe, str(folder))) == {"evaluate"}
     entry = BASELINES["ease"]
-    keys = {fingerprint("fit", made_by=[({"ease": made}, "ease")]) for made in (entry, replace(entry, needs="torch"))}
+    keys = {fingerprint("fit", made_by=[({"ease": each}, "ease")]) for each in (entry, replace(entry, needs="torch"))}
     assert len(keys) == 2

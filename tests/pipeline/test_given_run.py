@@ -1,4 +1,4 @@
-"""A published split end to end: every family that a table can carry, classic baselines in suites, runs and training."""
+"""A given split end to end: every task that a table supports, in runs, training and suites."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from typing import Any
 
 import polars as pl
 import pytest
-from typer.testing import CliRunner
 
-from llmrec.cli.main import app
 from llmrec.data.hashing import hash64
 from llmrec.data.sets.table import load
 from llmrec.errors import DataError, LlmrecError
@@ -43,51 +41,46 @@ def page(folder: Path, llama_folder: Path) -> Path:
 
 
 def files(folder: Path, *parts: str) -> str:
-    own = ", ".join(f"{part}: {folder}/{'dev' if part == 'valid' else part}.csv" for part in parts)
-    return f"data={{source: table, files: {{{own}}}, split: {{kind: given}}}}"
+    paths = ", ".join(f"{part}: {folder}/{'dev' if part == 'valid' else part}.csv" for part in parts)
+    return f"data={{source: table, files: {{{paths}}}, split: {{kind: given}}}}"
 
 
-def metrics(done: dict[str, Any]) -> dict[str, dict[str, float]]:
-    return {row["id"]: {name: each["value"] for name, each in row["metrics"].items()} for row in done["rows"]}
-
-
-def test_check_says_how_many_cases_each_family_has(page: Path) -> None:
-    done = CliRunner().invoke(app, ["check", str(page)])
-    assert done.exit_code == 0, done.output
+def test_column_and_files_give_the_same_split(page: Path, folder: Path) -> None:
+    column = build_study(load_recipe(str(page)))
+    parts = build_study(load_recipe(str(page), [files(folder, "train", "valid", "test")]))
+    order = ["user_id", "item_id", "timestamp"]
+    for part in ("train", "valid", "test"):
+        one, other = (getattr(study.data, part).sort(order) for study in (column, parts))
+        assert one.equals(other), part
     for family in FAMILIES:
-        assert f"{family} 50" in done.output.split("test cases: ")[1]
+        assert column.cases(family) == parts.cases(family)
 
 
-def test_every_family_runs_and_a_column_and_files_give_the_same_figures(
-    page: Path, folder: Path, tmp_path: Path
-) -> None:
-    one = run(load_recipe(str(page)), tmp_path / "one", quiet=True)
-    other = run(load_recipe(str(page), [files(folder, "train", "valid", "test")]), tmp_path / "other", quiet=True)
-    assert {row["task"] for row in one.results["rows"]} == set(FAMILIES)
-    assert all(row["n"] == 50 and row["users"] == 25 for row in one.results["rows"])
-    assert metrics(one.results) == metrics(other.results)
-    about = one.results["data"]["main"]
-    assert (about["train"], about["valid"], about["test"], about["split"]) == (216, 24, 50, "given")
-    audit = json.loads((one.folder / "audit.json").read_text(encoding="utf-8"))
-    assert audit["leaks"] == 0
-    assert all("split:given/test" in row["metrics"][one.results["headline"][row["task"]]]["signature"]
-               for row in one.results["rows"])  # fmt: skip
+def test_every_task_runs_on_given_split(page: Path, tmp_path: Path) -> None:
+    done = run(load_recipe(str(page)), tmp_path / "run", quiet=True)
+    rows, main = done.results["rows"], done.results["data"]["main"]
+    assert {row["task"] for row in rows} == set(FAMILIES)
+    assert all(row["n"] == 50 and row["users"] == 25 for row in rows)
+    assert (main["train"], main["valid"], main["test"], main["split"]) == (216, 24, 50, "given")
+    assert json.loads((done.folder / "audit.json").read_text(encoding="utf-8"))["leaks"] == 0
+    for row in rows:
+        assert "split:given/test" in row["metrics"][done.results["headline"][row["task"]]]["signature"]
 
 
-def test_without_a_valid_part_a_model_is_trained_and_tested(page: Path, folder: Path, tmp_path: Path) -> None:
+def test_model_is_trained_without_valid_part(page: Path, folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("trl", reason="the train extra is not installed")
-    words = [
+    overrides = [
         files(folder, "train", "test"),
         "tasks={rating: {}, sequential: {}, ctr: {liked: 4}, direct: {}, explanation: {}}",
         "eval={arms: [tuned], backend: hf, users: 3, bootstrap: 50, candidates: {count: 5}}",
         "train={steps: 2, batch_tokens: 1024, max_row_tokens: 1000, valid_rows: 5, lora: {top_layers: 1}}",
     ]
-    done = run(load_recipe(str(page), words), tmp_path / "r", quiet=True)
+    done = run(load_recipe(str(page), overrides), tmp_path / "r", quiet=True)
     assert {row["task"] for row in done.results["rows"] if row["arm"] == "tuned"} == set(FAMILIES)
     assert done.results["data"]["main"]["valid"] == 0
 
 
-def test_what_chooses_on_validation_says_that_there_is_none(page: Path, folder: Path, tmp_path: Path) -> None:
+def test_rejects_validation_without_valid_part(page: Path, folder: Path, tmp_path: Path) -> None:
     bare = files(folder, "train", "test")
     with raises(LlmrecError, Facts("empty", column="eval.split", says="eval.split")):
         build_study(load_recipe(str(page), [bare, "eval.split=valid"]))
@@ -104,7 +97,7 @@ def test_what_chooses_on_validation_says_that_there_is_none(page: Path, folder: 
 
 @pytest.fixture(scope="module")
 def movielens(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write a split of MovieLens-100K as u1.base and u1.test are one: a fifth of the ratings, whatever their time."""
+    """Write a split of MovieLens-100K like u1.base and u1.test: a random fifth of the ratings is held out."""
     folder = tmp_path_factory.mktemp("ml")
     data = load(DataSection(source="movielens-100k"), seed=0)
     rows = data.interactions.drop("text")
@@ -128,31 +121,17 @@ def section(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_classic_baselines_on_a_published_split_of_ratings(movielens: Path, tmp_path: Path) -> None:
+def test_rating_baselines_on_published_split(movielens: Path, tmp_path: Path) -> None:
     rows = [{"baseline": name, "tune": False} for name in ("global-mean", "user-mean", "user-item-bias")]
     suite = Suite(suite="u1", task="rating", data=section(movielens), bootstrap=50, rows=rows)
-    found = run_benchmark(suite, out=tmp_path / "out", results=tmp_path / "results").results
-    assert found.protocol.split == "given/test" and found.protocol.requests == found.data.test
-    assert (found.data.users, found.data.items, found.data.interactions) == (943, 1682, 100_000)
-    error = {row.name: row.tables["rating"].metrics["RMSE"].value or 0.0 for row in found.rows}
+    results = run_benchmark(suite, out=tmp_path / "out", results=tmp_path / "results").results
+    assert results.protocol.split == "given/test" and results.protocol.requests == results.data.test
+    assert (results.data.users, results.data.items, results.data.interactions) == (943, 1682, 100_000)
+    error = {row.name: row.tables["rating"].metrics["RMSE"].value or 0.0 for row in results.rows}
     assert error["user-item-bias"] < 0.98 < 1.0 < error["user-mean"] < 1.07 < error["global-mean"] < 1.16
 
 
-@pytest.mark.slow
-def test_classic_rankings_on_a_published_split(movielens: Path, tmp_path: Path) -> None:
-    # The parts are drawn whatever their time, so that a whole history says more than its end.
-    whole = {"history": 500, "decay": 1.0}
-    rows = [{"baseline": name, "tune": False} for name in ("random", "popularity")]
-    rows += [{"baseline": "item-knn", "parameters": whole, "tune": False}]
-    suite = Suite(suite="u1", data=section(movielens), bootstrap=50, users=60, seeds=[0], rows=rows)
-    found = run_benchmark(suite, out=tmp_path / "out", results=tmp_path / "results").results
-    gain = {row.name: row.tables["excluded"].metrics["NDCG@10"].value or 0.0 for row in found.rows}
-    assert gain["item-knn"] > gain["popularity"] > 5 * gain["random"] > 0
-    # A user has a fifth of all ratings held out: each is asked about.
-    assert found.protocol.users == 60 and found.protocol.requests > 600
-
-
-def test_the_audit_notes_that_such_a_split_is_not_cut_in_time(movielens: Path) -> None:
+def test_audit_notes_that_split_is_not_cut_in_time(movielens: Path) -> None:
     recipe = Recipe.model_validate(
         {"name": "u1", "data": section(movielens), "tasks": {"rating": {}}, "eval": {"arms": ["zero-shot"]}}
     )

@@ -1,4 +1,4 @@
-"""The recipes of recipes/gpu on made data, with models of a few thousand weights of the same architectures."""
+"""The recipes of recipes/gpu on synthetic data, with tiny models of the same architectures."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ TOKENIZERS = {"qwen3": "qwen", "llama-3": "llama-3", "gemma-3": "gemma", "t5": "
 
 @dataclass(frozen=True)
 class Small:
-    """What a test changes in a recipe: only what its scale demands.
+    """Changes that make a recipe small.
 
     Attributes:
-        model: The architecture of the recipe's model; None: the recipe makes its model.
-        data: Which of the made sources takes the place of the published one.
+        model: The architecture of the model; None if the recipe trains a new model.
+        data: The synthetic source that replaces the published one.
         keys: Further overrides.
     """
 
@@ -136,7 +136,7 @@ def tiny(folder: Path, kind: str) -> None:
 
 @pytest.fixture(scope="session")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
-    """Return the made files by source."""
+    """Return the synthetic files by source."""
     folder = tmp_path_factory.mktemp("published")
     reviews = write(folder / "reviews_Beauty_5.json.gz", records())
     return {
@@ -149,12 +149,12 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
 
 @pytest.fixture(scope="session")
 def models(qwen_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
-    """Return folders of tiny models by architecture; qwen3-words writes words, and vLLM can run it."""
-    made = {
+    """Return folders of tiny models by architecture; vLLM can run qwen3-words."""
+    folders = {
         kind: shared(tmp_path_factory, f"gpu-{kind}", lambda folder, kind=kind: tiny(folder, kind))
         for kind in TOKENIZERS
     }
-    return {**made, "qwen3-words": qwen_folder}
+    return {**folders, "qwen3-words": qwen_folder}
 
 
 def overrides(
@@ -164,26 +164,26 @@ def overrides(
     small = SMALL[name]
     chosen = model or small.model
     recipe = load_recipe(FOLDER / f"{name}.yaml")
-    own = [f"data.path={sources[small.data]}", *COMMON, *(STEPS if "tuned" in recipe.eval.arms else ()), *small.keys]
+    keys = [f"data.path={sources[small.data]}", *COMMON, *(STEPS if "tuned" in recipe.eval.arms else ()), *small.keys]
     if chosen is not None:
-        own.append(f"model.name={models[chosen]}")
+        keys.append(f"model.name={models[chosen]}")
     if recipe.train.micro_tokens is not None:
-        own.append("train.micro_tokens=1024")
+        keys.append("train.micro_tokens=1024")
     if recipe.index is not None and recipe.index.scheme == "semantic":
-        own.append(f"index.semantic.encoder={tiny_encoder()}")
+        keys.append(f"index.semantic.encoder={tiny_encoder()}")
     if recipe.augment is not None:
-        own.append(f"augment.encoder={tiny_encoder()}")
-    return [*own, *more]
+        keys.append(f"augment.encoder={tiny_encoder()}")
+    return [*keys, *more]
 
 
-def test_every_recipe_has_a_test_and_says_that_it_was_not_run() -> None:
+def test_every_recipe_has_a_test() -> None:
     assert {path.stem for path in FOLDER.glob("*.yaml")} == set(SMALL)
     for path in FOLDER.glob("*.yaml"):
         assert load_recipe(path).name == f"gpu-{path.stem}" and "Not run yet" in path.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", [name for name in SMALL if name != "minionerec"])
-def test_a_recipe_is_planned_and_estimated_without_a_model(
+@pytest.mark.parametrize("name", [name for name in SMALL if name not in ("minionerec", "qwen3-4b-24gb")])
+def test_recipe_is_planned_and_estimated_without_weights(
     name: str,
     sources: Mapping[str, Path],
     models: Mapping[str, Path],
@@ -194,17 +194,17 @@ def test_a_recipe_is_planned_and_estimated_without_a_model(
     monkeypatch.setattr("llmrec.models.load.load_model", lambda *_, **__: pytest.fail("weights were loaded"))
     monkeypatch.chdir(tmp_path)
     page, keys = str(FOLDER / f"{name}.yaml"), overrides(name, sources, models)
-    # Of texts that are to be written, augment says what they cost; check asks for them.
+    # Recipes with written texts are estimated by augment.
     command = "augment" if load_recipe(page).augment else "check"
     done = llmrec(command, page, "--dry-run", *keys)
     assert done.returncode == 0, done.stderr
     if name == "lc-rec":
-        # Qwen3's chat template, asked not to think, closes the thinking before the answer.
+        # The chat template of Qwen3 ends its thinking before the answer.
         assert "<think>\n\n</think>" in done.stdout
     assert re.search(r"memory +[\d.]+ GiB" if command == "check" else r"tokens", done.stdout), done.stdout
 
 
-def test_the_page_on_benchmarks_shows_the_recipe(tmp_path: Path) -> None:
+def test_benchmark_page_shows_recipe(tmp_path: Path) -> None:
     page = (resource("recipes").parent / "docs" / "benchmark.md").read_text(encoding="utf-8")
     (shown,) = re.findall(r"```yaml\n(name: gpu-qwen3-4b\n.*?)```", page, re.DOTALL)
     (tmp_path / "shown.yaml").write_text(shown, encoding="utf-8")
@@ -217,7 +217,7 @@ ARCHITECTURES = [("qwen3-4b", "gemma-3"), ("qwen3-4b", "llama-3")]
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "model"), [*((name, None) for name in SMALL), *ARCHITECTURES])
-def test_a_recipe_runs_from_data_to_report(
+def test_recipe_runs_from_data_to_report(
     name: str,
     model: str | None,
     sources: Mapping[str, Path],
@@ -244,25 +244,25 @@ def test_a_recipe_runs_from_data_to_report(
 
 @pytest.mark.slow
 @pytest.mark.vllm
-def test_vllm_writes_the_texts_of_kar(
+def test_vllm_writes_texts_of_kar(
     sources: Mapping[str, Path], models: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("vllm", reason="no vLLM is installed")
     monkeypatch.chdir(tmp_path)
     keys = overrides("kar", sources, models, "eval.backend=vllm", "augment.limit=4")
-    # A process of its own: the engine holds on to the streams of the one that starts it.
+    # A new process: the engine keeps the streams of the process that starts it.
     done = llmrec("augment", str(FOLDER / "kar.yaml"), "--json", *keys)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "gpu-kar" / "features").is_dir()
 
 
-def test_the_estimates_are_those_of_the_recipes() -> None:
+def test_stored_estimates_are_current() -> None:
     assert json.loads(RESULT.read_text(encoding="utf-8"))["recipes"] == estimates()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3-4b", "tallrec", "p5", "tiger", "lc-rec"])
-def test_a_recipe_trains_in_two_processes(
+def test_recipe_trains_in_two_processes(
     name: str, sources: Mapping[str, Path], models: Mapping[str, Path], tmp_path: Path
 ) -> None:
     command = ["train", str(FOLDER / f"{name}.yaml"), *overrides(name, sources, models), "--out", str(tmp_path / "run")]

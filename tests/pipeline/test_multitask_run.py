@@ -1,4 +1,4 @@
-"""Mixtures, families that are left out of training, and training in two stages, on tiny random models."""
+"""Mixtures, untrained tasks, and training in two stages, on tiny random models."""
 
 from __future__ import annotations
 
@@ -32,16 +32,9 @@ pytest.importorskip("trl", reason="the train extra is not installed")
 
 ROWS = (
     "data={source: made-reviews, noun: products}",
-    "tasks={rating: {strategies: [expected]}, sequential: {}, direct: {strategies: [label]}}",
-    "eval.users=4",
-    "eval.candidates.count=5",
-    "eval.bootstrap=50",
-    "eval.backend=hf",
-    "eval.arms=[zero-shot, tuned]",
-    "train.steps=2",
-    "train.batch_tokens=512",
-    "train.valid_rows=6",
-    "train.lora.top_layers=1",
+    *("tasks={rating: {strategies: [expected]}, sequential: {}, direct: {strategies: [label]}}", "eval.users=4"),
+    *("eval.candidates.count=5", "eval.bootstrap=50", "eval.backend=hf", "eval.arms=[zero-shot, tuned]"),
+    *("train.steps=2", "train.batch_tokens=512", "train.valid_rows=6", "train.lora.top_layers=1", "eval.fusion={}"),
 )
 
 
@@ -55,7 +48,7 @@ def planned(study: Study, folder: Path) -> Plan:
 
 
 def share_of_ratings(study: Study, plan: Plan, folder: Path) -> float:
-    """Return what share of the planned tokens stands in rows that show no candidates."""
+    """Return the share of planned tokens in rows without candidates."""
     decode = encoder_of(study, str(folder)).tokenizer.decode
     spent = {True: 0, False: 0}
     for step in plan.steps:
@@ -76,22 +69,21 @@ def share_of_ratings(study: Study, plan: Plan, folder: Path) -> float:
         (["train.without=[rating, sequential, direct]"], ["train.without", "no task is left"]),
         (["train.only=[direct]", "tasks.direct.weight=0"], ["train.only", "tasks.direct.weight"]),
         (["train.mixture_limit=5"], ["train.mixture_limit", "train.mixture=weights"]),
-        (["train.mixture=equal", "train.mixture_limit=5"], ["train.mixture_limit", "train.mixture=equal"]),
     ],
 )
-def test_choices_that_cannot_be_meant_are_refused(keys: list[str], parts: list[str]) -> None:
+def test_rejects_invalid_choices(keys: list[str], parts: list[str]) -> None:
     with pytest.raises(RecipeError) as caught:
         recipe("m", *keys)
     assert all(part in str(caught.value) for part in parts), caught.value
 
 
-def test_only_and_without_say_who_is_trained() -> None:
+def test_only_and_without_select_trained_tasks() -> None:
     assert recipe("m").trained() == {"rating": 1.0, "sequential": 1.0, "direct": 1.0}
     assert recipe("m", "train.only=[direct, rating]").trained() == {"rating": 1.0, "direct": 1.0}
     assert recipe("m", "train.without=[direct]", "tasks.rating.weight=0").trained() == {"sequential": 1.0}
 
 
-def test_a_rating_head_may_stand_beside_families_that_are_left_out() -> None:
+def test_rating_head_allows_untrained_tasks() -> None:
     head = ("tasks.rating.strategies=[head, expected]", "tasks.rating.head={alpha: 0.5}")
     assert recipe("m", *head, "train.only=[rating]").trained() == {"rating": 1.0}
     for more in ((), ("train.without=[rating]",)):
@@ -102,23 +94,23 @@ def test_a_rating_head_may_stand_beside_families_that_are_left_out() -> None:
 # --------------------------------------------------------------------------- what is planned
 
 
-def test_rows_are_those_of_the_chosen_families_and_every_family_is_followed(llama_folder: Path) -> None:
-    for key, trained in (("train.only=[rating]", {"rating"}), ("train.without=[rating]", {"sequential", "direct"})):
+def test_plan_has_rows_of_trained_tasks_and_validates_all(llama_folder: Path) -> None:
+    every = {"rating", "sequential", "direct"}
+    for key, trained, valid in (
+        ("train.only=[rating]", {"rating"}, every),
+        ("train.without=[rating]", {"sequential", "direct"}, every),
+        ("tasks.direct.weight=0", {"rating", "sequential"}, {"rating", "sequential"}),
+    ):
         plan = planned(build_study(recipe(llama_folder, key)), llama_folder)
         assert set(plan.rows) == trained and all(plan.rows.values()), key
-        assert set(plan.valid) == {"rating", "sequential", "direct"} and all(plan.valid.values()), key
+        assert set(plan.valid) == valid and all(plan.valid.values()), key
 
 
-def test_a_family_of_weight_0_is_neither_trained_nor_followed(llama_folder: Path) -> None:
-    plan = planned(build_study(recipe(llama_folder, "tasks.direct.weight=0")), llama_folder)
-    assert set(plan.rows) == set(plan.valid) == {"rating", "sequential"}
-
-
-def test_a_plan_follows_the_mixture(llama_folder: Path) -> None:
-    """One rating in ten is counted, so that the two families differ in size."""
+def test_plan_follows_mixture(llama_folder: Path) -> None:
+    """Only every tenth rating is present, so the tasks differ in size."""
     sizes = ("train.steps=8", "train.batch_tokens=3000", "train.max_row_tokens=1000")
     keys = ("tasks.sequential=null", "tasks.direct.templates=[after-history]", "tasks.rating.weight=7", *sizes)
-    found = {}
+    shares: dict[str, dict[str, float]] = {}
     for mixture in ("weights", "equal", "proportional", "temperature"):
         study = build_study(recipe(llama_folder, *keys, f"train.mixture={mixture}"))
         train = study.data.train
@@ -126,17 +118,17 @@ def test_a_plan_follows_the_mixture(llama_folder: Path) -> None:
         sized = build_study(study.recipe, replace(study.data, train=train.with_columns(rating=few)))
         study = replace(study, tasks=sized.tasks, trained=study.tasks)
         rated, known = len(few.drop_nulls()), len(few)
-        found[mixture] = dict(study.shares)
-        expected = found[mixture]["rating"] / sum(found[mixture].values())
+        shares[mixture] = dict(study.shares)
+        expected = shares[mixture]["rating"] / sum(shares[mixture].values())
         share = share_of_ratings(study, planned(study, llama_folder), llama_folder)
         assert share == pytest.approx(expected, abs=0.06), mixture
-    assert found["weights"] == {"rating": 7.0, "direct": 1.0}
-    assert found["equal"] == {"rating": 0.5, "direct": 0.5}
-    assert found["proportional"]["rating"] == pytest.approx(rated / (rated + known))
-    assert found["temperature"]["rating"] == pytest.approx(rated**0.5 / (rated**0.5 + known**0.5))
+    assert shares["weights"] == {"rating": 7.0, "direct": 1.0}
+    assert shares["equal"] == {"rating": 0.5, "direct": 0.5}
+    assert shares["proportional"]["rating"] == pytest.approx(rated / (rated + known))
+    assert shares["temperature"]["rating"] == pytest.approx(rated**0.5 / (rated**0.5 + known**0.5))
 
 
-def test_sizes_are_what_a_family_can_ask_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_sizes_of_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMREC_CACHE", str(tmp_path))
     rows = records()
     for row in rows[::2]:
@@ -144,24 +136,24 @@ def test_sizes_are_what_a_family_can_ask_about(tmp_path: Path, monkeypatch: pyte
     path = write(tmp_path / "reviews.jsonl.gz", rows)
     more = [f"data.path={path}", "eval.candidates.count=3"]
     study = build_study(load_recipe("recipes/multitask/families.yaml", more))
-    users, whole = study.data.users(), len(study.data.train)
+    users, count = study.data.users(), len(study.data.train)
     for family in ("rating", "sequential", "direct", "stars"):
-        assert study.training_size(family) == whole, family
+        assert study.training_size(family) == count, family
     kept = {(row["reviewerID"], row["asin"]) for row in rows if row["summary"]}
     headlines = sum((user, event.item_id) in kept for user in users for event in study.data.train_events(user))
-    assert 0 < headlines < whole and study.training_size("review") == headlines
+    assert 0 < headlines < count and study.training_size("review") == headlines
     pool = build_study(load_recipe("recipes/multitask/families.yaml", [*more, "train.examples=9"]))
     assert {pool.training_size(family) for family in pool.tasks} == {9}
 
 
-# --------------------------------------------------------------------------- a family that is left out
+# --------------------------------------------------------------------------- an untrained task
 
 
-def test_a_family_that_is_left_out_is_asked_followed_and_marked(llama_folder: Path, tmp_path: Path) -> None:
+def test_untrained_task_is_evaluated_and_marked(llama_folder: Path, tmp_path: Path) -> None:
     done = pipeline.run(recipe(llama_folder, "train.without=[rating]"), tmp_path / "r", quiet=True)
     rows = {row["id"]: row for row in done.results["rows"]}
-    asked = rows["rating/tuned/expected/list-ratings"]
-    assert asked["n"] > 0 and asked["inputs"].endswith("trained only on other tasks")
+    untrained = rows["rating/tuned/expected/list-ratings"]
+    assert untrained["n"] > 0 and untrained["inputs"].endswith("trained only on other tasks")
     assert "other tasks" not in rows["rating/zero-shot/expected/list-ratings"]["inputs"]
     assert "other tasks" not in rows["direct/tuned/label/after-history"]["inputs"]
     assert any("was not trained on" in note and "rating" in note for note in done.results["notes"])
@@ -169,7 +161,7 @@ def test_a_family_that_is_left_out_is_asked_followed_and_marked(llama_folder: Pa
     assert set(training["rows"]) == set(training["shares"]) == {"sequential", "direct"}
     lines = [json.loads(line) for line in (done.folder / "train_log.jsonl").read_text("utf-8").splitlines()]
     assert set(lines[-1]["valid_loss"]) == {"rating", "sequential", "direct"}
-    # One curve a family in the report, beside that of the training.
+    # The report has one curve per task and one of the training.
     series = losses(read(done.folder))["series"]
     assert [each["kind"] for each in series] == ["train", "valid", "valid", "valid"]
     assert len({each["name"] for each in series}) == 4 and all(len(each["y"]) == 2 for each in series)
@@ -179,7 +171,7 @@ def test_a_family_that_is_left_out_is_asked_followed_and_marked(llama_folder: Pa
 
 # --------------------------------------------------------------------------- two stages
 
-OWN = ("train.steps=2", "eval.arms=[zero-shot, tuned]", "tasks.sequential=null")
+STAGE = ("train.steps=2", "eval.arms=[zero-shot, tuned]", "tasks.sequential=null")
 
 
 @pytest.fixture(scope="module")
@@ -190,9 +182,9 @@ def stage_one(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.mark.slow
-def test_training_goes_on_from_another_run(stage_one: Path, llama_folder: Path, tmp_path: Path) -> None:
-    """With a learning rate of nothing, what comes out is what went in: the first stage's model, not the base."""
-    still = recipe(llama_folder, *OWN, f"train.start={stage_one}", "train.learning_rate=1e-30")
+def test_training_starts_from_another_run(stage_one: Path, llama_folder: Path, tmp_path: Path) -> None:
+    """With a learning rate near zero, the result is the model of the first stage."""
+    still = recipe(llama_folder, *STAGE, f"train.start={stage_one}", "train.learning_rate=1e-30")
     done = pipeline.run(still, tmp_path / "two", quiet=True)
     one, two, base = (
         load_file(folder / "model.safetensors")
@@ -201,8 +193,8 @@ def test_training_goes_on_from_another_run(stage_one: Path, llama_folder: Path, 
     assert all(two[name].allclose(one[name], atol=1e-6) for name in one)
     assert any(not two[name].allclose(base[name], atol=1e-5) for name in base)
     assert any("continued from the fine-tuned model" in note for note in done.results["notes"])
-    # The other arms ask the base model.
-    alone = pipeline.run(recipe(llama_folder, *OWN, "eval.arms=[zero-shot]"), tmp_path / "alone", quiet=True)
+    # The other arms use the base model.
+    alone = pipeline.run(recipe(llama_folder, *STAGE, "eval.arms=[zero-shot]"), tmp_path / "alone", quiet=True)
     zero = "rating/zero-shot/expected/list-ratings"
     one_row, other = (next(row for row in run.results["rows"] if row["id"] == zero) for run in (done, alone))
     assert one_row["metrics"] == other["metrics"]
@@ -213,13 +205,11 @@ def test_training_goes_on_from_another_run(stage_one: Path, llama_folder: Path, 
         export(done.folder, tmp_path / "adapter", check_users=0, adapter_only=True)
 
 
-def test_the_key_holds_what_training_starts_from_and_not_where_it_lies(
-    stage_one: Path, llama_folder: Path, tmp_path: Path
-) -> None:
+def test_training_key_depends_on_start_but_not_on_its_path(stage_one: Path, llama_folder: Path, tmp_path: Path) -> None:
     moved = tmp_path / "moved"
     shutil.copytree(stage_one, moved)
     sessions = [
-        pipeline.open_session(recipe(llama_folder, *OWN, *more), tmp_path / "two", quiet=True)
+        pipeline.open_session(recipe(llama_folder, *STAGE, *more), tmp_path / "two", quiet=True)
         for more in ((), (f"train.start={stage_one}",), (f"train.start={moved}",))
     ]
     keys = [training_key(session.study, session.start) for session in sessions]
@@ -232,24 +222,25 @@ def test_the_key_holds_what_training_starts_from_and_not_where_it_lies(
     [
         ("train.start=nowhere", ["train.start", "is not a run folder"]),
         ("data.split.kind=global_time", ["train.start", "held out here"]),
-        ("seed=3", ["train.start", "held out here"]),
         ("index={scheme: random}", ["train.start", "no index", "random"]),
         ("model.revision=abc", ["train.start", "model.revision"]),
     ],
 )
-def test_a_start_that_does_not_fit_is_refused(
+def test_rejects_start_that_does_not_fit(
     change: str, parts: list[str], stage_one: Path, llama_folder: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(RecipeError) as caught:
         pipeline.open_session(
-            recipe(llama_folder, *OWN, f"train.start={stage_one}", change), tmp_path / "r", quiet=True
+            recipe(llama_folder, *STAGE, f"train.start={stage_one}", change), tmp_path / "r", quiet=True
         )
     assert all(part in str(caught.value) for part in parts), caught.value
 
 
-def test_an_altered_unfinished_or_own_folder_is_refused(stage_one: Path, llama_folder: Path, tmp_path: Path) -> None:
+def test_rejects_changed_unfinished_or_same_folder_as_start(
+    stage_one: Path, llama_folder: Path, tmp_path: Path
+) -> None:
     def opened(start: Path) -> None:
-        pipeline.open_session(recipe(llama_folder, *OWN, f"train.start={start}"), tmp_path / "r", quiet=True)
+        pipeline.open_session(recipe(llama_folder, *STAGE, f"train.start={start}"), tmp_path / "r", quiet=True)
 
     altered, unfinished = tmp_path / "altered", tmp_path / "unfinished"
     for folder in (altered, unfinished):
@@ -265,32 +256,25 @@ def test_an_altered_unfinished_or_own_folder_is_refused(stage_one: Path, llama_f
         opened(tmp_path / "r")
 
 
-def test_another_tokenizer_is_refused(stage_one: Path, tmp_path: Path) -> None:
-    """The same name, and another model under it than when the first stage was trained."""
+def test_rejects_start_with_other_tokenizer(stage_one: Path, tmp_path: Path) -> None:
+    """The model folder has changed since the first stage."""
     other = make_model(tmp_path / "m")
     moved = tmp_path / "one"
     shutil.copytree(stage_one, moved)
     page = (moved / "recipe.yaml").read_text("utf-8")
     known = load_recipe(moved / "recipe.yaml").model.name
     (moved / "recipe.yaml").write_text(page.replace(known, str(other)), "utf-8")
-    pipeline.open_session(recipe(other, *OWN, f"train.start={moved}"), tmp_path / "r", quiet=True)
+    pipeline.open_session(recipe(other, *STAGE, f"train.start={moved}"), tmp_path / "r", quiet=True)
     config = json.loads((other / "tokenizer.json").read_text("utf-8"))
     config["model"]["merges"] = config["model"]["merges"][:-5]
     (other / "tokenizer.json").write_text(json.dumps(config), "utf-8")
     with raises(RecipeError, Facts("mismatch", moved / "merged", column="train.start", says="model.name")):
-        pipeline.open_session(recipe(other, *OWN, f"train.start={moved}"), tmp_path / "r", quiet=True)
+        pipeline.open_session(recipe(other, *STAGE, f"train.start={moved}"), tmp_path / "r", quiet=True)
 
 
 @pytest.mark.slow
-def test_codes_must_mean_the_same_items(llama_folder: Path, tmp_path: Path) -> None:
-    coded = (*OWN[:2], "tasks={sequential: {templates: [continue-codes]}}")
-    token = recipe(llama_folder, *coded, "index={scheme: token}")
-    pipeline.train(token, tmp_path / "one", quiet=True)
-    start = f"train.start={tmp_path / 'one'}"
-    second = recipe(llama_folder, *coded, "index={scheme: token}", start, "train.learning_rate=1e-30")
-    done = pipeline.run(second, tmp_path / "two", quiet=True)
-    one, two = (load_file(folder / "merged" / "model.safetensors") for folder in (tmp_path / "one", done.folder))
-    assert all(two[name].allclose(one[name], atol=1e-6) for name in one)
+def test_rejects_start_with_other_codes(llama_folder: Path, tmp_path: Path) -> None:
+    coded = (*STAGE[:2], "tasks={sequential: {templates: [continue-codes]}}")
     numbers = recipe(llama_folder, *coded, "index={scheme: sequential}")
     pipeline.train(numbers, tmp_path / "numbers", quiet=True)
     start = f"train.start={tmp_path / 'numbers'}"
@@ -299,7 +283,7 @@ def test_codes_must_mean_the_same_items(llama_folder: Path, tmp_path: Path) -> N
         pipeline.open_session(other, tmp_path / "r", quiet=True)
 
 
-def test_a_table_is_the_same_however_its_path_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_start_compares_tables_by_resolved_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "x.csv").write_text("user_id,item_id,timestamp\n", encoding="utf-8")
     (tmp_path / "y.csv").write_text("user_id,item_id,timestamp\n", encoding="utf-8")
     (tmp_path / "link.csv").symlink_to(tmp_path / "x.csv")
@@ -309,14 +293,14 @@ def test_a_table_is_the_same_however_its_path_is_written(tmp_path: Path, monkeyp
     def of(path: str, kind: str = "leave_one_out") -> Recipe:
         return recipe("m", f"data={{source: table, path: {path}, split: {{kind: {kind}}}}}", "tasks={sequential: {}}")
 
-    for written in ("x.csv", "./x.csv", str(tmp_path / "x.csv"), "link.csv"):
-        runs._nothing_seen(of("x.csv"), of(written), Path("one"))
+    for path in ("x.csv", "./x.csv", str(tmp_path / "x.csv"), "link.csv"):
+        runs._nothing_seen(of("x.csv"), of(path), Path("one"))
         with raises(RecipeError, Facts("mismatch", "one", column="train.start")):
-            runs._nothing_seen(of("x.csv", "last_share"), of(written), Path("one"))
+            runs._nothing_seen(of("x.csv", "last_share"), of(path), Path("one"))
     runs._nothing_seen(of("x.csv", "last_share"), of("y.csv"), Path("one"))
 
 
-def test_items_of_alignment_must_be_held_out_in_both_stages() -> None:
+def test_alignment_items_must_be_held_out_in_both_stages() -> None:
     keys = ("index={scheme: token}", "tasks={sequential: {}, alignment: {held_out: 0.2}}")
     one, same, without, seeded = (
         recipe("m", *keys, *more)

@@ -1,7 +1,6 @@
-"""A family, a strategy and a baseline that are not part of llmrec: a class each, and an entry in the registry.
+"""A task, a strategy and a baseline outside llmrec: each is a class and an entry in the registry.
 
-The family has a `Family` record and templates beside its class. It asks whether an item is
-among the half of the catalogue that was chosen most often.
+The task also has a `Family` record and templates. It asks whether an item is in the more popular half of the catalogue.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from llmrec.data.split import SplitDataset, request_of
 from llmrec.entries import BaselineEntry, StrategyEntry
 from llmrec.errors import RecipeError
 from llmrec.pipeline import run as pipeline
-from llmrec.pipeline.audit import audit
 from llmrec.prompts.template import Template
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import BaselineSection, Recipe, Section, TaskSection, named
@@ -52,14 +50,14 @@ target: "{{ answer }}"
 
 
 class FameSection(TaskSection):
-    """Judge whether many chose an item."""
+    """Section of the task ``fame``."""
 
     strategies: tuple[str, ...] = ("yes-no",)
     baselines: tuple[BaselineSection, ...] = named("like-ratio")
 
 
 class FameTask(Task):
-    """The family ``fame``."""
+    """The task ``fame``: whether an item is popular."""
 
     family = "fame"
 
@@ -100,8 +98,8 @@ class FameTask(Task):
         return YES, NO
 
     def parse(self, completion: str, request: Request, *, template: str) -> Answer | None:
-        place = read_choice(completion, (YES, NO))
-        return None if place is None else Probability(request_id=request.id, value=1.0 - place)
+        choice = read_choice(completion, (YES, NO))
+        return None if choice is None else Probability(request_id=request.id, value=1.0 - choice)
 
     def reward(self, answer: Answer, case: Case) -> float:
         return 0.0
@@ -119,22 +117,22 @@ class FameTask(Task):
 
 
 class ShyJudge(YesNoJudge):
-    """The strategy ``shy``: halfway between what the model says and not knowing."""
+    """The strategy ``shy``: the mean of the probability and 0.5."""
 
     name = "shy"
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        return [replace(said, value=(said.value + 0.5) / 2) for said in super().answer(requests)]  # type: ignore[union-attr, type-var]
+        return [replace(each, value=(each.value + 0.5) / 2) for each in super().answer(requests)]  # type: ignore[union-attr, type-var]
 
 
 class HalfConfig(Section):
     """Parameters of `Half`."""
 
-    value: float = Field(0.5, ge=0, le=1, description="what it says")
+    value: float = Field(0.5, ge=0, le=1, description="the probability")
 
 
 class Half(Baseline[HalfConfig, float]):
-    """The baseline ``half``: it does not know."""
+    """The baseline ``half``: the same probability for each item."""
 
     name = "half"
     Config = HalfConfig
@@ -193,31 +191,27 @@ def done(known: None, llama_folder: Path, tmp_path_factory: pytest.TempPathFacto
     return pipeline.run(recipe(llama_folder), tmp_path_factory.mktemp("run") / "r", quiet=True)
 
 
-def test_it_trains_and_evaluates(done: pipeline.Run) -> None:
+def test_new_task_trains_and_evaluates(done: pipeline.Run) -> None:
     rows = {row["id"]: row for row in json.loads((done.folder / "results.json").read_text())["rows"]}
-    asked = [f"fame/{arm}/{strategy}/ask" for arm in ("zero-shot", "tuned") for strategy in ("yes-no", "shy")]
-    assert set(rows) == {"fame/baseline/like-ratio", "fame/baseline/half(value=0.4)", "fame/baseline/fusion", *asked}
+    tasks = [f"fame/{arm}/{strategy}/ask" for arm in ("zero-shot", "tuned") for strategy in ("yes-no", "shy")]
+    assert set(rows) == {"fame/baseline/like-ratio", "fame/baseline/half(value=0.4)", "fame/baseline/fusion", *tasks}
     assert all(row["metrics"]["AUC"]["value"] is not None and row["parse_rate"] == 1.0 for row in rows.values())
     assert rows["fame/baseline/half(value=0.4)"]["metrics"]["AUC"]["value"] == 0.5
     predictions = pl.read_parquet(done.folder / "predictions.parquet")
-    said, shy = (predictions.filter(pl.col("row_id") == f"fame/tuned/{name}/ask") for name in ("yes-no", "shy"))
-    assert [json.loads(p) for p in shy["parsed"]] == [pytest.approx((json.loads(p) + 0.5) / 2) for p in said["parsed"]]
+    plain, shy = (predictions.filter(pl.col("row_id") == f"fame/tuned/{name}/ask") for name in ("yes-no", "shy"))
+    assert [json.loads(p) for p in shy["parsed"]] == [pytest.approx((json.loads(p) + 0.5) / 2) for p in plain["parsed"]]
     assert rows["fame/tuned/yes-no/ask"]["inputs"] == "the item alone"
     assert json.loads((done.folder / "results.json").read_text())["training"]["rows"]["fame"] > 0
-
-
-def test_it_is_reported(done: pipeline.Run) -> None:
     assert "What many choose" in done.report.read_text()
 
 
-def test_it_is_audited(done: pipeline.Run) -> None:
-    checks = audit(done.folder)
-    names = {check.name for check in checks}
-    assert {"training rows of fame", "questions of fame"} <= names
-    assert not [check for check in checks if check.verdict == "leak"]
+def test_new_task_is_audited(done: pipeline.Run) -> None:
+    audit = json.loads((done.folder / "audit.json").read_text())
+    names = {check["name"] for check in audit["checks"]}
+    assert {"training rows of fame", "questions of fame"} <= names and audit["leaks"] == 0
 
 
-def test_its_section_is_closed_and_its_controls_stand(known: None, llama_folder: Path) -> None:
+def test_rejects_unknown_keys_of_new_task(known: None, llama_folder: Path) -> None:
     with raises(
         RecipeError,
         Facts("unknown-key", "recipes/movielens-100k/four-tasks.yaml", column="tasks.fam", says="did you mean 'fame'"),

@@ -1,4 +1,4 @@
-"""New items of a run: those that the split holds out, near to what reads alike, in the lists that rows really gave."""
+"""New items of a run: held out by the split, with similar items and the lists that contain them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ USERS, ITEMS, PER_USER = 60, 30, 12
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A run of baselines on data of which a fifth of the items is held out."""
+    """Run baselines on data with a fifth of the items held out."""
     folder, rng = tmp_path_factory.mktemp("new"), np.random.default_rng(0)
     chosen = [rng.permutation(ITEMS)[:PER_USER].tolist() for _ in range(USERS)]
     rows = [(f"u{user}", f"i{item}", float(at)) for user, items in enumerate(chosen) for at, item in enumerate(items)]
@@ -38,29 +38,29 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return pipeline.run(recipe, folder / "run", data=frame, items=entries, quiet=True)
 
 
-def test_new_items_are_those_that_are_held_out(run: Any) -> None:
-    found, lines = run.results["newcomers"], pl.read_parquet(run.folder / "predictions.parquet")
+def test_new_items_are_the_held_out_ones(run: Any) -> None:
+    newcomers, lines = run.results["newcomers"], pl.read_parquet(run.folder / "predictions.parquet")
     one = lines.filter(pl.col("predictor") == "random")
-    assert found and all(each["task"] == "sequential" for each in found)
-    for each in found:
+    assert newcomers and all(each["task"] == "sequential" for each in newcomers)
+    for each in newcomers:
         item = each["item"]["id"]
         assert set(one.filter(pl.col("item_id") == item)["item_training"]) == {0}
         assert each["wanted"] == (one["item_id"] == item).sum() > 0
-        # Vectors by chance know no meaning, but the same words have the same one.
+        # Random vectors have no meaning, but equal words have equal vectors.
         assert each["neighbours"][0]["title"] == each["item"]["title"] and each["neighbours"][0]["cosine"] > 0.99
 
 
-def test_lists_are_those_of_the_rows(run: Any) -> None:
+def test_lists_match_predictions(run: Any) -> None:
     lines, seen = pl.read_parquet(run.folder / "predictions.parquet"), 0
     for each in run.results["newcomers"]:
         for name, count in each["lists"].items():
-            own = lines.filter(pl.col("row_id") == name)
-            firsts = [json.loads(parsed)["items"][:LENGTH] for parsed in own["parsed"]]
+            rows = lines.filter(pl.col("row_id") == name)
+            firsts = [json.loads(parsed)["items"][:LENGTH] for parsed in rows["parsed"]]
             assert count == sum(each["item"]["id"] in first for first in firsts)
             visits = each["visits"].get(name, [])
             assert bool(visits) == bool(count) and len({visit["user"]["id"] for visit in visits}) == len(visits)
             for visit in visits:
-                users = zip(own["user_id"], firsts, strict=True)
+                users = zip(rows["user_id"], firsts, strict=True)
                 theirs = [first for user, first in users if user == visit["user"]["id"]]
                 assert any(
                     first[visit["place"] - 1] == each["item"]["id"] for first in theirs if len(first) >= visit["place"]
@@ -69,7 +69,7 @@ def test_lists_are_those_of_the_rows(run: Any) -> None:
     assert seen
 
 
-def test_nothing_is_lost_where_no_encoder_is_at_hand(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neighbours_are_empty_without_encoder(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def none(*_: Any) -> Any:
         raise ModelError("no text encoder", kind="missing-file")
 

@@ -1,4 +1,4 @@
-"""All of P5's families in one run on a tiny random model, and what was tuned there asked about another domain."""
+"""All tasks of P5 in one run on a tiny random model, and its evaluation on another domain."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from llmrec.answer.prompting import rank_requests
 from llmrec.answer.strategy import choose_way
 from llmrec.backends.encode import Encoder
 from llmrec.backends.hf.backend import HFBackend
-from llmrec.cli.estimate import eval_work
 from llmrec.data.requests import read_request
 from llmrec.errors import RecipeError
 from llmrec.exports.card_facts import sample_prompt
@@ -20,7 +19,7 @@ from llmrec.models.load import load_model, load_tokenizer
 from llmrec.pipeline import bundle
 from llmrec.pipeline import run as pipeline
 from llmrec.pipeline.leaks import questions, training_rows
-from llmrec.pipeline.study import Study, build_study, encoder_of
+from llmrec.pipeline.study import Study, build_study
 from llmrec.prompts.template import load_templates
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import ModelSection, Recipe
@@ -60,10 +59,10 @@ tasks:
 """
 
 
-def read(folder: Path, path: Path, model: Path, more: str, *named: str) -> Recipe:
+def read(folder: Path, path: Path, model: Path, more: str, *changes: str) -> Recipe:
     page = folder / "page.yaml"
     page.write_text(PAGE.format(path=path, model=model, more=more), encoding="utf-8")
-    return load_recipe(str(page), named)
+    return load_recipe(str(page), changes)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +84,7 @@ def done(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> pipeline.R
     return pipeline.run(recipe, tmp_path_factory.mktemp("run") / "r", quiet=True)
 
 
-def test_all_families_train_and_each_template_is_asked_by_what_reads_it(done: pipeline.Run) -> None:
+def test_all_tasks_train_and_templates_have_fitting_strategies(done: pipeline.Run) -> None:
     rows = {row["id"]: row for row in done.results["rows"] if row["arm"] == "tuned"}
     assert {name for name in rows if name.startswith("direct")} == {
         "direct/tuned/likelihood/name-history-among",
@@ -106,82 +105,78 @@ def test_all_families_train_and_each_template_is_asked_by_what_reads_it(done: pi
     assert not [check for check in audit["checks"] if check["verdict"] == "leak"]
 
 
-def test_the_audit_reads_the_rows_and_questions_of_the_set(study: Study) -> None:
+def test_audit_checks_rows_and_questions_of_p5(study: Study) -> None:
     for family in ("rating", "ctr", "sequential", "direct", "explanation"):
         assert training_rows(study, family, 200).verdict == "clean"
         assert questions(study, family).verdict == "clean"
 
 
-def test_a_dry_run_counts_what_is_asked(study: Study, llama_folder: Path) -> None:
-    assert eval_work(study, encoder_of(study, str(llama_folder)))["tuned"].tokens > 1000
-
-
-def test_requests_are_ranked_by_the_strategy_that_reads_the_template(done: pipeline.Run) -> None:
-    made = bundle.read(str(done.folder / "merged"))
-    way = choose_way(made, task="direct")
+def test_requests_use_a_strategy_that_fits_the_template(done: pipeline.Run) -> None:
+    stored = bundle.read(str(done.folder / "merged"))
+    way = choose_way(stored, task="direct")
     assert (way.template, way.strategy, way.by_title) == ("name-history-among", "likelihood", False)
-    assert choose_way(made, template="direct/user-item").strategy == "pointwise-yes"
-    assert choose_way(made, template="direct/shortlist").strategy == "label"
-    assert choose_way(made, task="sequential").by_title
+    assert choose_way(stored, template="direct/user-item").strategy == "pointwise-yes"
+    assert choose_way(stored, template="direct/shortlist").strategy == "label"
+    assert choose_way(stored, task="sequential").by_title
     with raises(RecipeError, Facts("contradiction", "direct/user-item", says=("'label'", "use 'pointwise-yes'"))):
-        choose_way(made, template="direct/user-item", strategy="label")
+        choose_way(stored, template="direct/user-item", strategy="label")
     with raises(RecipeError, Facts("contradiction", "direct/shortlist", says=("'likelihood'", "use 'label'"))):
-        choose_way(made, template="direct/shortlist", strategy="likelihood")
+        choose_way(stored, template="direct/shortlist", strategy="likelihood")
 
 
-def test_a_request_is_ranked_by_codes_with_all_its_candidates_in_one_prompt(done: pipeline.Run) -> None:
+def test_request_is_ranked_by_codes(done: pipeline.Run) -> None:
     folder = str(done.folder / "merged")
-    made = bundle.read(folder)
+    stored = bundle.read(folder)
     section = ModelSection(name=folder, dtype="float32")
     encoder = Encoder(load_tokenizer(folder, section), max_length=2048)
     backend = HFBackend(load_model(folder, section), encoder)
-    given = [{"item_id": f"B{n:02d}", "title": f"Thing {n}"} for n in range(8)]
-    asked = {"id": "r", "user_id": "U01", "history": given[:2], "candidates": given[2:]}
-    request = read_request(asked, 1, None)
+    items = [{"item_id": f"B{n:02d}", "title": f"Thing {n}"} for n in range(8)]
+    record = {"id": "r", "user_id": "U01", "history": items[:2], "candidates": items[2:]}
+    request = read_request(record, 1, None)
     for template in ("name-history-among", "user-item"):
-        way = choose_way(made, template=f"direct/{template}")
-        (answer,) = rank_requests(made, [request], way=way, backend=backend, encoder=encoder, batch=1)
+        way = choose_way(stored, template=f"direct/{template}")
+        (answer,) = rank_requests(stored, [request], way=way, backend=backend, encoder=encoder, batch=1)
         assert isinstance(answer, Ranking), answer
         assert sorted(answer.items) == [f"B{n:02d}" for n in range(2, 8)]
         assert answer.cost.forwards == (1 if template == "name-history-among" else 6)
 
 
 @pytest.mark.parametrize("template", ["name-history-among", "user-item", "name-title"])
-def test_an_export_shows_how_the_model_is_asked(done: pipeline.Run, template: str) -> None:
-    made = bundle.read(str(done.folder / "merged"))
-    section = made.tasks.present()["direct"].model_copy(update={"eval_templates": (template,), "strategies": ()})
+def test_model_card_shows_prompt_of_template(done: pipeline.Run, template: str) -> None:
+    stored = bundle.read(str(done.folder / "merged"))
+    section = stored.tasks.present()["direct"].model_copy(update={"eval_templates": (template,), "strategies": ()})
     shown = sample_prompt(
-        {"direct": section}, made.templates, noun="things", scale=made.rating_scale, seed=0, index=made.index
+        {"direct": section}, stored.templates, noun="things", scale=stored.rating_scale, seed=0, index=stored.index
     )
     words = "".join(message.text for message in shown.prompt.messages)
     assert (shown.candidates[0] in words) == (template == "name-title")
     assert (shown.max_tokens > 16) == (template == "name-history-among")
 
 
-def test_what_one_domain_taught_is_asked_about_another(
+def test_tuned_model_is_evaluated_on_another_domain(
     done: pipeline.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Family Z: users that both domains share, items that say what they are, and no training there."""
+    """Family Z: shared users, items with fields, and no training in that domain."""
     monkeypatch.setenv("LLMREC_CACHE", str(tmp_path))
-    there = [{**record, "asin": record["asin"].replace("B", "C")} for record in records()]
-    path = write(tmp_path / "there.jsonl", there)
-    names = sorted({record["asin"] for record in there})
+    reviews = [{**record, "asin": record["asin"].replace("B", "C")} for record in records()]
+    path = write(tmp_path / "other.jsonl", reviews)
+    names = sorted({record["asin"] for record in reviews})
     table = ["item_id,title,brand,price", *(f"{name},Thing {name},Maker {name},{n}.50" for n, name in enumerate(names))]
     (tmp_path / "items.csv").write_text("\n".join(table) + "\n", encoding="utf-8")
-    named = (f"data.items={tmp_path / 'items.csv'}", "data.columns.fields=[brand, price]", "eval.arms=[zero-shot]")
-    other = read(tmp_path, path, done.folder / "merged", ANOTHER_DOMAIN, *named)
+    changes = (f"data.items={tmp_path / 'items.csv'}", "data.columns.fields=[brand, price]", "eval.arms=[zero-shot]")
+    other = read(tmp_path, path, done.folder / "merged", ANOTHER_DOMAIN, *changes)
     ran = pipeline.run(other, tmp_path / "other", quiet=True)
     rows = {row["id"]: row for row in ran.results["rows"] if row["arm"] == "zero-shot"}
-    mine = {
+    expected = {
         template.id: number
         for family in ("ctr", "rating", "explanation")
         for template in load_templates(family).values()
         if (number := template.sets.get("p5", "")).startswith("Z")
     }
-    assert {row["template"] for row in rows.values()} == set(mine) and len(mine) == 7
+    assert {row["template"] for row in rows.values()} == set(expected) and len(expected) == 7
     assert all(row["template_use"] == "unseen" for row in rows.values())
     assert all(0 < row["metrics"]["RMSE"]["value"] < 4 for row in rows.values() if row["task"] == "rating")
     shown = {example["template"]: example["prompt"] for example in ran.results["examples"]}
-    for template, number in mine.items():
+    for template, number in expected.items():
         assert "Thing C" in shown[template]
         assert ("brand: Maker C" in shown[template] and "price: " in shown[template]) == (number != "Z-7")

@@ -1,4 +1,4 @@
-"""What a run refuses, `llmrec check` refuses too, in seconds and without weights."""
+"""`llmrec check` rejects what a run rejects, without loading weights."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ ROWS = [
 
 
 def recipe(model: Path | str, *, train: dict[str, Any] | None = None, **settings: Any) -> dict[str, Any]:
-    said = {"backend": "hf", "arms": ["zero-shot", "tuned"], "users": 4, "candidates": {"count": 3}, **settings}
+    evaluation = {"backend": "hf", "arms": ["zero-shot", "tuned"], "users": 4, "candidates": {"count": 3}, **settings}
     return {
         "model": {"name": str(model)},
         "data": {"source": "table"},
         "tasks": {"rating": {}, "sequential": {}},
         "train": train or {},
-        "eval": said,
+        "eval": evaluation,
     }
 
 
@@ -46,12 +46,12 @@ def t5(tmp_path: Path) -> Path:
     return tmp_path / "t5"
 
 
-def refused(error: type[LlmrecError], facts: Facts, *told: Any, **more: Any) -> None:
-    """Expect the same refusal of the check and of a run."""
-    said = recipe(*told, **more)
-    for verb in (lambda: llmrec.check(said, data=ROWS), lambda: llmrec.run(said, out="run", data=ROWS, quiet=True)):
+def refused(error: type[LlmrecError], facts: Facts, *model: Any, **more: Any) -> None:
+    """Expect the same error from a check and from a run."""
+    page = recipe(*model, **more)
+    for call in (lambda: llmrec.check(page, data=ROWS), lambda: llmrec.run(page, out="run", data=ROWS, quiet=True)):
         with raises(error, facts):
-            verb()
+            call()
 
 
 @pytest.fixture(autouse=True)
@@ -59,92 +59,69 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def test_a_sound_recipe_passes(llama_folder: Path) -> None:
+def test_valid_recipe_passes(llama_folder: Path) -> None:
     assert llmrec.check(recipe(llama_folder), data=ROWS).cases == {"rating": 4, "sequential": 4}
 
 
-def test_a_folder_that_is_not_there() -> None:
+def test_rejects_missing_folder() -> None:
     refused(ModelError, Facts("missing-file", "./nofolder", column="model.name"), "./nofolder")
 
 
-def test_a_name_that_neither_a_folder_nor_the_hub_has() -> None:
-    refused(
-        ModelError, Facts("unreachable", "nobody/nothing", column="model.name", says="HF_HUB_OFFLINE"), "nobody/nothing"
-    )
+def test_rejects_unknown_name() -> None:
+    facts = Facts("unreachable", "user/model", column="model.name", says="HF_HUB_OFFLINE")
+    refused(ModelError, facts, "user/model")
 
 
-def test_weights_in_pickle_files_alone(llama_folder: Path, tmp_path: Path) -> None:
+def test_rejects_pickled_weights(llama_folder: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(llama_folder, tmp_path / "pickled"))
     (folder / "model.safetensors").unlink()
     torch.save({}, folder / "pytorch_model.bin")
     refused(ModelError, Facts("unsafe", folder, column="model.name", says="pytorch_model.bin"), folder)
-    # A server has the weights; the folder lends its tokenizer.
-    asked = recipe(folder, arms=["zero-shot"], backend="openai", server={"model": "m"})
-    assert llmrec.check(asked, data=ROWS).cases["rating"] == 4
+    # A server has the weights; the folder has the tokenizer.
+    served = recipe(folder, arms=["zero-shot"], backend="openai", server={"model": "m"})
+    assert llmrec.check(served, data=ROWS).cases["rating"] == 4
 
 
-def test_a_shard_that_is_missing(llama_folder: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(llama_folder, tmp_path / "torn"))
-    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
-    (folder / "model.safetensors.index.json").write_text(
-        '{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}'
-    )
-    refused(ModelError, Facts("missing-file", folder, column="model.name"), folder)
-
-
-def test_a_tokenizer_that_cannot_be_read(llama_folder: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(llama_folder, tmp_path / "damaged"))
-    (folder / "tokenizer.json").write_text("{")
-    refused(ModelError, Facts("damaged", folder, column="model.name"), folder)
-
-
-def test_an_encoder_decoder_that_vllm_does_not_serve(t5: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejects_encoder_decoder_with_vllm(t5: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmrec.pipeline.preflight.refuse_device", lambda *_: None)
     refused(RecipeError, Facts("unsupported", column="eval.backend", says="eval.backend=hf"), t5, scorer="vllm")
 
 
-@pytest.mark.parametrize("names", [["nonsense"], ["wand"]])
-def test_a_tracker_that_there_is_not(llama_folder: Path, names: list[str]) -> None:
+def test_rejects_unknown_or_missing_tracker(llama_folder: Path) -> None:
     facts = Facts("unknown-name", column="train.report_to", says="tensorboard")
-    refused(RecipeError, facts, llama_folder, train={"report_to": names})
+    refused(RecipeError, facts, llama_folder, train={"report_to": ["wand"]})
+    facts = Facts("not-installed", column="train.report_to")
+    refused(MissingExtra, facts, llama_folder, train={"report_to": ["neptune"]})
 
 
-def test_a_tracker_that_is_not_installed(llama_folder: Path) -> None:
-    refused(
-        MissingExtra, Facts("not-installed", column="train.report_to"), llama_folder, train={"report_to": ["neptune"]}
-    )
-
-
-def test_a_planned_comparison_of_rows_that_there_are_not(llama_folder: Path) -> None:
+def test_rejects_comparison_of_unknown_rows(llama_folder: Path) -> None:
     refused(RecipeError, Facts("unknown-name", column="eval.planned"), llama_folder, planned=[["a/b", "c/d"]])
 
 
-def test_a_run_to_start_from_that_there_is_not(llama_folder: Path) -> None:
+def test_rejects_missing_start(llama_folder: Path) -> None:
     facts = Facts("missing-file", "norun", column="train.start")
     refused(RecipeError, facts, llama_folder, train={"start": "norun"})
 
 
-def test_eight_bits_without_a_gpu(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejects_eight_bits_without_gpu(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("bitsandbytes")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     refused(RecipeError, Facts("unsupported", column="train.method"), llama_folder, train={"method": "lora8"})
 
 
-def test_a_key_that_is_not_set(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejects_missing_key_of_server(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
     server = {"model": "m", "key_env": "NO_SUCH_KEY"}
     facts = Facts("missing-value", column="eval.server.key_env")
     refused(BackendError, facts, llama_folder, arms=["zero-shot"], backend="openai", server=server)
 
 
-def test_states_that_are_compared_with_each_other_are_not_divided_among_processes(
-    llama_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    said = recipe(llama_folder, train={"teacher": {"run": "other", "relations": 1.0}})
-    page = Recipe.model_validate({**said, "name": "taught", "data": {"source": "made-reviews"}})
+def test_rejects_relations_in_several_processes(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = recipe(llama_folder, train={"teacher": {"run": "other", "relations": 1.0}})
+    page = Recipe.model_validate({**settings, "name": "taught", "data": {"source": "made-reviews"}})
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for verb in (lambda: pipeline.train(page, Path("run"), quiet=True), lambda: preflight.refuse(page, asks=True)):
+    for call in (lambda: pipeline.train(page, Path("run"), quiet=True), lambda: preflight.refuse(page, asks=True)):
         with raises(RecipeError, Facts("unsupported", column="train.teacher.relations", says="one process")):
-            verb()
+            call()
     monkeypatch.delenv("WORLD_SIZE")
     preflight.refuse(page, asks=True)

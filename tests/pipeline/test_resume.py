@@ -1,4 +1,4 @@
-"""A stored stage is reused where it is sound, and made again where it is not."""
+"""Stored stages are reused only if they are intact."""
 
 from __future__ import annotations
 
@@ -19,15 +19,9 @@ from tests.facts import Facts, raises
 
 @pytest.mark.parametrize(
     "content",
-    [
-        "[]",
-        "[" * 100_000,
-        '{"key": "k"}',
-        '{"key": "other", "stamp": "s"}',
-        '{"key": "k", "stamp": "\\ud800"}',
-    ],
+    ["[]", "[" * 100_000, '{"key": "k"}', '{"key": "other", "stamp": "s"}', '{"key": "k", "stamp": "\\ud800"}'],
 )
-def test_a_stage_that_is_damaged_or_of_other_inputs_is_made_again(content: str, tmp_path: Path) -> None:
+def test_damaged_or_outdated_stage_is_not_reused(content: str, tmp_path: Path) -> None:
     file = tmp_path / "stage.json"
     file.write_text(content, encoding="utf-8")
     assert read_stage(file, "k", itemgetter("stamp")) is None
@@ -36,10 +30,10 @@ def test_a_stage_that_is_damaged_or_of_other_inputs_is_made_again(content: str, 
 
 
 @pytest.mark.parametrize("wrong", [{"figures": {"arm": 3}}, {"records": [{}]}, {"values": {"RMSE": {"": {}}}}])
-def test_a_row_whose_figures_are_none_is_made_again(wrong: dict[str, Any], tmp_path: Path) -> None:
+def test_damaged_row_is_not_reused(wrong: dict[str, Any], tmp_path: Path) -> None:
     figures = json.loads(resource("eval/results/four-tasks.json").read_text(encoding="utf-8"))["rows"][0]
-    made = {"values": {}, "records": [], "examples": [], "weighing": {}, "validation": {}, "looked_at": []}
-    stored = {"key": "k", "figures": figures, **made}
+    stored = {"key": "k", "figures": figures, "values": {}, "records": [], "examples": []}
+    stored |= {"weighing": {}, "validation": {}, "looked_at": []}
     file = tmp_path / "row.json"
     file.write_text(json.dumps(stored), encoding="utf-8")
     assert read_stage(file, "k", row_of) is not None
@@ -49,10 +43,8 @@ def test_a_row_whose_figures_are_none_is_made_again(wrong: dict[str, Any], tmp_p
 
 
 @pytest.mark.parametrize("record", ["[" * 100_000, '{"adapter_sha256": "x", "method": "lora", "steps": Infinity}', ""])
-def test_a_damaged_record_of_training_is_named(record: str, tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").write_text(
-        "name: x\ndata: {source: made-reviews}\ntasks: {rating: {}}\n", encoding="utf-8"
-    )
+def test_rejects_damaged_training_record(record: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("name: x\ndata: {source: made-reviews}\ntasks: {rating: {}}\n", "utf-8")
     file = tmp_path / "train.json"
     file.mkdir() if not record else file.write_text(record, encoding="utf-8")
     with raises(LlmrecError, Facts("damaged", file, says="llmrec train")):

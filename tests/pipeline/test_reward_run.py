@@ -1,4 +1,4 @@
-"""A run that learns from reward after one that was tuned: chosen on validation, audited, reported, and refused."""
+"""A run that learns from reward: start from a tuned run, selection, audit, report and refusals."""
 
 from __future__ import annotations
 
@@ -23,11 +23,8 @@ pytest.importorskip("trl", reason="the train extra is not installed")
 ITEMS = (
     *("tasks.rating=null", "tasks.direct=null", "tasks.explanation=null", "tasks.sequential.strategies=[search]"),
     *("tasks.sequential.templates=[continue-codes]", "tasks.sequential.history=3", "index={scheme: token}"),
-    *(
-        "tasks.sequential.baselines=[random, popularity, item-knn, markov-1]",
-        "tasks.sequential.arms=null",
-        "eval.arms=[tuned]",
-    ),
+    *("tasks.sequential.baselines=[random, popularity, item-knn, markov-1]", "tasks.sequential.arms=null"),
+    "eval.arms=[tuned]",
     *("eval.candidates={kind: catalogue}", "eval.beams=4", "train.judge={users: 8, patience: null}"),
 )
 
@@ -45,26 +42,26 @@ def tuned(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_run_learns_from_reward_and_says_how(llama_folder: Path, tuned: Path, tmp_path: Path) -> None:
-    made = pipeline.run(after(llama_folder, tuned), tmp_path / "run", quiet=True)
-    training = made.results["training"]
+def test_run_learns_from_reward(llama_folder: Path, tuned: Path, tmp_path: Path) -> None:
+    done = pipeline.run(after(llama_folder, tuned), tmp_path / "run", quiet=True)
+    training = done.results["training"]
     assert list(training["rows"]) == ["sequential"] and training["rows"]["sequential"] > 2
     lines = [line["reward"] for line in training["log"] if "reward" in line]
     assert len(lines) == 2 and training["tokens"] == sum(line["tokens"] for line in lines)
     for line in lines:
         assert {"reward", "zero", "hit", "kl", "entropy", "distinct", "rollouts", "clipped"} <= set(line)
         assert 0 < line["distinct"] <= line["rollouts"] and line["entropy"] > 0
-    # The dense term leaves no group without an advantage, and the first step has not moved away.
+    # The dense term gives groups an advantage, and the first step has the weights of the start.
     assert lines[0]["zero"] < 0.5 and lines[0]["kl"] == pytest.approx(0, abs=1e-6)
     assert training["judged"]["kept_step"] in (0, 1, 2)
-    report = made.report.read_text(encoding="utf-8")
-    assert 'id="training-reward"' in report and read(made.folder).training is not None
-    checks = {each["name"]: each["verdict"] for each in json.loads((made.folder / "audit.json").read_text())["checks"]}
+    report = done.report.read_text(encoding="utf-8")
+    assert 'id="training-reward"' in report and read(done.folder).training is not None
+    checks = {each["name"]: each["verdict"] for each in json.loads((done.folder / "audit.json").read_text())["checks"]}
     assert checks["training rows of sequential"] == "clean"
     assert "leak" not in checks.values()
 
 
-def test_questions_are_training_events_whatever_is_held_out(llama_folder: Path, tuned: Path) -> None:
+def test_questions_are_training_events(llama_folder: Path, tuned: Path) -> None:
     study = build_study(after(llama_folder, tuned))
     cases = [case for _, case in zip(range(60), study.tasks["sequential"].training_cases(), strict=False)]
     events = {user: [event.item_id for event in study.data.train_events(user)] for user in study.data.users()}
@@ -72,9 +69,8 @@ def test_questions_are_training_events_whatever_is_held_out(llama_folder: Path, 
         shown = [event.item_id for event in case.request.history]
         assert [*shown, case.truth] == events[case.request.user_id][: len(shown) + 1] and shown
     assert len({case.request.id for case in cases}) == len(cases)
-    assert [
-        check.verdict for check in (training_rows(study, "sequential", 40), rows_drawn_again(study, "sequential", 40))
-    ] == ["clean"] * 2
+    for check in (training_rows, rows_drawn_again):
+        assert check(study, "sequential", 40).verdict == "clean"
 
 
 @pytest.mark.parametrize(
@@ -90,10 +86,10 @@ def test_questions_are_training_events_whatever_is_held_out(llama_folder: Path, 
         ("train.preference={}",),
     ],
 )
-def test_what_cannot_work_is_refused_on_its_page(llama_folder: Path, tmp_path: Path, more: Any) -> None:
-    with pytest.raises(RecipeError, match=r"train\.reward") as found:
+def test_rejects_invalid_recipe(llama_folder: Path, tmp_path: Path, more: Any) -> None:
+    with pytest.raises(RecipeError, match=r"train\.reward") as caught:
         after(llama_folder, tmp_path, *more)
-    assert len(str(found.value)) < 400
+    assert len(str(caught.value)) < 400
 
 
 @pytest.mark.parametrize(
@@ -102,20 +98,17 @@ def test_what_cannot_work_is_refused_on_its_page(llama_folder: Path, tmp_path: P
         ("train.only=[rating]", "tasks.rating={}"),
         ("tasks.rating={}",),
         (
-            "train.reward.kind=prefix",
-            "train.reward.baseline=null",
-            "index=null",
+            *("train.reward.kind=prefix", "train.reward.baseline=null", "index=null"),
             "tasks.sequential.templates=[next-title]",
         ),
         ("train.reward.baseline=mf",),
-        ("train.reward.baseline=sasrec",),
     ],
 )
-def test_what_cannot_work_is_refused(llama_folder: Path, tuned: Path, more: Any) -> None:
+def test_rejects_unsuitable_task_or_baseline(llama_folder: Path, tuned: Path, more: Any) -> None:
     with raises(RecipeError, Facts("contradiction", column="train.reward")):
         rewarded(build_study(after(llama_folder, tuned, *more)), paired=False)
 
 
-def test_an_encoder_decoder_is_refused(llama_folder: Path, tuned: Path) -> None:
+def test_rejects_encoder_decoder(llama_folder: Path, tuned: Path) -> None:
     with raises(RecipeError, Facts("contradiction", column="train.reward")):
         rewarded(build_study(after(llama_folder, tuned)), paired=True)

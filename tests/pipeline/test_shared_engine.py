@@ -1,4 +1,4 @@
-"""One engine for a base model and the adapters on it: on a GPU, and where vLLM supports the adapter."""
+"""One engine for a base model and its adapters: on a GPU, if vLLM supports the adapter."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PAGE = """
 name: shared
 data: {source: made-reviews, noun: products}
 tasks:
-  direct: {strategies: [label]}
+  direct: {strategies: [label], baselines: [random, popularity, item-knn, markov-1]}
 train: {steps: 2, batch_tokens: 512}
 eval: {arms: [zero-shot, few-shot, tuned], users: 6, batch: 4, bootstrap: 50, candidates: {count: 5}}
 """
@@ -50,11 +50,11 @@ REQUEST = RankRequest(
 
 
 class Adapting(FakeBackend):
-    """Stands in the place of vLLM; keeps which engines were started, and with which adapters they were asked."""
+    """Replaces vLLM, and records the started engines and the adapters of their requests."""
 
     name = "vllm"
     started: list[tuple[str, int]]
-    asked: list[str]
+    used: list[str]
     open = 0
     breaks = False
 
@@ -72,7 +72,7 @@ class Adapting(FakeBackend):
     def score(self, *args: Any, **options: Any) -> Any:
         if not self.alive or (self.adapter and type(self).breaks):
             raise EngineFailure("the vLLM engine died; run the same command again to continue", kind="failed")
-        type(self).asked.append(self.adapter)
+        type(self).used.append(self.adapter)
         return super().score(*args, **options)
 
     def close(self) -> None:
@@ -82,8 +82,8 @@ class Adapting(FakeBackend):
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
-    """Return what chooses whether models run on a GPU; vLLM is made up."""
-    Adapting.started, Adapting.asked, Adapting.open, Adapting.breaks = [], [], 0, False
+    """Return a function that chooses whether models run on a GPU; vLLM is replaced."""
+    Adapting.started, Adapting.used, Adapting.open, Adapting.breaks = [], [], 0, False
 
     def lookup(table: Any, name: str, what: str) -> Any:
         return Adapting if table is BACKENDS and name == "vllm" else looked_up(table, name, what)
@@ -106,44 +106,31 @@ def page(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-@pytest.mark.parametrize(
-    ("gpu", "more"),
-    [
-        (True, ()),
-        # Slower on a CPU than merged weights.
-        pytest.param(False, (), marks=pytest.mark.slow),
-        # Not supported by vLLM.
-        pytest.param(True, ("train.lora.dora=true",), marks=pytest.mark.slow),
-    ],
-)
-def test_a_run_asks_base_and_adapter_through_one_engine_on_a_gpu(
-    device: Callable[[bool], None], page: Path, llama_folder: Path, tmp_path: Path, gpu: bool, more: tuple[str, ...]
+def test_run_uses_one_engine_for_base_and_adapter_on_gpu(
+    device: Callable[[bool], None], page: Path, llama_folder: Path, tmp_path: Path
 ) -> None:
-    base, shared = llama_folder.name, gpu and not more
-    device(gpu)
-    made = pipeline.run(load_recipe(str(page), more), tmp_path / "r", quiet=True)
-    assert Adapting.started == ([(base, 1)] if shared else [(base, 0), ("merged", 0)])
-    assert set(Adapting.asked) == ({"", "r"} if shared else {""})
-    assert {row["arm"] for row in made.results["rows"]} >= {"zero-shot", "few-shot", "tuned"}
+    device(True)
+    done = pipeline.run(load_recipe(str(page)), tmp_path / "r", quiet=True)
+    assert Adapting.started == [(llama_folder.name, 1)] and set(Adapting.used) == {"", "r"}
+    assert {row["arm"] for row in done.results["rows"]} >= {"zero-shot", "few-shot", "tuned"}
     assert Adapting.open == 0
-    # Nothing is started again, and the answers of the one are not those of the other.
-    pipeline.run(load_recipe(str(page), more), tmp_path / "r", quiet=True)
-    assert len(Adapting.started) == (1 if shared else 2)
-    if shared:
-        Adapting.started = []
-        device(False)
-        pipeline.run(load_recipe(str(page)), tmp_path / "r", quiet=True)
-        assert len(Adapting.started) == 2
+    # A second run starts nothing. On a CPU, each model has an engine, and answers of the shared engine are not reused.
+    pipeline.run(load_recipe(str(page)), tmp_path / "r", quiet=True)
+    assert len(Adapting.started) == 1
+    Adapting.started = []
+    device(False)
+    pipeline.run(load_recipe(str(page)), tmp_path / "r", quiet=True)
+    assert Adapting.started == [(llama_folder.name, 0), ("merged", 0)]
 
 
 @pytest.mark.slow
-def test_transformers_answer_for_an_adapter_that_the_engine_breaks_at(
+def test_transformers_replace_engine_that_fails_with_adapter(
     device: Callable[[bool], None], page: Path, tmp_path: Path
 ) -> None:
     device(True)
     Adapting.breaks = True
-    made = pipeline.run(load_recipe(str(page)), tmp_path / "r", quiet=True)
-    rows = {row["arm"]: row["engine"].partition(":")[0] for row in made.results["rows"] if row["arm"] != "baseline"}
+    done = pipeline.run(load_recipe(str(page)), tmp_path / "r", quiet=True)
+    rows = {row["arm"]: row["engine"].partition(":")[0] for row in done.results["rows"] if row["arm"] != "baseline"}
     assert rows == {"zero-shot": "fake", "few-shot": "fake", "tuned": "hf"}
     # The shared engine is closed before transformers load the model.
     assert len(Adapting.started) == 1 and Adapting.open == 0
@@ -151,8 +138,8 @@ def test_transformers_answer_for_an_adapter_that_the_engine_breaks_at(
     Adapting.started = []
     models = open_models(RecommenderOptions(model=str(tmp_path / "r")), ("tuned", "untuned"))
     for name in ("tuned", "untuned"):
-        (found,) = models.answer(Question(model=name), [REQUEST])
-        assert len(found.answer.items) == 3  # type: ignore[union-attr]
+        (result,) = models.answer(Question(model=name), [REQUEST])
+        assert len(result.answer.items) == 3  # type: ignore[union-attr]
     models.close()
     assert len(Adapting.started) == 2 and Adapting.open == 0
 
@@ -163,18 +150,18 @@ def tuned(page: Path, folder: Path, *more: str) -> None:
 
 @pytest.fixture(scope="module")
 def runs(page: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with runs of one base and catalogue: ``a``, and ``b`` with other templates and seeds."""
+    """Return a folder with runs of one base and catalogue: ``b`` has other templates and another seed."""
     folder = tmp_path_factory.mktemp("runs")
     other = ("tasks.direct.templates=[after-history]", "tasks.direct.strategies=[list]", "seed=3", "train.steps=3")
     for name, more in (("a", ()), ("b", other)):
         tuned(page, folder / name, *more)
-    # A window is part of an engine.
+    # An engine has one maximum length.
     short = shutil.copytree(folder / "b", folder / "short") / "merged" / bundle.FILE
     write_checked(short, {**checked(short.read_bytes()), "max_length": 300})
     return folder
 
 
-def test_a_service_opens_one_engine_for_the_model_of_a_run_and_its_base(
+def test_service_uses_one_engine_for_model_and_base(
     device: Callable[[bool], None], runs: Path, llama_folder: Path
 ) -> None:
     device(True)
@@ -183,11 +170,11 @@ def test_a_service_opens_one_engine_for_the_model_of_a_run_and_its_base(
         # Merged weights need no adapter.
         (("tuned",), [("merged", 0)]),
     ):
-        Adapting.started, Adapting.asked = [], []
+        Adapting.started, Adapting.used = [], []
         models = open_models(RecommenderOptions(model=str(runs / "a"), backend="vllm"), names)
         for name in (*names, *names):
-            (found,) = models.answer(Question(model=name), [REQUEST])
-            assert len(found.answer.items) == 3  # type: ignore[union-attr]
+            (result,) = models.answer(Question(model=name), [REQUEST])
+            assert len(result.answer.items) == 3  # type: ignore[union-attr]
         assert Adapting.started == started and Adapting.open == 1
         models.close()
         assert Adapting.open == 0
@@ -195,7 +182,7 @@ def test_a_service_opens_one_engine_for_the_model_of_a_run_and_its_base(
 
 
 @pytest.mark.slow
-def test_a_service_opens_one_engine_for_the_models_of_several_runs(
+def test_service_uses_one_engine_for_several_runs(
     device: Callable[[bool], None], page: Path, runs: Path, llama_folder: Path
 ) -> None:
     base = llama_folder.name
@@ -203,56 +190,54 @@ def test_a_service_opens_one_engine_for_the_models_of_several_runs(
     for gpu, names, started in (
         (True, ("tuned", "b"), [(base, 2)]),
         (True, ("untuned", "b", "tuned"), [(base, 2)]),
-        (True, ("b", "untuned"), [(base, 1)]),
-        # Not supported by vLLM, and of another window.
+        # vLLM does not support one adapter; another model has another maximum length.
         (True, ("tuned", "untuned", "dora"), [(base, 1), ("merged", 0)]),
-        (True, ("tuned", "dora"), [("merged", 0), ("merged", 0)]),
         (True, ("short", "untuned"), [("merged", 0), (base, 0)]),
         (False, ("tuned", "b"), [("merged", 0), ("merged", 0)]),
     ):
         device(gpu)
-        Adapting.started, Adapting.asked = [], []
+        Adapting.started, Adapting.used = [], []
         options = RecommenderOptions(model=str(runs / "a"), backend="vllm", gpu_memory=0.3 if gpu else None)
         models = open_models(options, [str(runs / name) if "tuned" not in name else name for name in names])
         assert tuple(models.opened) == names
         for name in (*names, *names):
-            Adapting.asked = []
-            (found,) = models.answer(Question(model=name, strategy="label"), [REQUEST])
-            assert len(found.answer.items) == 3  # type: ignore[union-attr]
+            Adapting.used = []
+            (result,) = models.answer(Question(model=name, strategy="label"), [REQUEST])
+            assert len(result.answer.items) == 3  # type: ignore[union-attr]
             live = started == [(base, 2)] or (started[0] == (base, 1) and name != "dora")
-            assert set(Adapting.asked) == {{"tuned": "a", "b": "b"}.get(name, "") if live else ""}, (names, name)
+            assert set(Adapting.used) == {{"tuned": "a", "b": "b"}.get(name, "") if live else ""}, (names, name)
         assert Adapting.started == started and Adapting.open == len(started), names
         assert len({model.signature for model in models.opened.values()}) == len(names)
         models.close()
         assert Adapting.open == 0
 
 
-def test_models_of_several_runs_answer_as_alone(runs: Path) -> None:
-    asked: dict[str, Any] = {"backend": "hf", "dtype": "float32"}
-    with llmrec.load(str(runs / "a"), models=["tuned", str(runs / "b"), str(runs / "short")], **asked) as together:
+def test_models_of_several_runs_answer_independently(runs: Path) -> None:
+    options: dict[str, Any] = {"backend": "hf", "dtype": "float32"}
+    with llmrec.load(str(runs / "a"), models=["tuned", str(runs / "b"), str(runs / "short")], **options) as together:
         assert together.models == ("tuned", "b", "short")
         items = list(together.items)
         question: dict[str, Any] = {"history": items[:3], "candidates": items[5:12]}
-        found = {}
-        # In turn, twice: neither answers for the other.
+        answers = {}
+        # Each model answers twice, in turn.
         for name in ("tuned", "b", "tuned", "b"):
             lists = [together.rank(**question, model=name), together.rank(**question, model=name, strategy="label")]
-            found.setdefault(name, lists)
-            assert found[name] == lists
+            answers.setdefault(name, lists)
+            assert answers[name] == lists
         with raises(LlmrecError, Facts("failed", says="more than the maximum of 300")):
             together.rank(**question, model="short")
         prompts = {name: together._models.prompt(Question(model=name), REQUEST) for name in together.models}
         signatures = {name: together.signature(name) for name in together.models}
-    assert found["tuned"][1] != found["b"][1] and prompts["tuned"] != prompts["b"] == prompts["short"]
+    assert answers["tuned"][1] != answers["b"][1] and prompts["tuned"] != prompts["b"] == prompts["short"]
     assert len(set(signatures.values())) == 3
     for name, folder in (("tuned", "a"), ("b", "b")):
-        with llmrec.load(str(runs / folder), models=["tuned"], **asked) as alone:
-            assert found[name] == [alone.rank(**question), alone.rank(**question, strategy="label")]
+        with llmrec.load(str(runs / folder), models=["tuned"], **options) as alone:
+            assert answers[name] == [alone.rank(**question), alone.rank(**question, strategy="label")]
             assert prompts[name] == alone._models.prompt(Question(), REQUEST)
     assert default_sentence(str(runs / "a"), [str(runs / "b")]) == "the default is b"
 
 
-def test_a_new_item_is_known_to_the_models_of_all_runs(runs: Path) -> None:
+def test_new_item_is_added_to_all_models(runs: Path) -> None:
     models = open_models(RecommenderOptions(model=str(runs / "a"), backend="hf"), ["tuned", str(runs / "b")])
     before = {card.name: card.signature for card in models.cards()}
     after = {card.name: card.signature for card in models.change_items({"new": Item(item_id="new", title="New")})}
@@ -260,9 +245,7 @@ def test_a_new_item_is_known_to_the_models_of_all_runs(runs: Path) -> None:
     models.close()
 
 
-def test_runs_that_one_service_cannot_answer_with_are_refused(
-    runs: Path, llama_folder: Path, qwen_folder: Path, tmp_path: Path
-) -> None:
+def test_rejects_incompatible_runs(runs: Path, llama_folder: Path, qwen_folder: Path, tmp_path: Path) -> None:
     def altered(name: str, *changes: str) -> str:
         folder = shutil.copytree(runs / "b", tmp_path / name)
         recipe = load_recipe(str(folder / "recipe.yaml"), changes)
@@ -303,9 +286,7 @@ def test_runs_that_one_service_cannot_answer_with_are_refused(
         open_models(RecommenderOptions(model=a, backend="openai", server_model="m"), [b])
 
 
-def test_identities_say_how_an_adapter_is_put_on(
-    device: Callable[[bool], None], llama_folder: Path, tmp_path: Path
-) -> None:
+def test_identity_of_shared_engine(device: Callable[[bool], None], llama_folder: Path, tmp_path: Path) -> None:
     device(True)
     section = ModelSection(name=str(llama_folder), dtype="float32")
     encoder = Encoder(load_tokenizer(str(llama_folder), section), max_length=512)
@@ -316,9 +297,9 @@ def test_identities_say_how_an_adapter_is_put_on(
         assert shared.identity("vllm", weights) == {**plain.identity("vllm", weights), "adapters": "live"}
         assert shared.identity("hf", weights) == plain.identity("hf", weights)
     assert shared.identity("vllm", "other") == plain.identity("vllm", "other")
-    beside = Engines(section, EvalSection(), encoder, 0, Budget(), None, beside=shared)
-    assert beside.is_shared("vllm", "tuned") and not plain.is_shared("vllm", "tuned")
-    # Another window is another engine.
+    second = Engines(section, EvalSection(), encoder, 0, Budget(), None, beside=shared)
+    assert second.is_shared("vllm", "tuned") and not plain.is_shared("vllm", "tuned")
+    # Another maximum length needs another engine.
     short = Engines(section, EvalSection(), Encoder(encoder.tokenizer, max_length=64), 0, Budget(), None, beside=shared)
     assert not short.is_shared("vllm", "base")
     device(False)

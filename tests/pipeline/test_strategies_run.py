@@ -1,4 +1,4 @@
-"""A run with every ranking strategy: rows, costs, and no stale row after a change of a key that matters."""
+"""A run with every ranking strategy: rows, costs, and new rows after a relevant change."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 
+from llmrec.backends.encode import Encoder
+from llmrec.cli.estimate import eval_work
+from llmrec.models.load import load_tokenizer
 from llmrec.pipeline import run as pipeline
 from llmrec.pipeline.row_specs import asking_of
 from llmrec.pipeline.study import build_study
 from llmrec.prompts.template import load_templates
 from llmrec.recipe.load import load_recipe
-from llmrec.recipe.schema import EvalSection
+from llmrec.recipe.schema import EvalSection, ModelSection
 from llmrec.registry import STRATEGIES, is_positional, keys_of
 from llmrec.tasks.direct import fits
 from llmrec.tasks.family import family_of
@@ -41,7 +44,7 @@ def rows_of(model: Path, folder: Path, *more: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_a_run_with_every_strategy(llama_folder: Path, tmp_path: Path) -> None:
+def test_run_with_every_strategy(llama_folder: Path, tmp_path: Path) -> None:
     rows = rows_of(llama_folder, tmp_path / "run")
     assert set(rows) == {*DIRECT, "likelihood", "likelihood-prior"}
     forwards = {name: row["cost"]["forwards"] / 5 for name, row in rows.items()}
@@ -49,25 +52,20 @@ def test_a_run_with_every_strategy(llama_folder: Path, tmp_path: Path) -> None:
     assert {name: forwards[name] for name in exact} == exact
     assert 3 <= forwards["setwise"] <= 7 and forwards["list"] >= 1 and forwards["likelihood-prior"] > 1
     assert all(row["cost"]["prompt_tokens"] > 0 for row in rows.values())
-    # What a report shows is what was asked: the first question of each strategy.
+    # The report shows the first prompt of each strategy.
     shown = {example["predictor"]: example["prompt"] for example in _examples(tmp_path / "run")}
     assert "Answer Yes or No." in shown["pointwise-yes"] and "Order all labels" in shown["permutation"]
     question = shown["pairwise"].rpartition("Candidates:")[2]
     assert "\nB. " in question and "\nC. " not in question
 
-    # The same folder again: rows that the change does not touch are kept, the others are asked anew.
+    # Only the rows of the changed settings are computed again.
     again = rows_of(llama_folder, tmp_path / "run", "eval.permutations=2", "eval.debias=measured")
     for name in rows:
         assert (again[name] == rows[name]) == (not is_positional(name))
     assert again["label"]["cost"]["forwards"] == 2 * 5 + 8
 
 
-def test_a_dry_run_counts_every_strategy(llama_folder: Path) -> None:
-    from llmrec.backends.encode import Encoder
-    from llmrec.cli.estimate import eval_work
-    from llmrec.models.load import load_tokenizer
-    from llmrec.recipe.schema import ModelSection
-
+def test_dry_run_counts_every_strategy(llama_folder: Path) -> None:
     encoder = Encoder(load_tokenizer(str(llama_folder), ModelSection(name=str(llama_folder))), max_length=99_999)
     recipe = load_recipe(
         "recipes/movielens-100k/four-tasks.yaml", [f"model.name={llama_folder}", *BASE, "tasks.sequential=null"]
@@ -85,8 +83,8 @@ def test_a_dry_run_counts_every_strategy(llama_folder: Path) -> None:
         )
         return eval_work(build_study(chosen), encoder)["few-shot"].tokens
 
-    words = load_templates("direct")["with-profile"]
-    counted = {strategy: tokens(strategy) for strategy in family_of("direct").strategies if fits(words, strategy)}
+    template = load_templates("direct")["with-profile"]
+    counted = {strategy: tokens(strategy) for strategy in family_of("direct").strategies if fits(template, strategy)}
     assert set(counted) == {*DIRECT, "two-step"}
     assert min(counted.values()) > 0
     assert counted["two-step"] > counted["label"] and counted["pairwise"] > counted["window"]
@@ -94,10 +92,8 @@ def test_a_dry_run_counts_every_strategy(llama_folder: Path) -> None:
 
 
 def _examples(folder: Path) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
-    for file in sorted((folder / "rows").glob("*.json")) or sorted(folder.rglob("rows/*.json")):
-        found += json.loads(file.read_text("utf-8"))["examples"][:1]
-    return found
+    files = sorted((folder / "rows").glob("*.json"))
+    return [example for file in files for example in json.loads(file.read_text("utf-8"))["examples"][:1]]
 
 
 CHANGES = {
@@ -115,7 +111,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", [name for name, entry in STRATEGIES.items() if entry.keys])
-def test_every_key_that_a_strategy_reads_is_in_the_key_of_its_rows(name: str) -> None:
+def test_row_key_contains_settings_of_strategy(name: str) -> None:
     plain = EvalSection(debias="measured")
     for key, value in CHANGES.items():
         changed = plain.model_copy(update={key: value})

@@ -1,4 +1,4 @@
-"""Texts of a whole run for people to read, and reviews that try to change what is asked or how answers are read."""
+"""Text samples of a complete run, and reviews with prompt injections."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
 from llmrec.backends.fake import FakeBackend
-from llmrec.pipeline import examples
 from llmrec.pipeline import run as pipeline
 from llmrec.pipeline.examples import COUNT, drawn, text_samples
 from llmrec.pipeline.study import Study, build_study, encoder_of, load_split
@@ -23,8 +21,6 @@ from llmrec.recipe.schema import Recipe
 from llmrec.registry import BACKENDS
 from llmrec.report.page import write as write_report
 from llmrec.report.results import read
-from llmrec.results import Prediction
-from llmrec.types import Rating, Text
 from tests.review_files import records, write
 
 INJECTIONS = (
@@ -52,37 +48,37 @@ SMALL = (
 
 
 def injected() -> list[dict[str, Any]]:
-    """Return the reviews with an injection in the sentence that holds the feature, behind it, and in the headline."""
-    found = records()
-    for place, row in enumerate(found):
-        text = INJECTIONS[place % len(INJECTIONS)]
+    """Return reviews with an injection in the sentence with the feature, after it, and in the headline."""
+    rows = records()
+    for index, row in enumerate(rows):
+        text = INJECTIONS[index % len(INJECTIONS)]
         row["reviewText"] = row["reviewText"].replace(" does what", f" {text} does what") + f"\n{text}"
         row["summary"] += f" {text}"
-    return found
+    return rows
 
 
 class Obedient(FakeBackend):
-    """A model that does, after some stars, what the last injection of its prompt says."""
+    """Answers with stars and the last injection of the prompt."""
 
     def __init__(self) -> None:
         super().__init__(complete=_obey)
 
 
 def _obey(text: str) -> str:
-    place, last = max((text.rfind(clean(each)[:12]), each) for each in INJECTIONS)
-    return f"4: pwned\n{last}" if place >= 0 else "4: It holds."
+    position, last = max((text.rfind(clean(each)[:12]), each) for each in INJECTIONS)
+    return f"4: pwned\n{last}" if position >= 0 else "4: It holds."
 
 
 @pytest.fixture(scope="module")
 def recipes(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Recipe]]:
     folder = tmp_path_factory.mktemp("texts")
-    found = {}
+    result = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLMREC_CACHE", str(folder))
         for name, rows in {"plain": records(), "injected": injected()}.items():
-            named = [f"model.name={llama_folder}", "model.dtype=float32", f"data.path={write(folder / name, rows)}"]
-            found[name] = load_recipe("recipes/reviews/musical-instruments.yaml", [*named, *SMALL])
-        yield found
+            changes = [f"model.name={llama_folder}", "model.dtype=float32", f"data.path={write(folder / name, rows)}"]
+            result[name] = load_recipe("recipes/reviews/musical-instruments.yaml", [*changes, *SMALL])
+        yield result
 
 
 @pytest.fixture(scope="module")
@@ -96,18 +92,18 @@ def runs(recipes: dict[str, Recipe], tmp_path_factory: pytest.TempPathFactory) -
     return {name: pipeline.run(recipe, folder / name, quiet=True) for name, recipe in recipes.items()}
 
 
-# --------------------------------------------------------------------------- what is kept
+# --------------------------------------------------------------------------- samples
 
 
-def test_every_row_answers_the_same_requests(runs: dict[str, pipeline.Run], studies: dict[str, Study]) -> None:
+def test_samples_have_answers_of_every_row(runs: dict[str, pipeline.Run], studies: dict[str, Study]) -> None:
     results, study = runs["plain"].results, studies["plain"]
     for family in ("explanation", "review"):
         cases = {case.request.id: case for case in study.cases(family)}
-        found = [sample for sample in results["texts"] if sample["task"] == family]
+        samples = [sample for sample in results["texts"] if sample["task"] == family]
         rows = {row["id"] for row in results["rows"] if row["task"] == family}
-        # Fewer than twenty cases are all there.
-        assert len(cases) < COUNT and {sample["request_id"] for sample in found} == set(cases)
-        for sample in found:
+        # Fewer than twenty cases are all shown.
+        assert len(cases) < COUNT and {sample["request_id"] for sample in samples} == set(cases)
+        for sample in samples:
             case = cases[sample["request_id"]]
             assert sample["truth"] == case.truth and set(sample["answers"]) == rows
             assert (sample["user"]["id"], sample["item"]["id"]) == (case.request.user_id, case.request.item)
@@ -116,22 +112,20 @@ def test_every_row_answers_the_same_requests(runs: dict[str, pipeline.Run], stud
     assert {sample["task"] for sample in results["texts"]} == {"explanation", "review"}
 
 
-def test_what_a_question_tells_stands_with_the_templates_that_do(
-    runs: dict[str, pipeline.Run], studies: dict[str, Study]
-) -> None:
+def test_samples_name_templates_of_shown_fields(runs: dict[str, pipeline.Run], studies: dict[str, Study]) -> None:
     reviews = studies["plain"].data.dataset.reviews
     for sample in runs["plain"].results["texts"]:
         review = reviews[sample["user"]["id"], sample["item"]["id"]]
-        told = {entry["name"]: (entry["text"], entry["by"]) for entry in sample["told"]}
+        shown = {entry["name"]: (entry["text"], entry["by"]) for entry in sample["told"]}
         if sample["task"] == "review":
-            assert told == {"review": (review.text, [f"review/{name}" for name in TEMPLATES["review"]])}
+            assert shown == {"review": (review.text, [f"review/{name}" for name in TEMPLATES["review"]])}
             continue
-        assert told["feature"] == (review.feature, ["explanation/user-title-feature"])
-        assert told["headline"] == (review.headline, ["explanation/name-title-headline"])
-        assert told["rating"][1] == [] and told["rating"][0] in {"1", "2", "3", "4", "5"}
+        assert shown["feature"] == (review.feature, ["explanation/user-title-feature"])
+        assert shown["headline"] == (review.headline, ["explanation/name-title-headline"])
+        assert shown["rating"][1] == [] and shown["rating"][0] in {"1", "2", "3", "4", "5"}
 
 
-def test_answers_are_those_of_the_predictions(runs: dict[str, pipeline.Run]) -> None:
+def test_answers_match_predictions(runs: dict[str, pipeline.Run]) -> None:
     run = runs["plain"]
     rows = {path.stem: json.loads(path.read_text("utf-8")) for path in (run.folder / "rows").iterdir()}
     records = {
@@ -149,7 +143,7 @@ def test_answers_are_those_of_the_predictions(runs: dict[str, pipeline.Run]) -> 
     assert failed
 
 
-def test_the_report_is_drawn_again_from_what_is_kept(runs: dict[str, pipeline.Run]) -> None:
+def test_report_is_reproduced_from_files(runs: dict[str, pipeline.Run]) -> None:
     run = runs["injected"]
     results = read(run.folder)
     before = (run.folder / "report" / "index.html").read_bytes()
@@ -160,52 +154,50 @@ def test_the_report_is_drawn_again_from_what_is_kept(runs: dict[str, pipeline.Ru
     assert "could not be parsed" in page and "## Texts" in pages["markdown"].read_text("utf-8")
 
 
-def test_which_requests_depends_on_the_seed_and_on_no_order() -> None:
+def test_drawn_requests_depend_on_seed_but_not_on_order() -> None:
     names = [f"test/u{n}/i{n}" for n in range(300)]
-    chosen = [names[place] for place in drawn(names, 0)]
+    chosen = [names[index] for index in drawn(names, 0)]
     assert len(set(chosen)) == COUNT == 20
     turned = names[::-1]
-    assert [turned[place] for place in drawn(turned, 0)] == chosen
-    assert [names[place] for place in drawn(names, 1)] != chosen
+    assert [turned[index] for index in drawn(turned, 0)] == chosen
+    assert [names[index] for index in drawn(names, 1)] != chosen
     assert sorted(drawn(names[:3], 0)) == [0, 1, 2]
 
 
-def test_what_else_is_told_stands_where_a_template_shows_it(llama_folder: Path) -> None:
-    named = [f"model.name={llama_folder}", "data={source: made-reviews, noun: products}", "reviews=null"]
+def test_samples_name_templates_of_profile_and_history(llama_folder: Path) -> None:
+    changes = [f"model.name={llama_folder}", "data={source: made-reviews, noun: products}", "reviews=null"]
     names = ("plain", "in-own-words", "m6-reason")
     section = f"tasks={{explanation: {{eval_templates: [{', '.join(names)}]}}}}"
-    recipe = load_recipe("recipes/movielens-100k/four-tasks.yaml", [*named, section, "eval.users=6"])
+    recipe = load_recipe("recipes/movielens-100k/four-tasks.yaml", [*changes, section, "eval.users=6"])
     data = load_split(recipe.data, recipe.seed)
     users = {user: {"name": f"N {user}", "town": "Ulm\n<b>"} for user in data.users()}
     study = build_study(recipe, replace(data, dataset=replace(data.dataset, users=users)))
-    found = [sample.as_json() for sample in text_samples(study, [])]
-    assert found and not any(sample["answers"] for sample in found)
+    samples = [sample.as_json() for sample in text_samples(study, [])]
+    assert samples and not any(sample["answers"] for sample in samples)
     cases = {case.request.id: case.request for case in study.cases("explanation")}
-    for sample in found:
+    for sample in samples:
         request = cases[sample["request_id"]]
-        told = {entry["name"]: (entry["text"], entry["by"]) for entry in sample["told"]}
-        assert told["profile"] == ("town: Ulm <b>", ["explanation/plain", "explanation/m6-reason"])
-        text, by = told["earlier items"]
+        shown = {entry["name"]: (entry["text"], entry["by"]) for entry in sample["told"]}
+        assert shown["profile"] == ("town: Ulm <b>", ["explanation/plain", "explanation/m6-reason"])
+        text, by = shown["earlier items"]
         assert text.startswith(f"{len(request.history)}; the latest: ")
         assert text.endswith(data.dataset.items[request.history[-1].item_id].title)
         assert by == ["explanation/in-own-words", "explanation/m6-reason"]
         messages = study.tasks["explanation"].prompt(request, template="m6-reason").messages
-        asked = "".join(message.text for message in messages)
-        text, by = told["chosen by the user"]
+        prompt = "".join(message.text for message in messages)
+        text, by = shown["chosen by the user"]
         match = re.fullmatch(r"(\S+) in training, rated about (\S+) on average", text)
-        assert match and match[1] in asked and match[2] in asked
+        assert match and match[1] in prompt and match[2] in prompt
         assert by == ["explanation/m6-reason"]
 
 
-def test_a_long_review_is_shortened_and_its_length_said(
-    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_long_review_is_shortened(llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMREC_CACHE", str(tmp_path))
     rows = [row | {"reviewText": row["reviewText"] + " more" * 300} for row in records()]
     path = write(tmp_path / "long.json", rows)
-    named = [f"model.name={llama_folder}", f"data.path={path}", "tasks.explanation=null", "tasks.review.shown=1200"]
-    study = build_study(load_recipe("recipes/reviews/musical-instruments.yaml", [*named, "eval.users=3"]))
-    (sample, *_) = [found.as_json() for found in text_samples(study, [])]
+    changes = [f"model.name={llama_folder}", f"data.path={path}", "tasks.explanation=null", "tasks.review.shown=1200"]
+    study = build_study(load_recipe("recipes/reviews/musical-instruments.yaml", [*changes, "eval.users=3"]))
+    (sample, *_) = [each.as_json() for each in text_samples(study, [])]
     (review,) = sample["told"]
     assert len(review["text"]) < 430 and review["text"].endswith("more … (1200 characters)")
 
@@ -213,8 +205,7 @@ def test_a_long_review_is_shortened_and_its_length_said(
 # --------------------------------------------------------------------------- injections
 
 
-def test_the_injections_are_in_the_questions(studies: dict[str, Study]) -> None:
-    """Else the tests below would prove little."""
+def test_injections_are_in_prompts(studies: dict[str, Study]) -> None:
     for family, names in TEMPLATES.items():
         task = studies["injected"].tasks[family]
         shown = "".join(
@@ -227,7 +218,7 @@ def test_the_injections_are_in_the_questions(studies: dict[str, Study]) -> None:
             assert clean(text)[-12:] in shown, (family, text)
 
 
-def test_injections_change_no_prompts_structure(studies: dict[str, Study], llama_folder: Path) -> None:
+def test_injections_do_not_change_structure_of_prompts(studies: dict[str, Study], llama_folder: Path) -> None:
     encoder = encoder_of(studies["plain"], str(llama_folder))
     known = set(encoder.tokenizer.convert_tokens_to_ids(list(encoder.control)))
     for family, names in TEMPLATES.items():
@@ -246,8 +237,8 @@ def test_injections_change_no_prompts_structure(studies: dict[str, Study], llama
                 assert roles[0] == roles[1] and lines[0] == lines[1] and ids[0] == ids[1] and ids[0]
 
 
-def test_injections_change_neither_what_is_unread_nor_the_form(runs: dict[str, pipeline.Run]) -> None:
-    """A random model writes anything: an answer is unread if nothing is written or stars are missing, never else."""
+def test_injections_do_not_change_parsing(runs: dict[str, pipeline.Run]) -> None:
+    """An answer cannot be parsed only if it is empty or its stars are missing."""
     rows = {name: {row["id"]: row for row in run.results["rows"]} for name, run in runs.items()}
     assert rows["plain"].keys() == rows["injected"].keys()
     for row in rows["injected"].values():
@@ -258,7 +249,7 @@ def test_injections_change_neither_what_is_unread_nor_the_form(runs: dict[str, p
         for sample in run.results["texts"]:
             assert sample["truth"] == clean(sample["truth"], 1000) and sample["truth"].isprintable()
             for row, answer in sample["answers"].items():
-                # Baselines copy a training text as its writer left it.
+                # Baselines copy training texts unchanged.
                 if "/baseline/" in row:
                     continue
                 if answer["text"] is None:
@@ -267,51 +258,15 @@ def test_injections_change_neither_what_is_unread_nor_the_form(runs: dict[str, p
                     assert answer["text"] == clean(answer["text"], 1000) and answer["text"].isprintable()
 
 
-def test_an_obedient_model_writes_one_line_too(recipes: dict[str, Recipe], tmp_path: Path) -> None:
-    """It does what the last injection before it says; the share that is read is the one of plain reviews."""
-    shares = {}
-    for name, recipe in recipes.items():
-        chosen = recipe.model_copy(
-            update={"eval": recipe.eval.model_copy(update={"backend": "fake", "scorer": "fake"})}
-        )
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(BACKENDS, "fake", f"{__name__}:Obedient")
-            run = pipeline.run(chosen, tmp_path / name, quiet=True)
-        rows = [row for row in run.results["rows"] if row["predictor"] == "text"]
-        shares[name] = {row["id"]: row["parse_rate"] for row in rows}
-        answers = [pair for sample in run.results["texts"] for pair in sample["answers"].items()]
-        texts = [answer["text"] for row, answer in answers if "/baseline/" not in row]
-        assert texts and all(text and "\n" not in text and text.isprintable() for text in texts)
-        assert ("pwned" in "".join(texts)) == (name == "injected")
-    assert shares["plain"] == shares["injected"] and set(shares["plain"].values()) == {1.0}
-
-
-@pytest.mark.parametrize("text", INJECTIONS)
-def test_an_answer_that_obeys_is_read_as_any_other(text: str, studies: dict[str, Study]) -> None:
-    """One line of text, or a number of the scale, or nothing: never another kind of answer."""
-    for study in studies.values():
-        for family, names in TEMPLATES.items():
-            task, request = study.tasks[family], study.cases(family)[0].request
-            for name in names:
-                answer = task.parse(text, request, template=name)
-                if family == "stars":
-                    assert answer is None or (isinstance(answer, Rating) and 1 <= answer.value <= 5)
-                elif name == "name-item-both":
-                    # No stars stand at its beginning.
-                    assert answer is None
-                else:
-                    assert answer == Text(request_id=request.id, text=clean(text, 1000))
-
-
-@pytest.mark.parametrize(
-    ("parsed", "said"),
-    [
-        ('{"items": ["a", "b"], "scores": [2, 1]}', "rank 2"),
-        ('{"items": ["a", "c"], "scores": [2, 1]}', "not in the top 2"),
-        ("0.25", "0.250"),
-        ("null", "could not be parsed"),
-        ('"good"', "good"),
-    ],
-)
-def test_an_answer_beside_features_in_a_few_words(parsed: str, said: str) -> None:
-    assert examples._answer_text(cast(Prediction, SimpleNamespace(parsed=parsed)), "b") == said
+def test_answer_of_obedient_model_is_one_line(
+    recipes: dict[str, Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = recipes["injected"]
+    chosen = chosen.model_copy(update={"eval": chosen.eval.model_copy(update={"backend": "fake", "scorer": "fake"})})
+    monkeypatch.setitem(BACKENDS, "fake", f"{__name__}:Obedient")
+    run = pipeline.run(chosen, tmp_path / "run", quiet=True)
+    assert {row["parse_rate"] for row in run.results["rows"] if row["predictor"] == "text"} == {1.0}
+    answers = [pair for sample in run.results["texts"] for pair in sample["answers"].items()]
+    texts = [answer["text"] for row, answer in answers if "/baseline/" not in row]
+    assert texts and all(text and "\n" not in text and text.isprintable() for text in texts)
+    assert "pwned" in "".join(texts)

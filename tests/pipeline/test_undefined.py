@@ -1,9 +1,8 @@
-"""Figures that are not defined: said with the reason wherever figures are, and compared with nothing."""
+"""Undefined metrics: reported with the reason, and not compared."""
 
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from rich.console import Console
 
 from llmrec.pipeline.run import run
 from llmrec.recipe.comparisons import Suite
-from llmrec.recipe.load import load_benchmark, load_recipe
+from llmrec.recipe.load import load_recipe
 from llmrec.report.results import results_of
 from llmrec.report.table import console_tables
 
@@ -27,7 +26,7 @@ NOTHING = "Models without a value are not compared."
 
 
 def table(folder: Path, last: Sequence[float]) -> Path:
-    """Write 24 users with eight ratings each, of both kinds; the last two of a user are held out and alike."""
+    """Write 24 users with eight ratings each; the last two of a user are held out and equal."""
     rows = ["user_id,item_id,rating,timestamp"]
     for user in range(24):
         for step in range(8):
@@ -49,9 +48,9 @@ def suite(path: Path, **more: Any) -> Suite:
     return Suite(suite="made", task="ctr", liked=4, data=data, bootstrap=50, rows=rows, **more)
 
 
-def test_a_suite_says_that_no_user_has_both_classes(tmp_path: Path) -> None:
+def test_suite_reports_users_with_one_class(tmp_path: Path) -> None:
     page, lines = suite(table(tmp_path, (5.0, 1.0))), []
-    for _ in range(2):  # the second time with stored rows
+    for _ in range(2):  # the second run uses stored rows
         ran = run_benchmark(page, out=tmp_path / "out", results=tmp_path / "eval" / "results", say=lines.append)
     assert len(lines) == 4 and all(f"GAUC undefined ({OF_USERS})" in line and "AUC 0." in line for line in lines)
     assert [line.metric for line in ran.results.comparisons] == ["AUC"]
@@ -60,7 +59,7 @@ def test_a_suite_says_that_no_user_has_both_classes(tmp_path: Path) -> None:
     assert all(line.split(" | ")[2] == "undefined" for line in board.splitlines() if line.startswith("| l"))
 
 
-def test_a_suite_without_a_headline_compares_nothing_and_says_so(tmp_path: Path) -> None:
+def test_suite_without_defined_metric_compares_nothing(tmp_path: Path) -> None:
     page = suite(table(tmp_path, (5.0,)), pairs=[("like-ratio", "logistic")], split_seeds=[0, 1])
     ran = run_benchmark(page, out=tmp_path / "out", results=tmp_path / "eval" / "results")
     assert ran.results.comparisons == () and ran.results.pairs == ()
@@ -79,12 +78,12 @@ eval: {{arms: [zero-shot], backend: fake, scorer: fake, users: 20, bootstrap: 50
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("run")
-    (made / "recipe.yaml").write_text(RECIPE.format(path=table(made, (5.0,))), encoding="utf-8")
-    return made
+    path = tmp_path_factory.mktemp("run")
+    (path / "recipe.yaml").write_text(RECIPE.format(path=table(path, (5.0,))), encoding="utf-8")
+    return path
 
 
-def test_a_run_says_so_in_every_form_and_compares_only_what_is_defined(folder: Path) -> None:
+def test_run_reports_undefined_metrics_in_every_format(folder: Path) -> None:
     done = run(load_recipe(str(folder / "recipe.yaml")), folder / "out")
     assert {line["task"] for line in done.results["comparisons"]} == {"rating"}
     undefined = {
@@ -94,10 +93,10 @@ def test_a_run_says_so_in_every_form_and_compares_only_what_is_defined(folder: P
         if figure["value"] is None
     }
     assert undefined == {("ctr", "AUC", ONE_CLASS), ("ctr", "GAUC", OF_USERS), ("rating", "LikedAUC", ONE_CLASS)}
-    said = [f"AUC is undefined: {ONE_CLASS}. {NOTHING}", f"GAUC is undefined: {OF_USERS}."]
+    sentences = [f"AUC is undefined: {ONE_CLASS}. {NOTHING}", f"GAUC is undefined: {OF_USERS}."]
     for name in ("report.md", "index.html", "table.tex"):
         text = (folder / "out" / "report" / name).read_text(encoding="utf-8")
-        assert all(sentence in text for sentence in said), name
+        assert all(sentence in text for sentence in sentences), name
     lines = list(csv.DictReader((folder / "out" / "report" / "table.csv").read_text(encoding="utf-8").splitlines()))
     for line in lines:
         reasons = {"AUC": ONE_CLASS, "LikedAUC": ONE_CLASS, "GAUC": OF_USERS}
@@ -108,16 +107,3 @@ def test_a_run_says_so_in_every_form_and_compares_only_what_is_defined(folder: P
         console.print(shown)
     printed = " ".join(console.export_text().split())
     assert "undefined" in printed and f"GAUC is undefined: {OF_USERS}." in printed
-
-
-def test_a_benchmark_says_so_and_compares_nothing(folder: Path) -> None:
-    page = folder / "bench.yaml"
-    page.write_text(
-        f"benchmark: small\nrecipe: {folder / 'recipe.yaml'}\nbootstrap: 100\nruns: [{{name: only}}]\n",
-        encoding="utf-8",
-    )
-    made = run_benchmark(load_benchmark(str(page)), out=folder / "bench", results=folder / "eval" / "results", say=str)
-    results = json.loads((folder / "eval" / "results" / "small.json").read_text(encoding="utf-8"))
-    assert not [pair for pair in (*results["comparisons"], *results["pairs"]) if pair["table"] == "ctr"]
-    text = (folder / "eval" / "small.md").read_text(encoding="utf-8")
-    assert f"AUC is undefined: {ONE_CLASS}. {NOTHING}" in text and made

@@ -1,4 +1,4 @@
-"""P5-I from a recipe's key to ranked items: users and items as tokens, saved, read back, and not forged."""
+"""P5-I in a complete run: tokens of users and items, saved, loaded and not forged."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.pipeline.test_paired_run import ranked
 RECIPE: dict[str, Any] = {
     **PAIRED,
     "name": "user-tokens",
-    "model": {**PAIRED["model"], "whole_words": True, "max_length": 400},
+    "model": {**PAIRED["model"], "max_length": 400},
     "index": {"scheme": "token", "ids": "tokens"},
     "tasks": {
         "sequential": {"templates": ["user-history"], "strategies": ["search"]},
@@ -54,7 +54,7 @@ def study() -> Study:
     return build_study(Recipe(**RECIPE))
 
 
-def said(data: SplitDataset, index: ItemIndex, user: str, item: str) -> str:
+def shown(data: SplitDataset, index: ItemIndex, user: str, item: str) -> str:
     view = View(data, index)
     return ASKS.turns(view.user(user) | view.pair(user, item))[0].text
 
@@ -62,27 +62,26 @@ def said(data: SplitDataset, index: ItemIndex, user: str, item: str) -> str:
 # --------------------------------------------------------------------------- prompts
 
 
-def test_ids_are_written_as_tokens_and_stay_ids_to_all_else() -> None:
+def test_only_prompts_write_ids_as_tokens() -> None:
     data = histories("abcxy", "bcdxz")
     tokens = {item: (item_token(n),) for n, item in enumerate(data.dataset.items)}
     names = tuple(item_token(n) for n in range(len(tokens)))
     plain = ItemIndex("token", tokens, tokens=names)
     coded = ItemIndex("token", tokens, tokens=names, users={"u0": user_token(4)}, writes_ids=True)
-    assert said(data, coded, "u0", "b") == "<user_4> <item_1>"
-    assert said(data, plain, "u0", "b") == "u0 b"
-    # P5 itself: items by number, users as text.
+    assert shown(data, coded, "u0", "b") == "<user_4> <item_1>"
+    assert shown(data, plain, "u0", "b") == "u0 b"
+    # P5: items as numbers, users as text.
     numbers = ItemIndex("random", {item: (f"10{n}",) for n, item in enumerate(tokens)}, writes_ids=True)
-    assert said(data, numbers, "u0", "b") == "u0 101"
-    # Somebody who was not trained on is written as text, and an id that spells a token is broken.
-    assert said(data, coded, "nobody", "b") == "nobody <item_1>"
-    assert said(data, coded, "<user_4>", "b") == "< user_4> <item_1>"
-    assert said(data, coded, "<us", "b").startswith("< us")
+    assert shown(data, numbers, "u0", "b") == "u0 101"
+    # A new user is written as text, and an id that imitates a token is broken.
+    assert shown(data, coded, "new", "b") == "new <item_1>"
+    assert shown(data, coded, "<user_4>", "b") == "< user_4> <item_1>"
+    assert shown(data, coded, "<us", "b").startswith("< us")
     values = View(data, coded).user("u0")
     assert values["user_id"] == "u0" and View(data, coded).about("b")["item_id"] == "b"
 
 
-def test_statistics_leave_out_the_user_whose_token_is_shown(study: Study) -> None:
-    """A list row asks for them by the id that its values hold."""
+def test_statistics_leave_out_user_of_shown_token(study: Study) -> None:
     assert study.index is not None
     data = study.data
     user, item = data.train.select("user_id", "item_id").row(0)
@@ -91,7 +90,7 @@ def test_statistics_leave_out_the_user_whose_token_is_shown(study: Study) -> Non
     assert with_tokens.pair(str(known), item)["item_stats"]() == without.pair(user, item)["item_stats"]()
 
 
-def test_training_rows_and_questions_name_the_same_tokens(study: Study) -> None:
+def test_training_rows_and_questions_use_the_same_tokens(study: Study) -> None:
     assert study.index is not None
     for family, template in (("sequential", "user-history"), ("rating", "user-item")):
         task = study.tasks[family]
@@ -109,13 +108,13 @@ def test_training_rows_and_questions_name_the_same_tokens(study: Study) -> None:
 # --------------------------------------------------------------------------- a run
 
 
-def test_tokens_of_users_are_trained_saved_and_read_back(ran: Run) -> None:
+def test_user_tokens_are_trained_saved_and_loaded(ran: Run) -> None:
     session = open_session(Recipe(**RECIPE), ran.folder, quiet=True)
     index = session.study.index
     assert index is not None and index.users
     stored = bundle.read(str(ran.folder)).index
     assert stored is not None and stored.digest == index.digest and stored.users == index.users
-    # Each is one id of the tokenizer that lies beside the weights, and its row has moved.
+    # Each is one id of the saved tokenizer, and training has changed its row.
     ids = session.encoder.tokenizer.convert_tokens_to_ids(list(index.users.values()))
     assert len(set(ids)) == len(index.users) and max(ids) == len(session.encoder.tokenizer) - 1
     before, after = (load_file(ran.folder / part / "model.safetensors")["shared.weight"] for part in ("base", "merged"))
@@ -125,24 +124,19 @@ def test_tokens_of_users_are_trained_saved_and_read_back(ran: Run) -> None:
         assert row["parse_rate"] == 1.0
 
 
-def test_the_report_says_that_nothing_was_pretrained(ran: Run) -> None:
-    told = "The language model is a new encoder-decoder of width 16, trained from scratch"
-    assert any(told in note for note in ran.results["notes"])
-
-
-def test_rank_knows_the_users_of_training_and_takes_others(ran: Run, study: Study, tmp_path: Path) -> None:
+def test_rank_accepts_known_and_new_users(ran: Run, study: Study, tmp_path: Path) -> None:
     assert study.index is not None
     items, user = sorted(study.data.dataset.items), next(iter(study.index.users))
-    lines = [{"id": name, "user_id": name, "history": items[:4]} for name in (user, "nobody", "<user_0>")]
-    found = ranked(ran, tmp_path, lines)
-    assert len({tuple(each["scores"]) for each in found}) == 3
-    known = study.tasks["sequential"]
-    request = Request(id="r", user_id="<user_0>", history=known.cases("test")[0].request.history)
-    asked = known.prompt(request, template="user-history").messages[-1].text
-    assert "<user_0>" not in asked and "< user_0>" in asked
+    lines = [{"id": name, "user_id": name, "history": items[:4]} for name in (user, "new", "<user_0>")]
+    results = ranked(ran, tmp_path, lines)
+    assert len({tuple(each["scores"]) for each in results}) == 3
+    task = study.tasks["sequential"]
+    request = Request(id="r", user_id="<user_0>", history=task.cases("test")[0].request.history)
+    text = task.prompt(request, template="user-history").messages[-1].text
+    assert "<user_0>" not in text and "< user_0>" in text
 
 
-def test_it_is_refused_beside_codes_that_are_held_out() -> None:
+def test_rejects_user_tokens_with_held_out_codes() -> None:
     tasks = {**RECIPE["tasks"], "alignment": {}}
     with pytest.raises(ValidationError, match=r"index\.ids: templates with item_id would show held-out codes"):
         Recipe(**{**RECIPE, "tasks": tasks})

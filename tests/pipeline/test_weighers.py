@@ -1,4 +1,4 @@
-"""Validation users who weigh ensembles choose nothing: no epoch, no parameter, no calibration."""
+"""Validation users for ensemble weights select no epoch, parameter or calibration."""
 
 from __future__ import annotations
 
@@ -30,38 +30,36 @@ def _recipe(*more: str) -> Recipe:
     return load_recipe(str(resource("recipes", "made") / "classic.yaml"), [tasks, *small, *more])
 
 
-def test_validation_figures_by_which_tune_chooses_are_of_users_that_do_not_weigh() -> None:
+def test_tuning_and_weights_use_different_validation_users() -> None:
     study = build_study(_recipe("eval.split=valid"))
     weigh = {case.request.user_id for case in Weighing(build_study(_recipe())).cases("sequential")}
     chosen = {case.request.user_id for case in study.cases("sequential")}
     assert weigh and chosen and not weigh & chosen
     assert chosen <= set(halves(study.data, study.recipe.eval.fusion.reserved)[0].valid["user_id"])
-    # Where nobody weighs, all choose.
+    # Without ensembles, all users are used for selection.
     alone = build_study(_recipe("eval.split=valid", "eval.users=9999", "eval.fusion.controls=false"))
     assert {case.request.user_id for case in alone.cases("sequential")} == set(alone.data.valid["user_id"])
 
 
-def test_a_row_says_who_chose_its_epoch_and_is_not_weighed_by_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_users_of_early_stopping_do_not_weigh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = build_study(_recipe())
     choose, weigh = (set(part.valid["user_id"]) for part in halves(study.data, study.recipe.eval.fusion.reserved))
 
     def rows(folder: Path) -> dict[str, Any]:
-        """Return who chose each row's epoch, by its predictor, as it is stored."""
+        """Return the stored users of early stopping, by baseline."""
         Evaluation(study, None, folder, Budget(quiet=True), quiet=True).baselines()
-        found = [json.loads(file.read_text(encoding="utf-8")) for file in (folder / "rows").iterdir()]
-        return {row["figures"]["predictor"].partition("(")[0]: set(row["looked_at"]) for row in found}
+        stored = [json.loads(file.read_text(encoding="utf-8")) for file in (folder / "rows").iterdir()]
+        return {row["figures"]["predictor"].partition("(")[0]: set(row["looked_at"]) for row in stored}
 
-    found = rows(tmp_path / "run")
-    assert found["gru4rec"] == choose and not found["item-knn"] and "fusion" in found
-    # An ensemble of a part that all validation users stopped is left out, and the run goes on.
+    users = rows(tmp_path / "run")
+    assert users["gru4rec"] == choose and not users["item-knn"] and "fusion" in users
+    # Without users for its weights, the ensemble is left out.
     monkeypatch.setattr(Weighing, "choosing", lambda self, name, data: data)
-    found = rows(tmp_path / "other")
-    assert found["gru4rec"] == choose | weigh and "item-knn" in found and "fusion" not in found
+    users = rows(tmp_path / "other")
+    assert users["gru4rec"] == choose | weigh and "item-knn" in users and "fusion" not in users
 
 
-def test_remembered_answers_are_refused_to_the_users_that_chose_them() -> None:
+def test_rejects_weights_from_users_of_early_stopping() -> None:
     cases = [Case(request=Request(id=f"r{n}", user_id=f"u{n}", candidates=("a", "b")), truth="a") for n in range(40)]
     answers = {
         case.request.id: Ranking(request_id=case.request.id, items=("a", "b"), scores=(1.0, 0.0)) for case in cases

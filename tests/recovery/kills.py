@@ -1,7 +1,4 @@
-"""Chains of `llmrec run`, `export` and `rank` that are killed with SIGKILL at a named point.
-
-The processes are forked by `tests.recovery.zygote`.
-"""
+"""Chains of `llmrec run`, `export` and `rank` in processes forked by `tests.recovery.zygote`, which can be killed."""
 
 from __future__ import annotations
 
@@ -15,63 +12,46 @@ from typing import Any
 
 import polars as pl
 
-from llmrec.durable import checked
+from llmrec.data.sets.table import load
+from llmrec.durable import checked, sha256_of
+from llmrec.recipe.schema import DataSection
 from tests.recovery import zygote as zygotes
 from tests.recovery.points import REQUESTS
 
 SMALL = (
-    "eval.fusion={}",
-    "data={source: made-reviews, noun: products}",
-    "reviews=null",
-    "model.dtype=float32",
-    "train.steps=6",
-    "train.save_every=2",
-    "train.batch_tokens=512",
-    "train.valid_rows=4",
-    "train.valid_every=3",
-    "train.lora.top_layers=1",
-    "train.lora.dropout=0.1",
-    "tasks.sequential.users=null",
-    "tasks.rating.users=null",
-    "tasks.direct=null",
-    "tasks.explanation.users=8",
-    "tasks.explanation.max_tokens=4",
-    "eval.arms=[zero-shot, tuned]",
-    "eval.users=24",
-    "eval.batch=8",
-    "eval.candidates.count=5",
-    "eval.bootstrap=50",
+    *("eval.fusion={}", "data={source: made-reviews, noun: products}", "reviews=null", "model.dtype=float32"),
+    *("train.steps=6", "train.save_every=2", "train.batch_tokens=512", "train.valid_rows=4", "train.valid_every=3"),
+    *("train.lora.top_layers=1", "train.lora.dropout=0.1", "tasks.sequential.users=null", "tasks.rating.users=null"),
+    *("tasks.direct=null", "tasks.explanation.users=4", "tasks.explanation.max_tokens=4"),
+    *("eval.arms=[zero-shot, tuned]", "eval.users=12", "eval.batch=4", "eval.candidates.count=5", "eval.bootstrap=50"),
     "eval.backend=hf",
 )
 
-# Exit codes of commands that did their work: two lines of the ranked file are faulty on purpose.
+# Expected exit codes; two lines of the ranked file are invalid.
 DONE = {"run": 0, "export": 0, "rank": 1}
 FAULTY = (40, 100)
 
 
 @dataclass(frozen=True)
 class Chain:
-    """One folder in which a run, its export and a ranking with that export are made."""
+    """A folder with a run, its export and a ranking."""
 
     folder: Path
 
     @property
     def run(self) -> Path:
-        """The run folder."""
         return self.folder / "run"
 
     @property
     def exported(self) -> Path:
-        """The exported folder."""
         return self.folder / "films"
 
     @property
     def ranked(self) -> Path:
-        """The ranked file."""
         return self.folder / "ranked.jsonl"
 
     def command(self, step: str, model: Path) -> list[str]:
-        """Return the words after ``llmrec``."""
+        """Return the arguments of ``llmrec``."""
         if step == "run":
             recipe = ["recipes/movielens-100k/four-tasks.yaml", f"model.name={model}", *SMALL]
             return ["run", *recipe, "--quiet", "--out", str(self.run)]
@@ -84,16 +64,13 @@ class Chain:
         return ["rank", "--model", str(self.exported), "--in", str(requests), "--out", str(self.ranked), *options]
 
     def copy(self, target: Path) -> Chain:
-        """Return a chain that goes on from where this one stands."""
+        """Return a copy of the chain."""
         shutil.copytree(self.folder, target, dirs_exist_ok=True)
         return Chain(target)
 
 
 def request_lines() -> str:
-    """Return a file of requests over the catalogue of the made table."""
-    from llmrec.data.sets.table import load
-    from llmrec.recipe.schema import DataSection
-
+    """Return requests over the catalogue of the synthetic table."""
     ids = list(load(DataSection(source="made-reviews"), seed=0).items)
     rows = []
     for n in range(REQUESTS):
@@ -109,30 +86,30 @@ def request_lines() -> str:
 
 @dataclass(frozen=True)
 class Zygote:
-    """Starts the commands of chains, each in a process of its own."""
+    """Starts each command of a chain in a new process."""
 
     model: Path
     log: Path
     processes: zygotes.Zygote
 
     def do(self, chain: Chain, step: str, point: str | None = None) -> int:
-        """Take one step of a chain, with a kill at a point, and return its exit status."""
+        """Run a step of a chain, with a kill at a point, and return its exit status."""
         chain.folder.mkdir(parents=True, exist_ok=True)
         return self.processes.do(chain.command(step, self.model), self.log, point)
 
 
 @contextlib.contextmanager
 def zygote(model: Path, log: Path) -> Iterator[Zygote]:
-    """A zygote for the time of a block."""
+    """Run a zygote for a block."""
     with zygotes.zygote() as processes:
         yield Zygote(model, log, processes)
 
 
-# --------------------------------------------------------------------------- what is compared
+# --------------------------------------------------------------------------- outcomes
 
 
 def outcome(run: Path) -> dict[str, Any]:
-    """Return everything that must be equal after a kill: all of a run but its dates, its seconds and its load."""
+    """Return everything of a run that must be equal after a kill: all except dates, seconds and load."""
     results = checked((run / "results.json").read_bytes())
     for key in ("created", "command", "budget", "seconds"):
         del results[key]
@@ -157,23 +134,26 @@ def outcome(run: Path) -> dict[str, Any]:
 
 
 def export_outcome(chain: Chain) -> dict[str, Any]:
-    """Return the content of an export, and what lies beside it under its name."""
-    from llmrec.durable import sha256_of
-
-    told = checked((chain.exported / "llmrec.json").read_bytes())
+    """Return the content of an export, and the files with its name."""
+    bundle = checked((chain.exported / "llmrec.json").read_bytes())
     files = {file.name: sha256_of(file) for file in chain.exported.iterdir()}
-    # These hold a hash over results.json, in which seconds stand: equal only for exports of one and the same run.
-    del told["made_from"]
+    # The hash of results.json depends on seconds.
+    del bundle["made_from"]
     apart = {name: files.pop(name) for name in ("llmrec.json", "SHA256SUMS")}
-    return {"files": files, "told": told, "apart": apart, "beside": sorted(p.name for p in chain.folder.glob("films*"))}
+    return {
+        "files": files,
+        "bundle": bundle,
+        "apart": apart,
+        "names": sorted(p.name for p in chain.folder.glob("films*")),
+    }
 
 
 def rank_outcome(chain: Chain) -> dict[str, Any]:
-    """Return the content of a ranked file, its summary without times and paths, and what lies beside it."""
+    """Return the content of a ranked file, its summary without times and paths, and the files next to it."""
     summary = json.loads(chain.ranked.with_name("ranked.jsonl.summary.json").read_text(encoding="utf-8"))
     kept = ("sha256", "lines", "ranked", "failed", "failures", "notes", "prompt_tokens", "completion_tokens")
     return {
         "rows": chain.ranked.read_text(encoding="utf-8").splitlines(),
         "summary": {key: summary[key] for key in kept},
-        "beside": sorted(p.name for p in [*chain.folder.glob("ranked*"), *chain.folder.glob(".ranked*")]),
+        "names": sorted(p.name for p in [*chain.folder.glob("ranked*"), *chain.folder.glob(".ranked*")]),
     }

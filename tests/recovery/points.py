@@ -1,4 +1,4 @@
-"""The moments at which a process kills itself: a function of the package, which call of it, and where in that call."""
+"""Points at which a process kills itself: a function, the number of the call, and where in that call."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-# Requests of the file that is ranked: three parts of at most 64.
+# Number of ranked requests: three parts of at most 64.
 REQUESTS = 150
 
-# Named point -> (module, attribute, which call of it is the last one, before or after its work, or with the file that
-# it writes, named by its second argument, cut in half).
+# Module, attribute, number of the last call, and whether the kill is before or after it, or cuts its file in half.
 Point = tuple[str, str, int, str]
 
 RUN: dict[str, Point] = {
@@ -46,13 +45,8 @@ RANK: dict[str, Point] = {
     "mid-rank, after a batch is stored": ("llmrec.backends.cache", "AnswerStore.put", 20, "after"),
     "mid-rank, before a part is stored": ("llmrec.answer.rank.run", "write_part", 2, "before"),
     "mid-rank, after a part is stored": ("llmrec.answer.rank.run", "write_part", 2, "after"),
-    # Each record becomes a line twice: in its part, and then in the output.
-    "mid-rank, while the output is written": (
-        "llmrec.data.ranked",
-        "_line",
-        REQUESTS + REQUESTS // 2,
-        "before",
-    ),
+    # Each record is written twice: to its part and to the output.
+    "mid-rank, while the output is written": ("llmrec.data.ranked", "_line", REQUESTS + REQUESTS // 2, "before"),
     "mid-rank, before the summary": ("llmrec.answer.rank.run", "write_checked", 1, "before"),
     "mid-rank, before the parts are removed": ("llmrec.answer.rank.run", "write_checked", 1, "after"),
 }
@@ -61,13 +55,13 @@ POINTS = {**RUN, **EXPORT, **RANK}
 
 
 def arm(name: str) -> None:
-    """Let this process kill itself at a named point."""
+    """Make this process kill itself at a named point."""
     module, path, last, side = POINTS[name]
     owner: Any = import_module(module)
     *outer, attribute = path.split(".")
     for part in outer:
         owner = getattr(owner, part)
-    genuine: Callable[..., Any] = getattr(owner, attribute)
+    original: Callable[..., Any] = getattr(owner, attribute)
     calls = 0
 
     def fatal(*args: Any, **options: Any) -> Any:
@@ -75,11 +69,11 @@ def arm(name: str) -> None:
         calls += 1
         if calls == last and side == "before":
             os.kill(os.getpid(), signal.SIGKILL)
-        found = genuine(*args, **options)
+        result = original(*args, **options)
         if calls == last:
             if side == "half":
                 os.truncate(args[1], Path(args[1]).stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
-        return found
+        return result
 
     setattr(owner, attribute, fatal)

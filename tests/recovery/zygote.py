@@ -1,7 +1,6 @@
-"""Forks commands from a process that has imported the heavy libraries.
+"""Forks commands from a process that has imported the large libraries, which is much faster than a cold start.
 
-Forking takes tenths of a second, a cold start half a minute. The zygote computes nothing itself, so that no thread pool
-is forked. Each order is a line of JSON.
+The zygote computes nothing, so it has no threads. Each command is a line of JSON.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from pathlib import Path
 
 
 class Zygote:
-    """A process that forks children; see the module."""
+    """A process that forks children."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -28,19 +27,10 @@ class Zygote:
             env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
         )
 
-    def do(self, words: Sequence[str], log: Path, point: str | None = None) -> int:
-        """Run a command.
-
-        Args:
-            words: Arguments of ``llmrec``.
-            log: The file to which its output is appended.
-            point: A named point of ``tests.recovery.points`` at which it kills itself.
-
-        Returns:
-            Its exit status; -9 for a kill.
-        """
+    def do(self, args: Sequence[str], log: Path, point: str | None = None) -> int:
+        """Run a command with its output in a log, and return its exit status, -9 for a kill at a named point."""
         assert self._process.stdin and self._process.stdout
-        self._process.stdin.write(json.dumps({"words": list(words), "log": str(log), "point": point}) + "\n")
+        self._process.stdin.write(json.dumps({"args": list(args), "log": str(log), "point": point}) + "\n")
         self._process.stdin.flush()
         return int(self._process.stdout.readline())
 
@@ -73,7 +63,7 @@ def _serve() -> None:
     import llmrec.pipeline.run
     import llmrec.train.sft  # noqa: F401
 
-    # Freeze: otherwise garbage collection in a child visits, and thus copies, the libraries' objects.
+    # Otherwise garbage collection in a child copies the objects of the libraries.
     gc.freeze()
     for line in sys.stdin:
         _, status = os.waitpid(_fork(**json.loads(line)), 0)
@@ -81,7 +71,7 @@ def _serve() -> None:
         sys.stdout.flush()
 
 
-def _fork(words: Sequence[str], log: str, point: str | None) -> int:
+def _fork(args: Sequence[str], log: str, point: str | None) -> int:
     process = os.fork()
     if process:
         return process
@@ -90,7 +80,7 @@ def _fork(words: Sequence[str], log: str, point: str | None) -> int:
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        _command(words, point)
+        _command(args, point)
         code = 0
     except SystemExit as error:
         code = int(error.code or 0)
@@ -105,7 +95,7 @@ def _fork(words: Sequence[str], log: str, point: str | None) -> int:
         os._exit(code)
 
 
-def _command(words: Sequence[str], point: str | None) -> None:
+def _command(args: Sequence[str], point: str | None) -> None:
     import torch
 
     from llmrec.cli import main as cli
@@ -115,7 +105,7 @@ def _command(words: Sequence[str], point: str | None) -> None:
         from tests.recovery import points
 
         points.arm(point)
-    sys.argv = ["llmrec", *words]
+    sys.argv = ["llmrec", *args]
     cli.main()
 
 
