@@ -34,7 +34,7 @@ def test_two_processes_answer_once_and_go_on_after_one_was_killed(llama_folder: 
     _, stderr = killed.communicate(timeout=300)
     errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
     assert killed.returncode == 2
-    assert "process 1 of 2 was ended by SIGKILL" in errors[-1]
+    assert "process 1 of 2 was stopped by SIGKILL" in errors[-1]
     assert "Traceback" not in stderr
     assert len(errors) <= 2
     assert not (out / "train.json").exists()

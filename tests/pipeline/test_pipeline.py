@@ -193,6 +193,21 @@ def test_task_can_be_evaluated_in_some_arms_only(llama_folder: Path, tmp_path: P
     assert "few-shot examples of sequential" in names and "few-shot examples of direct" not in names
 
 
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        (
+            "tasks={direct: {arms: [zero-shot]}, sequential: {arms: [few-shot]}}",
+            "no task is evaluated in the tuned setting",
+        ),
+        ("tasks={direct: {arms: []}}", "tasks.direct.arms"),
+    ],
+)
+def test_rejects_arms_without_use_of_training(tasks: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe("recipes/movielens-100k/four-tasks.yaml", [tasks])
+
+
 def test_user_with_leaking_profile_is_excluded_and_reported(
     llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -140,7 +140,6 @@ class Question:
     """Questions, with everything on which their answers depend."""
 
     folder: Path
-    revision: str | None = None
     dtype: str = "float32"
     backend: str = "hf"
     chat_template: str | None = None
@@ -174,7 +173,7 @@ def study_of(candidates: int) -> Study:
 
 def ask(store: AnswerStore, question: Question) -> tuple[int, int]:
     """Ask with a strategy and for free text; return the number of stored answers that were used for each."""
-    section = ModelSection(name=str(question.folder), revision=question.revision, dtype=question.dtype)  # type: ignore[arg-type]
+    section = ModelSection(name=str(question.folder), dtype=question.dtype)  # type: ignore[arg-type]
     tokenizer = load_tokenizer(str(question.folder), section)
     tokenizer.chat_template = question.chat_template or tokenizer.chat_template
     encoder = Encoder(tokenizer, max_length=1024)
@@ -197,7 +196,6 @@ def ask(store: AnswerStore, question: Question) -> tuple[int, int]:
 
 FIELDS: dict[str, dict[str, Any]] = {
     "model": {"folder": "another model"},
-    "revision": {"revision": "main"},
     "adapter": {"folder": "the same model with an adapter merged in"},
     "template": {"template": "shortlist"},
     "sampling": {"sampling": "temperature 0.7"},
