@@ -1,4 +1,4 @@
-"""What every backend must do, whichever engine answers. vLLM here is the real engine on a tiny random model."""
+"""Tests that every backend must pass. vLLM is the real engine on a tiny random model."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ TITLES = ("Heat (1995)", "Fargo (1996)", "Casino (1995)", "Heat", "Toy Story 2")
 LABELS = ("1", "2", "3", "4", "5")
 
 
-def prompt(question: str, given: str = "", stop: str | None = None) -> Prompt:
-    answer = (Segment("item", given),) if given else ()
+def prompt(question: str, prefix: str = "", stop: str | None = None) -> Prompt:
+    answer = (Segment("item", prefix),) if prefix else ()
     return Prompt(messages=(Message("user", (Segment("text", question),)),), answer_prefix=answer, stop=stop)
 
 
@@ -73,7 +73,9 @@ def openai_backend() -> Iterator[Backend]:
         backend.close()
 
 
-@pytest.fixture(params=["fake", "hf-packed", "hf-rows", "openai", pytest.param("vllm", marks=pytest.mark.vllm)])
+@pytest.fixture(
+    scope="module", params=["fake", "hf-packed", "hf-rows", "openai", pytest.param("vllm", marks=pytest.mark.vllm)]
+)
 def backend(request: pytest.FixtureRequest, llama_folder: Path) -> Backend:
     if request.param == "openai":
         client: Backend = request.getfixturevalue("openai_backend")
@@ -91,92 +93,92 @@ def test_satisfies_the_protocol(backend: Backend) -> None:
     assert backend.capabilities <= {"generate", "score", "search", "rate"}
 
 
-def test_scores_come_in_order_one_per_candidate(backend: Backend) -> None:
+def test_scores_are_in_order(backend: Backend) -> None:
     sets = [TITLES, LABELS, TITLES[:2]]
-    found = backend.score(PROMPTS, sets)
-    assert [len(scores.logprobs) for scores in found] == [5, 5, 2]
-    assert all(math.isfinite(value) and value < 0 for scores in found for value in scores.logprobs)
-    assert all(n >= 1 for scores in found for n in scores.tokens)
+    results = backend.score(PROMPTS, sets)
+    assert [len(scores.logprobs) for scores in results] == [5, 5, 2]
+    assert all(math.isfinite(value) and value < 0 for scores in results for value in scores.logprobs)
+    assert all(n >= 1 for scores in results for n in scores.tokens)
 
 
-def test_scores_do_not_depend_on_the_batch_or_on_candidate_order(backend: Backend) -> None:
-    together = backend.score(PROMPTS, [TITLES, TITLES, TITLES])
-    alone = backend.score(PROMPTS[2:], [TITLES[::-1]])[0]
-    assert together[2].logprobs == pytest.approx(alone.logprobs[::-1], abs=1e-4)
+def test_scores_do_not_depend_on_batch_or_order(backend: Backend) -> None:
+    others = [prompt(f"Who liked number {n}?", "Brazil\n" * n, "\n") for n in range(1, 4)]
+    together = backend.score([*others, *PROMPTS], [TITLES] * 6)
+    for scores, each in zip(together[3:], PROMPTS, strict=True):
+        alone = backend.score([each], [TITLES[::-1]])[0]
+        assert scores.logprobs == pytest.approx(alone.logprobs[::-1], abs=1e-4)
 
 
-def test_generates_in_order_and_within_the_limit(backend: Backend) -> None:
-    found = backend.generate(PROMPTS, max_tokens=6)
-    assert len(found) == 3
-    assert all(0 <= done.completion_tokens <= 6 for done in found)
-    assert all(done.finish_reason in ("stop", "length") for done in found)
-    assert "\n" not in found[0].text
-    assert [done.text for done in found] == [done.text for done in backend.generate(PROMPTS, max_tokens=6)]
+def test_generation_is_in_order_and_limited(backend: Backend) -> None:
+    results = backend.generate(PROMPTS, max_tokens=6)
+    assert len(results) == 3
+    assert all(0 <= done.completion_tokens <= 6 for done in results)
+    assert all(done.finish_reason in ("stop", "length") for done in results)
+    assert "\n" not in results[0].text
+    assert [done.text for done in results] == [done.text for done in backend.generate(PROMPTS, max_tokens=6)]
 
 
-# --------------------------------------------------------------------------- exactness
-
-
-def test_a_search_finds_what_scores_say_is_best(backend: Backend) -> None:
-    """Whatever the engine: with room for everything, a search is a sort of all scores."""
+def test_search_equals_sorted_scores(backend: Backend) -> None:
+    """A search of full width, and an exact one, equal a sort of all scores."""
     if "search" not in backend.capabilities:
         pytest.skip(f"{backend.name} does not search")
     texts = [f"{film} {n}" for film in TITLES for n in range(4)]
     scores = backend.score(PROMPTS, [texts] * len(PROMPTS))
     excluded: list[list[int]] = [[], [0, 3, 7], list(range(len(texts) - 2))]
     for exact, width in ((False, len(texts) * 12), (True, 3)):
-        found = backend.search(PROMPTS, texts, k=3, width=width, excluded=excluded[: len(PROMPTS)], exact=exact)
-        for result, known, out in zip(found, scores, excluded, strict=False):
-            left = [place for place in range(len(texts)) if place not in out]
-            best = sorted(left, key=lambda place: -known.logprobs[place])[:3]
+        results = backend.search(PROMPTS, texts, k=3, width=width, excluded=excluded[: len(PROMPTS)], exact=exact)
+        for result, known, out in zip(results, scores, excluded, strict=False):
+            left = [index for index in range(len(texts)) if index not in out]
+            best = sorted(left, key=lambda index: -known.logprobs[index])[:3]
             assert result.certified and list(result.items) == best, (exact, width)
-            assert result.scores == pytest.approx([known.logprobs[place] for place in best], abs=1e-2)
+            assert result.scores == pytest.approx([known.logprobs[index] for index in best], abs=1e-2)
             assert bool(result.short) == (len(left) < 3)
 
 
-def test_a_search_refuses_texts_that_are_equal(backend: Backend) -> None:
+def test_search_rejects_duplicate_texts(backend: Backend) -> None:
     if "search" not in backend.capabilities or backend.name == "fake":
         pytest.skip(f"{backend.name} has no tokens")
     with raises(DataError, Facts("duplicate", says=("items 0 and 2", "{scheme: title}"))):
         backend.search(PROMPTS, ["Heat", "Fargo", "Heat"], k=1, width=1)
 
 
-def by_hand(backend: Any, asked: Prompt, text: str, *, closed: bool) -> float:
+def by_hand(backend: Any, prompt: Prompt, text: str, *, closed: bool) -> float:
     """Sum full-softmax log-probabilities over one plain forward of prompt + continuation."""
     import torch
 
-    ids = backend.encoder.prompt(asked)
-    tail = list(backend.encoder.continuation(asked, text, closed=closed))
+    ids = backend.encoder.prompt(prompt)
+    tail = list(backend.encoder.continuation(prompt, text, closed=closed))
     with torch.no_grad():
         logprobs = backend.model(input_ids=torch.tensor([ids + tail])).logits[0].float().log_softmax(-1)
     return float(sum(logprobs[len(ids) + k - 1, token] for k, token in enumerate(tail)))
 
 
-@pytest.mark.parametrize("kind", ["llama_folder", "qwen_folder"])
-@pytest.mark.parametrize("closed", [True, False])
+@pytest.mark.parametrize(("kind", "closed"), [("llama_folder", True), ("qwen_folder", False)])
 def test_packed_scores_equal_plain_forwards(kind: str, closed: bool, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(kind)
     packed, rows = load_hf(folder, packed=True), load_hf(folder, packed=False)
-    found = packed.score(PROMPTS, [TITLES] * 3, closed=closed)
-    assert found[0].engine == "hf:tree"
+    results = packed.score(PROMPTS, [TITLES] * 3, closed=closed)
+    assert results[0].engine == "hf:tree"
     assert rows.score(PROMPTS, [TITLES] * 3, closed=closed)[0].engine == "hf:rows"
-    for asked, scores, plain in zip(PROMPTS, found, rows.score(PROMPTS, [TITLES] * 3, closed=closed), strict=True):
-        expected = [by_hand(packed, asked, title, closed=closed) for title in TITLES]
+    for each, scores, plain in zip(PROMPTS, results, rows.score(PROMPTS, [TITLES] * 3, closed=closed), strict=True):
+        expected = [by_hand(packed, each, title, closed=closed) for title in TITLES]
         assert scores.logprobs == pytest.approx(expected, abs=1e-4)
         assert plain.logprobs == pytest.approx(expected, abs=1e-4)
 
 
-def test_labels_are_read_from_one_distribution(llama_folder: Path) -> None:
+def test_labels_are_scored_by_one_forward(llama_folder: Path) -> None:
     hf: Any = load_hf(llama_folder)
-    (found,) = hf.score(PROMPTS[1:2], [LABELS], closed=False)
-    assert found.engine == "hf:one-token"
-    assert found.logprobs == pytest.approx([by_hand(hf, PROMPTS[1], label, closed=False) for label in LABELS], abs=1e-4)
+    (results,) = hf.score(PROMPTS[1:2], [LABELS], closed=False)
+    assert results.engine == "hf:one-token"
+    assert results.logprobs == pytest.approx(
+        [by_hand(hf, PROMPTS[1], label, closed=False) for label in LABELS], abs=1e-4
+    )
 
 
 def test_batched_generation_equals_one_by_one(llama_folder: Path) -> None:
     hf = load_hf(llama_folder)
     together = [done.text for done in hf.generate(PROMPTS, max_tokens=8)]
-    assert together == [hf.generate([asked], max_tokens=8)[0].text for asked in PROMPTS]
+    assert together == [hf.generate([each], max_tokens=8)[0].text for each in PROMPTS]
 
 
 @pytest.mark.vllm
@@ -195,29 +197,6 @@ def test_vllm_greedy_text_equals_transformers_in_float32(vllm_backend: Backend, 
     assert [d.text for d in vllm_backend.generate(PROMPTS, max_tokens=8)] == [
         d.text for d in hf.generate(PROMPTS, max_tokens=8)
     ]
-
-
-# --------------------------------------------------------------------------- properties, whatever the backend
-
-
-def test_a_candidate_set_equal_to_the_catalogue_ranks_as_its_search_does(backend: Backend) -> None:
-    if "search" not in backend.capabilities:
-        pytest.skip("this backend searches no catalogue")
-    catalogue = [f"{title} {year}" for title in ("Heat", "Fargo", "Alien", "Jaws") for year in range(1990, 1996)]
-    scores = backend.score(PROMPTS[:1], [catalogue])[0].logprobs
-    (found,) = backend.search(PROMPTS[:1], catalogue, k=len(catalogue), width=len(catalogue), exact=True)
-    order = sorted(range(len(catalogue)), key=lambda n: -scores[n])
-    assert list(found.items) == order
-    assert found.scores == pytest.approx([scores[n] for n in order], abs=1e-3)
-
-
-def test_an_unrelated_prompt_and_another_batch_change_no_score(backend: Backend) -> None:
-    alone = [backend.score([each], [TITLES])[0].logprobs for each in PROMPTS]
-    others = [prompt(f"Who asked for number {n}?", "Brazil\n" * n, "\n") for n in range(1, 6)]
-    mixed = [*others[:2], PROMPTS[0], *others[2:], PROMPTS[1], PROMPTS[2]]
-    together = backend.score(mixed, [TITLES] * len(mixed))
-    for place, values in zip((2, 6, 7), alone, strict=True):
-        assert together[place].logprobs == pytest.approx(values, abs=1e-4)
 
 
 @pytest.mark.slow
@@ -241,11 +220,11 @@ def test_vllm_in_bfloat16_reads_labels_from_a_float32_head(tmp_path: Path) -> No
     model.save_pretrained(folder)
     section = ModelSection(name=str(folder))
     encoder = Encoder(load_tokenizer(str(folder), section), max_length=512)
-    asked = [prompt(f"Which one, {n}?") for n in range(12)]
+    prompts = [prompt(f"Which one, {n}?") for n in range(12)]
     backend = VLLMBackend(str(folder), encoder, dtype="bfloat16")
     try:
-        scores = backend.score(asked, [LABELS] * 12, closed=False)
+        scores = backend.score(prompts, [LABELS] * 12, closed=False)
     finally:
         backend.close()
-    assert all(len(set(found.logprobs)) == len(LABELS) for found in scores)
-    assert all(value <= 1e-6 for found in scores for value in found.logprobs)
+    assert all(len(set(results.logprobs)) == len(LABELS) for results in scores)
+    assert all(value <= 1e-6 for results in scores for value in results.logprobs)

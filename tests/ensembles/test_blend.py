@@ -1,4 +1,4 @@
-"""Blends of ratings and of probabilities: planted parts get the weights they deserve."""
+"""Ensembles of ratings and of probabilities: planted members get the weights that they deserve."""
 
 from __future__ import annotations
 
@@ -20,21 +20,19 @@ MANY = 3000
 
 
 @dataclass
-class _Says:
-    """Says a number for each request; a NaN is an answer that cannot be read."""
+class _Table:
+    """Answers with a number per request; NaN is an unreadable answer."""
 
     name: str
     values: NDArray[np.float64]
     judges: bool
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        made = Probability if self.judges else Rating
-        found = [float(self.values[int(request.id)]) for request in requests]
+        kind = Probability if self.judges else Rating
+        values = [(request.id, float(self.values[int(request.id)])) for request in requests]
         return [
-            Unparsed(request_id=request.id, reason="mute")
-            if np.isnan(value)
-            else made(request_id=request.id, value=value)
-            for request, value in zip(requests, found, strict=True)
+            Unparsed(request_id=name, reason="mute") if np.isnan(value) else kind(request_id=name, value=value)
+            for name, value in values
         ]
 
 
@@ -46,7 +44,7 @@ def _cases(truth: NDArray[np.float64]) -> list[Case]:
 
 
 def _blend(parts: dict[str, NDArray[np.float64]], *, judges: bool) -> Blend:
-    return Blend("all", [(name, _Says(name, values, judges)) for name, values in parts.items()], judges=judges)
+    return Blend("all", [(name, _Table(name, values, judges)) for name, values in parts.items()], judges=judges)
 
 
 def _ratings(rng: np.random.Generator) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float64]]]:
@@ -55,7 +53,7 @@ def _ratings(rng: np.random.Generator) -> tuple[NDArray[np.float64], dict[str, N
     return truth, {"one": one, "two": two, "noise": rng.normal(3.5, 0.6, MANY)}
 
 
-def test_ratings_get_the_weights_that_made_them_and_noise_gets_none() -> None:
+def test_weights_of_ratings() -> None:
     truth, parts = _ratings(np.random.default_rng(0))
     blend = _blend(parts, judges=False)
     blend.fit(_cases(truth))
@@ -64,11 +62,11 @@ def test_ratings_get_the_weights_that_made_them_and_noise_gets_none() -> None:
     assert weights.low[2] < 0 < weights.high[2] and weights.low[0] < 0.7 < weights.high[0]
     errors = {each.name: -each.value for each in blend.tried}
     assert min(errors.values()) ** 2 < 0.8 * errors["one"] ** 2
-    # They are those of tables: RMSE, not squared errors.
+    # The values are RMSE, not squared errors.
     assert errors["one"] == pytest.approx(np.sqrt(np.mean((parts["one"] - truth) ** 2)), rel=0.02)
 
 
-def test_probabilities_get_the_weights_that_made_them() -> None:
+def test_weights_of_probabilities() -> None:
     rng = np.random.default_rng(1)
     one, two, noise = (rng.normal(0, 1.5, MANY) for _ in range(3))
     truth = (rng.random(MANY) < expit(0.9 * one + 0.5 * two - 0.4)).astype(np.float64)
@@ -83,21 +81,21 @@ def test_probabilities_get_the_weights_that_made_them() -> None:
 
 
 @pytest.mark.parametrize("judges", [False, True])
-def test_a_part_that_few_cases_weigh_is_put_onto_a_blend_that_many_have_weighed(judges: bool) -> None:
+def test_member_with_few_cases_is_added_to_a_fitted_blend(judges: bool) -> None:
     rng = np.random.default_rng(4)
     known = {name: rng.normal(0, 1, MANY) for name in ("one", "two", *map(str, range(8)))}
     new, noise = rng.normal(0, 1, MANY), rng.normal(0, 1, MANY)
     total = 0.6 * known["one"] + 0.4 * known["two"] + 0.8 * new
     truth = (rng.random(MANY) < expit(2 * total)).astype(float) if judges else total + rng.normal(0, 0.5, MANY)
 
-    def said(parts: dict[str, NDArray[np.float64]]) -> Blend:
+    def blend_of(parts: dict[str, NDArray[np.float64]]) -> Blend:
         return _blend({name: expit(each) if judges else each for name, each in parts.items()}, judges=judges)
 
-    base, few = said(known), _cases(truth)[:120]
+    base, few = blend_of(known), _cases(truth)[:120]
     base.name = "base"
     base.fit(_cases(truth))
     for last, worth in ((new, True), (noise, False)):
-        joined = said({**known, "last": last})
+        joined = blend_of({**known, "last": last})
         joined.fit(few, dissect=True, onto=[base])
         best = max(joined.tried, key=lambda each: each.value).name
         assert best.startswith("base")
@@ -116,7 +114,7 @@ def test_a_part_that_few_cases_weigh_is_put_onto_a_blend_that_many_have_weighed(
 
 
 @pytest.mark.parametrize("judges", [False, True])
-def test_who_judges_a_blend_has_no_say_in_it(judges: bool) -> None:
+def test_base_is_evaluated_on_other_users(judges: bool) -> None:
     rng = np.random.default_rng(6)
     known = {str(n): rng.normal(0, 1, 200) for n in range(8)}
     truth = (rng.random(200) < 0.5).astype(float) if judges else rng.normal(0, 1, 200)
@@ -125,24 +123,14 @@ def test_who_judges_a_blend_has_no_say_in_it(judges: bool) -> None:
     base = _blend({name: parts[name] for name in "012345"}, judges=judges)
     base.name = "base"
     base.fit(cases, only=Tried("logit" if judges else "ridge", "penalty 0.0001", 0.0))
-    (own,) = base.tried
+    (alone,) = base.tried
     joined = _blend(parts, judges=judges)
     joined.fit(cases, onto=[base])
-    found = {each.name: each.value for each in joined.tried}
-    assert found["base"] == pytest.approx(own.value)
+    values = {each.name: each.value for each in joined.tried}
+    assert values["base"] == pytest.approx(alone.value)
 
 
-def test_the_truth_gets_all_of_the_weight() -> None:
-    rng = np.random.default_rng(2)
-    truth = rng.integers(1, 6, MANY).astype(np.float64)
-    blend = _blend({"truth": truth, "noise": rng.normal(3, 1, MANY)}, judges=False)
-    blend.fit(_cases(truth))
-    assert blend.fitted.parts[0] == pytest.approx(1, abs=1e-3) and abs(blend.fitted.parts[1]) < 1e-3
-    answers = blend.answer([case.request for case in _cases(truth)[:20]])
-    assert [a.value for a in answers if isinstance(a, Rating)] == pytest.approx(truth[:20].tolist(), abs=0.01)
-
-
-def test_answers_stay_on_the_scale_and_mute_parts_count_as_their_mean() -> None:
+def test_answers_are_in_range_and_missing_ones_count_as_mean() -> None:
     truth, parts = _ratings(np.random.default_rng(3))
     truth = np.clip(truth, 1, 5)
     mute = parts["two"].copy()
@@ -156,7 +144,7 @@ def test_answers_stay_on_the_scale_and_mute_parts_count_as_their_mean() -> None:
     assert blend.answer([]) == []
 
 
-def test_too_few_users_or_parts_are_refused() -> None:
+def test_rejects_too_few_users_or_members() -> None:
     truth, parts = _ratings(np.random.default_rng(4))
     with raises(LlmrecError, Facts("too-few")):
         _blend(parts, judges=False).fit(_cases(truth[:6]))

@@ -1,4 +1,4 @@
-"""Fusion of rankers: planted parts get the weights they deserve, and no fusion is below its best part."""
+"""Ensembles of rankers: planted members get the weights that they deserve, and none is below its best member."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ USERS = 400
 
 @dataclass
 class _Table:
-    """Scores that stand in a table, a row a request."""
+    """Scores from a table with a row per request."""
 
     name: str
     rows: dict[str, NDArray[np.float64]]
@@ -46,25 +46,25 @@ class _Table:
         raise NotImplementedError
 
 
-def _cases(rng: np.random.Generator, chances: NDArray[np.float64], *, had: int = 3) -> list[Case]:
-    """Cases whose target is drawn by these chances, shape (n, items), among the items that are not in the history."""
+def _cases(rng: np.random.Generator, probabilities: NDArray[np.float64], *, had: int = 3) -> list[Case]:
+    """Cases whose target is drawn by these probabilities, shape (n, items), among items outside the history."""
     cases = []
-    for row, each in enumerate(chances):
+    for row, each in enumerate(probabilities):
         history = rng.choice(len(ITEMS), size=had, replace=False)
         free = each.copy()
         free[history] = 0
         truth = rng.choice(len(ITEMS), p=free / free.sum())
-        events = tuple(Event(item_id=ITEMS[place]) for place in history)
+        events = tuple(Event(item_id=ITEMS[index]) for index in history)
         cases.append(Case(request=Request(id=f"r{row}", user_id=f"u{row}", history=events), truth=ITEMS[truth]))
     return cases
 
 
 def _softmax(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    found = np.exp(values - values.max(axis=1, keepdims=True))
-    return np.asarray(found / found.sum(axis=1, keepdims=True))
+    result = np.exp(values - values.max(axis=1, keepdims=True))
+    return np.asarray(result / result.sum(axis=1, keepdims=True))
 
 
-def _part(name: str, values: NDArray[np.float64], kind: Kind = "logits") -> Member:
+def _member(name: str, values: NDArray[np.float64], kind: Kind = "logits") -> Member:
     return Member(name, _Table(name, {f"r{row}": each for row, each in enumerate(values)}), kind)
 
 
@@ -75,7 +75,7 @@ def _cells(
     truth: NDArray[np.int64] | None = None,
     had: NDArray[np.bool_] | None = None,
 ) -> Cells:
-    """Cells over whole tables of scores, shape (n, items)."""
+    """Cells of full tables of scores, shape (n, items)."""
     many, items = raw[0].shape
     starts = np.arange(many + 1) * items
     seen = np.zeros(many * items, dtype=bool) if had is None else had.ravel()
@@ -85,16 +85,16 @@ def _cells(
 
 
 def _value(scorer: CatalogueEnsemble, cases: Sequence[Case], seen: str) -> float:
-    found = rank_catalogue(scorer, cases, cutoffs=(), seen=(seen,))[seen]  # type: ignore[arg-type]
-    return float(ndcg(found.greater, found.tied, 10).mean())
+    result = rank_catalogue(scorer, cases, cutoffs=(), seen=(seen,))[seen]  # type: ignore[arg-type]
+    return float(ndcg(result.greater, result.tied, 10).mean())
 
 
-def test_a_part_that_knows_nothing_gets_no_weight_and_the_truth_gets_all_of_it() -> None:
+def test_noise_gets_no_weight() -> None:
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 1.5, (USERS, len(ITEMS)))
     cases = _cases(rng, _softmax(logits))
     noise = rng.normal(0, 1.5, (USERS, len(ITEMS)))
-    fusion = CatalogueEnsemble("both", [_part("truth", logits), _part("noise", noise)], filtered=True)
+    fusion = CatalogueEnsemble("both", [_member("truth", logits), _member("noise", noise)], filtered=True)
     fusion.fit(cases)
     weights = fusion.weights
     assert weights is not None
@@ -106,12 +106,12 @@ def test_a_part_that_knows_nothing_gets_no_weight_and_the_truth_gets_all_of_it()
         assert weights.parts[1] < 0.1 * weights.parts[0]
 
 
-def test_a_part_is_worth_what_is_lost_without_it() -> None:
+def test_contribution_of_each_member() -> None:
     rng = np.random.default_rng(4)
     one, other, noise = (rng.normal(0, 1.5, (800, len(ITEMS))) for _ in range(3))
     cases = _cases(rng, _softmax(one + 0.5 * other))
     fusion = CatalogueEnsemble(
-        "all", [_part("one", one), _part("other", other), _part("noise", noise)], filtered=True, learns=False
+        "all", [_member("one", one), _member("other", other), _member("noise", noise)], filtered=True, learns=False
     )
     fusion.fit(cases)
     assert fusion.without == ()
@@ -120,20 +120,20 @@ def test_a_part_is_worth_what_is_lost_without_it() -> None:
     assert [each.name for each in fusion.without] == ["one", "other", "noise"]
     assert first.loss > second.loss > 0.02 and first.low > 0 and second.low > 0
     assert third.low < 0.005 and abs(third.loss) < 0.01
-    # Without its strongest part, what is left does as well as a fusion of the others.
+    # Without its strongest member, the ensemble equals an ensemble of the others.
     rest = CatalogueEnsemble("rest", fusion.parts[1:], filtered=True, learns=False)
     rest.fit(cases)
     values = {each.form: each.value for each in rest.tried}
-    whole = {each.form: each.value for each in fusion.tried}
+    complete = {each.form: each.value for each in fusion.tried}
     form = fusion.fitted.form
-    assert first.loss == pytest.approx(whole[form] - values[form], abs=1e-4)
+    assert first.loss == pytest.approx(complete[form] - values[form], abs=1e-4)
 
 
-def test_a_form_that_was_chosen_before_is_fitted_alone() -> None:
+def test_chosen_form_is_fitted_alone() -> None:
     rng = np.random.default_rng(5)
     one, other = (rng.normal(0, 1.5, (300, len(ITEMS))) for _ in range(2))
     cases = _cases(rng, _softmax(one + other))
-    fusion = CatalogueEnsemble("both", [_part("one", one), _part("other", other)], filtered=True)
+    fusion = CatalogueEnsemble("both", [_member("one", one), _member("other", other)], filtered=True, learns=False)
     fusion.fit(cases)
     best = max(fusion.tried, key=lambda each: each.value)
     chosen = fusion.fitted
@@ -143,22 +143,22 @@ def test_a_form_that_was_chosen_before_is_fitted_alone() -> None:
         fusion.fit(cases, only=each)
         assert fusion.fitted.form == each.form and fusion.tried == (each,)
     assert fusion.fitted.parts == (0.0, 1.0)
-    # A part without a weight is not asked.
+    # A member without a weight is not called.
     mute = Member("one", _Table("one", {}), "logits")
     alone = CatalogueEnsemble("both", [mute, fusion.parts[1]], filtered=True)
     alone.weights = fusion.weights
     assert np.array_equal(alone.scores([cases[0].request]), fusion.scores([cases[0].request]))
 
 
-def test_users_that_chose_an_epoch_or_a_parameter_of_a_part_do_not_weigh_it() -> None:
+def test_rejects_users_that_selected_a_member() -> None:
     data = load_split(DataSection(source="made-reviews"), 0)
     choose, weigh = halves(data, 0.5)
     config = SASRec.Config(dim=8, layers=1, heads=1, epochs=2, quiet=True)
-    for whole in (True, False):
+    for shared in (True, False):
         network = SASRec(config, seed=0)
-        network.fit(data if whole else choose)
+        network.fit(data if shared else choose)
         tuned = (
-            tune("item-knn", data if whole else choose, seed=0, grid={"decay": (0.5, 1.0)}).choices["excluded"].model
+            tune("item-knn", data if shared else choose, seed=0, grid={"decay": (0.5, 1.0)}).choices["excluded"].model
         )
         for name, part in (("network", network), ("tuned", tuned)):
             counting = Popularity(seed=0)
@@ -166,7 +166,7 @@ def test_users_that_chose_an_epoch_or_a_parameter_of_a_part_do_not_weigh_it() ->
             fusion = CatalogueEnsemble(
                 "both", [Member("popularity", counting, "counts"), Member(name, part, "logits")], filtered=True
             )
-            if whole:
+            if shared:
                 with raises(LlmrecError, Facts(kind="leak", says=(name, "reserve other users"))):
                     fusion.fit(ranking_cases(weigh))
             else:
@@ -174,34 +174,36 @@ def test_users_that_chose_an_epoch_or_a_parameter_of_a_part_do_not_weigh_it() ->
 
 
 @pytest.mark.parametrize("form", ["logit", "pool"])
-def test_maximum_likelihood_finds_the_weights_that_made_the_data(form: str) -> None:
+def test_maximum_likelihood_recovers_the_weights(form: str) -> None:
     rng = np.random.default_rng(1)
     many = 3000
     one, other = rng.normal(0, 1.5, (many, len(ITEMS))), rng.normal(0, 1.5, (many, len(ITEMS)))
-    made = _softmax(1.2 * one + 0.6 * other) if form == "logit" else 0.7 * _softmax(one) + 0.3 * _softmax(other)
-    # Without a history nothing is hidden, so that the chances are those of the form.
-    cases = _cases(rng, made, had=0)
-    fusion = CatalogueEnsemble("both", [_part("one", one), _part("other", other)], filtered=True, learns=False)
+    probabilities = (
+        _softmax(1.2 * one + 0.6 * other) if form == "logit" else 0.7 * _softmax(one) + 0.3 * _softmax(other)
+    )
+    # Without a history no item is excluded, so the probabilities are those of the form.
+    cases = _cases(rng, probabilities, had=0)
+    fusion = CatalogueEnsemble("both", [_member("one", one), _member("other", other)], filtered=True, learns=False)
     fusion.fit(cases)
-    column = {item: place for place, item in enumerate(ITEMS)}
+    column = {item: index for index, item in enumerate(ITEMS)}
     known = _cells([one, other], truth=np.array([column[str(case.truth)] for case in cases]))
-    found = (logit if form == "logit" else pool)(known, repeats=False)
-    assert found.parts == pytest.approx((1.2, 0.6) if form == "logit" else (0.7, 0.3), abs=0.06)
+    result = (logit if form == "logit" else pool)(known, repeats=False)
+    assert result.parts == pytest.approx((1.2, 0.6) if form == "logit" else (0.7, 0.3), abs=0.06)
     if form == "logit":
-        found = limits(known, found, [case.request.user_id for case in cases], repeats=False)
-        low, high = found.low, found.high
+        result = limits(known, result, [case.request.user_id for case in cases], repeats=False)
+        low, high = result.low, result.high
         assert low[0] < 1.2 < high[0] and low[1] < 0.6 < high[1] and high[0] - low[0] < 0.2
 
 
-def test_a_repeated_item_is_worth_what_validation_says() -> None:
+def test_weight_of_repeated_items_is_fitted() -> None:
     rng = np.random.default_rng(2)
     logits = rng.normal(0, 1.0, (2000, len(ITEMS)))
     cases = _cases(rng, _softmax(logits), had=5)
-    # The parts put items of the history first; no target is one.
+    # The members rank items of the history first; no target is one.
     had = np.zeros_like(logits, dtype=bool)
     for row, case in enumerate(cases):
         had[row, [ITEMS.index(event.item_id) for event in case.request.history]] = True
-    parts = [_part("one", logits + 4 * had), _part("noise", rng.normal(0, 1, logits.shape) + 2 * had)]
+    parts = [_member("one", logits + 4 * had), _member("noise", rng.normal(0, 1, logits.shape) + 2 * had)]
     open_, filtered = (
         CatalogueEnsemble("open", parts, filtered=False, learns=False),
         CatalogueEnsemble("filtered", parts, filtered=True, learns=False),
@@ -216,12 +218,15 @@ def test_a_repeated_item_is_worth_what_validation_says() -> None:
 
 @given(seed=st.integers(0, 50), noise=st.floats(0.2, 4))
 @settings(max_examples=12)
-def test_on_validation_no_fusion_is_below_its_best_part(seed: int, noise: float) -> None:
+def test_no_ensemble_is_below_its_best_member(seed: int, noise: float) -> None:
     rng = np.random.default_rng(seed)
     logits = rng.normal(0, 1.5, (100, len(ITEMS)))
     cases = _cases(rng, _softmax(logits))
-    parts = [_part("one", logits + rng.normal(0, noise, logits.shape)), _part("two", rng.normal(0, 1, logits.shape))]
-    parts.append(_part("counts", np.floor(_softmax(logits + rng.normal(0, 1, logits.shape)) * 20), "counts"))
+    parts = [
+        _member("one", logits + rng.normal(0, noise, logits.shape)),
+        _member("two", rng.normal(0, 1, logits.shape)),
+    ]
+    parts.append(_member("counts", np.floor(_softmax(logits + rng.normal(0, 1, logits.shape)) * 20), "counts"))
     fusion = CatalogueEnsemble("all", parts, filtered=True)
     fusion.fit(cases)
     best = max(form.value for form in fusion.tried)
@@ -229,44 +234,30 @@ def test_on_validation_no_fusion_is_below_its_best_part(seed: int, noise: float)
     assert fusion.fitted.form == next(form for form in fusion.tried if form.value == best).form
 
 
-def test_one_part_alone_ranks_as_it_does_itself() -> None:
-    rng = np.random.default_rng(3)
-    logits = rng.normal(0, 1, (60, len(ITEMS)))
-    cases = _cases(rng, _softmax(3 * logits))
-    fusion = CatalogueEnsemble("both", [_part("one", logits), _part("two", -logits)], filtered=True)
-    fusion.weights = Weights("alone", (1.0, 0.0))
-    found = fusion.scores([case.request for case in cases])
-    assert np.array_equal(found, logits)
-
-
-def test_what_a_search_did_not_find_has_the_chance_of_its_last_beam() -> None:
+def test_missing_items_of_a_search_share_its_last_score() -> None:
     cells = _cells([np.array([[0.5, 0.2, 0.0, 0.0]])], ["beams"])
     assert np.exp(cells.scores(0)) == pytest.approx(np.array([0.5, 0.2, 0.2, 0.2]))
     assert cells.shares(0) == pytest.approx(np.array([0.5, 0.2, 0.2, 0.2]) / 1.1)
-
-
-def test_shares_add_up_to_one_and_are_uniform_without_a_score() -> None:
-    assert _cells([np.array([[9.0, 1.0, 1.0]])], ["counts"]).shares(0) == pytest.approx(np.array([9, 1, 1]) / 11)
     assert _cells([np.zeros((1, 4))], ["counts"]).shares(0) == pytest.approx(np.full(4, 0.25))
 
 
-def test_scores_do_not_depend_on_what_else_is_asked() -> None:
+def test_scores_do_not_depend_on_the_batch() -> None:
     rng = np.random.default_rng(5)
     one, two = rng.normal(0, 1, (6, 40)), rng.random((6, 40))
     had = rng.random((6, 40)) < 0.1
     for weights in (Weights("logit", (0.7, 0.4), -2.0), Weights("pool", (0.6, 0.4), -2.0)):
-        whole = weights.scores(_cells([one, two], ["logits", "counts"], had=had)).reshape(6, 40)
+        together = weights.scores(_cells([one, two], ["logits", "counts"], had=had)).reshape(6, 40)
         alone = weights.scores(_cells([one[2:3], two[2:3]], ["logits", "counts"], had=had[2:3]))
-        assert np.array_equal(whole[2], alone)
+        assert np.array_equal(together[2], alone)
 
 
-def test_too_few_users_and_other_catalogues_are_refused() -> None:
+def test_rejects_too_few_users_and_members() -> None:
     rng = np.random.default_rng(6)
     logits = rng.normal(0, 1, (5, len(ITEMS)))
-    fusion = CatalogueEnsemble("both", [_part("one", logits), _part("two", logits)], filtered=True)
+    fusion = CatalogueEnsemble("both", [_member("one", logits), _member("two", logits)], filtered=True)
     with raises(LlmrecError, Facts("too-few")):
         fusion.fit(_cases(rng, _softmax(logits)))
     with raises(LlmrecError, Facts("mismatch")):
-        CatalogueEnsemble("both", [_part("one", logits)], filtered=True)
+        CatalogueEnsemble("both", [_member("one", logits)], filtered=True)
     with pytest.raises(RuntimeError, match="call fit"):
         fusion.scores([])

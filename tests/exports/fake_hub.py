@@ -1,4 +1,4 @@
-"""A model hub in a thread: the few addresses that an upload asks, over real HTTP."""
+"""A model hub in a thread, with the endpoints that an upload uses, over real HTTP."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Any
 
 
 class Hub:
-    """What the hub was told.
+    """The content of the hub.
 
     Attributes:
-        address: Of the server.
+        address: Address of the server.
         repositories: Name -> private.
         files: Repository -> path -> content.
-        tokens: Tokens that came with requests.
-        refuse: Status that every upload is answered with, if set.
+        tokens: Tokens of requests.
+        refuse: Status of the response to every upload, if set.
     """
 
     def __init__(self, address: str) -> None:
@@ -52,15 +52,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     @property
     def hub(self) -> Hub:
-        found: Hub = self.server.hub  # type: ignore[attr-defined]
-        return found
+        hub: Hub = self.server.hub  # type: ignore[attr-defined]
+        return hub
 
     def do_GET(self) -> None:
         name = self.path.removeprefix("/api/models/").partition("?")[0]
         if name not in self.hub.repositories:
             return self._answer(404, {"error": "Repository not found"})
-        found = {"id": name, "private": self.hub.repositories[name], "sha": "0" * 40, "tags": [], "siblings": []}
-        return self._answer(200, found)
+        model = {"id": name, "private": self.hub.repositories[name], "sha": "0" * 40, "tags": [], "siblings": []}
+        return self._answer(200, model)
 
     def do_PUT(self) -> None:
         self.hub.large[self.path.rpartition("/")[2]] = self._body()
@@ -70,10 +70,12 @@ class _Handler(BaseHTTPRequestHandler):
         body, path = self._body(), self.path.partition("?")[0]
         self.hub.tokens.add(self.headers.get("authorization", "").removeprefix("Bearer "))
         if path == "/api/repos/create":
-            asked = json.loads(body)
-            name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
+            request = json.loads(body)
+            name = f"{request['organization']}/{request['name']}" if request.get("organization") else request["name"]
             taken = name in self.hub.repositories
-            self.hub.repositories.setdefault(name, bool(asked.get("private") or asked.get("visibility") == "private"))
+            self.hub.repositories.setdefault(
+                name, bool(request.get("private") or request.get("visibility") == "private")
+            )
             self._answer(409 if taken else 200, {"url": f"{self.hub.address}/{name}", "name": name})
         elif self.hub.refuse is not None:
             self._answer(self.hub.refuse, {"error": "the hub is full"})
@@ -117,5 +119,5 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _files(body: bytes) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads(body)["files"]
-    return found
+    files: list[dict[str, Any]] = json.loads(body)["files"]
+    return files

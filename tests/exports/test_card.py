@@ -1,4 +1,4 @@
-"""The model card: what it says, that model hubs can read it, and that no text of a run can break out of it."""
+"""The model card: its content, its metadata, and that no text of a run becomes markup."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ AGREEMENT = Agreement(
 )
 
 
-def made(**changes: Any) -> Card:
+def make_card(**changes: Any) -> Card:
     card = Card(
         name="films-model",
         address="films-model",
@@ -108,7 +108,7 @@ def made(**changes: Any) -> Card:
 
 
 def parts(text: str) -> tuple[dict[str, Any], str]:
-    """Cut a card as a hub does, and check that nothing else could be taken for front matter."""
+    """Split a card into front matter and body."""
     match = re.match(r"---\n(.*?)\n---\n", text, flags=re.DOTALL)
     assert match is not None
     return yaml.safe_load(match[1]), text[match.end() :]
@@ -118,34 +118,30 @@ def blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)\n```", text, flags=re.DOTALL)
 
 
-# --------------------------------------------------------------------------- front matter
-
-
-def test_the_front_matter_is_what_the_hub_library_reads() -> None:
+def test_front_matter_is_read_by_the_hub_library() -> None:
     hub = pytest.importorskip("huggingface_hub", reason="the train extra is not installed")
-    text = render(made(base=BaseFacts(name="x", hub="org/base", licence="mit", languages=("en", "de"))))
+    text = render(make_card(base=BaseFacts(name="x", hub="org/base", licence="mit", languages=("en", "de"))))
     card = hub.ModelCard(text)
-    found = card.data.to_dict()
-    assert found["license"] == "mit"
-    assert found["base_model"] == "org/base" and found["base_model_relation"] == "finetune"
-    assert (found["library_name"], found["pipeline_tag"]) == ("transformers", "text-generation")
-    assert found["language"] == ["en", "de"]
-    assert {"llmrec", "recommendation", "lora", "rating", "direct"} <= set(found["tags"])
+    parsed = card.data.to_dict()
+    assert parsed["license"] == "mit"
+    assert parsed["base_model"] == "org/base" and parsed["base_model_relation"] == "finetune"
+    assert (parsed["library_name"], parsed["pipeline_tag"]) == ("transformers", "text-generation")
+    assert parsed["language"] == ["en", "de"]
+    assert {"llmrec", "recommendation", "lora", "rating", "direct"} <= set(parsed["tags"])
     assert card.text.lstrip().startswith("# films-model")
-    assert hub.ModelCard(str(card)).data.to_dict() == found
+    assert hub.ModelCard(str(card)).data.to_dict() == parsed
 
 
 @pytest.mark.parametrize(
     ("licence", "base", "expected"),
     [
         (None, None, {"license": "unknown"}),
-        (None, "apache-2.0", {"license": "apache-2.0"}),
         ("cc-by-nc-4.0", "apache-2.0", {"license": "cc-by-nc-4.0"}),
         ("My own terms: ask", "mit", {"license": "other", "license_name": "My own terms: ask"}),
     ],
 )
 def test_licences(licence: str | None, base: str | None, expected: dict[str, str]) -> None:
-    card = made(licence=licence, base=BaseFacts(name="b", licence=base))
+    card = make_card(licence=licence, base=BaseFacts(name="b", licence=base))
     header, body = parts(render(card))
     assert {key: header[key] for key in header if key.startswith("license")} == expected
     section = body.partition("## Licence")[2]
@@ -153,102 +149,76 @@ def test_licences(licence: str | None, base: str | None, expected: dict[str, str
     assert f"this card: {licence or 'unknown: fill in'}." in section
 
 
-def test_a_local_base_and_a_local_table_are_no_hub_names() -> None:
-    header = metadata(made(base=BaseFacts(name="my-model")))
+def test_local_names_are_not_in_the_metadata() -> None:
+    header = metadata(make_card(base=BaseFacts(name="my-model")))
     assert "base_model" not in header and "datasets" not in header
     data = DataFacts(name="films", source="table", hub="org/films")
-    assert metadata(made(data=(data,)))["datasets"] == ["org/films"]
+    assert metadata(make_card(data=(data,)))["datasets"] == ["org/films"]
 
 
-# --------------------------------------------------------------------------- what it says
-
-
-def test_it_says_that_a_run_was_not_evaluated() -> None:
-    body = parts(render(made()))[1]
-    assert "The run was not evaluated" in body.partition("## Evaluation")[2].partition("## Effect of the export")[0]
-
-
-def test_figures_come_with_baselines_intervals_signatures_and_who_won(results: dict[str, Any]) -> None:
-    found = results_of(results)
-    text = render(made(results=found, measured_dtype="bfloat16"))
+def test_results_have_baselines_intervals_and_signatures(results: dict[str, Any]) -> None:
+    parsed = results_of(results)
+    text = render(make_card(results=parsed, measured_dtype="bfloat16"))
     section = text.partition("## Evaluation")[2].partition("## Effect of the export")[0]
-    for row in found.rows:
-        metric = row.metrics[found.headline[row.task]]
+    for row in parsed.rows:
+        metric = row.metrics[parsed.headline[row.task]]
         assert f"{metric.value:.3f} [{metric.low:.3f}, {metric.high:.3f}]" in section
         assert metric.signature in section
-    assert section.count("(baseline)") == sum(row.arm == "baseline" for row in found.rows)
+    assert section.count("(baseline)") == sum(row.arm == "baseline" for row in parsed.rows)
     assert "The best model is a baseline" in section and "The best model is a language model" in section
     assert "One seed only." in section
     assert "evaluation used" not in section
     assert "evaluation used bfloat16 weights; this folder contains float32" in render(
-        made(results=found, measured_dtype="bfloat16", dtype="float32")
+        make_card(results=parsed, measured_dtype="bfloat16", dtype="float32")
     )
 
 
-def test_it_names_data_its_terms_and_what_is_made() -> None:
+def test_card_describes_data_and_terms() -> None:
     reviews = DataFacts(name="made-reviews", source="made-reviews", users=120, items=40, interactions=1442,
                         parts=(1202, 120, 120), split="leave one out", filters="none", made=True)  # fmt: skip
-    body = parts(render(made(data=(*made().data, reviews))))[1]
+    body = parts(render(make_card(data=(*make_card().data, reviews))))[1]
     section = body.partition("## Data")[2].partition("## Evaluation")[0]
     assert "98 114 for training, 943 for validation and 943 for test" in section
     assert "GroupLens research licence" in section and "unknown: fill in" in section
     assert section.count("not real reviews") == 1
     assert "is not included" in section
-    assert "items.parquet" in parts(render(made(with_items=True)))[1]
+    assert "items.parquet" in parts(render(make_card(with_items=True)))[1]
 
 
-def test_it_names_limits() -> None:
-    limits = parts(render(made()))[1].partition("## Limits")[2].partition("## Licence")[0]
-    for word in ("SIGIR 2025", "Popularity and position", "One seed", "Untrusted text", "Not for"):
-        assert word in limits
-
-
-def test_what_a_quantised_run_lost_is_shown() -> None:
-    section = render(made(agreement=AGREEMENT, method="qlora")).partition("## Effect of the export")[2]
+def test_card_shows_the_loss_of_a_quantised_run() -> None:
+    section = render(make_card(agreement=AGREEMENT, method="qlora")).partition("## Effect of the export")[2]
     assert "trained on a quantised base" in section
     assert "| Rating prediction | RMSE | 50 | 1.0500 | 1.0600 | +0.0100 [−0.002, +0.021] |" in section
     assert "−0.0044" in section and "0.46" in section
-    unmeasured = render(made(method="qlora")).partition("## Effect of the export")[2]
+    unmeasured = render(make_card(method="qlora")).partition("## Effect of the export")[2]
     assert "Not measured." in unmeasured and "changes the model slightly" in unmeasured
 
 
-def test_an_adapter_card_loads_the_base_first() -> None:
-    text = render(made(adapter_only=True))
+def test_card_of_an_adapter_loads_the_base() -> None:
+    text = render(make_card(adapter_only=True))
     header, body = parts(text)
     assert (header["library_name"], header["base_model_relation"]) == ("peft", "adapter")
     assert "HuggingFaceTB/SmolLM2-135M-Instruct" in blocks(body, "python")[0]
     assert "--enable-lora" in blocks(body, "sh")[0]
 
 
-# --------------------------------------------------------------------------- snippets
-
-
-def test_snippets_are_programs() -> None:
-    text = render(made())
-    ast.parse(blocks(text, "python")[0])
-    serve, request = blocks(text, "sh")
-    assert shlex.split(serve) == ["vllm", "serve", "films-model", "--max-model-len", "2048"]
-    words = shlex.split(request.replace("\\\n", " "))
-    body = json.loads(words[words.index("-d") + 1])
-    assert body["messages"][1]["content"] == EXAMPLE.messages[1][1]
-    assert body["temperature"] == 0
-
-
-@pytest.mark.parametrize("address", ["two words", "it's; $(rm x) `y`", "me/films", "фильмы"])
-def test_any_folder_name_is_one_word_of_the_commands(address: str) -> None:
-    text = render(made(address=address, example=replace(EXAMPLE, candidates=("A", "B"))))
+@pytest.mark.parametrize("address", ["it's; $(rm x) `y`", "me/films"])
+def test_folder_names_are_quoted_in_commands(address: str) -> None:
+    text = render(make_card(address=address, example=replace(EXAMPLE, candidates=("A", "B"))))
     rank, serve, request = blocks(text, "sh")
-    assert shlex.split(serve)[2] == address
+    assert shlex.split(serve) == ["vllm", "serve", address, "--max-model-len", "2048"]
     assert shlex.split(rank.splitlines()[1])[3] == address
     words = shlex.split(request.replace("\\\n", " "))
-    assert json.loads(words[words.index("-d") + 1])["model"] == address
+    body = json.loads(words[words.index("-d") + 1])
+    assert (body["model"], body["temperature"]) == (address, 0)
+    assert body["messages"][1]["content"] == EXAMPLE.messages[1][1]
     tree = ast.parse(blocks(text, "python")[0])
     assert address in [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
 
 
-def test_a_list_is_continued_as_text() -> None:
+def test_example_of_a_list_continues_text() -> None:
     example = replace(EXAMPLE, given="Alien\nHeat\n", text="<|im_start|>Alien\nHeat\n", stop="\n")
-    card = made(example=example)
+    card = make_card(example=example)
     path, body = body_of(card)
     assert path == "/v1/completions"
     assert (body["prompt"], body["stop"]) == (example.text, ["\n"])
@@ -257,21 +227,18 @@ def test_a_list_is_continued_as_text() -> None:
 
 
 @given(st.text(st.characters(exclude_categories=("Cs",))))
-def test_a_literal_is_json_and_python_and_harmless(text: str) -> None:
+def test_literal_is_json_and_python(text: str) -> None:
     written = literal({"a": [text]})
     assert json.loads(written) == ast.literal_eval(written) == {"a": [text]}
     assert not set("<>&`'\n") & set(written)
 
 
-# --------------------------------------------------------------------------- hostile text
-
-
 def _all_hostile(results: Results, texts: list[str]) -> Card:
     one, two, three, four = (texts[n % len(texts)] for n in range(4))
-    return made(
+    return make_card(
         name=one, description=two, noun=three, results=results, licence=four[:70], measured_dtype=one, notes=(two,),
         base=BaseFacts(name=one, hub=two, revision=three, licence=four, note=""),
-        data=(replace(made().data[0], name=one, source=two, split=three, filters=four, licence=one, fingerprint=two),),
+        data=(DataFacts(name=one, source=two, split=three, filters=four, licence=one, fingerprint=two),),
         asked=(Asked(family="rating", strategies=(one, two), template=three, version=1, weight=1.0),),
         training={**TRAINING, "adapter_sha256": four, "rows": {one: 3}},
         lora={two: three},
@@ -279,7 +246,7 @@ def _all_hostile(results: Results, texts: list[str]) -> Card:
     )  # fmt: skip
 
 
-def test_no_text_of_a_run_becomes_markup(results: dict[str, Any], payloads: list[str], hostile: Hostile) -> None:
+def test_hostile_texts_do_not_become_markup(results: dict[str, Any], payloads: list[str], hostile: Hostile) -> None:
     extra = [
         "---\nlicense: mit\n---",
         "a\n---\nb",
@@ -290,13 +257,13 @@ def test_no_text_of_a_run_becomes_markup(results: dict[str, Any], payloads: list
         ": x",
     ]
     plain = MarkdownIt("commonmark", {"html": True}).enable("table")
-    kinds = [token.type for token in plain.parse(parts(render(made(results=results_of(results))))[1])]
+    kinds = [token.type for token in plain.parse(parts(render(make_card(results=results_of(results))))[1])]
     assert "html_block" not in kinds
     for start in range(0, len(payloads), 12):
         texts = [*payloads[start : start + 12], *extra]
-        found = results_of(hostile(results, texts))
-        for turned in range(0, len(texts), 4):
-            text = render(_all_hostile(found, texts[turned:] + texts[:turned]))
+        parsed = results_of(hostile(results, texts))
+        for shift in range(0, len(texts), 4):
+            text = render(_all_hostile(parsed, texts[shift:] + texts[:shift]))
             header, body = parts(text)
             known = {"license", "license_name", "library_name", "pipeline_tag", "tags"}
             assert header.keys() <= known | {"base_model", "base_model_relation"}

@@ -1,4 +1,4 @@
-"""A run that tuned no language model cannot be exported, and says so before any library of models is imported."""
+"""A run without a tuned model cannot be exported, which is reported before any library is imported."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ eval: {arms: ARMS}
 """
 
 
-def made(folder: Path, arms: str) -> Path:
+def make_run(folder: Path, arms: str) -> Path:
     (folder / "recipe.yaml").write_text(RECIPE.replace("ARMS", arms))
     return folder
 
@@ -28,23 +28,23 @@ def made(folder: Path, arms: str) -> Path:
 @pytest.mark.parametrize(
     ("arms", "column", "says"), [("[]", None, "llmrec serve"), ("[zero-shot]", "eval.arms", "add tuned to eval.arms")]
 )
-def test_it_says_what_to_do_instead(tmp_path: Path, arms: str, column: str | None, says: str) -> None:
-    run = made(tmp_path, arms)
+def test_error_names_the_fix(tmp_path: Path, arms: str, column: str | None, says: str) -> None:
+    run = make_run(tmp_path, arms)
     with raises(LlmrecError, Facts("unsupported", run, column=column, says=says)):
         refuse_untuned(run)
     (run / "train.json").write_text("{}")
     refuse_untuned(run)
 
 
-def test_a_run_that_is_to_be_tuned_is_left_to_the_export(tmp_path: Path) -> None:
-    refuse_untuned(made(tmp_path, "[zero-shot, tuned]"))
+def test_runs_to_be_tuned_are_accepted(tmp_path: Path) -> None:
+    refuse_untuned(make_run(tmp_path, "[zero-shot, tuned]"))
     refuse_untuned(tmp_path / "nothing")
 
 
-def test_no_library_of_models_is_imported_for_it(tmp_path: Path) -> None:
+def test_error_imports_no_library(tmp_path: Path) -> None:
     code = (
         "import sys; from llmrec.cli import main as cli\n"
-        f"sys.argv = ['llmrec', 'export', {str(made(tmp_path, '[]'))!r}, '--out', {str(tmp_path / 'out')!r}]\n"
+        f"sys.argv = ['llmrec', 'export', {str(make_run(tmp_path, '[]'))!r}, '--out', {str(tmp_path / 'out')!r}]\n"
         "try:\n    cli.main()\nfinally:\n    print(sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)

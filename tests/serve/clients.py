@@ -1,7 +1,7 @@
-"""Ask a running service with the clients of others: ``python -m tests.serve.clients URL [--key KEY] [--model FOLDER]``.
+"""Test a running service with other clients: ``python -m tests.serve.clients URL [--key KEY] [--model FOLDER]``.
 
-OpenAI's and Cohere's packages and MCP's client ask over HTTP (the service needs ``--mcp``); the retriever of LangChain
-opens the folder of the model itself.
+The clients of OpenAI, Cohere and MCP use HTTP (the service needs ``--mcp``); the retriever of LangChain opens the
+folder of the model.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def cohere(url: str, key: str, model: str) -> str:
     from cohere import ClientV2
 
     texts = ["Alien (1979)", "Aladdin (1992)"]
-    found = ClientV2(base_url=url, api_key=key).rerank(model=model, query="Aliens (1986)", documents=texts, top_n=1)
-    return texts[found.results[0].index]
+    results = ClientV2(base_url=url, api_key=key).rerank(model=model, query="Aliens (1986)", documents=texts, top_n=1)
+    return texts[results.results[0].index]
 
 
 def mcp(url: str, key: str, model: str) -> str:
@@ -70,23 +70,23 @@ def langchain(folder: str, model: str, user: str) -> str:
     import llmrec
 
     with llmrec.load(folder, models=[model]) as rec:
-        found = retriever()(recommender=rec, k=2).invoke(user or rec.users[0])
-    return ", ".join(document.page_content for document in found)
+        results = retriever()(recommender=rec, k=2).invoke(user or rec.users[0])
+    return ", ".join(document.page_content for document in results)
 
 
 def main() -> None:
-    """Ask with every client, and print one line each."""
+    """Use every client, and print one line each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("url")
     parser.add_argument("--key", default="none", help="an API key of the service")
     parser.add_argument("--by", default="item-knn", help="the model that answers")
     parser.add_argument("--model", help="the folder of the model, for LangChain")
     parser.add_argument("--user", default="", help="a user of this folder")
-    given = parser.parse_args()
+    options = parser.parse_args()
     for name, ask in CLIENTS.items():
-        sys.stdout.write(f"{name} {version(name)}: {ask(given.url, given.key, given.by)!r}\n")
-    if given.model:
-        titles = langchain(given.model, given.by, given.user)
+        sys.stdout.write(f"{name} {version(name)}: {ask(options.url, options.key, options.by)!r}\n")
+    if options.model:
+        titles = langchain(options.model, options.by, options.user)
         sys.stdout.write(f"langchain-core {version('langchain-core')}: {titles!r}\n")
 
 

@@ -13,16 +13,16 @@ from httpx._transports import default
 if TYPE_CHECKING:
     from tests.serve.served import Served
 
-# Each of a thousand requests would read all certificates again.
+# Otherwise each client reads all certificates again.
 default.create_ssl_context = cache(default.create_ssl_context)
 
 
 @pytest.fixture(scope="session")
 def served(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """A real service over a toy model: tests share it, and give what they add to it names of their own."""
+    """A service over a toy model, shared by all tests: they use unique names for what they add."""
     for module in ("torch", "fastapi", "uvicorn", "prometheus_client", "mcp"):
         pytest.importorskip(module, reason=f"{module} is not installed")
     from tests.serve.served import serving
 
-    with serving(llama_folder, tmp_path_factory.mktemp("served")) as found:
-        yield found
+    with serving(llama_folder, tmp_path_factory.mktemp("served")) as result:
+        yield result

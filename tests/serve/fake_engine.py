@@ -1,9 +1,8 @@
-"""An engine process without a model: it starts in a moment, ranks by id, and does as it is told.
+"""An engine process without a model, which starts at once and ranks by id.
 
-Its ``model`` is a file of JSON that says how it starts: ``{"seconds": 0.5}`` slowly, ``{"fails": true}`` not at all,
-``{"gpu": FILE}`` on a GPU that holds one engine, ``{"full": true}`` not once its weights are loaded.
-Of a request the profile says what happens: ``sleep 0.5``, ``wait FILE`` until that is there, ``die``, ``defect`` or
-``refuse``.
+Its ``model`` is a JSON file that configures its start: ``{"seconds": 0.5}`` is slow, ``{"fails": true}`` and
+``{"dies": true}`` fail, ``{"gpu": FILE}`` locks a GPU for one engine, ``{"full": true}`` fails to load weights.
+The profile of a request is a command: ``sleep 0.5``, ``wait FILE`` until it exists, ``die``, ``defect`` or ``refuse``.
 """
 
 from __future__ import annotations
@@ -77,9 +76,9 @@ class Model:
             elif request.profile == "die":
                 os.kill(os.getpid(), signal.SIGKILL)
             elif request.profile == "defect":
-                raise ValueError("made up")
+                raise ValueError("defect")
             elif request.profile == "refuse":
-                raise DataError("made up", kind="bad-value")
+                raise DataError("rejected", kind="bad-value")
         return [self._ranked(request, question.depth) for request in requests]
 
     def changed(self) -> None:
@@ -88,15 +87,15 @@ class Model:
     def _ranked(self, request: RankRequest, depth: int) -> Answered:
         pool = request.candidates or tuple(self.items.values())
         out = request.barred | ({past.item.item_id for past in request.history} if not request.candidates else set())
-        found = [item for item in pool if item.item_id not in out][: depth or None]
-        names = tuple(item.item_id for item in found)
-        scores = tuple(float(-place) for place in range(len(found)))
+        items = [item for item in pool if item.item_id not in out][: depth or None]
+        names = tuple(item.item_id for item in items)
+        scores = tuple(float(-n) for n in range(len(items)))
         answer = Ranking(request_id=request.id, items=names, scores=scores)
-        return Answered(answer=answer, titles=tuple(item.title for item in found), notes=request.notes)
+        return Answered(answer=answer, titles=tuple(item.title for item in items), notes=request.notes)
 
 
 class FakeModels(Models):
-    """One model, which answers for similar items and for unknown users too."""
+    """One model, also for similar items and unknown users."""
 
     @property
     def popular(self) -> Recommender:
@@ -107,33 +106,33 @@ class FakeModels(Models):
 
 
 def open_fake(options: RecommenderOptions, names: Sequence[str] = ()) -> Models:
-    told = json.loads(Path(options.model).read_text(encoding="utf-8"))
-    time.sleep(told.get("seconds", 0))
-    if told.get("fails"):
-        raise ModelError("this model is made up", kind="damaged")
-    if told.get("dies"):
+    start = json.loads(Path(options.model).read_text(encoding="utf-8"))
+    time.sleep(start.get("seconds", 0))
+    if start.get("fails"):
+        raise ModelError("the model cannot be loaded", kind="damaged")
+    if start.get("dies"):
         os.kill(os.getpid(), signal.SIGKILL)
     items = dict(ITEMS)
     return FakeModels(opened={"fake": Model(items)}, items=items, data=None, scale=None, blank=cast(Any, None))
 
 
-def load_weights(told: dict[str, Any], models: Models) -> bool:
+def load_weights(start: dict[str, Any], models: Models) -> bool:
     """Take the GPU until the process ends, and return whether there is one."""
-    if told.get("full"):
+    if start.get("full"):
         raise ModelError("the GPU is full", kind="exhausted")
-    if (gpu := told.get("gpu")) is not None and not lock(os.open(gpu, os.O_CREAT | os.O_RDWR)):
+    if (gpu := start.get("gpu")) is not None and not lock(os.open(gpu, os.O_CREAT | os.O_RDWR)):
         raise ModelError("another engine is on the GPU", kind="exhausted")
     return gpu is not None
 
 
 def work(line: Connection, options: RecommenderOptions, names: Sequence[str], noted: Noted) -> None:
-    """What runs in the engine's process."""
-    told = json.loads(Path(options.model).read_text(encoding="utf-8"))
-    vars(engine).update(open_models=open_fake, decided=lambda options: options, warm=partial(load_weights, told))
+    """Run in the engine process."""
+    start = json.loads(Path(options.model).read_text(encoding="utf-8"))
+    vars(engine).update(open_models=open_fake, decided=lambda options: options, warm=partial(load_weights, start))
     engine._work(line, options, names, noted)
 
 
-# Engines are forked from a process that has imported everything: each of their own would take seconds to start.
+# Engines are forked from a process that has imported everything, which saves seconds.
 _FORKING = multiprocessing.get_context("forkserver")
 _FORKING.set_forkserver_preload([__name__])
 
@@ -144,15 +143,15 @@ def fake_engines(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(engine, "multiprocessing", SimpleNamespace(get_context=lambda _: _FORKING))
 
 
-def told(folder: Path, **told: Any) -> RecommenderOptions:
-    """Say how the next engine starts."""
-    (folder / "model.json").write_text(json.dumps(told), encoding="utf-8")
+def configure(folder: Path, **start: Any) -> RecommenderOptions:
+    """Configure the start of the next engine."""
+    (folder / "model.json").write_text(json.dumps(start), encoding="utf-8")
     return RecommenderOptions(model=str(folder / "model.json"))
 
 
 @dataclass(frozen=True)
 class Faked:
-    """A service over a fake engine, and the folder that says how the next engine starts."""
+    """A service with a fake engine, and the folder that configures the next engine."""
 
     url: str
     service: Service
@@ -161,13 +160,13 @@ class Faked:
 
 @contextmanager
 def faking(folder: Path, patch: pytest.MonkeyPatch, *, auth: Auth | None = None, **settings: Any) -> Iterator[Faked]:
-    """Serve a fake engine over HTTP, and wait until it answers."""
+    """Serve a fake engine over HTTP, and wait until it is ready."""
     fake_engines(patch)
     known = Known(ITEMS, PAST)
     patch.setattr("llmrec.serve.service.known_of", lambda *_: known)
-    made = Settings(options=told(folder), **settings)
-    store = ServiceStore.open(str(folder / "store.sqlite"), serving.WAITS * made.patience)
-    service = Service(made, known, store)
+    options = Settings(options=configure(folder), **settings)
+    store = ServiceStore.open(str(folder / "store.sqlite"), serving.WAITS * options.patience)
+    service = Service(options, known, store)
     with listening(make_app(service, auth or Auth())) as (url,):
         wait_ready(url)
         yield Faked(url, service, folder)

@@ -1,4 +1,4 @@
-"""A real service for tests: a toy model in an engine process, behind uvicorn on free ports, with keys and without."""
+"""A service for tests: a toy model in an engine process behind uvicorn, with and without keys."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from llmrec.serve.server import make_server
 from llmrec.serve.service import Service
 from tests.answer.rank_cases import toy_run
 
-# Much more than an engine takes on a busy machine.
+# Seconds; far more than an engine needs on a busy machine.
 _PATIENCE = 300.0
 
 
@@ -34,12 +34,12 @@ class Served:
     """A service that runs.
 
     Attributes:
-        url: Where whoever reaches it may ask.
-        keyed_url: The same service behind API keys.
-        key: One of these.
-        admin_key: One that may change the catalogue and erase users.
-        service: What answers at both.
-        run: The run's folder.
+        url: Address without keys.
+        keyed_url: Address of the same service with API keys.
+        key: A key.
+        admin_key: A key that may change the catalogue and erase users.
+        service: The service behind both.
+        run: The run folder.
     """
 
     url: str
@@ -50,7 +50,7 @@ class Served:
     run: Path
 
     def bearer(self, *, admin: bool = False) -> dict[str, str]:
-        """Return headers that `keyed_url` lets in."""
+        """Return headers with a key."""
         return {"Authorization": f"Bearer {self.admin_key if admin else self.key}"}
 
 
@@ -94,19 +94,19 @@ def listening(*apps: Any, **limits: Any) -> Iterator[list[str]]:
 
 def until(condition: Callable[[], bool], what: str = "", pause: float = 0.01) -> None:
     """Wait until a condition holds."""
-    ends = time.monotonic() + _PATIENCE
+    deadline = time.monotonic() + _PATIENCE
     while not condition():
-        assert time.monotonic() < ends, what
+        assert time.monotonic() < deadline, what
         time.sleep(pause)
 
 
 def wait_ready(url: str) -> None:
-    """Wait until questions are answered."""
+    """Wait until the engine is ready."""
     until(lambda: httpx.get(f"{url}/ready").status_code == 200, f"{url} is not ready", pause=0.1)
 
 
 def failure(answer: httpx.Response, status: int | None = None) -> dict[str, Any]:
-    """Return the one form of failures, and check that it is one."""
+    """Return the error of a response, and check its form."""
     assert status in (None, answer.status_code), answer.text
     assert answer.headers["content-type"] == "application/json"
     error = TypeAdapter(Failed).validate_json(answer.content).error
@@ -120,9 +120,9 @@ def serving(model: Path, folder: Path) -> Iterator[Served]:
     run = toy_run(model, folder / "run")
     service = make_service(ServeOptions(model=str(run), backend="hf", dtype="float32", batch=4))
     file = folder / "keys.json"
-    key, admin = new_key(file, "somebody"), new_key(file, "boss", admin=True)
+    key, admin = new_key(file, "shop"), new_key(file, "boss", admin=True)
     auths = (Auth(), Auth(Keys.read(file)))
-    # The first starts and closes what both stand over.
+    # Only the first starts and closes the service.
     services = (service, cast(Service, Unmanaged(service)))
     apps = []
     for each, auth in zip(services, auths, strict=True):

@@ -1,4 +1,4 @@
-"""The clients of others ask a running service: `tests.serve.clients`, with the packages that are installed."""
+"""The clients of `tests.serve.clients`, with the installed packages."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("name", clients.CLIENTS)
-def test_a_client_gets_an_answer(served: Served, name: str) -> None:
+def test_client_gets_an_answer(served: Served, name: str) -> None:
     pytest.importorskip(name, reason=f"{name} is not installed")
     assert clients.CLIENTS[name](served.keyed_url, served.key, "item-knn")
 
 
-def test_the_retriever_finds_what_the_recommender_lists(served: Served) -> None:
+def test_retriever_equals_the_recommender(served: Served) -> None:
     pytest.importorskip("langchain_core", reason="langchain-core is not installed")
     import llmrec
 
     with llmrec.load(str(served.run), models=["item-knn"]) as rec:
-        found = clients.retriever()(recommender=rec, k=3).invoke("u01")
+        documents = clients.retriever()(recommender=rec, k=3).invoke("u01")
         ranked = rec.rank(user="u01", k=3)
-        assert [(each.id, each.page_content, each.metadata["score"]) for each in found] == [
+        assert [(each.id, each.page_content, each.metadata["score"]) for each in documents] == [
             (row.item_id, row.title, row.score) for row in ranked
         ]
-        assert all(rec.items[each.id].fields.items() <= each.metadata.items() for each in found)
+        assert all(rec.items[each.id].fields.items() <= each.metadata.items() for each in documents)

@@ -1,4 +1,4 @@
-"""API keys: made once, stored as digests, revoked while a service runs; and how often each may ask."""
+"""API keys: stored as digests, revoked while a service runs; rate limits."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import re
 import stat
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def later(seconds: float = 2.0) -> float:
-    """A time at which the file is looked at again."""
+    """Return a time of the clock; the file is checked again after a second."""
     return time.monotonic() + seconds
 
 
@@ -44,10 +45,7 @@ def entry(**changes: object) -> dict[str, Any]:
     return {"name": "shop", "sha256": "0" * 64, "admin": False, "created": "2026-01-01T00:00:00+00:00"} | changes
 
 
-# --------------------------------------------------------------------------- the file
-
-
-def test_a_key_is_shown_once_and_stored_as_its_digest(file: Path) -> None:
+def test_key_is_stored_as_its_digest(file: Path) -> None:
     shop, ops = new_key(file, "shop"), new_key(file, "ops@example.org", admin=True)
     assert all(re.fullmatch(r"llmrec_[A-Za-z0-9_-]{43}", key) for key in (shop, ops)) and shop != ops
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
@@ -56,39 +54,36 @@ def test_a_key_is_shown_once_and_stored_as_its_digest(file: Path) -> None:
     assert stored["keys"][0]["sha256"] == hashlib.sha256(shop.encode()).hexdigest()
     assert shop not in file.read_text() and shop[7:] not in file.read_text()
     keys = Keys.read(file)
-    found = [keys.find(key) for key in (shop, ops)]
-    assert [(each.name, each.admin) for each in found if each] == [("shop", False), ("ops@example.org", True)]
+    results = [keys.find(key) for key in (shop, ops)]
+    assert [(each.name, each.admin) for each in results if each] == [("shop", False), ("ops@example.org", True)]
     assert len(keys) == 2
 
 
-def test_what_is_no_key_finds_none(file: Path) -> None:
+def test_wrong_keys_are_unknown(file: Path) -> None:
     key = new_key(file, "shop")
     keys = Keys.read(file)
     digest = json.loads(file.read_text())["keys"][0]["sha256"]
-    for wrong in ("", "llmrec_", key[:-1], key + "A", key.upper(), f" {key}", digest, "\ud800", "é" * 10_000, "\0"):
+    for wrong in ("", "llmrec_", key[:-1], key + "A", key.upper(), f" {key}", digest, "\ud800"):
         assert keys.find(wrong) is None
 
 
-def test_all_keys_are_compared_whichever_fits(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = [new_key(file, f"k{n}") for n in range(5)]
-    keys = Keys.read(file)
-    asked: list[int] = []
+def test_all_keys_are_compared(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time of a comparison says nothing about the keys."""
+    first, *_ = (new_key(file, f"k{n}") for n in range(3))
+    keys, calls = Keys.read(file), []
     compare = hmac.compare_digest
-    monkeypatch.setattr(module.hmac, "compare_digest", lambda a, b: asked.append(1) or compare(a, b))
-    for key in (made[0], made[-1], "wrong"):
-        asked.clear()
-        keys.find(key)
-        assert len(asked) == 5
+    monkeypatch.setattr(module.hmac, "compare_digest", lambda a, b: calls.append(1) or compare(a, b))
+    assert keys.find(first) is not None and keys.find("wrong") is None and len(calls) == 6
 
 
-@pytest.mark.parametrize("name", ["", "a b", "-x", "a" * 65, "a\n", "ü", "../x", "a'\"", "a\x1b[31m"])
-def test_names_stand_in_logs_and_are_plain(file: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["", "a b", "-x", "a" * 65, "a\n", "../x"])
+def test_rejects_invalid_names(file: Path, name: str) -> None:
     with raises(DataError, Facts("bad-value", column="name")):
         new_key(file, name)
     assert not file.parent.exists()
 
 
-def test_a_name_is_taken_until_its_key_is_revoked(file: Path) -> None:
+def test_name_is_unique_until_revoked(file: Path) -> None:
     first = new_key(file, "shop")
     before = file.read_bytes()
     with raises(LlmrecError, Facts("duplicate", "keys.json", column="name", says="revoke")):
@@ -100,7 +95,7 @@ def test_a_name_is_taken_until_its_key_is_revoked(file: Path) -> None:
     assert keys.find(first) is None and keys.find(second) is not None
 
 
-def test_only_a_key_that_is_there_is_revoked(file: Path) -> None:
+def test_revoke_needs_an_existing_key(file: Path) -> None:
     with raises(LlmrecError, Facts("missing-file", "keys.json")):
         revoke(file, "shop")
     assert not file.parent.exists()
@@ -113,8 +108,8 @@ def test_only_a_key_that_is_there_is_revoked(file: Path) -> None:
     assert Keys.read(file).find(key) is None and Keys.read(file).find("") is None
 
 
-@pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o602, 0o610, 0o777])
-def test_a_file_that_others_may_read_or_write_is_refused(file: Path, mode: int) -> None:
+@pytest.mark.parametrize("mode", [0o640, 0o602])
+def test_rejects_file_accessible_to_others(file: Path, mode: int) -> None:
     new_key(file, "shop")
     file.chmod(mode)
     before = file.read_bytes()
@@ -123,8 +118,8 @@ def test_a_file_that_others_may_read_or_write_is_refused(file: Path, mode: int) 
         with raises(LlmrecError, Facts("unsafe", "keys.json", says=f"chmod 600 {file}")):
             call()
     assert file.read_bytes() == before
-    for sound in (0o600, 0o400):
-        file.chmod(sound)
+    for valid in (0o600, 0o400):
+        file.chmod(valid)
         assert len(Keys.read(file)) == 1
 
 
@@ -132,32 +127,28 @@ def test_a_file_that_others_may_read_or_write_is_refused(file: Path, mode: int) 
     ("value", "facts"),
     [
         ("", Facts("damaged")),
-        ("{", Facts("damaged")),
         ("[" * 100_000, Facts("damaged")),
         ("\xff", Facts("damaged")),
         ([], Facts("damaged")),
-        ({"format": 1}, Facts("damaged", column="keys")),
         ({"format": 2, "keys": []}, Facts("unsupported", says="pip install -U llmrec")),
         ({"format": "1", "keys": []}, Facts("damaged", column="format")),
-        ({"format": 1, "keys": [], "open": True}, Facts("damaged", column="open")),
         ({"format": 1, "keys": [entry(admin="no")]}, Facts("damaged", column="keys.0.admin")),
         ({"format": 1, "keys": [entry(), entry(name="b", sha256="A" * 64)]}, Facts("damaged", column="keys.1.sha256")),
-        ({"format": 1, "keys": [entry(name="a\n")]}, Facts("damaged", column="keys.0.name")),
         ({"format": 1, "keys": [entry(expires="never")]}, Facts("damaged", column="keys.0.expires")),
         ({"format": 1, "keys": [entry(), entry(sha256="1" * 64)]}, Facts("duplicate", column="name")),
     ],
 )
-def test_a_file_that_is_none_is_one_error_and_left_as_it_is(file: Path, value: object, facts: Facts) -> None:
+def test_damaged_file_is_one_error_and_stays_unchanged(file: Path, value: object, facts: Facts) -> None:
     written(file, value)
     before = file.read_bytes()
     for call in (lambda: Keys.read(file), lambda: new_key(file, "more"), lambda: revoke(file, "shop")):
-        with raises(LlmrecError, facts) as found:
+        with raises(LlmrecError, facts) as error:
             call()
-        assert found.value.file == str(file)
+        assert error.value.file == str(file)
     assert file.read_bytes() == before
 
 
-def test_places_that_are_no_file(tmp_path: Path) -> None:
+def test_paths_that_are_no_file(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to(tmp_path / "folder" / "keys.json")
@@ -174,55 +165,39 @@ def test_places_that_are_no_file(tmp_path: Path) -> None:
     assert not (tmp_path / "folder" / "keys.json").exists()
 
 
-def test_of_two_that_write_at_once_neither_loses_a_key(file: Path) -> None:
-    made: list[str] = []
+def test_concurrent_writes_lose_no_key(file: Path) -> None:
+    def work(n: int) -> list[str]:
+        created: list[str] = []
+        while len(created) < 5:
+            try:
+                created.append(new_key(file, f"k{n}-{len(created)}"))
+            except LlmrecError as error:
+                assert error.kind == "busy"
+                time.sleep(0.001)
+        return created
 
-    def work(n: int) -> None:
-        for k in range(5):
-            while True:
-                try:
-                    made.append(new_key(file, f"k{n}-{k}"))
-                    break
-                except LlmrecError as error:
-                    assert error.kind == "busy"
-                    time.sleep(0.001)
-
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        created = [key for names in pool.map(work, range(4)) for key in names]
     keys = Keys.read(file)
-    assert len(made) == 20 == len(keys) and all(keys.find(key) for key in made)
+    assert len(created) == 20 == len(keys) and all(keys.find(key) for key in created)
     assert {path.name for path in file.parent.iterdir()} == {"keys.json", ".keys.json.lock"}
 
 
-# --------------------------------------------------------------------------- while a service runs
-
-
-def test_a_running_service_follows_its_file(file: Path) -> None:
+def test_changes_of_the_file_are_followed(file: Path) -> None:
     shop = new_key(file, "shop")
     keys = Keys.read(file)
     more = new_key(file, "more")
-    assert keys.find(more, later(0.0)) is None, "looked at again within a second"
+    assert keys.find(more, later(0.0)) is None
     assert keys.find(more, later(2.0)) is not None
     revoke(file, "shop")
-    assert keys.find(shop, later(2.5)) is not None, "looked at again within a second"
+    assert keys.find(shop, later(2.5)) is not None
     assert keys.find(shop, later(4.0)) is None and keys.find(more, later(4.0)) is not None
 
 
-def test_a_file_that_did_not_change_is_not_read(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_key_is_valid_while_the_file_is_damaged(file: Path) -> None:
     key = new_key(file, "shop")
     keys = Keys.read(file)
-    monkeypatch.setattr(module, "_read", lambda _: pytest.fail("it was read"))
-    for n in range(1, 5):
-        assert keys.find(key, later(10.0 * n)) is not None
-
-
-def test_while_its_file_cannot_be_used_nobody_comes_in(file: Path) -> None:
-    key = new_key(file, "shop")
-    keys = Keys.read(file)
-    sound = file.read_text()
+    valid = file.read_text()
 
     file.chmod(0o644)
     for seconds in (2.0, 2.1, 5.0):
@@ -231,58 +206,49 @@ def test_while_its_file_cannot_be_used_nobody_comes_in(file: Path) -> None:
     file.chmod(0o600)
     assert keys.find(key, later(6.0)) is not None
 
-    file.write_text(sound[:-20])
+    file.write_text(valid[:-20])
     with raises(LlmrecError, Facts("damaged")):
         keys.find(key, later(8.0))
     file.unlink()
     with raises(LlmrecError, Facts("missing-file")):
         keys.find(key, later(10.0))
-    written(file, sound)
-    assert keys.find(key, later(10.1)) is not None, "a mended file counts at once"
+    written(file, valid)
+    assert keys.find(key, later(10.1)) is not None
 
 
 def test_threads_find_keys_while_the_file_changes(file: Path) -> None:
     key = new_key(file, "shop")
     keys = Keys.read(file)
-    failures: list[object] = []
     over = threading.Event()
 
-    def work(n: int) -> None:
+    def work() -> None:
         turn = 0
         while not over.is_set():
             turn += 1
-            try:
-                if keys.find(key, later(2.0 * turn)) is None or keys.find("wrong") is not None:
-                    failures.append(n)
-            except LlmrecError as error:
-                failures.append(error)
+            assert keys.find(key, later(2.0 * turn)) is not None and keys.find("wrong") is None
 
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
-    for thread in threads:
-        thread.start()
-    for n in range(30):
-        new_key(file, f"k{n}")
-    over.set()
-    for thread in threads:
-        thread.join()
-    assert not failures and keys.find(key, later(1e6)) is not None and len(keys) == 31
+    with ThreadPoolExecutor(4) as pool:
+        readers = [pool.submit(work) for _ in range(4)]
+        for n in range(30):
+            new_key(file, f"k{n}")
+        over.set()
+        for reader in readers:
+            reader.result()
+    assert keys.find(key, later(1e6)) is not None and len(keys) == 31
 
 
-# --------------------------------------------------------------------------- how often
-
-
-def test_a_bucket_gives_a_burst_and_then_its_rate() -> None:
+def test_bucket_allows_a_burst_and_then_its_rate() -> None:
     limit = RateLimit(per_minute=60, burst=3)
     assert [limit.take("a", now=100.0) for _ in range(3)] == [0.0, 0.0, 0.0]
     assert limit.take("a", now=100.0) == pytest.approx(1.0)
-    assert limit.take("a", now=100.25) == pytest.approx(0.75), "a refused request costs nothing"
-    assert limit.take("b", now=100.25) == 0.0, "each name has a bucket of its own"
+    assert limit.take("a", now=100.25) == pytest.approx(0.75)
+    assert limit.take("b", now=100.25) == 0.0
     assert limit.take("a", now=101.0) == 0.0 and limit.take("a", now=101.0) == pytest.approx(1.0)
-    assert [limit.take("a", now=1e6) for _ in range(4)][:3] == [0.0] * 3, "it holds a burst and no more"
+    assert [limit.take("a", now=1e6) for _ in range(4)][:3] == [0.0] * 3
     assert limit.take("a", now=1e6) > 0
 
 
-def test_a_clock_that_goes_back_gives_nothing() -> None:
+def test_clock_going_back_adds_no_tokens() -> None:
     limit = RateLimit(per_minute=60, burst=1)
     assert limit.take("a", now=100.0) == 0.0
     assert limit.take("a", now=0.0) == pytest.approx(1.0)
@@ -295,7 +261,7 @@ def test_a_clock_that_goes_back_gives_nothing() -> None:
     burst=st.integers(1, 1000),
     pauses=st.lists(st.floats(0, 100), max_size=40),
 )
-def test_the_wait_suffices_and_the_rate_holds(per_minute: int, burst: int, pauses: list[float]) -> None:
+def test_reported_wait_suffices_and_rate_holds(per_minute: int, burst: int, pauses: list[float]) -> None:
     limit = RateLimit(per_minute, burst)
     start = now = 1e5
     for taken, pause in enumerate(pauses, start=1):
@@ -307,26 +273,11 @@ def test_the_wait_suffices_and_the_rate_holds(per_minute: int, burst: int, pause
         assert taken <= burst + (now - start) * per_minute / 60 + 1e-3
 
 
-def test_names_without_end_take_no_memory_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_number_of_buckets_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_NAMES", 100)
     limit = RateLimit(per_minute=1, burst=1)
     for n in range(1000):
         assert limit.take(f"n{n}", now=0.0) == 0.0
         if n:
-            assert limit.take("busy", now=0.0) > 0 or n == 1, "who asks is not forgotten"
+            assert limit.take("busy", now=0.0) > 0 or n == 1, "a name in use is forgotten"
     assert len(limit._left) == 100
-
-
-def test_threads_share_a_bucket() -> None:
-    limit = RateLimit(per_minute=1, burst=50)
-    allowed: list[int] = []
-
-    def work() -> None:
-        allowed.extend(1 for _ in range(40) if limit.take("a", now=0.0) == 0.0)
-
-    threads = [threading.Thread(target=work) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(allowed) == 50

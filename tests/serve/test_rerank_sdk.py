@@ -1,4 +1,4 @@
-"""Rerank as others' clients ask for it: Cohere's own package, both versions of it, and Jina's documented body."""
+"""Reranking with both versions of Cohere's client, and with Jina's body."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ if TYPE_CHECKING:
 cohere = pytest.importorskip("cohere", reason="cohere is not installed")
 
 QUERY = "Brindal Nook Blender\nTilsby Swift Juicer"
-DOCUMENTS = ["Orlune Nook Hand Mixer", "Brindal Palm Peeler", "Kestwick Shelter Coat Stand", "A thing nobody sells"]
+DOCUMENTS = ["Orlune Nook Hand Mixer", "Brindal Palm Peeler", "Kestwick Shelter Coat Stand", "Unsold thing"]
 JINA = "jina-reranker-v2-base-multilingual"
 
 
 @pytest.fixture(scope="module")
 def expected(served: Served) -> list[int]:
-    """Places of the documents as the service itself ranks them for a history of the query's lines."""
+    """Positions of the documents, ranked by the service for a history of the query's lines."""
     body = {
         "history": [{"title": line} for line in QUERY.splitlines()],
-        "candidates": [{"item_id": str(place), "title": text} for place, text in enumerate(DOCUMENTS)],
+        "candidates": [{"item_id": str(n), "title": text} for n, text in enumerate(DOCUMENTS)],
     }
-    found = httpx.post(f"{served.url}/v1/rank", json=body, timeout=60).json()
-    return [int(item["item_id"]) for item in found["items"]]
+    response = httpx.post(f"{served.url}/v1/rank", json=body, timeout=60).json()
+    return [int(item["item_id"]) for item in response["items"]]
 
 
 def client(served: Served, kind: Any, key: str | None = None) -> Any:
@@ -33,114 +33,79 @@ def client(served: Served, kind: Any, key: str | None = None) -> Any:
 
 
 def jina(served: Served, **body: Any) -> dict[str, Any]:
-    found = httpx.post(f"{served.keyed_url}/v1/rerank", json=body, headers=served.bearer(), timeout=60)
-    assert found.status_code == 200, found.text
-    return dict(found.json())
-
-
-# --------------------------------------------------------------------------- Cohere's package
+    response = httpx.post(f"{served.keyed_url}/v1/rerank", json=body, headers=served.bearer(), timeout=60)
+    assert response.status_code == 200, response.text
+    return dict(response.json())
 
 
 @pytest.mark.parametrize("kind", [cohere.ClientV2, cohere.Client], ids=["v2", "v1"])
-@pytest.mark.parametrize("name", ["rerank-v3.5", "tuned"])
-def test_all_documents_come_best_first(served: Served, expected: list[int], kind: Any, name: str) -> None:
-    found = client(served, kind).rerank(model=name, query=QUERY, documents=DOCUMENTS)
-    assert [each.index for each in found.results] == expected
-    scores = [each.relevance_score for each in found.results]
+def test_documents_are_sorted(served: Served, expected: list[int], kind: Any) -> None:
+    cohere_client = client(served, kind)
+    # Names of other services stand for the default model.
+    response = cohere_client.rerank(model="rerank-v3.5", query=QUERY, documents=DOCUMENTS)
+    assert [each.index for each in response.results] == expected
+    scores = [each.relevance_score for each in response.results]
     assert scores == sorted(scores, reverse=True) and sum(scores) == pytest.approx(1)
     assert len(set(scores)) == len(DOCUMENTS)
-    assert found.id and found.meta.billed_units.search_units == 1
-
-
-@pytest.mark.parametrize("kind", [cohere.ClientV2, cohere.Client], ids=["v2", "v1"])
-def test_the_first_are_the_same_when_few_are_asked_for(served: Served, kind: Any) -> None:
-    asked = client(served, kind)
-    every = asked.rerank(model="tuned", query=QUERY, documents=DOCUMENTS)
-    few = asked.rerank(model="tuned", query=QUERY, documents=DOCUMENTS, top_n=2)
-    assert [(each.index, each.relevance_score) for each in few.results] == [
-        (each.index, each.relevance_score) for each in every.results[:2]
+    assert response.id and response.meta.billed_units.search_units == 1
+    first = cohere_client.rerank(model="tuned", query=QUERY, documents=DOCUMENTS, top_n=2).results
+    assert [(each.index, each.relevance_score) for each in first] == [
+        (each.index, each.relevance_score) for each in response.results[:2]
     ]
-    assert len(asked.rerank(model="tuned", query=QUERY, documents=DOCUMENTS, top_n=99).results) == len(DOCUMENTS)
+    other = cohere_client.rerank(model="tuned", query="Orlune Palm Kettle", documents=DOCUMENTS, top_n=99).results
+    assert len(other) == len(DOCUMENTS) and {each.relevance_score for each in other} != set(scores)
 
 
-def test_the_query_decides(served: Served) -> None:
-    asked = client(served, cohere.ClientV2)
-    scores = [
-        {each.index: each.relevance_score for each in asked.rerank(model="tuned", query=q, documents=DOCUMENTS).results}
-        for q in (QUERY, "Orlune Palm Kettle")
-    ]
-    assert scores[0] != scores[1]
-
-
-def test_the_first_version_takes_objects_and_returns_them(served: Served, expected: list[int]) -> None:
+def test_version_1_accepts_and_returns_objects(served: Served, expected: list[int]) -> None:
     documents = [{"text": text} for text in DOCUMENTS]
-    asked = client(served, cohere.Client)
-    found = asked.rerank(model="tuned", query=QUERY, documents=documents, return_documents=True)
-    assert [each.index for each in found.results] == expected
-    assert [each.document.text for each in found.results] == [DOCUMENTS[place] for place in expected]
-    plain = asked.rerank(model="tuned", query=QUERY, documents=documents)
+    cohere_client = client(served, cohere.Client)
+    response = cohere_client.rerank(model="tuned", query=QUERY, documents=documents, return_documents=True)
+    assert [each.index for each in response.results] == expected
+    assert [each.document.text for each in response.results] == [DOCUMENTS[n] for n in expected]
+    plain = cohere_client.rerank(model="tuned", query=QUERY, documents=documents)
     assert all(each.document is None for each in plain.results)
 
 
 @pytest.mark.parametrize("name", ["item-knn", "popularity"])
-def test_models_that_know_no_texts_order_all(served: Served, name: str) -> None:
-    found = client(served, cohere.ClientV2).rerank(model=name, query=QUERY, documents=DOCUMENTS)
-    assert sorted(each.index for each in found.results) == list(range(len(DOCUMENTS)))
+def test_classic_models_keep_unknown_documents_in_order(served: Served, name: str) -> None:
+    documents = [f"Nonsense {letter}" for letter in "ABCD"]
+    results = client(served, cohere.ClientV2).rerank(model=name, query=QUERY, documents=documents).results
+    assert [each.index for each in results] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("kind", [cohere.ClientV2, cohere.Client], ids=["v2", "v1"])
-def test_failures_are_those_of_the_package(served: Served, kind: Any) -> None:
+def test_errors_of_the_client(served: Served, kind: Any) -> None:
     with pytest.raises(cohere.UnauthorizedError) as refused:
         client(served, kind, "llmrec_wrong").rerank(model="tuned", query=QUERY, documents=DOCUMENTS)
     assert refused.value.status_code == 401
-    asked = client(served, kind)
-    with pytest.raises(cohere.UnprocessableEntityError):
-        asked.rerank(model="tuned", query=QUERY, documents=[])
-    with pytest.raises(cohere.UnprocessableEntityError):
-        asked.rerank(model="tuned", query=QUERY, documents=DOCUMENTS, top_n=0)
-    with pytest.raises(cohere.UnprocessableEntityError):
-        asked.rerank(model="tuned", query=QUERY, documents=["  "])
+    for changes in ({"documents": []}, {"top_n": 0}, {"documents": ["  "]}):
+        request = {"model": "tuned", "query": QUERY, "documents": DOCUMENTS} | changes
+        with pytest.raises(cohere.UnprocessableEntityError):
+            client(served, kind).rerank(**request)
 
 
-def test_equal_documents_share_their_place(served: Served) -> None:
-    found = client(served, cohere.ClientV2).rerank(
+def test_equal_documents_have_equal_scores(served: Served) -> None:
+    response = client(served, cohere.ClientV2).rerank(
         model="tuned", query=QUERY, documents=[DOCUMENTS[0], DOCUMENTS[1], DOCUMENTS[0]]
     )
-    scores = {each.index: each.relevance_score for each in found.results}
+    scores = {each.index: each.relevance_score for each in response.results}
     assert scores[0] == scores[2] and len(scores) == 3 and sum(scores.values()) == pytest.approx(1)
 
 
-# --------------------------------------------------------------------------- Jina's body
-
-
 @pytest.mark.parametrize("form", ["strings", "objects"])
-def test_jinas_body_is_answered(served: Served, expected: list[int], form: str) -> None:
+def test_body_of_jina(served: Served, expected: list[int], form: str) -> None:
     documents: list[Any] = DOCUMENTS if form == "strings" else [{"text": text} for text in DOCUMENTS]
-    found = jina(served, model=JINA, query=QUERY, documents=documents, top_n=3, return_documents=True)
-    assert [each["index"] for each in found["results"]] == expected[:3]
-    assert [each["document"] for each in found["results"]] == [{"text": DOCUMENTS[place]} for place in expected[:3]]
-    assert found["usage"]["total_tokens"] > 0 and found["model"] == "tuned"
+    body = {"model": JINA, "query": QUERY, "documents": documents, "top_n": 3}
+    assert all(each.get("document") is None for each in jina(served, **body, return_documents=False)["results"])
+    response = jina(served, **body, return_documents=True)
+    assert [each["index"] for each in response["results"]] == expected[:3]
+    assert [each["document"] for each in response["results"]] == [{"text": DOCUMENTS[n]} for n in expected[:3]]
+    assert response["usage"]["total_tokens"] > 0 and response["model"] == "tuned"
 
 
-def test_what_is_returned_of_an_object_is_what_was_ranked(served: Served) -> None:
-    """Of an object without a ``text`` its first value is read."""
+def test_first_value_of_an_object_is_its_text(served: Served) -> None:
     documents = [{"title": text} for text in DOCUMENTS[:2]]
-    found = jina(served, model=JINA, query=QUERY, documents=documents, return_documents=True)
-    assert [each["document"]["text"] for each in found["results"]] == [
-        DOCUMENTS[each["index"]] for each in found["results"]
+    response = jina(served, model=JINA, query=QUERY, documents=documents, return_documents=True)
+    assert [each["document"]["text"] for each in response["results"]] == [
+        DOCUMENTS[each["index"]] for each in response["results"]
     ]
-
-
-def test_jinas_documents_stay_away_when_they_are_not_wanted(served: Served) -> None:
-    found = jina(served, model=JINA, query=QUERY, documents=DOCUMENTS, top_n=1, return_documents=False)
-    (only,) = found["results"]
-    assert only.get("document") is None and 0 < only["relevance_score"] <= 1
-
-
-def test_documents_are_no_items_of_the_catalogue(served: Served) -> None:
-    documents = [f"Nonsense {letter}" for letter in "ABCD"]
-    for model in ("popularity", "item-knn"):
-        body = {"model": model, "query": "Whatever", "documents": documents}
-        found = httpx.post(f"{served.url}/v1/rerank", json=body).json()["results"]
-        # Nobody has chosen any of them, so they stay as they were given.
-        assert [each["index"] for each in found] == [0, 1, 2, 3], model

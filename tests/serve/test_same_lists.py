@@ -1,4 +1,4 @@
-"""One list, whoever asks for it: a service, `llmrec.load` and `llmrec rank` agree to the last digit."""
+"""The same list everywhere: a service, `llmrec.load` and `llmrec rank` agree to the last digit."""
 
 from __future__ import annotations
 
@@ -29,7 +29,6 @@ from tests.answer.rank_cases import jsonl, lines, options
 from tests.planted import ITEMS
 from tests.serve.served import Served, listening, wait_ready
 
-CLASSIC = ["popularity", "item-knn", "markov-1", "markov"]
 List = list[tuple[str, float]]
 
 
@@ -48,12 +47,12 @@ def url(run: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def rec(run: Path) -> Iterator[Loaded]:
-    with llmrec.load(str(run), backend="hf", dtype="float32") as found:
-        yield found
+    with llmrec.load(str(run), backend="hf", dtype="float32") as results:
+        yield results
 
 
-def questions(count: int, *, candidates: int = 0) -> list[dict[str, Any]]:
-    """Return questions about made-up histories, the same each time."""
+def make_requests(count: int, *, candidates: int = 0) -> list[dict[str, Any]]:
+    """Return requests with random histories of a fixed seed."""
     drawn = random.Random(5)
     names = [f"k{n:02d}" for n in range(1, 41)]
     return [
@@ -63,94 +62,91 @@ def questions(count: int, *, candidates: int = 0) -> list[dict[str, Any]]:
     ]
 
 
-def over_http(url: str, asked: Sequence[dict[str, Any]], *, together: bool = True, **more: Any) -> list[List]:
-    """Ask all at the same time, so that they go to the engine together, or one after the other."""
+def over_http(url: str, requests: Sequence[dict[str, Any]], *, together: bool = True, **more: Any) -> list[List]:
+    """Send requests concurrently, so that they are batched, or one after the other."""
 
     def one(question: dict[str, Any]) -> List:
-        found = httpx.post(f"{url}/v1/rank", json={"k": 1000, **question, **more}, timeout=120)
-        assert found.status_code == 200, found.text
-        return [(item["item_id"], item["score"]) for item in found.json()["items"]]
+        results = httpx.post(f"{url}/v1/rank", json={"k": 1000, **question, **more}, timeout=120)
+        assert results.status_code == 200, results.text
+        return [(item["item_id"], item["score"]) for item in results.json()["items"]]
 
     with ThreadPoolExecutor(8 if together else 1) as pool:
-        return list(pool.map(one, asked))
+        return list(pool.map(one, requests))
 
 
-def batched(url: str, asked: Sequence[dict[str, Any]], **more: Any) -> list[List]:
-    body = {"requests": [{"k": 1000, **question, **more} for question in asked]}
-    found = httpx.post(f"{url}/v1/rank/batch", json=body, timeout=120).json()["answers"]
-    return [[(item["item_id"], item["score"]) for item in each["items"]] for each in found]
+def batched(url: str, requests: Sequence[dict[str, Any]], **more: Any) -> list[List]:
+    body = {"requests": [{"k": 1000, **question, **more} for question in requests]}
+    results = httpx.post(f"{url}/v1/rank/batch", json=body, timeout=120).json()["answers"]
+    return [[(item["item_id"], item["score"]) for item in each["items"]] for each in results]
 
 
-def in_python(rec: Loaded, asked: Sequence[dict[str, Any]], **more: Any) -> list[List]:
-    def plain(found: list[Scored]) -> List:
-        return [(each.item_id, each.score) for each in found]
+def in_python(rec: Loaded, requests: Sequence[dict[str, Any]], **more: Any) -> list[List]:
+    def plain(results: list[Scored]) -> List:
+        return [(each.item_id, each.score) for each in results]
 
     more = {{"rules": "where"}.get(key, key): value for key, value in more.items()}
-    return [plain(rec.rank(**{"k": 1000, **question, **more})) for question in asked]
+    return [plain(rec.rank(**{"k": 1000, **question, **more})) for question in requests]
 
 
-def in_frame(rec: Loaded, asked: list[dict[str, Any]], **more: Any) -> list[List]:
+def in_frame(rec: Loaded, requests: list[dict[str, Any]], **more: Any) -> list[List]:
     more = {{"rules": "where"}.get(key, key): value for key, value in more.items()}
-    found = rec.recommend(asked, **{"k": 1000, **more})
-    lists: dict[str, List] = {question["id"]: [] for question in asked}
-    for row in found:
+    results = rec.recommend(requests, **{"k": 1000, **more})
+    lists: dict[str, List] = {question["id"]: [] for question in requests}
+    for row in results:
         assert row["error"] is None
         lists[row["id"]].append((row["item_id"], row["score"]))
     return list(lists.values())
 
 
-def in_file(run: Path, folder: Path, asked: list[Any], **changes: Any) -> list[List]:
+def in_file(run: Path, folder: Path, requests: list[Any], **changes: Any) -> list[List]:
     target = folder / "out.jsonl"
-    rank_file(options(run, jsonl(folder / "in.jsonl", asked), target, **changes))
+    rank_file(options(run, jsonl(folder / "in.jsonl", requests), target, **changes))
     return [list(zip(line["items"], line["scores"], strict=True)) for line in lines(target)]
 
 
-def agree(*found: list[List]) -> None:
-    """Check that all are the same, to the last digit."""
-    first = found[0]
+def agree(*results: list[List]) -> None:
+    """Check that all are equal, to the last digit."""
+    first = results[0]
     assert all(each for each in first)
-    for n, other in enumerate(found[1:], start=1):
+    for n, other in enumerate(results[1:], start=1):
         assert other == first, n
 
 
-def agree_nearly(first: list[List], *found: list[List]) -> None:
-    """Check that items and order are the same, but for what the rounding of float32 says of scores.
-
-    Prompts that are read together are multiplied in other shapes than one that is read alone.
-    """
-    for n, other in enumerate(found):
-        for expected, given in zip(first, other, strict=True):
-            # A score that is the difference of two likelihoods keeps the rounding of these, which are far from 0.
-            assert dict(given) == pytest.approx(dict(expected), rel=1e-5, abs=1e-5), n
-            scores = [score for _, score in given]
+def agree_nearly(first: list[List], *results: list[List]) -> None:
+    """Check that items and order are equal, and scores up to the rounding of float32 in batches."""
+    for n, other in enumerate(results):
+        for expected, actual in zip(first, other, strict=True):
+            # Differences of likelihoods keep the rounding of these, which are far from 0.
+            assert dict(actual) == pytest.approx(dict(expected), rel=1e-5, abs=1e-5), n
+            scores = [score for _, score in actual]
             assert scores == sorted(scores, reverse=True), n
 
 
-# --------------------------------------------------------------------------- candidates
-
-
-def test_a_model_gives_one_list_of_candidates(url: str, rec: Loaded, run: Path, tmp_path: Path) -> None:
-    asked = questions(9, candidates=7)
+def test_lists_of_candidates(url: str, rec: Loaded, run: Path, tmp_path: Path) -> None:
+    requests = make_requests(9, candidates=7)
     agree(
-        in_file(run, tmp_path, asked),
-        over_http(url, asked),
-        over_http(url, asked, together=False, model="tuned"),
-        batched(url, asked),
-        in_python(rec, asked),
-        in_frame(rec, asked),
+        in_file(run, tmp_path, requests),
+        over_http(url, requests),
+        over_http(url, requests, together=False, model="tuned"),
+        batched(url, requests),
+        in_python(rec, requests),
+        in_frame(rec, requests),
     )
 
 
 @pytest.mark.slow
-def test_a_service_answers_with_the_models_of_several_runs(run: Path, rec: Loaded, tmp_path: Path) -> None:
+def test_service_with_models_of_several_runs(run: Path, rec: Loaded, tmp_path: Path) -> None:
     other = shutil.copytree(run, tmp_path / "other")
     models, store = ("tuned", str(other)), str(tmp_path / "store.sqlite")
-    asked = questions(3, candidates=7)
+    requests = make_requests(3, candidates=7)
     service = make_service(ServeOptions(model=str(run), models=models, store=store, backend="hf", dtype="float32"))
     with listening(make_app(service, Auth())) as (url,):
         wait_ready(url)
         assert httpx.get(f"{url}/ready").json()["models"] == ["tuned", "other"]
-        agree(in_python(rec, asked, model="tuned"), *(over_http(url, asked, model=name) for name in ("tuned", "other")))
+        agree(
+            in_python(rec, requests, model="tuned"),
+            *(over_http(url, requests, model=name) for name in ("tuned", "other")),
+        )
 
 
 @pytest.mark.parametrize(
@@ -161,29 +157,18 @@ def test_a_service_answers_with_the_models_of_several_runs(run: Path, rec: Loade
         *(pytest.param(each, marks=pytest.mark.slow) for each in ("likelihood-prior", "two-step")),
     ],
 )
-def test_every_strategy_gives_one_list(
+def test_lists_of_each_strategy(
     url: str, rec: Loaded, run: Path, tmp_path: Path, strategy: str, served: Served
 ) -> None:
-    asked = questions(4, candidates=4)
+    requests = make_requests(4, candidates=4)
     kinds = httpx.get(f"{url}/v1/models").json()["models"][0]["strategies"]
-    # The toy of the other tests was tuned on a family of more strategies.
+    # The model of the other tests supports more strategies.
     address, folder = (url, run) if strategy in kinds else (served.url, served.run)
-    first = in_file(folder, tmp_path, asked, strategy=strategy, batch=1)
-    agree(first, over_http(address, asked, strategy=strategy, together=False))
-    agree_nearly(first, over_http(address, asked, strategy=strategy), batched(address, asked, strategy=strategy))
+    first = in_file(folder, tmp_path, requests, strategy=strategy, batch=1)
+    agree(first, over_http(address, requests, strategy=strategy, together=False))
+    agree_nearly(first, over_http(address, requests, strategy=strategy), batched(address, requests, strategy=strategy))
     if folder is run:
-        agree(first, in_python(rec, asked, strategy=strategy))
-
-
-@pytest.mark.parametrize("model", CLASSIC)
-def test_a_classic_model_gives_one_list_of_candidates(url: str, rec: Loaded, model: str) -> None:
-    asked = questions(9, candidates=7)
-    agree(
-        over_http(url, asked, model=model),
-        batched(url, asked, model=model),
-        in_python(rec, asked, model=model),
-        in_frame(rec, asked, model=model),
-    )
+        agree(first, in_python(rec, requests, strategy=strategy))
 
 
 @pytest.mark.slow
@@ -191,11 +176,11 @@ def test_a_classic_model_gives_one_list_of_candidates(url: str, rec: Loaded, mod
     ("model", "fuse"),
     [("fusion with texts", "baselines"), ("fusion with models", "model")],
 )
-def test_a_learned_ranker_gives_one_list(ranker_run: Path, tmp_path: Path, model: str, fuse: str) -> None:
+def test_lists_of_a_learned_ranker(ranker_run: Path, tmp_path: Path, model: str, fuse: str) -> None:
     run, drawn = shutil.copytree(ranker_run, tmp_path / "r"), random.Random(5)
     names = [f"i{n:02d}" for n in range(ITEMS)]
-    asked = [{"id": f"r{n}", "history": drawn.sample(names, 1 + n)} for n in range(3)]
-    listed = [{**question, "candidates": drawn.sample(names, 7)} for question in asked]
+    requests = [{"id": f"r{n}", "history": drawn.sample(names, 1 + n)} for n in range(3)]
+    listed = [{**question, "candidates": drawn.sample(names, 7)} for question in requests]
     service = make_service(
         ServeOptions(model=str(run), store=str(tmp_path / "s.sqlite"), backend="hf", dtype="float32", batch=4)
     )
@@ -203,7 +188,7 @@ def test_a_learned_ranker_gives_one_list(ranker_run: Path, tmp_path: Path, model
         wait_ready(url)
         # A language model orders what the ranker retrieves, whose lists the other case compares.
         for more in ({}, {"k": 5}, {"exclude_seen": False})[: 1 if fuse == "model" else 3]:
-            questions = asked if more else listed
+            questions = requests if more else listed
             first = in_python(rec, questions, model=model, **more)
             agree(first, over_http(url, questions, model=model, together=False, **more))
             same = agree_nearly if model == "fusion with models" else agree
@@ -211,66 +196,63 @@ def test_a_learned_ranker_gives_one_list(ranker_run: Path, tmp_path: Path, model
         agree(in_python(rec, listed, model=model), in_file(run, tmp_path, listed, fuse=fuse, batch=64))
 
 
-@pytest.mark.parametrize(("model", "fuse"), [("fusion with texts", "baselines"), ("fusion with models", "model")])
-def test_a_fusion_gives_one_list_of_candidates(
-    url: str, rec: Loaded, run: Path, tmp_path: Path, model: str, fuse: str
+@pytest.mark.parametrize(
+    ("model", "fuse"),
+    [("markov", None), ("fusion with texts", "baselines"), ("fusion with models", "model")],
+)
+def test_lists_of_candidates_of_other_models(
+    url: str, rec: Loaded, run: Path, tmp_path: Path, model: str, fuse: str | None
 ) -> None:
-    asked = questions(9, candidates=7)
+    requests = make_requests(9, candidates=7)
     agree(
-        in_file(run, tmp_path, asked, fuse=fuse, batch=64),
-        over_http(url, asked, model=model),
-        over_http(url, asked, model=model, together=False),
-        batched(url, asked, model=model),
-        in_python(rec, asked, model=model),
-        in_frame(rec, asked, model=model),
+        *([in_file(run, tmp_path, requests, fuse=fuse, batch=64)] if fuse else []),
+        over_http(url, requests, model=model),
+        over_http(url, requests, model=model, together=False),
+        batched(url, requests, model=model),
+        in_python(rec, requests, model=model),
+        in_frame(rec, requests, model=model),
     )
 
 
-# --------------------------------------------------------------------------- the whole catalogue
-
-
-@pytest.mark.parametrize("model", ["tuned", *CLASSIC, "fusion with texts", "fusion with models"])
+@pytest.mark.parametrize("model", ["tuned", "popularity", "item-knn", "fusion with texts", "fusion with models"])
 @pytest.mark.parametrize(
     "more",
     [
-        {"k": 5},
         {"k": 40, "exclude_seen": False},
         {"k": 5, "rules": {"only": {"brand": ["Brindal", "Orlune"]}, "quotas": [{"field": "category", "most": 1}]}},
     ],
-    ids=["k", "seen", "rules"],
+    ids=["seen", "rules"],
 )
-def test_a_model_gives_one_list_of_the_catalogue(url: str, rec: Loaded, model: str, more: dict[str, Any]) -> None:
-    asked = questions(5)
-    first = in_python(rec, asked, model=model, **more)
-    agree(first, over_http(url, asked, model=model, together=False, **more))
-    # What reads no prompt does not depend on who else asks.
+def test_lists_of_the_catalogue(url: str, rec: Loaded, model: str, more: dict[str, Any]) -> None:
+    requests = make_requests(3)
+    first = in_python(rec, requests, model=model, **more)
+    agree(first, over_http(url, requests, model=model, together=False, **more))
+    # Models without prompts do not depend on the batch.
     same = agree_nearly if model in ("tuned", "fusion with models") else agree
     same(
         first,
-        over_http(url, asked, model=model, **more),
-        batched(url, asked, model=model, **more),
-        in_frame(rec, asked, model=model, **more),
+        over_http(url, requests, model=model, **more),
+        batched(url, requests, model=model, **more),
+        in_frame(rec, requests, model=model, **more),
     )
 
 
-def test_a_model_that_searches_gives_one_list_of_the_catalogue(served: Served, tmp_path: Path) -> None:
-    asked = questions(5)
+def test_lists_of_a_model_that_searches(served: Served, tmp_path: Path) -> None:
+    requests = make_requests(5)
     with llmrec.load(str(served.run), backend="hf", dtype="float32") as rec:
         agree(
-            in_file(served.run, tmp_path, asked, candidates="all", top=10, beams=20, batch=1),
-            over_http(served.url, asked, together=False, k=10),
-            in_python(rec, asked, k=10),
+            in_file(served.run, tmp_path, requests, candidates="all", top=10, beams=20, batch=1),
+            over_http(served.url, requests, together=False, k=10),
+            in_python(rec, requests, k=10),
         )
-    agree_nearly(over_http(served.url, asked, k=10), batched(served.url, asked, k=10))
+    agree_nearly(over_http(served.url, requests, k=10), batched(served.url, requests, k=10))
 
 
 @pytest.mark.parametrize(
     "model",
     ["markov", "fusion", *(pytest.param(each, marks=pytest.mark.slow) for each in ("tuned", "fusion with models"))],
 )
-def test_every_user_is_given_the_list_that_the_service_gives(
-    url: str, rec: Loaded, run: Path, tmp_path: Path, model: str
-) -> None:
+def test_lists_of_all_users(url: str, rec: Loaded, run: Path, tmp_path: Path, model: str) -> None:
     target = tmp_path / "lists.parquet"
     rank_users(
         RankOptions(model=str(run), backend="hf", dtype="float32", all_users=True, to=str(target), by=model, top=6)
@@ -283,11 +265,3 @@ def test_every_user_is_given_the_list_that_the_service_gives(
     in_rec = [[(each.item_id, each.score) for each in rec.rank(user=user, id=user, k=6, model=model)] for user in users]
     agree(in_rec, over_http(url, by_user, together=False, k=6, model=model))
     (agree_nearly if model in ("tuned", "fusion with models") else agree)(in_rec, in_table)
-
-
-@pytest.mark.slow
-def test_the_base_of_a_run_answers_beside_the_tuned_model(run: Path) -> None:
-    asked = questions(3, candidates=5)
-    with llmrec.load(str(run), backend="hf", dtype="float32", models=("tuned", "untuned")) as rec:
-        tuned, untuned = (in_python(rec, asked, model=name) for name in ("tuned", "untuned"))
-    assert all(untuned) and untuned != tuned

@@ -18,13 +18,12 @@ pytest.importorskip("uvicorn", reason="the serve extra is not installed")
 from llmrec.serve.server import HEADER_LIMIT
 from tests.serve.served import listening
 
-# For what must come; no result depends on it.
+# Timeout in seconds; no result depends on it.
 PATIENCE = 60.0
 SHORT = 0.2
 REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 HALVES = {
     "nothing": b"",
-    "half a line": b"GET / HT",
     "half of the headers": b"GET / HTTP/1.1\r\nHost: localhost\r\nX-",
     "half of a body": b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\nabc",
     "half of a chunk": b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab",
@@ -33,7 +32,7 @@ HALVES = {
 
 
 async def echo(scope: Any, receive: Any, send: Any) -> None:
-    """Answer once the whole request has arrived; ``/slow`` answers later than the limit of the tests."""
+    """Answer a complete request; ``/slow`` answers after the timeout of the tests."""
     if scope["type"] != "http":
         return
     while True:
@@ -57,18 +56,18 @@ def connected(url: str, sent: bytes = b"") -> Iterator[socket.socket]:
 
 
 def rest(line: socket.socket) -> bytes:
-    """Return what comes until the server closes the connection."""
-    found = b""
+    """Read until the server closes the connection."""
+    received = b""
     with suppress(ConnectionResetError):
         while piece := line.recv(65536):
-            found += piece
-    return found
+            received += piece
+    return received
 
 
 @pytest.mark.parametrize(
     "sent", [b"X-A: " + b"a" * 4 * HEADER_LIMIT, b"X-A: b\r\n" * HEADER_LIMIT, b"a" * 4 * HEADER_LIMIT]
 )
-def test_endless_headers_are_refused(sent: bytes) -> None:
+def test_rejects_endless_headers(sent: bytes) -> None:
     with listening(echo) as (url,), connected(url) as line:
         # The server closes the connection while this is being sent.
         with suppress(OSError):
@@ -77,24 +76,24 @@ def test_endless_headers_are_refused(sent: bytes) -> None:
         assert httpx.get(url).text == "ok"
 
 
-def test_headers_within_the_limit_are_read() -> None:
+def test_headers_within_the_limit() -> None:
     with listening(echo) as (url,):
         assert httpx.get(url, headers={"X-A": "a" * (HEADER_LIMIT - 1000)}).text == "ok"
 
 
-def test_a_request_that_does_not_arrive_is_given_up() -> None:
+def test_incomplete_requests_time_out() -> None:
     with listening(echo, timeout=SHORT) as (url,), ExitStack() as stack:
         lines = {name: stack.enter_context(connected(url, half)) for name, half in HALVES.items()}
         for name, line in lines.items():
             assert rest(line).count(b"200 OK") == (name == "half of a second request"), name
 
 
-def test_an_answer_may_take_longer_than_a_request() -> None:
+def test_answer_may_take_longer_than_a_request() -> None:
     with listening(echo, timeout=SHORT) as (url,):
         assert httpx.get(f"{url}/slow", timeout=PATIENCE).text == "ok"
 
 
-def test_half_open_connections_do_not_keep_others_out() -> None:
+def test_half_open_connections_do_not_block_others() -> None:
     flooded = threading.Event()
 
     async def slow(scope: Any, receive: Any, send: Any) -> None:
@@ -107,19 +106,19 @@ def test_half_open_connections_do_not_keep_others_out() -> None:
             await echo(scope, receive, send)
 
     with listening(slow, connections=4) as (url,), ExitStack() as stack:
-        asked = stack.enter_context(connected(url, b"GET /slow HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"))
-        asked.recv(1, socket.MSG_PEEK)
+        slow_line = stack.enter_context(connected(url, b"GET /slow HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"))
+        slow_line.recv(1, socket.MSG_PEEK)
         half = [stack.enter_context(connected(url, HALVES["half of the headers"])) for _ in range(12)]
         for _ in range(3):
             assert httpx.get(url).text == "ok"
-        # The oldest went first, and the one that is being answered did not.
+        # The oldest are closed first, except the one that is being answered.
         assert [rest(line) for line in half[:8]] == [b""] * 8
         flooded.set()
-        assert rest(asked).endswith(b"ok")
+        assert rest(slow_line).endswith(b"ok")
 
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="this system cannot")
-def test_a_client_that_does_not_read_is_given_up() -> None:
+def test_client_that_does_not_read_times_out() -> None:
     ended = threading.Event()
 
     async def flood(scope: Any, receive: Any, send: Any) -> None:
@@ -133,7 +132,7 @@ def test_a_client_that_does_not_read_is_given_up() -> None:
         assert ended.wait(PATIENCE)
 
 
-def test_the_address_of_a_client_is_not_what_it_says() -> None:
+def test_forwarding_headers_do_not_change_the_client() -> None:
     seen = []
 
     async def noted(scope: Any, receive: Any, send: Any) -> None:

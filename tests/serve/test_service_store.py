@@ -1,4 +1,4 @@
-"""What a service answers when its store is locked, moved or read by others, and what its notes say."""
+"""A service whose store is locked, moved or read by others; notes on unknown names; times."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from llmrec.serve.store import IN_LOG
 from tests.serve.fake_engine import Faked, faking
 from tests.serve.served import until
 
-# For what must come; no result depends on it.
+# Timeout in seconds; no result depends on it.
 PATIENCE = 120.0
 EVENT = {"user_id": "ann", "item_id": "i1"}
 
@@ -31,11 +31,11 @@ EVENT = {"user_id": "ann", "item_id": "i1"}
 def faked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faked]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_AGAIN", 0.05)
-        # Writes are given up soon, and all else has a minute.
+        # Only writes have a short timeout.
         patch.setattr(module, "WAITS", 0.01)
         patch.setattr(module, "_TURN", 0.02)
-        with faking(tmp_path_factory.mktemp("store"), patch) as found:
-            yield found
+        with faking(tmp_path_factory.mktemp("store"), patch) as faked:
+            yield faked
 
 
 def ask(faked: Faked, path: str, method: str = "POST", **body: Any) -> httpx.Response:
@@ -44,8 +44,8 @@ def ask(faked: Faked, path: str, method: str = "POST", **body: Any) -> httpx.Res
 
 
 def known(faked: Faked, user: str) -> list[dict[str, Any]]:
-    found = ask(faked, f"/v1/users/{user}", "GET")
-    return found.json()["history"] if found.status_code == 200 else []
+    response = ask(faked, f"/v1/users/{user}", "GET")
+    return response.json()["history"] if response.status_code == 200 else []
 
 
 @contextmanager
@@ -57,13 +57,10 @@ def held(faked: Faked, how: str) -> Iterator[None]:
         other.execute("ROLLBACK")
 
 
-# --------------------------------------------------------------------------- held, read and moved
-
-
-def test_a_store_that_another_program_holds_delays_only_what_is_written(faked: Faked) -> None:
+def test_locked_store_rejects_only_writes(faked: Faked) -> None:
     ask(faked, "/v1/events", events=[EVENT])
     with ThreadPoolExecutor(16) as pool, held(faked, "BEGIN IMMEDIATE"):
-        # More than one after the other could wait for in the time of a request.
+        # More than can wait one after the other within a timeout.
         writes = [pool.submit(ask, faked, "/v1/events", events=[EVENT] * 3) for _ in range(12)]
         writes += [
             pool.submit(ask, faked, "/v1/items", "PUT", items=[{"item_id": "held", "title": "Held"}]),
@@ -76,14 +73,14 @@ def test_a_store_that_another_program_holds_delays_only_what_is_written(faked: F
         for each in writes:
             refused = each.result()
             assert refused.status_code == 503 and refused.headers["retry-after"], refused.text
-    # What was refused is not stored, then or later.
+    # Rejected changes are never stored.
     assert len(known(faked, "ann")) == 1
     assert [ask(faked, f"/v1/items/{name}", "GET").status_code for name in ("held", "i7")] == [404, 200]
     assert ask(faked, "/v1/events", events=[EVENT]).json() == {"stored": 1}
     assert ask(faked, "/v1/users/ann", "DELETE").json()["events"] == 2
 
 
-def test_an_erasure_that_a_reader_holds_up_says_so_and_is_finished(faked: Faked) -> None:
+def test_delayed_erasure_is_reported_and_finished(faked: Faked) -> None:
     name = "annabel-the-erased"
 
     def left() -> list[str]:
@@ -91,13 +88,13 @@ def test_an_erasure_that_a_reader_holds_up_says_so_and_is_finished(faked: Faked)
 
     ask(faked, "/v1/events", events=[{"user_id": name, "item_id": "i1"}])
     with held(faked, "BEGIN"):
-        found = ask(faked, f"/v1/users/{name}", "DELETE").json()
-        assert found["events"] == 1 and found["remains"] == [IN_LOG] and left()
+        response = ask(faked, f"/v1/users/{name}", "DELETE").json()
+        assert response["events"] == 1 and response["remains"] == [IN_LOG] and left()
     until(lambda: not left())
     assert ask(faked, f"/v1/users/{name}", "DELETE").json()["remains"] == []
 
 
-def test_a_store_that_was_moved_away_takes_nothing(faked: Faked) -> None:
+def test_moved_store_rejects_requests_that_need_it(faked: Faked) -> None:
     file = faked.folder / "store.sqlite"
     file.rename(file.with_name("away.sqlite"))
     try:
@@ -110,16 +107,14 @@ def test_a_store_that_was_moved_away_takes_nothing(faked: Faked) -> None:
     assert ask(faked, "/v1/users/ann", "DELETE").json()["events"] == 1
 
 
-def test_store_and_engine_together_take_no_longer_than_a_request_may(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_timeout_includes_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with faking(tmp_path, monkeypatch, patience=1.0) as slow:
         read = slow.service.store.events_of
-        monkeypatch.setattr(slow.service.store, "events_of", lambda *asked: time.sleep(0.7) or read(*asked))
+        monkeypatch.setattr(slow.service.store, "events_of", lambda *args: time.sleep(0.7) or read(*args))
         assert ask(slow, "/v1/rank", user_id="old", profile="sleep 0.7").status_code in (503, 504)
 
 
-def test_of_a_user_with_many_events_the_last_are_read(faked: Faked) -> None:
+def test_last_events_of_a_long_history_are_read(faked: Faked) -> None:
     for n in (0, 1):
         events = [{"user_id": "busy", "item_id": f"i{n}", "timestamp": 10 * n} for _ in range(MOST_EVENTS)]
         assert ask(faked, "/v1/events", events=events).status_code == 200
@@ -127,20 +122,17 @@ def test_of_a_user_with_many_events_the_last_are_read(faked: Faked) -> None:
     assert ask(faked, "/v1/users/busy", "DELETE").json()["events"] == 2 * MOST_EVENTS
 
 
-# --------------------------------------------------------------------------- what is not known, and times
-
-
-def test_a_user_that_is_not_known_is_named_in_the_notes(faked: Faked) -> None:
+def test_notes_name_unknown_users(faked: Faked) -> None:
     for path, body in (("/v1/rank", {}), ("/v1/rank", {"candidates": ["i1", "i2"]})):
-        notes = ask(faked, path, user_id="nobody", **body).json()["notes"]
-        assert "unknown user 'nobody'" in notes
+        notes = ask(faked, path, user_id="unknown", **body).json()["notes"]
+        assert "unknown user 'unknown'" in notes
         assert not any("unknown user" in note for note in ask(faked, path, user_id="old", **body).json()["notes"])
-        # A history of the request stands in for what would be known.
-        notes = ask(faked, path, user_id="nobody", history=["i0"], **body).json()["notes"]
+        # A history of the request replaces the stored one.
+        notes = ask(faked, path, user_id="unknown", history=["i0"], **body).json()["notes"]
         assert not any("unknown user" in note for note in notes)
 
 
-def test_items_that_are_not_known_are_named_in_the_notes(faked: Faked) -> None:
+def test_notes_name_unknown_items(faked: Faked) -> None:
     rules = {"block": ["i1", "gone", "lost"]}
     for path, body in (("/v1/rank", {"history": ["i0", "no-such"]}), ("/v1/similar", {"item_ids": ["i0"]})):
         notes = ask(faked, path, rules=rules, **body).json()["notes"]
@@ -169,25 +161,22 @@ def test_times_are_numbers_or_iso_8601(faked: Faked, written: Any, seconds: floa
     assert any("ascending order" in note for note in ask(faked, "/v1/rank", history=past).json()["notes"])
 
 
-@pytest.mark.parametrize("written", ["1704547680", "yesterday", "06.01.2024", "2024-13-01", "", True, [], "NaN"])
-def test_what_is_no_time_is_refused(faked: Faked, written: Any) -> None:
+@pytest.mark.parametrize("written", ["1704547680", "2024-13-01", "", True, []])
+def test_rejects_invalid_times(faked: Faked, written: Any) -> None:
     refused = ask(faked, "/v1/events", events=[{**EVENT, "timestamp": written}])
     assert refused.status_code == 422 and refused.json()["error"]["at"] == "events.0.timestamp"
 
 
-# --------------------------------------------------------------------------- rerank
-
-
-def test_texts_that_are_cut_before_they_are_ranked_are_named(faked: Faked) -> None:
+def test_rerank_warns_of_cut_texts(faked: Faked) -> None:
     texts = ["x" * 400 + "1", "x" * 400 + "2", "short"]
     for documents in (texts, [{"text": text} for text in texts]):
-        found = ask(faked, "/v2/rerank", query="Item 1", documents=documents).json()
-        assert len(found["results"]) == 3
-        assert any("cut to 300 characters" in warning for warning in found["meta"]["warnings"])
+        response = ask(faked, "/v2/rerank", query="Item 1", documents=documents).json()
+        assert len(response["results"]) == 3
+        assert any("cut to 300 characters" in warning for warning in response["meta"]["warnings"])
     assert ask(faked, "/v2/rerank", query="Item 1", documents=["short", "other"]).json()["meta"]["warnings"] == []
 
 
-def test_the_limits_of_texts_and_histories_hold_for_rerank(faked: Faked) -> None:
+def test_rerank_limits_texts_and_histories(faked: Faked) -> None:
     long = "x" * (LONGEST_TEXT + 1)
     for documents in ([long], [{"text": long}], [{"title": long}]):
         assert ask(faked, "/v2/rerank", query="Item 1", documents=documents).status_code == 422

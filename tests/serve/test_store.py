@@ -1,15 +1,17 @@
-"""What a service must remember: the same promises of SQLite and of PostgreSQL, and what each refuses."""
+"""The store of a service: the same behaviour with SQLite and PostgreSQL, and errors of each."""
 
 from __future__ import annotations
 
 import os
 import random
+import signal
 import sqlite3
 import stat
+import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from itertools import count
 from pathlib import Path
@@ -20,12 +22,58 @@ import pytest
 from llmrec.errors import LlmrecError, MissingExtra
 from llmrec.serve import databases
 from llmrec.serve import store as module
-from llmrec.serve.store import ServiceStore
+from llmrec.serve.store import ServiceStore, StoredEvent
 from llmrec.types import Item
 from tests.facts import Facts, raises
-from tests.serve.store_model import HOSTILE, adding, agree, event, killed
 
 _NUMBERS = count()
+HOSTILE = (
+    "'; DROP TABLE llmrec_events; --",
+    "$1 ?1 %s {0} $$",
+    "Zoë 映画 🎬 \u202e\u0301",
+    '\\"\n\t[1]',
+    "".join(random.Random(0).choices("abcdefghij映画🎬", k=10_000)),
+    " ",
+    "",
+)
+# Adds events until it is killed, and prints the number of each finished call.
+ADDS = """
+import sys
+from llmrec.serve.store import ServiceStore, StoredEvent
+where, name = sys.argv[1:]
+store = ServiceStore.open(where)
+for n in range(10_000):
+    store.add_events([StoredEvent(user_id=name, item_id=f"{n}-{j}", rating=None, timestamp=n) for j in range(3)])
+    print(n, flush=True)
+    if name != "killed" and n == 20:
+        store.close()
+        break
+"""
+
+
+def event(user: str, item: str = "i", at: float = 0.0, rating: float | None = None) -> StoredEvent:
+    return StoredEvent(user_id=user, item_id=item, rating=rating, timestamp=at)
+
+
+def adding(where: str, name: str) -> subprocess.Popen[str]:
+    """Start a process that adds events of a user; for the user ``killed`` it adds them until it is killed."""
+    return subprocess.Popen([sys.executable, "-c", ADDS, where, name], stdout=subprocess.PIPE, text=True)
+
+
+@contextmanager
+def locked(where: str) -> Iterator[None]:
+    """Lock the events, as a long write of another program does."""
+    if "://" not in where:
+        with closing(sqlite3.connect(where, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            yield
+        return
+    from adbc_driver_postgresql import dbapi
+
+    with dbapi.connect(where) as connection, connection.cursor() as cursor:
+        cursor.execute("LOCK TABLE llmrec_events IN EXCLUSIVE MODE")
+        yield
+        connection.rollback()
 
 
 def items_of(store: ServiceStore, user: str) -> list[str]:
@@ -70,52 +118,54 @@ def store(where: str) -> Iterator[ServiceStore]:
         yield store
 
 
-# --------------------------------------------------------------------------- events
-
-
-def test_events_come_back_oldest_first_and_outlive_the_store(where: str) -> None:
+def test_events_are_sorted_and_survive_a_restart(where: str) -> None:
     with opened(where) as store:
-        given = [event("a", "late", 9.5, 0.1), event("a", "one", 3.0), event("b", "other", 1.0), event("a", "two", 3.0)]
-        assert store.add_events(given) == 4 and store.add_events([]) == 0
+        events = [
+            event("a", "late", 9.5, 0.1),
+            event("a", "one", 3.0),
+            event("b", "other", 1.0),
+            event("a", "two", 3.0),
+        ]
+        assert store.add_events(events) == 4 and store.add_events([]) == 0
         assert store.add_events([event("a", "early", -1e300, 5)]) == 1
     with opened(where) as store:
         assert items_of(store, "a") == ["early", "one", "two", "late"]
-        assert store.events_of("a")[-1] == given[0] and store.events_of("a")[1].rating is None
-        # The last that came, whatever their times.
+        assert store.events_of("a")[-1] == events[0] and store.events_of("a")[1].rating is None
+        # The last added, whatever their times.
         assert [each.item_id for each in store.events_of("a", 2)] == ["early", "two"]
-        assert store.events_of("a", 0) == [] == store.events_of("nobody")
+        assert store.events_of("a", 0) == [] == store.events_of("unknown")
         assert [each.item_id for each in store.all_events()] == ["late", "one", "other", "two", "early"]
 
 
-def test_of_many_events_only_those_that_are_asked_for_are_read(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_requested_events_are_read(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with opened(where) as store:
         store.add_events([event(user, str(n), float(n)) for n in range(500) for user in "ab"])
         database, read, rows = store._database, store._database.read, []
-        monkeypatch.setattr(database, "read", lambda *asked: rows.extend(found := read(*asked)) or found)
+        monkeypatch.setattr(database, "read", lambda *args: rows.extend(result := read(*args)) or result)
         assert [each.item_id for each in store.events_of("a", 3)] == ["497", "498", "499"] and len(rows) == 3
     if "://" in where:
-        made = "SELECT indexdef FROM pg_indexes WHERE indexname = 'llmrec_events_of' AND schemaname = current_schema()"
-        assert "(user_key, seq)" in str(ask(where, made))
+        index = "SELECT indexdef FROM pg_indexes WHERE indexname = 'llmrec_events_of' AND schemaname = current_schema()"
+        assert "(user_key, seq)" in str(ask(where, index))
     else:
         plan = "EXPLAIN QUERY PLAN SELECT event FROM llmrec_events WHERE user_key = 'x' ORDER BY seq DESC LIMIT 3"
         assert "llmrec_events_of" in str(ask(where, plan)) and "B-TREE" not in str(ask(where, plan))
 
 
-@pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
-def test_ids_are_data_and_nothing_else(store: ServiceStore, name: str) -> None:
-    store.add_events([event(name, name, 1.0), event("bystander", "kept")])
-    store.put_items([Item(item_id=name, title=name, fields={name: name, "nul": "\0"})])
-    assert store.events_of(name) == [event(name, name, 1.0)]
-    assert store.item_changes() == (
-        {name: Item(item_id=name, title=name, fields={name: name, "nul": "\0"})},
-        frozenset(),
-    )
-    assert store.remove_items([name]) == 1 and store.item_changes() == ({}, frozenset({name}))
-    assert store.erase(name) == 1 and store.erased(name) and not store.erased("bystander")
+def test_hostile_ids_are_plain_data(store: ServiceStore) -> None:
+    store.add_events([event("bystander", "kept")])
+    for name in HOSTILE:
+        store.add_events([event(name, name, 1.0)])
+        item = Item(item_id=name, title=name, fields={name: name, "nul": "\0"})
+        store.put_items([item])
+        assert store.events_of(name) == [event(name, name, 1.0)]
+        assert store.item_changes()[0] == {name: item}
+        assert store.remove_items([name]) == 1 and store.item_changes()[0] == {}
+        assert store.erase(name) == 1 and store.erased(name) and not store.erased("bystander")
+    assert store.item_changes() == ({}, frozenset(HOSTILE))
     assert list(store.all_events()) == [event("bystander", "kept")]
 
 
-def test_a_refresh_sees_each_event_once_whatever_comes_meanwhile(
+def test_all_events_are_read_once_despite_concurrent_writes(
     store: ServiceStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_BATCH", 7)
@@ -128,62 +178,66 @@ def test_a_refresh_sees_each_event_once_whatever_comes_meanwhile(
     assert seen == [str(n) for n in range(31)]
 
 
-@pytest.mark.parametrize(
-    ("seed", "faults"), [*((n, False) for n in range(3)), pytest.param(4, True, marks=pytest.mark.slow)]
-)
-def test_two_processes_that_share_a_store_agree_with_a_model(where: str, seed: int, faults: bool) -> None:
-    assert agree(where, seed, 80, faults=faults).total() == 80
+def test_two_connections_see_each_other(where: str) -> None:
+    alien = Item(item_id="2", title="Alien", fields={"genre": "horror"})
+    with opened(where) as one, opened(where) as two:
+        one.add_events([event("ann", "1"), event("bob", "2")])
+        two.add_events([event("ann", "3", -1.0)])
+        assert items_of(one, "ann") == items_of(two, "ann") == ["3", "1"]
+        assert two.erase("ann") == 2 and one.erased("ann") and items_of(one, "ann") == []
+        assert one.put_items([alien]) == 1 and two.item_changes() == ({"2": alien}, frozenset())
+        assert two.remove_items(["2"]) == 1 and one.item_changes() == ({}, frozenset({"2"}))
+        assert list(one.all_events()) == list(two.all_events()) == [event("bob", "2")]
 
 
-# --------------------------------------------------------------------------- many at once, and kills
+def test_locked_store_is_one_error(where: str) -> None:
+    # In PostgreSQL this is the timeout of every statement.
+    wait = 1.0 if "://" in where else 0.05
+    with opened(where) as store:
+        store.add_events([event("a", "first")])
+    with opened(where, wait=wait) as store:
+        with locked(where):
+            with raises(LlmrecError, Facts("busy")):
+                store.add_events([event("a")])
+            assert items_of(store, "a") == ["first"]
+        assert store.add_events([event("a", "second")]) == 1 and items_of(store, "a") == ["first", "second"]
 
 
-def test_threads_that_add_at_once_lose_nothing(store: ServiceStore) -> None:
-    failures: list[BaseException] = []
-
+def test_concurrent_threads_lose_no_event(store: ServiceStore) -> None:
     def work(n: int) -> None:
-        try:
-            for k in range(12):
-                store.add_events([event(f"u{n}", f"{n}-{k}-{j}", float(k)) for j in range(3)])
-                assert len(store.events_of(f"u{n}")) == 3 * (k + 1)
-                if n % 3 == 0:
-                    store.erase(f"erased{n}")
-        except BaseException as error:
-            failures.append(error)
+        for k in range(6):
+            store.add_events([event(f"u{n}", f"{n}-{k}-{j}", float(k)) for j in range(3)])
+            assert len(store.events_of(f"u{n}")) == 3 * (k + 1)
+            if n % 3 == 0:
+                store.erase(f"erased{n}")
 
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(12)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    with ThreadPoolExecutor(12) as pool:
+        list(pool.map(work, range(12)))
     for n in range(12):
-        assert items_of(store, f"u{n}") == [f"{n}-{k}-{j}" for k in range(12) for j in range(3)]
-    assert len(list(store.all_events())) == 12 * 12 * 3
+        assert items_of(store, f"u{n}") == [f"{n}-{k}-{j}" for k in range(6) for j in range(3)]
+    assert len(list(store.all_events())) == 12 * 6 * 3
 
 
-def test_a_kill_right_after_events_were_added_loses_none(where: str) -> None:
-    calls = killed(where, 15)
+def test_concurrent_processes_and_a_kill_lose_no_event(where: str) -> None:
+    with adding(where, "other") as other, adding(where, "killed") as process:
+        assert process.stdout is not None
+        reported = [int(process.stdout.readline()) for _ in range(15)]
+        process.kill()
+        # communicate() would lose lines that readline() has buffered.
+        reported += [int(line) for line in process.stdout.read().split()]
+        assert process.wait(timeout=60) == -signal.SIGKILL and other.wait(timeout=120) == 0
+    assert reported == list(range(len(reported)))
     with opened(where) as store:
-        found = items_of(store, "killed")
-    # What was being added may be there, but then as a whole.
-    assert len(found) % 3 == 0 and len(found) // 3 in (calls, calls + 1)
-    assert found[: 3 * calls] == [f"{n}-{j}" for n in range(calls) for j in range(3)]
-
-
-def test_processes_that_open_at_once_share_one_store(where: str) -> None:
-    with adding(where, "a") as first, adding(where, "b") as second, adding(where, "c") as third:
-        assert [each.wait(timeout=120) for each in (first, second, third)] == [0, 0, 0]
-    with opened(where) as store:
-        assert [len(store.events_of(name)) for name in "abc"] == [63, 63, 63]
+        items = items_of(store, "killed")
+        assert len(store.events_of("other")) == 63
+    # The interrupted call is stored completely or not at all.
+    assert len(items) % 3 == 0 and len(items) // 3 in (len(reported), len(reported) + 1)
+    assert items[: 3 * len(reported)] == [f"{n}-{j}" for n in reported for j in range(3)]
     if "://" not in where:
         assert [path.name for path in Path(where).parent.iterdir()] == ["service.db"]
 
 
-# --------------------------------------------------------------------------- erasure
-
-
-def test_an_erased_user_is_remembered_as_erased_and_may_begin_anew(where: str) -> None:
+def test_erased_user_may_come_back(where: str) -> None:
     with opened(where) as store:
         store.add_events([event("ann", "1"), event("bob", "2"), event("ann", "3")])
         assert not store.erased("ann")
@@ -196,23 +250,23 @@ def test_an_erased_user_is_remembered_as_erased_and_may_begin_anew(where: str) -
         assert items_of(store, "bob") == ["2"]
 
 
-def test_the_hash_of_an_erased_user_is_of_this_store_alone(where: str, tmp_path: Path) -> None:
+def test_hash_of_an_erased_user_is_salted(where: str, tmp_path: Path) -> None:
     hashes = []
-    for place in (where, str(tmp_path / "other.db")):
-        with opened(place) as store:
+    for path in (where, str(tmp_path / "other.db")):
+        with opened(path) as store:
             store.erase("ann")
-        hashes.append(ask(place, "SELECT user_key FROM llmrec_erased")[0][0])
+        hashes.append(ask(path, "SELECT user_key FROM llmrec_erased")[0][0])
     assert hashes[0] != hashes[1] and all("ann" not in each and len(each) == 32 for each in hashes)
 
 
-def test_no_byte_of_an_erased_user_is_left_in_the_file(tmp_path: Path) -> None:
+def test_file_contains_no_erased_user(tmp_path: Path) -> None:
     rng = random.Random(0)
-    # Of all lengths, so that pages fill, empty and spill over: with DELETE bytes of three users stay behind here.
+    # Of all lengths, so that pages fill, empty and spill over: with DELETE alone, bytes stay behind.
     live = [f"user{n:04d}{'~' * int(10 ** rng.uniform(0, 3.3))}" for n in range(100)]
     gone: list[str] = []
     left: set[str] = set()
     with opened(tmp_path / "s.db") as store:
-        for turn in range(90):
+        for turn in range(50):
             few = rng.choices(live, k=20)
             store.add_events([event(name, f"of-{name[:8]}{'x' * rng.randrange(80)}", rng.random()) for name in few])
             gone.append(live.pop(rng.randrange(len(live))))
@@ -238,9 +292,7 @@ def reading(path: Path) -> Iterator[None]:
         yield
 
 
-def test_an_erasure_that_others_hold_up_says_so_and_is_finished_later(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_delayed_erasure_is_reported_and_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_MOMENT", 0.0)
     file = tmp_path / "s.db"
     with opened(file) as store:
@@ -253,9 +305,7 @@ def test_an_erasure_that_others_hold_up_says_so_and_is_finished_later(
         assert held(tmp_path, "annabel") == []
 
 
-def test_an_erasure_that_was_not_finished_is_finished_when_the_store_is_opened_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unfinished_erasure_is_finished_when_opened_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_MOMENT", 0.0)
     file, stack = tmp_path / "s.db", ExitStack()
     with opened(file) as store:
@@ -271,17 +321,14 @@ def test_an_erasure_that_was_not_finished_is_finished_when_the_store_is_opened_a
         assert not store.unfinished and held(tmp_path, "annabel") == [] and store.erased("annabel")
 
 
-def test_what_postgresql_keeps_of_an_erased_user_is_said(postgres: str) -> None:
+def test_erasure_reports_what_postgresql_keeps(postgres: str) -> None:
     with opened(schema(postgres)) as store:
         store.add_events([event("ann")])
         assert store.erase("ann") == 1 and not store.unfinished
         assert len(store.remains) == 1 and "vacuum" in store.remains[0]
 
 
-# --------------------------------------------------------------------------- items
-
-
-def test_items_are_put_replaced_removed_and_put_again(where: str) -> None:
+def test_items_are_added_replaced_and_removed(where: str) -> None:
     with opened(where) as store:
         alien = Item(item_id="2", title="Alien", fields={"genre": "horror"})
         assert store.put_items([Item(item_id="1", title="Heat"), alien, Item(item_id="1", title="Heat (1995)")]) == 2
@@ -294,10 +341,7 @@ def test_items_are_put_replaced_removed_and_put_again(where: str) -> None:
         assert store.item_changes()[0]["2"] == alien and store.item_changes()[1] == {"of the model"}
 
 
-# --------------------------------------------------------------------------- what is refused
-
-
-def test_a_closed_store_says_so(store: ServiceStore) -> None:
+def test_closed_store_is_an_error(store: ServiceStore) -> None:
     store.close()
     store.close()
     calls: list[Callable[[], object]] = [
@@ -321,7 +365,7 @@ def test_a_closed_store_says_so(store: ServiceStore) -> None:
     ],
     ids=["newer", "no version", "no salt"],
 )
-def test_tables_of_another_version_are_refused(where: str, change: str, facts: Facts) -> None:
+def test_rejects_tables_of_another_version(where: str, change: str, facts: Facts) -> None:
     with opened(where) as store:
         store.add_events([event("a")])
     ask(where, change)
@@ -330,7 +374,7 @@ def test_tables_of_another_version_are_refused(where: str, change: str, facts: F
     assert ask(where, "SELECT count(*) FROM llmrec_events") == [(1,)]
 
 
-def test_a_table_that_is_gone_is_one_error(where: str) -> None:
+def test_missing_table_is_one_error(where: str) -> None:
     with opened(where) as store:
         ask(where, "DROP TABLE llmrec_items")
         with raises(LlmrecError, Facts("wrong-format" if "://" in where else "damaged")):
@@ -338,7 +382,7 @@ def test_a_table_that_is_gone_is_one_error(where: str) -> None:
         assert store.add_events([event("a")]) == 1
 
 
-def test_what_is_stored_and_damaged_is_one_error(where: str) -> None:
+def test_damaged_rows_are_one_error(where: str) -> None:
     with opened(where) as store:
         store.put_items([Item(item_id="1", title="Heat", fields={"a": "b"})])
         ask(where, "UPDATE llmrec_items SET fields = '{'")
@@ -350,72 +394,47 @@ def test_what_is_stored_and_damaged_is_one_error(where: str) -> None:
             store.events_of("a")
 
 
-# --------------------------------------------------------------------------- SQLite files
-
-
-def a_folder(path: Path) -> None:
-    path.mkdir()
-
-
-def a_text(path: Path) -> None:
-    path.write_text("user_id,item_id\n" * 50)
-
-
-def nothing(path: Path) -> None:
-    path.touch()
-
-
 def a_strange_database(path: Path) -> None:
     with closing(sqlite3.connect(path)) as connection:
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("CREATE TABLE orders (n INTEGER)")
 
 
-def a_dangling_link(path: Path) -> None:
-    path.symlink_to(path.with_name("gone.db"))
-
-
-def a_log_alone(path: Path) -> None:
-    Path(f"{path}-wal").write_bytes(b"changes")
-
-
-def a_pipe(path: Path) -> None:
-    os.mkfifo(path)
+def filled(path: Path) -> bytes:
+    with opened(path) as store:
+        store.add_events([event(f"u{n}", "i" * 500) for n in range(200)])
+    return path.read_bytes()
 
 
 def cut_short(path: Path) -> None:
-    with opened(path) as store:
-        store.add_events([event(f"u{n}", "i" * 500) for n in range(200)])
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    content = filled(path)
+    path.write_bytes(content[: len(content) // 2])
 
 
 def overwritten(path: Path) -> None:
-    with opened(path) as store:
-        store.add_events([event(f"u{n}", "i" * 500) for n in range(200)])
-    with path.open("r+b") as file:
-        file.seek(4096)
-        file.write(os.urandom(path.stat().st_size - 4096))
+    content = filled(path)
+    path.write_bytes(content[:4096] + os.urandom(len(content) - 4096))
 
 
 @pytest.mark.parametrize(
-    ("made", "facts"),
+    ("create", "facts"),
     [
-        (a_folder, Facts("unreadable", "s.db")),
-        (a_text, Facts("wrong-format", "s.db")),
-        (nothing, Facts("empty", "s.db")),
+        (Path.mkdir, Facts("unreadable", "s.db")),
+        (lambda path: path.write_text("user_id,item_id\n" * 50), Facts("wrong-format", "s.db")),
+        (Path.touch, Facts("empty", "s.db")),
         (a_strange_database, Facts("wrong-format", "s.db", says="another program")),
-        (a_dangling_link, Facts("unreadable", "s.db")),
-        (a_log_alone, Facts("damaged", "s.db", says="s.db-wal")),
-        (a_pipe, Facts("unreadable", "s.db")),
+        (lambda path: path.symlink_to(path.with_name("gone.db")), Facts("unreadable", "s.db")),
+        (lambda path: Path(f"{path}-wal").write_bytes(b"changes"), Facts("damaged", "s.db", says="s.db-wal")),
+        (os.mkfifo, Facts("unreadable", "s.db")),
         (cut_short, Facts("damaged", "s.db")),
         (overwritten, Facts("damaged", "s.db")),
     ],
 )
-def test_what_is_no_store_is_left_as_it_is(tmp_path: Path, made: Callable[[Path], None], facts: Facts) -> None:
-    made(tmp_path / "s.db")
+def test_other_files_are_rejected_unchanged(tmp_path: Path, create: Callable[[Path], object], facts: Facts) -> None:
+    create(tmp_path / "s.db")
 
     def state() -> dict[str, bytes]:
-        # The index of a log is made anew whenever a database is opened.
+        # Opening a database writes the index of its log.
         files = [path for path in tmp_path.iterdir() if path.is_file() and not path.name.endswith(("-shm", "-wal"))]
         return {path.name: path.read_bytes() for path in files}
 
@@ -425,8 +444,8 @@ def test_what_is_no_store_is_left_as_it_is(tmp_path: Path, made: Callable[[Path]
     assert state() == before
 
 
-@pytest.mark.parametrize("where", ["", "file.txt/s.db", "a\0b"], ids=["empty", "in a file", "nul"])
-def test_places_where_no_file_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+@pytest.mark.parametrize("where", ["", "file.txt/s.db", "a\0b"], ids=["empty", "file as folder", "nul"])
+def test_rejects_impossible_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file.txt").write_text("x")
     with raises(LlmrecError, Facts("unreadable")):
@@ -434,15 +453,13 @@ def test_places_where_no_file_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [path.name for path in tmp_path.iterdir()] == ["file.txt"]
 
 
-def test_what_is_committed_is_on_the_disk(tmp_path: Path) -> None:
+def test_commits_are_durable(tmp_path: Path) -> None:
     with opened(tmp_path / "s.db"), closing(databases._connect(tmp_path / "s.db")) as raw:
-        told = [
-            raw.execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous", "secure_delete")
-        ]
-    assert told == ["wal", 2, 1]
+        names = ("journal_mode", "synchronous", "secure_delete")
+        assert [raw.execute(f"PRAGMA {name}").fetchone()[0] for name in names] == ["wal", 2, 1]
 
 
-def test_only_its_owner_may_read_a_new_file(tmp_path: Path) -> None:
+def test_new_file_is_private(tmp_path: Path) -> None:
     with opened(tmp_path / "s.db") as store:
         store.add_events([event("a")])
         assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o600}
@@ -450,7 +467,7 @@ def test_only_its_owner_may_read_a_new_file(tmp_path: Path) -> None:
 
 @contextmanager
 def an_ordinary_user() -> Iterator[Path]:
-    """Hand out a folder, and let root be somebody else meanwhile."""
+    """Yield a folder, and give up root's permissions meanwhile."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o755)
@@ -466,7 +483,7 @@ def an_ordinary_user() -> Iterator[Path]:
                 os.seteuid(0)
 
 
-def test_a_file_without_leave_is_one_error() -> None:
+def test_file_without_permission_is_one_error() -> None:
     with an_ordinary_user() as folder:
         with opened(folder / "s.db"):
             pass
@@ -481,17 +498,8 @@ def test_a_file_without_leave_is_one_error() -> None:
             ServiceStore.open(str(folder / "t.db"))
 
 
-def test_a_file_that_another_program_holds_is_one_error(tmp_path: Path) -> None:
-    with opened(tmp_path / "s.db", wait=0.05) as store, closing(sqlite3.connect(tmp_path / "s.db")) as other:
-        other.execute("BEGIN IMMEDIATE")
-        with raises(LlmrecError, Facts("busy", "s.db")):
-            store.add_events([event("a")])
-        other.rollback()
-        assert store.add_events([event("a")]) == 1
-
-
 @pytest.mark.parametrize("replaced", [False, True])
-def test_a_file_that_was_moved_away_is_not_written_to(tmp_path: Path, replaced: bool) -> None:
+def test_moved_file_is_not_written(tmp_path: Path, replaced: bool) -> None:
     file, away = tmp_path / "s.db", tmp_path / "away.db"
     with opened(file) as store:
         store.add_events([event("a")])
@@ -505,7 +513,7 @@ def test_a_file_that_was_moved_away_is_not_written_to(tmp_path: Path, replaced: 
         assert store.add_events([event("a")]) == 1 and len(store.events_of("a")) == 2
 
 
-def test_a_full_disk_stores_all_of_a_call_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_stores_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, pages = databases._connect, 12
 
     def small(path: Path, *more: Any) -> sqlite3.Connection:
@@ -527,9 +535,6 @@ def test_a_full_disk_stores_all_of_a_call_or_nothing(tmp_path: Path, monkeypatch
     assert [path.name for path in tmp_path.iterdir()] == ["s.db"]
 
 
-# --------------------------------------------------------------------------- servers
-
-
 @pytest.mark.parametrize(
     ("where", "kind"),
     [
@@ -538,9 +543,7 @@ def test_a_full_disk_stores_all_of_a_call_or_nothing(tmp_path: Path, monkeypatch
         ("postgresql://me:127%2E0%2E0%2E1@127.0.0.1:1/shop", "unreachable"),
         ("postgresql://me:x@secret@127.0.0.1:1/shop", "bad-value"),
         ("postgresql://me:1/secret@127.0.0.1/shop", "bad-value"),
-        ("postgresql://me:secret/x@127.0.0.1/shop", "bad-value"),
         ("postgresql://me:1#secret@127.0.0.1/shop", "bad-value"),
-        ("postgresql://me:1?secret@127.0.0.1/shop", "bad-value"),
         ("postgresql://me:secret%zz@127.0.0.1/shop", "bad-value"),
         ("postgresql://me:secret[@127.0.0.1/shop", "bad-value"),
         ("postgresql://me:secret\u2100@127.0.0.1/shop", "bad-value"),
@@ -549,34 +552,34 @@ def test_a_full_disk_stores_all_of_a_call_or_nothing(tmp_path: Path, monkeypatch
         ("me:secret://host", "unsupported"),
     ],
 )
-def test_no_password_stands_in_an_error(where: str, kind: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_errors_contain_no_password(where: str, kind: Any, caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("adbc_driver_postgresql.dbapi")
-    with raises(LlmrecError, Facts(kind)) as found:
+    with raises(LlmrecError, Facts(kind)) as caught:
         ServiceStore.open(where)
-    error: BaseException | None = found.value
+    error: BaseException | None = caught.value
     while error is not None:
-        # What a log of the error would print.
+        # Everything that a log would contain.
         assert "secret" not in f"{error!r}{error.args}{getattr(error, 'file', '')}{caplog.text}", error
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     if "%2E" in where:
-        assert 'server at "***"' in str(found.value)
+        assert 'server at "***"' in str(caught.value)
 
 
-def test_several_hosts_and_sockets_are_no_mistake() -> None:
+def test_accepts_several_hosts_and_sockets() -> None:
     pytest.importorskip("adbc_driver_postgresql.dbapi")
     for host in ("127.0.0.1:1,127.0.0.1:2", "[::1]:1", "%2Ftmp%2Fnowhere"):
         with raises(LlmrecError, Facts("unreachable")):
             ServiceStore.open(f"postgres://me@{host}/shop")
 
 
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "adbc_driver_postgresql.dbapi", None)
     with raises(MissingExtra, Facts("not-installed", says="llmrec[tables]")):
         ServiceStore.open("postgresql://me:secret@host/shop")
 
 
 @pytest.mark.parametrize("table", ["llmrec_events (n INT)", "llmrec_service (n INT)"])
-def test_tables_of_another_program_are_left_as_they_are(postgres: str, table: str) -> None:
+def test_rejects_tables_of_another_program(postgres: str, table: str) -> None:
     where = schema(postgres)
     ask(where, f"CREATE TABLE {table}")
     with raises(LlmrecError, Facts("wrong-format", says="another database")):
@@ -584,7 +587,7 @@ def test_tables_of_another_program_are_left_as_they_are(postgres: str, table: st
     assert ask(where, "SELECT count(*) FROM information_schema.tables WHERE table_schema = current_schema()") == [(1,)]
 
 
-def test_a_user_without_leave_is_one_error(postgres: str) -> None:
+def test_user_without_permission_is_one_error(postgres: str) -> None:
     where = schema(postgres)
     ask(where, "CREATE ROLE reader LOGIN")
     as_reader, only_read = where.replace("postgres:@", "reader@"), f"{where}%20-cdefault_transaction_read_only%3Don"
@@ -599,18 +602,18 @@ def test_a_user_without_leave_is_one_error(postgres: str) -> None:
             store.add_events([event("a")])
 
 
-def test_a_database_that_is_not_there_is_one_error(postgres: str) -> None:
+def test_missing_database_is_one_error(postgres: str) -> None:
     with raises(LlmrecError, Facts("unreachable", says="nowhere")):
         ServiceStore.open(postgres.replace("/postgres?", "/nowhere?"))
 
 
-def test_letters_that_a_database_cannot_keep_are_refused_at_once(postgres: str) -> None:
+def test_rejects_database_without_utf8(postgres: str) -> None:
     ask(postgres, "CREATE DATABASE latin ENCODING 'LATIN1' TEMPLATE template0 LOCALE 'C'")
     with raises(LlmrecError, Facts("unsupported", says="UTF8")):
         ServiceStore.open(postgres.replace("/postgres?", "/latin?"))
 
 
-def test_a_server_that_was_started_anew_costs_no_call(postgres: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reconnects_after_a_server_restart(postgres: str, monkeypatch: pytest.MonkeyPatch) -> None:
     where = schema(postgres)
     monkeypatch.setattr(module, "_IDLE", float("inf"))
     others = "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE datname = current_database() AND "
@@ -626,14 +629,11 @@ def test_a_server_that_was_started_anew_costs_no_call(postgres: str, monkeypatch
         assert store.add_events([event("a")]) == 1 and len(store.events_of("a")) == 3
 
 
-def test_connections_are_bounded_and_none_waits_inside_a_transaction(postgres: str) -> None:
+def test_connections_are_bounded_and_idle(postgres: str) -> None:
     where = f"{schema(postgres)}&application_name=bounded"
     with opened(where) as store:
-        threads = [threading.Thread(target=store.events_of, args=("a",)) for _ in range(30)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(30) as pool:
+            list(pool.map(store.events_of, ["a"] * 30))
         query = "SELECT state FROM pg_stat_activity WHERE application_name = 'bounded'"
         states = ask(postgres, query)
         assert 1 <= len(states) <= module._MOST and {state for (state,) in states} == {"idle"}

@@ -1,7 +1,7 @@
-"""Asks a server a fixed set of questions and keeps the answers, until it is done or killed.
+"""Sends a fixed set of requests to a server and stores the answers, until it is done or killed.
 
-``python -m tests.servers.client URL STORE COUNT``; run again, it goes on. `wrong` says what a store lacks or holds in
-the wrong place.
+``python -m tests.servers.client URL STORE COUNT`` resumes after a kill. `wrong` returns the answers of a store that are
+missing or wrong.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def questions(count: int) -> list[Prompt]:
 
 
 def section(url: str | tuple[str, ...], **changes: Any) -> ServerSection:
-    """What a test asks with: little patience, many attempts."""
+    """Return settings for tests: short timeouts, many attempts."""
     settings: dict[str, Any] = {"timeout": 1.0, "attempts": 24, "backoff": 0.02, "longest_wait": 0.5, "concurrency": 32}
     return ServerSection(url=url, model="films", **{**settings, **changes})
 
@@ -44,35 +44,35 @@ def section(url: str | tuple[str, ...], **changes: Any) -> ServerSection:
 def opened(
     behaviour: Behaviour, encoder: Encoder | None = None, **changes: Any
 ) -> Iterator[tuple[FaultyServer, OpenAIBackend]]:
-    """A server, and a backend that asks it."""
+    """Yield a server and its client."""
     with running(behaviour) as server, closing(OpenAIBackend(section(server.url, **changes), encoder)) as backend:
         yield server, backend
 
 
-def cached(store: AnswerStore, asked: ServerSection, started: list[OpenAIBackend] | None = None) -> CachedBackend:
-    """A backend that keeps its answers, as a run has it; ``started`` takes the client once it is started."""
+def cached(store: AnswerStore, settings: ServerSection, started: list[OpenAIBackend] | None = None) -> CachedBackend:
+    """Return a backend that stores its answers, as in a run; its client is appended to ``started``."""
 
     def start() -> Backend:
-        client = OpenAIBackend(asked, ledger=StoredLedger(store, "test"))
+        client = OpenAIBackend(settings, ledger=StoredLedger(store, "test"))
         if started is not None:
             started.append(client)
         return client
 
-    return CachedBackend(store, asked.answering() | {"url": "the server"}, OpenAIBackend, start)
+    return CachedBackend(store, settings.answering() | {"url": "the server"}, OpenAIBackend, start)
 
 
 def turns(prompt: Prompt) -> list[dict[str, str]]:
-    """The turns that a server sees, where no part of the answer is given."""
+    """Return the messages that a server receives for a prompt without a prefix of the answer."""
     return [{"role": turn.role, "content": turn.text} for turn in prompt.messages]
 
 
 def digests(count: int) -> list[str]:
-    """What stands for each of the questions at the server."""
+    """Return the digest of each request."""
     return [digest_of(turns(prompt)) for prompt in questions(count)]
 
 
 def wrong(answers: Sequence[Completion], prompts: Sequence[Prompt]) -> list[int]:
-    """Places whose answer is not that of their question."""
+    """Return the indices of wrong answers."""
     expected = [answer_to(turns(prompt)) for prompt in prompts]
     assert len(answers) == len(expected)
     return [n for n, (answer, text) in enumerate(zip(answers, expected, strict=True)) if answer.text != text]

@@ -1,8 +1,7 @@
-"""A server that speaks OpenAI's protocol and breaks it on purpose, by a seed.
+"""A server with OpenAI's protocol and deliberate faults, by a seed.
 
-What it answers follows from the question alone, so that every answer shows which question it belongs to, and a test
-works out by itself what it must be. Whether an attempt meets a fault follows from the seed, the question and how often
-it was asked. The server counts what it was asked, and which questions it answered soundly and how often.
+Each answer follows from its request, so that tests can compute it. Whether an attempt meets a fault follows from the
+seed, the request and the number of attempts. The server counts requests and correct answers.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ FAULTS = (
     *("429", "429 with Retry-After", "500", "stall", "trickle", "cut off", "no JSON"),
     *("too few choices", "doubled choice"),
 )
-"""Those that cost an attempt."""
+"""Faults that cost an attempt."""
 SHUFFLED = "choices in another order"
-"""Not wrong, but easily read wrongly; several choices only."""
+"""Correct, but easily misread; only with several choices."""
 EVERYTHING = frozenset({"chat", "completions", "logprobs", "named", "echo", "chat logprobs", "usage"})
 SYMBOLS = tuple("123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 _VOCABULARY = 600
@@ -38,19 +37,19 @@ class Behaviour:
 
     Attributes:
         share: Share of attempts that meet a fault.
-        seed: Decides which.
+        seed: Seed of the faults.
         stall: Seconds after which a stalled connection is closed.
-        retry_after: What one kind of 429 asks for.
-        latency: Most seconds before a sound answer.
-        offers: What it can do, of `EVERYTHING`.
-        key: What it asks for; None asks for nothing.
+        retry_after: The Retry-After header of some responses with status 429.
+        latency: Maximum seconds before a correct answer.
+        offers: Supported features, of `EVERYTHING`.
+        key: The required API key; None: no key.
         texts: The text of each token, for log-probabilities by text.
-        count: Text -> tokens; None counts words.
-        think: ``closed``, ``open``, ``tail`` or ``field``: how it shows thoughts in chats; empty: it has none.
-        owner: Who it says owns the models.
-        delivered: Most sound answers; later requests are answered with 503.
-        weights: What log-probabilities follow from, beside the question.
-        port: Where it listens; 0: at a free one.
+        count: Text -> number of tokens; None counts words.
+        think: Format of thoughts in chats: ``closed``, ``open``, ``tail`` or ``field``; empty: no thoughts.
+        owner: Owner of the models in their list.
+        delivered: Maximum number of correct answers; later requests get status 503.
+        weights: A key of the log-probabilities.
+        port: The port; 0: a free one.
     """
 
     share: float = 0.0
@@ -70,18 +69,18 @@ class Behaviour:
 
 
 def digest_of(question: Any) -> str:
-    """Return what stands for a question: chat messages, token ids or a text."""
+    """Return the digest of a request: chat messages, token ids or a text."""
     return hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def answer_to(question: Any) -> str:
-    """Return the text of the answer to a question: a digit, which a rating can be read from, and what identifies it."""
+    """Return the answer to a request: a digit, which can be read as a rating, and the digest."""
     digest = digest_of(question)
     return f"{1 + int(digest, 16) % 5} {digest}"
 
 
 def logprob(question: Any, token: Any, weights: str = "") -> float:
-    """Return the log-probability of a token behind a question, in nats."""
+    """Return the log-probability of a token after a request, in nats."""
     drawn = hashlib.blake2b(json.dumps([question, token]).encode(), digest_size=8, key=weights.encode()).digest()
     return -0.01 - 20 * int.from_bytes(drawn, "big") / 2**64
 
@@ -130,7 +129,7 @@ class FaultyServer:
         writer.close()
 
     async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        """Answer one request; whether the connection goes on."""
+        """Answer one request, and return whether the connection stays open."""
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
         lines = head.split("\r\n")
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:])}
@@ -140,8 +139,8 @@ class FaultyServer:
             data = [{"id": "films", "object": "model", "owned_by": self.behaviour.owner}]
             return await _send(writer, 200, {"object": "list", "data": data})
         if self.behaviour.key is not None and headers.get("authorization") != f"Bearer {self.behaviour.key}":
-            said = f"Incorrect API key provided: {headers.get('authorization')}"
-            return await _send(writer, 401, {"error": {"message": said}})
+            message = f"Incorrect API key provided: {headers.get('authorization')}"
+            return await _send(writer, 401, {"error": {"message": message}})
         body = json.loads(text)
         self._now += 1
         self.most_at_once = max(self.most_at_once, self._now)
@@ -190,17 +189,17 @@ class FaultyServer:
         if fault == "stall":
             await asyncio.sleep(self.behaviour.stall)
             return False
-        whole = json.dumps(answer).encode()
+        body = json.dumps(answer).encode()
         if fault == "trickle":
-            writer.write(_head(200, len(whole), {}))
-            # A byte now and then keeps any time-out of a single read from striking.
-            for place in range(int(self.behaviour.stall / _TRICKLE)):
-                writer.write(whole[place : place + 1])
+            writer.write(_head(200, len(body), {}))
+            # Single bytes prevent the timeout of a single read.
+            for index in range(int(self.behaviour.stall / _TRICKLE)):
+                writer.write(body[index : index + 1])
                 await writer.drain()
                 await asyncio.sleep(_TRICKLE)
             return False
         if fault == "cut off":
-            writer.write(_head(200, len(whole), {}) + whole[: len(whole) // 2])
+            writer.write(_head(200, len(body), {}) + body[: len(body) // 2])
             await writer.drain()
             return False
         if fault == "no JSON":

