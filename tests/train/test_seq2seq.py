@@ -134,7 +134,7 @@ def test_loss_equals_transformers_with_any_padding(base: Path) -> None:
 @pytest.fixture(scope="module")
 def learned(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, sft.Training]:
     folder = tmp_path_factory.mktemp("learned")
-    done, _ = trained(base, folder, steps=280, learning_rate=5e-3, warmup=0.1, valid_every=140, save_every=280)
+    done, _ = trained(base, folder, steps=400, learning_rate=3e-3, warmup=0.1, valid_every=100, save_every=400)
     lora.save_full(folder / "adapter", section("x"), folder / "merged")
     encoder_of(base).tokenizer.save_pretrained(folder / "merged")
     return folder / "merged", done
