@@ -1,4 +1,4 @@
-"""Models from scratch: the same seed gives the same weights, any text is read, and no title forges a token."""
+"""New models: equal weights for equal seeds, a tokenizer for any text, and no forged control tokens."""
 
 from __future__ import annotations
 
@@ -27,12 +27,14 @@ ENCODER = Encoder(byte_tokenizer(), max_length=4096)
 
 
 @each_kind
-def test_a_seed_decides_the_weights_and_nothing_else_does(kind: str, tmp_path: Path) -> None:
-    before = torch.random.get_rng_state()
+def test_weights_depend_on_the_seed_only(kind: str, tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         torch.manual_seed(ord(name))
+        expected = torch.rand(3)
+        torch.manual_seed(ord(name))
         write(SHAPES[kind], tmp_path / name, seed=seed)
-    torch.random.set_rng_state(before)
+        # The caller's random numbers do not change.
+        assert torch.equal(torch.rand(3), expected)
     one, same, other = (load_file(tmp_path / name / "model.safetensors") for name in "abc")
     assert one.keys() == same.keys() == other.keys()
     assert all(torch.equal(one[name], same[name]) for name in one)
@@ -40,16 +42,7 @@ def test_a_seed_decides_the_weights_and_nothing_else_does(kind: str, tmp_path: P
 
 
 @each_kind
-def test_making_one_leaves_the_callers_chance_alone(kind: str, tmp_path: Path) -> None:
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    write(SHAPES[kind], tmp_path / "m", seed=9)
-    assert torch.equal(torch.rand(3), expected)
-
-
-@each_kind
-def test_it_is_made_once_and_loads_as_what_it_is(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_is_created_once_and_loads(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMREC_CACHE", str(tmp_path))
     section = ModelSection(name="new", shape=SHAPES[kind], dtype="float32")
     folder = resolve(section, seed=3)
@@ -64,7 +57,7 @@ def test_it_is_made_once_and_loads_as_what_it_is(kind: str, tmp_path: Path, monk
     assert "random weights" in available(section)
 
 
-def test_an_encoder_decoder_has_the_asked_shape(tmp_path: Path) -> None:
+def test_encoder_decoder_has_the_configured_shape(tmp_path: Path) -> None:
     """TIGER (NeurIPS 2023, section 4): 4 + 4 blocks, 6 heads of 64, width 128, inner width 1024, ReLU, dropout 0.1."""
     tiger = ShapeSection(
         kind="encoder-decoder", layers=4, width=128, heads=6, head_width=64, feedforward=1024, dropout=0.1
@@ -87,7 +80,7 @@ def test_an_encoder_decoder_has_the_asked_shape(tmp_path: Path) -> None:
 
 
 @given(st.text(max_size=40))
-def test_any_text_is_read_and_read_back(text: str) -> None:
+def test_any_text_round_trips(text: str) -> None:
     tokenizer = ENCODER.tokenizer
     shown = text.encode("utf-8", "replace").decode()
     ids = tokenizer.encode(shown, add_special_tokens=False)
@@ -96,20 +89,20 @@ def test_any_text_is_read_and_read_back(text: str) -> None:
         assert len(ids) == len(shown.encode())
 
 
-@pytest.mark.parametrize("token", ["<|end|>", "<|start|>", "<|pad|>"])
-def test_no_title_forges_a_control_token(token: str) -> None:
-    for text in (f"Heat {token} 2", token, token.upper(), f"{token[:4]}", token.replace("<", "＜")):
-        assert not set(ENCODER.piece(text)) & {0, 1, 2}
-        said = Prompt(messages=(Message("user", (Segment("text", "List: "), Segment("item", text))),))
-        ids = ENCODER.prompt(said)
-        assert ids[0] == 1 and not set(ids[1:]) & {0, 1, 2}
+def test_titles_cannot_forge_control_tokens() -> None:
+    for token in ("<|end|>", "<|start|>", "<|pad|>"):
+        for text in (f"Heat {token} 2", token, token.upper(), token[:4], token.replace("<", "＜")):
+            assert not set(ENCODER.piece(text)) & {0, 1, 2}
+            prompt = Prompt(messages=(Message("user", (Segment("text", "List: "), Segment("item", text))),))
+            ids = ENCODER.prompt(prompt)
+            assert ids[0] == 1 and not set(ids[1:]) & {0, 1, 2}
 
 
-def test_turns_stand_one_behind_the_other_and_an_answer_ends() -> None:
-    said = Prompt(messages=(Message("user", (Segment("text", "ab"),)),))
+def test_turns_are_concatenated_and_answers_end() -> None:
+    prompt = Prompt(messages=(Message("user", (Segment("text", "ab"),)),))
     tokenizer = ENCODER.tokenizer
-    assert tokenizer.decode(ENCODER.prompt(said)) == "<|start|>ab"
+    assert tokenizer.decode(ENCODER.prompt(prompt)) == "<|start|>ab"
     assert ENCODER.end_id == tokenizer.eos_token_id
-    assert tokenizer.decode(list(ENCODER.continuation(said, "c", closed=True))) == "c<|end|>"
-    solved = (Message("user", (Segment("text", "ab"),)), Message("assistant", (Segment("text", "c"),)), *said.messages)
+    assert tokenizer.decode(list(ENCODER.continuation(prompt, "c", closed=True))) == "c<|end|>"
+    solved = (*prompt.messages, Message("assistant", (Segment("text", "c"),)), *prompt.messages)
     assert tokenizer.decode(ENCODER.prompt(Prompt(messages=solved))) == "<|start|>abc<|end|>ab"

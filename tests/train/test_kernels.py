@@ -1,9 +1,7 @@
-"""Layers that are recomputed, compiled or run by Liger's kernels, and optimisers: what is learned stays the same."""
+"""Recomputed and compiled layers, Liger's kernels, and optimisers: results of training do not change."""
 
 from __future__ import annotations
 
-import ast
-import importlib.util
 import shutil
 import sys
 from pathlib import Path
@@ -17,28 +15,30 @@ from transformers.models.llama import modeling_llama
 
 from llmrec.errors import MissingExtra, RecipeError
 from llmrec.recipe.schema import ModelSection, TrainSection
-from llmrec.train import checkpoint, kernels, precision, sft, world
+from llmrec.train import checkpoint, precision, sft, world
 from llmrec.train import lora as lora_module
 from llmrec.train.kernels import faster_layers, recompute
 from llmrec.train.lora import refuse_method
 from llmrec.train.loss import label_loss
 from tests.facts import Facts, raises
-from tests.train.gradients import assert_equal, trained
 from tests.train.test_world import LOSS, assert_alike, training
+from tests.train.tiny import assert_equal, tear, trained
 from tests.train.together import together
 
 OPTIMISERS = ("adamw_torch_fused", "adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "adafactor")
 TREE = {"width": 96, "packing": "tree"}
 
 
-# --------------------------------------------------------------------------- recomputed layers
-
-
-@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 @pytest.mark.parametrize(
-    "method", ["lora", pytest.param("qlora", marks=pytest.mark.slow), pytest.param("full", marks=pytest.mark.slow)]
+    ("method", "dtype"),
+    [
+        ("lora", "bfloat16"),
+        pytest.param("lora", "float32", marks=pytest.mark.slow),
+        pytest.param("qlora", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("full", "bfloat16", marks=pytest.mark.slow),
+    ],
 )
-def test_recomputed_packed_rows_have_equal_losses(
+def test_recomputed_layers_have_equal_losses_and_gradients(
     method: str, dtype: str, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if method == "qlora":
@@ -67,7 +67,7 @@ def counted(model: Any) -> list[int]:
 
 
 @pytest.mark.parametrize("top", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_only_layers_with_a_backward_pass_are_computed_again(
+def test_only_layers_with_a_backward_pass_are_recomputed(
     top: int, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sft, "widen", lambda model, device: counts.append(counted(model.get_base_model())))
@@ -80,14 +80,10 @@ def test_only_layers_with_a_backward_pass_are_computed_again(
     assert_equal(one, two, 0.0)
 
 
-# --------------------------------------------------------------------------- torch.compile
-
-
 @pytest.mark.parametrize(
     ("backend", "settings"),
     [
         ("eager", {}),
-        pytest.param("aot_eager", {}, marks=pytest.mark.slow),
         pytest.param("aot_eager", {"gradient_checkpointing": True, **TREE}, marks=pytest.mark.slow),
         pytest.param("aot_eager", {"method": "full"}, marks=pytest.mark.slow),
         pytest.param("inductor", TREE, marks=pytest.mark.slow),
@@ -101,9 +97,9 @@ def test_compiled_layers_have_equal_losses(
     torch._dynamo.reset()
     original, compiled = torch.nn.Module.compile, []
 
-    def compile_(self: Any, *given: Any, **named: Any) -> None:
+    def compile_(self: Any, *args: Any, **options: Any) -> None:
         compiled.append(type(self).__name__)
-        original(self, *given, backend=backend, **named)
+        original(self, *args, backend=backend, **options)
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_)
     losses, one = trained(monkeypatch, llama_folder, tmp_path / "one", steps=3, **settings)
@@ -134,7 +130,7 @@ def test_compiled_layers_train_in_two_processes(
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor")
-def test_one_graph_serves_all_layers_and_lengths(llama_folder: Path) -> None:
+def test_one_compiled_graph_serves_all_layers_and_lengths(llama_folder: Path) -> None:
     torch._dynamo.reset()
     graphs: list[Any] = []
 
@@ -150,9 +146,6 @@ def test_one_graph_serves_all_layers_and_lengths(llama_folder: Path) -> None:
         label_loss(model, ids, ids)[0].backward()
     assert len(graphs) <= 3, len(graphs)
     torch._dynamo.reset()
-
-
-# --------------------------------------------------------------------------- Liger
 
 
 def fake_liger(monkeypatch: pytest.MonkeyPatch, calls: list[dict[str, Any]]) -> None:
@@ -175,19 +168,12 @@ def fake_liger(monkeypatch: pytest.MonkeyPatch, calls: list[dict[str, Any]]) -> 
 
 
 def tiny(config: Any = LlamaConfig) -> Any:
-    return AutoModelForCausalLM.from_config(
-        config(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            vocab_size=64,
-        )
-    )
+    width = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 64}
+    layers = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    return AutoModelForCausalLM.from_config(config(**width, **layers))
 
 
-def test_liger_replaces_layers_and_no_loss_and_only_while_training(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_liger_replaces_layers_during_training_only(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[dict[str, Any]] = []
     fake_liger(monkeypatch, calls)
     section, before, model = TrainSection(use_liger_kernel=True), modeling_llama.apply_rotary_pos_emb, tiny()
@@ -204,22 +190,7 @@ def test_liger_replaces_layers_and_no_loss_and_only_while_training(monkeypatch: 
         pass
 
 
-def test_the_names_that_liger_is_called_by_exist() -> None:
-    """Against the installed package, where there is one: its function, its table and the switches of its losses."""
-    spec = importlib.util.find_spec("liger_kernel")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("liger-kernel is not installed")
-    tree = ast.parse(Path(spec.submodule_search_locations[0], "transformers", "monkey_patch.py").read_text())
-    functions = {node.name: {a.arg for a in node.args.args} for node in tree.body if isinstance(node, ast.FunctionDef)}
-    assigned = {
-        target.id for n in tree.body if isinstance(n, ast.Assign) for target in n.targets if hasattr(target, "id")
-    }
-    assert "MODEL_TYPE_TO_APPLY_LIGER_FN" in assigned and "model" in functions["_apply_liger_kernel_to_instance"]
-    for family in ("llama", "qwen2", "qwen3", "mistral", "gemma3_text"):
-        assert {*kernels._LOSSES, "rope", "rms_norm", "model"} <= functions[f"apply_liger_kernel_to_{family}"]
-
-
-def test_kernels_that_cannot_run_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejects_kernels_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     liger, compiled = TrainSection(use_liger_kernel=True), TrainSection(torch_compile=True)
     with raises(RecipeError, Facts("unsupported", column="train.use_liger_kernel", says="CUDA")):
         refuse_method(ModelSection(device="cpu"), liger)
@@ -238,12 +209,9 @@ def test_kernels_that_cannot_run_are_refused(monkeypatch: pytest.MonkeyPatch) ->
             world.refuse_sharding(None, section, plain=True)
 
 
-# --------------------------------------------------------------------------- optimisers and checkpoints
-
-
 @pytest.mark.parametrize(
     "name",
-    # Slow are those that differ from another one in their kernel alone, or in where their state lies, and the default.
+    # Slow: the default, and those that differ from another one only in a kernel or the memory of their state.
     [
         pytest.param(name, marks=pytest.mark.slow if name.startswith("adamw_torch") or "paged" in name else ())
         for name in OPTIMISERS
@@ -255,23 +223,20 @@ def test_every_optimiser_learns_and_resumes(
     if "8bit" in name or "paged" in name:
         pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     settings: dict[str, Any] = {"optim": name, "steps": 8, "learning_rate": 1e-2, "save_every": 4}
-    losses, _ = trained(monkeypatch, llama_folder, tmp_path / "whole", **settings)
+    losses, _ = trained(monkeypatch, llama_folder, tmp_path, **settings)
     assert losses[-1] < 0.8 * losses[0]
-    for file in (tmp_path / "whole" / "checkpoints" / "checkpoint-8").iterdir():
-        file.unlink()
-    again, _ = trained(monkeypatch, llama_folder, tmp_path / "whole", **settings)
+    tear(tmp_path, 8)
+    again, _ = trained(monkeypatch, llama_folder, tmp_path, **settings)
     assert again == pytest.approx(losses, rel=1e-6)
 
 
-def test_checkpoints_are_saved_by_time_too(llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoints_are_saved_by_time(llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter(range(0, 10**6, 40))
     monkeypatch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda: float(next(now))))
     settings: dict[str, Any] = {"steps": 8, "save_every": 100, "keep_checkpoints": 9}
-    trained(monkeypatch, llama_folder, tmp_path / "steps", **settings)
-    assert checkpoint.steps_of(tmp_path / "steps" / "checkpoints") == [8]
-    trained(monkeypatch, llama_folder, tmp_path / "minutes", save_minutes=2.0, **settings)
-    # Each look at the clock takes 40 seconds here.
-    assert checkpoint.steps_of(tmp_path / "minutes" / "checkpoints") == [8, 6, 3]
+    trained(monkeypatch, llama_folder, tmp_path, save_minutes=2.0, **settings)
+    # The clock advances by 40 seconds at each reading.
+    assert checkpoint.steps_of(tmp_path / "checkpoints") == [8, 6, 3]
 
 
 def test_checkpoints_by_time_wait_for_the_last_update_of_a_rollout() -> None:
@@ -283,7 +248,7 @@ def test_checkpoints_by_time_wait_for_the_last_update_of_a_rollout() -> None:
         assert control.should_save == (step % 3 == 0)
 
 
-def test_recomputing_leaves_inputs_without_gradients() -> None:
+def test_recomputation_needs_no_gradients_of_inputs() -> None:
     model = tiny()
     model.requires_grad_(False)
     recompute(model)

@@ -1,4 +1,4 @@
-"""Merging block by block writes the files that merging the whole model in float32 writes, in the memory of a block."""
+"""Block-by-block merging writes the same files as a float32 merge of the full model, in the memory of a block."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ from safetensors.torch import load_file
 from llmrec.models import streaming
 from llmrec.models.load import load_model
 from llmrec.models.tensors import marked_as_tied
-from llmrec.recipe.schema import LoraSection, PruneSection, TrainSection
+from llmrec.recipe.schema import LoraSection
 from llmrec.train import lora
-from llmrec.train import pruning as magnitude
 from tests.conftest import section
 from tests.models.test_model_kinds import PAIRED, paired, shape
 
@@ -56,11 +55,10 @@ DECODERS: dict[str, Any] = {
 
 
 def base_of(kind: str, folder: Path, stored: torch.dtype = torch.bfloat16) -> Path:
-    """Save a random model in a dtype; encoder-decoders come with a head of their own or the embeddings'."""
     if kind in PAIRED:
-        made = paired(kind, folder)
-        load_model(str(made), section(made)).to(stored).save_pretrained(made)
-        return made
+        path = paired(kind, folder)
+        load_model(str(path), section(path)).to(stored).save_pretrained(path)
+        return path
     torch.manual_seed(0)
     model = DECODERS[kind]()
     with torch.no_grad():
@@ -83,15 +81,20 @@ def adapter_of(base: Path, folder: Path, *, tokens: tuple[int, ...] = (), **sett
     return folder
 
 
-def whole(base: Path, adapter: Path, target: Path, dtype: str) -> None:
-    """Merge the whole model in float32 with PEFT alone."""
+def full_merge(base: Path, adapter: Path, target: Path, dtype: str) -> None:
     plain = load_model(str(base), section(base))
     with marked_as_tied(plain):
         adapted = peft.PeftModel.from_pretrained(plain, adapter)
-    text, plain.config.tie_word_embeddings = plain.config.tie_word_embeddings, False
+    tied, plain.config.tie_word_embeddings = plain.config.tie_word_embeddings, False
     merged = adapted.merge_and_unload()
-    merged.config.tie_word_embeddings = text
+    merged.config.tie_word_embeddings = tied
     merged.to(getattr(torch, dtype)).save_pretrained(target)
+
+
+def assert_merged_alike(base: Path, adapter: Path, folder: Path, dtype: str) -> None:
+    full_merge(base, adapter, folder / "full", dtype)
+    lora.merge(str(base), section(base, dtype), adapter, folder / "blocks")
+    assert_same(folder / "full", folder / "blocks")
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -109,52 +112,39 @@ def assert_same(one: Path, other: Path) -> None:
     assert [name for name in first if first[name] != second[name]] == []
 
 
-@pytest.mark.parametrize("kind", [*DECODERS, *PAIRED])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_files_are_those_of_a_merge_of_the_whole_model(kind: str, dtype: str, tmp_path: Path) -> None:
-    base = base_of(kind, tmp_path)
-    adapter = adapter_of(base, tmp_path / "adapter")
-    whole(base, adapter, tmp_path / "whole", dtype)
-    lora.merge(str(base), section(base, dtype), adapter, tmp_path / "blocks")
-    assert_same(tmp_path / "whole", tmp_path / "blocks")
+DORA: dict[str, Any] = {"dora": True, "targets": ("q_proj", "v_proj", "q", "v")}
+TOKENS: dict[str, Any] = {"tokens": (5, 9, 11)}
 
 
-@pytest.mark.parametrize("kind", ["llama", "llama-tied", "gemma3", "t5", "t5-v1.1", "bart"])
 @pytest.mark.parametrize(
-    "settings",
+    ("kind", "stored", "dtype", "settings"),
     [
-        {"dora": True, "targets": ("q_proj", "v_proj", "q", "v")},
-        {"rslora": True, "top_layers": 1},
-        {"tokens": (5, 9, 11)},
-        {"tokens": (5, 9, 11), "dora": True},
+        *((kind, torch.bfloat16, "bfloat16", {}) for kind in (*DECODERS, "t5", "bart-untied")),
+        *((kind, torch.bfloat16, "float32", {}) for kind in ("llama", "qwen3-moe", "t5-v1.1")),
+        ("llama", torch.float16, "bfloat16", DORA),
+        ("llama", torch.float16, "bfloat16", {"rslora": True, "top_layers": 1}),
+        ("bart", torch.float16, "bfloat16", {"rslora": True}),
+        *((kind, torch.float16, "bfloat16", TOKENS) for kind in ("llama", "llama-tied", "t5", "t5-v1.1", "bart")),
+        *((kind, torch.float16, "bfloat16", DORA | TOKENS) for kind in ("gemma3", "t5-v1.1")),
     ],
-    ids=["dora", "rslora", "tokens", "tokens-dora"],
 )
-def test_every_kind_of_adapter_is_merged_alike(kind: str, settings: dict[str, Any], tmp_path: Path) -> None:
-    if "top_layers" in settings and kind in PAIRED:
-        settings = {"rslora": True}
-    base = base_of(kind, tmp_path, torch.float16)
-    adapter = adapter_of(base, tmp_path / "adapter", **settings)
-    whole(base, adapter, tmp_path / "whole", "bfloat16")
-    lora.merge(str(base), section(base, "bfloat16"), adapter, tmp_path / "blocks")
-    assert_same(tmp_path / "whole", tmp_path / "blocks")
+def test_block_merge_equals_full_merge(
+    kind: str, stored: torch.dtype, dtype: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    base = base_of(kind, tmp_path, stored)
+    assert_merged_alike(base, adapter_of(base, tmp_path / "adapter", **settings), tmp_path, dtype)
 
 
-def test_tensors_of_different_dtypes_are_read_exactly(tmp_path: Path) -> None:
+def test_tensors_of_different_dtypes_are_exact(tmp_path: Path) -> None:
     base = base_of("llama", tmp_path, torch.float32)
     weights = load_file(base / "model.safetensors")
     mixed = {name: item if "norm" in name else item.bfloat16() for name, item in weights.items()}
     streaming.require("safetensors.torch", "train").save_file(mixed, base / "model.safetensors", {"format": "pt"})
     assert streaming.exact_dtype(base) is torch.float32
-    adapter = adapter_of(base, tmp_path / "adapter")
-    whole(base, adapter, tmp_path / "whole", "float32")
-    lora.merge(str(base), section(base), adapter, tmp_path / "blocks")
-    assert_same(tmp_path / "whole", tmp_path / "blocks")
+    assert_merged_alike(base, adapter_of(base, tmp_path / "adapter"), tmp_path, "float32")
 
 
-def test_a_model_of_several_files_is_read_and_written_with_an_index(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_model_of_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = base_of("llama", tmp_path)
     adapter = adapter_of(base, tmp_path / "adapter")
     model = load_model(str(base), section(base, "bfloat16"))
@@ -162,40 +152,24 @@ def test_a_model_of_several_files_is_read_and_written_with_an_index(
     assert len(streaming.weight_files(tmp_path / "parts")) > 2
     monkeypatch.setattr(streaming, "_LARGEST", "30KB")
     lora.merge(str(tmp_path / "parts"), section(base, "bfloat16"), adapter, tmp_path / "blocks")
-    whole(base, adapter, tmp_path / "one", "bfloat16")
+    full_merge(base, adapter, tmp_path / "one", "bfloat16")
     load_model(str(tmp_path / "one"), section(base, "bfloat16")).save_pretrained(
-        tmp_path / "whole", max_shard_size="30KB"
+        tmp_path / "full", max_shard_size="30KB"
     )
     assert len(streaming.weight_files(tmp_path / "blocks")) > 2
     index = streaming.INDEX
-    read = [json.loads((tmp_path / name / index).read_text(encoding="utf-8")) for name in ("whole", "blocks")]
+    read = [json.loads((tmp_path / name / index).read_text(encoding="utf-8")) for name in ("full", "blocks")]
     assert read[0] == read[1]
-    for file in streaming.weight_files(tmp_path / "whole"):
+    for file in streaming.weight_files(tmp_path / "full"):
         assert (tmp_path / "blocks" / file.name).read_bytes() == file.read_bytes()
 
 
 @pytest.mark.parametrize("kind", ["llama-tied", "qwen3-moe"])
-def test_fully_tuned_weights_are_saved_alike(kind: str, tmp_path: Path) -> None:
+def test_fully_tuned_weights_are_saved_alike_by_blocks(kind: str, tmp_path: Path) -> None:
     trained = base_of(kind, tmp_path, torch.float32)
-    load_model(str(trained), section(trained)).bfloat16().save_pretrained(tmp_path / "whole")
+    load_model(str(trained), section(trained)).bfloat16().save_pretrained(tmp_path / "full")
     lora.save_full(trained, section(trained, "bfloat16"), tmp_path / "blocks")
-    assert_same(tmp_path / "whole", tmp_path / "blocks")
-
-
-def test_masks_are_zeros_of_the_merged_weights(tmp_path: Path) -> None:
-    base = base_of("llama", tmp_path)
-    adapter = adapter_of(base, tmp_path / "adapter")
-    live = lora.load_adapted(str(base), section(base), TrainSection(prune=PruneSection()), adapter)
-    magnitude.attach(live)
-    magnitude.raise_to(live, 0.5)
-    magnitude.save(live, adapter)
-    lora.merge(str(base), section(base), adapter, tmp_path / "pruned")
-    (adapter / magnitude.WEIGHTS).rename(tmp_path / magnitude.WEIGHTS)
-    lora.merge(str(base), section(base), adapter, tmp_path / "dense")
-    pruned, dense = (load_file(tmp_path / name / "model.safetensors") for name in ("pruned", "dense"))
-    for name, weight in dense.items():
-        kept = magnitude.kept(weight, 0.5) if "_proj" in name else torch.ones_like(weight, dtype=torch.bool)
-        assert torch.equal(pruned[name], weight.masked_fill(~kept, 0)), name
+    assert_same(tmp_path / "full", tmp_path / "blocks")
 
 
 _MERGE = """
@@ -209,7 +183,7 @@ def used(kind):
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(kind))
 section = ModelSection(name=base, dtype="bfloat16")
 lora.merge(base, section, Path(adapter), Path(target) / "first")
-# The memory of libraries, and of the first merge, is known; the limit is for what the second one adds.
+# The limit is for the memory that the second merge adds.
 resource.setrlimit(resource.RLIMIT_DATA, (used("VmData") + int(room), resource.RLIM_INFINITY))
 lora.merge(base, section, Path(adapter), Path(target) / "second")
 """
@@ -217,7 +191,7 @@ lora.merge(base, section, Path(adapter), Path(target) / "second")
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the memory of a process as Linux counts it")
-def test_a_merge_fits_in_the_memory_of_a_few_blocks(tmp_path: Path) -> None:
+def test_merge_fits_in_the_memory_of_a_few_blocks(tmp_path: Path) -> None:
     """A model whose weights take 150 MB in float32 is merged in 24 MB beside its file, which is mapped."""
     torch.manual_seed(0)
     config = hub.LlamaConfig(**shape(**{**SMALL, "num_hidden_layers": 48, "hidden_size": 256}, intermediate_size=1024))

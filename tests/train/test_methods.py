@@ -1,4 +1,4 @@
-"""What holds for every way to train: gradients are right, validation changes nothing, and a resumed run is the same."""
+"""All methods of training: right gradients, validation without effect, and resumed runs with equal results."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from typing import Any
 import pytest
 import torch
 
-from llmrec.backends.encode import Encoder, TokenRow
+from llmrec.backends.encode import TokenRow
 from llmrec.models.item_tokens import extended
-from llmrec.models.load import load_model, load_tokenizer
+from llmrec.models.load import load_model
 from llmrec.recipe.schema import LoraSection, ModelSection, TrainSection
 from llmrec.tasks.rating import Scale
-from llmrec.train import follow, lora, precision, sft
+from llmrec.train import lora, precision, sft
 from llmrec.train.batches import plan
 from llmrec.train.heads import HeadLoss, attach, measure
 from llmrec.train.loss import label_loss
 from llmrec.train.steps import Step
-from tests.conftest import section
-from tests.train.gradients import moved
+from tests.conftest import encoder_of, section
 from tests.train.test_item_tokens import INDEX, TITLES
 from tests.train.test_item_tokens import examples as lists
-from tests.train.test_training import examples as ratings
+from tests.train.tiny import alone, fit, moved, tear
+from tests.train.tiny import examples as ratings
 
 METHODS = ("lora", "qlora", "full", "rating head", "item tokens")
-# For a test of which one method is enough in every run; `make test-all` has them all.
+# All methods are tested by `make test-all`.
 SOME = ("lora", *(pytest.param(method, marks=pytest.mark.slow) for method in METHODS[1:]))
 FIVE = Scale((1.0, 2.0, 3.0, 4.0, 5.0), tuple("12345"))
 
@@ -42,17 +42,16 @@ def folders(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 
 class Case:
-    """A model made ready for a method, rows for it, and what stands in for its head."""
+    """A model that is ready for a method, rows for it, and its rating head, if any."""
 
     def __init__(self, method: str, folders: dict[str, Path], **settings: Any) -> None:
         if method == "qlora":
             pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
         self.folder = folders["item tokens" if method == "item tokens" else "plain"]
         kind = method if method in ("lora", "qlora", "full") else "lora"
-        # Higher rates leave the region where a tiny model's steps mean anything.
         values = {"learning_rate": 1e-3, "lora": LoraSection(rank=4), "valid_every": 2, "save_every": 2, **settings}
         self.train = TrainSection(method=kind, **values)
-        self.encoder = Encoder(load_tokenizer(str(self.folder), section(self.folder)), max_length=256)
+        self.encoder = encoder_of(self.folder)
         ids = self.encoder.tokenizer.convert_tokens_to_ids(list(INDEX.tokens)) if method == "item tokens" else ()
         torch.manual_seed(0)
         self.model = lora.load_trainable(str(self.folder), section(self.folder), self.train, tokens=ids)
@@ -65,28 +64,31 @@ class Case:
 
     def run(self, out: Path) -> str:
         valid = {"rating": self.rows[:4]} if self.train.valid_rows else {}
-        options: Any = {"folder": out, "seed": 0, "quiet": True, "loss": sft.LossInputs(head=self.head)}
-        return sft.train(self.model, self.encoder, self.steps, valid, self.train, **options).adapter_sha256
+        return fit(self.model, self.encoder, self.steps, self.train, out, valid, head=self.head).adapter_sha256
 
     @staticmethod
     def _class(row: TokenRow) -> TokenRow:
-        """A class of the scale where the last target stood."""
-        place = max(n for n, label in enumerate(row.labels) if label != -100)
-        return TokenRow(row.ids[: place + 1], (*[-100] * place, place % 5))
+        """Replace the last target by a class of the scale."""
+        last = max(n for n, label in enumerate(row.labels) if label != -100)
+        return TokenRow(row.ids[: last + 1], (*[-100] * last, last % 5))
 
 
 @pytest.mark.parametrize("method", SOME)
-def test_validation_never_changes_what_is_trained(method: str, folders: dict[str, Path], tmp_path: Path) -> None:
-    found = {valid: Case(method, folders, valid_rows=valid).run(tmp_path / str(valid)) for valid in (0, 32)}
-    assert found[0] == found[32]
+def test_validation_does_not_change_training(method: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    hashes = {valid: Case(method, folders, valid_rows=valid).run(tmp_path / str(valid)) for valid in (0, 32)}
+    assert hashes[0] == hashes[32]
 
 
 @pytest.mark.parametrize("method", SOME)
-def test_a_resumed_run_ends_like_an_uninterrupted_one(method: str, folders: dict[str, Path], tmp_path: Path) -> None:
-    whole = Case(method, folders).run(tmp_path / "whole")
-    for file in (tmp_path / "whole" / "checkpoints" / "checkpoint-6").iterdir():
-        file.unlink()
-    assert Case(method, folders).run(tmp_path / "whole") == whole
+def test_resumed_run_ends_like_an_uninterrupted_one(
+    method: str, folders: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="llmrec.progress")
+    full = Case(method, folders).run(tmp_path)
+    assert "resuming" not in caplog.text
+    tear(tmp_path, 6)
+    assert Case(method, folders).run(tmp_path) == full
+    assert "training: resuming from step 4 of 6" in caplog.text
 
 
 @pytest.mark.parametrize("method", ["item tokens", *(pytest.param(m, marks=pytest.mark.slow) for m in METHODS[:-1])])
@@ -105,31 +107,8 @@ def test_half_precision_learns_like_float32(
     assert losses[1] == pytest.approx(losses[0], rel=0.03) and losses[1] != losses[0]
 
 
-def test_what_training_does_is_named(
-    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The validation before the first step took a minute in which no step was done, and a resumed run said nothing."""
-    names = []
-
-    class Named(follow.Bar):
-        def start(self) -> None:
-            names.append(self.name)
-            super().start()
-
-    monkeypatch.setattr(follow, "Bar", Named)
-    caplog.set_level(logging.INFO, logger="llmrec.progress")
-    Case("lora", folders).run(tmp_path)
-    assert names == ["train", "validation before step 1", *(f"validation at step {step}" for step in (2, 4, 6))]
-    assert "resuming" not in caplog.text
-    for file in (tmp_path / "checkpoints" / "checkpoint-6").iterdir():
-        file.unlink()
-    Case("lora", folders).run(tmp_path)
-    assert "training: resuming from step 4 of 6" in caplog.text
-    assert names[5:] == ["train", "validation at step 6"]
-
-
 @pytest.mark.parametrize("method", METHODS)
-def test_every_step_trains_also_the_only_one(method: str, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_single_step_trains(method: str, folders: dict[str, Path], tmp_path: Path) -> None:
     case = Case(method, folders)
     before = {name: p.detach().clone() for name, p in case.model.named_parameters() if p.requires_grad}
     case.steps = case.steps[:1]
@@ -141,7 +120,7 @@ def test_every_step_trains_also_the_only_one(method: str, folders: dict[str, Pat
 
 
 def gradients(loss: Any, model: Any) -> torch.Tensor:
-    """Every trained weight's gradient, one behind the other."""
+    """Return the gradients of all trained weights as one vector."""
     model.zero_grad()
     loss.backward()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -150,24 +129,25 @@ def gradients(loss: Any, model: Any) -> torch.Tensor:
 
 
 def plain_loss(model: Any, row: TokenRow, case: Case) -> Any:
-    """Cross-entropy as a textbook writes it, in float32, or the head's loss on states that the model gives out."""
+    """Return the cross-entropy of the model's logits in float32, or the head's loss on its states."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     ids, labels = torch.tensor([row.ids]), torch.tensor(row.labels)
     if case.head is None:
         logits = base(input_ids=ids).logits[0, :-1].float()
         return torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum", ignore_index=-100)
     states = base(input_ids=ids, output_hidden_states=True).hidden_states[-1][0, :-1]
-    wanted = labels[1:] != -100
-    outputs = case.head.outputs(states[wanted])
-    truth = torch.tensor(FIVE.values)[labels[1:][wanted]]
-    entropy = torch.nn.functional.cross_entropy(outputs, labels[1:][wanted], reduction="sum")
+    kept = labels[1:] != -100
+    outputs = case.head.outputs(states[kept])
+    truth = torch.tensor(FIVE.values)[labels[1:][kept]]
+    entropy = torch.nn.functional.cross_entropy(outputs, labels[1:][kept], reduction="sum")
     return 0.5 * entropy + 0.5 * (outputs.softmax(-1) @ torch.tensor(FIVE.values) - truth).square().sum()
 
 
 def dequantised(case: Case) -> None:
-    """Put the plain layers with the weights that a 4-bit layer stands for in its place."""
+    """Replace 4-bit layers by plain layers with the same weights."""
     import bitsandbytes as bnb
 
+    assert any(isinstance(layer, bnb.nn.Linear4bit) for layer in case.model.modules())
     for module in list(case.model.modules()):
         for name, layer in list(module.named_children()):
             if isinstance(layer, bnb.nn.Linear4bit):
@@ -178,13 +158,11 @@ def dequantised(case: Case) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_gradients_are_those_of_a_float32_reference_also_after_an_evaluation(
-    method: str, folders: dict[str, Path]
-) -> None:
+def test_gradients_equal_float32_reference_after_evaluation(method: str, folders: dict[str, Path]) -> None:
     case = Case(method, folders)
     moved(case.model, 0.02)
     row = case.rows[3]
-    ids, labels = torch.tensor([row.ids]), torch.tensor([row.labels])
+    ids, labels = alone(row)
     by = HeadLoss(case.head) if case.head else None
     if case.head:
         measure(case.head, case.model, case.steps, 0)
@@ -202,7 +180,7 @@ def test_gradients_are_those_of_a_float32_reference_also_after_an_evaluation(
     assert cosine >= 0.999 and float(ours.norm() / theirs.norm()) == pytest.approx(1, abs=0.01)
 
 
-def test_adapters_stay_in_float32_on_a_quantised_base(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_adapters_of_a_quantised_base_stay_in_float32(folders: dict[str, Path], tmp_path: Path) -> None:
     case = Case("qlora", folders)
     start = {name: p.detach().clone() for name, p in case.model.named_parameters() if p.requires_grad}
     with precision.adapters_as_they_are(case.model):
@@ -214,11 +192,8 @@ def test_adapters_stay_in_float32_on_a_quantised_base(folders: dict[str, Path], 
     assert {p.dtype for p in case.model.parameters() if p.requires_grad} == {torch.float32}
 
 
-@pytest.mark.parametrize(
-    ("warmup", "expected"),
-    [(0.0, (1.0, 0.75, 0.5, 0.25)), (0.5, (0.5, 1.0, 1.0, 0.5)), (1.0, (0.25, 0.5, 0.75, 1.0))],
-)
-def test_the_learning_rate_begins_above_0_and_reaches_its_peak(
+@pytest.mark.parametrize(("warmup", "expected"), [(0.0, (1.0, 0.75, 0.5, 0.25)), (0.5, (0.5, 1.0, 1.0, 0.5))])
+def test_learning_rate_schedule(
     warmup: float, expected: tuple[float, ...], folders: dict[str, Path], tmp_path: Path
 ) -> None:
     case = Case("lora", folders, warmup=warmup)
@@ -238,8 +213,7 @@ def test_the_learning_rate_begins_above_0_and_reaches_its_peak(
     assert used == pytest.approx(expected)
 
 
-def test_what_a_model_is_measured_with_is_what_was_trained(folders: dict[str, Path], tmp_path: Path) -> None:
-    """The adapter on its quantised base, loaded again, gives the logits of training."""
+def test_loaded_adapter_gives_the_logits_of_training(folders: dict[str, Path], tmp_path: Path) -> None:
     case = Case("qlora", folders)
     case.run(tmp_path)
     again = lora.load_adapted(str(case.folder), section(case.folder), case.train, tmp_path / "adapter")

@@ -1,4 +1,4 @@
-"""Soft prompts, option tuning and option-adapter tuning on tiny models: what is tied, what is saved, what is exact."""
+"""Soft prompts, option tuning and option-adapter tuning on tiny models."""
 
 from __future__ import annotations
 
@@ -8,47 +8,38 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
-from llmrec.backends.encode import Encoder
 from llmrec.backends.hf.backend import HFBackend
 from llmrec.errors import RecipeError
 from llmrec.models import bottleneck
-from llmrec.models.load import load_model, load_tokenizer
-from llmrec.models.soft_prompt import METHODS, TIED, SoftPrompt, names, put_on
+from llmrec.models.load import load_model
+from llmrec.models.soft_prompt import METHODS, TIED, SoftPrompt, copy_soft, names, put_on
 from llmrec.pipeline.objectives import labels_of
 from llmrec.pipeline.study import Study, build_study
 from llmrec.pipeline.training import plan_training
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import SoftSection, TrainSection
 from llmrec.train import heads as rating_head
-from llmrec.train import lora, sft
+from llmrec.train import lora
 from llmrec.train.batches import Labels, plan
 from llmrec.train.loss import label_loss
 from llmrec.types import Example, Message, Prompt, Segment
-from tests.conftest import section
+from tests.conftest import encoder_of, section
 from tests.facts import Facts, raises
+from tests.train.tiny import alone, example, fit, tear, user
 
 PROMPTS = 4
 
 
 def question(film: str) -> tuple[Message, ...]:
-    return (Message("user", (Segment("text", f"rating {film}"),)),)
+    return user(f"rating {film}")
 
 
-def example(number: int) -> Example:
-    """One film is liked and the other is not."""
-    film, said = (("Heat", "4"), ("Jaws", "2"))[number % 2]
-    target = (Segment("target", said),)
-    return Example(
-        id=str(number),
-        user_id="u",
-        task="ctr",
-        template="x",
-        messages=question(film),
-        answer=target,
-        ends_turn=True,
-    )
+def rated(number: int, **changes: Any) -> Example:
+    """Return an example: one film is liked and the other is not."""
+    film, label = (("Heat", "4"), ("Jaws", "2"))[number % 2]
+    return replace(example(question(film), label, id=str(number), task="ctr"), **changes)
 
 
 class Case:
@@ -59,29 +50,20 @@ class Case:
         values = {"learning_rate": 3e-2, "soft": SoftSection(**soft), "save_every": 2, "valid_every": 2, **settings}
         self.folder = folder
         self.train = TrainSection(method=method, **values)
-        plain = Encoder(load_tokenizer(str(folder), section(folder)), max_length=256)
-        self.encoder = rating_head.soft_encoder(plain, self.train)
+        self.encoder = rating_head.soft_encoder(encoder_of(folder), self.train)
         self.labels = Labels(self.encoder, PROMPTS, tied=method in TIED)
-        rows = [row for number in range(64) if (row := self.labels.row(self.encoder.row(example(number))))]
+        self.rows = [row for number in range(64) if (row := self.labels.row(self.encoder.row(rated(number))))]
         self.soft = SoftPrompt(PROMPTS, tuple(self.labels.ids), tied=method in TIED)
         self.model = rating_head.load_soft(str(folder), section(folder), self.train, self.encoder, self.soft)
-        self.rows = rows
-        self.steps = plan(iter(rows), steps=8, batch_tokens=160, seed=0)
+        self.steps = plan(iter(self.rows), steps=8, batch_tokens=160, seed=0)
 
     def run(self, out: Path) -> str:
         valid = {"ctr": self.rows[:4]}
-        options: dict[str, Any] = {"folder": out, "seed": 0, "quiet": True, "loss": sft.LossInputs(soft=self.soft)}
-        return sft.train(self.model, self.encoder, self.steps, valid, self.train, **options).adapter_sha256
+        return fit(self.model, self.encoder, self.steps, self.train, out, valid, soft=self.soft).adapter_sha256
 
 
-@pytest.fixture(scope="module", params=["llama_folder", "qwen_folder"])
-def folder(request: pytest.FixtureRequest) -> Path:
-    found: Path = request.getfixturevalue(request.param)
-    return found
-
-
-def test_soft_prompts_stand_before_every_prompt_and_no_text_spells_one(folder: Path) -> None:
-    encoder = Case("prompt", folder).encoder
+def test_soft_prompts_precede_prompts_and_cannot_be_forged(llama_folder: Path) -> None:
+    encoder = Case("prompt", llama_folder).encoder
     ids = encoder.tokenizer.convert_tokens_to_ids(names(PROMPTS))
     assert encoder.chat(question("Heat"))[:PROMPTS] == ids
     forged = encoder.chat(question(names(PROMPTS)[1]))
@@ -89,34 +71,29 @@ def test_soft_prompts_stand_before_every_prompt_and_no_text_spells_one(folder: P
     assert "soft" not in encoder.completion([*ids, *encoder.piece("Heat")], None, 0).text
 
 
-def test_a_class_vector_is_its_prompts_row_and_gets_both_gradients(folder: Path) -> None:
-    case = Case("option", folder)
+def test_class_vectors_get_the_gradients_of_both_uses(llama_folder: Path) -> None:
+    case = Case("option", llama_folder)
     rows = rating_head.rows_of(case.model)
     loss = rating_head.OptionLoss(rows, len(case.soft.labels))
     assert loss.rows.data_ptr() == rows.data_ptr() and rows.requires_grad
-    ids, labels = torch.tensor([case.rows[0].ids]), torch.tensor([case.rows[0].labels])
 
     def gradient(by: Any) -> Any:
         case.model.zero_grad()
-        label_loss(case.model, ids, labels, by)[0].backward()
+        label_loss(case.model, *alone(case.rows[0]), by)[0].backward()
         return rows.grad.clone()
 
-    class Apart(rating_head.OptionLoss):
-        """The same loss, whose class vectors are a copy."""
-
     copied = rows.detach().clone().requires_grad_(True)
-    both, as_prompt = gradient(loss), gradient(Apart(copied, len(case.soft.labels)))
+    both, as_prompt = gradient(loss), gradient(rating_head.OptionLoss(copied, len(case.soft.labels)))
     assert copied.grad is not None and copied.grad[-2:].abs().min() > 0 and as_prompt[-2:].abs().max() > 0
     assert torch.allclose(both, as_prompt + copied.grad, atol=1e-5)
     # The other prompts are no class vectors.
     assert torch.equal(copied.grad[:-2], torch.zeros_like(copied.grad[:-2]))
 
 
-def test_no_soft_prompt_is_said_where_all_logits_are_below_0(folder: Path) -> None:
-    base = load_model(str(folder), section(folder))
+def test_soft_prompts_are_never_generated(llama_folder: Path) -> None:
+    base = load_model(str(llama_folder), section(llama_folder))
     head, count = base.get_output_embeddings(), base.get_input_embeddings().weight.shape[0]
     with torch.no_grad():
-        # One direction, in which all rows are long.
         direction = torch.zeros(head.weight.shape[1])
         direction[0] = 1
         head.weight[:, 0] = -5 - torch.rand(count)
@@ -126,8 +103,8 @@ def test_no_soft_prompt_is_said_where_all_logits_are_below_0(folder: Path) -> No
     assert torch.allclose(logits[count : count + PROMPTS], logits[:count].mean().expand(PROMPTS), atol=1e-4)
 
 
-def test_an_adapter_whose_lambda_is_0_leaves_the_base_to_the_bit(folder: Path) -> None:
-    plain, base = (load_model(str(folder), section(folder)) for _ in range(2))
+def test_new_bottleneck_adapter_changes_nothing(llama_folder: Path) -> None:
+    plain, base = (load_model(str(llama_folder), section(llama_folder)) for _ in range(2))
     bottleneck.attach(base, 4, seed=0)
     ids = torch.arange(40)[None]
     with torch.no_grad():
@@ -137,18 +114,18 @@ def test_an_adapter_whose_lambda_is_0_leaves_the_base_to_the_bit(folder: Path) -
         assert not torch.equal(plain(ids).logits, base(ids).logits)
 
 
-def test_classes_start_with_the_odds_of_the_bases_words(folder: Path) -> None:
-    case = Case("option", folder)
-    row = replace(case.rows[0])
+def test_classes_start_with_the_odds_of_the_base_model(llama_folder: Path) -> None:
+    case = Case("option", llama_folder)
+    row = case.rows[0]
     states = case.model.get_base_model().get_decoder()(torch.tensor([row.ids])).last_hidden_state[0]
-    place = max(n for n, label in enumerate(row.labels) if label >= 0) - 1
-    logits = states[place] @ rating_head.rows_of(case.model)[-2:].T
+    last = max(n for n, label in enumerate(row.labels) if label >= 0) - 1
+    logits = states[last] @ rating_head.rows_of(case.model)[-2:].T
     head = case.model.get_output_embeddings().weight[list(case.soft.labels)]
-    assert torch.allclose(logits, states[place] @ head.T)
+    assert torch.allclose(logits, states[last] @ head.T)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_what_is_merged_answers_as_what_was_trained(method: str, llama_folder: Path, tmp_path: Path) -> None:
+def test_merged_model_answers_like_the_trained_one(method: str, llama_folder: Path, tmp_path: Path) -> None:
     case = Case(method, llama_folder)
     before = rating_head.rows_of(case.model).detach().clone()
     case.run(tmp_path / "run")
@@ -156,11 +133,9 @@ def test_what_is_merged_answers_as_what_was_trained(method: str, llama_folder: P
     target = tmp_path / "merged"
     target.mkdir()
     lora.merge(str(llama_folder), section(llama_folder), tmp_path / "run" / "adapter", target)
-    from llmrec.models.soft_prompt import copy_soft
-
     copy_soft(tmp_path / "run" / "adapter", target)
     case.encoder.tokenizer.save_pretrained(target)
-    again = Encoder(load_tokenizer(str(target), section(target)), max_length=256)
+    again = encoder_of(target)
     backend = HFBackend(load_model(str(target), section(target)), again)
     odds = []
     for number in range(2):
@@ -174,9 +149,8 @@ def test_what_is_merged_answers_as_what_was_trained(method: str, llama_folder: P
         labels = [again.piece(text)[0] for text in ("4", "2")]
         assert yes - no == pytest.approx(trained[labels[0]] - trained[labels[1]], abs=1e-4)
         odds.append(yes - no)
-    # Learned: one film is liked and the other is not.
     assert odds[0] > odds[1]
-    # Any other program reads the folder too; only adapters are left out by it.
+    # Other programs can read the folder, but without adapters.
     plain = AutoModelForCausalLM.from_pretrained(target)
     ids = torch.tensor([again.prompt(prompt)])
     with torch.no_grad():
@@ -185,44 +159,27 @@ def test_what_is_merged_answers_as_what_was_trained(method: str, llama_folder: P
 
 
 @pytest.mark.slow
-def test_a_resumed_run_ends_like_an_uninterrupted_one(llama_folder: Path, tmp_path: Path) -> None:
-    whole = Case("option-adapter", llama_folder).run(tmp_path / "whole")
-    for file in (tmp_path / "whole" / "checkpoints" / "checkpoint-8").iterdir():
-        file.unlink()
-    assert Case("option-adapter", llama_folder).run(tmp_path / "whole") == whole
+def test_resumed_run_ends_like_an_uninterrupted_one(llama_folder: Path, tmp_path: Path) -> None:
+    full = Case("option-adapter", llama_folder).run(tmp_path)
+    tear(tmp_path, 8)
+    assert Case("option-adapter", llama_folder).run(tmp_path) == full
 
 
-def test_answers_that_are_no_labels_are_refused_or_learned_as_tokens(llama_folder: Path) -> None:
+def test_answers_without_label_are_rejected_or_learned_as_tokens(llama_folder: Path) -> None:
     case = Case("option", llama_folder)
-    long = case.encoder.row(replace(example(0), answer=(Segment("target", "Toy Story"),)))
+    long = case.encoder.row(rated(0, answer=(Segment("target", "Toy Story"),)))
     with raises(RecipeError, Facts("contradiction", column="train.method", says="ctr")):
         case.labels.row(long)
     with raises(RecipeError, Facts("contradiction", column="train.method", says="train.soft.prompts=1")):
         tight = Labels(case.encoder, 1, tied=True)
-        [tight.row(case.encoder.row(example(number))) for number in range(2)]
+        [tight.row(case.encoder.row(rated(number))) for number in range(2)]
     free = Labels(case.encoder, PROMPTS, tied=False)
-    rows = [case.encoder.row(example(0)), long]
+    rows = [case.encoder.row(rated(0)), long]
     assert [free.row(row) for row in rows] == rows and free.ids == []
 
 
-def test_a_small_share_of_smollms_weights_is_trained() -> None:
-    """SmolLM2-135M's shape, 20 soft prompts and the default rank."""
-    soft = SoftSection()
-    config = AutoConfig.for_model(
-        "llama",
-        **{"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30},
-        **{"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},
-    )
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(config)
-    whole = sum(p.numel() for p in base.parameters())
-    adapters = 30 * (2 * 576 * soft.rank + 576 + soft.rank + 1)
-    assert (soft.prompts * 576 + adapters) / whole <= rating_head.LARGEST
-    assert soft.prompts * 576 / whole < 1e-4
-
-
 @pytest.mark.slow
-def test_a_run_trains_asks_and_exports_it(llama_folder: Path, tmp_path: Path) -> None:
+def test_run_and_export(llama_folder: Path, tmp_path: Path) -> None:
     from llmrec.exports.export import export
     from llmrec.pipeline import run as pipeline
     from tests.pipeline.test_ctr_run import SMALL
@@ -238,8 +195,8 @@ def test_a_run_trains_asks_and_exports_it(llama_folder: Path, tmp_path: Path) ->
     done = pipeline.run(chosen, tmp_path / "run", quiet=True)
     row = next(row for row in done.results["rows"] if row["id"].startswith("rating/tuned/expected/"))
     assert row["parse_rate"] == 1.0 and done.results["training"]["method"] == "option-adapter"
-    made = export(tmp_path / "run", tmp_path / "out", check_users=4)
-    assert made.agreement is not None and made.agreement.logit < 1e-3
+    agreement = export(tmp_path / "run", tmp_path / "out", check_users=4).agreement
+    assert agreement is not None and agreement.logit < 1e-3
     assert {"bottlenecks.safetensors", "soft_prompt.json", "model.safetensors"} <= {
         file.name for file in (tmp_path / "out").iterdir()
     }
@@ -260,23 +217,22 @@ RATED = "rating: {strategies: [expected], history: 5}"
 LISTED = "sequential: {templates: [next-title], warm_up: 1}"
 
 
-def test_validation_rows_of_families_that_are_left_out_say_nothing_of_labels(llama_folder: Path) -> None:
-    plain = Encoder(load_tokenizer(str(llama_folder), section(llama_folder)), max_length=2048)
-    found = {}
+def test_validation_rows_of_untrained_tasks_define_no_labels(llama_folder: Path) -> None:
+    plain, prompts = encoder_of(llama_folder, 2048), {}
     for method in ("option", "prompt"):
         for tasks in (RATED, f"{RATED}, {LISTED}"):
             more = ["train.only=[rating]"] if LISTED in tasks else []
             study = study_of(llama_folder, f"{{{tasks}}}", f"train.method={method}", "train.soft={prompts: 6}", *more)
             planned = plan_training(study, rating_head.soft_encoder(plain, study.recipe.train))
             assert planned.soft is not None and len(planned.soft.labels) == 5
-            found[method, tasks] = planned.soft
+            prompts[method, tasks] = planned.soft
             # A loss over labels is the trained family's; tokens have one in every family.
             assert set(planned.valid) == ({"rating"} if method == "option" or not more else {"rating", "sequential"})
-        assert found[method, RATED] == found[method, f"{RATED}, {LISTED}"]
+        assert prompts[method, RATED] == prompts[method, f"{RATED}, {LISTED}"]
 
 
-def test_labels_of_a_family_are_known_before_any_row_and_belong_to_one_family(llama_folder: Path) -> None:
-    plain = Encoder(load_tokenizer(str(llama_folder), section(llama_folder)), max_length=2048)
+def test_labels_of_a_task_are_known_before_planning(llama_folder: Path) -> None:
+    plain = encoder_of(llama_folder, 2048)
     study = study_of(llama_folder, f"{{{RATED}}}", "train.method=option", "train.soft={prompts: 6}")
     labels = labels_of(study, plain)
     assert labels is not None and labels.ids == [plain.piece(str(stars))[0] for stars in range(1, 6)]
@@ -290,9 +246,9 @@ def test_labels_of_a_family_are_known_before_any_row_and_belong_to_one_family(ll
         labels_of(study_of(llama_folder, f"{{{RATED}, {LISTED}}}", "train.method=option"), plain)
 
 
-def test_a_label_that_training_has_not_shown_bears_no_validation_loss(llama_folder: Path) -> None:
+def test_unknown_label_has_no_validation_loss(llama_folder: Path) -> None:
     case = Case("option", llama_folder)
     case.labels.closed = True
-    other = case.encoder.row(replace(example(0), answer=(Segment("target", "5"),)))
+    other = case.encoder.row(rated(0, answer=(Segment("target", "5"),)))
     assert case.labels.row(other) is None and case.labels.ids == list(case.soft.labels)
-    assert case.labels.row(case.encoder.row(example(0))) == case.rows[0]
+    assert case.labels.row(case.encoder.row(rated(0))) == case.rows[0]

@@ -1,4 +1,4 @@
-"""Rows packed into masked rows have the loss and the gradients of plain rows, and see nothing of each other."""
+"""Packed rows have the loss and gradients of plain rows, and see nothing of each other."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmrec.backends.encode import IGNORED, Encoder, TokenRow
+from llmrec.backends.encode import IGNORED, TokenRow
 from llmrec.errors import RecipeError
-from llmrec.models.load import load_model, load_tokenizer
 from llmrec.models.traits import takes_block_mask
-from llmrec.recipe.schema import LoraSection, ModelSection, TrainSection
+from llmrec.recipe.schema import LoraSection, TrainSection
 from llmrec.train import lora, sft
 from llmrec.train.batches import padded, plan
 from llmrec.train.loss import block_mask, label_loss, packed_loss
-from llmrec.train.packing import Packed, Stacked, bins, common_prefix, stack, tree
+from llmrec.train.packing import Packed, bins, stack, tree
 from llmrec.train.steps import Step
+from tests.conftest import encoder_of, opened, section
 from tests.facts import Facts, raises
-from tests.train.gradients import moved
+from tests.train.tiny import fit, moved, packed
 
 
 def row(ids: Sequence[int], first: int = 1, *, quiet: Sequence[int] = ()) -> TokenRow:
-    """A row with loss from ``first`` on, but not at ``quiet`` places."""
+    """Return a row with loss from ``first`` on, except at ``quiet``."""
     labels = [token if n >= first and n not in quiet else IGNORED for n, token in enumerate(ids)]
     return TokenRow(tuple(ids), tuple(labels))
 
 
 def branching(seed: int, count: int = 9) -> list[TokenRow]:
-    """Rows of three beginnings: some part early, some late, one is the beginning of another, one stands twice."""
+    """Return rows with three prefixes; one row is a prefix of another, and one is repeated."""
     rng = random.Random(seed)
     begins = [[7, 8, *[rng.randrange(10, 200) for _ in range(rng.randrange(1, 12))]] for _ in range(3)]
     rows = []
@@ -47,13 +47,8 @@ def branching(seed: int, count: int = 9) -> list[TokenRow]:
     return rows
 
 
-def tensors(packed: Stacked) -> dict[str, Any]:
-    names = ("ids", "positions", "ends", "after", "targets")
-    return {name: torch.from_numpy(getattr(packed, name)) for name in names}
-
-
 def as_packed(rows: Sequence[TokenRow], width: int) -> dict[str, Any]:
-    return tensors(stack([tree(each.rows) for each in bins(rows, width)], pad=0))
+    return packed(*(each.rows for each in bins(rows, width)))
 
 
 def as_plain(rows: Sequence[TokenRow]) -> tuple[Any, Any]:
@@ -62,10 +57,9 @@ def as_plain(rows: Sequence[TokenRow]) -> tuple[Any, Any]:
 
 
 def adapted(folder: Path, **changes: Any) -> Any:
-    """A model with adapters that are no longer zero, or one that is trained whole."""
-    section, train = ModelSection(name=str(folder), dtype="float32"), TrainSection(lora=LoraSection(rank=4), **changes)
     torch.manual_seed(0)
-    return moved(lora.load_trainable(str(folder), section, train)).eval()
+    train = TrainSection(lora=LoraSection(rank=4), **changes)
+    return moved(lora.load_trainable(str(folder), section(folder), train)).eval()
 
 
 def gradients(model: Any, loss: Any) -> dict[str, Any]:
@@ -74,29 +68,28 @@ def gradients(model: Any, loss: Any) -> dict[str, Any]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize("width", [25, 60, 10_000])
-@pytest.mark.parametrize("folder", ["llama_folder", "qwen_folder"])
-def test_loss_and_gradients_are_those_of_plain_rows(
+@pytest.mark.parametrize(
+    ("folder", "width", "method"),
+    [("llama_folder", 25, "lora"), ("llama_folder", 10_000, "full"), ("qwen_folder", 60, "lora")],
+)
+def test_loss_and_gradients_equal_plain_rows(
     folder: str, width: int, method: str, request: pytest.FixtureRequest
 ) -> None:
-    """The claim: within 1e-4 in float32, one masked row or many, frozen head or trained."""
     model = adapted(request.getfixturevalue(folder), method=method)
     rows = branching(seed=3)
     plain, count = label_loss(model, *as_plain(rows))
-    wanted = gradients(model, plain / count)
+    expected = gradients(model, plain / count)
     total, targets = packed_loss(model, as_packed(rows, width))
-    found = gradients(model, total / targets)
+    results = gradients(model, total / targets)
     assert targets == count == sum(each.targets for each in rows)
     assert float(total.detach()) == pytest.approx(float(plain.detach()), rel=1e-6, abs=1e-4)
-    assert found.keys() == wanted.keys() != set()
-    for name, gradient in wanted.items():
-        assert torch.allclose(found[name], gradient, atol=1e-5, rtol=1e-4), name
+    assert results.keys() == expected.keys() != set()
+    for name, gradient in expected.items():
+        assert torch.allclose(results[name], gradient, atol=1e-5, rtol=1e-4), name
 
 
 def test_eager_attention_reads_the_same_mask(llama_folder: Path) -> None:
-    rows = branching(seed=4)
-    model = load_model(str(llama_folder), ModelSection(name=str(llama_folder), dtype="float32"))
+    rows, model = branching(seed=4), opened(llama_folder)[0]
     plain, _ = label_loss(model, *as_plain(rows))
     model.set_attn_implementation("eager")
     assert block_mask(model, torch.tensor([[2, 2]])).dtype == torch.float32
@@ -104,60 +97,30 @@ def test_eager_attention_reads_the_same_mask(llama_folder: Path) -> None:
     assert float(total.detach()) == pytest.approx(float(plain.detach()), abs=1e-3)
 
 
-def test_rows_see_nothing_of_each_other(llama_folder: Path) -> None:
-    """Other tokens in one row change its own targets, and not one bit of any other's."""
-    model = load_model(str(llama_folder), ModelSection(name=str(llama_folder), dtype="float32"))
-    shared = [20, 21, 22, 23]
-    first, second, stranger = row([*shared, 30, 31, 32], 5), row([*shared, 60, 61, 62], 5), row([90, 91, 92, 93], 1)
-    changed = row([*shared, 60, 161, 162], 5)
-
-    def states(rows: list[TokenRow]) -> tuple[Packed, Any]:
-        packed = tree(rows)
-        inputs = tensors(stack([packed], pad=0))
-        mask = block_mask(model, inputs["ends"])
-        with torch.no_grad():
-            hidden = model.get_decoder()(
-                input_ids=inputs["ids"], position_ids=inputs["positions"], attention_mask=mask
-            ).last_hidden_state[0]
-        return packed, hidden
-
-    (packed, before), (other, after) = states([first, second, stranger]), states([first, changed, stranger])
-    same = torch.from_numpy(packed.ids == other.ids)
-    assert int((~same).sum()) == 1
-    assert torch.equal(before[same], after[same])
-    assert not torch.allclose(before[~same], after[~same])
-
-
-def test_a_tree_by_hand() -> None:
-    """Two rows share three tokens and part; nothing is read behind a last target but one."""
-    packed = tree([row([1, 2, 3, 4, 5], 4), row([1, 2, 3, 6], 2), row([9, 8], 1)])
-    assert packed.ids.tolist() == [1, 2, 3, 4, 9]
-    assert packed.positions.tolist() == [0, 1, 2, 3, 0]
-    assert packed.ends.tolist() == [4, 4, 4, 4, 5]
-    assert list(zip(packed.after.tolist(), packed.targets.tolist(), strict=True)) == [(1, 3), (2, 6), (3, 5), (4, 8)]
-
-
-def test_a_shared_target_counts_as_often_as_in_plain_rows() -> None:
-    packed = tree([row([1, 2, 3], 1), row([1, 2, 3], 2), row([1, 2, 3, 4], 2)])
-    assert len(packed.ids) == 3
-    assert sorted(zip(packed.after.tolist(), packed.targets.tolist(), strict=True)) == [
-        *[(0, 2)],
-        *[(1, 3)] * 3,
-        *[(2, 4)],
-    ]
+def test_tree_by_hand() -> None:
+    laid = tree([row([1, 2, 3, 4, 5], 4), row([1, 2, 3, 6], 2), row([9, 8], 1)])
+    assert laid.ids.tolist() == [1, 2, 3, 4, 9]
+    assert laid.positions.tolist() == [0, 1, 2, 3, 0]
+    assert laid.ends.tolist() == [4, 4, 4, 4, 5]
+    assert list(zip(laid.after.tolist(), laid.targets.tolist(), strict=True)) == [(1, 3), (2, 6), (3, 5), (4, 8)]
+    # A shared target counts as often as in plain rows.
+    laid = tree([row([1, 2, 3], 1), row([1, 2, 3], 2), row([1, 2, 3, 4], 2)])
+    assert len(laid.ids) == 3
+    targets = sorted(zip(laid.after.tolist(), laid.targets.tolist(), strict=True))
+    assert targets == [(0, 2), (1, 3), (1, 3), (1, 3), (2, 4)]
 
 
 TOKENS = st.lists(st.integers(1, 3), min_size=2, max_size=9)
 
 
-def seen_by_walking(packed: Packed) -> Any:
-    """What each column sees, found by walking up from parent to parent instead of from the ends."""
+def visible_columns(laid: Packed) -> Any:
+    """Return what each column sees, by walking from parent to parent."""
     parents: list[int] = []
-    for column, place in enumerate(packed.positions.tolist()):
+    for column, position in enumerate(laid.positions.tolist()):
         at = column - 1
-        while at >= 0 and packed.positions[at] >= place:
+        while at >= 0 and laid.positions[at] >= position:
             at -= 1
-        parents.append(at if place else -1)
+        parents.append(at if position else -1)
     seen = np.zeros((len(parents), len(parents)), dtype=bool)
     for column in range(len(parents)):
         at = column
@@ -168,51 +131,45 @@ def seen_by_walking(packed: Packed) -> Any:
 
 
 @given(st.lists(st.tuples(TOKENS, st.integers(1, 8)), min_size=1, max_size=12), st.integers(4, 40))
-def test_every_token_sees_its_own_row_so_far(drawn: list[tuple[list[int], int]], width: int) -> None:
-    """Isolation: along the mask, every target's column reads exactly the beginning of its row, and no token more."""
-    rows = [made for ids, first in drawn if (made := row(ids, min(first, len(ids) - 1))).targets]
-    wanted = sorted(
+def test_every_target_sees_the_prefix_of_its_row_only(drawn: list[tuple[list[int], int]], width: int) -> None:
+    rows = [each for ids, first in drawn if (each := row(ids, min(first, len(ids) - 1))).targets]
+    expected = sorted(
         (each.ids[:n], each.labels[n]) for each in rows for n in range(1, len(each.ids)) if each.labels[n] > 0
     )
-    found = []
+    results = []
     for filled in bins(rows, width):
-        packed = tree(filled.rows)
-        assert len(packed.ids) == filled.columns <= max(width, 9)
-        columns = np.arange(len(packed.ids))
-        seen = (columns <= columns[:, None]) & (columns[:, None] < packed.ends)
-        assert np.array_equal(seen, seen_by_walking(packed))
-        assert np.array_equal(packed.positions, seen.sum(1) - 1)
-        for column, token in zip(packed.after.tolist(), packed.targets.tolist(), strict=True):
-            found.append((tuple(packed.ids[seen[column]].tolist()), token))
-        # A trie holds no beginning twice.
-        begins = [tuple(packed.ids[seen[column]].tolist()) for column in columns]
-        assert len(begins) == len(set(begins))
-    assert sorted(found) == wanted
+        laid = tree(filled.rows)
+        assert len(laid.ids) == filled.columns <= max(width, 9)
+        columns = np.arange(len(laid.ids))
+        seen = (columns <= columns[:, None]) & (columns[:, None] < laid.ends)
+        assert np.array_equal(seen, visible_columns(laid))
+        assert np.array_equal(laid.positions, seen.sum(1) - 1)
+        for column, token in zip(laid.after.tolist(), laid.targets.tolist(), strict=True):
+            results.append((tuple(laid.ids[seen[column]].tolist()), token))
+        # A trie contains no prefix twice.
+        prefixes = [tuple(laid.ids[seen[column]].tolist()) for column in columns]
+        assert len(prefixes) == len(set(prefixes))
+    assert sorted(results) == expected
 
 
 @given(st.lists(st.integers(2, 30), min_size=1, max_size=40), st.integers(10, 64))
-def test_bins_keep_every_row_and_their_width(lengths: list[int], width: int) -> None:
+def test_bins_contain_every_row_within_their_width(lengths: list[int], width: int) -> None:
     rows = [row([n + 100, *range(length - 1)], 1) for n, length in enumerate(lengths)]
-    made = bins(rows, width)
-    assert sorted(each.ids for filled in made for each in filled.rows) == sorted(each.ids for each in rows)
-    assert all(filled.columns <= width or len(filled.rows) == 1 for filled in made)
-    # First fit never leaves two masked rows that would go into one.
-    assert all(a.columns + b.columns > width for a, b in pairwise(made))
+    filled = bins(rows, width)
+    assert sorted(each.ids for part in filled for each in part.rows) == sorted(each.ids for each in rows)
+    assert all(part.columns <= width or len(part.rows) == 1 for part in filled)
+    # First fit leaves no two neighbours that would fit into one row.
+    assert all(a.columns + b.columns > width for a, b in pairwise(filled))
 
 
-def test_padding_sees_itself_alone() -> None:
-    packed = stack([tree([row([1, 2, 3, 4, 5], 1)]), tree([row([6, 7], 1)])], pad=0)
-    assert packed.ids.tolist() == [[1, 2, 3, 4], [6, 0, 0, 0]]
-    assert packed.ends.tolist() == [[4, 4, 4, 4], [1, 2, 3, 4]]
-    assert packed.after.tolist() == [0, 1, 2, 3, 4]
+def test_padding_sees_only_itself() -> None:
+    stacked = stack([tree([row([1, 2, 3, 4, 5], 1)]), tree([row([6, 7], 1)])], pad=0)
+    assert stacked.ids.tolist() == [[1, 2, 3, 4], [6, 0, 0, 0]]
+    assert stacked.ends.tolist() == [[4, 4, 4, 4], [1, 2, 3, 4]]
+    assert stacked.after.tolist() == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize(("one", "two", "shared"), [([], [], 0), ([1], [1, 2], 1), ([1, 2], [1, 3], 1), ([4], [5], 0)])
-def test_alike(one: list[int], two: list[int], shared: int) -> None:
-    assert common_prefix(np.array(one, dtype=np.int64), np.array(two, dtype=np.int64)) == shared
-
-
-def test_models_that_ignore_masks_are_known() -> None:
+def test_models_that_ignore_masks() -> None:
     from transformers import GPT2Config, LlamaConfig, MambaConfig, MistralConfig
 
     kinds = (LlamaConfig(), GPT2Config(), MistralConfig(sliding_window=64), MambaConfig())
@@ -224,7 +181,7 @@ def test_models_that_ignore_masks_are_known() -> None:
 
 
 def user_rows() -> list[TokenRow]:
-    """What one user gives: a list, and questions about different items after the same history."""
+    """Return lists, and questions about different items after the same history."""
     rng, rows = random.Random(5), []
     for _ in range(40):
         history = [7, 8, 9, *[rng.randrange(20, 200) for _ in range(30)]]
@@ -234,7 +191,7 @@ def user_rows() -> list[TokenRow]:
     return rows
 
 
-def test_a_packed_plan_loses_no_row_and_holds_to_its_budget() -> None:
+def test_packed_plan_contains_every_row_within_its_budget() -> None:
     rows = user_rows()
     steps = list(plan(iter(rows), steps=1000, batch_tokens=400, seed=0, width=100))
     assert sorted(each.ids for step in steps for each in step.rows) == sorted(each.ids for each in rows)
@@ -249,54 +206,33 @@ def test_a_packed_plan_loses_no_row_and_holds_to_its_budget() -> None:
 
 
 def tuned(folder: Path, out: Path, steps: Sequence[Step]) -> tuple[sft.Training, Any]:
-    section = ModelSection(name=str(folder), dtype="float32")
     train = TrainSection(steps=len(steps), learning_rate=1e-3, valid_every=50, packing="tree")
     torch.manual_seed(0)
-    model = lora.load_trainable(str(folder), section, train)
-    encoder = Encoder(load_tokenizer(str(folder), section), max_length=256)
-    return sft.train(model, encoder, steps, {}, train, folder=out, seed=0, quiet=True), model
+    model = lora.load_trainable(str(folder), section(folder), train)
+    return fit(model, encoder_of(folder), steps, train, out), model
 
 
-def test_training_on_packed_steps_ends_where_plain_steps_end(llama_folder: Path, tmp_path: Path) -> None:
-    packed = plan(iter(user_rows()[:60]), steps=6, batch_tokens=400, seed=0, width=100)
-    plain = [Step(step.rows) for step in packed]
-    one, ours = tuned(llama_folder, tmp_path / "packed", packed)
+def test_packed_and_plain_training_give_equal_weights(llama_folder: Path, tmp_path: Path) -> None:
+    steps = plan(iter(user_rows()[:60]), steps=6, batch_tokens=400, seed=0, width=100)
+    plain = [Step(step.rows) for step in steps]
+    one, ours = tuned(llama_folder, tmp_path / "packed", steps)
     two, theirs = tuned(llama_folder, tmp_path / "plain", plain)
     assert [record["loss"] for record in one.log[1:]] == pytest.approx(
         [record["loss"] for record in two.log[1:]], abs=1e-4
     )
     weights = dict(theirs.named_parameters())
-    moved = [name for name in weights if "lora_B" in name]
-    assert moved
+    assert any("lora_B" in name for name in weights)
     for name, parameter in ours.named_parameters():
         assert torch.allclose(parameter, weights[name], atol=2e-4), name
-    assert one.tokens == sum(each.columns for step in packed for each in step.bins) < two.tokens
+    assert one.tokens == sum(each.columns for step in steps for each in step.bins) < two.tokens
     assert one.target_tokens == two.target_tokens
 
 
-def test_packing_is_checked_after_the_model_is_on_its_device(
-    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[str] = []
-
-    class Trainer(sft.LabelRowTrainer):
-        """Puts the model where it is trained, as every trainer does."""
-
-        def __init__(self, **options: Any) -> None:
-            super().__init__(**options)
-            calls.append("placed")
-
-    monkeypatch.setattr(sft, "LabelRowTrainer", Trainer)
-    monkeypatch.setattr(sft, "check_packing", lambda *_: calls.append("checked"))
-    tuned(llama_folder, tmp_path, plan(iter(user_rows()[:20]), steps=1, batch_tokens=400, seed=0, width=100))
-    assert calls == ["placed", "checked"]
-
-
-def test_models_that_do_not_read_the_mask_are_refused(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = load_model(str(llama_folder), ModelSection(name=str(llama_folder), dtype="float32"))
+def test_rejects_models_that_ignore_the_mask(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = opened(llama_folder)[0]
     sft.check_packing(model)
     with monkeypatch.context() as patch:
-        # A model that puts a plain causal mask in place of ours.
+        # A model that uses a causal mask instead.
         patch.setattr("llmrec.train.loss.block_mask", lambda model, ends: None)
         with raises(RecipeError, Facts("unsupported", column="train.packing", says=("llama", "train.packing=none"))):
             sft.check_packing(model)

@@ -1,10 +1,11 @@
-"""Half precision: which one a device gets, scaled gradients where it is float16, and adapters without copies."""
+"""Half precision: its type on each device, scaled gradients in float16, and adapters without copies of inputs."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 from llmrec.errors import RecipeError
 from llmrec.recipe.schema import LoraSection, TrainSection
 from llmrec.train import precision, sft, world
-from llmrec.train.checkpoint import newest
 from llmrec.train.lora import with_adapter
 from llmrec.train.loss import label_loss
 from tests.facts import Facts, raises
-from tests.train.gradients import assert_equal, trained
+from tests.train.tiny import assert_equal, tear, trained
 
 SHAPE = {
     "hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
@@ -28,28 +28,17 @@ SHAPE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("native", "float32", "wanted"),
-    [(True, False, torch.bfloat16), (False, False, torch.float16), (True, True, None), (False, True, None)],
-)
-def test_a_gpu_multiplies_what_it_has(
-    native: bool, float32: bool, wanted: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Compute capability 7.5 only emulates bfloat16; a recipe that asks for float32 gets it everywhere."""
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
+def test_half_precision_depends_on_gpu_and_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute capability 7.5 only emulates bfloat16; a recipe with float32 gets it on every GPU."""
     model = torch.nn.Linear(2, 2)
-    model.llmrec_float32 = float32
-    assert precision.half(model, "cuda") == wanted
+    for native, float32, expected in ((True, False, torch.bfloat16), (False, False, torch.float16), (True, True, None)):
+        supported = partial(lambda native, including_emulation=True: native or including_emulation, native)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+        model.llmrec_float32 = float32
+        assert precision.half(model, "cuda") == expected
 
 
-@pytest.mark.parametrize("scaled", [True, False])
-def test_float16_has_the_trainer_scale_gradients(scaled: bool, tmp_path: Path) -> None:
-    assert sft._config(TrainSection(), tmp_path, 1, 0, "cpu", scaled=scaled).mixed_precision == (
-        "fp16" if scaled else "no"
-    )
-
-
-def test_trained_weights_are_wide_whatever_the_base_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trained_weights_are_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "gpu_has_bf16", lambda: False)
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)).half()
     model[0].requires_grad_(False)
@@ -59,16 +48,16 @@ def test_trained_weights_are_wide_whatever_the_base_is(monkeypatch: pytest.Monke
 
 @pytest.fixture
 def turing(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Have the CPU train as a GPU without bfloat16 does; accelerate itself has a gradient scaler for GPUs alone."""
+    """Train on the CPU like on a GPU without bfloat16; accelerate itself scales gradients on GPUs only."""
 
     def half(model: Any, device: str | None = None) -> Any:
         return None if model.llmrec_float32 else torch.float16
 
     def with_scale(scale: float) -> None:
-        begun = Accelerator.__init__
+        original = Accelerator.__init__
 
-        def begin(self: Any, *given: Any, **named: Any) -> None:
-            begun(self, *given, **named)
+        def begin(self: Any, *args: Any, **options: Any) -> None:
+            original(self, *args, **options)
             if self.mixed_precision == "fp16":
                 self.scaler, self.native_amp = torch.amp.GradScaler("cpu", init_scale=scale), True
 
@@ -93,7 +82,7 @@ def figures(out: Path) -> list[dict[str, float]]:
         pytest.param({"method": "qlora"}, marks=pytest.mark.slow),
     ],
 )
-def test_scaled_float16_learns_like_float32(
+def test_scaled_float16_trains_like_float32(
     settings: dict[str, Any], llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, turing: Any
 ) -> None:
     if settings.get("method") == "qlora":
@@ -108,15 +97,15 @@ def test_scaled_float16_learns_like_float32(
     assert not figures(tmp_path / "one")
 
 
-def test_a_step_whose_gradients_overflow_is_left_out_and_recorded(
+def test_step_with_overflowing_gradients_is_skipped(
     llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, turing: Any
 ) -> None:
     turing(2.0**40)
     losses, gradients = trained(monkeypatch, llama_folder, tmp_path, steps=3, dtype="float16")
     assert not all(bool(value.isfinite().all()) for value in gradients[0].values())
-    found = figures(tmp_path)
-    assert [line["scaler/skipped"] for line in found] == [1.0] * 3
-    assert [line["scaler/scale"] for line in found] == [2.0**39, 2.0**38, 2.0**37]
+    results = figures(tmp_path)
+    assert [line["scaler/skipped"] for line in results] == [1.0] * 3
+    assert [line["scaler/scale"] for line in results] == [2.0**39, 2.0**38, 2.0**37]
     assert all(math.isfinite(loss) for loss in losses)
     (file,) = (tmp_path / "adapter").glob("*.safetensors")
     turing(2.0**40)
@@ -125,37 +114,32 @@ def test_a_step_whose_gradients_overflow_is_left_out_and_recorded(
     assert file.read_bytes() == other.read_bytes()
 
 
-def test_a_resumed_run_keeps_the_scale(
+def test_resumed_run_keeps_the_scale(
     llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, turing: Any
 ) -> None:
     turing(2.0**40)
     settings: dict[str, Any] = {"steps": 4, "dtype": "float16", "save_every": 2}
     trained(monkeypatch, llama_folder, tmp_path, **settings)
-    whole = figures(tmp_path)
-    for file in (tmp_path / "checkpoints" / "checkpoint-4").iterdir():
-        file.unlink()
+    full = figures(tmp_path)
+    tear(tmp_path, 4)
     trained(monkeypatch, llama_folder, tmp_path, **settings)
-    assert figures(tmp_path) == whole
-    assert newest(tmp_path / "checkpoints") is not None
+    assert figures(tmp_path) == full
 
 
-def test_scaled_gradients_are_not_sharded() -> None:
+def test_rejects_sharding_of_scaled_gradients() -> None:
     with raises(RecipeError, Facts("unsupported", says="bfloat16")):
         world.refuse_sharding(None, TrainSection(), plain=True, scaled=True)
 
 
-# --------------------------------------------------------------------------- copies of inputs
-
-
 def kept(model: Any, *, cast: bool) -> tuple[int, float, list[torch.Tensor]]:
-    """Return the bytes that are kept for the backward pass, the loss and the gradients."""
-    own = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
-    found: dict[int, tuple[int, torch.Tensor]] = {}
+    """Return the bytes stored for the backward pass, the loss and the gradients."""
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    stored: dict[int, tuple[int, torch.Tensor]] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        place = tensor.untyped_storage()
-        if place.data_ptr() not in own:
-            found[place.data_ptr()] = (place.nbytes(), tensor)
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            stored[storage.data_ptr()] = (storage.nbytes(), tensor)
         return tensor
 
     ids = torch.arange(128).remainder(60).view(2, 64)
@@ -166,14 +150,14 @@ def kept(model: Any, *, cast: bool) -> tuple[int, float, list[torch.Tensor]]:
         precision.inputs_as_they_are(model, active=not cast),
     ):
         loss, _ = label_loss(model, ids, ids)
-    size = sum(bytes_ for bytes_, _ in found.values())
+    size = sum(bytes_ for bytes_, _ in stored.values())
     loss.backward()
     return size, float(loss.detach()), [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
 @pytest.mark.parametrize("config", [LlamaConfig, Qwen3Config])
-def test_adapters_keep_no_copies_of_their_inputs(config: Any) -> None:
-    """Eight bytes a token, layer and unit of width of seven linear layers, one of them three times as wide."""
+def test_adapters_store_no_copies_of_inputs(config: Any) -> None:
+    """Saves 8 bytes per token, layer and unit of width: seven linear layers, one of them three times as wide."""
     sizes: dict[bool, list[int]] = {True: [], False: []}
     for layers in (1, 2):
         torch.manual_seed(0)
@@ -188,21 +172,21 @@ def test_adapters_keep_no_copies_of_their_inputs(config: Any) -> None:
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_training_makes_no_copies_and_learns_the_same(
+def test_training_without_copies_is_equal(
     dora: bool, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings: dict[str, Any] = {"lora": {"rank": 4, "dora": dora}}
     monkeypatch.setattr(precision, "cpu_has_bf16", lambda: True)
     losses, one = trained(monkeypatch, llama_folder, tmp_path / "one", dtype="bfloat16", **settings)
-    asked: list[bool] = []
+    calls: list[bool] = []
 
     def casting(model: Any, *, active: bool) -> Any:
-        asked.append(active)
+        calls.append(active)
         return precision.inputs_as_they_are(model, active=False)
 
     monkeypatch.setattr(sft, "inputs_as_they_are", casting)
     same, two = trained(monkeypatch, llama_folder, tmp_path / "two", dtype="bfloat16", **settings)
-    assert asked == [True, True] and same == losses
+    assert calls == [True, True] and same == losses
     assert_equal(one, two, 0.0)
     trained(monkeypatch, llama_folder, tmp_path / "three", dtype="float32", **settings)
-    assert asked[2:] == [False, False]
+    assert calls[2:] == [False, False]

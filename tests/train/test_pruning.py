@@ -1,4 +1,4 @@
-"""Magnitude pruning while training: the schedule, the masks, and the zeros of what is exported."""
+"""Magnitude pruning during training: its schedule, masks, and zeros in exported models."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def export(folder: Path, out: Path, method: str) -> dict[str, torch.Tensor]:
     return {name: each for name, each in weights.items() if name.endswith("_proj.weight")}
 
 
-def test_the_schedule_is_that_of_equation_1() -> None:
+def test_schedule_equals_equation_1() -> None:
     cubic = PruneSection(sparsity=0.8, begin=0.1, end=0.5, every=10)
     # t0 = 10, t1 = 50: .8 (1 - (1 - k/4)^3) at step 10 + 10k.
     by_hand = {0: 0, 9: 0, 10: 0, 19: 0, 20: 0.4625, 29: 0.4625, 30: 0.7, 40: 0.7875, 49: 0.7875, 50: 0.8, 100: 0.8}
@@ -44,7 +44,7 @@ def test_the_schedule_is_that_of_equation_1() -> None:
     assert [magnitude.sparsity_at(once, 8, step) for step in range(4)] == [0, 0, 0.5, 0.5]
 
 
-def test_the_smallest_fall_away_and_of_equal_ones_the_first() -> None:
+def test_smallest_weights_are_pruned() -> None:
     weight = torch.tensor([[3.0, -1.0, 0.5], [1.0, -2.0, 1.0]])
     assert magnitude.kept(weight, 1 / 3).tolist() == [[True, False, False], [True, True, True]]
     assert magnitude.kept(weight, 2 / 3).tolist() == [[True, False, False], [False, True, False]]
@@ -55,9 +55,9 @@ def test_the_smallest_fall_away_and_of_equal_ones_the_first() -> None:
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_what_is_exported_has_the_zeros_of_training(method: str, llama_folder: Path, tmp_path: Path) -> None:
+def test_exported_model_has_the_zeros_of_training(method: str, llama_folder: Path, tmp_path: Path) -> None:
     rate = 1e-2 if method == "lora" else 1e-3
-    done, model = run(llama_folder, tmp_path, steps=12, method=method, learning_rate=rate, prune=PRUNE)
+    done, model = run(llama_folder, tmp_path, steps=8, method=method, learning_rate=rate, prune=PRUNE)
     weights = export(llama_folder, tmp_path, method)
     zeros = {name: each == 0 for name, each in weights.items()}
     share = sum(int(each.sum()) for each in zeros.values()) / sum(each.numel() for each in zeros.values())
@@ -65,7 +65,7 @@ def test_what_is_exported_has_the_zeros_of_training(method: str, llama_folder: P
     masks = {f"{name}.weight": layer.llmrec_mask for name, layer in magnitude._masked(model)}
     assert masks.keys() == zeros.keys()
     assert all(torch.equal(zeros[name], ~mask) for name, mask in masks.items())
-    # The model that was trained, the one that an export is measured against, and the one in use say the same.
+    # The trained model, the reference of an export, and the exported model agree.
     train, ids = TrainSection(method=method), torch.tensor([[5, 9, 30, 12, 44]])
     live = lora.load_adapted(str(llama_folder), section(llama_folder), train, tmp_path / "adapter")
     plain = load_model(str(tmp_path / "merged"), section(llama_folder))
@@ -76,33 +76,28 @@ def test_what_is_exported_has_the_zeros_of_training(method: str, llama_folder: P
 
 
 @pytest.mark.parametrize("method", ["lora", pytest.param("full", marks=pytest.mark.slow)])
-def test_masks_are_frozen_after_the_end_and_a_resumed_run_keeps_them(
-    method: str, llama_folder: Path, tmp_path: Path
-) -> None:
+def test_masks_are_fixed_after_the_end_and_resumed(method: str, llama_folder: Path, tmp_path: Path) -> None:
     settings = {"method": method, "learning_rate": 1e-3, "prune": {**PRUNE, "end": 0.75}, "save_every": 2}
-    whole, _ = run(llama_folder, tmp_path / "whole", steps=8, keep_checkpoints=4, **settings)
-    masks = {
-        step: load_file(tmp_path / "whole" / "checkpoints" / f"checkpoint-{step}" / magnitude.WEIGHTS)
-        for step in (4, 6, 8)
-    }
+    full, _ = run(llama_folder, tmp_path, steps=8, keep_checkpoints=4, **settings)
+    masks = {step: load_file(tmp_path / "checkpoints" / f"checkpoint-{step}" / magnitude.WEIGHTS) for step in (4, 6, 8)}
     assert all(torch.equal(masks[6][name], masks[8][name]) for name in masks[6])
     assert not all(torch.equal(masks[4][name], masks[6][name]) for name in masks[6])
     # Killed once when the schedule is over, and once within it.
     for torn in ((8,), (8, 6)):
         for step in torn:
-            (tmp_path / "whole" / "checkpoints" / f"checkpoint-{step}" / "trainer_state.json").write_text("torn")
-        again, _ = run(llama_folder, tmp_path / "whole", steps=8, keep_checkpoints=4, **settings)
-        assert again.adapter_sha256 == whole.adapter_sha256 and again.sparsity == whole.sparsity
+            (tmp_path / "checkpoints" / f"checkpoint-{step}" / "trainer_state.json").write_text("torn")
+        again, _ = run(llama_folder, tmp_path, steps=8, keep_checkpoints=4, **settings)
+        assert again.adapter_sha256 == full.adapter_sha256 and again.sparsity == full.sparsity
 
 
-def test_a_sparsity_of_0_is_training_without_it_to_the_bit(llama_folder: Path, tmp_path: Path) -> None:
+def test_sparsity_of_0_changes_nothing(llama_folder: Path, tmp_path: Path) -> None:
     plain, _ = run(llama_folder, tmp_path / "plain", steps=4)
     none, _ = run(llama_folder, tmp_path / "none", steps=4, prune={"sparsity": 0})
     assert none.adapter_sha256 == plain.adapter_sha256
     assert none.sparsity is None
     # All weights, under masks that hide nothing.
-    made = TrainSection(method="full", prune=PruneSection())
-    model = lora.load_trainable(str(llama_folder), section(llama_folder), made)
+    train = TrainSection(method="full", prune=PruneSection())
+    model = lora.load_trainable(str(llama_folder), section(llama_folder), train)
     ids = torch.tensor([[5, 9, 30]])
     with torch.no_grad():
         before = model(input_ids=ids).logits
@@ -110,9 +105,9 @@ def test_a_sparsity_of_0_is_training_without_it_to_the_bit(llama_folder: Path, t
         assert torch.equal(before, model(input_ids=ids).logits)
 
 
-def test_only_what_stays_learns(llama_folder: Path) -> None:
-    made = TrainSection(method="full", prune=PruneSection())
-    model = lora.load_trainable(str(llama_folder), section(llama_folder), made)
+def test_only_unpruned_weights_are_trained(llama_folder: Path) -> None:
+    train = TrainSection(method="full", prune=PruneSection())
+    model = lora.load_trainable(str(llama_folder), section(llama_folder), train)
     magnitude.raise_to(model, 0.8)
     model(input_ids=torch.tensor([[5, 9, 30]])).logits.square().sum().backward()
     for _, layer in magnitude._masked(model):
@@ -121,21 +116,21 @@ def test_only_what_stays_learns(llama_folder: Path) -> None:
         assert layer.weight[~layer.llmrec_mask].any()
 
 
-def test_layers_without_an_adapter_are_pruned_too_and_adapters_count(llama_folder: Path) -> None:
-    made = TrainSection(lora=LoraSection(targets=("q_proj",)), prune=PruneSection())
-    model = lora.load_trainable(str(llama_folder), section(llama_folder), made)
+def test_layers_without_adapters_are_pruned_and_adapters_count(llama_folder: Path) -> None:
+    train = TrainSection(lora=LoraSection(targets=("q_proj",)), prune=PruneSection())
+    model = lora.load_trainable(str(llama_folder), section(llama_folder), train)
     layers = dict(magnitude._masked(model))
     assert len(layers) == 7 * len(model.get_base_model().model.layers)
     adapted = layers["model.layers.0.self_attn.q_proj"]
     with torch.no_grad():
-        # An adapter that takes the base's whole first row away: these are then the smallest weights.
+        # An adapter that cancels the first row of the base: these are then the smallest weights.
         adapted.lora_A["default"].weight.zero_()[0] = -adapted.base_layer.weight[0] / adapted.scaling["default"]
         adapted.lora_B["default"].weight.zero_()[0, 0] = 1
     magnitude.raise_to(model, 1 / adapted.base_layer.weight.shape[0])
     assert not adapted.llmrec_mask[0].any() and adapted.llmrec_mask[1:].all()
 
 
-def test_what_cannot_be_pruned_is_refused() -> None:
+def test_rejects_pruning_of_other_methods_and_models() -> None:
     for settings in (
         {"method": "qlora"},
         {"method": "option"},
@@ -153,9 +148,9 @@ def test_what_cannot_be_pruned_is_refused() -> None:
         magnitude.attach(model)
 
 
-def test_masks_of_another_model_are_refused(llama_folder: Path, tmp_path: Path) -> None:
-    made = TrainSection(method="full", prune=PruneSection())
-    model = lora.load_trainable(str(llama_folder), section(llama_folder), made)
+def test_rejects_masks_of_another_model(llama_folder: Path, tmp_path: Path) -> None:
+    train = TrainSection(method="full", prune=PruneSection())
+    model = lora.load_trainable(str(llama_folder), section(llama_folder), train)
     magnitude.raise_to(model, 0.5)
     magnitude.save(model, tmp_path)
     other = load_model(str(make_model(tmp_path / "other", layers=3)), section(tmp_path / "other"))

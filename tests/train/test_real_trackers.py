@@ -1,4 +1,4 @@
-"""The packages of trackers, offline: losses and evaluation metrics of a run are read back; `make test-trackers`."""
+"""Trackers with their packages, offline: logged losses and metrics are read back; run by `make test-trackers`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def installed(package: str) -> Any:
-    """Return a package, or skip the test."""
     return pytest.importorskip(package, reason=f"{package} is not installed: make test-trackers")
 
 
@@ -31,11 +30,11 @@ def done(model: Path, folder: Path, name: str) -> float:
     return value
 
 
-def check(found: dict[str, list[float]], value: float, loss: str, valid: str) -> None:
+def check(logged: dict[str, list[float]], value: float, loss: str, valid: str) -> None:
     """Compare what a tracker has with the run: two losses of training and of validation, and each metric once."""
-    assert len(found[loss]) == 2 and len(found[valid]) == 2
-    (name,) = (name for name in found if name.startswith(FIGURE) and name.endswith("RMSE"))
-    assert found[name] == [pytest.approx(value)]
+    assert len(logged[loss]) == 2 and len(logged[valid]) == 2
+    (name,) = (name for name in logged if name.startswith(FIGURE) and name.endswith("RMSE"))
+    assert logged[name] == [pytest.approx(value)]
 
 
 def test_tensorboard(llama_folder: Path, tmp_path: Path) -> None:
@@ -43,8 +42,8 @@ def test_tensorboard(llama_folder: Path, tmp_path: Path) -> None:
     value = done(llama_folder, tmp_path, "tensorboard")
     events = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
     read = events.EventAccumulator(str(tmp_path / "films" / "tensorboard")).Reload()
-    found = {name: [each.value for each in read.Scalars(name)] for name in read.Tags()["scalars"]}
-    check(found, value, "train/loss", "eval/loss/rating")
+    logged = {name: [each.value for each in read.Scalars(name)] for name in read.Tags()["scalars"]}
+    check(logged, value, "train/loss", "eval/loss/rating")
 
 
 def test_mlflow(llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,24 +54,24 @@ def test_mlflow(llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     client = mlflow.MlflowClient()
     (run,) = client.search_runs([client.get_experiment_by_name("llmrec").experiment_id])
     assert (run.info.run_name, run.info.status) == ("films", "FINISHED")
-    found = {
+    logged = {
         name: [each.value for each in client.get_metric_history(run.info.run_id, name)] for name in run.data.metrics
     }
-    check(found, value, "loss", "eval_loss/rating")
+    check(logged, value, "loss", "eval_loss/rating")
 
 
 def stored(file: bytes) -> Iterator[bytes]:
     """Yield the records of a W&B file: after 7 bytes, blocks of 32 KiB as in the log of LevelDB."""
-    place, parts = 7, b""
-    while place + 7 <= len(file):
-        room = 32768 - place % 32768
+    offset, parts = 7, b""
+    while offset + 7 <= len(file):
+        room = 32768 - offset % 32768
         if room < 7:
-            place += room
+            offset += room
             continue
-        _, length, kind = struct.unpack("<IHB", file[place : place + 7])
-        parts += file[place + 7 : place + 7 + length]
-        place += 7 + length
-        # A whole record, or the last part of one.
+        _, length, kind = struct.unpack("<IHB", file[offset : offset + 7])
+        parts += file[offset + 7 : offset + 7 + length]
+        offset += 7 + length
+        # A complete record, or the last part of one.
         if kind in (1, 4):
             yield parts
             parts = b""
@@ -86,10 +85,10 @@ def test_wandb(llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     value = done(llama_folder, tmp_path, "wandb")
     (path,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     records = importlib.import_module("wandb.proto.wandb_internal_pb2")
-    found: dict[str, list[float]] = {}
+    logged: dict[str, list[float]] = {}
     for data in stored(path.read_bytes()):
         record = records.Record()
         record.ParseFromString(data)
         for item in record.history.item:
-            found.setdefault(item.key or ".".join(item.nested_key), []).append(json.loads(item.value_json))
-    check(found, value, "train/loss", "eval/loss/rating")
+            logged.setdefault(item.key or ".".join(item.nested_key), []).append(json.loads(item.value_json))
+    check(logged, value, "train/loss", "eval/loss/rating")

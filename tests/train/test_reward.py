@@ -1,4 +1,4 @@
-"""Learning from reward: rewards, advantages and losses by hand, gradients, resuming, and a planted reward learned."""
+"""Learning from reward: rewards, advantages and losses by hand, gradients, resumption, and a learned reward."""
 
 from __future__ import annotations
 
@@ -12,43 +12,41 @@ import numpy as np
 import pytest
 import torch
 
-from llmrec.backends.encode import Encoder
 from llmrec.backends.hf.tree import MaskedTree
 from llmrec.data.hashing import hash_one
 from llmrec.decode.rollouts import Way, rollouts
 from llmrec.decode.token_tree import Catalogue
-from llmrec.models.load import load_tokenizer
+from llmrec.models.item_tokens import extended
 from llmrec.recipe.schema import LoraSection, RewardSection, TrainSection
 from llmrec.tasks.base import ranking_reward
 from llmrec.train import lora, sft
 from llmrec.train.batches import plan
-from llmrec.train.loss import label_loss
 from llmrec.train.reward.objective import RewardObjective, advantages, policy_loss
 from llmrec.train.reward.rewards import Rewards, closing_of
-from llmrec.types import Case, Example, Message, Request, Segment
-from tests.train.gradients import moved
-from tests.train.test_item_tokens import INDEX, TITLES, section
+from llmrec.types import Case, Request, Segment
+from tests.conftest import encoder_of, section
+from tests.train.test_item_tokens import INDEX, TITLES
+from tests.train.tiny import example, fit, moved, tear, user
 
-WAYS: tuple[Way, ...] = ("beam", "sampled", "without-replacement")
 ITEMS = tuple(sorted(TITLES))
 PLANTED = 7
 
 
 class Task:
-    """What rewards ask of a task."""
+    """A task as rewards need it."""
 
     reward = staticmethod(ranking_reward)
 
 
 @dataclass(frozen=True)
 class Planted:
-    """Pays for one item alone, whatever is asked."""
+    """Rewards one item, whatever the question."""
 
     catalogue: Catalogue
     items: Sequence[str] = ITEMS
 
-    def of(self, case: Case, places: Sequence[int]) -> list[float]:
-        return [float(place == PLANTED) for place in places]
+    def of(self, case: Case, indices: Sequence[int]) -> list[float]:
+        return [float(n == PLANTED) for n in indices]
 
 
 class Toy:
@@ -64,32 +62,24 @@ class Toy:
         limit: int | None = None,
         **settings: Any,
     ) -> None:
-        self.base = base
-        self.encoder = Encoder(load_tokenizer(str(base), section(base)), max_length=256)
-        values: Any = {
-            "steps": steps,
-            "batch_tokens": 130,
-            "valid_rows": 0,
-            "save_every": 2,
-            "learning_rate": learning_rate,
-        }
-        self.train = TrainSection(**values, lora=LoraSection(rank=4, dropout=0.3))
+        self.encoder = encoder_of(base)
+        self.train = TrainSection(
+            steps=steps, valid_rows=0, save_every=2, learning_rate=learning_rate, lora=LoraSection(rank=4, dropout=0.3)
+        )
         tokens = self.encoder.tokenizer.convert_tokens_to_ids(list(INDEX.tokens))
         torch.manual_seed(0)
         self.model = lora.load_trainable(str(base), section(base), self.train, tokens=tokens)
         self.catalogue = self.encoder.catalogue([INDEX.encode(item) for item in ITEMS], "\n")
         self.reward = RewardSection(**{"group": 4, **settings})
         task: Any = Task()
-        kinds = self.reward.kind
-        own = Rewards(kinds, task, ITEMS, self.catalogue, closing_of(self.catalogue))
-        rewards: Any = Planted(self.catalogue) if planted else own
+        rewards: Any = Planted(self.catalogue)
+        if not planted:
+            rewards = Rewards(self.reward.kind, task, ITEMS, self.catalogue, closing_of(self.catalogue))
         self.cases, rows = [], []
         for n in range(6 * steps):
             last, true = ITEMS[n % 9], ITEMS[(n + 1) % 9]
-            question = (Message("user", (Segment("text", "After "), Segment("item", INDEX.encode(last)))),)
-            answer = (Segment("target", INDEX.encode(true) + "\n"),)
-            named: Any = {"id": str(n), "user_id": "u", "task": "sequential", "template": "x", "ends_turn": False}
-            rows.append(self.encoder.row(Example(**named, messages=question, answer=answer)))
+            question = user("After ", Segment("item", INDEX.encode(last)))
+            rows.append(self.encoder.row(example(question, INDEX.encode(true) + "\n", id=str(n), ends_turn=False)))
             self.cases.append(Case(request=Request(id=f"q{n}", user_id="u"), truth=true))
         count = -(-steps // self.reward.updates)
         behind = self.reward.group * self.catalogue.depth
@@ -97,12 +87,11 @@ class Toy:
         self.objective = RewardObjective(self.steps, self.cases, self.reward, rewards, pad=0, seed=3, limit=limit)
 
     def run(self, out: Path) -> sft.Training:
-        options: Any = {"folder": out, "seed": 0, "quiet": True, "loss": sft.LossInputs(objective=self.objective)}
-        return sft.train(self.model, self.encoder, self.steps, {}, self.train, **options)
+        return fit(self.model, self.encoder, self.steps, self.train, out, objective=self.objective)
 
     def policy(self, prompt: Sequence[int], *, legal: bool = True, temperature: float = 1.0) -> np.ndarray[Any, Any]:
-        """The probability of each item in a textbook's way: plain forward passes and a softmax over siblings."""
-        found, paths = [], [self.catalogue.path(int(self.catalogue.ranks[n])) for n in range(9)]
+        """Return the probability of each item, by plain forward passes and a softmax over siblings."""
+        results, paths = [], [self.catalogue.path(int(self.catalogue.ranks[n])) for n in range(9)]
         for path in paths:
             ids, total = torch.tensor([[*prompt, *path]]), 0.0
             with torch.no_grad():
@@ -111,14 +100,12 @@ class Toy:
                 rest = sorted({other[depth] for other in paths if other[:depth] == path[:depth]})
                 among = logits[depth, rest] if legal else logits[depth]
                 total += float(logits[depth, token] - among.logsumexp(0))
-            found.append(math.exp(total))
-        return np.array(found)
+            results.append(math.exp(total))
+        return np.array(results)
 
 
 @pytest.fixture(scope="module")
 def base(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from llmrec.models.item_tokens import extended
-
     folder = tmp_path_factory.mktemp("grown") / "base"
     extended(str(llama_folder), section(llama_folder), INDEX, TITLES, folder, words=True, seed=0)
     return folder
@@ -129,10 +116,7 @@ def prompt_of(toy: Toy, number: int = 0) -> tuple[int, ...]:
     return row.ids[: row.labels.count(-100)]
 
 
-# --------------------------------------------------------------------------- rewards and losses by hand
-
-
-def rewards_of(kind: Any, *places: int, truth: int = 1) -> list[float]:
+def rewards_of(kind: Any, *indices: int, truth: int = 1) -> list[float]:
     """Rewards of a group of four codes of two tokens: 0 and 1 share a first token, and 2 and 3 do."""
     catalogue = Catalogue.of([(5, 1, 9), (5, 2, 9), (6, 1, 9), (6, 2, 9)])
     task: Any = Task()
@@ -144,13 +128,13 @@ def rewards_of(kind: Any, *places: int, truth: int = 1) -> list[float]:
             return np.array([[4.0, 1.0, 4.0, 0.0]])
 
     rewards = Rewards(kind, task, ("a", "b", "c", "d"), catalogue, closing_of(catalogue), Scorer())
-    return rewards.of(Case(request=Request(id="q", user_id="u"), truth="abcd"[truth]), places)
+    return rewards.of(Case(request=Request(id="q", user_id="u"), truth="abcd"[truth]), indices)
 
 
 def test_rewards_by_hand() -> None:
     assert rewards_of({"hit": 1.0}, 3, 1, 0) == [0, 1, 0]
     second = 1 / math.log2(3)
-    # Without the first the true item would be first itself; what stands behind it changes nothing.
+    # Without the first item the true one would be first; items after it change nothing.
     assert rewards_of({"ndcg": 1.0}, 3, 1, 0) == pytest.approx([second - 1, second, 0])
     third = 1 / math.log2(4)
     assert rewards_of({"rank-penalty": 1.0}, 3, 1, 0) == pytest.approx(
@@ -163,7 +147,7 @@ def test_rewards_by_hand() -> None:
     assert rewards_of({"hit": 2.0, "prefix": 0.5}, 1, 0) == pytest.approx([2.5, 0.25])
 
 
-def test_a_code_that_begins_another_is_not_the_whole_of_it() -> None:
+def test_prefix_reward_if_one_code_is_a_prefix_of_another() -> None:
     task: Any = Task()
     # The third level is the same in the first two, and the break ends all.
     catalogue = Catalogue.of([(5, 1, 7, 9), (5, 1, 9), (5, 2, 7, 9)])
@@ -171,9 +155,7 @@ def test_a_code_that_begins_another_is_not_the_whole_of_it() -> None:
     question = Request(id="q", user_id="u")
     assert rewards.of(Case(request=question, truth="a"), (0, 1, 2)) == pytest.approx([1, 2 / 3, 1 / 3])
     assert rewards.of(Case(request=question, truth="b"), (0, 1, 2)) == pytest.approx([2 / 3, 1, 1 / 3])
-
-
-def test_a_last_level_on_which_all_codes_agree_is_no_end() -> None:
+    # A level that all codes share is not always their end.
     assert closing_of(Catalogue.of([(5, 1, 7, 9), (6, 1, 7, 9), (5, 2, 7, 9)])) == 1
     assert closing_of(Catalogue.of([(5, 1), (5, 2)])) == 0
 
@@ -190,42 +172,42 @@ def test_advantages_sum_to_zero(normalise: bool) -> None:
     assert advantages([0.5] * 3, np.full(3, 1 / 3), normalise=normalise).tolist() == [0, 0, 0]
 
 
-def test_equal_draws_count_as_if_they_stood_apart() -> None:
+def test_equal_draws_can_be_joined_with_weights() -> None:
     """Items a, b, b, b with rewards 1, 0: one weight of 3/4 gives what four rollouts give."""
     apart = advantages([1, 0, 0, 0], np.full(4, 0.25), normalise=True)
     joined = advantages([1, 0], np.array([0.25, 0.75]), normalise=True)
     assert joined.tolist() == pytest.approx([apart[0], apart[1]])
-    own, old = (torch.tensor([value, -0.9, -0.9, -0.9], dtype=torch.float64) for value in (-1.0, -1.2))
+    new, old = (torch.tensor([value, -0.9, -0.9, -0.9], dtype=torch.float64) for value in (-1.0, -1.2))
     each = torch.full((4,), 0.25, dtype=torch.float64)
-    four = policy_loss(own, old, old - 0.1, torch.from_numpy(apart), each, clip=0.2, beta=0.1)
+    four = policy_loss(new, old, old - 0.1, torch.from_numpy(apart), each, clip=0.2, beta=0.1)
     weights = torch.tensor([0.25, 0.75], dtype=torch.float64)
     gains = torch.from_numpy(joined)
-    two = policy_loss(own[:2], old[:2], old[:2] - 0.1, gains, weights, clip=0.2, beta=0.1)
+    two = policy_loss(new[:2], old[:2], old[:2] - 0.1, gains, weights, clip=0.2, beta=0.1)
     assert float(two.total) == pytest.approx(float(four.total), abs=1e-12)
 
 
-def test_the_loss_by_hand() -> None:
-    own, old, reference = (-1.0, -2.0, -0.5), (-1.4, -1.9, -0.5), (-1.1, -2.5, -0.4)
+def test_policy_loss_by_hand() -> None:
+    new, old, reference = (-1.0, -2.0, -0.5), (-1.4, -1.9, -0.5), (-1.1, -2.5, -0.4)
     gains, weights = (1.0, -2.0, 0.5), (0.2, 0.5, 0.3)
-    wanted = 0.0
-    for lp, before, ref, gain, weight in zip(own, old, reference, gains, weights, strict=True):
+    expected = 0.0
+    for lp, before, ref, gain, weight in zip(new, old, reference, gains, weights, strict=True):
         ratio = math.exp(lp - before)
         kl = math.exp(ref - lp) - (ref - lp) - 1
-        wanted += weight * (0.3 * kl - min(ratio * gain, min(max(ratio, 0.8), 1.2) * gain))
-    given = [torch.tensor(each, dtype=torch.float64) for each in (own, old, reference, gains, weights)]
-    found = policy_loss(*given, clip=0.2, beta=0.3)
-    assert float(found.total) == pytest.approx(wanted, abs=1e-12)
-    assert found.clipped.tolist() == [True, False, False]
+        expected += weight * (0.3 * kl - min(ratio * gain, min(max(ratio, 0.8), 1.2) * gain))
+    inputs = [torch.tensor(each, dtype=torch.float64) for each in (new, old, reference, gains, weights)]
+    result = policy_loss(*inputs, clip=0.2, beta=0.3)
+    assert float(result.total) == pytest.approx(expected, abs=1e-12)
+    assert result.clipped.tolist() == [True, False, False]
 
 
 @pytest.mark.parametrize(("logprobs", "temperature"), [("legal", 1.0), ("full", 1.0), ("legal", 0.5)])
-def test_a_step_by_hand(base: Path, logprobs: Any, temperature: float) -> None:
-    """Rollouts of the policy, hits, and before the first update a loss of nothing but what beta weighs: 0."""
+def test_step_by_hand(base: Path, logprobs: Any, temperature: float) -> None:
+    """Rollouts of the policy and their hits; before the first update all ratios are 1."""
     settings: Any = {"logprobs": logprobs, "temperature": temperature, "rollouts": "sampled", "normalise": False}
     toy = Toy(base, planted=False, **settings)
     moved(toy.model, 0.3)
     total, count = toy.objective.loss(toy.model, 0)
-    wanted, rows = 0.0, toy.steps[0].rows
+    expected, rows = 0.0, toy.steps[0].rows
     cases = [toy.cases[n] for n in next(iter(toy.steps.numbers()))]
     engine = MaskedTree(toy.model.get_base_model(), 0)
     prompts = [row.ids[: row.labels.count(-100)] for row in rows]
@@ -236,20 +218,20 @@ def test_a_step_by_hand(base: Path, logprobs: Any, temperature: float) -> None:
     for prompt, case, group in zip(prompts, cases, groups, strict=True):
         hits = [float(ITEMS[item] == case.truth) for item in group.items]
         mean = float(group.weights @ np.array(hits))
-        own = np.log(toy.policy(prompt, **how))
+        new = np.log(toy.policy(prompt, **how))
         with toy.model.disable_adapter():
             reference = np.log(toy.policy(prompt, **how))
         for item, hit, weight in zip(group.items.tolist(), hits, group.weights.tolist(), strict=True):
-            gap = reference[item] - own[item]
-            wanted += weight * (0.04 * (math.exp(gap) - gap - 1) - (hit - mean))
+            gap = reference[item] - new[item]
+            expected += weight * (0.04 * (math.exp(gap) - gap - 1) - (hit - mean))
     assert count == len(rows) > 1
-    assert float(total.detach()) == pytest.approx(wanted, abs=1e-5)
-    told = toy.objective.metrics()
-    assert told["kl"] > 0.001 and 0 <= told["zero"] <= 1 and told["distinct"] <= 9
+    assert float(total.detach()) == pytest.approx(expected, abs=1e-5)
+    metrics = toy.objective.metrics()
+    assert metrics["kl"] > 0.001 and 0 <= metrics["zero"] <= 1 and metrics["distinct"] <= 9
 
 
-def test_the_parts_of_a_step_are_the_whole_step(base: Path, tmp_path: Path) -> None:
-    found = []
+def test_parts_equal_the_full_step(base: Path, tmp_path: Path) -> None:
+    results = []
     for limit in (None, 60):
         toy = Toy(base, planted=False, updates=2, limit=limit)
         moved(toy.model, 0.3)
@@ -259,83 +241,49 @@ def test_the_parts_of_a_step_are_the_whole_step(base: Path, tmp_path: Path) -> N
             loss.backward()
             total += float(loss.detach())
         gradients = [weight.grad.clone() for weight in toy.model.parameters() if weight.grad is not None]
-        told = dict(toy.objective.metrics())
+        metrics = dict(toy.objective.metrics())
         toy.model.zero_grad()
         log = toy.run(tmp_path / str(limit)).log[1:]
-        found.append((count, total, questions, gradients, told, [line["reward"] for line in log]))
-    (one, total, questions, gradients, told, lines), (several, *rest) = found
+        results.append((count, total, questions, gradients, metrics, [line["reward"] for line in log]))
+    (one, total, questions, gradients, metrics, lines), (several, *rest) = results
     assert (one, several > 1) == (1, True)
     assert rest[:2] == [pytest.approx(total, rel=1e-5), questions]
     assert all(torch.allclose(*pair, rtol=1e-4, atol=1e-6) for pair in zip(gradients, rest[2], strict=True))
-    assert rest[3] == pytest.approx(told, rel=1e-4)
+    assert rest[3] == pytest.approx(metrics, rel=1e-4)
     assert rest[4][0] == pytest.approx(lines[0], rel=1e-3)
     assert [line["kl"] for line in rest[4]] == pytest.approx([line["kl"] for line in lines], rel=1e-2)
 
 
-def test_gradients_reach_the_adapter_alone(base: Path) -> None:
+def test_only_the_adapter_gets_gradients(base: Path) -> None:
     toy = Toy(base)
     before = {name: weight.detach().clone() for name, weight in toy.model.named_parameters()}
-    learned = {name for name, weight in toy.model.named_parameters() if weight.requires_grad}
+    trained = {name for name, weight in toy.model.named_parameters() if weight.requires_grad}
     total, _ = toy.objective.loss(toy.model, 0)
     total.backward()
-    grown = {name for name, weight in toy.model.named_parameters() if weight.grad is not None and weight.grad.any()}
-    assert grown and grown <= learned and all("lora_" in name or "trainable_tokens" in name for name in grown)
-    assert any("trainable_tokens" in name for name in grown)
+    reached = {name for name, weight in toy.model.named_parameters() if weight.grad is not None and weight.grad.any()}
+    assert reached and reached <= trained and all("lora_" in n or "trainable_tokens" in n for n in reached)
+    assert any("trainable_tokens" in name for name in reached)
     assert all(torch.equal(weight, before[name]) for name, weight in toy.model.named_parameters())
-    assert {name for name, weight in toy.model.named_parameters() if weight.requires_grad} == learned
-
-
-def test_below_the_adapter_lies_the_model_that_training_started_from(base: Path) -> None:
-    toy = Toy(base)
-    row = toy.steps[0].rows[0]
-    given = torch.tensor([row.ids]), torch.tensor([row.labels])
-    before = float(label_loss(toy.model.eval(), *given)[0].detach())
-    with torch.no_grad():
-        for name, weight in toy.model.named_parameters():
-            if "lora_B" in name or "trainable_tokens_delta" in name:
-                weight.add_(torch.randn_like(weight))
-    assert float(label_loss(toy.model, *given)[0].detach()) != pytest.approx(before, rel=1e-3)
-    with toy.model.disable_adapter():
-        assert float(label_loss(toy.model, *given)[0].detach()) == pytest.approx(before, rel=1e-6)
-
-
-# --------------------------------------------------------------------------- what is learned
+    assert {name for name, weight in toy.model.named_parameters() if weight.requires_grad} == trained
 
 
 @pytest.mark.parametrize("way", [pytest.param("sampled", marks=pytest.mark.slow), "without-replacement"])
-def test_a_planted_reward_is_learned(base: Path, tmp_path: Path, way: Way) -> None:
-    toy = Toy(base, steps=40, rollouts=way, beta=0.0, learning_rate=2e-2)
+def test_training_learns_a_planted_reward(base: Path, tmp_path: Path, way: Way) -> None:
+    steps = 40 if way == "sampled" else 30
+    toy = Toy(base, steps=steps, rollouts=way, beta=0.0, learning_rate=2e-2)
     before = toy.policy(prompt_of(toy))[PLANTED]
-    found = toy.run(tmp_path)
+    done = toy.run(tmp_path)
     assert before < 0.3 and toy.policy(prompt_of(toy))[PLANTED] > 0.9
-    first, last = found.log[1]["reward"], found.log[-1]["reward"]
+    first, last = done.log[1]["reward"], done.log[-1]["reward"]
     assert last["reward"] > 0.9 > first["reward"] and last["entropy"] < first["entropy"]
-    assert found.tokens == sum(line["reward"]["tokens"] for line in found.log[1:]) and found.steps == 40
-
-
-@pytest.mark.slow
-def test_divergence_holds_the_model_back(base: Path, tmp_path: Path) -> None:
-    free, held = (Toy(base, steps=12, beta=beta) for beta in (0.0, 5.0))
-    kl = [toy.run(tmp_path / str(n)).log[-1]["reward"]["kl"] for n, toy in enumerate((free, held))]
-    assert 0 <= kl[1] < kl[0] / 2
+    assert done.tokens == sum(line["reward"]["tokens"] for line in done.log[1:]) and done.steps == steps
 
 
 @pytest.mark.parametrize("updates", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_a_resumed_run_ends_like_an_uninterrupted_one(base: Path, tmp_path: Path, updates: int) -> None:
-    whole = Toy(base, updates=updates).run(tmp_path / "whole")
-    for file in (tmp_path / "whole" / "checkpoints" / "checkpoint-6").iterdir():
-        file.unlink()
-    again = Toy(base, updates=updates).run(tmp_path / "whole")
-    assert again.adapter_sha256 == whole.adapter_sha256
-    assert [line.get("reward") for line in again.log] == [line.get("reward") for line in whole.log]
-    assert updates == 1 or any(line["reward"]["kl"] > 0 for line in whole.log[2:])
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_every_rollout_is_an_item(base: Path, way: Way) -> None:
-    toy = Toy(base)
-    engine, prompts = MaskedTree(toy.model.get_base_model().eval(), 0), [prompt_of(toy, n) for n in range(4)]
-    for group in rollouts(engine, toy.catalogue, prompts, way=way, count=5, temperature=1.5, seeds=range(4)):
-        paths = [toy.catalogue.path(int(toy.catalogue.ranks[item])) for item in group.items]
-        texts = [toy.encoder.tokenizer.decode(path, skip_special_tokens=False).strip() for path in paths]
-        assert set(texts) <= {INDEX.encode(item) for item in ITEMS} and len(set(texts)) == len(texts)
+def test_resumed_run_ends_like_an_uninterrupted_one(base: Path, tmp_path: Path, updates: int) -> None:
+    full = Toy(base, updates=updates).run(tmp_path)
+    tear(tmp_path, 6)
+    again = Toy(base, updates=updates).run(tmp_path)
+    assert again.adapter_sha256 == full.adapter_sha256
+    assert [line.get("reward") for line in again.log] == [line.get("reward") for line in full.log]
+    assert updates == 1 or any(line["reward"]["kl"] > 0 for line in full.log[2:])

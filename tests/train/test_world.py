@@ -1,4 +1,4 @@
-"""Several processes train as one: the same losses, the same weights, one that writes, and no other kind than asked."""
+"""Several processes train like one: equal losses and weights, one writer, and only supported kinds of processes."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from llmrec import processes
-from llmrec.backends.encode import Encoder, TokenRow
+from llmrec.backends.encode import TokenRow
 from llmrec.durable import verifies
 from llmrec.errors import LlmrecError, RecipeError
-from llmrec.models.load import load_tokenizer
 from llmrec.pipeline import run as pipeline
 from llmrec.recipe.schema import JudgeSection, LoraSection, ModelSection, TrainSection
 from llmrec.train import lora, sft
@@ -31,8 +30,9 @@ from llmrec.train.batches import plan
 from llmrec.train.packing import Bin
 from llmrec.train.steps import Step
 from llmrec.train.world import here, joined, refuse_different, refuse_other, requested_kind
+from tests.conftest import encoder_of
 from tests.facts import Facts, raises
-from tests.train.test_training import examples
+from tests.train.tiny import examples
 from tests.train.together import together
 
 STEPS = 6
@@ -43,32 +43,23 @@ LOSS, WEIGHT = 1e-5, 1e-4
 def training(
     model: Path, out: Path, *, width: int | None = None, dtype: str = "float32", **settings: Any
 ) -> Callable[[], Any]:
-    """Return a training of a few steps that can be one of several processes, and tells how it went."""
+    """Return a function that trains for a few steps, alone or as one of several processes."""
     values = {"learning_rate": 1e-2, "valid_every": 3, "save_every": 2, "report_to": (), **settings}
     train = TrainSection(steps=STEPS, lora=LoraSection(rank=4, alpha=8, dropout=0.0), **values)
 
     def once() -> Any:
         section = ModelSection(name=str(model), dtype=dtype, device="cpu")
-        encoder = Encoder(load_tokenizer(str(model), section), max_length=256)
+        encoder = encoder_of(model)
         rows = [encoder.row(example) for example in examples()[:60]]
         torch.manual_seed(0)
         trained = lora.load_trainable(str(model), section, train)
-        # As wide as a step: each is one masked row, which cannot be shared.
+        # Each step is one packed row, which cannot be divided.
         planned = plan(cycle(rows), steps=STEPS, batch_tokens=width or 160, seed=0, width=width)
         figures = iter((0.5, 0.4, 0.3))
         with joined("cpu"):
-            done = sft.train(
-                trained,
-                encoder,
-                planned,
-                {"rating": rows[:4]},
-                train,
-                folder=out,
-                seed=0,
-                quiet=True,
-                device="cpu",
-                judge=(lambda _: next(figures)) if train.judge and here().first else None,
-            )
+            judge = (lambda _: next(figures)) if train.judge and here().first else None
+            options: Any = {"folder": out, "seed": 0, "quiet": True, "device": "cpu", "judge": judge}
+            done = sft.train(trained, encoder, planned, {"rating": rows[:4]}, train, **options)
         return [done.processes, done.distributed, done.steps, [line["loss"] for line in done.log[1:]]]
 
     return once
@@ -80,9 +71,9 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_alike(one: Path, two: Path) -> None:
-    expected, found = weights(one), weights(two)
-    assert expected.keys() <= found.keys()
-    worst = max(float((expected[name] - found[name]).abs().max()) for name in expected)
+    expected, results = weights(one), weights(two)
+    assert expected.keys() <= results.keys()
+    worst = max(float((expected[name] - results[name]).abs().max()) for name in expected)
     assert worst < WEIGHT, worst
 
 
@@ -96,13 +87,13 @@ def assert_alike(one: Path, two: Path) -> None:
         pytest.param({"gradient_checkpointing": True, "method": "full", "learning_rate": 1e-3}, marks=pytest.mark.slow),
     ],
 )
-def test_two_processes_train_what_one_does(llama_folder: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_two_processes_train_like_one(llama_folder: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
     number, kind, steps, losses = training(llama_folder, tmp_path / "one", **settings)()
     assert (number, kind, steps) == (1, "no", STEPS)
-    told = together(2, training(llama_folder, tmp_path / "two", **settings), tmp_path / "told")
-    assert told[0] == told[1]
-    assert told[0][:3] == [2, "MULTI_CPU", STEPS]
-    assert told[0][3] == pytest.approx(losses, rel=LOSS)
+    reports = together(2, training(llama_folder, tmp_path / "two", **settings), tmp_path / "reports")
+    assert reports[0] == reports[1]
+    assert reports[0][:3] == [2, "MULTI_CPU", STEPS]
+    assert reports[0][3] == pytest.approx(losses, rel=LOSS)
     assert_alike(tmp_path / "one", tmp_path / "two")
     lines = (tmp_path / "two" / "train_log.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(STEPS + 1))
@@ -110,25 +101,25 @@ def test_two_processes_train_what_one_does(llama_folder: Path, tmp_path: Path, s
 
 
 @pytest.mark.slow
-def test_a_training_goes_on_in_any_number_of_processes(llama_folder: Path, tmp_path: Path) -> None:
+def test_training_resumes_in_any_number_of_processes(llama_folder: Path, tmp_path: Path) -> None:
     _, _, _, losses = training(llama_folder, tmp_path / "one")()
     together(2, training(llama_folder, tmp_path / "two"), tmp_path / "first")
     for count in (3, 1):
         torn = tmp_path / "two" / "checkpoints" / f"checkpoint-{STEPS}"
         (torn / "manifest.json").unlink()
-        told = together(count, training(llama_folder, tmp_path / "two"), tmp_path / f"again{count}")
-        assert told[0][3] == pytest.approx(losses, rel=LOSS)
+        reports = together(count, training(llama_folder, tmp_path / "two"), tmp_path / f"again{count}")
+        assert reports[0][3] == pytest.approx(losses, rel=LOSS)
         assert_alike(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.slow
-def test_what_one_process_measures_ends_all(llama_folder: Path, tmp_path: Path) -> None:
+def test_early_stopping_ends_all_processes(llama_folder: Path, tmp_path: Path) -> None:
     judged = JudgeSection(patience=1)
-    told = together(2, training(llama_folder, tmp_path / "two", judge=judged), tmp_path / "told")
-    assert [each[2] for each in told] == [3, 3]
+    reports = together(2, training(llama_folder, tmp_path / "two", judge=judged), tmp_path / "reports")
+    assert [each[2] for each in reports] == [3, 3]
 
 
-def test_a_killed_process_ends_the_others_with_a_word(llama_folder: Path, tmp_path: Path) -> None:
+def test_killed_process_ends_the_others_with_an_error(llama_folder: Path, tmp_path: Path) -> None:
     once = training(llama_folder, tmp_path / "two")
 
     def killed() -> Any:
@@ -136,10 +127,10 @@ def test_a_killed_process_ends_the_others_with_a_word(llama_folder: Path, tmp_pa
             count = iter(range(3))
             before = sft.through
 
-            def through(*given: Any) -> Any:
+            def through(*args: Any) -> Any:
                 if next(count) == 2:
                     os.kill(os.getpid(), signal.SIGKILL)
-                return before(*given)
+                return before(*args)
 
             sft.through = through  # type: ignore[assignment]
         try:
@@ -147,14 +138,14 @@ def test_a_killed_process_ends_the_others_with_a_word(llama_folder: Path, tmp_pa
         except LlmrecError as error:
             return [error.kind, str(error), processes.is_first_to_fail(), processes.is_first_to_fail()]
 
-    told = together(2, killed, tmp_path / "told")
-    assert told[1] is None
-    assert told[0][0] == "failed"
-    assert "another of the 2 processes ended" in told[0][1]
-    assert told[0][2:] == [True, False]
+    reports = together(2, killed, tmp_path / "reports")
+    assert reports[1] is None
+    assert reports[0][0] == "failed"
+    assert "another of the 2 processes ended" in reports[0][1]
+    assert reports[0][2:] == [True, False]
 
 
-def test_other_data_in_one_process_is_refused(tmp_path: Path) -> None:
+def test_rejects_different_data_in_one_process(tmp_path: Path) -> None:
     def differs() -> Any:
         try:
             with joined("cpu") as world:
@@ -163,7 +154,7 @@ def test_other_data_in_one_process_is_refused(tmp_path: Path) -> None:
         except LlmrecError as error:
             return str(error)
 
-    first, second = together(2, differs, tmp_path / "told")
+    first, second = together(2, differs, tmp_path / "reports")
     assert "another of the 2 processes ended" in first
     assert "process 1 of 2 has different training rows" in second
 
@@ -172,13 +163,13 @@ ONE_OF_TWO = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
 
 
 @pytest.mark.parametrize(
-    ("told", "facts"),
+    ("environment", "facts"),
     [
         ({"WORLD_SIZE": "2"}, Facts("unsupported", says=("2 processes", "RANK", "--launch"))),
         ({**ONE_OF_TWO, "ACCELERATE_USE_FSDP": "true"}, Facts("unsupported", says=("FSDP", "MULTI_CPU"))),
         ({"ACCELERATE_USE_FSDP": "1"}, Facts("unsupported", says="FSDP")),
         ({**ONE_OF_TWO, "ACCELERATE_USE_DEEPSPEED": "true"}, Facts("unsupported", says="DEEPSPEED")),
-        # What accelerate launch says to the one process that it starts for MULTI_CPU without mpirun.
+        # The environment of accelerate launch for MULTI_CPU without mpirun, which starts only one process.
         (
             {"ACCELERATE_USE_CPU": "True", "ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"},
             Facts("unsupported", says=("starts only one", "torchrun")),
@@ -186,24 +177,16 @@ ONE_OF_TWO = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, Facts("contradiction", column="model.dtype", says="mixed_precision")),
     ],
 )
-def test_what_accelerate_would_silently_not_do_is_refused(
-    told: dict[str, str], facts: Facts, monkeypatch: pytest.MonkeyPatch
+def test_rejects_unsupported_settings_of_accelerate(
+    environment: dict[str, str], facts: Facts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in told.items():
+    for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with raises(RecipeError, facts), joined("cpu"):
         pass
 
 
-def test_a_whole_run_is_refused_in_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in ONE_OF_TWO.items():
-        monkeypatch.setenv(name, value)
-    with raises(RecipeError, Facts("unsupported", says=("llmrec run", "2", "--launch"))):
-        pipeline.run("recipes/demo.yaml", tmp_path / "run")
-    assert not list(tmp_path.iterdir())
-
-
-def test_another_kind_than_asked_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejects_other_kinds_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert requested_kind("cpu") == "no"
     refuse_other("no", "NO")
     for name, value in ONE_OF_TWO.items():
@@ -211,10 +194,13 @@ def test_another_kind_than_asked_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     assert requested_kind("cpu") == "MULTI_CPU"
     with raises(RecipeError, Facts("mismatch", says=("MULTI_CPU", "has NO"))):
         refuse_other("MULTI_CPU", "NO")
+    with raises(RecipeError, Facts("unsupported", says=("llmrec run", "2", "--launch"))):
+        pipeline.run("recipes/demo.yaml", tmp_path / "run")
+    assert not list(tmp_path.iterdir())
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=12), st.integers(1, 5), st.booleans())
-def test_a_step_is_divided_by_tokens(lengths: list[int], count: int, packed: bool) -> None:
+def test_steps_are_divided_by_tokens(lengths: list[int], count: int, packed: bool) -> None:
     rows = tuple(TokenRow((n,) * length, (n,) * length) for n, length in enumerate(lengths))
     step = Step(rows, tuple(Bin((row,), len(row.ids)) for row in rows) if packed else ())
     parts = step.split(count)

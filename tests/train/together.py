@@ -1,4 +1,4 @@
-"""Runs a function in several forked processes, in the environment that torchrun gives its processes."""
+"""Runs a function in several forked processes, in the environment that torchrun sets."""
 
 from __future__ import annotations
 
@@ -22,15 +22,17 @@ def together(count: int, work: Callable[[], Any], folder: Path) -> list[Any]:
 
     Args:
         count: How many.
-        work: Returns what JSON can hold. What a process with SIGKILL, or an error, which is printed, leaves is None.
-        folder: An empty folder, for what is returned and for tracebacks.
+        work: Its result must be JSON. For a killed process, or an error, which is printed, the result is None.
+        folder: An empty folder, for results and tracebacks.
     """
     folder.mkdir(parents=True)
-    # Like the launcher's, the store outlives whoever uses it.
+    # Like the launcher's, the store outlives its users.
     store = TCPStore("localhost", 0, None, True, wait_for_workers=False)
-    told = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "localhost"}
-    told |= {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1"}
-    children = [_forked({**told, "RANK": str(n), "LOCAL_RANK": str(n)}, work, folder / str(n)) for n in range(count)]
+    environment = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "localhost"}
+    environment |= {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1"}
+    children = [
+        _forked({**environment, "RANK": str(n), "LOCAL_RANK": str(n)}, work, folder / str(n)) for n in range(count)
+    ]
     end = time.monotonic() + _PATIENCE
     while children and time.monotonic() < end:
         children = [child for child in children if os.waitpid(child, os.WNOHANG)[0] == 0]
@@ -45,16 +47,16 @@ def together(count: int, work: Callable[[], Any], folder: Path) -> list[Any]:
     return [json.loads(file.read_text(encoding="utf-8")) if file.exists() else None for file in files]
 
 
-def _forked(told: dict[str, str], work: Callable[[], Any], place: Path) -> int:
+def _forked(environment: dict[str, str], work: Callable[[], Any], path: Path) -> int:
     child = os.fork()
     if child:
         return child
     status = 1
     try:
-        os.environ.update(told)
-        place.with_suffix(".json").write_text(json.dumps(work()), encoding="utf-8")
+        os.environ.update(environment)
+        path.with_suffix(".json").write_text(json.dumps(work()), encoding="utf-8")
         status = 0
     except BaseException:
-        place.with_suffix(".txt").write_text(traceback.format_exc(), encoding="utf-8")
+        path.with_suffix(".txt").write_text(traceback.format_exc(), encoding="utf-8")
     finally:
         os._exit(status)

@@ -1,8 +1,10 @@
-"""An encoder whose last blocks learn makes the vectors of the whole encoder, and changes nothing below."""
+"""Vectors of texts: an encoder whose last blocks are trained, and the cache of vectors."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,17 +21,16 @@ from transformers import BertModel  # noqa: E402
 TEXTS = ["a long garden hose", "toy", "the wooden toy train with rails", "a knife", "knife"]
 
 
-@pytest.mark.parametrize("kind", ["Bert", "MPNet", "Llama"])
-@pytest.mark.parametrize("blocks", [1, 2])
-def test_before_it_learns_its_vectors_are_those_of_the_encoder(blocks: int, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "blocks"), [("Bert", 1), ("MPNet", 2), ("Llama", 1)])
+def test_untrained_vectors_equal_those_of_the_encoder(kind: str, blocks: int) -> None:
     folder = tiny_encoder(kind)
-    whole, encoder = encode_texts(folder, TEXTS), TunedEncoder(folder, TEXTS, blocks=blocks)
+    expected, encoder = encode_texts(folder, TEXTS), TunedEncoder(folder, TEXTS, blocks=blocks)
     # States below are kept in half precision.
-    assert np.abs(encoder.every().numpy() - whole).max() < 0.02
-    assert np.abs(encoder([2, 0]).detach().numpy() - whole[[2, 0]]).max() < 0.02
+    assert np.abs(encoder.every().numpy() - expected).max() < 0.02
+    assert np.abs(encoder([2, 0]).detach().numpy() - expected[[2, 0]]).max() < 0.02
 
 
-def test_only_its_last_blocks_have_gradients_and_vectors_follow_them() -> None:
+def test_training_changes_vectors_through_last_blocks_only() -> None:
     encoder = TunedEncoder(tiny_encoder(), TEXTS, blocks=1)
     before = encoder.every()
     towards = torch.nn.functional.normalize(torch.randn(32, generator=torch.Generator().manual_seed(1)), dim=0)
@@ -45,7 +46,7 @@ def test_only_its_last_blocks_have_gradients_and_vectors_follow_them() -> None:
     assert torch.equal(TunedEncoder(tiny_encoder(), TEXTS, blocks=1).every(), before)
 
 
-def test_neither_order_nor_company_of_texts_changes_a_vector() -> None:
+def test_vectors_do_not_depend_on_batch() -> None:
     encoder = TunedEncoder(tiny_encoder(), TEXTS, blocks=1)
     with torch.no_grad():
         alone = torch.cat([encoder([row]) for row in range(len(TEXTS))])
@@ -54,7 +55,7 @@ def test_neither_order_nor_company_of_texts_changes_a_vector() -> None:
 
 
 @pytest.mark.parametrize("native", [True, False], ids=["Ampere", "Turing"])
-def test_on_a_gpu_it_learns_in_bfloat16_where_that_is_native(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_training_uses_native_bfloat16(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     casts: list[tuple[str, object, bool]] = []
 
     def autocast(device: str, dtype: object, enabled: bool) -> AbstractContextManager[None]:
@@ -75,6 +76,23 @@ def test_on_a_gpu_it_learns_in_bfloat16_where_that_is_native(native: bool, monke
     assert casts == [("cuda", torch.bfloat16, native)]
 
 
-def test_more_blocks_than_there_are_are_refused() -> None:
+def test_rejects_more_blocks_than_the_encoder_has() -> None:
     with raises(ModelError, Facts("bad-value", tiny_encoder(), says="has only 2 blocks")):
         TunedEncoder(tiny_encoder(), TEXTS, blocks=3)
+
+
+def test_vectors_of_a_set_of_texts_are_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("safetensors")
+    monkeypatch.setenv("LLMREC_CACHE", str(tmp_path))
+    calls: list[list[str]] = []
+
+    def lengths(folder: str, texts: Sequence[str]) -> np.ndarray:
+        calls.append(list(texts))
+        return np.array([[len(text)] for text in texts], dtype=np.float32)
+
+    monkeypatch.setattr(text_encoder, "encode_texts", lengths)
+    embed = text_encoder.Embedder("folder", "stamp")
+    assert embed(["bb", "a", "bb"]).tolist() == [[2.0], [1.0], [2.0]]
+    assert embed(["a", "bb"]).tolist() == [[1.0], [2.0]]
+    assert calls == [["a", "bb"]]
+    assert embed(["ccc"]).tolist() == [[3.0]]
