@@ -114,33 +114,6 @@ def judge(ranked: Pairs, relevant: Pairs, n: int) -> Judged:
     )
 
 
-def target_ranks(ranked: Pairs, targets: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Find the rank of the single target of each request, for the metrics of `llmrec.metrics.ranking`.
-
-    Args:
-        ranked: See `judge`.
-        targets: Item index of each request's target, shape (n,).
-
-    Returns:
-        ``greater`` and ``tied``, shape (n,): items with a higher score than the target, and with the same score,
-        including the target; ``tied`` is 0 for a target that is not ranked.
-
-    Raises:
-        LlmrecError: If a score is NaN.
-        ValueError: If a request index is not below n, or a target is a duplicate in its ranking.
-    """
-    n = len(targets)
-    request, item, score, begins = _sorted(ranked, n)
-    hits = np.flatnonzero(item == np.repeat(targets, np.diff(begins)))
-    owner = request[hits]
-    if (owner[1:] == owner[:-1]).any():
-        raise ValueError("the ranking of a request has duplicate items")
-    starts, sizes, block = _blocks(request, score, hits)
-    greater, tied = np.diff(begins), np.zeros(n, dtype=np.int64)
-    greater[owner], tied[owner] = starts[block] - begins[owner], sizes[block]
-    return greater, tied
-
-
 # --------------------------------------------------------------------------- helpers
 
 

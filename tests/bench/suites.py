@@ -1,4 +1,4 @@
-"""A made suite result, its page, and a page of published figures."""
+"""A sample suite result, its page, and published results."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ LEVELS = {"random": 0.01, "popularity": 0.05, "item-knn": 0.09, "sasrec": 0.12}
 
 
 def _figures(level: float, seen: str) -> dict[str, Any]:
-    found = {}
-    for place, name in enumerate(METRICS):
-        value = level * (1 + 0.1 * place) * (0.9 if seen == "included" else 1.0)
-        found[name] = {
+    result = {}
+    for number, name in enumerate(METRICS):
+        value = level * (1 + 0.1 * number) * (0.9 if seen == "included" else 1.0)
+        result[name] = {
             "value": value, "low": 0.9 * value, "high": 1.1 * value, "range": [0.95 * value, 1.05 * value],
             "signature": f"{name}|gain:binary|ties:expected|cand:full|seen:{seen}|split:leave_one_out/test|llmrec:0.1",
         }  # fmt: skip
-    found["NDCG@10"]["sd"] = 0.001
-    return found
+    result["NDCG@10"]["sd"] = 0.001
+    return result
 
 
-def made_suite() -> dict[str, Any]:
+def sample_suite() -> dict[str, Any]:
     """Return the content of a suite's results file: four baselines, both treatments of the history."""
     seen = ("excluded", "included")
     return {
@@ -73,7 +73,7 @@ def made_suite() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def made_reference(texts: Sequence[str] = ("P5", "a paper", "as printed")) -> Reference:
+def sample_reference(texts: Sequence[str] = ("P5", "a paper", "as printed")) -> Reference:
     """Return published figures, one row for each treatment of the history and one whose treatment is not known."""
     stream = itertools.cycle(texts)
     rows = [
@@ -90,28 +90,28 @@ def made_reference(texts: Sequence[str] = ("P5", "a paper", "as printed")) -> Re
 
 
 def hostile_suite(texts: Sequence[str]) -> dict[str, Any]:
-    """Put texts wherever a suite's result can carry text that others wrote."""
-    found, stream = made_suite(), itertools.cycle(texts)
-    names = {name: f"{place} {next(stream)}" for place, name in enumerate(LEVELS)}
-    metrics = {name: f"{next(stream)} {place}" for place, name in enumerate(METRICS)}
+    """Put texts into all fields of a suite that users write."""
+    result, stream = sample_suite(), itertools.cycle(texts)
+    names = {name: f"{number} {next(stream)}" for number, name in enumerate(LEVELS)}
+    metrics = {name: f"{next(stream)} {number}" for number, name in enumerate(METRICS)}
     seen = {name: f"{next(stream)} {name}" for name in ("excluded", "included")}
-    for row in found["rows"]:
+    for row in result["rows"]:
         row.update(name=names[row["name"]])
         row["tables"] = {seen[name]: table for name, table in row["tables"].items()}
         for table in row["tables"].values():
             table["parameters"] = {next(stream): next(stream)}
             table["metrics"] = {metrics[name]: figure for name, figure in table["metrics"].items()}
-    for entry in (*found["comparisons"], *found["pairs"]):
+    for entry in (*result["comparisons"], *result["pairs"]):
         entry.update(a=names[entry["a"]], b=names[entry["b"]], table=seen[entry["table"]])
-    found["protocol"].update(split=f"leave_one_out {next(stream)}")
-    for table in found["tables"]:
+    result["protocol"].update(split=f"leave_one_out {next(stream)}")
+    for table in result["tables"]:
         table.update(
             name=seen[table["name"]], metric=metrics[METRICS[-1]], metrics=list(metrics.values()),
             detectable=next(stream),
         )  # fmt: skip
-    found.update({key: next(stream) for key in ("benchmark", "description", "command")}, notes=[next(stream)])
-    found["machine"]["cpu"] = next(stream)
-    return found
+    result.update({key: next(stream) for key in ("benchmark", "description", "command")}, notes=[next(stream)])
+    result["machine"]["cpu"] = next(stream)
+    return result
 
 
 def page_of(content: dict[str, Any] | BenchmarkResult, references: Mapping[str, Reference] | None = None) -> str:

@@ -1,4 +1,4 @@
-"""Suites of conversations: who is asked, what is measured by hand, what a killed one keeps, and the page."""
+"""Suites of conversations: users, metrics by hand, resume, and the page."""
 
 from __future__ import annotations
 
@@ -61,11 +61,12 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_suite_over_a_recipe_has_every_row_and_pair(ran: Path) -> None:
-    found = json.loads((ran / "eval" / "results" / "made.json").read_text(encoding="utf-8"))
-    rows = {row["name"]: row for row in found["rows"]}
+def test_suite_has_every_row_and_pair(ran: Path) -> None:
+    result = json.loads((ran / "eval" / "results" / "made.json").read_text(encoding="utf-8"))
+    rows = {row["name"]: row for row in result["rows"]}
     assert (
-        list(rows) == ["random", "history", "rules", "rules of brands"] and found["tables"][0]["metric"] == "Hit@5-in-3"
+        list(rows) == ["random", "history", "rules", "rules of brands"]
+        and result["tables"][0]["metric"] == "Hit@5-in-3"
     )
     assert [row["dialogues"]["conversations"] for row in rows.values()] == [12, 12, 12, 6]
     for row in rows.values():
@@ -75,29 +76,29 @@ def test_a_suite_over_a_recipe_has_every_row_and_pair(ran: Path) -> None:
         assert held["shown_outside_the_catalogue"] == 0 and held["seconds_a_turn"] > 0
     assert set(rows["history"]["dialogues"]["calls"]) == {"rank", "show"}
     # Rows with fewer users are compared on the conversations that both have.
-    assert [pair.get("n", 12) for pair in found["pairs"]] == [12, 6]
-    assert all(pair["p"] >= pair["p_raw"] and pair["low"] <= pair["value"] <= pair["high"] for pair in found["pairs"])
+    assert [pair.get("n", 12) for pair in result["pairs"]] == [12, 6]
+    assert all(pair["p"] >= pair["p_raw"] and pair["low"] <= pair["value"] <= pair["high"] for pair in result["pairs"])
     page = (ran / "eval" / "made.md").read_text(encoding="utf-8")
     assert "| rules of brands (users know brand) |" in page and "rules − history" in page and "Exploratory" in page
     assert rewrite(ran / "eval" / "results") == [ran / "eval" / "made.md"]
     assert (ran / "eval" / "made.md").read_text(encoding="utf-8") == page
 
 
-def test_finished_rows_are_kept_until_what_they_depend_on_changes(ran: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_changed_rows_are_computed_again(ran: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held = []
     genuine = conversations.Setting.held
     monkeypatch.setattr(
         conversations.Setting, "held", lambda self, row, out: held.append(row.label) or genuine(self, row, out)
     )
-    where = {"out": ran / "out", "results": ran / "eval" / "results"}
-    run_benchmark(ChatSuite(**{**PAGE, "pairs": [], "bootstrap": 50}), **where)
+    folders = {"out": ran / "out", "results": ran / "eval" / "results"}
+    run_benchmark(ChatSuite(**{**PAGE, "pairs": [], "bootstrap": 50}), **folders)
     assert held == []
     rows = [*PAGE["rows"][:3], {**PAGE["rows"][3], "knows": ["category"]}]
-    run_benchmark(ChatSuite(**{**PAGE, "rows": rows, "pairs": []}), **where)
+    run_benchmark(ChatSuite(**{**PAGE, "rows": rows, "pairs": []}), **folders)
     assert held == ["rules of brands"]
 
 
-def test_a_row_may_have_its_lists_graded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lists_graded_by_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str | None] = []
 
     @contextmanager
@@ -109,14 +110,14 @@ def test_a_row_may_have_its_lists_graded(tmp_path: Path, monkeypatch: pytest.Mon
     rows = [{"manager": "rules"}, {"manager": "rules", "ranker": "a model", "users": 3}]
     suite = ChatSuite(**{**PAGE, "rows": rows, "pairs": [["rules, graded by a model", "rules"]]})
     run_benchmark(suite, out=tmp_path / "out", results=tmp_path / "eval" / "results")
-    found = json.loads((tmp_path / "eval" / "results" / "made.json").read_text(encoding="utf-8"))
-    alone, graded = found["rows"]
+    result = json.loads((tmp_path / "eval" / "results" / "made.json").read_text(encoding="utf-8"))
+    alone, graded = result["rows"]
     assert opened == [None, "a model"] and graded["name"] == "rules, graded by a model"
     alone, held = alone["dialogues"], graded["dialogues"]
     assert (alone["ranker"], held["ranker"]) == (None, "a model")
-    # Ten prompts a list, which rules alone do not need.
+    # Grading needs ten prompts per list.
     assert alone["tokens_a_turn"] == 0 < held["tokens_a_turn"] and held["conversations"] == 6
-    assert found["pairs"][0]["n"] == 6
+    assert result["pairs"][0]["n"] == 6
     page = (tmp_path / "eval" / "made.md").read_text(encoding="utf-8")
     assert "rules, graded by a model: the first items of each list are reranked by `a model`." in page
     assert "tools are chosen by" not in page
@@ -126,13 +127,13 @@ def talk(seed: int, user: str, hit: int | None, turns: int) -> Talk:
     return Talk(seed=seed, user=user, hit=hit, turns=turns, seconds=0.5, tokens=10, calls={"show": turns, "rank": 1})
 
 
-def test_figures_by_hand() -> None:
+def test_metrics_by_hand() -> None:
     page = ChatSuite(
         **{**PAGE, "rows": [{"manager": "rules"}, {"manager": "history"}], "pairs": [["rules", "history"]]}
     )
     rules = [talk(0, "a", 1, 1), talk(0, "b", 3, 3), talk(1, "a", None, 3), talk(1, "c", 2, 2)]
-    made = finished_row(page, page.rows[0], rules)
-    line, held = made.row.tables[TABLE], made.row.dialogues
+    added = finished_row(page, page.rows[0], rules)
+    line, held = added.row.tables[TABLE], added.row.dialogues
     assert [line.metrics[f"Hit@5-in-{turns}"].value for turns in (1, 2, 3)] == [0.25, 0.5, 0.75]
     assert held is not None
     assert (held.conversations, held.users, held.turns, held.turns_to_a_hit) == (4, 3, 2.25, 2.0)
@@ -141,40 +142,40 @@ def test_figures_by_hand() -> None:
     bad = [rules[0].model_copy(update={"unread": 1}), *rules[1:]]
     assert finished_row(page, page.rows[0], bad).row.tables[TABLE].parse_rate == 1 - 1 / 13
     history = [talk(0, "a", None, 3), talk(1, "a", None, 3), talk(1, "d", 1, 1)]
-    rows = [made, finished_row(page, page.rows[1], history)]
+    rows = [added, finished_row(page, page.rows[1], history)]
     (pair,) = compared(page, Finished(tables_of(page, rows), rows))["pairs"]
-    # User a with both seeds alone: one hit against none.
+    # Only user a has both seeds: one hit against none.
     assert (pair.value, pair.n, pair.users) == (0.5, 2, 1)
 
 
-def test_users_want_what_was_held_out_and_know_neither_it_nor_its_title() -> None:
+def test_users_do_not_know_their_held_out_item() -> None:
     data = open_classics(load_recipe("recipes/made/classic.yaml"), ["popularity"]).data
     assert data is not None
     facts = Known(data.dataset.items)
     few, many = data_users(data, facts, 4, 0, past=3), data_users(data, facts, 20, 0, past=3)
     assert few == many[:4] and few != data_users(data, facts, 4, 1, past=3)
     train = data.train.select("user_id", "item_id", "rating").rows()
-    wanted = dict(data.test.select("user_id", "item_id").rows())
-    for guest in many:
-        known = [(item, rating) for user, item, rating in train if user == guest.user]
-        assert wanted[guest.user] == guest.target and guest.target not in {item for item, _ in known}
-        assert [(wish.value, wish.op) for wish in guest.state.profile] == [
+    targets = dict(data.test.select("user_id", "item_id").rows())
+    for one in many:
+        known = [(item, rating) for user, item, rating in train if user == one.user]
+        assert targets[one.user] == one.target and one.target not in {item for item, _ in known}
+        assert [(wish.value, wish.op) for wish in one.state.profile] == [
             (item, "is" if rating >= 4 else "seen") for item, rating in known[-3:]
         ]
-        assert guest.state.past == tuple(item for item, _ in known[:-3])
-        assert all(wish.field == ITEM and not wish.hard for wish in guest.state.profile)
+        assert one.state.past == tuple(item for item, _ in known[:-3])
+        assert all(wish.field == ITEM and not wish.hard for wish in one.state.profile)
     with raises(DataError, Facts(kind="empty", column="data.columns.fields")):
         data_users(data, Known({name: Item(item_id=name, title=name) for name in facts.items}), 4, 0)
 
 
-def test_users_speak_of_what_they_know_alone() -> None:
+def test_users_mention_only_known_attributes() -> None:
     known = {
         name: Item(item_id=name, title=item.title, fields={**item.fields, "price": str(20 + n)})
         for n, (name, item) in enumerate(items().items())
     }
     facts = Known(known)
     assert facts.years == "year" and facts.numeric == {"year", "price"}
-    # A price is no decade, so that nobody speaks of it.
+    # A price is not a decade, so users do not mention it.
     assert all("price" not in simulator.knowledge_of(facts, name, (), 0).attributes for name in known)
     talk = Conversation(Tools(facts, MadeLists(known)), RuleManager(), Reader(facts))
     every = [DataUser("u", name, State(), ()) for name in known]
@@ -194,7 +195,7 @@ def test_users_speak_of_what_they_know_alone() -> None:
         ({"k": 3}, Facts(kind="bad-value")),
     ],
 )
-def test_what_cannot_be_held_is_one_error(changed: dict[str, Any], facts: Facts, tmp_path: Path) -> None:
+def test_rejects_wrong_pages(changed: dict[str, Any], facts: Facts, tmp_path: Path) -> None:
     page = tmp_path / "made.yaml"
     page.write_text(json.dumps({**PAGE, **changed}), encoding="utf-8")
     assert kind_of_page(page) == "chat"
@@ -202,7 +203,7 @@ def test_what_cannot_be_held_is_one_error(changed: dict[str, Any], facts: Facts,
         run_benchmark(load_chat(page), out=tmp_path / "out", results=tmp_path / "results")
 
 
-def test_the_command_line_holds_and_checks_it(
+def test_commands_check_and_eval(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page, results = tmp_path / "made.yaml", tmp_path / "eval" / "results"
@@ -215,25 +216,23 @@ def test_the_command_line_holds_and_checks_it(
         with pytest.raises(SystemExit) as ended:
             cli.main()
         assert not ended.value.code
-    told = capsys.readouterr().out
-    assert "4 models, 2 planned comparisons" in told and "Hit@5-in-2" in told
+    output = capsys.readouterr().out
+    assert "4 models, 2 planned comparisons" in output and "Hit@5-in-2" in output
     assert json.loads((results / "made.json").read_text(encoding="utf-8"))["protocol"]["turns"] == 2
 
 
-def test_a_language_model_leads_with_fewer_users_and_is_asked_again_where_its_files_change(
-    llama_folder: Path, tmp_path: Path
-) -> None:
+def test_language_model_as_manager(llama_folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("torch", reason="the train extra is not installed")
     model = shutil.copytree(llama_folder, tmp_path / "model")
     rows = [{"manager": "rules"}, {"manager": str(model), "name": "model", "users": 1}]
-    # Without a history, so that what is read fits a tokenizer of letters.
+    # Without a history, so that prompts fit a tokenizer of letters.
     page = ChatSuite(**{**PAGE, "seeds": [0], "turns": 1, "past": 0, "rows": rows, "pairs": [["model", "rules"]]})
     files = run_benchmark(page, out=tmp_path / "out", results=tmp_path / "results").files
-    found = json.loads(files["results"].read_text(encoding="utf-8"))
-    row = found["rows"][1]
+    result = json.loads(files["results"].read_text(encoding="utf-8"))
+    row = result["rows"][1]
     held = row["dialogues"]
     assert (held["conversations"], row["tables"][TABLE]["parse_rate"]) == (1, 1) and held["tokens_a_turn"] > 100
-    assert found["pairs"][0]["n"] == 1 and "model: Exploratory" in files["page"].read_text(encoding="utf-8")
+    assert result["pairs"][0]["n"] == 1 and "model: Exploratory" in files["page"].read_text(encoding="utf-8")
     before = conversations._model(str(model))
     os.utime(model / "config.json", ns=(1, 1))
     assert conversations._model(str(model)) != before and conversations._model("rules") == []

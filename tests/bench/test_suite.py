@@ -1,4 +1,4 @@
-"""Suites: what is measured, what is tuned on, what a killed one keeps, and what its page prints."""
+"""Suites: measurement, tuning, resume, and pages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from llmrec.baselines.tune import tune
 from llmrec.bench import suite as suites
 from llmrec.bench.engine import Ran
 from llmrec.bench.models import Models
-from llmrec.bench.recipes import points, recipe_of
 from llmrec.bench.references import reference
 from llmrec.bench.run import run_benchmark
 from llmrec.bench.suite import cases_of
@@ -30,7 +29,7 @@ from llmrec.ensembles.rankers import CatalogueEnsemble
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.pipeline.study import load_split
 from llmrec.recipe.comparisons import Suite
-from llmrec.recipe.load import kind_of_page, load_benchmark, load_chat, load_recipe, load_suite
+from llmrec.recipe.load import kind_of_page, load_chat, load_recipe, load_suite
 from llmrec.registry import BASELINES
 from llmrec.report.wording import DASH
 from llmrec.resources import resource
@@ -67,7 +66,7 @@ def _again(folder: Path, **changed: Any) -> Ran:
     return run_benchmark(Suite(**PAGE | changed), out=folder / "out", results=folder / "eval" / "results")
 
 
-def test_every_row_has_both_treatments_of_the_history_seeds_and_tie_rules(ran: tuple[Path, Ran]) -> None:
+def test_rows_have_both_tables_seeds_and_tie_rules(ran: tuple[Path, Ran]) -> None:
     rows = {row["name"]: row for row in ran[1].results.as_json()["rows"]}
     assert list(rows) == [row["baseline"] for row in PAGE["rows"]]
     for name, row in rows.items():
@@ -78,9 +77,12 @@ def test_every_row_has_both_treatments_of_the_history_seeds_and_tie_rules(ran: t
             assert ("sd" in figure) == (name == "als")
         assert row["seeds"] == (2 if name == "als" else 1)
         assert row["memory_gb"] > 0 and {"tune", "fit", "answer"} <= set(row["seconds"])
+    items = ran[1].results.as_json()["data"]["items"]
+    figure = rows["random"]["tables"]["included"]["metrics"]["HR@10"]
+    assert figure["value"] == pytest.approx(10 / items) and "sd" not in figure
 
 
-def test_a_row_can_have_fewer_seeds_and_the_page_says_so(tmp_path: Path) -> None:
+def test_rows_with_fewer_seeds(tmp_path: Path) -> None:
     als = {"baseline": "als", "parameters": {"factors": 4, "iterations": 2}, "tune": False}
     rows = [{"baseline": "markov-1"}, {**als, "name": "all seeds"}, {**als, "name": "one seed", "seeds": 1}]
     rows += [{"fuse": ["markov-1", one], "name": f"with {one}"} for one in ("all seeds", "one seed")]
@@ -96,25 +98,18 @@ def test_a_row_can_have_fewer_seeds_and_the_page_says_so(tmp_path: Path) -> None
     ].read_text("utf-8")
 
 
-def test_users_are_counted_where_each_has_several_held_out_interactions() -> None:
+def test_limit_of_users_with_several_held_out_interactions() -> None:
     data = {"source": "made-reviews", "split": {"kind": "last_share", "valid": 0.2, "test": 0.4}}
     page = Suite(**PAGE | {"data": data, "users": 3})
-    whole = load_split(page.data, 0)
-    every = cases_of(Suite(**PAGE | {"data": data}), whole)
-    few = cases_of(page, whole)
+    table = load_split(page.data, 0)
+    every = cases_of(Suite(**PAGE | {"data": data}), table)
+    few = cases_of(page, table)
     users = {case.request.user_id for case in few}
     assert len(users) == 3 and len(few) > 3
     assert [case.request.id for case in few] == [case.request.id for case in every if case.request.user_id in users]
 
 
-def test_chance_has_neither_seed_nor_spread(ran: tuple[Path, Ran]) -> None:
-    (chance,) = [row for row in ran[1].results.as_json()["rows"] if row["name"] == "random"]
-    items = ran[1].results.as_json()["data"]["items"]
-    assert chance["tables"]["included"]["metrics"]["HR@10"]["value"] == pytest.approx(10 / items)
-    assert chance["seeds"] == 1 and all("sd" not in table["metrics"]["HR@10"] for table in chance["tables"].values())
-
-
-def test_the_grid_is_tried_on_validation_and_the_rest_of_the_row_stays(ran: tuple[Path, Ran]) -> None:
+def test_grid_is_tuned_on_validation(ran: tuple[Path, Ran]) -> None:
     rows = {row["name"]: row for row in ran[1].results.as_json()["rows"]}
     data = load_split(Suite(**PAGE).data, 0)
     grid = ItemKNN.GRID | {"history": (10,)}
@@ -131,7 +126,7 @@ def test_the_grid_is_tried_on_validation_and_the_rest_of_the_row_stays(ran: tupl
     assert rows["ease"]["tables"]["excluded"]["parameters"] == {}
 
 
-def test_each_table_has_the_parameters_that_were_chosen_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_table_has_its_best_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = PAGE | {"seeds": [0], "split_seeds": [0], "rows": [{"baseline": "item-knn"}, {"baseline": "markov-1"}]}
     monkeypatch.setattr(ItemKNN, "GRID", {"history": (1, 2, 5, 30), "decay": (0.2, 0.6, 1.0)})
     row = run_benchmark(Suite(**page), out=tmp_path / "a", results=tmp_path / "r").results.rows[0]
@@ -139,25 +134,24 @@ def test_each_table_has_the_parameters_that_were_chosen_for_it(tmp_path: Path, m
     assert chosen["excluded"] != chosen["included"]
     for seen, parameters in chosen.items():
         alone = page | {"seen": [seen], "rows": [{"baseline": "item-knn", "parameters": parameters}]}
-        found = run_benchmark(Suite(**alone), out=tmp_path / seen, results=tmp_path / "r").results.rows[0]
-        assert found.tables[seen].metrics == row.tables[seen].metrics
+        result = run_benchmark(Suite(**alone), out=tmp_path / seen, results=tmp_path / "r").results.rows[0]
+        assert result.tables[seen].metrics == row.tables[seen].metrics
 
 
-def test_requests_of_users_without_a_history_can_be_left_out(tmp_path: Path) -> None:
+def test_min_history_excludes_users() -> None:
     by_time = {"source": "made-reviews", "split": {"kind": "global_time", "valid": 0.2, "test": 0.4}}
-    page = PAGE | {"seeds": [0], "split_seeds": [0], "data": by_time, "rows": [{"baseline": "popularity"}]}
+    page = PAGE | {"data": by_time, "rows": [{"baseline": "popularity"}]}
     data = load_split(Suite(**page).data, 0)
     lengths = [len(data.history(held.user_id, "test")) for held in data.holdouts("test")]
     assert 0 in lengths
     for least in (0, 1):
-        found = run_benchmark(Suite(**page, min_history=least), out=tmp_path / "out", results=tmp_path / "r").results
-        assert found.protocol.requests == sum(length >= least for length in lengths)
-        assert found.protocol.min_history == least
+        cases = cases_of(Suite(**page, min_history=least), data)
+        assert len(cases) == sum(length >= least for length in lengths)
     with raises(RecipeError, Facts("too-few", column="min_history")):
-        run_benchmark(Suite(**page, min_history=10_000), out=tmp_path / "out", results=tmp_path / "r")
+        cases_of(Suite(**page, min_history=10_000), data)
 
 
-def test_a_killed_row_does_not_fit_its_points_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_keeps_finished_grid_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = PAGE | {"seeds": [0], "split_seeds": [0], "rows": [{"baseline": "markov"}]}
     monkeypatch.setattr(Markov, "GRID", {"order": (1, 2, 3, 5)})
     monkeypatch.setattr(Markov, "AT_ANSWER", frozenset())
@@ -177,32 +171,32 @@ def test_a_killed_row_does_not_fit_its_points_again(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(Markov, "fit", lambda self, data: (fits.append(self.config.order), genuine(self, data))[1])
     row = run_benchmark(Suite(**page), out=tmp_path / "out", results=tmp_path / "r").results.rows[0]
     assert [trial.parameters["order"] for trial in row.trials] == [1, 2, 3, 5]
-    # The points 1 and 2 are known; a chosen one of them is fitted once more for the test.
+    # The points 1 and 2 are stored; if one of them is the best, it is fitted once more for the test.
     assert fits[:2] == [3, 5] and fits.count(1) + fits.count(2) <= 2
 
 
-def test_a_fusion_is_weighed_by_users_that_chose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fusion_weights_use_other_users_than_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"baseline": "popularity"}, {"baseline": "item-knn"}, {"baseline": "als", "parameters": {"factors": 8}}]
     rows += [{"name": "all", "fuse": ["popularity", "item-knn", "als"]}]
     page = PAGE | {"seeds": [0, 1], "split_seeds": [0], "rows": rows, "pairs": [["all", "item-knn"]]}
-    chose, weighed = set(), set()
+    tuned, weighted = set(), set()
     genuine, fit = tuning.ranking_cases, CatalogueEnsemble.fit
     monkeypatch.setattr(ItemKNN, "GRID", {"history": (1, 5, 30), "decay": (0.5, 1.0)})
     monkeypatch.setattr(ALS, "GRID", {"alpha": (1.0, 10.0)})
 
-    def choosing(data: Any, limit: int | None = None) -> list[Any]:
+    def tuning_cases(data: Any, limit: int | None = None) -> list[Any]:
         cases = genuine(data, limit)
-        chose.update(case.request.user_id for case in cases)
+        tuned.update(case.request.user_id for case in cases)
         return cases
 
-    def weighing(self: CatalogueEnsemble, cases: Any, **more: bool) -> None:
-        weighed.update(case.request.user_id for case in cases)
+    def record_users(self: CatalogueEnsemble, cases: Any, **more: bool) -> None:
+        weighted.update(case.request.user_id for case in cases)
         fit(self, cases, **more)
 
-    monkeypatch.setattr(tuning, "ranking_cases", choosing)
-    monkeypatch.setattr(CatalogueEnsemble, "fit", weighing)
+    monkeypatch.setattr(tuning, "ranking_cases", tuning_cases)
+    monkeypatch.setattr(CatalogueEnsemble, "fit", record_users)
     ran = run_benchmark(Suite(**page), out=tmp_path / "out", results=tmp_path / "r")
-    assert chose and weighed and not chose & weighed
+    assert tuned and weighted and not tuned & weighted
     board = page_of(ran.results)
     fused = ran.results.rows[-1]
     assert [row.reads for row in ran.results.rows] == ["events"] * 4
@@ -215,14 +209,14 @@ def test_a_fusion_is_weighed_by_users_that_chose_nothing(tmp_path: Path, monkeyp
         assert weights is not None and [part.name for part in weights.parts] == rows[-1]["fuse"]
         assert (weights.repeat is None) == (seen == "excluded")
         assert ("all uses a single member" if weights.form == "alone" else "the weights of all (") in board
-    # Nothing is reserved where nothing is fused, so that rows are chosen anew.
-    chose.clear()
-    run_benchmark(Suite(**page | {"rows": rows[:3], "pairs": []}), out=tmp_path / "out", results=tmp_path / "r")
+    # Without a fusion no users are reserved, so the rows are tuned again.
+    tuned.clear()
+    run_benchmark(Suite(**page | {"rows": rows[1:2], "pairs": []}), out=tmp_path / "out", results=tmp_path / "r")
     data = load_split(Suite(**PAGE).data, 0)
-    assert chose == set(data.valid["user_id"])
+    assert tuned == set(data.valid["user_id"])
 
 
-def test_a_ranker_is_a_row_unless_the_row_rules_it_out(tmp_path: Path) -> None:
+def test_fusion_uses_a_ranker_unless_excluded(tmp_path: Path) -> None:
     pytest.importorskip("lightgbm", reason="the ranker extra is not installed")
     data = planted.write(tmp_path / "data")
     columns = {"user": "user_id", "item": "item_id", "time": "timestamp"}
@@ -233,40 +227,45 @@ def test_a_ranker_is_a_row_unless_the_row_rules_it_out(tmp_path: Path) -> None:
         "data": {
             "source": "table", "path": f"{data}/events.csv", "items": f"{data}/items.csv", "columns": columns,
         },
-        "seeds": [0], "split_seeds": [0], "rows": rows, "pairs": [["learned", "linear"]],
+        "seen": ["excluded"], "seeds": [0], "split_seeds": [0], "rows": rows, "pairs": [["learned", "linear"]],
     }  # fmt: skip
     ran = run_benchmark(Suite(**page), out=tmp_path / "out", results=tmp_path / "r")
-    tables = {row.name: row.tables for row in ran.results.rows if row.name in ("learned", "linear")}
-    for seen in ("excluded", "included"):
-        learned, linear = (tables[name][seen] for name in ("learned", "linear"))
-        assert learned.parameters["form"] == "ranker" != linear.parameters["form"]
-        assert learned.metrics["NDCG@10"].value > linear.metrics["NDCG@10"].value
-        assert learned.fusion is not None and "history: length" in {item.name for item in learned.fusion.features}
+    tables = {row.name: row.tables["excluded"] for row in ran.results.rows}
+    learned, linear = tables["learned"], tables["linear"]
+    assert learned.parameters["form"] == "ranker" != linear.parameters["form"]
+    assert learned.metrics["NDCG@10"].value > linear.metrics["NDCG@10"].value
+    assert learned.fusion is not None and "history: length" in {item.name for item in learned.fusion.features}
     assert "These features of the ensemble have the largest share of the gain" in page_of(ran.results)
 
 
-def test_ratings_and_yes_no_are_fused_too(tmp_path: Path) -> None:
+def test_suites_of_ratings_and_likes(tmp_path: Path) -> None:
     common = {"suite": "s", "data": {"source": "made-reviews"}, "bootstrap": 60}
-    rated = [{"baseline": "user-mean"}, {"baseline": "item-mean"}, {"name": "both", "fuse": ["user-mean", "item-mean"]}]
-    found = run_benchmark(
+    members = ["user-mean", "user-item-bias"]
+    rated: list[dict[str, Any]] = [*({"baseline": name} for name in members), {"name": "both", "fuse": members}]
+    result = run_benchmark(
         Suite(**common, task="rating", rows=rated), out=tmp_path / "a", results=tmp_path / "r"
     ).results
-    weights = found.rows[-1].tables["rating"].fusion
-    assert weights is not None and weights.form in ("ridge", "alone") and found.rows[-1].chosen_by == "RMSE"
-    assert found.rows[-1].trials[0].values["rating"] > 0
+    weights = result.rows[-1].tables["rating"].fusion
+    assert weights is not None and weights.form in ("ridge", "alone") and result.rows[-1].chosen_by == "RMSE"
+    assert result.rows[-1].trials[0].values["rating"] > 0
+    assert [(table.name, table.metrics) for table in result.tables] == [("rating", ("MAE", "RMSE"))]
+    assert {line.metric for line in result.comparisons} == {"RMSE"}
     judged = [
         {"baseline": "like-ratio"},
-        {"baseline": "logistic", "tune": False},
+        {"baseline": "logistic"},
         {"name": "both", "fuse": ["like-ratio", "logistic"]},
     ]
     split = {"data": {"source": "made-reviews", "split": {"kind": "global_time", "valid": 0.3, "test": 0.2}}}
     page = Suite(**common | split, task="ctr", liked=4, rows=judged)
-    found = run_benchmark(page, out=tmp_path / "b", results=tmp_path / "r").results
-    weights = found.rows[-1].tables["yes-no"].fusion
-    assert weights is not None and weights.form in ("logit", "alone") and found.rows[-1].chosen_by == "LogLoss"
+    result = run_benchmark(page, out=tmp_path / "b", results=tmp_path / "r").results
+    weights = result.rows[-1].tables["yes-no"].fusion
+    assert weights is not None and weights.form in ("logit", "alone") and result.rows[-1].chosen_by == "LogLoss"
+    logistic = result.rows[1].tables
+    assert set(logistic) == {"yes-no"} and logistic["yes-no"].parameters["liked"] == 4
+    assert 0 <= (logistic["yes-no"].metrics["AUC"].value or 0) <= 1
 
 
-def test_a_fusion_names_rows_above_it() -> None:
+def test_fusion_names_earlier_rows() -> None:
     with pytest.raises(ValueError, match="no earlier model"):
         Suite(**PAGE | {"rows": [{"baseline": "popularity"}, {"name": "all", "fuse": ["popularity", "ease"]}]})
     with pytest.raises(ValueError, match="at least two members"):
@@ -275,20 +274,20 @@ def test_a_fusion_names_rows_above_it() -> None:
         Suite(**PAGE | {"rows": [{"baseline": "ease"}, {"baseline": "popularity", "name": "ease"}]})
 
 
-def test_the_best_row_is_compared_with_every_other(ran: tuple[Path, Ran]) -> None:
+def test_best_row_is_compared_with_all_others(ran: tuple[Path, Ran]) -> None:
     results = ran[1].results.as_json()
     best = max(results["rows"], key=lambda row: row["tables"]["excluded"]["metrics"]["NDCG@10"]["value"])["name"]
-    found = [line for line in results["comparisons"] if line["table"] == "excluded"]
-    assert {line["a"] for line in found} == {best} and len(found) == len(PAGE["rows"]) - 1
-    assert all(line["value"] >= 0 and not {"p", "verdict"} & set(line) for line in found)  # picked on test
+    result = [line for line in results["comparisons"] if line["table"] == "excluded"]
+    assert {line["a"] for line in result} == {best} and len(result) == len(PAGE["rows"]) - 1
+    assert all(line["value"] >= 0 and not {"p", "verdict"} & set(line) for line in result)  # picked on test
     assert "an unadjusted 95 % interval" in results["tables"][0]["detectable"]
 
 
-def test_cold_and_warm_items_have_planned_comparisons_of_their_own(tmp_path: Path) -> None:
+def test_planned_comparisons_of_cold_and_warm_items(tmp_path: Path) -> None:
     table = tmp_path / "events.csv"
-    steps = [(user, place, (user + place) % 9) for user in range(40) for place in range(4)]
-    lines = [f"u{user},i{item},{place},word{item}" for user, place, item in steps]
-    # The last event of a quarter of the users is of two items that nobody else has.
+    steps = [(user, step, (user + step) % 9) for user in range(40) for step in range(4)]
+    lines = [f"u{user},i{item},{step},word{item}" for user, step, item in steps]
+    # The last event of a quarter of the users is of one of two new items.
     lines += [f"u{user},new{user % 2},9,word{3 + user % 2}" for user in range(10)]
     table.write_text("\n".join(["user,item,time,title", *lines]) + "\n")
     columns = {"user": "user", "item": "item", "time": "time", "title": "title"}
@@ -296,14 +295,14 @@ def test_cold_and_warm_items_have_planned_comparisons_of_their_own(tmp_path: Pat
     rows = [{"baseline": "content", "tune": False}, {"baseline": "markov-1"}]
     pairs = [["content", "markov-1"], *({"rows": ["content", "markov-1"], "items": part} for part in ("cold", "warm"))]
     page = {"suite": "s", "data": data, "seen": ["included"], "bootstrap": 60, "rows": rows, "pairs": pairs}
-    found = run_benchmark(Suite(**page), out=tmp_path / "o", results=tmp_path / "r").results
-    every, cold, warm = found.pairs
+    result = run_benchmark(Suite(**page), out=tmp_path / "o", results=tmp_path / "r").results
+    every, cold, warm = result.pairs
     assert (every.items, every.n) == (None, None) and (cold.items, cold.n) == ("cold", 10) and warm.n == 30
     assert every.value is not None and cold.value is not None and warm.value is not None
     assert 40 * every.value == pytest.approx(10 * cold.value + 30 * warm.value)
-    content, markov = ((row.tables["included"].cold or {})["NDCG@10"] for row in found.rows)
+    content, markov = ((row.tables["included"].cold or {})["NDCG@10"] for row in result.rows)
     assert cold.value == pytest.approx(content - markov) and cold.value > 0
-    board = page_of(found)
+    board = page_of(result)
     few = "the 10 requests for items without training interactions, 2 items, clustered by item, exploratory"
     assert f"{few}: content − markov-1" in board
     assert "10 requests for items without training interactions. Models" in board
@@ -311,11 +310,11 @@ def test_cold_and_warm_items_have_planned_comparisons_of_their_own(tmp_path: Pat
     for kind in ("count", "words", "history"):
         parts = [part for part in every.slices if part.name.startswith(kind)]
         assert sum(part.n for part in parts) == 40
-        # Fewer than twenty requests say nothing.
+        # Slices of fewer than twenty requests have no value.
         assert all((part.value is None) == (part.n < 20) for part in parts)
     assert "content (interactions and texts, pretrained encoder) − markov-1 (interactions only), NDCG@10:" in board
     assert f"| Targets without training interactions | 10 | 2 | {DASH} |" in board
-    # What was thought of later is described, and is no part of the family.
+    # Comparisons that are added later are exploratory and not in the family.
     later = Suite(**page | {"pairs": pairs[:1], "explored": pairs[1:]})
     again = run_benchmark(later, out=tmp_path / "o", results=tmp_path / "r").results
     assert len(again.pairs) == 1 and [pair.items for pair in again.explored] == ["cold", "warm"]
@@ -323,7 +322,7 @@ def test_cold_and_warm_items_have_planned_comparisons_of_their_own(tmp_path: Pat
     assert again.explored[0].value == cold.value and "Exploratory comparisons, added after the test split" in page_of(
         again
     )
-    # Without a cold item there is no figure, and the page says so.
+    # Without cold items there is no value.
     table.write_text("\n".join(["user,item,time,title", *lines[:160]]) + "\n")
     none = run_benchmark(Suite(**page), out=tmp_path / "n", results=tmp_path / "r").results
     assert [(pair.items, pair.n) for pair in none.pairs] == [(None, None), ("cold", 0), ("warm", 40)]
@@ -332,7 +331,7 @@ def test_cold_and_warm_items_have_planned_comparisons_of_their_own(tmp_path: Pat
         Suite(**page | {"task": "rating"})
 
 
-def test_rows_that_are_skipped_are_named_and_their_comparisons_counted(tmp_path: Path) -> None:
+def test_comparisons_of_skipped_rows_count_in_the_family(tmp_path: Path) -> None:
     rows = [
         *({"baseline": name} for name in ("popularity", "markov-1", "markov")),
         {"name": "both", "fuse": ["popularity", "markov"]},
@@ -347,18 +346,18 @@ def test_rows_that_are_skipped_are_named_and_their_comparisons_counted(tmp_path:
     assert pair.p == pytest.approx(min(1.0, 3 * pair.p_raw))
     board = page_of(some)
     assert "Not run: markov, both. The Holm correction counts 2 planned comparisons with them as if tested" in board
-    # The rest is run later, and what was run is not run again.
-    whole = run_benchmark(Suite(**page), out=tmp_path / "o", results=tmp_path / "r").results
-    assert len(whole.pairs) == 3 and whole.unrun == 0 and not whole.skipped
-    for wrong, said in (
+    # The rest is run later.
+    complete = run_benchmark(Suite(**page), out=tmp_path / "o", results=tmp_path / "r").results
+    assert len(complete.pairs) == 3 and complete.unrun == 0 and not complete.skipped
+    for wrong, message in (
         (["markof"], "there is no model 'markof'"),
         (["popularity", "markov-1", "markov"], "all models are skipped"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             Suite(**page, skip=wrong)
 
 
-def test_lists_are_measured_and_their_diversity_by_what_the_suite_says(tmp_path: Path) -> None:
+def test_list_metrics_and_diversity(tmp_path: Path) -> None:
     page = {**PAGE, "seeds": [0], "split_seeds": [0], "rows": [{"baseline": "popularity"}], "cutoffs": [5]}
     listed = {f"{name}@5" for name in ("Precision", "MAP", "Coverage", "Novelty", "Gini", "PopularityLift")}
     signed = {}
@@ -375,50 +374,30 @@ def test_lists_are_measured_and_their_diversity_by_what_the_suite_says(tmp_path:
         Suite(**page, diversity={})
 
 
-def test_a_second_run_computes_nothing_and_a_changed_row_only_itself(
+def test_only_changed_rows_are_computed_again(
     ran: tuple[Path, Ran], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder, first = ran
-    made: list[str] = []
+    added: list[str] = []
     genuine = suites.make_row
 
     def counted(suite: Suite, row: Any, *rest: Any) -> dict[str, Any]:
-        made.append(row.baseline)
+        added.append(row.baseline)
         return genuine(suite, row, *rest)
 
     monkeypatch.setattr(suites, "make_row", counted)
     caplog.set_level("INFO")
     again = _again(folder)
-    assert made == [] and again.results.rows == first.results.rows and "other settings" not in caplog.text
+    assert added == [] and again.results.rows == first.results.rows and "other settings" not in caplog.text
     rows = [*PAGE["rows"][:-1], {"baseline": "ease", "parameters": {"penalty": 500.0}, "tune": False}]
     assert _again(folder, rows=rows).results.rows[-1].tables["excluded"].parameters == {"penalty": 500.0}
-    assert made == ["ease"] and "made.json contains results of other settings" in caplog.text
-    made.clear()
-    _again(folder, bootstrap=61)
-    assert made == [row["baseline"] for row in PAGE["rows"]]
+    assert added == ["ease"] and "made.json contains results of other settings" in caplog.text
+    added.clear()
+    _again(folder, bootstrap=61, rows=PAGE["rows"][:2])
+    assert added == ["random", "popularity"]
 
 
-def test_ratings_and_yes_no_have_suites_of_their_own(tmp_path: Path) -> None:
-    common = {"suite": "s", "data": {"source": "made-reviews"}, "bootstrap": 60}
-    rating = Suite(**common, task="rating", rows=[{"baseline": "user-mean"}, {"baseline": "user-item-bias"}])
-    found = run_benchmark(rating, out=tmp_path / "a", results=tmp_path / "r").results.as_json()
-    assert [(table["name"], table["metrics"]) for table in found["tables"]] == [("rating", ["MAE", "RMSE"])]
-    assert {line["metric"] for line in found["comparisons"]} == {"RMSE"}
-    liked = Suite(
-        **common | {"data": {"source": "made-reviews", "split": {"kind": "global_time", "valid": 0.2, "test": 0.2}}},
-        task="ctr",
-        liked=4,
-        rows=[{"baseline": "like-ratio"}, {"baseline": "logistic"}],
-    )
-    found = run_benchmark(liked, out=tmp_path / "b", results=tmp_path / "r").results.as_json()
-    assert (
-        found["rows"][1]["tables"]["yes-no"]["parameters"]["liked"] == 4 and found["rows"][1]["chosen_by"] == "LogLoss"
-    )
-    assert set(found["rows"][0]["tables"]) == {"yes-no"}
-    assert 0 <= found["rows"][1]["tables"]["yes-no"]["metrics"]["AUC"]["value"] <= 1
-
-
-def test_a_difference_in_auc_is_that_of_the_figures_and_not_of_an_ensemble(tmp_path: Path) -> None:
+def test_difference_in_auc_is_that_of_the_mean_values(tmp_path: Path) -> None:
     judged = [
         {"baseline": "like-ratio"},
         {"baseline": "deepfm", "tune": False, "parameters": {"epochs": 1, "dim": 4, "quiet": True}},
@@ -433,13 +412,13 @@ def test_a_difference_in_auc_is_that_of_the_figures_and_not_of_an_ensemble(tmp_p
         "pairs": [["deepfm", "like-ratio"]],
     }
     for _ in ("made", "read back"):
-        found = run_benchmark(Suite(**page), out=tmp_path / "a", results=tmp_path / "r").results
-        one, other = (row.tables["yes-no"].metrics["AUC"] for row in reversed(found.rows))
+        result = run_benchmark(Suite(**page), out=tmp_path / "a", results=tmp_path / "r").results
+        one, other = (row.tables["yes-no"].metrics["AUC"] for row in reversed(result.rows))
         assert one.sd and one.value is not None and other.value is not None
-        assert found.pairs[0].value == pytest.approx(one.value - other.value, abs=1e-9)
+        assert result.pairs[0].value == pytest.approx(one.value - other.value, abs=1e-9)
 
 
-def test_a_row_of_a_recipe_is_made_again_where_a_file_that_it_names_has_changed(tmp_path: Path) -> None:
+def test_changed_prompt_file_changes_the_inputs_of_a_row(tmp_path: Path) -> None:
     prompt = tmp_path / "mine.yaml"
     page = resource("prompts", "sequential", "next-title.yaml").read_text(encoding="utf-8")
     text = page.replace("name: next-title", "name: mine")
@@ -458,71 +437,57 @@ def test_a_row_of_a_recipe_is_made_again_where_a_file_that_it_names_has_changed(
     assert seen[0] != seen[1] and seen[0]["recipe"] == seen[1]["recipe"]
 
 
-@pytest.mark.parametrize(
-    ("changed", "facts"),
-    [
+def test_rejects_wrong_rows_before_the_first_row(tmp_path: Path) -> None:
+    unknown = ("'penalti' (did you mean 'penalty'?)", "it takes penalty, decay, dtype")
+    wrong: list[tuple[dict[str, Any], Facts]] = [
         (
             {"rows": [{"baseline": "user-mean"}]},
             Facts("unsupported", "made", column="rows", says=("'user-mean'", "choose from random")),
         ),
         (
             {"rows": [{"baseline": "ease", "parameters": {"penalti": 5}}]},
-            Facts(
-                "unknown-key",
-                column="parameters",
-                says=("'penalti' (did you mean 'penalty'?)", "it takes penalty, decay, dtype"),
-            ),
+            Facts("unknown-key", column="parameters", says=unknown),
         ),
         (
             {"rows": [{"baseline": "ease", "grid": {"penalti": [5]}}]},
-            Facts("unknown-key", column="grid", says="'penalti' (did you mean 'penalty'?)"),
+            Facts("unknown-key", column="grid", says=unknown[0]),
         ),
         (
             {"references": ["nowhere"]},
             Facts("unknown-name", column="references", says=("'nowhere'", "known: amazon14-beauty")),
         ),
-    ],
-)
-def test_what_cannot_run_is_refused_before_anything_is_measured(
-    tmp_path: Path, changed: dict[str, Any], facts: Facts
-) -> None:
-    with raises(RecipeError, facts):
-        _again(tmp_path, **changed)
+    ]
+    for changed, facts in wrong:
+        with raises(RecipeError, facts):
+            _again(tmp_path, **changed)
     assert not (tmp_path / "out" / "rows").exists()
 
 
-@pytest.mark.parametrize(
-    ("rows", "facts"),
-    [
-        ([{"baseline": "user-mean"}], Facts("unsupported", column="rows", says="choose from random")),
-        ([{"baseline": "markv-1"}], Facts("unsupported", column="rows", says="did you mean 'markov-1'")),
-        ([{"baseline": "ease", "grid": {"penalti": [5]}}], Facts("unknown-key", column="grid", says="row 'ease'")),
-    ],
-)
-def test_check_refuses_the_rows_that_eval_refuses(tmp_path: Path, rows: list[dict[str, Any]], facts: Facts) -> None:
+def test_check_rejects_the_rows_that_eval_rejects(tmp_path: Path) -> None:
     page = tmp_path / "s.yaml"
-    controls = [{"baseline": name} for name in ("random", "popularity", "item-knn", "markov-1", "sasrec")]
-    controls += [] if rows[0]["baseline"] == "ease" else [{"baseline": "ease"}]
-    page.write_text(yaml.safe_dump({"suite": "s", "data": {"source": "made"}, "rows": [*controls, *rows]}))
-    with raises(RecipeError, facts):
+    rows = [
+        {"baseline": name} for name in ("random", "popularity", "item-knn", "markov-1", "sasrec", "ease", "markv-1")
+    ]
+    page.write_text(yaml.safe_dump({"suite": "s", "data": {"source": "made"}, "rows": rows}))
+    with raises(RecipeError, Facts("unsupported", column="rows", says="did you mean 'markov-1'")):
         check(CheckOptions(recipe=str(page)))
 
 
-def test_a_row_names_the_values_to_choose_among(tmp_path: Path) -> None:
+def test_grid_of_a_row(tmp_path: Path) -> None:
     row = {"baseline": "item-knn", "grid": {"history": [20, 5], "decay": [1.0]}, "parameters": {"shrinkage": 0.0}}
     page = PAGE | {"split_seeds": [0], "rows": [*PAGE["rows"][:1], row]}
-    (_, found) = run_benchmark(Suite(**page), out=tmp_path / "out", results=tmp_path / "r").results.rows
-    assert {trial.parameters["history"] for trial in found.trials} <= {5, 20}
-    assert {(trial.parameters["decay"], trial.parameters["shrinkage"]) for trial in found.trials} == {(1.0, 0.0)}
-    for wrong, said in (
+    (_, result) = run_benchmark(Suite(**page), out=tmp_path / "out", results=tmp_path / "r").results.rows
+    assert {trial.parameters["history"] for trial in result.trials} <= {5, 20}
+    assert {(trial.parameters["decay"], trial.parameters["shrinkage"]) for trial in result.trials} == {(1.0, 0.0)}
+    for wrong, message in (
         ({"grid": {"history": [5]}, "parameters": {"history": 5}}, "keep one"),
         ({"tune": False}, "drop the grid"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             Suite(**page | {"rows": [row | wrong]})
 
 
-def test_the_command_writes_results_and_their_page_beside_them(
+def test_command_writes_results_and_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = tmp_path / "made.yaml"
@@ -544,23 +509,15 @@ SUITES = [page for page in PAGES if kind_of_page(page) == "suite"]
 TALKS = [page for page in PAGES if kind_of_page(page) == "chat"]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page not in (*SUITES, *TALKS)], ids=lambda page: page.stem)
-def test_a_shipped_benchmark_can_be_read_and_its_recipes_too(page: Path) -> None:
-    benchmark = load_benchmark(page)
-    assert benchmark.benchmark == page.stem
-    for point in points(benchmark):
-        assert recipe_of(benchmark, point, Path("runs")).tasks.present()
-
-
 @pytest.mark.parametrize("page", TALKS, ids=lambda page: page.stem)
-def test_a_shipped_suite_of_conversations_can_be_read_and_names_what_exists(page: Path) -> None:
+def test_committed_conversation_suites_are_valid(page: Path) -> None:
     talks = load_chat(page)
     assert talks.chat == page.stem and load_recipe(talks.recipe, talks.overrides).tasks.present()
     assert {"history", "rules"} <= {row.manager for row in talks.rows} and talks.recommender in BASELINES
 
 
 @pytest.mark.parametrize("page", SUITES, ids=lambda page: page.stem)
-def test_a_shipped_suite_can_be_read_and_names_what_exists(page: Path) -> None:
+def test_committed_suites_are_valid(page: Path) -> None:
     suite = load_suite(str(page))
     assert suite.suite == page.stem
     family = "sequential" if suite.task == "ranking" else suite.task
@@ -575,7 +532,7 @@ def test_a_shipped_suite_can_be_read_and_names_what_exists(page: Path) -> None:
 
 @pytest.mark.skipif("LLMREC_DATA" not in os.environ, reason="LLMREC_DATA names no folder with the Amazon sequences")
 @pytest.mark.parametrize("name", ["beauty", "toys"])
-def test_the_sequences_are_those_of_the_published_figures(name: str) -> None:
+def test_sequences_equal_those_of_the_published_results(name: str) -> None:
     suite = load_suite(str(resource("eval", "suites") / f"{name}.yaml"))
     data = split(load(suite.data, seed=0), suite.data.split, seed=0)
     counts = reference(f"amazon14-{name}").counts

@@ -1,4 +1,4 @@
-"""Slices by what is known of a user: every case is in one of them, and no value can pass for another slice."""
+"""Slices by attributes of users: every case is in one of them, and no value can look like another slice."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def people(values: dict[str, str], name: str = "gender") -> Dataset:
     return Dataset(name="made", noun="things", interactions=rows, items=items, users=users)
 
 
-def sliced(values: dict[str, str], asked: list[str], name: str = "gender") -> dict[str, list[int]]:
-    found = attribute_slices(asked, people(values, name), name)
-    return {slice: np.flatnonzero(member).tolist() for slice, member in found.items()}
+def sliced(values: dict[str, str], users: list[str], name: str = "gender") -> dict[str, list[int]]:
+    result = attribute_slices(users, people(values, name), name)
+    return {slice: np.flatnonzero(member).tolist() for slice, member in result.items()}
 
 
-def test_values_are_slices_the_most_frequent_first_and_users_without_one_are_the_last() -> None:
+def test_values_are_slices_in_order_of_frequency() -> None:
     values = {"u0": "m", "u1": "f", "u2": "f", "u3": " "}
     assert sliced(values, ["u0", "u1", "u3", "u9", "u1"]) == {
         "user:gender=f": [1, 4],
@@ -43,18 +43,18 @@ def test_values_are_slices_the_most_frequent_first_and_users_without_one_are_the
     assert attributes_of(people(values)) == ("gender",) and attributes_of(people({"u0": ""})) == ()
 
 
-def test_words_beyond_eight_keep_the_seven_most_frequent() -> None:
+def test_more_than_eight_words_keep_the_seven_most_frequent() -> None:
     values = {f"u{n}-{k}": f"w{n}" for n in range(9) for k in range(9 - n)}
-    found = sliced(values, list(values))
-    assert list(found) == [*(f"user:gender=w{n}" for n in range(7)), "user:gender:other", "user:gender:none"]
-    assert len(found["user:gender:other"]) == 3
+    result = sliced(values, list(values))
+    assert list(result) == [*(f"user:gender=w{n}" for n in range(7)), "user:gender:other", "user:gender:none"]
+    assert len(result["user:gender:other"]) == 3
     assert "user:gender:other" not in sliced({k: v for k, v in values.items() if v != "w8"}, ["u0-0"])
 
 
-def test_numbers_beyond_eight_are_cut_at_the_quartiles_of_all_users() -> None:
+def test_more_than_eight_numbers_are_cut_at_quartiles() -> None:
     values = {f"u{n}": str(n) for n in range(1, 101)}
-    found = sliced(values, ["u1", "u26", "u50", "u51", "u75", "u76", "u77"], "age")
-    assert found == {
+    result = sliced(values, ["u1", "u26", "u50", "u51", "u75", "u76", "u77"], "age")
+    assert result == {
         "user:age:below-26": [0],
         "user:age:26-to-51": [1, 2],
         "user:age:51-to-76": [3, 4],
@@ -65,7 +65,7 @@ def test_numbers_beyond_eight_are_cut_at_the_quartiles_of_all_users() -> None:
     assert list(few) == ["user:level=2", "user:level=10", "user:level:none"]
     # A postcode is no number, whatever its digits are.
     assert "user:zip:other" in sliced({f"u{n}": f"0{n}" for n in range(20)}, [], "zip")
-    # Most users share a value: of the edges that fall together one is left.
+    # Most users have the same value, so equal edges are merged.
     shared = {f"u{n}": "0" for n in range(90)} | {f"v{n}": f"{n}.5" for n in range(10)}
     assert list(sliced(shared, [], "spent")) == ["user:spent:below-0.5", "user:spent:from-0.5", "user:spent:none"]
 
@@ -76,32 +76,42 @@ def test_numbers_beyond_eight_are_cut_at_the_quartiles_of_all_users() -> None:
         st.text(max_size=5) | st.from_regex("-?[1-9][.][0-9]", fullmatch=True),
     )
 )
-def test_every_case_is_in_one_slice_whatever_the_values_say(values: dict[str, str]) -> None:
-    asked = [f"u{n}" for n in range(30)]
-    found = attribute_slices(asked, people(values), "gender")
-    assert np.sum(list(found.values()), axis=0).tolist() == [1] * 30
-    for name in found:
+def test_each_case_is_in_one_slice(values: dict[str, str]) -> None:
+    users = [f"u{n}" for n in range(30)]
+    result = attribute_slices(users, people(values), "gender")
+    assert np.sum(list(result.values()), axis=0).tolist() == [1] * 30
+    for name in result:
         assert parse_signature(f"MRR|slice:{name}|split:s|llmrec:1").slice == name
         assert "\n" not in in_words(name)
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "title"),
     [
         ("user:gender=f", "Users with gender: f"),
         ("user:job%20title=a%7Cb%3Ac", "Users with job title: a|b:c"),
-        ("user:gender=none", "Users with gender: none"),
         ("user:gender:none", "Users without gender"),
         ("user:job:other", "Users with a less frequent job"),
         ("user:age:below-18", "Users with age below 18"),
         ("user:age:18-to-25.5", "Users with age from 18 to below 25.5"),
         ("user:age:-5-to--1", "Users with age from -5 to below -1"),
         ("user:age:from-43", "Users with age from 43 on"),
+        # The slices of reports.
+        ("item:cold-below-5", "Rare items: fewer than 5 training interactions"),
+        ("item:warm-from-5", "Warm items: 5 training interactions or more"),
+        ("item:head-0.8", "Head items: the most popular, with 80 % of training interactions"),
+        ("item:long-tail-0.8", "Long-tail items: all others"),
+        ("history:5-9", "History of 5 to 9 interactions"),
+        ("history:from-50", "History of 50 interactions or more"),
+        ("activity:0-4", "Users with 0 to 4 training interactions"),
+        ("activity:from-50", "Users with 50 training interactions or more"),
+        ("genre:drama", "genre:drama"),
+        ("history:5-9 <b>", "history:5-9 <b>"),
         ("user:x=%7B0.__class__%7D", "Users with x: {0.__class__}"),
     ],
 )
-def test_names_in_words(name: str, said: str) -> None:
-    assert in_words(name) == said
+def test_titles_of_slices(name: str, title: str) -> None:
+    assert in_words(name) == title
 
 
 # --------------------------------------------------------------------------- of a run
@@ -122,23 +132,23 @@ def recipe(folder: Path, **settings: Any) -> dict[str, Any]:
     return {"name": "made", "data": data, "tasks": tasks, "eval": evaluated}
 
 
-def test_a_run_slices_by_an_attribute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_with_slices_by_attribute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     llmrec.run(recipe(tmp_path, slices=["gender"]), out="run", quiet=True)
     row = Results.model_validate_json((tmp_path / "run" / "results.json").read_text()).rows[0]
-    own = {part.name: part for part in row.slices if part.name.startswith("user:")}
-    assert {name: (part.n, part.users) for name, part in own.items()} == {
+    slices = {part.name: part for part in row.slices if part.name.startswith("user:")}
+    assert {name: (part.n, part.users) for name, part in slices.items()} == {
         "user:gender=f": (3, 3),
         "user:gender=m": (3, 3),
         "user:gender:none": (2, 2),
     }
-    assert own["user:gender=f"].metrics.keys() == {"NDCG@10"}
+    assert slices["user:gender=f"].metrics.keys() == {"NDCG@10"}
     assert "Users without gender" in (tmp_path / "run" / "report" / "report.md").read_text()
 
 
-def test_an_unknown_attribute_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejects_unknown_attribute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    said = recipe(tmp_path, slices=["gendr"])
-    for verb in (lambda: llmrec.check(said), lambda: llmrec.run(said, out="run", quiet=True)):
+    content = recipe(tmp_path, slices=["gendr"])
+    for verb in (lambda: llmrec.check(content), lambda: llmrec.run(content, out="run", quiet=True)):
         with raises(RecipeError, Facts("unknown-name", column="eval.slices", says=("gendr", "gender"))):
             verb()

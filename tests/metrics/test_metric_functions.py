@@ -19,7 +19,7 @@ LISTS = {"u1": ["a", "b", "c"], "u2": ["c", "d"], "u3": ["x"]}
 TRUTH = {"u1": ["b"], "u2": ["e", "c"], "u4": ["a"]}
 
 
-def test_a_mean_and_the_values_of_users() -> None:
+def test_mean_and_values_per_user() -> None:
     # u4 has no list and counts as 0; u3 has no relevant item.
     values = {"u1": 1 / math.log2(3), "u2": 1 / (1 + 1 / math.log2(3)), "u4": 0.0}
     assert metrics.ndcg.per_user(LISTS, TRUTH, k=2) == pytest.approx(values)
@@ -31,16 +31,17 @@ def test_a_mean_and_the_values_of_users() -> None:
     assert graded == pytest.approx((1 + 3 / math.log2(3)) / (3 + 1 / math.log2(3)))
 
 
-@pytest.mark.parametrize("name", dir(metrics))
-def test_figures_are_those_of_score(name: str) -> None:
+def test_values_equal_those_of_score() -> None:
     lists: Any = [{"user": user, "item": item} for user, items in LISTS.items() for item in items]
     truth = [{"user": user, "item": item} for user, items in TRUTH.items() for item in items]
     scores = llmrec.score(lists, truth, k=(2,), resamples=10)
-    metric = getattr(metrics, name)
-    assert metric(LISTS, TRUTH, k=2) == pytest.approx(scores.metrics[f"{metric.name}@2"].value)
-    for make in (pl.DataFrame, pd.DataFrame):
-        assert metric(make(lists), make(truth), k=2) == metric(LISTS, TRUTH, k=2)
-    assert metric([LISTS["u1"], LISTS["u2"]], [["b"], ["c"]], k=2) == metric(
+    for name in dir(metrics):
+        metric = getattr(metrics, name)
+        assert metric(LISTS, TRUTH, k=2) == pytest.approx(scores.metrics[f"{metric.name}@2"].value), name
+    value = metrics.ndcg(LISTS, TRUTH, k=2)
+    for frame in (pl.DataFrame, pd.DataFrame):
+        assert metrics.ndcg(frame(lists), frame(truth), k=2) == value
+    assert metrics.ndcg([LISTS["u1"], LISTS["u2"]], [["b"], ["c"]], k=2) == metrics.ndcg(
         {"0": LISTS["u1"], 1: LISTS["u2"]}, {0: "b", 1: "c"}, k=2
     )
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from llmrec.errors import LlmrecError
 from llmrec.metrics import multi_target, ranking
-from llmrec.metrics.multi_target import Judged, Pairs, judge, target_ranks
+from llmrec.metrics.multi_target import Judged, Pairs, judge
 from tests.facts import Facts, raises
 
 
@@ -42,7 +42,6 @@ def test_two_relevant_items_without_ties() -> None:
     assert multi_target.average_precision(judged, 3)[0] == pytest.approx(1 / 2 / 2)
     ideal = 1 + 1 / math.log2(3)
     assert multi_target.ndcg(judged, 10)[0] == pytest.approx((1 / math.log2(3) + 1 / math.log2(5)) / ideal)
-    # Of the four pairs of a relevant and another item, 13 loses both and 11 loses one.
 
 
 def test_a_tied_block_with_two_relevant_items() -> None:
@@ -54,7 +53,6 @@ def test_a_tied_block_with_two_relevant_items() -> None:
     assert multi_target.reciprocal_rank(judged)[0] == pytest.approx((1 / 3 + 1 / 2 + 1 / 2) / 3)
     orders = [(1 / 3 + 2 / 4) / 2, (1 / 2 + 2 / 4) / 2, (1 / 2 + 2 / 3) / 2]
     assert multi_target.average_precision(judged)[0] == pytest.approx(np.mean(orders))
-    # 2 and 3 tie with each other: half; 0 is above both.
 
 
 def test_graded_gains() -> None:
@@ -66,40 +64,27 @@ def test_graded_gains() -> None:
     assert multi_target.average_precision(judged)[0] == pytest.approx((1 + 2 / 3) / 3)
 
 
-def test_requests_do_not_touch_each_other() -> None:
+def test_requests_are_independent() -> None:
     ranked = _pairs([(2, 0, 1.0), (0, 1, 3.0), (0, 0, 1.0), (2, 1, 2.0)])
     judged = judge(ranked, _pairs([(0, 0, 1.0), (2, 1, 1.0), (3, 0, 1.0)]), 4)
     assert multi_target.reciprocal_rank(judged).tolist() == [0.5, 0.0, 1.0, 0.0]
     assert judged.total.tolist() == [1, 0, 1, 1]
     assert judged.ranked.tolist() == [2, 0, 2, 0]
-    for metric in (
-        multi_target.hit_rate,
-        multi_target.recall,
-        multi_target.precision,
-        multi_target.ndcg,
-        multi_target.average_precision,
-    ):
+    for metric in _METRICS.values():
         assert metric(judged, 3)[[1, 3]].tolist() == [0.0, 0.0]
 
 
 def test_nothing_ranked_and_nothing_relevant() -> None:
     for ranked, relevant in (([], [(0, 1, 1.0)]), ([(0, 1, 1.0)], []), ([], [])):
         judged = judge(_pairs(ranked), _pairs(relevant), 2)
-        for metric in (
-            multi_target.hit_rate,
-            multi_target.recall,
-            multi_target.precision,
-            multi_target.ndcg,
-            multi_target.average_precision,
-        ):
+        for metric in _METRICS.values():
             assert metric(judged, 5).tolist() == [0.0, 0.0]
-        assert multi_target.reciprocal_rank(judged).tolist() == [0.0, 0.0]
 
 
 # ------------------------------------------------------------------ errors
 
 
-def test_malformed_tables_are_errors() -> None:
+def test_rejects_malformed_tables() -> None:
     good = _pairs([(0, 1, 1.0)])
     with raises(LlmrecError, Facts("bad-value", says="request at index 0")):
         judge(_pairs([(0, 1, math.nan), (0, 2, 1.0)]), good, 1)
@@ -117,8 +102,6 @@ def test_malformed_tables_are_errors() -> None:
         judge(Pairs(np.array([0]), np.array([1, 2]), np.array([1.0])), good, 1)
     with pytest.raises(ValueError, match="at least 1"):
         multi_target.ndcg(judge(good, good, 1), 0)
-    with pytest.raises(ValueError, match="duplicate items"):
-        target_ranks(_pairs([(0, 1, 1.0), (0, 1, 0.5)]), np.array([1]))
 
 
 def test_infinite_scores_are_ranked() -> None:
@@ -157,25 +140,25 @@ def _by_hand(order: Sequence[int], gains: dict[int, float], k: int) -> dict[str,
 
 
 @given(data=st.data(), gains=_GAINS, k=st.integers(1, 7), missing=st.booleans())
-def test_the_expectation_equals_all_orders_of_the_tied_blocks(
+def test_expectation_equals_mean_over_orders_of_ties(
     data: st.DataObject, gains: list[float], k: int, missing: bool
 ) -> None:
     scores = data.draw(st.lists(st.integers(0, 2), min_size=len(gains), max_size=len(gains)))
-    wanted = {item: gain for item, gain in enumerate(gains) if gain} | ({77: 1.0} if missing else {})
-    if not wanted:
+    expected = {item: gain for item, gain in enumerate(gains) if gain} | ({77: 1.0} if missing else {})
+    if not expected:
         return
     orders = [
         order
         for order in itertools.permutations(range(len(scores)))
         if all(scores[a] >= scores[b] for a, b in itertools.pairwise(order))
     ]
-    each = [_by_hand(order, wanted, k) for order in orders]
-    judged = _one(dict(enumerate(map(float, scores))), wanted)
+    each = [_by_hand(order, expected, k) for order in orders]
+    judged = _one(dict(enumerate(map(float, scores))), expected)
     for name, metric in _METRICS.items():
         assert metric(judged, k)[0] == pytest.approx(np.mean([one[name] for one in each]), abs=1e-12), name
-    whole = [_by_hand(order, wanted, 99) for order in orders]
-    assert multi_target.average_precision(judged)[0] == pytest.approx(np.mean([one["map"] for one in whole]), abs=1e-12)
-    assert multi_target.reciprocal_rank(judged)[0] == pytest.approx(np.mean([one["mrr"] for one in whole]), abs=1e-12)
+    uncut = [_by_hand(order, expected, 99) for order in orders]
+    assert multi_target.average_precision(judged)[0] == pytest.approx(np.mean([one["map"] for one in uncut]), abs=1e-12)
+    assert multi_target.reciprocal_rank(judged)[0] == pytest.approx(np.mean([one["mrr"] for one in uncut]), abs=1e-12)
 
 
 def _random(rng: np.random.Generator, n: int, *, levels: int) -> tuple[Pairs, Pairs]:
@@ -185,13 +168,13 @@ def _random(rng: np.random.Generator, n: int, *, levels: int) -> tuple[Pairs, Pa
         items = rng.permutation(50)[: rng.integers(1, 41)]
         scores = rng.permutation(len(items)) if not levels else rng.integers(0, levels, len(items))
         ranked += [(request, int(item), float(score)) for item, score in zip(items, scores, strict=True)]
-        wanted = rng.permutation(50)[: rng.integers(1, 9)]
-        relevant += [(request, int(item), float(rng.integers(1, 4))) for item in wanted]
+        expected = rng.permutation(50)[: rng.integers(1, 9)]
+        relevant += [(request, int(item), float(rng.integers(1, 4))) for item in expected]
     return _pairs(ranked), _pairs(relevant)
 
 
 @given(seed=st.integers(0, 999), levels=st.sampled_from([0, 3]))
-def test_users_items_and_rows_may_be_renamed_and_reordered(seed: int, levels: int) -> None:
+def test_renaming_and_reordering_change_nothing(seed: int, levels: int) -> None:
     rng = np.random.default_rng(seed)
     ranked, relevant = _random(rng, 6, levels=levels)
     before = judge(ranked, relevant, 6)
@@ -202,32 +185,22 @@ def test_users_items_and_rows_may_be_renamed_and_reordered(seed: int, levels: in
         moved.append(Pairs(users[table.request[rows]], items[table.item[rows]], table.value[rows]))
     after = judge(moved[0], moved[1], 6)
     for metric in _METRICS.values():
-        for k in (1, 5, 20):
-            values = metric(before, k)
-            assert ((values >= 0) & (values <= 1)).all()
-            assert metric(after, k)[users] == pytest.approx(values, abs=1e-12)
+        for k in (1, 20):
+            assert metric(after, k)[users] == pytest.approx(metric(before, k), abs=1e-12)
 
 
-@given(scores=st.lists(st.integers(0, 4), min_size=3, max_size=10), k=st.integers(1, 10), data=st.data())
-def test_swapping_a_relevant_item_upwards_never_lowers_a_metric(scores: list[int], k: int, data: st.DataObject) -> None:
-    wanted = {0: 1.0, 1: 1.0}
-    other = data.draw(st.integers(2, len(scores) - 1))
-    before = dict(enumerate(map(float, scores)))
-    if before[other] < before[0]:
-        return
-    after = before | {0: before[other], other: before[0]}
-    low, high = _one(before, wanted), _one(after, wanted)
-    for name, metric in _METRICS.items():
-        assert metric(high, k)[0] >= metric(low, k)[0] - 1e-12, name
-
-
-def test_one_target_is_the_same_in_both_forms() -> None:
+def test_one_target_equals_the_single_target_metrics() -> None:
     rng = np.random.default_rng(0)
     for levels in (0, 3):
         ranked, _ = _random(rng, 200, levels=levels)
         targets = rng.integers(0, 50, 200)
         judged = judge(ranked, Pairs(np.arange(200), targets, np.ones(200)), 200)
-        greater, tied = target_ranks(ranked, targets)
+        greater, tied = np.zeros(200, dtype=np.int64), np.zeros(200, dtype=np.int64)
+        for request, target in enumerate(targets):
+            scores = ranked.value[ranked.request == request]
+            score = ranked.value[(ranked.request == request) & (ranked.item == target)]
+            greater[request] = (scores > score).sum() if score.size else len(scores)
+            tied[request] = (scores == score).sum() if score.size else 0
         for k in (1, 3, 10):
             for name in ("hit_rate", "precision", "ndcg", "average_precision", "reciprocal_rank"):
                 one = getattr(ranking, name)(greater, tied, k)
@@ -238,31 +211,28 @@ def test_blocks_of_thousands_keep_their_precision() -> None:
     n = 5000
     judged = _one(dict.fromkeys(range(n), 0.0), dict.fromkeys(range(0, n, 50), 1.0))
     relevant = n // 50
-    exact, chance = 0.0, relevant / n
+    exact, probability = 0.0, relevant / n
     for rank in range(1, n - relevant + 2):
-        exact += chance / rank
-        chance *= (n - rank - relevant + 1) / (n - rank)
+        exact += probability / rank
+        probability *= (n - rank - relevant + 1) / (n - rank)
     assert multi_target.reciprocal_rank(judged)[0] == pytest.approx(exact, abs=1e-12)
     misses = math.prod((n - relevant - shown) / (n - shown) for shown in range(10))
     assert multi_target.hit_rate(judged, 10)[0] == pytest.approx(1 - misses, abs=1e-9)
     assert multi_target.recall(judged, 10)[0] == pytest.approx(10 / n)
 
 
-@pytest.mark.parametrize("graded", [False, True])
-def test_tie_free_runs_equal_trec_eval(graded: bool) -> None:
+def test_tie_free_runs_equal_trec_eval() -> None:
     measures = pytest.importorskip("ir_measures", reason="ir-measures is not installed: pip install 'llmrec[dev]'")
     pytest.importorskip("pytrec_eval", reason="pytrec-eval is not installed: pip install 'llmrec[dev]'")
-    ranked, relevant = _random(np.random.default_rng(5), 1000, levels=0)
-    if not graded:
-        relevant = Pairs(relevant.request, relevant.item, np.ones(len(relevant.item)))
-    judged = judge(ranked, relevant, 1000)
+    ranked, relevant = _random(np.random.default_rng(5), 500, levels=0)
+    judged = judge(ranked, relevant, 500)
     run: dict[str, dict[str, float]] = {}
     qrels: dict[str, dict[str, int]] = {}
     for request, item, score in zip(ranked.request, ranked.item, ranked.value, strict=True):
         run.setdefault(f"q{request}", {})[f"d{item}"] = float(score)
     for request, item, gain in zip(relevant.request, relevant.item, relevant.value, strict=True):
         qrels.setdefault(f"q{request}", {})[f"d{item}"] = int(gain)
-    wanted = {
+    expected = {
         measures.Success @ 5: multi_target.hit_rate(judged, 5),
         measures.R @ 10: multi_target.recall(judged, 10),
         measures.P @ 10: multi_target.precision(judged, 10),
@@ -273,8 +243,8 @@ def test_tie_free_runs_equal_trec_eval(graded: bool) -> None:
         measures.AP: multi_target.average_precision(judged),
         measures.RR: multi_target.reciprocal_rank(judged),
     }
-    found = {(row.measure, row.query_id): row.value for row in measures.iter_calc(list(wanted), qrels, run)}
-    assert len(found) == 9000
-    for measure, mine in wanted.items():
-        theirs = np.array([found[(measure, f"q{query}")] for query in range(1000)])
+    result = {(row.measure, row.query_id): row.value for row in measures.iter_calc(list(expected), qrels, run)}
+    assert len(result) == 4500
+    for measure, mine in expected.items():
+        theirs = np.array([result[(measure, f"q{query}")] for query in range(500)])
         assert np.abs(theirs - mine).max() < 1e-9, str(measure)

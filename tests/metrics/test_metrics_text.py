@@ -7,7 +7,6 @@ import pytest
 
 from llmrec.errors import MissingExtra
 from llmrec.metrics import text as text_metrics
-from llmrec.metrics.stats import interval_of, paired_of
 from llmrec.metrics.text import bleu4_statistic, distinct_n, rouge
 from tests.facts import Facts, raises
 
@@ -58,40 +57,24 @@ def test_bleu_by_hand(sacrebleu: object) -> None:
     assert ours(["", "x"], ["some words", "y"]) == 0.0
 
 
-def test_the_statistic_is_sacrebleu_on_every_resample(sacrebleu: object) -> None:
+def test_statistic_equals_sacrebleu_on_every_resample(sacrebleu: object) -> None:
     rng = np.random.default_rng(0)
-    rows = rng.integers(0, len(TEXTS), size=(200, len(TEXTS)))
+    rows = rng.integers(0, len(TEXTS), size=(100, len(TEXTS)))
     values = bleu4_statistic(TEXTS, REFERENCES)(rows)
     expected = [bleu4([TEXTS[i] for i in row], [REFERENCES[i] for i in row]) for row in rows]
     assert np.abs(values - expected).max() < 1e-9
     assert len(set(values.round(9))) > 50
+    assert bleu4_statistic(TEXTS, REFERENCES)(np.array([[2], [4]])).tolist() == [0.0, 0.0]
 
 
-def test_the_statistic_takes_index_rows_of_any_length(sacrebleu: object) -> None:
-    statistic = bleu4_statistic(TEXTS, REFERENCES)
-    assert statistic(np.array([[0]]))[0] == pytest.approx(bleu4(TEXTS[:1], REFERENCES[:1]))
-    assert statistic(np.array([[2], [4]])).tolist() == [0.0, 0.0]
-
-
-def test_the_statistic_can_count_users(sacrebleu: object) -> None:
+def test_statistic_over_users(sacrebleu: object) -> None:
     by_user = bleu4_statistic(TEXTS, REFERENCES, ["b", "a", "b", "c", "a", "c"])
     rows = np.array([[0, 1, 2], [2, 2, 0]])
-    places = [[1, 4, 0, 2, 3, 5], [3, 5, 3, 5, 1, 4]]
-    expected = [bleu4([TEXTS[i] for i in each], [REFERENCES[i] for i in each]) for each in places]
+    drawn = [[1, 4, 0, 2, 3, 5], [3, 5, 3, 5, 1, 4]]
+    expected = [bleu4([TEXTS[i] for i in each], [REFERENCES[i] for i in each]) for each in drawn]
     assert by_user(rows).tolist() == pytest.approx(expected)
     with pytest.raises(ValueError, match="6 texts, but 1 users"):
         bleu4_statistic(TEXTS, REFERENCES, ["a"])
-
-
-def test_intervals_of_a_corpus_bleu(sacrebleu: object) -> None:
-    statistic = bleu4_statistic(TEXTS, REFERENCES)
-    found = interval_of(statistic, len(TEXTS), resamples=500, seed=0)
-    assert found.value == pytest.approx(bleu4(TEXTS, REFERENCES))
-    assert 0 <= found.low < found.value < found.high <= 1
-    perfect = bleu4_statistic(REFERENCES, REFERENCES)
-    lead = paired_of(lambda rows: perfect(rows) - statistic(rows), len(TEXTS), resamples=500, seed=0).at()
-    assert lead.value == pytest.approx(1 - found.value)
-    assert lead.low > 0 and lead.p < 0.05
 
 
 def test_rouge_by_hand(rouge_score: object) -> None:
@@ -113,7 +96,7 @@ def test_distinct_by_hand() -> None:
         distinct_n(["a"], 0)
 
 
-def test_lengths_must_agree_and_be_positive() -> None:
+def test_rejects_lengths_that_differ_or_are_zero() -> None:
     for metric in (bleu4_statistic, rouge):
         with pytest.raises(ValueError, match="2 texts but 1 references"):
             metric(["a", "b"], ["a"])
@@ -121,7 +104,7 @@ def test_lengths_must_agree_and_be_positive() -> None:
             metric([], [])
 
 
-def test_a_missing_library_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_library_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "sacrebleu", None)
     monkeypatch.setitem(__import__("sys").modules, "rouge_score", None)
     monkeypatch.setitem(__import__("sys").modules, "rouge_score.rouge_scorer", None)
@@ -131,7 +114,7 @@ def test_a_missing_library_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> N
         rouge(["a"], ["a"])
 
 
-def test_bleu_from_sums_without_the_library() -> None:
+def test_bleu_from_sums() -> None:
     # Sums of the first pair above, then the same matches in a text of half the reference's length.
     # Then no match at all, and matches of single words only.
     sums = np.array(
@@ -143,6 +126,6 @@ def test_bleu_from_sums_without_the_library() -> None:
         ],
         dtype=np.float64,
     )
-    whole = (5 / 6 * 3 / 5 / 2 / 3) ** 0.25
+    plain = (5 / 6 * 3 / 5 / 2 / 3) ** 0.25
     smoothed = (4 / 5 * (1 / 2) / 4 * (1 / 4) / 3 * (1 / 8) / 2) ** 0.25
-    assert text_metrics._bleu(sums).tolist() == pytest.approx([whole, whole * math.exp(-1), 0.0, smoothed])
+    assert text_metrics._bleu(sums).tolist() == pytest.approx([plain, plain * math.exp(-1), 0.0, smoothed])

@@ -7,14 +7,14 @@ from markdown_it import MarkdownIt
 
 def parser() -> MarkdownIt:
     """Return a parser that refuses nothing, not even a link to a script."""
-    found = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
-    found.validateLink = lambda url: True  # type: ignore[method-assign]
-    return found
+    result = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
+    result.validateLink = lambda url: True  # type: ignore[method-assign]
+    return result
 
 
 def blocks(text: str) -> list[str]:
     """Return the kinds of all tokens of a Markdown page, of which none may be HTML, a link or an image."""
     kinds = [child.type for token in parser().parse(text) for child in (token, *(token.children or ()))]
     assert not {"html_block", "html_inline", "link_open", "image"} & set(kinds)
-    # How often text is cut at an escape says nothing, and a hash stands in a code span where it can.
+    # Escapes split texts, and a hash is a code span where possible.
     return [kind for kind in kinds if kind not in ("text", "text_special", "softbreak", "code_inline")]

@@ -8,14 +8,14 @@ from llmrec.report.chart import bars, of_run
 from llmrec.results import Metric
 
 
-def test_bars_have_names_values_and_intervals() -> None:
-    found = Metric(value=0.5, low=0.4, high=0.6, n=8, signature="NDCG@10")
-    chart = bars({"item-knn": found, "<b>": found}, "NDCG@10")
+def test_bars_with_intervals() -> None:
+    result = Metric(value=0.5, low=0.4, high=0.6, n=8, signature="NDCG@10")
+    chart = bars({"item-knn": result, "<b>": result}, "NDCG@10")
     drawn = chart._repr_svg_()
     assert repr(chart) == "Chart of NDCG@10"
     assert drawn.lstrip().startswith("<svg") and drawn.count('class="bar"') == 2
     assert "item-knn" in drawn and "&lt;b&gt;" in drawn and "0.400" in drawn
 
 
-def test_a_plot_of_a_run(results: dict[str, Any]) -> None:
+def test_plot_of_a_run(results: dict[str, Any]) -> None:
     assert of_run(results, "forest-1")._repr_svg_().lstrip().startswith("<svg")

@@ -1,4 +1,4 @@
-"""The page of an item index: its parts, its safety, and the line in a run's report that leads to it."""
+"""The page of an item index: its parts, its safety, and its link in the report of a run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LINKS = r"#[\w-]+|index\.html"
 
 
 def content(index: ItemIndex, titles: dict[str, str], **more: Any) -> index_page.IndexPage:
-    counts = {item: place for place, item in enumerate(index.codes)}
+    counts = {item: number for number, item in enumerate(index.codes)}
     shown = {"name": "films", "data": "made", "noun": "things"} | more
     return index_page.IndexPage(
         made=True,
@@ -43,7 +43,7 @@ def content(index: ItemIndex, titles: dict[str, str], **more: Any) -> index_page
 
 
 def tree_index(items: int, *, hybrid: bool = False) -> ItemIndex:
-    """Codes of three tokens, or of two and one of the item's own."""
+    """Codes of three tokens, of which the last may be unique to the item."""
     codes = {
         f"i{n}": (token(0, n % 5), token(1, n // 5 % 4), item_token(n) if hybrid else token(2, n // 20))
         for n in range(items)
@@ -58,13 +58,13 @@ def numbered(items: int) -> ItemIndex:
 
 
 def titled(texts: Sequence[str]) -> ItemIndex:
-    """Titles as codes, with what no index would take left out."""
+    """Titles as codes."""
     lines = (" ".join(text.split()) for text in texts)
     return ItemIndex("title", {f"i{n}": (f"{n} {line}",) for n, line in enumerate(lines) if line})
 
 
 def written(folder: Path, texts: Sequence[str]) -> dict[str, Path]:
-    """Pages of three indexes of items with these titles, and the names of data from there too."""
+    """Pages of three indexes of items with these titles, which are also the names of the data."""
     titles = {f"i{n}": text for n, text in enumerate(texts)}
     names = {"name": texts[0], "data": texts[1], "noun": texts[2]}
     indexes = {"tokens": tree_index(len(texts)), "titles": titled(texts), "numbers": numbered(len(texts))}
@@ -88,53 +88,42 @@ def sections(text: str) -> list[str]:
     return [value for tag, name, value in Tree(text).values if tag == "section" and name == "id"]
 
 
-def test_codes_of_tokens_show_levels_prefixes_neighbours_and_examples(tame: dict[str, Path]) -> None:
+def test_page_of_tokens(tame: dict[str, Path]) -> None:
     text = tame["tokens"].read_text("utf-8")
     assert sections(text) == ["summary", "levels", "prefixes", "neighbours", "examples"]
     assert text.count('class="plot"') == 2 and text.count("<svg") == 4
-    found = diagnose(tree_index(len(TEXTS)))
-    assert [level.available for level in index_plots.shared_levels(found)] == [5, 4, 7]
-    drawn = [shape.title for shape in index_plots.pictures(found)["branching"][0].shapes]
+    result = diagnose(tree_index(len(TEXTS)))
+    assert [level.available for level in index_plots.shared_levels(result)] == [5, 4, 7]
+    drawn = [shape.title for shape in index_plots.pictures(result)["branching"][0].shapes]
     assert f"most at length 0: {len(TEXTS)}" in drawn
-    for said in (
-        "&lt;a_…&gt;",
-        "12.5 %",
-        "Something else",
-        "synthetic data",
-        "1.5 s",
-        "&lt;a_0&gt;&lt;b_0&gt;",
-        "1.2.3",
-    ):
-        assert said in text, said
+    parts = ("&lt;a_…&gt;", "12.5 %", "Something else", "synthetic data", "1.5 s", "&lt;a_0&gt;&lt;b_0&gt;", "1.2.3")
+    assert all(part in text for part in parts)
     assert "Perplexity 1" not in text
     assert {path.name for path in tame["tokens"].parent.iterdir()} == {"index.html"}
 
 
-def test_codes_of_text_have_no_plots(tame: dict[str, Path]) -> None:
+def test_pages_of_titles_and_numbers_have_no_plots(tame: dict[str, Path]) -> None:
     assert sections(tame["titles"].read_text("utf-8")) == ["summary", "examples"]
     text = tame["numbers"].read_text("utf-8")
     assert sections(text) == ["summary", "neighbours", "examples"]
     assert "1001–1008" in text and 'class="plot"' not in text
 
 
-def test_tokens_of_single_items_are_not_plotted() -> None:
-    found = diagnose(tree_index(40, hybrid=True))
-    drawn = [shape.text for shape in index_plots.pictures(found)["usage"][0].shapes]
+def test_plots_omit_tokens_of_single_items() -> None:
+    result = diagnose(tree_index(40, hybrid=True))
+    drawn = [shape.text for shape in index_plots.pictures(result)["usage"][0].shapes]
     assert [text for text in drawn if text.startswith("items per")] == ["items per <a_…>", "items per <b_…>"]
-    assert index_summary.HYBRID in index_summary.sentence(found)
+    assert index_summary.HYBRID in index_summary.sentence(result)
     tokens = tuple(item_token(n) for n in range(9))
     alone = diagnose(ItemIndex("token", {f"i{n}": (piece,) for n, piece in enumerate(tokens)}, tokens=tokens))
     assert index_plots.pictures(alone) == {}
 
 
-def test_every_scheme_has_its_sentence() -> None:
+def test_key_figures_name_faults() -> None:
     assert set(index_summary.SCHEMES) == set(INDEXES)
-
-
-def test_faults_are_said() -> None:
-    found = diagnose(tree_index(40))
-    assert index_summary.key_figures(found)["IDs that are a prefix of another ID"] == "0"
-    broken = replace(found, begun=3, duplicates=2)
+    result = diagnose(tree_index(40))
+    assert index_summary.key_figures(result)["IDs that are a prefix of another ID"] == "0"
+    broken = replace(result, begun=3, duplicates=2)
     rows = index_summary.key_figures(broken)
     assert "not prefix-free" in rows["IDs that are a prefix of another ID"] and rows["Duplicate IDs"] == "2"
 
@@ -152,16 +141,8 @@ def test_hostile_texts_change_no_element(wild: dict[str, Path], tame: dict[str, 
     assert nonce is not None and policy.startswith("default-src 'none'; ") and "unsafe" not in policy
     assert {value for _, name, value in tree.values if name == "nonce"} == {nonce[1]}
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", text)
-
-
-def test_payloads_are_shown_as_text(wild: dict[str, Path]) -> None:
-    texts = set(Tree(wild["numbers"].read_text("utf-8")).texts)
-    assert len(texts & set(SCRIPTS)) > 20
-
-
-@pytest.mark.parametrize("kind", ["tokens", "titles", "numbers"])
-def test_page_is_accessible(tame: dict[str, Path], kind: str) -> None:
-    check_accessible(Tree(tame[kind].read_text("utf-8")))
+    assert kind != "numbers" or len(set(tree.texts) & set(SCRIPTS)) > 20
+    check_accessible(tree)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
@@ -174,9 +155,9 @@ def test_pages_in_a_browser(tmp_path: Path) -> None:
     seen = _browse(tmp_path, sources, tmp_path / "profile")
     assert seen.console == ""
     for name in sources:
-        found = seen.page(name)
-        assert found["pwned"] is None and found["links"] == 0 and found["overflow"] <= 0, name
-        assert found["plots"] == (2 if name.startswith("tokens") else 0) and found["beyond"] == 0, name
+        result = seen.page(name)
+        assert result["pwned"] is None and result["links"] == 0 and result["overflow"] <= 0, name
+        assert result["plots"] == (2 if name.startswith("tokens") else 0) and result["beyond"] == 0, name
 
 
 # --------------------------------------------------------------------------- in a run's report
@@ -189,18 +170,20 @@ def with_index(run_dir: Path, index: ItemIndex) -> None:
     index_page.write(content(index, {}, run=True), run_dir / "report" / index_summary.PAGE)
 
 
-def test_a_run_with_an_index_links_to_its_page(run_dir: Path) -> None:
+def test_report_links_to_the_page_of_the_index(run_dir: Path) -> None:
     with_index(run_dir, tree_index(40))
     text = page.write(run_dir)["html"].read_text("utf-8")
     assert '<a href="item-index.html">' in text
     assert "scheme semantic; 40 items; tokens per ID: 3; 11 new tokens; perplexity by level: 5 of 5, 4 of 4" in text
     assert "before repair: 12.5 %" in text
     assert 'href="index.html"' in (run_dir / "report" / "item-index.html").read_text("utf-8")
+    assert 'id="neighbours"' not in text
+    (run_dir / "report" / index_summary.PAGE).unlink()
+    assert "item-index" not in page.write(run_dir)["html"].read_text("utf-8")
 
 
-def test_the_report_shows_items_that_stand_together(run_dir: Path) -> None:
+def test_report_shows_neighbours(run_dir: Path) -> None:
     with_index(run_dir, tree_index(len(SCRIPTS)))
-    assert 'id="neighbours"' not in page.write(run_dir)["html"].read_text("utf-8")
     titles = {f"i{n}": text for n, text in enumerate(SCRIPTS)}
     groups = neighbours(tree_index(len(SCRIPTS)), titles, prefixes=2, members=3)
     write_json(run_dir / "index" / "neighbours.json", [asdict(group) for group in groups])
@@ -211,28 +194,17 @@ def test_the_report_shows_items_that_stand_together(run_dir: Path) -> None:
     assert not re.search("<(?!/?(h2|p|a|div|article|code|span|bdi|ul|li)[ >])[a-z]", part.partition(">")[2])
 
 
-@pytest.mark.parametrize("content", ["{", '[{"length": 1}]', "3"])
-def test_neighbours_that_cannot_be_read_are_an_error(run_dir: Path, content: str) -> None:
-    with_index(run_dir, tree_index(40))
-    (run_dir / "index" / "neighbours.json").write_text(content, "utf-8")
-    with raises(DataError, Facts("damaged", run_dir / "index" / "neighbours.json", says="run the recipe again")):
-        page.write(run_dir)
-
-
-def test_codes_of_text_have_a_line_too(run_dir: Path) -> None:
+def test_line_of_an_index_of_text(run_dir: Path) -> None:
     with_index(run_dir, numbered(12))
     assert index_summary.line(run_dir) == "scheme sequential; 12 items; characters per ID: 4"
 
 
-def test_a_run_without_the_page_has_no_link(run_dir: Path) -> None:
+def test_rejects_damaged_files_of_the_index(run_dir: Path) -> None:
     with_index(run_dir, tree_index(40))
-    (run_dir / "report" / index_summary.PAGE).unlink()
-    assert "item-index" not in page.write(run_dir)["html"].read_text("utf-8")
-
-
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"pieces": 3, "items": 1}'])
-def test_figures_that_cannot_be_read_are_an_error(run_dir: Path, content: str) -> None:
-    with_index(run_dir, tree_index(40))
-    (run_dir / "index" / "diagnostics.json").write_text(content, "utf-8")
-    with raises(DataError, Facts("damaged", run_dir / "index" / "diagnostics.json", says="run the recipe again")):
-        page.write(run_dir)
+    wrong = [("neighbours", content) for content in ("{", '[{"length": 1}]', "3")]
+    wrong += [("diagnostics", content) for content in ("", "[]", '{"pieces": 3, "items": 1}')]
+    for name, content in wrong:
+        path = run_dir / "index" / f"{name}.json"
+        path.write_text(content, "utf-8")
+        with raises(DataError, Facts("damaged", path, says="run the recipe again")):
+            page.write(run_dir)

@@ -1,4 +1,4 @@
-"""The audit in the report: what was found is shown, and a run that leaks gets no table."""
+"""The audit in the report: its findings are shown, and a run with a leak has no tables."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from llmrec.errors import DataError
-from llmrec.report.audit import AuditLine, LeakError, audit_lines, audit_sentence
+from llmrec.report.audit import LeakError, audit_lines
 from llmrec.report.page import PAGES, write
 from llmrec.report.results import read
 from tests.facts import Facts, raises
-from tests.report.made import NASTY, made_audit, save_run
+from tests.report.sample_run import NASTY, sample_audit, save_run
 
 Save = Callable[[dict[str, Any]], Path]
 LEAK = {
@@ -30,45 +30,38 @@ def _section(html: str) -> str:
     return html.split('<section id="audit"')[1].split("</section>")[0]
 
 
-def test_checks_stand_in_the_page_and_in_markdown_notices_first(results: dict[str, Any], tmp_path: Path) -> None:
-    pages = write(save_run(tmp_path, results, made_audit()))
+def test_checks_are_in_the_page_and_in_markdown(results: dict[str, Any], tmp_path: Path) -> None:
+    pages = write(save_run(tmp_path, results, sample_audit()))
     section = _section(pages["html"].read_text("utf-8"))
     assert "3 checks, no leak, 1 notice." in section
     rows = section.split("<tbody>")[1].split("<tr>")[1:]
     assert [re.findall(r"</span> (notice|clean|leak)", row)[0] for row in rows] == ["notice", "clean", "clean"]
-    assert "3 titles stand more than once" in rows[0] and "Alien (i7, i90)" in rows[0]
+    assert "3 titles are used more than once" in rows[0] and "Alien (i7, i90)" in rows[0]
     assert "&lt;img src=x" in rows[0] and "<img" not in rows[0]
     text = pages["markdown"].read_text("utf-8").split("## Audit")[1].split("\n## ")[0]
-    assert "| notice | duplicate items | 3 titles stand more than once | Alien (i7, i90); " in text
+    assert "| notice | duplicate items | 3 titles are used more than once | Alien (i7, i90); " in text
     assert text.index("| notice |") < text.index("| clean |") and text.count("| clean |") == 2
 
 
-def test_a_run_that_was_not_audited_says_so_and_how(results: dict[str, Any], save: Save) -> None:
-    folder = save(results)
-    pages = write(folder)
+def test_report_without_an_audit_names_the_command(pages: dict[str, Path]) -> None:
+    folder = pages["html"].parents[1]
     assert f"not audited. To audit it: <code>llmrec audit {folder}</code>" in _section(pages["html"].read_text("utf-8"))
     assert "not audited. To audit it: " in pages["markdown"].read_text("utf-8")
     assert audit_lines(folder) is None
 
 
-def test_the_audit_of_other_results_is_not_shown(results: dict[str, Any], tmp_path: Path) -> None:
-    folder = save_run(tmp_path, results, made_audit())
+def test_audit_of_other_results_is_not_shown(results: dict[str, Any], tmp_path: Path) -> None:
+    folder = save_run(tmp_path, results, sample_audit())
     assert audit_lines(folder) is not None
     (folder / "results.json").write_text(json.dumps(results | {"seconds": 1.0}), "utf-8")
     assert audit_lines(folder) is None
     assert "not audited. To audit it: " in write(folder)["markdown"].read_text("utf-8")
 
 
-def test_a_run_that_leaks_gets_no_table(results: dict[str, Any], tmp_path: Path) -> None:
-    folder = save_run(tmp_path / "run", results, made_audit(LEAK))
-    with raises(
-        LeakError,
-        Facts(
-            "leak",
-            "audit.json",
-            says=("this run leaks held-out data", "training rows of direct: 2 held-out pairs"),
-        ),
-    ) as e:
+def test_run_with_a_leak_has_no_tables(results: dict[str, Any], tmp_path: Path) -> None:
+    folder = save_run(tmp_path / "run", results, sample_audit(LEAK))
+    says = ("this run leaks held-out data", "training rows of direct: 2 held-out pairs")
+    with raises(LeakError, Facts("leak", "audit.json", says=says)) as e:
         write(folder)
     assert "u1, i7" in str(e.value) and "\x1b" not in str(e.value) and "\n" not in str(e.value)
     assert {file.name for file in (folder / "report").iterdir()} == {"index.html", "report.md"}
@@ -85,11 +78,11 @@ def test_a_run_that_leaks_gets_no_table(results: dict[str, Any], tmp_path: Path)
         read(folder)
 
 
-def test_a_leak_that_is_found_later_takes_the_tables_away(results: dict[str, Any], tmp_path: Path) -> None:
-    folder = save_run(tmp_path / "run", results, made_audit())
+def test_later_leak_removes_the_tables(results: dict[str, Any], tmp_path: Path) -> None:
+    folder = save_run(tmp_path / "run", results, sample_audit())
     pages = write(folder)
     assert all(page.is_file() for page in pages.values()) and set(pages) == set(PAGES)
-    save_run(folder, results, made_audit(LEAK, LEAK | {"name": "another"}))
+    save_run(folder, results, sample_audit(LEAK, LEAK | {"name": "another"}))
     with raises(LeakError, Facts("leak", "audit.json", says="and 1 more")):
         write(folder)
     assert not pages["csv"].exists() and not pages["latex"].exists()
@@ -97,21 +90,11 @@ def test_a_leak_that_is_found_later_takes_the_tables_away(results: dict[str, Any
     assert (folder / "results.json").is_file() and (folder / "audit.json").is_file()
 
 
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"[]", b"{}", b'{"checks": 3}', b'{"checks": [{"name": "a"}]}', b'{"checks": [{"name": "a", "found": "b", '
-     b'"verdict": "fine"}]}', b"[" * 100_000],
-)  # fmt: skip
-def test_an_audit_that_cannot_be_read_is_no_clean_audit(results: dict[str, Any], save: Save, content: bytes) -> None:
+def test_rejects_damaged_audit(results: dict[str, Any], save: Save) -> None:
     folder = save(results)
-    (folder / "audit.json").write_bytes(content)
-    with raises(DataError, Facts("damaged", folder / "audit.json", says=f"llmrec audit {folder}")):
-        write(folder)
+    unknown = b'{"checks": [{"name": "a", "found": "b", "verdict": "fine"}]}'
+    for content in (b"", b"{}", b'{"checks": 3}', unknown, b"[" * 100_000):
+        (folder / "audit.json").write_bytes(content)
+        with raises(DataError, Facts("damaged", folder / "audit.json", says=f"llmrec audit {folder}")):
+            write(folder)
     assert not (folder / "report").exists()
-
-
-def test_counts_in_words() -> None:
-    clean, notice = (AuditLine(name="a", found="b", verdict=verdict) for verdict in ("clean", "notice"))
-    assert audit_sentence([clean]).startswith("1 check, no leak, no notice.")
-    assert audit_sentence([notice]).startswith("1 check, no leak, 1 notice.")
-    assert audit_sentence([notice, notice]).startswith("2 checks, no leak, 2 notices.")

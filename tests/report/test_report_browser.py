@@ -1,6 +1,6 @@
-"""The pages in a real browser: ours draws its plots, and no text of any page runs. Skipped where there is no Chromium.
+"""The pages in Chromium: plots are drawn and no text is run as a script. Skipped without Chromium.
 
-A payload that runs sets ``window.__pwned``. That the probe would see it is a test of its own.
+A payload that runs sets ``window.__pwned``. A separate test checks that the probe detects this.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ import pytest
 from docs.site import browser
 from docs.site.browser import executable
 from llmrec.report.page import write
-from tests.report.made import hostile_audit, hostile_results, made_results, save_run
 from tests.report.payloads import FORMULAS, MARKDOWN, SCRIPTS
 from tests.report.reading import parser
+from tests.report.sample_run import hostile_audit, hostile_results, sample_results, save_run
 
 pytest.importorskip("llmrec.bench", reason="the extension is not there")
 
-from tests.bench.suites import hostile_suite, made_reference, page_of
+from tests.bench.suites import hostile_suite, page_of, sample_reference
 
 CHROMIUM = executable()
 FLAGS = (
     *browser.FLAGS, "--allow-file-access-from-files", "--enable-logging=stderr", "--virtual-time-budget=8000",
     "--dump-dom",
 )  # fmt: skip
-# Pages run in frames, so that this one can look into them without changing them.
+# Pages run in frames, so that the probe does not change them.
 PROBE = """<!doctype html><pre id=found></pre><script>
 const frames = SOURCES.map(([src, width]) => {
   const frame = document.createElement("iframe");
@@ -69,7 +69,7 @@ Promise.all(loaded).then(() => wait(1200)).then(() => {
 });
 </script>"""
 ATTACK = '<script>window.__pwned=1</script><img src=x onerror="window.__pwned=1">'
-LIVELY = {
+ACTIVE = {
     "script": "<script>window.__pwned=1</script>",
     "handler": '<svg onload="window.__pwned=1"></svg>',
     "hover": '<p onmouseover="window.__pwned=1">x</p>',
@@ -85,7 +85,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
 
 @dataclass(frozen=True)
 class Seen:
-    """What the probe saw in each page, by a name for it, and the browser's console."""
+    """Observations of the probe by name of the page, and the console of the browser."""
 
     pages: Mapping[str, Mapping[str, Any]]
     console: str
@@ -100,9 +100,9 @@ def _browse(folder: Path, sources: Mapping[str, tuple[str, int]], profile: Path)
     probe.write_text(PROBE.replace("SOURCES", json.dumps(list(sources.values()))))
     command = [str(CHROMIUM), *FLAGS, f"--user-data-dir={profile}", probe.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
-    found = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.S)
-    assert found is not None and found[1], done.stderr[-2000:]
-    pages = dict(zip(sources, json.loads(found[1]), strict=True))
+    result = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.S)
+    assert result is not None and result[1], done.stderr[-2000:]
+    pages = dict(zip(sources, json.loads(result[1]), strict=True))
     return Seen(pages, "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line))
 
 
@@ -120,26 +120,26 @@ def _rendered(text: str, page: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report of a harmless run, that of one full of scripts and formulas, and pages whose script should run."""
+    """The reports of a harmless run and of a hostile one, and pages whose script should run."""
     folder, texts = tmp_path_factory.mktemp("runs"), [*SCRIPTS, *FORMULAS, *MARKDOWN]
-    clean = write(save_run(folder / "clean", made_results()))["html"]
+    clean = write(save_run(folder / "clean", sample_results()))["html"]
     attacked = clean.with_name("attacked.html")
     attacked.write_text(clean.read_text("utf-8").replace("<main>", f"<main>{ATTACK}"), "utf-8")
     _without_policy(attacked, "attacked-open.html")
-    pages = write(save_run(folder / "wild", hostile_results(made_results(), texts), hostile_audit(texts), texts))
+    pages = write(save_run(folder / "wild", hostile_results(sample_results(), texts), hostile_audit(texts), texts))
     _without_policy(pages["html"], "open.html")
     _rendered(pages["markdown"].read_text("utf-8"), folder / "markdown.html")
     suites = [hostile_suite([*texts[start:], *texts[:start]]) for start in range(0, len(texts), 12)]
-    text = "\n\n".join(page_of(suite, {"papers": made_reference(texts)}) for suite in suites)
+    text = "\n\n".join(page_of(suite, {"papers": sample_reference(texts)}) for suite in suites)
     _rendered(text, folder / "suites.html")
-    for name, text in LIVELY.items():
+    for name, text in ACTIVE.items():
         _rendered(text, folder / f"{name}.html")
     return folder
 
 
 @pytest.fixture(scope="module")
 def guarded(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Seen:
-    """Our pages as they are: the harmless one wide and narrow, the hostile one."""
+    """Unchanged pages: the harmless one, wide and narrow, and the hostile one."""
     clean, wild = "clean/report/index.html", "wild/report/index.html"
     sources = {"wide": (clean, 1200), "narrow": (clean, 390), "hostile": (wild, 390)}
     return _browse(folder, sources, tmp_path_factory.mktemp("guarded"))
@@ -147,43 +147,43 @@ def guarded(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Seen:
 
 @pytest.fixture(scope="module")
 def unguarded(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Seen:
-    """Hostile pages without any policy, pages whose script must run, and one whose script the policy must stop."""
-    sources = {name: (f"{name}.html", 1200) for name in ("markdown", "suites", *LIVELY)}
+    """Hostile pages without a policy, pages whose script must run, and one whose script the policy must block."""
+    sources = {name: (f"{name}.html", 1200) for name in ("markdown", "suites", *ACTIVE)}
     sources["page"] = ("wild/report/open.html", 1200)
     sources |= {name: (f"clean/report/{name}.html", 1200) for name in ("attacked", "attacked-open")}
     return _browse(folder, sources, tmp_path_factory.mktemp("unguarded"))
 
 
 @pytest.mark.parametrize("name", ["wide", "narrow"])
-def test_plots_are_drawn_without_a_complaint(guarded: Seen, name: str) -> None:
-    found = guarded.page(name)
-    assert found["plots"] == PLOTS and found["marks"] > 30
-    assert found["beyond"] == 0 and found["overflow"] <= 0 and found["pwned"] is None
+def test_plots_are_drawn_without_errors(guarded: Seen, name: str) -> None:
+    result = guarded.page(name)
+    assert result["plots"] == PLOTS and result["marks"] > 30
+    assert result["beyond"] == 0 and result["overflow"] <= 0 and result["pwned"] is None
     assert guarded.console == ""
 
 
 def test_hostile_texts_run_nothing(guarded: Seen) -> None:
-    found = guarded.page("hostile")
-    assert found["pwned"] is None and found["plots"] == PLOTS and guarded.console == ""
-    assert found["overflow"] <= 0 and found["links"] == 0
+    result = guarded.page("hostile")
+    assert result["pwned"] is None and result["plots"] == PLOTS and guarded.console == ""
+    assert result["overflow"] <= 0 and result["links"] == 0
 
 
 def test_escaping_alone_is_enough(unguarded: Seen) -> None:
-    found = unguarded.page("page")
-    assert found["pwned"] is None and found["plots"] == PLOTS and found["links"] == 0
+    result = unguarded.page("page")
+    assert result["pwned"] is None and result["plots"] == PLOTS and result["links"] == 0
 
 
 @pytest.mark.parametrize("name", ["markdown", "suites"])
 def test_rendered_markdown_runs_nothing(unguarded: Seen, name: str) -> None:
-    found = unguarded.page(name)
-    assert found["pwned"] is None and found["links"] == 0 and found["text"] > 10_000
+    result = unguarded.page(name)
+    assert result["pwned"] is None and result["links"] == 0 and result["text"] > 10_000
 
 
-def test_the_probe_would_see_a_script(unguarded: Seen) -> None:
+def test_probe_detects_scripts(unguarded: Seen) -> None:
     assert [unguarded.page(name)["pwned"] for name in ("script", "handler", "hover", "folded")] == [True] * 4
     assert unguarded.page("link")["links"] == 1
 
 
-def test_policy_alone_is_enough_and_the_probe_would_see_a_script(unguarded: Seen) -> None:
+def test_policy_alone_is_enough(unguarded: Seen) -> None:
     assert unguarded.page("attacked")["pwned"] is None and "Content Security Policy" in unguarded.console
     assert unguarded.page("attacked-open")["pwned"] is True

@@ -1,4 +1,4 @@
-"""Cost: tokens and seconds by row and by arm, and the score against them."""
+"""Cost: tokens and seconds by row and by arm, and their plot."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from llmrec.report.table import csv_text
 Save = Callable[[dict[str, Any]], Path]
 
 
-def test_a_row_by_hand(results: dict[str, Any]) -> None:
+def test_cost_of_a_row_by_hand(results: dict[str, Any]) -> None:
     results["rows"][0].update(n=200, users=50)
     results["rows"][0]["cost"] = {"seconds": 30.0, "prompt_tokens": 9000, "completion_tokens": 1000}
     row = results_of(results).rows[0]
-    found = cost_of(row)
-    assert (found.read, found.written, found.seconds) == (9000, 1000, 30.0)
-    assert (found.tokens_per_request, found.tokens_per_user, found.seconds_per_request) == (50.0, 200.0, 0.15)
+    result = cost_of(row)
+    assert (result.read, result.written, result.seconds) == (9000, 1000, 30.0)
+    assert (result.tokens_per_request, result.tokens_per_user, result.seconds_per_request) == (50.0, 200.0, 0.15)
     assert cost_of(row.model_copy(update={"users": None})).tokens_per_user == 50.0
     nothing = cost_of(row.model_copy(update={"n": 0, "users": None}))
     assert nothing.tokens_per_request is nothing.tokens_per_user is nothing.seconds_per_request is None
 
 
-def test_an_ensemble_costs_what_its_members_cost(results: dict[str, Any]) -> None:
+def test_cost_of_an_ensemble_is_that_of_its_members(results: dict[str, Any]) -> None:
     model = next(row for row in results["rows"] if row["id"] == "direct/tuned/label/pick-one")
     model["cost"] = {"seconds": 30.0, "prompt_tokens": 41_234, "completion_tokens": 766, "forwards": 2000}
     parts = [{"name": name, "weight": 0.5} for name in (model["predictor"], "item-knn")]
@@ -43,35 +43,37 @@ def test_an_ensemble_costs_what_its_members_cost(results: dict[str, Any]) -> Non
     joined |= {"fusion": {"form": "pool", "parts": parts}, "cost": {"seconds": 0.5}}
     results["rows"].append(joined)
     before = cost_by_arm(results_of({**results, "rows": results["rows"][:-1]}))
-    found = results_of(results)
-    costs = {cost.row.id: cost for cost in cost_by_row(found, "direct")}
-    assert [row.arm for row in found.members(found.row(joined["id"]))] == ["tuned", "baseline"]
+    result = results_of(results)
+    costs = {cost.row.id: cost for cost in cost_by_row(result, "direct")}
+    assert [row.arm for row in result.members(result.row(joined["id"]))] == ["tuned", "baseline"]
     assert (costs[joined["id"]].read, costs[joined["id"]].forwards_per_request) == (41_234, 10.0)
     assert costs[joined["id"]].seconds > costs[model["id"]].seconds >= 30.0
-    tuned = [next(arm for arm in arms if arm.arm == "tuned") for arms in (before, cost_by_arm(found))]
+    tuned = [next(arm for arm in arms if arm.arm == "tuned") for arms in (before, cost_by_arm(result))]
     assert tuned[0].read == tuned[1].read and tuned[1].seconds == tuned[0].seconds + 0.5
-    line = next(line for line in csv.DictReader(io.StringIO(csv_text(found))) if line["row"] == joined["id"])
+    line = next(line for line in csv.DictReader(io.StringIO(csv_text(result))) if line["row"] == joined["id"])
     assert (line["tokens_per_request"], line["prompt_tokens"]) == ("210.0", "0")
 
 
-def test_arms_add_up(results: dict[str, Any]) -> None:
-    found = {arm.arm: arm for arm in cost_by_arm(results_of(results))}
-    assert list(found) == ["zero-shot", "few-shot", "tuned", "baseline"]
-    for name, arm in found.items():
+def test_cost_of_an_arm_is_the_sum_over_rows(results: dict[str, Any]) -> None:
+    result = {arm.arm: arm for arm in cost_by_arm(results_of(results))}
+    assert list(result) == ["zero-shot", "few-shot", "tuned", "baseline"]
+    for name, arm in result.items():
         rows = [row for row in results["rows"] if row["arm"] == name]
         assert (arm.rows, arm.requests) == (len(rows), 200 * len(rows))
         assert arm.read == sum(row["cost"]["prompt_tokens"] for row in rows)
         assert arm.written == sum(row["cost"]["completion_tokens"] for row in rows)
         assert arm.seconds == pytest.approx(sum(row["cost"]["seconds"] for row in rows))
-    assert found["baseline"].rate is None and found["tuned"].rate is not None
-    assert found["tuned"].rate == pytest.approx((found["tuned"].read + found["tuned"].written) / found["tuned"].seconds)
+    assert result["baseline"].rate is None and result["tuned"].rate is not None
+    assert result["tuned"].rate == pytest.approx(
+        (result["tuned"].read + result["tuned"].written) / result["tuned"].seconds
+    )
 
 
-def test_the_plot_sets_scores_against_tokens(results: dict[str, Any]) -> None:
-    found = results_of(results)
-    plot = quality_by_tokens(found, "direct")
+def test_plot_of_scores_and_tokens(results: dict[str, Any]) -> None:
+    result = results_of(results)
+    plot = quality_by_tokens(result, "direct")
     assert plot is not None and plot["levels"]["item-knn"] == 0.47
-    costs = {cost.row.id: cost for cost in cost_by_row(found, "direct")}
+    costs = {cost.row.id: cost for cost in cost_by_row(result, "direct")}
     tokens = {cost.tokens_per_user for cost in costs.values() if cost.row.arm != "baseline"}
     assert {point["tokens"] for point in plot["points"]} == tokens and len(plot["points"]) == 4
     for row in results["rows"]:
@@ -79,14 +81,14 @@ def test_the_plot_sets_scores_against_tokens(results: dict[str, Any]) -> None:
     assert quality_by_tokens(results_of(results), "direct") is None
 
 
-def test_cost_stands_in_the_page_in_markdown_and_in_the_csv(results: dict[str, Any], save: Save) -> None:
+def test_cost_in_page_markdown_and_csv(results: dict[str, Any], save: Save) -> None:
     row = next(row for row in results["rows"] if row["id"] == "direct/tuned/label/pick-one")
     row["cost"] = {"seconds": 30.0, "prompt_tokens": 41_234, "completion_tokens": 766, "forwards": 2000}
     pages = write(save(results))
     html = pages["html"].read_text("utf-8").split('id="cost"')[1].split("</section>")[0]
     assert html.count('class="plot" id="cost-') == 4 and 'id="budget"' in html
     assert "Forward passes per request" in html and '<td class="num">10</td><td class="num">41' in html
-    cells = "".join(f'<td class="num">{said}</td>' for said in ("41\u2009234", "766", "210", "210", "30 s", "0.15 s"))
+    cells = "".join(f'<td class="num">{cell}</td>' for cell in ("41\u2009234", "766", "210", "210", "30 s", "0.15 s"))
     assert cells in html
     text = pages["markdown"].read_text("utf-8").split("## Cost")[1].split("\n## ")[0]
     assert (
@@ -101,7 +103,7 @@ def test_cost_stands_in_the_page_in_markdown_and_in_the_csv(results: dict[str, A
     assert line["candidates"] == "5f3c1a9b" * 8
 
 
-def test_a_run_without_tokens_or_budget_draws_neither(results: dict[str, Any], save: Save) -> None:
+def test_page_without_tokens_or_budget(results: dict[str, Any], save: Save) -> None:
     results["budget"] = []
     for row in results["rows"]:
         row["cost"] = {}

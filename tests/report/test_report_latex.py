@@ -1,4 +1,4 @@
-"""The LaTeX tables: one a task, whole in structure, and no text of a run is a command in them."""
+"""The LaTeX tables: one per task with a valid structure, and escaped texts."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.report.escape import tex
-from llmrec.report.page import write
 from llmrec.report.render import latex
 from llmrec.report.results import results_of
-from tests.report.made import hostile_results, made_results
 from tests.report.payloads import FORMULAS, LATEX, SCRIPTS
+from tests.report.sample_run import hostile_results, sample_results
 
 COMMANDS = {
     *("begin", "end", "centering", "footnotesize", "setlength", "tabcolsep", "caption", "label", "toprule", "midrule"),
@@ -41,7 +40,7 @@ def _tables(text: str) -> list[str]:
 
 
 def _check_structure(text: str) -> None:
-    """Read the file as LaTeX does: known commands, closed braces, as many cells in a row as columns."""
+    """Check commands, braces, and the number of cells in each row."""
     body = "\n".join(line for line in text.splitlines() if not line.startswith("%"))
     depth = 0
     for kind, token in _tokens(body):
@@ -62,19 +61,19 @@ def _check_structure(text: str) -> None:
         for row in rows:
             assert row.endswith((r"\\", r"\\[3pt]"))
             assert len(re.findall(r"(?<!\\)&", row)) == len(columns[1]) - 1
-            # Inside of a row, two backslashes stand only where figures are stacked.
+            # In a row, two backslashes are only used in stacked cells.
             assert all(re.match(r"\\\\(\{\\tiny \[|zero-shot|baseline)", row[m.start() :]) for m in
                        re.finditer(r"\\\\(?!\[3pt\]$|$)", row))  # fmt: skip
 
 
-def test_one_table_a_task_in_the_order_of_the_report(results: dict[str, Any]) -> None:
+def test_one_table_per_task(results: dict[str, Any]) -> None:
     text = latex(results_of(results))
     tables = _tables(text)
     assert len(tables) == 4 and text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 4
     assert [re.findall(r"\\caption\{(\w+ \w+)", table)[0] for table in tables] == [
         *("Rating prediction", "Next item", "Pick from", "Explanations on"),
     ]  # fmt: skip
-    assert re.findall(r"\\label\{(.*?)\}", text) == [f"tab:llmrec-{place}" for place in range(1, 5)]
+    assert re.findall(r"\\label\{(.*?)\}", text) == [f"tab:llmrec-{number}" for number in range(1, 5)]
     for table, task in zip(tables, results["headline"], strict=True):
         assert sum(line.endswith(r"\\[3pt]") for line in table.splitlines()) == sum(
             row["task"] == task for row in results["rows"]
@@ -82,7 +81,7 @@ def test_one_table_a_task_in_the_order_of_the_report(results: dict[str, Any]) ->
     _check_structure(text)
 
 
-def test_figures_intervals_and_the_best_of_a_column(results: dict[str, Any]) -> None:
+def test_values_intervals_and_order_of_rows(results: dict[str, Any]) -> None:
     results["rows"][0]["metrics"]["MAE"].update(value=-0.25, low=None, high=None)
     table = _tables(latex(results_of(results)))[0]
     assert r"\shortstack[r]{\textbf{0.930}\\{\tiny [0.865, 1.002]}}" in table
@@ -94,22 +93,18 @@ def test_figures_intervals_and_the_best_of_a_column(results: dict[str, Any]) -> 
         *("user-item-bias", "item-mean", "user-mean", "global-mean"),
     ]  # fmt: skip
     assert table.count(r"\midrule") == 2
-    for said in ("RMSE (lower is better)", "seed 0", "200 requests", "Holm-corrected", "best baseline, user-item-bias"):
-        assert said in table
+    for part in ("RMSE (lower is better)", "seed 0", "200 requests", "Holm-corrected", "best baseline, user-item-bias"):
+        assert part in table
 
 
-def test_a_task_without_comparisons_has_no_columns_of_marks(results: dict[str, Any]) -> None:
+def test_missing_comparisons_and_values(results: dict[str, Any]) -> None:
     results["comparisons"] = [entry for entry in results["comparisons"] if entry["task"] != "rating"]
-    tables = _tables(latex(results_of(results)))
-    assert "vs." not in tables[0] and r"vs.\\zero-shot" in tables[1]
-    assert "Best baseline: user-item-bias." in tables[0]
-    _check_structure("\n".join(tables))
-
-
-def test_missing_figures_are_dashes_and_undefined_ones_say_why(results: dict[str, Any]) -> None:
     del results["rows"][0]["metrics"]["MAE"]
     results["rows"][1]["metrics"]["MAE"].update(value=None, low=None, high=None, undefined="50 % of nothing")
     text = latex(results_of(results))
+    tables = _tables(text)
+    assert "vs." not in tables[0] and r"vs.\\zero-shot" in tables[1]
+    assert "Best baseline: user-item-bias." in tables[0]
     assert len(re.findall(r"& -- & 200 ", _tables(text)[0])) == 1
     assert len(re.findall(r"& undefined & 200 ", _tables(text)[0])) == 1
     assert r"is undefined: 50 \% of nothing." in _tables(text)[0]
@@ -122,24 +117,11 @@ def test_missing_figures_are_dashes_and_undefined_ones_say_why(results: dict[str
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("\\", r"\textbackslash{}"),
-        ("{", r"\{"),
-        ("}", r"\}"),
-        ("$", r"\$"),
-        ("&", r"\&"),
-        ("#", r"\#"),
-        ("%", r"\%"),
-        ("_", r"\_"),
-        ("^", r"\textasciicircum{}"),
-        ("~", r"\textasciitilde{}"),
-        ("<", r"\textless{}"),
-        (">", r"\textgreater{}"),
-        ("|", r"\textbar{}"),
+        ("{}$&#%_", r"\{\}\$\&\#\%\_"),
+        ("\\^~", r"\textbackslash{}\textasciicircum{}\textasciitilde{}"),
+        ("<>|", r"\textless{}\textgreater{}\textbar{}"),
         ('"', r"{}\symbol{34}{}"),
-        ("`", r"{}\symbol{96}{}"),
-        ("[", "{[}"),
-        ("]", "{]}"),
-        ("*", "{*}"),
+        ("[]*", "{[}{]}{*}"),
         ("---", "-{}-{}-"),
         ("''", "'{}'"),
         (",,", ",{},"),
@@ -152,12 +134,12 @@ def test_missing_figures_are_dashes_and_undefined_ones_say_why(results: dict[str
         ("0.5–0.6…", r"0.5--0.6\dots{}"),
     ],
 )
-def test_every_special_character_is_printed(text: str, expected: str) -> None:
+def test_special_characters(text: str, expected: str) -> None:
     assert tex(text) == expected
 
 
 @given(st.text() | st.text("\\{}$&#%_^~<>|\"'`[]*,-?! \n", max_size=20))
-def test_no_text_is_a_command(text: str) -> None:
+def test_escapes_any_text(text: str) -> None:
     written = tex(text)
     assert "\n" not in written
     depth = 0
@@ -172,8 +154,8 @@ def test_no_text_is_a_command(text: str) -> None:
 
 def _documents() -> Iterator[str]:
     texts = [*LATEX, *FORMULAS, *SCRIPTS]
-    for start in range(0, len(texts), 20):
-        yield latex(results_of(hostile_results(made_results(), [*texts[start:], *texts[:start]])))
+    for start in range(0, len(texts), 40):
+        yield latex(results_of(hostile_results(sample_results(), [*texts[start:], *texts[:start]])))
 
 
 def test_hostile_texts_keep_the_structure() -> None:
@@ -183,11 +165,11 @@ def test_hostile_texts_keep_the_structure() -> None:
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex on PATH")
-def test_hostile_tables_are_set_by_latex(tmp_path: Path) -> None:
+def test_pdflatex_accepts_hostile_texts(tmp_path: Path) -> None:
     bodies = list(_documents())
-    for place, body in enumerate(bodies):
-        (tmp_path / f"table{place}.tex").write_text(body, "utf-8")
-    inputs = "".join(rf"\input{{table{place}}}\clearpage" for place in range(len(bodies)))
+    for number, body in enumerate(bodies):
+        (tmp_path / f"table{number}.tex").write_text(body, "utf-8")
+    inputs = "".join(rf"\input{{table{number}}}\clearpage" for number in range(len(bodies)))
     document = rf"\documentclass{{article}}\usepackage{{booktabs}}\begin{{document}}{inputs}\end{{document}}"
     (tmp_path / "all.tex").write_text(document, "utf-8")
     command = ["pdflatex", "-halt-on-error", "-interaction=nonstopmode", "-no-shell-escape", "all.tex"]
@@ -196,8 +178,7 @@ def test_hostile_tables_are_set_by_latex(tmp_path: Path) -> None:
     assert not (tmp_path / "pwned").exists()
 
 
-def test_the_file_stands_beside_the_page(run_dir: Path, results: dict[str, Any]) -> None:
-    pages = write(run_dir)
+def test_file_is_in_the_report(pages: dict[str, Path], results: dict[str, Any]) -> None:
     assert pages["latex"].name == "table.tex"
     assert pages["latex"].read_text("utf-8") == latex(results_of(results))
     assert 'href="table.tex"' in pages["html"].read_text("utf-8")

@@ -1,4 +1,4 @@
-"""The page: its sections, its safety, and how it is written."""
+"""The page: its sections, its safety, and writing it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ import pytest
 from llmrec.report import page
 from llmrec.report.escape import cell
 from llmrec.report.page import write
-from tests.report.made import hostile_audit, hostile_results, made_results, save_run
+from llmrec.report.render import markdown_page
+from llmrec.report.results import results_of
 from tests.report.payloads import FORMULAS, MARKDOWN, SCRIPTS
 from tests.report.reading import blocks
+from tests.report.sample_run import hostile_audit, hostile_results, sample_results, save_run
 
 Save = Callable[[dict[str, Any]], Path]
 
@@ -59,28 +61,14 @@ def plot_of(text: str, name: str) -> str:
     return text.split(f'id="{name}" role="img"')[1].partition(">")[2].split("</div>")[0]
 
 
-def _structure(text: str) -> list[tuple[str, tuple[str, ...]]]:
-    return Tree(text).tags
-
-
-def test_every_section_is_there_in_order(run_dir: Path) -> None:
-    pages = write(run_dir)
+def test_sections_in_order(pages: dict[str, Path]) -> None:
     text = pages["html"].read_text("utf-8")
     tree = Tree(text)
     assert not tree.open, "every element is closed"
     ids = [value for tag, name, value in tree.values if tag == "section" and name == "id"]
-    tasks = [f"task-{place}" for place in range(1, 5)]
     assert ids == [
-        "summary",
-        *tasks,
-        "comparisons",
-        "training",
-        "cost",
-        "failures",
-        "examples",
-        "audit",
-        "protocol",
-        "notes",
+        *("summary", "task-1", "task-2", "task-3", "task-4", "comparisons", "training", "cost", "failures"),
+        *("examples", "audit", "protocol", "notes"),
     ]
     assert [tag for tag, _ in tree.tags].count("h1") == 1
     plots = [value for tag, name, value in tree.values if name == "id" and tag == "div"]
@@ -92,19 +80,11 @@ def test_every_section_is_there_in_order(run_dir: Path) -> None:
     assert [heading.split()[0] for heading in headings] == [
         *("Templates", "Slices"), *("Templates", "Position", "Slices") * 2, *("Templates", "Slices"),
     ]  # fmt: skip
-    for said in (
-        "The best model is a baseline, markov-1",
-        "synthetic data",
-        "5f3c1a9b" * 8,
-        "a3" * 32,
-        "c9" * 32,
-        "0.930",
-        "unseen",
-    ):
-        assert said in text
-    assert {path.name for path in (run_dir / "report").iterdir()} == {
-        "index.html", "report.md", "table.csv", "table.tex",
-    }  # fmt: skip
+    hashes = ("5f3c1a9b" * 8, "a3" * 32, "c9" * 32)
+    for part in ("The best model is a baseline, markov-1", "synthetic data", "0.930", "unseen", *hashes):
+        assert part in text
+    names = {path.name for path in pages["html"].parent.iterdir()}
+    assert names == {"index.html", "report.md", "table.csv", "table.tex"}
 
 
 def check_accessible(tree: Tree) -> None:
@@ -121,16 +101,16 @@ def check_accessible(tree: Tree) -> None:
     assert all(after <= before + 1 for before, after in pairwise(levels))
 
 
-def test_page_is_accessible(run_dir: Path) -> None:
-    tree = Tree(write(run_dir)["html"].read_text("utf-8"))
+def test_page_is_accessible(pages: dict[str, Path]) -> None:
+    tree = Tree(pages["html"].read_text("utf-8"))
     check_accessible(tree)
-    # What a word means is told to those without a mouse too.
+    # Explanations of terms can be reached with the keyboard.
     tips = [set(attributes) for tag, attributes in tree.tags if tag == "abbr"]
     assert len(tips) > 10 and all({"tabindex", "title"} <= attributes for attributes in tips)
 
 
 def _luminance(colour: str) -> float:
-    parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    parts = [int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5)]
     linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
@@ -139,10 +119,7 @@ def test_contrast_is_enough_in_both_schemes() -> None:
     style = (Path(page.__file__).parent / "style.css").read_text()
     light, dark = (dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", block)) for block in style.split(":root {")[1:3])
     pairs = [(text, back) for text in ("text", "muted", "link") for back in ("page", "surface", "raised")]
-    pairs += [
-        ("good", "good-back"),
-        ("bad", "bad-back"),
-        ("warn", "warn-back"),
+    pairs += [(name, f"{name}-back") for name in ("good", "bad", "warn")] + [
         ("warn", "surface"),
         ("text", "plain-back"),
     ]
@@ -159,25 +136,27 @@ def test_whitespace_of_prompts_is_kept(run_dir: Path, results: dict[str, Any]) -
     results["examples"][0]["prompt"] = "\n  two  spaces\n\n\ttab\n"
     (run_dir / "results.json").write_text(json.dumps(results))
     text = write(run_dir)["html"].read_text("utf-8")
-    # HTML drops one line feed after <pre ...>; the second one is the prompt's own.
+    # HTML drops one line feed after <pre ...>; the second one is in the prompt.
     assert '<pre dir="auto" tabindex="0">\n\n  two  spaces\n\n\ttab\n</pre>' in text
 
 
-def test_a_run_without_training_comparisons_or_examples(results: dict[str, Any], save: Save) -> None:
+def test_run_without_optional_parts(results: dict[str, Any], save: Save) -> None:
     results.update(
         training=None, comparisons=[], examples=[], budget=[], notes=[], candidates={}, seconds=None, machine={}
     )
     results["data"] = {"main": {**results["data"]["main"]}, "reviews": None}
     results["detectable"] = {}
+    del results["example"]
     for row in results["rows"]:
         row.update(parse_rate=1.0, tie_rate=None, failures=[], inputs="", slices=[], by_position=[], position_bias=None)
     pages = write(save(results))
     text = pages["html"].read_text("utf-8")
     assert not re.search("<h3>(Position|Slices)", text) and "Marks compare" not in text
-    assert not re.search("#### (Position|Slices)|## Comparisons|vs. best", pages["markdown"].read_text("utf-8"))
-    for said in ("trained no model", "No comparison was planned", "has no examples", "could be parsed", "None."):
-        assert said in text
-    assert len(re.findall("<section ", text)) == 13
+    absent = "#### (Position|Slices)|## Comparisons|vs. best|Held out"
+    assert not re.search(absent, pages["markdown"].read_text("utf-8")) and "Held out" not in text
+    for part in ("trained no model", "No comparison was planned", "has no examples", "could be parsed", "None."):
+        assert part in text
+    assert len(re.findall("<section ", text)) == 13 and 'id="differences"' not in text
 
 
 # --------------------------------------------------------------------------- safety
@@ -191,42 +170,23 @@ def wild(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def tame(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The pages of the same run with as many texts that are nothing but text."""
-    return _written(tmp_path_factory.mktemp("tame"), [f"x{place}" for place, _ in enumerate((*SCRIPTS, *FORMULAS))])
+    """The pages of the same run with as many harmless texts."""
+    return _written(tmp_path_factory.mktemp("tame"), [f"x{number}" for number, _ in enumerate((*SCRIPTS, *FORMULAS))])
 
 
 def _written(folder: Path, texts: list[str]) -> dict[str, Path]:
-    results = hostile_results(made_results(), texts)
+    results = hostile_results(sample_results(), texts)
     return write(save_run(folder, results, hostile_audit(texts), reasons=texts))
 
 
 def test_hostile_texts_change_no_element(wild: dict[str, Path], tame: dict[str, Path]) -> None:
-    assert len(SCRIPTS) >= 100 and len(FORMULAS) == 20
+
     text = wild["html"].read_text("utf-8")
-    assert _structure(text) == _structure(tame["html"].read_text("utf-8"))
     tree = Tree(text)
-    assert not tree.comments
+    assert tree.tags == Tree(tame["html"].read_text("utf-8")).tags and not tree.comments
     assert {tag for tag, _ in tree.tags} <= {
-        *("html", "head", "meta", "title", "style", "body", "header", "nav", "main", "footer", "section"),
-        *(
-            "article",
-            "h1",
-            "h2",
-            "h3",
-            "p",
-            "a",
-            "ul",
-            "ol",
-            "li",
-            "dl",
-            "dt",
-            "dd",
-            "div",
-            "span",
-            "bdi",
-            "em",
-            "strong",
-        ),
+        *("html", "head", "meta", "title", "style", "body", "header", "nav", "main", "footer", "section", "article"),
+        *("h1", "h2", "h3", "p", "a", "ul", "ol", "li", "dl", "dt", "dd", "div", "span", "bdi", "em", "strong"),
         *("code", "pre", "table", "caption", "thead", "tbody", "tfoot", "tr", "th", "td", "figure", "figcaption"),
         *("details", "summary", "br", "abbr", "svg", "line", "rect", "path", "text"),
     }
@@ -247,18 +207,18 @@ def test_payloads_are_shown_as_text(wild: dict[str, Path]) -> None:
     assert set(harmless) <= texts
 
 
-def test_policy_forbids_everything_but_our_own_style(run_dir: Path) -> None:
-    tree = Tree(write(run_dir)["html"].read_text("utf-8"))
+def test_policy_and_page_load_nothing(pages: dict[str, Path]) -> None:
+    text = pages["html"].read_text("utf-8")
+    tree = Tree(text)
+    assert not re.search(r"https?://|//cdn|@import|url\(", text) and len(text) < 2_000_000
+    assert not {"script", "link", "img", "iframe", "object", "image", "use"} & {tag for tag, _ in tree.tags}
+    assert not {"src", "srcset", "xlink:href"} & {name for _, name, _ in tree.values}
     at = tree.values.index(("meta", "http-equiv", "Content-Security-Policy"))
     policy = dict(part.strip().split(" ", 1) for part in tree.values[at + 1][2].split(";"))
     nonce = re.fullmatch(r"'nonce-([0-9a-f]{32})'", policy["style-src"])
     assert nonce is not None
-    assert policy == {
-        "default-src": "'none'",
-        "style-src": nonce[0],
-        "base-uri": "'none'",
-        "form-action": "'none'",
-    }
+    none = dict.fromkeys(("default-src", "base-uri", "form-action"), "'none'")
+    assert policy == none | {"style-src": nonce[0]}
     assert [value for tag, name, value in tree.values if name == "nonce"] == [nonce[1]]
     assert not any(name == "style" or name.startswith("on") for _, names in tree.tags for name in names)
 
@@ -273,26 +233,22 @@ def test_markdown_page_is_inert(wild: dict[str, Path], tame: dict[str, Path]) ->
     assert blocks(text) == blocks(tame["markdown"].read_text("utf-8"))
 
 
-def test_what_only_markdown_would_run_is_inert_there(tmp_path: Path) -> None:
-    wild = _written(tmp_path / "wild", list(MARKDOWN))["markdown"].read_text("utf-8")
-    tame = _written(tmp_path / "tame", [f"x{place}" for place, _ in enumerate(MARKDOWN)])["markdown"].read_text("utf-8")
-    assert blocks(wild) == blocks(tame)
+def test_markdown_payloads_are_inert() -> None:
+    def page_of(texts: list[str]) -> str:
+        return markdown_page(results_of(hostile_results(sample_results(), texts)), {}, None, fix="")
+
+    assert blocks(page_of(list(MARKDOWN))) == blocks(page_of([f"x{number}" for number, _ in enumerate(MARKDOWN)]))
 
 
 # --------------------------------------------------------------------------- writing
 
 
-def test_writing_twice_gives_the_same_bytes(run_dir: Path) -> None:
-    pages = write(run_dir)
-    before = {name: path.read_bytes() for name, path in pages.items()}
-    assert {name: path.read_bytes() for name, path in write(run_dir).items()} == before
-
-
-def test_a_broken_write_leaves_the_old_report(
+def test_failed_write_keeps_the_old_report(
     run_dir: Path, results: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pages = write(run_dir)
     before = {name: path.read_bytes() for name, path in pages.items()}
+    assert {name: path.read_bytes() for name, path in write(run_dir).items()} == before
     results["notes"] = ["another run"]
     results["rows"][0]["metrics"]["RMSE"]["value"] = 9.0
     (run_dir / "results.json").write_text(json.dumps(results))
@@ -305,12 +261,3 @@ def test_a_broken_write_leaves_the_old_report(
         write(run_dir)
     assert {name: path.read_bytes() for name, path in pages.items()} == before
     assert not list((run_dir / "report").glob(".*"))
-
-
-def test_the_page_is_one_file_that_loads_nothing(run_dir: Path) -> None:
-    text = write(run_dir)["html"].read_text("utf-8")
-    tree = Tree(text)
-    assert not re.search(r"https?://|//cdn|@import|url\(", text)
-    assert not {"script", "link", "img", "iframe", "object", "image", "use"} & {tag for tag, _ in tree.tags}
-    assert not {"src", "srcset", "xlink:href"} & {name for _, name, _ in tree.values}
-    assert len(text) < 2_000_000

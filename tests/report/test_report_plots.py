@@ -1,4 +1,4 @@
-"""The plots: what they hold, and that it is drawn where its value says."""
+"""The plots: their data, and the positions of their marks."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from llmrec.report.page import write
 from llmrec.report.plots import differences, losses, plots, quality_by_tokens, weights
 from llmrec.report.render import markdown_page
 from llmrec.report.results import results_of
-from llmrec.results import Results, Row, arm_name
+from llmrec.results import Row, arm_name
 from tests.report.test_report_page import Tree, plot_of
 
 
 def marks(canvas: Canvas, look: str) -> list[tuple[float, float, str]]:
     """Return the left end, the top and the hover text of marks, in the order in which they were drawn."""
-    found = [shape for shape in canvas.shapes if shape.title and shape.look.startswith(look)]
-    return [(*_start(shape), shape.title) for shape in found]
+    result = [shape for shape in canvas.shapes if shape.title and shape.look.startswith(look)]
+    return [(*_start(shape), shape.title) for shape in result]
 
 
 def _start(shape: Shape) -> tuple[float, float]:
@@ -40,8 +40,8 @@ def zero_of(canvas: Canvas) -> float:
 
 
 def test_better_is_to_the_right_for_every_metric(results: dict[str, Any]) -> None:
-    found = results_of(results)
-    plot = differences(found)
+    result = results_of(results)
+    plot = differences(result)
     rows = {row["label"]: row for row in plot["rows"]}
     # The tuned model has a higher RMSE and a lower NDCG than its control, and is better in the two others.
     signs = {name: row["value"] > 0 for name, row in rows.items()}
@@ -53,12 +53,12 @@ def test_better_is_to_the_right_for_every_metric(results: dict[str, Any]) -> Non
     assert rating["low"] < rating["value"] < rating["high"]
     for width in (WIDE, NARROW):
         canvas = draw(plot, width)
-        drawn = [(x > zero_of(canvas), said) for x, _, said in marks(canvas, "mark-")]
+        drawn = [(x > zero_of(canvas), title) for x, _, title in marks(canvas, "mark-")]
         assert [right for right, _ in drawn] == list(signs.values())
-        assert [said.partition(":")[0] for _, said in drawn] == list(rows)
+        assert [title.partition(":")[0] for _, title in drawn] == list(rows)
 
 
-def test_verdicts_differ_in_form_and_the_detectable_difference_is_a_band_around_0(results: dict[str, Any]) -> None:
+def test_marks_of_verdicts_and_band_of_the_detectable_difference(results: dict[str, Any]) -> None:
     for entry, verdict in zip(results["comparisons"][2::3], ("contradicted", "not shown", "shown", None), strict=True):
         entry["verdict"] = verdict
     plot = differences(results_of(results))
@@ -71,7 +71,7 @@ def test_verdicts_differ_in_form_and_the_detectable_difference_is_a_band_around_
     assert len(bands) == 4 and middles == pytest.approx([zero_of(canvas)] * 4, abs=0.2)
 
 
-def test_families_of_one_metric_are_drawn_in_its_units(results: dict[str, Any]) -> None:
+def test_differences_in_one_metric_have_its_unit(results: dict[str, Any]) -> None:
     for key in ("headline", "detectable"):
         results[key] = {task: results[key][task] for task in ("sequential", "direct")}
     for key in ("rows", "comparisons"):
@@ -81,15 +81,13 @@ def test_families_of_one_metric_are_drawn_in_its_units(results: dict[str, Any]) 
     assert [row["value"] for row in plot["rows"]] == pytest.approx([-0.06, 0.05])
 
 
-def test_the_first_screen_has_the_plot_its_text_and_a_card_a_family(run_dir: Path) -> None:
-    text = write(run_dir)["html"].read_text("utf-8")
+def test_summary_has_the_plot_and_a_card_per_task(pages: dict[str, Path]) -> None:
+    text = pages["html"].read_text("utf-8")
     first = text.split('<section id="summary"')[1].split("</section>")[0]
-    said = first.split('id="differences"')[1].split('">')[0]
-    assert (
-        "Next item from history: fine-tuned · likelihood · continue-list is significantly worse than markov-1" in said
-    )
+    label = first.split('id="differences"')[1].split('">')[0]
+    assert "fine-tuned · likelihood · continue-list is significantly worse than markov-1" in label
     assert first.count('<article class="card">') == 4
-    # The model's figure is the large one, and the difference has the sign that the table of comparisons has.
+    # The large value is that of the model, and the difference has the sign of the table of comparisons.
     large = re.findall(r'<span class="figure">([\d.]+)</span>', first)
     assert large == ["0.960", "0.500", "0.520", "0.270"]
     assert "best baseline 0.560" in re.sub(r"<[^>]+>", "", first) and "difference <strong>−0.060</strong>" in first
@@ -100,23 +98,19 @@ def test_the_first_screen_has_the_plot_its_text_and_a_card_a_family(run_dir: Pat
 # --------------------------------------------------------------------------- other plots
 
 
-def test_figures_are_drawn_in_order_and_named(results: dict[str, Any]) -> None:
-    found = results_of(results)
-    canvas = draw(plots(found)["forest-1"], WIDE)
-    drawn = [
-        (x, y, said)
-        for look in ("zero-shot", "few-shot", "tuned", "baseline")
-        for x, y, said in marks(canvas, f"fill {look}")
-    ]
+def test_forest_is_in_order(results: dict[str, Any]) -> None:
+    result = results_of(results)
+    canvas = draw(plots(result)["forest-1"], WIDE)
+    drawn = [mark for look in ("zero-shot", "few-shot", "tuned", "baseline") for mark in marks(canvas, f"fill {look}")]
     drawn.sort(key=lambda mark: mark[1])
-    rows = [row for row in found.standings("rating")]
-    assert [said.partition(":")[0].split(" · ")[0] for _, _, said in drawn] == [
+    rows = [row for row in result.standings("rating")]
+    assert [title.partition(":")[0].split(" · ")[0] for _, _, title in drawn] == [
         row.predictor if row.arm == "baseline" else arm_name(row.arm) for row in rows
     ]
     assert all(before[0] <= after[0] + 6 for before, after in pairwise(drawn)), "lower RMSE first, so further left"
 
 
-def test_no_loss_flattens_the_others(results: dict[str, Any]) -> None:
+def test_high_loss_does_not_flatten_the_curve(results: dict[str, Any]) -> None:
     results["training"]["log"][0]["loss"] = 40.0
     canvas = draw(losses(results_of(results)), WIDE)
     curve = next(dict(shape.at)["d"] for shape in canvas.shapes if shape.look == "curve tuned")
@@ -127,13 +121,11 @@ def test_no_loss_flattens_the_others(results: dict[str, Any]) -> None:
     assert any("log scale" in shape.text for shape in canvas.shapes)
 
 
-def test_a_loss_over_lists_is_no_nats_a_token(results: dict[str, Any]) -> None:
+def test_unit_of_the_loss(results: dict[str, Any]) -> None:
     assert losses(results_of(results))["unit"] == "loss, nats per token"
     results["training"]["log"][0]["figures"] = {"rewards/margins": 0.5}
     assert losses(results_of(results))["unit"] == "loss"
-    told = markdown_page(results_of(results), {}, None, fix="")
-    assert "Validation losses are nats per target token; the training loss is a mean over lists." in told
-    assert "Losses are nats per target token" not in told
+    assert "the training loss is a mean over lists." in markdown_page(results_of(results), {}, None, fix="")
 
 
 def test_numbers_of_the_cost_plot_do_not_overlap(results: dict[str, Any]) -> None:
@@ -145,14 +137,14 @@ def test_numbers_of_the_cost_plot_do_not_overlap(results: dict[str, Any]) -> Non
     assert plot is not None
     canvas = draw(plot, NARROW)
     numbers = [shape for shape in canvas.shapes if shape.look == "name halo"]
-    places = [(float(dict(shape.at)["x"]), float(dict(shape.at)["y"])) for shape in numbers]
+    points = [(float(dict(shape.at)["x"]), float(dict(shape.at)["y"])) for shape in numbers]
     assert [shape.text for shape in numbers] == ["1", "2", "3", "4"]
-    assert all(abs(a - c) > 8 or abs(b - d) > 11 for n, (a, b) in enumerate(places) for c, d in places[:n])
+    assert all(abs(a - c) > 8 or abs(b - d) > 11 for n, (a, b) in enumerate(points) for c, d in points[:n])
     listed = [shape.text for shape in canvas.shapes if shape.text.endswith("0.500, 100 tokens")]
     assert len(listed) == 4
 
 
-def test_weights_are_bars_from_0_the_heaviest_first(results: dict[str, Any]) -> None:
+def test_weights_are_sorted_bars_from_0(results: dict[str, Any]) -> None:
     parts = [
         {"name": "markov", "weight": 0.4, "low": 0.2, "high": 0.6},
         {"name": "<b>popularity</b>", "weight": -0.9, "low": -1.0, "high": -0.8},
@@ -168,7 +160,7 @@ def test_weights_are_bars_from_0_the_heaviest_first(results: dict[str, Any]) -> 
     assert (ends[0][1] - ends[0][0]) / (ends[1][1] - ends[1][0]) == pytest.approx(0.9 / 0.4, rel=0.02)
 
 
-def test_a_fusion_is_drawn_in_the_page(results: dict[str, Any], save: Any) -> None:
+def test_page_has_the_weights_of_a_fusion(results: dict[str, Any], save: Any) -> None:
     evil = "</title><script>window.__pwned=1</script>"
     row = next(row for row in results["rows"] if row["id"] == "direct/baseline/item-knn")
     parts = [{"name": name, "weight": 0.4, "low": 0.2, "high": 0.6} for name in (evil, "markov")]
@@ -177,7 +169,7 @@ def test_a_fusion_is_drawn_in_the_page(results: dict[str, Any], save: Any) -> No
     assert any(evil in each for each in Tree(plot_of(text, "weights-3-1")).texts) and "<script" not in text
 
 
-def test_a_single_bar_is_no_plot(results: dict[str, Any], save: Any) -> None:
+def test_single_bar_is_not_plotted(results: dict[str, Any], save: Any) -> None:
     row = next(row for row in results["rows"] if row["id"] == "direct/baseline/item-knn")
     row["fusion"] = {"form": "logit", "parts": [{"name": "markov", "weight": 1.0}]}
     results["budget"] = results["budget"][:1]
@@ -185,20 +177,20 @@ def test_a_single_bar_is_no_plot(results: dict[str, Any], save: Any) -> None:
     assert 'id="weights-3-1"' not in write(save(results))["html"].read_text("utf-8")
 
 
-def test_every_axis_has_a_title_with_its_unit(results: dict[str, Any]) -> None:
-    found = plots(results_of(results))
-    wanted = {
+def test_axes_have_titles_with_units(results: dict[str, Any]) -> None:
+    result = plots(results_of(results))
+    expected = {
         "forest-1": {"RMSE (lower is better)"}, "budget": {"seconds"},
         "training-loss": {"optimiser step", "loss, nats per token"}, "training-speed": {"optimiser step", "tokens/s"},
     }  # fmt: skip
-    for name, titles in wanted.items():
-        for canvas in pictures(found[name]):
+    for name, titles in expected.items():
+        for canvas in pictures(result[name]):
             assert {
                 shape.text.removesuffix(", log scale") for shape in canvas.shapes if shape.look == "axis-title"
             } == titles
 
 
-def test_every_plot_stays_inside_its_picture(results: dict[str, Any]) -> None:
+def test_shapes_are_inside_the_picture(results: dict[str, Any]) -> None:
     for plot in plots(results_of(results)).values():
         for canvas in pictures(plot):
             for shape in canvas.shapes:
@@ -215,7 +207,7 @@ finite = st.floats(-1e6, 1e6)
 
 
 @given(st.lists(finite, min_size=1, max_size=8))
-def test_a_scale_holds_its_values_and_has_ticks_within(values: list[float]) -> None:
+def test_scale_and_ticks(values: list[float]) -> None:
     scale = fitted(values, 10, 200)
     assert all(10 <= scale(value) <= 200 for value in values)
     assert [scale(value) for value in sorted(values)] == sorted(scale(value) for value in values)
@@ -224,7 +216,7 @@ def test_a_scale_holds_its_values_and_has_ticks_within(values: list[float]) -> N
 
 
 @given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=8))
-def test_a_logarithmic_scale_does_too(values: list[float]) -> None:
+def test_logarithmic_scale(values: list[float]) -> None:
     scale = spanning(values, 200, 10)
     assert scale.log is (max(values) / min(values) >= 4)
     assert all(10 - 1e-6 <= scale(value) <= 200 + 1e-6 for value in values) and len(scale.ticks(6)) >= 1
@@ -236,21 +228,14 @@ def test_ticks_are_round() -> None:
 
 
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=8))
-def test_labels_are_moved_apart_in_their_order(places: list[float]) -> None:
-    found = apart(places, 12, 0, 100)
-    assert all(-1e-6 <= place <= 100 + 1e-6 for place in found)
-    order = sorted(range(len(places)), key=lambda index: places[index])
-    assert all(found[b] - found[a] >= 12 - 1e-6 for a, b in pairwise(order))
+def test_labels_do_not_overlap_and_keep_their_order(heights: list[float]) -> None:
+    result = apart(heights, 12, 0, 100)
+    assert all(-1e-6 <= height <= 100 + 1e-6 for height in result)
+    order = sorted(range(len(heights)), key=lambda index: heights[index])
+    assert all(result[b] - result[a] >= 12 - 1e-6 for a, b in pairwise(order))
 
 
 @given(st.text(max_size=60), st.floats(30, 300))
 def test_cut_text_fits(text: str, width: float) -> None:
     shown = cut(text, width)
     assert text_width(shown) <= width and (shown == text or shown.endswith("…"))
-
-
-def test_results_without_any_comparison_still_make_a_page(results: dict[str, Any], save: Any) -> None:
-    results["comparisons"] = []
-    text = write(save(results))["html"].read_text("utf-8")
-    assert 'id="differences"' not in text and text.count("not tested") >= 8
-    assert isinstance(results_of(results), Results)

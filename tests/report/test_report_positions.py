@@ -1,10 +1,9 @@
-"""Position bias: bands of places, their intervals, what is said of them, and the curve."""
+"""Position bias: bands of positions, their intervals, sentences, and the curve."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,11 @@ from scipy.stats import t
 from llmrec.report.breakdowns import bands, bias_words, sentences, shown_rows
 from llmrec.report.canvas import WIDE
 from llmrec.report.charts import draw
-from llmrec.report.page import write
 from llmrec.report.plots import by_position
+from llmrec.report.render import markdown_page
 from llmrec.report.results import results_of
 from llmrec.report.wording import label
 from llmrec.results import AtPosition, PositionBias, Row
-
-Save = Callable[[dict[str, Any]], Path]
 
 
 def _row(*entries: AtPosition) -> Row:
@@ -38,17 +35,17 @@ def _at(position: int, n: int, hit: float | None = 0.5, rank: float | None = 3.0
 # --------------------------------------------------------------------------- bands
 
 
-def test_a_band_equals_the_requests_that_it_pools() -> None:
+def test_band_equals_its_pooled_requests() -> None:
     rng = np.random.default_rng(0)
     ranks = {1: rng.integers(1, 9, 7).astype(float), 2: rng.integers(1, 9, 4).astype(float)}
-    hits = {place: (values == 1).astype(float) for place, values in ranks.items()}
+    hits = {position: (values == 1).astype(float) for position, values in ranks.items()}
     entries = [
-        _at(place, len(own), float(hits[place].mean()), float(own.mean()), float(own.std(ddof=1)))
-        for place, own in ranks.items()
+        _at(position, len(values), float(hits[position].mean()), float(values.mean()), float(values.std(ddof=1)))
+        for position, values in ranks.items()
     ]
-    found = bands(_row(*entries, _at(3, 11), _at(4, 11)))
-    assert [band.name for band in found] == ["1–2", "3–4"]
-    first, pooled = found[0], np.concatenate(list(ranks.values()))
+    result = bands(_row(*entries, _at(3, 11), _at(4, 11)))
+    assert [band.name for band in result] == ["1–2", "3–4"]
+    first, pooled = result[0], np.concatenate(list(ranks.values()))
     assert first.n == 11 and first.hit == pytest.approx(np.concatenate(list(hits.values())).mean())
     assert first.rank == pytest.approx(pooled.mean())
     half = t.ppf(0.975, 10) * pooled.std(ddof=1) / math.sqrt(11)
@@ -60,17 +57,17 @@ def test_a_band_equals_the_requests_that_it_pools() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(1, 60), st.integers(0, 30)), max_size=40, unique_by=lambda each: each[0]))
-def test_bands_hold_every_request_once(entries: list[tuple[int, int]]) -> None:
-    found = bands(_row(*(_at(place, n) for place, n in entries)))
-    kept = {place: n for place, n in entries if n}
-    assert sum(band.n for band in found) == sum(kept.values())
-    assert all(after.first > before.last for before, after in pairwise(found))
-    for band in found:
-        assert band.n == sum(n for place, n in kept.items() if band.first <= place <= band.last) > 0
+def test_each_request_is_in_one_band(entries: list[tuple[int, int]]) -> None:
+    result = bands(_row(*(_at(position, n) for position, n in entries)))
+    kept = {position: n for position, n in entries if n}
+    assert sum(band.n for band in result) == sum(kept.values())
+    assert all(after.first > before.last for before, after in pairwise(result))
+    for band in result:
+        assert band.n == sum(n for position, n in kept.items() if band.first <= position <= band.last) > 0
         assert 0 <= band.hit_low <= band.hit <= band.hit_high <= 1
 
 
-def test_places_without_figures_and_single_requests_are_no_obstacle() -> None:
+def test_positions_without_values_and_single_requests() -> None:
     assert bands(_row()) == ()
     assert bands(_row(_at(1, 0), _at(2, 3, hit=None), _at(3, 3, rank=None))) == ()
     (only,) = bands(_row(_at(5, 1, sd=None)))
@@ -80,18 +77,18 @@ def test_places_without_figures_and_single_requests_are_no_obstacle() -> None:
 # --------------------------------------------------------------------------- words
 
 
-def test_it_is_said_which_rows_are_biased(results: dict[str, Any]) -> None:
-    found = results_of(results)
-    assert sentences(found, "direct") == (
+def test_sentences_name_biased_rows(results: dict[str, Any]) -> None:
+    result = results_of(results)
+    assert sentences(result, "direct") == (
         "Significant position bias (the rank of the target depends on its position among the candidates): zero-shot · "
         "label · pick-one (46 % of the variance of the rank, 10 % expected by chance; rank correlation +0.41; "
         "corrected p < 0.001).",
         "No significant position bias: few-shot · label · pick-one and fine-tuned · label with both templates.",
     )
-    assert sentences(found, "rating") == ()
+    assert sentences(result, "rating") == ()
 
 
-def test_rows_that_differ_in_their_template_are_named_together(several: dict[str, Any]) -> None:
+def test_rows_with_several_templates_are_named_together(several: dict[str, Any]) -> None:
     tuned = [row for row in several["rows"] if row["task"] == "direct" and row["arm"] == "tuned"]
     for row, share, rho, p in zip(tuned[:3], (0.5, 0.3, 0.4), (-0.5, -0.304, 0), (0.004, 0.0402, 0.001), strict=True):
         row["position_bias"] = {"share": share, "chance": 0.1, "rho": rho, "p": p}
@@ -106,7 +103,7 @@ def test_rows_that_differ_in_their_template_are_named_together(several: dict[str
     )
 
 
-def test_nothing_shown_is_said_once(results: dict[str, Any]) -> None:
+def test_sentence_without_biased_rows(results: dict[str, Any]) -> None:
     for row in results["rows"]:
         if row.get("position_bias"):
             row["position_bias"] = {"share": None, "chance": None, "rho": None, "p": None}
@@ -117,20 +114,19 @@ def test_nothing_shown_is_said_once(results: dict[str, Any]) -> None:
     )
 
 
-def test_a_run_of_classic_recommenders_has_no_table_of_positions(results: dict[str, Any], save: Save) -> None:
+def test_run_of_baselines_has_no_table_of_positions(results: dict[str, Any]) -> None:
     results["rows"] = [row for row in results["rows"] if row["arm"] == "baseline"]
     results["comparisons"] = []
     assert shown_rows(results_of(results), "direct") == ()
-    pages = write(save(results))
-    assert not any("Position of the target" in page.read_text("utf-8") for page in pages.values())
+    assert "Position of the target" not in markdown_page(results_of(results), {}, None, fix="")
 
 
 # --------------------------------------------------------------------------- the curve
 
 
-def test_the_curve_holds_every_language_model_row_and_the_best_baseline(results: dict[str, Any]) -> None:
-    found = results_of(results)
-    plot = by_position(found, "direct")
+def test_curve_has_every_language_model_and_the_best_baseline(results: dict[str, Any]) -> None:
+    result = results_of(results)
+    plot = by_position(result, "direct")
     assert [label(row) for row in plot["rows"]] == [
         "zero-shot · label · pick-one",
         "few-shot · label · pick-one",
@@ -138,21 +134,20 @@ def test_the_curve_holds_every_language_model_row_and_the_best_baseline(results:
         "fine-tuned · label · unseen-pick-one",
     ]
     assert plot["control"] is not None and label(plot["control"]) == "item-knn"
-    own = bands(plot["rows"][0])
-    assert [band.name for band in own] == [f"{place}–{place + 1}" for place in range(1, 20, 2)]
-    assert [band.middle for band in own] == [place + 0.5 for place in range(1, 20, 2)]
+    drawn = bands(plot["rows"][0])
+    assert [band.name for band in drawn] == [f"{first}–{first + 1}" for first in range(1, 20, 2)]
+    assert [band.middle for band in drawn] == [first + 0.5 for first in range(1, 20, 2)]
     shapes = draw(plot, WIDE).shapes
     titles = [shape.title for shape in shapes if shape.title.startswith("zero-shot") and "target at" in shape.title]
     assert titles == [
         f"zero-shot · label · pick-one, target at {band.name}: {name} {getattr(band, key):.3g}, n = 20"
         for key, name in (("hit", "HR@1"), ("rank", "mean rank"))
-        for band in own
+        for band in drawn
     ]
-    assert by_position(found, "rating")["rows"] == []
+    assert by_position(result, "rating")["rows"] == []
 
 
-def test_it_stands_in_the_page_and_in_markdown(results: dict[str, Any], save: Save) -> None:
-    pages = write(save(results))
+def test_positions_in_page_and_markdown(pages: dict[str, Path]) -> None:
     html = pages["html"].read_text("utf-8")
     assert html.count('id="positions-2"') == html.count('id="positions-3"') == 1 and 'id="positions-1"' not in html
     part = html.split('id="positions-3-caption"')[1].split("</table>")[0]

@@ -9,23 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
 from llmrec.data.cells import cell as csv_cell
 from llmrec.data.cells import unguarded
-from llmrec.report.page import write
 from llmrec.report.render import markdown_page
 from llmrec.report.results import results_of
 from llmrec.report.table import CSV_COLUMNS, console_tables, csv_text
 from tests.report.payloads import FORMULAS, HIDDEN_FORMULAS
 
 STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
-
-
-Save = Callable[[dict[str, Any]], Path]
 Hostile = Callable[[dict[str, Any], Sequence[str]], dict[str, Any]]
 
 
@@ -37,19 +32,15 @@ def _lines(text: str) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(text, newline="")))
 
 
-def test_csv_numbers_equal_results(run_dir: Path, results: dict[str, Any]) -> None:
-    lines = _lines(write(run_dir)["csv"].read_text("utf-8"))
+def test_csv_numbers_equal_results(pages: dict[str, Path], results: dict[str, Any]) -> None:
+    lines = _lines(pages["csv"].read_text("utf-8"))
     assert tuple(lines[0]) == CSV_COLUMNS
-    found = {(line["row"], line["metric"]): line for line in lines}
-    assert len(found) == len(lines) == sum(len(row["metrics"]) for row in results["rows"])
+    result = {(line["row"], line["metric"]): line for line in lines}
+    assert len(result) == len(lines) == sum(len(row["metrics"]) for row in results["rows"])
     for row in results["rows"]:
         for name, metric in row["metrics"].items():
-            line = found[row["id"], name]
-            assert [float(line[key]) for key in ("value", "low", "high")] == [
-                metric["value"],
-                metric["low"],
-                metric["high"],
-            ]
+            line = result[row["id"], name]
+            assert all(float(line[key]) == metric[key] for key in ("value", "low", "high"))
             assert line["signature"] == metric["signature"]
             assert float(line["parse_rate"]) == row["parse_rate"] and float(line["tie_rate"]) == row["tie_rate"]
             assert int(line["n"]) == row["n"] and int(line["shots"]) == row["shots"]
@@ -62,34 +53,30 @@ def _columns_of_text(line: dict[str, str]) -> list[str]:
     return [value for key, value in line.items() if key not in numbers]
 
 
-def test_no_text_of_a_run_becomes_a_formula(results: dict[str, Any], hostile: Hostile) -> None:
-    assert len(FORMULAS) == 20
-    found: set[str] = set()
-    # Turned round, so that each comes to stand in every kind of column.
-    for turn in range(0, len(FORMULAS), 5):
-        lines = _lines(csv_text(results_of(hostile(results, FORMULAS[turn:] + FORMULAS[:turn]))))
+def test_escapes_formulas(results: dict[str, Any], hostile: Hostile) -> None:
+    result: set[str] = set()
+    # Rotated, so that each is in every kind of column.
+    for start in range(0, len(FORMULAS), 5):
+        lines = _lines(csv_text(results_of(hostile(results, FORMULAS[start:] + FORMULAS[:start]))))
         cells = [value for line in lines for value in _columns_of_text(line)]
         assert not [value for value in cells if value.startswith(STARTS)]
-        found |= set(cells)
-    # Each of them stands in the file, with an apostrophe before it.
-    assert {"'" + payload.replace("\x00", "") for payload in FORMULAS} <= found
+        result |= set(cells)
+    # Each of them is in the file, with an apostrophe before it.
+    assert {"'" + payload.replace("\x00", "") for payload in FORMULAS} <= result
     plain = _lines(csv_text(results_of(results)))
     assert {float(line["value"]) for line in lines} == {float(line["value"]) for line in plain}
 
 
-@pytest.mark.parametrize("payload", HIDDEN_FORMULAS)
-def test_nothing_hides_the_start_of_a_formula(payload: str) -> None:
-    assert csv_cell(payload) == f"'{payload}"
-    assert csv_cell(f"a{payload}") == f"a{payload}"
+def test_escapes_formulas_after_invisible_characters() -> None:
+    for payload in HIDDEN_FORMULAS:
+        assert csv_cell(payload) == f"'{payload}"
+        assert csv_cell(f"a{payload}") == f"a{payload}"
 
 
 def test_negative_numbers_stay_numbers(results: dict[str, Any]) -> None:
     results["rows"][0]["metrics"]["RMSE"].update(value=-0.25, low=-1.0, high=-1e-9)
-    line = next(
-        line
-        for line in _lines(csv_text(results_of(results)))
-        if line["row"] == results["rows"][0]["id"] and line["metric"] == "RMSE"
-    )
+    lines = {(line["row"], line["metric"]): line for line in _lines(csv_text(results_of(results)))}
+    line = lines[results["rows"][0]["id"], "RMSE"]
     assert (line["value"], line["low"], line["high"]) == ("-0.25", "-1.0", "-1e-09")
 
 
@@ -106,7 +93,7 @@ def test_csv_cell_round_trip(value: str | float | int | None) -> None:
 # --------------------------------------------------------------------------- Markdown
 
 
-def test_markdown_orders_rows_and_marks_the_best(results: dict[str, Any]) -> None:
+def test_markdown_sorts_rows_and_marks_the_best(results: dict[str, Any]) -> None:
     text = _markdown(results)
     rating = text.split("### Rating prediction")[1].split("###")[0].splitlines()
     rows = [line for line in rating if line.startswith("| ") and "---" not in line][1:]
@@ -120,7 +107,7 @@ def test_markdown_orders_rows_and_marks_the_best(results: dict[str, Any]) -> Non
 # --------------------------------------------------------------------------- console
 
 
-def test_console_shows_rows_in_order_and_nothing_hidden(results: dict[str, Any]) -> None:
+def test_console_shows_rows_in_order_and_escapes_controls(results: dict[str, Any]) -> None:
     results["rows"][0]["predictor"] = "[red]\x1b[31mx\x07[/red]"
     tables = console_tables(results_of(results))
     assert len(tables) == 5

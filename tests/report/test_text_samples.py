@@ -1,12 +1,11 @@
-"""Texts beside each other: which requests, what each question told, what could not be read, and hostile ones."""
+"""Samples of generated texts in the report: requests, prompts, failures, and hostile texts."""
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from collections.abc import Callable
-from html.parser import HTMLParser
+from html import unescape
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import pytest
 from docs.site.browser import Browser, executable
 from llmrec.errors import DataError
 from llmrec.report.page import write
+from llmrec.report.results import results_of
 from tests.facts import Facts, raises
 from tests.report.payloads import MARKDOWN, SCRIPTS
 from tests.report.reading import blocks
@@ -47,74 +47,54 @@ def sample(results: dict[str, Any], number: int) -> dict[str, Any]:
 
 
 @pytest.fixture
-def told(results: dict[str, Any]) -> dict[str, Any]:
-    """A run with twenty requests to read."""
+def sampled(results: dict[str, Any]) -> dict[str, Any]:
+    """A run with a sample of twenty requests."""
     return results | {"texts": [sample(results, number) for number in range(20)]}
 
 
-class Cards(HTMLParser):
-    """Collects the section's articles: heading, and term and description of every line, as text."""
+class Cards:
+    """The ids of the sections, and the texts of each sample: heading, and terms and descriptions."""
 
     def __init__(self, page: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.cards: list[list[str]] = []
-        self.sections: list[str] = []
-        self.at, self.inside = "", False
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = dict(attrs)
-        self.sections += [found["id"] or ""] if tag == "section" else []
-        if tag == "article":
-            self.inside = found.get("class") == "sample"
-            self.cards += [[]] if self.inside else []
-        if self.inside and tag in ("h4", "p", "dt", "dd"):
-            self.cards[-1].append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        self.inside = self.inside and tag != "article"
-
-    def handle_data(self, data: str) -> None:
-        if self.inside and self.cards[-1]:
-            self.cards[-1][-1] += data
+        self.sections = re.findall(r'<section\b[^>]*\bid="([^"]+)"', page)
+        articles = re.findall(r'<article class="sample".*?</article>', page, re.S)
+        parts = [re.findall(r"<(?:h4|p|dt|dd)\b[^>]*>(.*?)</(?:h4|p|dt|dd)>", article, re.S) for article in articles]
+        self.cards = [[" ".join(unescape(re.sub("<[^>]+>", "", part)).split()) for part in card] for card in parts]
 
     def lines(self, number: int) -> dict[str, str]:
-        found = [" ".join(part.split()) for part in self.cards[number][2:]]
-        return dict(zip(found[::2], found[1::2], strict=True))
+        parts = self.cards[number][2:]
+        return dict(zip(parts[::2], parts[1::2], strict=True))
 
 
-def read(content: dict[str, Any], save: Save) -> tuple[str, Cards, str]:
+def read_pages(content: dict[str, Any], save: Save) -> tuple[str, Cards, str]:
     pages = write(save(content))
     page = pages["html"].read_text("utf-8")
     return page, Cards(page), pages["markdown"].read_text("utf-8")
 
 
-def test_a_card_holds_inputs_truth_and_every_row(told: dict[str, Any], save: Save) -> None:
-    page, cards, _ = read(told, save)
+def test_page_and_markdown_of_a_sample(sampled: dict[str, Any], save: Save) -> None:
+    page, cards, text = read_pages(sampled, save)
     assert len(cards.cards) == 20
     assert cards.sections.index("texts") == cards.sections.index("comparisons") - 1
-    heading, about = (" ".join(part.split()) for part in cards.cards[7][:2])
+    heading, about = cards.cards[7][:2]
     assert heading == "8 Title 7" and about == "For Name 7 (u7). Item i7 · brand: Brand 7"
     lines = cards.lines(7)
     assert lines["True text"] == "True words 7."
-    # What every template shows has no mark, and what none shows says so.
+    # Fields in no prompt or in some of the prompts are marked.
     assert lines["Rating in no prompt"] == "4" and lines["Headline"] == "Good"
     assert lines["Feature in the prompts of because"] == "strap 7"
     labels = [label for label in lines if lines[label].endswith("wrote 7.")]
     assert {"fine-tuned · text · because", "fine-tuned · text · unseen-because", "frequent-text", "nearest-text"} < set(
         labels
     )
-    assert len(labels) == len({row["id"] for row in told["rows"] if row["task"] == "explanation"})
-    # The order of the rows is that of the table above.
-    levels = {row["id"]: row["metrics"]["ROUGE-L"]["value"] for row in told["rows"] if row["task"] == "explanation"}
+    rows = [row for row in sampled["rows"] if row["task"] == "explanation"]
+    assert len(labels) == len(rows)
+    # The rows are in the order of the table.
+    levels = {row["id"]: row["metrics"]["ROUGE-L"]["value"] for row in rows}
     order = [levels[lines[label].removesuffix(" wrote 7.")] for label in labels]
     assert all(before >= after for before, after in pairwise(order))
     assert "20 of 200 requests, a random sample." in page
     assert '<a href="#texts">Texts</a>' in page and "<summary>15 more</summary>" in page
-
-
-def test_the_markdown_page_holds_five(told: dict[str, Any], save: Save) -> None:
-    _, _, text = read(told, save)
     section = text.partition("\n## Texts\n")[2].partition("\n## ")[0]
     assert section.count("\n#### ") == 5 == section.count("True text: ")
     assert "The first 5 are shown here, all of them in index.html." in section
@@ -123,11 +103,11 @@ def test_the_markdown_page_holds_five(told: dict[str, Any], save: Save) -> None:
     assert blocks(text).count("heading_open") == len(re.findall("^#+ ", text, re.MULTILINE))
 
 
-def test_an_answer_that_could_not_be_read_stands_there_as_one(told: dict[str, Any], save: Save) -> None:
+def test_answers_that_could_not_be_parsed(sampled: dict[str, Any], save: Save) -> None:
     row = "explanation/tuned/text/because"
-    told["texts"][0]["answers"][row] = {"text": None, "error": "nothing written", "raw": "\n 4: \n"}
-    told["texts"][1]["answers"][row] = {"text": None, "error": "the server timed out", "raw": ""}
-    _, cards, text = read(told, save)
+    sampled["texts"][0]["answers"][row] = {"text": None, "error": "nothing written", "raw": "\n 4: \n"}
+    sampled["texts"][1]["answers"][row] = {"text": None, "error": "the server timed out", "raw": ""}
+    _, cards, text = read_pages(sampled, save)
     label = "fine-tuned · text · because"
     assert cards.lines(0)[label] == "could not be parsed nothing written: 4:"
     assert cards.lines(1)[label] == "could not be parsed the server timed out"
@@ -135,58 +115,50 @@ def test_an_answer_that_could_not_be_read_stands_there_as_one(told: dict[str, An
     assert f"- {label}: (could not be parsed) the server timed out\n" in text
 
 
-@pytest.mark.parametrize("count", [1, 4])
-def test_fewer_requests_are_all_shown_and_open(count: int, told: dict[str, Any], save: Save) -> None:
-    told["texts"] = told["texts"][:count]
-    for row in told["rows"]:
+@pytest.mark.parametrize(("count", "note"), [(1, "The only request."), (4, "All 4 requests, in random order.")])
+def test_small_samples_are_complete(count: int, note: str, sampled: dict[str, Any], save: Save) -> None:
+    sampled["texts"] = sampled["texts"][:count]
+    for row in sampled["rows"]:
         row["n"] = count
         row["parse_rate"] = 1.0
-    page, cards, text = read(told, save)
+    page, cards, text = read_pages(sampled, save)
     assert len(cards.cards) == count
-    said = {1: "The only request.", 4: "All 4 requests, in random order."}[count]
-    assert said in page and said in text
+    assert note in page and note in text
     assert " more</summary>" not in page and "The first 5" not in text
 
 
-def test_without_texts_there_is_no_section(results: dict[str, Any], save: Save) -> None:
-    """So it is in runs of other families, and in results that an earlier version wrote."""
-    for content in (results, results | {"texts": []}):
-        page, cards, text = read(content, save)
-        assert "texts" not in cards.sections and "#texts" not in page and "## Texts" not in text
+def test_report_without_texts_has_no_section(pages: dict[str, Path]) -> None:
+    page, text = (pages[kind].read_text("utf-8") for kind in ("html", "markdown"))
+    assert "texts" not in Cards(page).sections and "#texts" not in page and "## Texts" not in text
 
 
-def test_two_tasks_have_their_own_cards(told: dict[str, Any], save: Save) -> None:
-    for row in [row for row in told["rows"] if row["task"] == "explanation"]:
-        twin = json.loads(json.dumps(row).replace("explanation", "review"))
-        told["rows"].append(twin)
-    told["headline"]["review"] = "ROUGE-L"
-    told["texts"] += json.loads(json.dumps(told["texts"][:3]).replace("explanation", "review"))
-    page, cards, text = read(told, save)
+def test_samples_of_two_tasks_of_synthetic_data(sampled: dict[str, Any], save: Save) -> None:
+    for row in [row for row in sampled["rows"] if row["task"] == "explanation"]:
+        sampled["rows"].append(json.loads(json.dumps(row).replace("explanation", "review")))
+    sampled["headline"]["review"] = "ROUGE-L"
+    sampled["texts"] += json.loads(json.dumps(sampled["texts"][:3]).replace("explanation", "review"))
+    sampled["data"]["reviews"] = sampled["data"]["main"] | {"made": True, "derived": "titles from keyphrases"}
+    sampled["tables"] = {"explanation": "reviews"}
+    page, cards, text = read_pages(sampled, save)
     assert len(cards.cards) == 23 and "review/tuned" in cards.lines(22)["fine-tuned · text · because"]
     assert page.count("<summary>15 more</summary>") == 1
     assert "### Headline of a review" in text.partition("## Texts")[2]
-
-
-def test_what_is_made_or_derived_is_said(told: dict[str, Any], save: Save) -> None:
-    told["data"]["reviews"] = told["data"]["main"] | {"made": True, "derived": "titles from keyphrases"}
-    told["tables"] = {"explanation": "reviews"}
-    page, _, _ = read(told, save)
     section = page.partition('<section id="texts"')[2].partition("</section>")[0]
     assert "the true texts were not written by people" in section and "titles from keyphrases" in section
 
 
-def test_a_damaged_sample_is_an_error_with_its_key(told: dict[str, Any], save: Save) -> None:
-    del told["texts"][3]["truth"]
+def test_rejects_damaged_sample(sampled: dict[str, Any]) -> None:
+    del sampled["texts"][3]["truth"]
     with raises(DataError, Facts("missing-key", "results.json", column="texts[3].truth")):
-        write(save(told))
+        results_of(sampled)
 
 
 # --------------------------------------------------------------------------- hostile texts
 
 
 def hostile(results: dict[str, Any], texts: tuple[str, ...]) -> dict[str, Any]:
-    """Return a run whose samples hold a text in every place, one text a sample."""
-    found = []
+    """Return a run whose samples have a text in every field, one text per sample."""
+    samples = []
     for number, text in enumerate(texts):
         one = sample(results, number)
         one["user"] = {"id": text, "name": text}
@@ -195,14 +167,14 @@ def hostile(results: dict[str, Any], texts: tuple[str, ...]) -> dict[str, Any]:
         one["truth"] = text
         one["answers"] = {row: {"text": text} for row in one["answers"]}
         one["answers"]["explanation/tuned/text/because"] = {"text": None, "error": text, "raw": text}
-        found.append(one)
-    return results | {"texts": found}
+        samples.append(one)
+    return results | {"texts": samples}
 
 
-def test_no_text_becomes_markup(told: dict[str, Any], results: dict[str, Any], save: Save) -> None:
+def test_escapes_texts_of_samples(results: dict[str, Any], save: Save) -> None:
     texts = (*SCRIPTS, *MARKDOWN, *TOKENS)
-    harmless, _, plain = read(hostile(results, tuple("x" for _ in texts)), save)
-    page, cards, text = read(hostile(results, texts), save)
+    harmless, _, plain = read_pages(hostile(results, tuple("x" for _ in texts)), save)
+    page, cards, text = read_pages(hostile(results, texts), save)
     tags = re.compile(r"<[a-zA-Z/][^>]*>")
     # The policy's nonce is a hash over the data.
     nonces = (re.search(r"nonce-([0-9a-f]+)", each) for each in (page, harmless))
@@ -216,8 +188,8 @@ def test_no_text_becomes_markup(told: dict[str, Any], results: dict[str, Any], s
 
 
 @pytest.mark.skipif(executable() is None, reason="no chromium on PATH")
-def test_a_browser_runs_nothing_and_long_words_wrap(results: dict[str, Any], save: Save, tmp_path: Path) -> None:
-    content = hostile(copy.deepcopy(results), (LONG, *SCRIPTS[:40], *MARKDOWN[:4], *TOKENS))
+def test_browser_runs_no_text_and_wraps_long_words(results: dict[str, Any], save: Save, tmp_path: Path) -> None:
+    content = hostile(results, (LONG, *SCRIPTS[:40], *MARKDOWN[:4], *TOKENS))
     page = write(save(content))["html"]
     script = """(() => {
       document.querySelectorAll("details").forEach((entry) => { entry.open = true; });

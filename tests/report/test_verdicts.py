@@ -1,4 +1,4 @@
-"""The last screen of a run says what the report says, in eighty columns."""
+"""The summary of a run in the terminal: it agrees with the report, and has at most 80 columns."""
 
 from __future__ import annotations
 
@@ -29,31 +29,31 @@ def shown(results: dict[str, Any]) -> str:
 
 def ensemble(row: dict[str, Any], weight: float, level: float, name: str) -> dict[str, Any]:
     """Return an ensemble that has the row's model among its members."""
-    made = copy.deepcopy(row)
-    made.update(id=f"{row['task']}/{row['arm']}/{name}", predictor=name, template=None)
-    made["metrics"]["NDCG@10"].update(value=level, low=level - 0.01, high=level + 0.01)
+    added = copy.deepcopy(row)
+    added.update(id=f"{row['task']}/{row['arm']}/{name}", predictor=name, template=None)
+    added["metrics"]["NDCG@10"].update(value=level, low=level - 0.01, high=level + 0.01)
     parts = [{"name": "markov-1", "weight": 1.0}, {"name": "likelihood", "weight": weight}]
-    made["fusion"] = {"form": "logit", "parts": parts if row["arm"] == "tuned" else parts[:1]}
-    return made
+    added["fusion"] = {"form": "logit", "parts": parts if row["arm"] == "tuned" else parts[:1]}
+    return added
 
 
 def with_ensembles(results: dict[str, Any], weight: float) -> dict[str, Any]:
-    """Add ensembles of classic recommenders and of these with the tuned model, which differ by nothing."""
+    """Add ensembles of baselines without and with the tuned model, without a significant difference."""
     rows = {row["id"]: row for row in results["rows"]}
     classic = ensemble(rows["sequential/baseline/markov-1"], weight, 0.6, "fusion")
     joined = ensemble(rows["sequential/tuned/likelihood/continue-list"], weight, 0.985, "fusion with models")
     numbers = {"value": 0.006, "low": -0.01, "high": 0.02, "p": 0.4, "p_raw": 0.4, "verdict": "not shown"}
     more = {"task": "sequential", "metric": "NDCG@10", "detectable": 0.03, "level": 0.95}
-    own = {"a": "sequential/tuned/likelihood/continue-list", "b": classic["id"]}
+    alone = {"a": "sequential/tuned/likelihood/continue-list", "b": classic["id"]}
     results["rows"] += [classic, joined]
     results["comparisons"] += [
         {**more, **numbers, "a": joined["id"], "b": classic["id"]},
-        {**more, **numbers, **own, "value": -0.1, "low": -0.12, "high": -0.08, "verdict": "contradicted"},
+        {**more, **numbers, **alone, "value": -0.1, "low": -0.12, "high": -0.08, "verdict": "contradicted"},
     ]
     return results
 
 
-def test_the_table_has_each_setting_beside_the_best_baseline(results: dict[str, Any]) -> None:
+def test_table_has_settings_and_the_best_baseline(results: dict[str, Any]) -> None:
     text = shown(results)
     head, *lines = [line.split() for line in text.splitlines() if line.strip()]
     assert head == ["zero", "few", "fine"]
@@ -63,32 +63,28 @@ def test_the_table_has_each_setting_beside_the_best_baseline(results: dict[str, 
     assert "✗ −0.060" in text and "✗ significantly worse" in " ".join(text.split())
 
 
-def test_the_model_stands_by_itself_and_its_ensemble_apart(results: dict[str, Any]) -> None:
-    found = with_ensembles(results, weight=0.0)
-    text = shown(found)
+@pytest.mark.parametrize(("weight", "note"), [(0.0, ", with weight 0, no"), (0.3, ", no")])
+def test_ensemble_is_separate_from_the_model(results: dict[str, Any], weight: float, note: str) -> None:
+    result = with_ensembles(results, weight=weight)
+    text = shown(result)
     assert "0.985" not in text and "✗ −0.100" in text
-    own = text[text.index("Next item") :].splitlines()[0].split()
-    assert own[3:6] == ["0.310", "0.320", "0.500"]
-    assert "NDCG@10 +0.006 [−0.010, +0.020] in Next item from history, with weight 0, no significant" in joined(
-        screen(results_of(found))
-    )
+    cells = text[text.index("Next item") :].splitlines()[0].split()
+    assert cells[3:6] == ["0.310", "0.320", "0.500"]
+    sentence = f"NDCG@10 +0.006 [−0.010, +0.020] in Next item from history{note} significant"
+    assert sentence in joined(screen(results_of(result)))
 
 
-def test_a_weight_is_said_where_it_is_0(results: dict[str, Any]) -> None:
-    assert "weight 0" not in joined(screen(results_of(with_ensembles(results, weight=0.3))))
-
-
-def test_it_never_contradicts_the_report(results: dict[str, Any]) -> None:
-    found = results_of(results)
-    text = joined(screen(found))
-    page = markdown_page(found, {}, None, fix="").replace("\\", "")
-    tally = tuning_tally([verdict(found, task) for task in found.tasks])
-    for sentence in (tally, caution(found)):
+def test_agrees_with_the_report(results: dict[str, Any]) -> None:
+    result = results_of(results)
+    text = joined(screen(result))
+    page = markdown_page(result, {}, None, fix="").replace("\\", "")
+    tally = tuning_tally([verdict(result, task) for task in result.tasks])
+    for sentence in (tally, caution(result)):
         assert sentence and sentence in text and sentence in page
 
 
 @pytest.mark.parametrize(("users", "trained", "says"), [(300, True, "one training seed."), (60, False, "fewer than")])
-def test_what_makes_a_run_exploratory(results: dict[str, Any], users: int, trained: bool, says: str) -> None:
+def test_exploratory_runs(results: dict[str, Any], users: int, trained: bool, says: str) -> None:
     for row in results["rows"]:
         row["users"] = users
     if not trained:
@@ -97,7 +93,7 @@ def test_what_makes_a_run_exploratory(results: dict[str, Any], users: int, train
     assert says in joined(screen(results_of(results)))
 
 
-def test_a_run_without_a_language_model_says_what_leads(results: dict[str, Any]) -> None:
+def test_run_without_a_language_model(results: dict[str, Any]) -> None:
     results["rows"] = [row for row in results["rows"] if row["arm"] == "baseline"]
     known = {row["id"] for row in results["rows"]}
     results["comparisons"] = [each for each in results["comparisons"] if {each["a"], each["b"]} <= known]
@@ -107,17 +103,15 @@ def test_a_run_without_a_language_model_says_what_leads(results: dict[str, Any])
     assert "Rating prediction" in text and "user-item-bias" in text and "zero-shot" not in text
 
 
-def test_no_figure_of_a_model_is_said(results: dict[str, Any]) -> None:
+def test_undefined_values_of_a_model(results: dict[str, Any]) -> None:
     for row in results["rows"]:
         if row["task"] == "rating" and row["arm"] != "baseline":
             row["metrics"]["RMSE"].update(value=None, low=None, high=None, undefined="no request has a rating")
     results["comparisons"] = [each for each in results["comparisons"] if each["task"] != "rating"]
     assert "no request has a rating" in joined(screen(results_of(results)))
-    own = next(line for line in shown(results).splitlines() if line.startswith("Rating"))
-    assert own.split()[2:] == ["–", "–", "–", "0.930", "–"]
+    line = next(line for line in shown(results).splitlines() if line.startswith("Rating"))
+    assert line.split()[2:] == ["–", "–", "–", "0.930", "–"]
 
 
 def test_time_names_the_longest_stages(results: dict[str, Any]) -> None:
-    said = spent(results_of(results))
-    longest = max(results["budget"], key=lambda stage: stage["seconds"])["stage"]
-    assert said.split("(")[1].startswith(longest)
+    assert spent(results_of(results)).split("(")[1].startswith("evaluate")

