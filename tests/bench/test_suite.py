@@ -227,10 +227,10 @@ def test_fusion_uses_a_ranker_unless_excluded(tmp_path: Path) -> None:
         "data": {
             "source": "table", "path": f"{data}/events.csv", "items": f"{data}/items.csv", "columns": columns,
         },
-        "seen": ["excluded"], "seeds": [0], "split_seeds": [0], "rows": rows, "pairs": [["learned", "linear"]],
+        "seen": ["included"], "seeds": [0], "split_seeds": [0], "rows": rows, "pairs": [["learned", "linear"]],
     }  # fmt: skip
     ran = run_benchmark(Suite(**page), out=tmp_path / "out", results=tmp_path / "r")
-    tables = {row.name: row.tables["excluded"] for row in ran.results.rows}
+    tables = {row.name: row.tables["included"] for row in ran.results.rows}
     learned, linear = tables["learned"], tables["linear"]
     assert learned.parameters["form"] == "ranker" != linear.parameters["form"]
     assert learned.metrics["NDCG@10"].value > linear.metrics["NDCG@10"].value
