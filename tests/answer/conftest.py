@@ -8,6 +8,7 @@ from llmrec.backends.encode import Encoder
 from llmrec.backends.hf.backend import HFBackend
 from llmrec.models.load import load_model, load_tokenizer
 from llmrec.pipeline import bundle, engines
+from tests.answer.rank_cases import make_run
 from tests.conftest import section
 
 
@@ -19,6 +20,12 @@ def no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def tools(llama_folder: Path) -> tuple[bundle.Bundle, HFBackend, Encoder]:
-    found = bundle.read(str(llama_folder), section(llama_folder))
-    encoder = Encoder(load_tokenizer(found.folder, found.model), max_length=found.model.max_length)
-    return found, HFBackend(load_model(found.folder, found.model), encoder), encoder
+    opened = bundle.read(str(llama_folder), section(llama_folder))
+    encoder = Encoder(load_tokenizer(opened.folder, opened.model), max_length=opened.model.max_length)
+    return opened, HFBackend(load_model(opened.folder, opened.model), encoder), encoder
+
+
+@pytest.fixture(scope="session")
+def tuned(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a run; do not write to it."""
+    return make_run(llama_folder, tmp_path_factory.mktemp("tuned"))

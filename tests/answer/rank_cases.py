@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import polars as pl
 
 from llmrec.answer.rank.options import RankOptions
 from llmrec.data.ranked import Ranked, write_part
+from llmrec.data.requests import history_entry
 from llmrec.pipeline import bundle
 from llmrec.pipeline.study import build_study
 from llmrec.recipe.load import dump, load_recipe
@@ -64,29 +64,6 @@ def jsonl(path: Path, requests: list[Any]) -> Path:
     return path
 
 
-def delimited(path: Path, requests: list[dict[str, Any]], *, bars: bool) -> Path:
-    with path.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream, delimiter="\t" if path.suffix == ".tsv" else ",")
-        writer.writerow(["id", "user_id", "history", "candidates"])
-        for each in requests:
-            lists = [each["history"], each["candidates"]]
-            cells = ["|".join(one) for one in lists] if bars else [json.dumps(one) for one in lists]
-            writer.writerow([each["id"], each["user_id"], *cells])
-    return path
-
-
-def parquet(path: Path, requests: list[dict[str, Any]], kind: str) -> Path:
-    def cell(ids: list[str]) -> Any:
-        if kind == "text":
-            return json.dumps(ids)
-        return ids if kind == "list" else [{"item_id": item, "title": TITLES[item]} for item in ids]
-
-    columns: dict[str, Any] = {name: [each[name] for each in requests] for name in ("id", "user_id")}
-    columns |= {name: [cell(each[name]) for each in requests] for name in ("history", "candidates")}
-    pq.write_table(pa.table(columns), path, row_group_size=3)
-    return path
-
-
 def make_run(model: Path, folder: Path) -> Path:
     """Make a run folder as training leaves it, without its adapter."""
     changes = ["data={source: made-reviews, noun: products}", "reviews=null", "eval.candidates.count=5"]
@@ -99,22 +76,47 @@ def make_run(model: Path, folder: Path) -> Path:
     return folder
 
 
+def evaluated_requests(run: Path) -> list[dict[str, Any]]:
+    """Return the requests of a run's test split, as written in a file."""
+    study = build_study(load_recipe(run / "recipe.yaml"))
+    return [
+        {
+            "id": case.request.id,
+            "history": [history_entry(event) for event in case.request.history],
+            "candidates": list(case.request.candidates or ()),
+        }
+        for case in study.cases("sequential")
+    ]
+
+
+def evaluated_lists(run: Path, row: str) -> dict[str, list[tuple[str, float]]]:
+    """Return the items and scores of an evaluated row, by request."""
+    rows = pl.read_parquet(run / "predictions.parquet").filter(pl.col("row_id") == row)
+    answers = {request: json.loads(parsed) for request, parsed in rows.select("request_id", "parsed").iter_rows()}
+    return {request: list(zip(each["items"], each["scores"], strict=True)) for request, each in answers.items()}
+
+
+def pairs(line: dict[str, Any]) -> list[tuple[str, float]]:
+    """Return the items and scores of a line of an output file."""
+    return list(zip(line["items"], line["scores"], strict=True))
+
+
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")]
 
 
 class Killed(BaseException):
-    """What an in-process kill raises: nothing in the package catches it."""
+    """Raised in place of a kill; the package does not catch it."""
 
 
 def dying(parts: int) -> Callable[[Path, Sequence[Ranked]], None]:
     """Return a `write_part` that writes so many parts and then dies."""
     done: list[Path] = []
 
-    def write(path: Path, found: Sequence[Ranked]) -> None:
+    def write(path: Path, results: Sequence[Ranked]) -> None:
         if len(done) == parts:
             raise Killed
-        write_part(path, found)
+        write_part(path, results)
         done.append(path)
 
     return write

@@ -1,4 +1,4 @@
-"""The best items of the whole catalogue: which may be listed, and the order of equal scores, alone and in a batch."""
+"""The best items of the catalogue: excluded items, and the order of ties, alone and in a batch."""
 
 from __future__ import annotations
 
@@ -20,16 +20,14 @@ def names(least: int = 0) -> st.SearchStrategy[frozenset[str]]:
 
 
 @st.composite
-def asked(draw: st.DrawFn) -> tuple[RankRequest, Request]:
+def request_pairs(draw: st.DrawFn) -> tuple[RankRequest, Request]:
     request = RankRequest(id="r", candidates=(), barred=draw(names()), keep_seen=draw(st.booleans()))
     history = tuple(Event(item_id=name) for name in sorted(draw(names())))
     return request, Request(id="r", user_id="u", history=history)
 
 
-@given(pairs=st.lists(asked(), min_size=1, max_size=4), items=names())
-def test_barred_and_seen_items_and_those_that_left_the_catalogue_are_not_listed(
-    pairs: list[tuple[RankRequest, Request]], items: frozenset[str]
-) -> None:
+@given(pairs=st.lists(request_pairs(), min_size=1, max_size=4), items=names())
+def test_excluded_items_are_not_listed(pairs: list[tuple[RankRequest, Request]], items: frozenset[str]) -> None:
     requests, translated = zip(*pairs, strict=True)
     for row, (request, same) in zip(listable(requests, translated, COLUMNS, items), pairs, strict=True):
         seen = set() if request.keep_seen else {event.item_id for event in same.history}
@@ -48,11 +46,11 @@ def test_barred_and_seen_items_and_those_that_left_the_catalogue_are_not_listed(
     ),
     depth=st.integers(0, len(NAMES) + 2),
 )
-def test_equal_scores_are_in_the_order_of_the_columns(rows: list[tuple[list[float], list[bool]]], depth: int) -> None:
+def test_ties_are_in_column_order(rows: list[tuple[list[float], list[bool]]], depth: int) -> None:
     requests = [RankRequest(id=str(n), candidates=()) for n in range(len(rows))]
     scores, able = (np.array(part) for part in zip(*rows, strict=True))
-    found = best_of(requests, NAMES, scores, able, depth)
-    for request, ranking, values, which in zip(requests, found, scores, able, strict=True):
+    rankings = best_of(requests, NAMES, scores, able, depth)
+    for request, ranking, values, which in zip(requests, rankings, scores, able, strict=True):
         order = sorted(np.flatnonzero(which).tolist(), key=lambda column: -values[column])[:depth]
         assert ranking.request_id == request.id
         assert ranking.items == tuple(NAMES[column] for column in order)

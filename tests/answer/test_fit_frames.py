@@ -1,4 +1,4 @@
-"""`llmrec.fit`: frames in and frames out, and a recommender that recommends, evaluates, compares and is saved."""
+"""`llmrec.fit`: frames, recommendations, evaluation, comparison and saving."""
 
 from __future__ import annotations
 
@@ -58,19 +58,19 @@ def _lists(table: Any) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("make", KINDS)
-def test_tables_are_of_the_library_of_the_interactions(make: Any, rec: Loaded) -> None:
+def test_results_use_the_library_of_the_input(make: Any, rec: Loaded) -> None:
     frame = make(ROWS)
-    own = llmrec.fit(frame, make(ITEMS), "item-knn", **COLUMNS)
-    found = own.recommend(["u1", "u2"], k=2)
-    assert type(found) is type(frame) and _lists(found) == _lists(rec.recommend(["u1", "u2"], k=2))
-    assert list(pl.DataFrame(found).columns) == ["user_id", "rank", "item_id", "title", "score"]
-    asked = make([{"user_id": "u1"}, {"user_id": "u2"}])
-    requests = own.recommend(asked, k=2)
+    recommender = llmrec.fit(frame, make(ITEMS), "item-knn", **COLUMNS)
+    result = recommender.recommend(["u1", "u2"], k=2)
+    assert type(result) is type(frame) and _lists(result) == _lists(rec.recommend(["u1", "u2"], k=2))
+    assert list(pl.DataFrame(result).columns) == ["user_id", "rank", "item_id", "title", "score"]
+    table = make([{"user_id": "u1"}, {"user_id": "u2"}])
+    requests = recommender.recommend(table, k=2)
     assert type(requests) is type(frame)
-    assert pl.DataFrame(requests).select(pl.DataFrame(found).columns).to_dicts() == _lists(found)
+    assert pl.DataFrame(requests).select(pl.DataFrame(result).columns).to_dicts() == _lists(result)
 
 
-def test_users_come_as_ids_series_arrays_or_not_at_all(rec: Loaded) -> None:
+def test_kinds_of_user_arguments(rec: Loaded) -> None:
     expected = _lists(rec.recommend(["u1", "u2"], k=2))
     for users in (("u1", "u2"), pl.Series(["u1", "u2"]), np.array(["u1", "u2"])):
         assert _lists(rec.recommend(users, k=2)) == expected
@@ -83,9 +83,9 @@ def test_users_come_as_ids_series_arrays_or_not_at_all(rec: Loaded) -> None:
 
 
 def test_histories_exclusion_and_rules(rec: Loaded, caplog: pytest.LogCaptureFixture) -> None:
-    found = rec.recommend([["i1", "i2"], []], k=12)
-    assert found.columns[0] == "id" and set(found["id"]) == {"0", "1"}
-    assert not {"i1", "i2"} & set(found.filter(pl.col("id") == "0")["item_id"])
+    result = rec.recommend([["i1", "i2"], []], k=12)
+    assert result.columns[0] == "id" and set(result["id"]) == {"0", "1"}
+    assert not {"i1", "i2"} & set(result.filter(pl.col("id") == "0")["item_id"])
     assert {"i1", "i2"} <= set(rec.recommend([["i1", "i2"]], k=12, exclude_seen=False)["item_id"])
     even = rec.recommend(["u1"], where={"only": {"genre": ["even"]}})
     assert {int(item[1:]) % 2 for item in even["item_id"]} == {0}
@@ -96,14 +96,14 @@ def test_histories_exclusion_and_rules(rec: Loaded, caplog: pytest.LogCaptureFix
     assert "'stranger'" in caplog.text and len(caplog.messages) == 1
 
 
-def test_candidates_are_ranked_and_lists_are_shown(rec: Loaded) -> None:
-    found = rec.rank(["i9", "i8"], user="u2", k=1)
-    assert found == rec.rank(candidates=["i8", "i9"], user="u2")[:1]
-    assert "Tale" in repr(found) and found._repr_html_().count("<tr>") == 2
+def test_ranks_candidates_and_renders_lists(rec: Loaded) -> None:
+    ranking = rec.rank(["i9", "i8"], user="u2", k=1)
+    assert ranking == rec.rank(candidates=["i8", "i9"], user="u2")[:1]
+    assert "Tale" in repr(ranking) and ranking._repr_html_().count("<tr>") == 2
     assert {item.item_id for item in rec.similar(["i3"], k=2)} <= {f"i{n}" for n in range(12)}
 
 
-def test_items_without_interactions_are_ranked_by_models_that_read_texts(tmp_path: Path) -> None:
+def test_text_models_rank_new_items(tmp_path: Path) -> None:
     items = pl.DataFrame([*ITEMS, {"article": "new", "title": "Tale 3 again", "genre": "odd"}])
     rec = llmrec.fit(pl.DataFrame(ROWS), items, "content", **COLUMNS)
     assert rec.rank(history=["i3"], k=1)[0].item_id == "new"
@@ -114,7 +114,7 @@ def test_items_without_interactions_are_ranked_by_models_that_read_texts(tmp_pat
     assert "new" not in llmrec.fit(pl.DataFrame(ROWS), items, "item-knn", **COLUMNS).items
 
 
-def test_evaluation_against_the_metrics_of_the_lists(rec: Loaded) -> None:
+def test_evaluation_equals_metrics_of_lists(rec: Loaded) -> None:
     scores = rec.evaluate(pd.DataFrame(TEST), k=(1, 3), resamples=50)
     lists = rec.recommend(k=3).group_by("user_id", maintain_order=True).agg("item_id").rows()
     truth = {row["buyer"]: [other["article"] for other in TEST if other["buyer"] == row["buyer"]] for row in TEST}
@@ -132,7 +132,7 @@ def test_evaluation_against_the_metrics_of_the_lists(rec: Loaded) -> None:
         rec.evaluate(TEST, k=0)
 
 
-def test_relevant_items_that_no_list_has_are_reported(rec: Loaded, caplog: pytest.LogCaptureFixture) -> None:
+def test_reports_unreachable_relevant_items(rec: Loaded, caplog: pytest.LogCaptureFixture) -> None:
     again = [{"buyer": "u1", "article": "i1"}, {"buyer": "u2", "article": "i8"}]
     rec.evaluate(again, resamples=10, exclude_seen=False)
     assert not caplog.messages
@@ -140,7 +140,7 @@ def test_relevant_items_that_no_list_has_are_reported(rec: Loaded, caplog: pytes
     assert "1 of 2 relevant items are in the histories" in caplog.text
 
 
-def test_two_recommenders_are_compared_on_the_same_users(rec: Loaded, tmp_path: Path) -> None:
+def test_compares_on_the_same_users(rec: Loaded, tmp_path: Path) -> None:
     other = llmrec.fit(pl.DataFrame(ROWS), model=llmrec.baselines.Popularity(), **COLUMNS)
     scores = llmrec.compare(rec, other, TEST, k=5, resamples=200)
     pair = scores.comparisons["NDCG@5"]
@@ -150,37 +150,37 @@ def test_two_recommenders_are_compared_on_the_same_users(rec: Loaded, tmp_path: 
         rec.evaluate(TEST, k=5).metrics["NDCG@5"].value - other.evaluate(TEST, k=5).metrics["NDCG@5"].value  # type: ignore[operator]
     )
     assert {entry.name for entry in llmrec.compare(rec, rec, TEST).lists} == {"A: item-knn", "B: item-knn"}
-    for given in ((rec, other), (tmp_path, tmp_path, TEST), (rec, tmp_path, TEST)):
+    for arguments in ((rec, other), (tmp_path, tmp_path, TEST), (rec, tmp_path, TEST)):
         with raises(DataError, Facts(kind="contradiction", column="test")):
-            llmrec.compare(*given)
+            llmrec.compare(*arguments)
 
 
 @pytest.mark.parametrize("model", ["item-knn", "sasrec", "user-item-bias"])
-def test_a_saved_recommender_answers_the_same(model: str, tmp_path: Path) -> None:
-    made: Any = model
+def test_saved_recommender_gives_same_results(model: str, tmp_path: Path) -> None:
+    method: Any = model
     columns = COLUMNS
     if model == "sasrec":
         pytest.importorskip("torch", reason="the train extra is not installed")
-        made = llmrec.baselines.SASRec(dim=8, epochs=2, quiet=True)
+        method = llmrec.baselines.SASRec(dim=8, epochs=2, quiet=True)
     if model == "user-item-bias":
         columns = {**COLUMNS, "rating": "price"}
-    own = llmrec.fit(pl.DataFrame(ROWS), pl.DataFrame(ITEMS), made, **columns)
-    folder = own.save(tmp_path / "saved")
+    recommender = llmrec.fit(pl.DataFrame(ROWS), pl.DataFrame(ITEMS), method, **columns)
+    folder = recommender.save(tmp_path / "saved")
     with llmrec.load(folder) as again:
-        assert again.models[0] == own.models[0] and again.users == own.users
+        assert again.models[0] == recommender.models[0] and again.users == recommender.users
         if model == "user-item-bias":
-            assert again.rate("i3", user="u1") == pytest.approx(own.rate("i3", user="u1"))
+            assert again.rate("i3", user="u1") == pytest.approx(recommender.rate("i3", user="u1"))
             return
-        assert again.rank(user="u1") == own.rank(user="u1") and again.items == own.items
+        assert again.rank(user="u1") == recommender.rank(user="u1") and again.items == recommender.items
         # A saved recommender is saved again, over itself too.
         assert again.save(folder) == folder
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").write_text("mine")
     with raises(DataError, Facts(kind="exists", column="folder")):
-        own.save(tmp_path / "other")
+        recommender.save(tmp_path / "other")
 
 
-def test_a_table_a_recipe_and_auto_are_fitted_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fits_tables_recipes_and_auto(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table, items = tmp_path / "table.csv", tmp_path / "items.csv"
     pl.DataFrame(ROWS).write_csv(table)
     pl.DataFrame(ITEMS).write_csv(items)
@@ -193,42 +193,43 @@ def test_a_table_a_recipe_and_auto_are_fitted_too(tmp_path: Path, monkeypatch: p
         },
         "eval": {"arms": [], "users": 40, "candidates": {"kind": "catalogue"}, "bootstrap": 50},
     }
-    with llmrec.fit(pd.DataFrame(ROWS), items, recipe, out=tmp_path / "run", quiet=True) as made:
-        assert isinstance(made.recommend(["u1"]), pd.DataFrame) and {"markov-1", "item-knn"} <= set(made.models)
-        saved = made.save(tmp_path / "saved")
+    with llmrec.fit(pd.DataFrame(ROWS), items, recipe, out=tmp_path / "run", quiet=True) as recommender:
+        assert isinstance(recommender.recommend(["u1"]), pd.DataFrame)
+        assert {"popularity", "item-knn"} <= set(recommender.models)
+        saved = recommender.save(tmp_path / "saved")
         with llmrec.load(saved) as again:
-            assert [again.rank(user="u5", model=name) for name in made.models] == [
-                made.rank(user="u5", model=name) for name in made.models
+            assert [again.rank(user="u5", model=name) for name in recommender.models] == [
+                recommender.rank(user="u5", model=name) for name in recommender.models
             ]
     seen: list[Any] = []
-    monkeypatch.setattr("llmrec.start.functions.auto", lambda *given, **named: seen.append((given, named)) or made_by)
-    made_by = type("Auto", (), {"folder": saved})
-    with llmrec.fit(pd.DataFrame(ROWS), budget="90s", **COLUMNS) as made:
-        assert isinstance(made.recommend(["u1"]), pd.DataFrame)
+    monkeypatch.setattr("llmrec.start.functions.auto", lambda *args, **named: seen.append((args, named)) or result)
+    result = type("Auto", (), {"folder": saved})
+    with llmrec.fit(pd.DataFrame(ROWS), budget="90s", **COLUMNS) as recommender:
+        assert isinstance(recommender.recommend(["u1"]), pd.DataFrame)
     assert seen[0][1] == {"budget": "90s", "out": None, "quiet": False, **COLUMNS}
 
 
 @pytest.mark.parametrize("paths", [False, True])
-def test_the_name_of_a_language_model_is_the_recipe_of_init_for_the_next_item(
+def test_language_model_names_use_the_recipe_of_init(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, paths: bool
 ) -> None:
     saved = llmrec.fit(pl.DataFrame(ROWS), pl.DataFrame(ITEMS), "popularity", **COLUMNS).save(tmp_path / "saved")
     seen: list[Any] = []
     done = type("Run", (), {"folder": saved})
-    monkeypatch.setattr("llmrec.start.functions.run", lambda *given, **named: seen.append((given, named)) or done)
+    monkeypatch.setattr("llmrec.start.functions.run", lambda *args, **named: seen.append((args, named)) or done)
     tables: list[Any] = [pl.DataFrame(ROWS), pl.DataFrame(ITEMS)]
     if paths:
         for n, name in enumerate(("rows.csv", "items.csv")):
             tables[n].write_csv(tmp_path / name)
             tables[n] = tmp_path / name
-    with llmrec.fit(*tables, "smollm2-lora", **COLUMNS, fields="genre", out=tmp_path / "run") as made:
-        assert made.models[0] == "popularity"
+    with llmrec.fit(*tables, "smollm2-lora", **COLUMNS, fields="genre", out=tmp_path / "run") as recommender:
+        assert recommender.models[0] == "popularity"
     ((recipe, out), named) = seen[0]
     assert (recipe.name, recipe.model.name, out) == ("smollm2-lora", "SmolLM2-135M-Instruct", tmp_path / "run")
     assert list(recipe.tasks.present()) == ["sequential"] and recipe.eval.arms == ("tuned",)
     assert (recipe.data.columns.item, recipe.data.columns.fields) == ("article", ("genre",))
-    given = {f"data.{key}": str(table) for key, table in zip(("path", "items"), tables, strict=True)} if paths else {}
-    assert named["overrides"] == given
+    overrides = {"data.path": str(tables[0]), "data.items": str(tables[1])}
+    assert named["overrides"] == (overrides if paths else {})
     assert (named["data"], named["items"]) == ((None, None) if paths else tuple(tables))
     alone = [{**row, "buyer": f"u{n // 2}", "article": f"i{n // 2 % 12}"} for n, row in enumerate(ROWS)]
     with raises(DataError, Facts(kind="too-few")):
@@ -237,7 +238,7 @@ def test_the_name_of_a_language_model_is_the_recipe_of_init_for_the_next_item(
         llmrec.fit(None, model="smollm2-lora")
 
 
-def test_a_baseline_of_ones_own_needs_no_registry(tmp_path: Path) -> None:
+def test_custom_baseline_needs_no_registry(tmp_path: Path) -> None:
     model = Rare().fit(pl.DataFrame(ROWS[:50]), **COLUMNS)
     (first, *_) = model.recommend(["u1"], k=3)["item_id"]
     assert model.recommender.models == (f"{__name__}:Rare",) and first
@@ -245,7 +246,7 @@ def test_a_baseline_of_ones_own_needs_no_registry(tmp_path: Path) -> None:
         assert again.rank(user="u1", k=3)[0].item_id == first
 
 
-def test_a_table_of_a_few_rows_with_numbers_as_ids() -> None:
+def test_numeric_ids() -> None:
     rec = llmrec.fit({"user_id": [1, 1, 2, 2, 3], "item_id": [1, 2, 2, 3, 1]}, model="item-knn")
     assert rec.recommend([1, "2"], k=1) == {"user_id": ["1", "2"], "rank": [1, 1], "item_id": ["3", "1"]} | {
         name: rec.recommend([1, 2], k=1)[name] for name in ("title", "score")
@@ -253,7 +254,7 @@ def test_a_table_of_a_few_rows_with_numbers_as_ids() -> None:
     assert rec.similar([2], k=1) == rec.similar(["2"], k=1)
 
 
-def test_what_cannot_be_fitted_is_refused() -> None:
+def test_invalid_fits_are_refused() -> None:
     frame = pl.DataFrame(ROWS)
     with raises(RecipeError, Facts(kind="unknown-name", column="model", says="did you mean 'item-knn'?")):
         llmrec.fit(frame, model="item-kn")

@@ -1,14 +1,12 @@
-"""Requests in, ranked lists out: formats, failures that stay in their line, kills, nothing that leaks between lines."""
+"""`llmrec rank` on files: formats, bad lines, resume after kills, and no influence between lines."""
 
 from __future__ import annotations
 
 import json
 import logging
-import random
 import re
 import sys
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +28,18 @@ from llmrec.backends.hf.backend import HFBackend
 from llmrec.cli import main as cli
 from llmrec.data.requests import RankRequest, read_request
 from llmrec.errors import DataError, LlmrecError, RecipeError
-from llmrec.index.table import ItemIndex
 from llmrec.models.load import resolve
 from llmrec.pipeline import bundle
 from llmrec.recipe.schema import ModelSection, RatingSection, TasksSection
-from llmrec.tasks.direct import reader_of
 from llmrec.types import Ranking, Unparsed
 from tests.answer.rank_cases import (
     TITLES,
     Killed,
-    delimited,
     dying,
     items_csv,
     jsonl,
     lines,
-    make_run,
     options,
-    parquet,
     records,
 )
 from tests.facts import Facts, raises
@@ -61,30 +54,27 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "PART", 3)
 
 
-def asked(*found: dict[str, Any]) -> list[RankRequest]:
-    return [read_request(each, n, None) for n, each in enumerate(found, start=1)]
+def requests_of(*requests: dict[str, Any]) -> list[RankRequest]:
+    return [read_request(each, n, None) for n, each in enumerate(requests, start=1)]
 
 
-# --------------------------------------------------------------------------- formats
-
-
-def test_every_input_and_every_output_format_gives_the_same_ranking(llama_folder: Path, tmp_path: Path) -> None:
+def test_file_formats_give_the_same_ranking(llama_folder: Path, tmp_path: Path) -> None:
     items = items_csv(tmp_path)
     requests = records(4)
-    inputs = [
-        jsonl(tmp_path / "a.jsonl", requests),
-        jsonl(tmp_path / "b.jsonl.gz", requests),
-        delimited(tmp_path / "c.csv", requests, bars=False),
-        delimited(tmp_path / "d.tsv", requests, bars=True),
-        parquet(tmp_path / "e.parquet", requests, "list"),
-        parquet(tmp_path / "f.parquet", requests, "struct"),
-        parquet(tmp_path / "g.parquet", requests, "text"),
-    ]
-    outputs = ["o.jsonl", "o.csv", "o.tsv.gz", "o.parquet", "o.jsonl.gz", "o.csv.gz", "o.pq"]
+    inputs = [tmp_path / name for name in ("a.jsonl", "b.jsonl.gz", "c.csv", "d.tsv", "e.parquet", "f.parquet")]
+
+    def frame(cell: Callable[[list[str]], Any]) -> pl.DataFrame:
+        return pl.DataFrame([{**each, **{k: cell(each[k]) for k in ("history", "candidates")}} for each in requests])
+
+    for path in inputs[:2]:
+        jsonl(path, requests)
+    frame(json.dumps).write_csv(inputs[2])
+    frame("|".join).write_csv(inputs[3], separator="\t")
+    frame(list).write_parquet(inputs[4], row_group_size=3)
+    frame(lambda ids: [{"item_id": i, "title": TITLES[i]} for i in ids]).write_parquet(inputs[5], row_group_size=3)
+    outputs = ["o.jsonl", "o.csv", "o.tsv.gz", "o.parquet", "o.jsonl.gz", "o.pq"]
     tables = []
-    # All inputs meet all outputs: each pair shares one of the two with a pair that is ranked.
-    pairs = [(path, "o.jsonl") for path in inputs] + [(inputs[0], out) for out in outputs[1:]]
-    for n, (path, out) in enumerate(pairs):
+    for n, (path, out) in enumerate(zip(inputs, outputs, strict=True)):
         target = tmp_path / str(n) / out
         summary = rank_file(options(llama_folder, path, target, items=items))
         assert (summary["ranked"], summary["failed"]) == (4, 0)
@@ -95,12 +85,12 @@ def test_every_input_and_every_output_format_gives_the_same_ranking(llama_folder
     assert all(sorted(row["items"]) == sorted(r["candidates"]) for row, r in zip(first, requests, strict=True))
     assert all(row["scores"] == sorted(row["scores"], reverse=True) for row in first)
     assert all(row["titles"] == [TITLES[item] for item in row["items"]] for row in first)
-    for found in tables[1:]:
-        assert without_line(found) == without_line(first)
+    for table in tables[1:]:
+        assert without_line(table) == without_line(first)
 
 
 def without_line(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Drop the place in the file, which is another one under a header."""
+    """Drop the line number, which differs in files with a header."""
     return [{name: value for name, value in row.items() if name != "line"} for row in rows]
 
 
@@ -114,10 +104,7 @@ def table_of(path: Path) -> list[dict[str, Any]]:
     return [{k: json.loads(v) if k in texts else v for k, v in row.items()} for row in frame.to_dicts()]
 
 
-# --------------------------------------------------------------------------- failures stay in their line
-
-
-def test_a_messy_file_fails_line_by_line(llama_folder: Path, tmp_path: Path) -> None:
+def test_bad_lines_fail_alone(llama_folder: Path, tmp_path: Path) -> None:
     good = {"id": "good", "history": ["1", "2"], "candidates": ["3", "4", "5"]}
     messy = [
         good,
@@ -171,7 +158,7 @@ def test_a_messy_file_fails_line_by_line(llama_folder: Path, tmp_path: Path) -> 
         assert by_id[name]["prompt_tokens"] == by_id["good"]["prompt_tokens"]
 
 
-def test_text_that_does_not_fit_fails_alone(llama_folder: Path, tmp_path: Path) -> None:
+def test_long_prompts_fail_alone(llama_folder: Path, tmp_path: Path) -> None:
     long = {"title": "x y " * 70}
     requests = [
         {"id": "a", "candidates": ["Alien", "Jaws"]},
@@ -191,49 +178,30 @@ def test_text_that_does_not_fit_fails_alone(llama_folder: Path, tmp_path: Path) 
         assert task == "direct" or rows[0]["scores"] == pytest.approx(rows[3]["scores"], abs=1e-3)
 
 
-# --------------------------------------------------------------------------- what may not matter
-
-
-@pytest.mark.parametrize("way", [CONTINUE, LABEL], ids=lambda way: way.strategy)
-def test_the_given_order_of_candidates_cannot_show(
-    tools: tuple[bundle.Bundle, HFBackend, Encoder], way: Asking
-) -> None:
-    found, backend, encoder = tools
-    pool = list(TITLES.values())[:8]
-    answers = []
-    for seed in range(4):
-        random.Random(seed).shuffle(pool)
-        request = asked({"id": "r", "history": ["Heat"], "candidates": list(pool)})
-        answers += rank_requests(found, request, way=way, backend=backend, encoder=encoder, batch=1)
-    assert all(answer == answers[0] for answer in answers)
-
-
 @given(st.permutations(list(TITLES.values())[:6]), st.sampled_from([CONTINUE, LABEL]))
-def test_ties_and_favoured_labels_follow_the_seed(
-    tools: tuple[bundle.Bundle, HFBackend, Encoder], pool: list[str], way: Asking
-) -> None:
-    """A model that only likes first labels, or nothing, ranks by the hash of the request's id and not by the input."""
-    found, _, encoder = tools
+def test_ties_follow_the_seed(tools: tuple[bundle.Bundle, HFBackend, Encoder], pool: list[str], way: Asking) -> None:
+    """A model that prefers first labels, or nothing, ranks by the hash of the request id."""
+    opened, _, encoder = tools
     blind = FakeBackend(prefer=lambda text, label: -float("ABCDEF".find(label)) if len(label) == 1 else -1.0)
     ranked = []
-    for given_order in (pool, sorted(pool)):
-        requests = asked(*({"id": f"r{n}", "candidates": given_order} for n in range(12)))
-        ranked.append(rank_requests(found, requests, way=way, backend=blind, encoder=encoder, batch=5))
+    for order in (pool, sorted(pool)):
+        requests = requests_of(*({"id": f"r{n}", "candidates": order} for n in range(12)))
+        ranked.append(rank_requests(opened, requests, way=way, backend=blind, encoder=encoder, batch=5))
     assert ranked[0] == ranked[1]
     firsts = {answer.items[0] for answer in ranked[0] if isinstance(answer, Ranking)}
     assert len(firsts) > 2
 
 
-def test_two_titles_of_one_id_do_not_mix(tools: tuple[bundle.Bundle, HFBackend, Encoder]) -> None:
-    found, backend, encoder = tools
-    requests = asked(
+def test_different_titles_of_one_id(tools: tuple[bundle.Bundle, HFBackend, Encoder]) -> None:
+    opened, backend, encoder = tools
+    requests = requests_of(
         {"id": "r", "history": ["Heat"], "candidates": [{"item_id": "1", "title": "Alien"}, "Jaws"]},
         {"id": "s", "history": ["Heat"], "candidates": [{"item_id": "1", "title": "Rocky Kitchen"}, "Jaws"]},
         {"id": "t", "history": [{"item_id": "1", "title": "Heat"}], "candidates": [{"item_id": "1", "title": "Alien"}]},
     )
-    both = rank_requests(found, requests, way=CONTINUE, backend=backend, encoder=encoder, batch=8)
+    both = rank_requests(opened, requests, way=CONTINUE, backend=backend, encoder=encoder, batch=8)
     alone = [
-        rank_requests(found, [request], way=CONTINUE, backend=backend, encoder=encoder, batch=8)[0]
+        rank_requests(opened, [request], way=CONTINUE, backend=backend, encoder=encoder, batch=8)[0]
         for request in requests
     ]
     assert both == alone
@@ -241,32 +209,32 @@ def test_two_titles_of_one_id_do_not_mix(tools: tuple[bundle.Bundle, HFBackend, 
     assert scores[0] != scores[1] and scores[0] == pytest.approx(scores[2], abs=1e-3)
 
 
-def test_a_thousand_candidates_are_scored_in_slices(
+def test_many_candidates_are_scored_in_slices(
     tools: tuple[bundle.Bundle, HFBackend, Encoder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found, backend, encoder = tools
-    requests = asked({"id": "r", "history": ["Heat"], "candidates": [f"Alien {n} Jaws" for n in range(1000)]})
-    (answer,) = rank_requests(found, requests, way=CONTINUE, backend=backend, encoder=encoder, batch=8)
+    opened, backend, encoder = tools
+    requests = requests_of({"id": "r", "history": ["Heat"], "candidates": [f"Alien {n} Jaws" for n in range(1000)]})
+    (answer,) = rank_requests(opened, requests, way=CONTINUE, backend=backend, encoder=encoder, batch=8)
     assert isinstance(answer, Ranking) and len(set(answer.items)) == 1000
     assert list(answer.scores) == sorted(answer.scores, reverse=True)
-    some = asked({"id": "r", "history": ["Heat"], "candidates": list(answer.items[:30])})
-    (few,) = rank_requests(found, some, way=CONTINUE, backend=backend, encoder=encoder, batch=8)
+    some = requests_of({"id": "r", "history": ["Heat"], "candidates": list(answer.items[:30])})
+    (few,) = rank_requests(opened, some, way=CONTINUE, backend=backend, encoder=encoder, batch=8)
     assert isinstance(few, Ranking) and few.scores == pytest.approx(answer.scores[:30], abs=1e-3)
     # Each slice reads the prompt again.
     assert answer.cost.forwards > 5 and few.cost.forwards == 1
     assert answer.cost.prompt_tokens == answer.cost.forwards * few.cost.prompt_tokens
 
 
-def test_lists_are_completed_and_bad_ones_fail(tools: tuple[bundle.Bundle, HFBackend, Encoder]) -> None:
-    found, _, encoder = tools
-    requests = asked(
+def test_short_lists_are_completed(tools: tuple[bundle.Bundle, HFBackend, Encoder]) -> None:
+    opened, _, encoder = tools
+    requests = requests_of(
         {"id": "a", "candidates": ["Alien", "Jaws", "Rocky"]},
         {"id": "b", "candidates": ["Alien", "Jaws", "Rocky"]},
         {"id": "c", "candidates": ["Alien"]},
     )
     texts = iter(["B", "none of these"])
     backend = FakeBackend(complete=lambda text: next(texts))
-    first, second, third = rank_requests(found, requests, way=LIST, backend=backend, encoder=encoder, batch=8)
+    first, second, third = rank_requests(opened, requests, way=LIST, backend=backend, encoder=encoder, batch=8)
     assert isinstance(first, Ranking) and sorted(first.items) == ["Alien", "Jaws", "Rocky"]
     assert first.scores == (1.0, 0.0, 0.0)
     assert ranking.notes_of(LIST, requests[0], first) == ("the answer omits 2 candidates; they share the last rank",)
@@ -275,42 +243,23 @@ def test_lists_are_completed_and_bad_ones_fail(tools: tuple[bundle.Bundle, HFBac
     assert "without the model" in ranking.notes_of(LIST, requests[2], third)[0]
 
 
-def test_a_score_that_is_no_number_fails(tools: tuple[bundle.Bundle, HFBackend, Encoder]) -> None:
-    found, _, encoder = tools
+def test_nan_score_fails(tools: tuple[bundle.Bundle, HFBackend, Encoder]) -> None:
+    opened, _, encoder = tools
     backend = FakeBackend(prefer=lambda text, candidate: float("nan"))
     (answer,) = rank_requests(
-        found, asked({"candidates": ["a", "b"]}), way=CONTINUE, backend=backend, encoder=encoder, batch=1
+        opened, requests_of({"candidates": ["a", "b"]}), way=CONTINUE, backend=backend, encoder=encoder, batch=1
     )
     assert isinstance(answer, Unparsed) and "finite" in answer.reason
 
 
-def test_every_template_serves_a_cold_user_and_a_profile(tools: tuple[bundle.Bundle, HFBackend, Encoder]) -> None:
-    found, _, encoder = tools
-    found = replace(found, index=ItemIndex("title", {}))
-    texts: list[str] = []
-    backend = FakeBackend(prefer=lambda text, candidate: texts.append(text) or -1.0)  # type: ignore[func-returns-value]
-    cold = asked({"candidates": ["Alien", "Jaws"], "profile": "a cook from Oslo", "user_id": "u9"})
-    for family, known in found.templates.items():
-        for name in known:
-            strategy = "likelihood" if family == "sequential" else reader_of(known[name])
-            way = Asking(family, name, strategy)
-            (answer,) = rank_requests(found, cold, way=way, backend=backend, encoder=encoder, batch=1)
-            assert isinstance(answer, Ranking)
-            assert ("Oslo" in texts[-1]) == ("profile" in known[name].names("system", "user"))
-            assert "None" not in texts[-1]
-
-
-# --------------------------------------------------------------------------- choosing how to ask
-
-
-def test_the_way_follows_what_is_asked(tools: tuple[bundle.Bundle, HFBackend, Encoder]) -> None:
-    found = tools[0]
-    assert choose_way(found) == CONTINUE
-    assert choose_way(found, strategy="label") == choose_way(found, task="direct") == LABEL
-    assert choose_way(found, strategy="window") == Asking("direct", "after-history", "window")
-    assert choose_way(found, strategy="likelihood-prior").family == "sequential"
-    assert choose_way(found, template="next-title") == Asking("sequential", "next-title", "likelihood")
-    assert choose_way(found, template="direct/shortlist", strategy="list") == Asking("direct", "shortlist", "list")
+def test_choose_way(tools: tuple[bundle.Bundle, HFBackend, Encoder]) -> None:
+    opened = tools[0]
+    assert choose_way(opened) == CONTINUE
+    assert choose_way(opened, strategy="label") == choose_way(opened, task="direct") == LABEL
+    assert choose_way(opened, strategy="window") == Asking("direct", "after-history", "window")
+    assert choose_way(opened, strategy="likelihood-prior").family == "sequential"
+    assert choose_way(opened, template="next-title") == Asking("sequential", "next-title", "likelihood")
+    assert choose_way(opened, template="direct/shortlist", strategy="list") == Asking("direct", "shortlist", "list")
     for wrong, facts in (
         ({"task": "rating"}, Facts("unknown-name", column="--task", says="known: auto, sequential, direct")),
         ({"task": "sequental"}, Facts("unknown-name", column="--task", says="did you mean 'sequential'")),
@@ -321,23 +270,18 @@ def test_the_way_follows_what_is_asked(tools: tuple[bundle.Bundle, HFBackend, En
         ({"template": "sequential/shortlist"}, Facts("contradiction", says="--template sequential/shortlist")),
     ):
         with raises(RecipeError, facts):
-            choose_way(found, **wrong)
-    rater = bundle.Bundle(**{**vars(found), "tasks": TasksSection(rating=RatingSection())})
+            choose_way(opened, **wrong)
+    rater = bundle.Bundle(**{**vars(opened), "tasks": TasksSection(rating=RatingSection())})
     with raises(RecipeError, Facts("unsupported", says=("rating", "--model"))):
         choose_way(rater)
 
 
-@pytest.fixture(scope="module")
-def tuned(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_run(llama_folder, tmp_path_factory.mktemp("run"))
-
-
-def test_a_run_brings_its_items_words_and_templates(tuned: Path, tmp_path: Path) -> None:
-    found = bundle.read(str(tuned))
-    known = catalogue_of(found, None)[0]
+def test_run_has_its_items_and_templates(tuned: Path, tmp_path: Path) -> None:
+    opened = bundle.read(str(tuned))
+    known = catalogue_of(opened, None)[0]
     assert known is not None
     ids = sorted(known)
-    assert choose_way(found, task="direct").template == "shortlist"
+    assert choose_way(opened, task="direct").template == "shortlist"
     path = jsonl(tmp_path / "in.jsonl", [{"history": ids[:3], "candidates": ids[3:8]}, {"candidates": ["no such id"]}])
     summary = rank_file(options(tuned, path, tmp_path / "out.jsonl"))
     assert (summary["ranked"], summary["failed"]) == (1, 1)
@@ -354,38 +298,35 @@ def test_a_run_brings_its_items_words_and_templates(tuned: Path, tmp_path: Path)
     assert carried is not None and carried["a"].title == "Heat"
 
 
-# --------------------------------------------------------------------------- kills, reuse, refusals
-
 COUNT = 11
 
 
 def uninterrupted(model: Path, folder: Path, name: str, **changes: Any) -> bytes:
     """Rank requests with a broken one and a repeated id, which a later part must still know of."""
-    found: list[Any] = records(COUNT)
-    found[4], found[9]["id"] = "{", "r1"
-    path = jsonl(folder / "in.jsonl", found)
+    requests: list[Any] = records(COUNT)
+    requests[4], requests[9]["id"] = "{", "r1"
+    path = jsonl(folder / "in.jsonl", requests)
     target = folder / "clean" / name
     rank_file(options(model, path, target, items=items_csv(folder), **changes))
     return target.read_bytes()
 
 
-@pytest.mark.parametrize(("name", "after"), [("out.csv", 1), ("out.parquet", 3)])
-def test_other_formats_too(
-    llama_folder: Path, tmp_path: Path, small_parts: None, monkeypatch: pytest.MonkeyPatch, name: str, after: int
+def test_resume_after_kill_makes_damaged_part_again(
+    llama_folder: Path, tmp_path: Path, small_parts: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clean = uninterrupted(llama_folder, tmp_path, name)
-    chosen = options(llama_folder, tmp_path / "in.jsonl", tmp_path / name, items=tmp_path / "items.csv")
+    clean = uninterrupted(llama_folder, tmp_path, "out.parquet")
+    chosen = options(llama_folder, tmp_path / "in.jsonl", tmp_path / "out.parquet", items=tmp_path / "items.csv")
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(run, "write_part", dying(after))
+        patch.setattr(run, "write_part", dying(3))
         rank_file(chosen)
-    # A part that was damaged while it waited is made again.
+    # A damaged part is made again.
     (chosen.parts / "part-00000000.jsonl").write_text("{}\n", encoding="utf-8")
     rank_file(chosen)
     assert chosen.out.read_bytes() == clean
 
 
-def test_a_kill_while_the_table_is_written(
+def test_resume_after_kill_while_writing_the_table(
     llama_folder: Path, tmp_path: Path, small_parts: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clean = uninterrupted(llama_folder, tmp_path, "out.csv")
@@ -407,36 +348,22 @@ def test_a_kill_while_the_table_is_written(
     assert chosen.out.read_bytes() == clean
 
 
-def test_parts_of_other_models_and_options_are_not_used(
-    llama_folder: Path,
-    qwen_folder: Path,
-    tmp_path: Path,
-    small_parts: None,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+def test_parts_of_another_model_are_discarded(
+    llama_folder: Path, qwen_folder: Path, tmp_path: Path, small_parts: None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = jsonl(tmp_path / "in.jsonl", records(COUNT))
-    items = items_csv(tmp_path)
-
-    changes: list[tuple[Path, dict[str, Any]]] = [(qwen_folder, {}), (llama_folder, {"template": "next-title"})]
-    for n, (model, change) in enumerate(changes):
-        target = tmp_path / str(n) / "out.jsonl"
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(run, "write_part", dying(2))
-            rank_file(options(llama_folder, path, target, items=items))
-        caplog.clear()
-        with caplog.at_level(logging.WARNING):
-            summary = rank_file(options(model, path, target, items=items, **change))
-        assert summary["from_earlier_run"] == 0
-        assert "2 partial results" in caplog.text and "discarded" in caplog.text
-        clean = tmp_path / str(n) / "clean.jsonl"
-        rank_file(options(model, path, clean, items=items, **change))
-        assert target.read_bytes() == clean.read_bytes()
+    path, items = jsonl(tmp_path / "in.jsonl", records(COUNT)), items_csv(tmp_path)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(run, "write_part", dying(2))
+        rank_file(options(llama_folder, path, tmp_path / "out.jsonl", items=items))
+    with caplog.at_level(logging.WARNING):
+        summary = rank_file(options(qwen_folder, path, tmp_path / "out.jsonl", items=items))
+    assert summary["from_earlier_run"] == 0
+    assert "2 partial results" in caplog.text and "discarded" in caplog.text
+    rank_file(options(qwen_folder, path, tmp_path / "clean.jsonl", items=items))
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "clean.jsonl").read_bytes()
 
 
-def test_a_complete_output_is_not_made_again(
-    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_complete_output_is_kept(llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = jsonl(tmp_path / "in.jsonl", records(4))
     chosen = options(llama_folder, path, tmp_path / "out.jsonl", items=items_csv(tmp_path))
     first = rank_file(chosen)
@@ -449,7 +376,7 @@ def test_a_complete_output_is_not_made_again(
 
     monkeypatch.setattr(language_model, "rank_requests", counting)
     assert rank_file(chosen) == first and not calls
-    # What somebody has changed is not written over unasked.
+    # A changed output is not overwritten.
     chosen.out.write_text("mine by now", encoding="utf-8")
     with raises(DataError, Facts("exists", "out.jsonl", column="--out", says="was changed")):
         rank_file(chosen)
@@ -462,7 +389,7 @@ def test_a_complete_output_is_not_made_again(
     assert not chosen.parts.exists()
 
 
-def test_a_question_that_is_too_long_fails_its_own_line_alone(llama_folder: Path, tmp_path: Path) -> None:
+def test_too_long_pointwise_question_fails_alone(llama_folder: Path, tmp_path: Path) -> None:
     titles = {
         "plain": ["Heat 2", "Casino"],
         # Fewer letters than another title, and far more tokens.
@@ -471,20 +398,20 @@ def test_a_question_that_is_too_long_fails_its_own_line_alone(llama_folder: Path
             "千と千尋の神隠しと風の谷のナウシカ、となりのトトロ",
         ],
     }
-    asked = [
-        {"id": name, "history": [{"item_id": "h", "title": "Heat"}], "candidates": [{"title": each} for each in own]}
-        for name, own in titles.items()
+    requests = [
+        {"id": name, "history": [{"item_id": "h", "title": "Heat"}], "candidates": [{"title": each} for each in pool]}
+        for name, pool in titles.items()
     ]
-    path, items = jsonl(tmp_path / "in.jsonl", asked), items_csv(tmp_path)
+    path, items = jsonl(tmp_path / "in.jsonl", requests), items_csv(tmp_path)
     more = {"items": items, "task": "direct", "template": "shortlist", "strategy": "pointwise-yes"}
     seen = []
-    for limit in (130, 160, 260):
+    for limit in (130, 260):
         rank_file(options(llama_folder, path, tmp_path / f"{limit}.jsonl", max_length=limit, **more))
         plain, long = lines(tmp_path / f"{limit}.jsonl")
         assert len(plain["items"]) == 2 and not plain["error"], limit
         seen.append(bool(long["error"]))
         assert "max" in long["error"] if seen[-1] else len(long["items"]) == 2
-    assert seen == sorted(seen, reverse=True) and seen[0] and not seen[-1]
+    assert seen == [True, False]
 
 
 def test_limit_and_top(llama_folder: Path, tmp_path: Path, small_parts: None) -> None:
@@ -494,8 +421,8 @@ def test_limit_and_top(llama_folder: Path, tmp_path: Path, small_parts: None) ->
     rows = lines(tmp_path / "out.jsonl")
     assert summary["lines"] == len(rows) == 4
     rank_file(options(llama_folder, path, tmp_path / "all.jsonl", items=items))
-    for row, whole in zip(rows, lines(tmp_path / "all.jsonl"), strict=False):
-        assert row["items"] == whole["items"][:2] and row["scores"] == whole["scores"][:2]
+    for row, complete in zip(rows, lines(tmp_path / "all.jsonl"), strict=False):
+        assert row["items"] == complete["items"][:2] and row["scores"] == complete["scores"][:2]
 
 
 def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object) -> tuple[Any, str]:
@@ -505,7 +432,7 @@ def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
     return ended.value.code, "".join(capsys.readouterr())
 
 
-def test_exit_codes_and_refusals(
+def test_exit_codes(
     llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good = jsonl(tmp_path / "good.jsonl", [{"candidates": ["Alien", "Jaws"]}])
@@ -523,14 +450,9 @@ def test_exit_codes_and_refusals(
         ((*base, "--in", good, "--out", good), "is an input file"),
         ((*base, "--in", good, "--out", theirs), "was not written by"),
         ((*base, "--in", good, "--out", tmp_path / "p.txt"), "files that end in"),
-        ((*base, "--in", good, "--out", tmp_path), "end in"),
-        ((*base, "--in", good, "--out", tmp_path / "p.csv", "--strategy", "lable"), "did you mean 'label'"),
-        ((*base, "--in", good, "--out", tmp_path / "p.csv", "--dtype", "float8"), "--dtype"),
         ((*base, "--in", good, "--out", tmp_path / "p.csv", "--backend", "gpu"), "--backend"),
         ((*base, "--in", good, "--out", tmp_path / "p.csv", "--max-length", "99999"), "4096"),
-        ((*base, "--in", good, "--out", tmp_path / "p.csv", "--items", tmp_path / "no.csv"), "no.csv"),
         (("--model", tmp_path / "none", "--in", good, "--out", tmp_path / "p.csv"), "does not exist"),
-        (("--model", tmp_path, "--in", good, "--out", tmp_path / "p.csv"), "config.json"),
     ):
         code, text = refused(capsys, monkeypatch, *arguments)
         assert code == 2 and part in text and text.startswith("error: "), (arguments, text)
@@ -538,7 +460,7 @@ def test_exit_codes_and_refusals(
     assert theirs.read_text(encoding="utf-8") == "mine\n"
 
 
-def test_two_processes_cannot_share_an_output(llama_folder: Path, tmp_path: Path) -> None:
+def test_output_is_locked(llama_folder: Path, tmp_path: Path) -> None:
     from llmrec.pipeline.resume import locked
 
     path = jsonl(tmp_path / "in.jsonl", records(2))
@@ -547,11 +469,8 @@ def test_two_processes_cannot_share_an_output(llama_folder: Path, tmp_path: Path
         rank_file(chosen)
 
 
-# --------------------------------------------------------------------------- a real model
-
-
 @pytest.mark.model
-def test_a_pretrained_model_ranks_real_titles(tmp_path: Path) -> None:
+def test_pretrained_model_ranks_real_titles(tmp_path: Path) -> None:
     pool = ["Return of the Jedi (1983)", "Fargo (1996)", "Emma (1996)", "Twister (1996)", "Contact (1997)"]
     items = tmp_path / "items.csv"
     text = "item_id,title\n" + "".join(f"m{n},{title}\n" for n, title in enumerate(pool))
@@ -575,15 +494,9 @@ def test_a_pretrained_model_ranks_real_titles(tmp_path: Path) -> None:
     # Every cold user gets one and the same ranking, whoever asks and in whatever order.
     assert too == cold and list(too) == list(cold)
     assert "no history" in lines(chosen.out)[2]["notes"]
-    label = options(chosen.model, path, tmp_path / "label.jsonl", items=items, strategy="label", dtype="auto")
-    assert rank_file(label)["failed"] == 0
-    assert all(score < 0 for row in lines(label.out) for score in row["scores"])
 
 
-# --------------------------------------------------------------------------- the documented examples
-
-
-def test_the_example_of_the_documentation_is_ranked(llama_folder: Path, tmp_path: Path) -> None:
+def test_documented_example(llama_folder: Path, tmp_path: Path) -> None:
     page = (Path(__file__).parent.parent.parent / "docs" / "batch-inference-and-export.md").read_text(encoding="utf-8")
     (requests,) = (block for block in re.findall(r"```json\n(.*?)```", page, re.DOTALL) if block.startswith('{"id"'))
     (tmp_path / "requests.jsonl").write_text(requests, encoding="utf-8")
@@ -595,7 +508,3 @@ def test_the_example_of_the_documentation_is_ranked(llama_folder: Path, tmp_path
     assert "candidates without a title: 'no-such'" in page and "'no-such'" in lines(out)[2]["error"]
     for column in lines(out)[0]:
         assert f"`{column}`" in page
-    for option in ("--top", "--limit", "--restart", "--batch", "--max-length", "--noun", "--template", "--strategy"):
-        assert option in page
-    for option in ("--set", "--retrieve", "--k", "--rationale", "--server-url", "--server-model", "--server-key-env"):
-        assert option in page

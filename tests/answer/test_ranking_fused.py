@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from llmrec.exports.export import export
 from llmrec.pipeline import run as pipeline
 from llmrec.pipeline.study import build_study
 from llmrec.recipe.load import load_recipe, load_stored
-from tests.answer.rank_cases import TRAINED, jsonl, lines, options
+from tests.answer.rank_cases import TRAINED, evaluated_lists, evaluated_requests, jsonl, lines, options, pairs
 from tests.facts import Facts, raises
 
 pytest.importorskip("trl", reason="the train extra is not installed")
@@ -41,61 +40,37 @@ def results_of(run: Path) -> dict[str, Any]:
     return checked((run / "results.json").read_bytes())
 
 
-def requests_of(run: Path) -> list[dict[str, Any]]:
-    """The requests of the run's test split, as people write them."""
-    study = build_study(load_recipe(run / "recipe.yaml"))
-    return [
-        {
-            "id": case.request.id,
-            "user_id": case.request.user_id,
-            "history": [
-                {"item_id": event.item_id, "rating": event.rating, "timestamp": event.timestamp}
-                for event in case.request.history
-            ],
-            "candidates": list(case.request.candidates or ()),
-        }
-        for case in study.cases("sequential")
-    ]
+@pytest.mark.parametrize(("fuse", "row"), [("baselines", CONTROLS), ("model", JOINED)])
+def test_fused_lists_equal_the_evaluation(run: Path, tmp_path: Path, fuse: str, row: str) -> None:
+    requests = jsonl(tmp_path / "requests.jsonl", evaluated_requests(run))
+    rank_file(options(run, requests, tmp_path / "out.jsonl", fuse=fuse, batch=64))
+    known, results = evaluated_lists(run, row), lines(tmp_path / "out.jsonl")
+    assert len(results) == len(known) == 12
+    for line in results:
+        assert pairs(line) == known[line["request_id"]]
 
 
-def lists_of(run: Path, row: str) -> dict[str, dict[str, Any]]:
-    found = pl.read_parquet(run / "predictions.parquet").filter(pl.col("row_id") == row)
-    return {request: json.loads(parsed) for request, parsed in found.select("request_id", "parsed").iter_rows()}
-
-
-@pytest.mark.parametrize(
-    ("fuse", "row"),
-    [("baselines", CONTROLS), ("model", JOINED)],
-)
-def test_the_lists_are_those_of_the_evaluation(run: Path, tmp_path: Path, fuse: str, row: str) -> None:
-    asked = jsonl(tmp_path / "requests.jsonl", requests_of(run))
-    rank_file(options(run, asked, tmp_path / "out.jsonl", fuse=fuse, batch=64))
-    known, found = lists_of(run, row), lines(tmp_path / "out.jsonl")
-    assert len(found) == len(known) == 12
-    for line in found:
-        assert [line["items"], line["scores"]] == list(known[line["request_id"]].values())
-
-
-def test_an_item_that_no_part_knows_is_last(run: Path, tmp_path: Path) -> None:
-    requests = requests_of(run)
+def test_unknown_item_is_last(run: Path, tmp_path: Path) -> None:
+    requests = evaluated_requests(run)
     for each in requests:
         each["candidates"] = [{"title": "A thing of tomorrow"}, *each["candidates"]]
     rank_file(options(run, jsonl(tmp_path / "requests.jsonl", requests), tmp_path / "o.jsonl", fuse="baselines"))
-    known, found = lists_of(run, CONTROLS), lines(tmp_path / "o.jsonl")
-    assert len(found) == len(known) == 12
-    for line in found:
-        assert line["items"][:-1] == known[line["request_id"]]["items"] and line["titles"][-1] == "A thing of tomorrow"
+    known, results = evaluated_lists(run, CONTROLS), lines(tmp_path / "o.jsonl")
+    assert len(results) == len(known) == 12
+    for line in results:
+        assert line["items"][:-1] == [item for item, _ in known[line["request_id"]]]
+        assert line["titles"][-1] == "A thing of tomorrow"
 
 
-def test_an_export_with_its_interactions_gives_the_same_lists(run: Path, tmp_path: Path) -> None:
-    asked = jsonl(tmp_path / "requests.jsonl", requests_of(run))
+def test_export_with_interactions_gives_same_lists(run: Path, tmp_path: Path) -> None:
+    requests = jsonl(tmp_path / "requests.jsonl", evaluated_requests(run))
     bare: dict[str, Any] = {"dtype": "float32", "check_users": 0, "licence": "mit", "base_licence": "mit"}
     with raises(RecipeError, Facts(kind="missing-value", column="--fuse")):
         export(run, tmp_path / "bare", **bare)
-        rank_file(options(tmp_path / "bare", asked, tmp_path / "o.jsonl", fuse="baselines"))
+        rank_file(options(tmp_path / "bare", requests, tmp_path / "o.jsonl", fuse="baselines"))
     export(run, tmp_path / "whole", with_interactions=True, **bare)
     carried = pl.read_parquet(tmp_path / "whole" / "interactions.parquet")
-    # Users go out under numbers, which are nobody's id; who chooses an epoch is drawn by the names that they had.
+    # Users are exported as numbers; which users choose an epoch depends on their original ids.
     recipe = load_stored(run)
     choosing = halves(build_study(recipe).data, recipe.eval.fusion.reserved)[0]
     kept = ranking_cases(choosing, 9)
@@ -104,20 +79,20 @@ def test_an_export_with_its_interactions_gives_the_same_lists(run: Path, tmp_pat
     assert there is not None
     known = known_of(str(tmp_path / "whole"), None).histories
     assert len(known.users) == 0 and not any(known.of_user(user) for user in (carried["user_id"][0], "1", "01"))
-    found = [(names[int(case.request.user_id.removeprefix(NUMBERED))], case.truth) for case in ranking_cases(there, 9)]
-    assert found == [(case.request.user_id, case.truth) for case in kept]
+    cases = [(names[int(case.request.user_id.removeprefix(NUMBERED))], case.truth) for case in ranking_cases(there, 9)]
+    assert cases == [(case.request.user_id, case.truth) for case in kept]
     assert all(name.removeprefix(NUMBERED).isdigit() for name in carried["user_id"])
     assert set(carried["part"]) == {"train", "valid"}
     # No hash goes along, by which a guess could be tried.
     assert sorted(carried["drawn"].drop_nulls()) == list(range(choosing.valid.height))
     for fuse, row in (("baselines", CONTROLS), ("model", JOINED)):
-        rank_file(options(tmp_path / "whole", asked, tmp_path / f"{fuse}.jsonl", fuse=fuse, batch=64))
-        known = lists_of(run, row)
+        rank_file(options(tmp_path / "whole", requests, tmp_path / f"{fuse}.jsonl", fuse=fuse, batch=64))
+        known = evaluated_lists(run, row)
         for line in lines(tmp_path / f"{fuse}.jsonl"):
-            assert [line["items"], line["scores"]] == list(known[line["request_id"]].values())
+            assert pairs(line) == known[line["request_id"]]
 
 
-def test_a_run_shows_what_its_fusions_weigh(run: Path) -> None:
+def test_results_list_members_of_ensembles(run: Path) -> None:
     rows = {row["id"]: row for row in results_of(run)["rows"]}
     events, alone, joined = rows["sequential/baseline/fusion"], rows[CONTROLS], rows[JOINED]
     assert [part["name"] for part in events["fusion"]["parts"]] == BASELINES[:-1] and events["reads"] == "events"
@@ -129,12 +104,12 @@ def test_a_run_shows_what_its_fusions_weigh(run: Path) -> None:
         # A model that says little is added to the ranker by a weight, or not at all.
         assert alone["fusion"]["form"] == "ranker" and alone["fusion"]["trees"]
         assert joined["fusion"]["form"] == "ranker" or joined["fusion"]["base"]["trees"]
-    pairs = {(each["a"], each["b"]) for each in results_of(run)["comparisons"] if "verdict" in each}
+    compared = {(each["a"], each["b"]) for each in results_of(run)["comparisons"] if "verdict" in each}
     for control in (events, alone):
-        assert {(joined["id"], control["id"]), ("sequential/tuned/likelihood/continue-list", control["id"])} <= pairs
+        assert {(joined["id"], control["id"]), ("sequential/tuned/likelihood/continue-list", control["id"])} <= compared
 
 
-def test_arms_that_are_not_named_are_not_joined(llama_folder: Path, tmp_path: Path) -> None:
+def test_only_named_arms_are_joined(llama_folder: Path, tmp_path: Path) -> None:
     more = ("eval.arms=[zero-shot, few-shot]", "eval.fusion={model_users: 24, arms: [few-shot]}", "eval.backend=fake")
     recipe = load_recipe(
         "recipes/movielens-100k/four-tasks.yaml", [f"model.name={llama_folder}", *TRAINED, *more, "eval.scorer=fake"]
@@ -144,21 +119,16 @@ def test_arms_that_are_not_named_are_not_joined(llama_folder: Path, tmp_path: Pa
     assert not any("zero-shot/fusion" in name for name in rows)
 
 
-def test_what_was_not_weighed_is_refused(run: Path, tmp_path: Path) -> None:
-    asked = jsonl(tmp_path / "requests.jsonl", requests_of(run)[:2])
+def test_unfitted_ensembles_are_refused(run: Path, tmp_path: Path) -> None:
+    requests = jsonl(tmp_path / "requests.jsonl", evaluated_requests(run)[:2])
     with raises(RecipeError, Facts(kind="missing-value", column="--fuse")):
-        rank_file(options(run, asked, tmp_path / "o.jsonl", fuse="model", strategy="likelihood-prior"))
+        rank_file(options(run, requests, tmp_path / "o.jsonl", fuse="model", strategy="likelihood-prior"))
     with raises(RecipeError, Facts(kind="contradiction", column="--fuse")):
-        rank_file(options(run, asked, tmp_path / "o.jsonl", fuse="model", candidates="all"))
-
-
-# --------------------------------------------------------------------------- runs that are finished
+        rank_file(options(run, requests, tmp_path / "o.jsonl", fuse="model", candidates="all"))
 
 
 @pytest.mark.slow
-def test_rows_of_two_runs_are_joined_and_nothing_is_asked_again(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fuses_two_runs_without_a_model(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     more = ("eval.arms=[zero-shot]", "eval.backend=fake", "eval.scorer=fake")
     other = load_recipe(run / "recipe.yaml", more)
     second = pipeline.run(other, tmp_path / "second", quiet=True)
@@ -167,12 +137,12 @@ def test_rows_of_two_runs_are_joined_and_nothing_is_asked_again(
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr("llmrec.pipeline.engines.load_model", fail)
-    made = pipeline.fuse([run, second.folder], tmp_path / "joined")
-    rows = {row["id"]: row for row in made.results["rows"]}
+    fused = pipeline.fuse([run, second.folder], tmp_path / "joined")
+    rows = {row["id"]: row for row in fused.results["rows"]}
     joined = rows["sequential/tuned/fusion with models"]
     names = [part["name"] for part in joined["fusion"]["parts"]]
     assert names == [*BASELINES, "tuned/likelihood/continue-list", "zero-shot/likelihood/continue-list"]
-    # Baselines that both runs made alike stand once; those of the language models stand beside each other.
+    # Equal baselines of both runs are listed once.
     assert sum(row["arm"] == "baseline" for row in rows.values()) == 8
     assert {row["arm"] for row in rows.values()} == {"baseline", "tuned", "zero-shot"}
     alone = rows["sequential/baseline/fusion with texts"]
@@ -180,17 +150,17 @@ def test_rows_of_two_runs_are_joined_and_nothing_is_asked_again(
     known = {row["id"]: row["fusion"] for row in results_of(run)["rows"] if row.get("fusion")}
     for name in ("sequential/baseline/fusion", alone["id"]):
         assert rows[name]["fusion"] == known[name]
-    pairs = {(each["a"], each["b"]) for each in made.results["comparisons"] if "verdict" in each}
-    assert (joined["id"], alone["id"]) in pairs
-    assert made.report.is_file() and "What <bdi>fusion" in made.report.read_text(encoding="utf-8")
+    compared = {(each["a"], each["b"]) for each in fused.results["comparisons"] if "verdict" in each}
+    assert (joined["id"], alone["id"]) in compared
+    assert fused.report.is_file() and "What <bdi>fusion" in fused.report.read_text(encoding="utf-8")
     assert pl.read_parquet(tmp_path / "joined" / "predictions.parquet").height == 12 * len(rows)
 
 
-def test_runs_over_other_cases_are_not_joined(trained_run: Path, tmp_path: Path) -> None:
-    more = ("eval.arms=[zero-shot]", "eval.backend=fake", "eval.scorer=fake", "eval.users=11")
+def test_runs_with_other_cases_are_refused(trained_run: Path, tmp_path: Path) -> None:
+    more = ("eval.arms=[]", "eval.users=11", "tasks.sequential.baselines=[random, popularity, item-knn, markov-1]")
     other = load_recipe(trained_run / "recipe.yaml", more)
     second = pipeline.run(other, tmp_path / "second", quiet=True)
-    with raises(DataError, Facts(kind="mismatch")):
+    with raises(DataError, Facts(kind="mismatch", says="eval.users")):
         pipeline.fuse([trained_run, second.folder], tmp_path / "joined")
     with raises(DataError, Facts(kind="missing-file")):
         pipeline.fuse([trained_run, tmp_path], tmp_path / "joined")

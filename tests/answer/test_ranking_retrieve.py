@@ -1,7 +1,8 @@
-"""`llmrec rank --retrieve`: whose candidates they are, that their order tells nothing, and what is refused."""
+"""`llmrec rank --retrieve`: retrieved candidates, their random order, and refused options."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from llmrec.data.split import SplitDataset
 from llmrec.errors import DataError, RecipeError
 from llmrec.pipeline import bundle
 from llmrec.types import Event, Request
-from tests.answer.rank_cases import Killed, dying, jsonl, lines, make_run, options
+from tests.answer.rank_cases import Killed, dying, jsonl, lines, options
 from tests.facts import Facts, raises
 
 pytest.importorskip("torch", reason="the train extra is not installed")
@@ -27,13 +28,8 @@ K = 6
 
 
 @pytest.fixture(scope="module")
-def run(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_run(llama_folder, tmp_path_factory.mktemp("run"))
-
-
-@pytest.fixture(scope="module")
-def data(run: Path) -> SplitDataset:
-    return training_data(bundle.read(str(run)))
+def data(tuned: Path) -> SplitDataset:
+    return training_data(bundle.read(str(tuned)))
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +37,8 @@ def retriever(data: SplitDataset) -> Retriever:
     return Retriever("item-knn", data, data.dataset.items, count=K, seed=0)
 
 
-def asked(data: SplitDataset, *found: dict[str, Any]) -> list[RankRequest]:
-    return [read_request(each, n, data.dataset.items, retrieves=True) for n, each in enumerate(found, start=1)]
+def requests_of(data: SplitDataset, *requests: dict[str, Any]) -> list[RankRequest]:
+    return [read_request(each, n, data.dataset.items, retrieves=True) for n, each in enumerate(requests, start=1)]
 
 
 def ids_of(request: RankRequest) -> list[str]:
@@ -61,14 +57,11 @@ def best_of(model: Any, data: SplitDataset, history: list[str]) -> dict[str, flo
     return {item: score for item, score in zip(model.items, row, strict=True) if item not in history}
 
 
-# --------------------------------------------------------------------------- what is retrieved
-
-
-def test_the_best_of_the_recommender_by_id_and_by_title(data: SplitDataset, retriever: Retriever) -> None:
+def test_retrieves_best_items_by_id_and_title(data: SplitDataset, retriever: Retriever) -> None:
     for n, history in enumerate(histories(data, 5)):
         titles = [{"title": data.dataset.items[item].title} for item in history]
         by_id, by_title = retriever.fill(
-            asked(data, {"id": f"a{n}", "history": history}, {"id": f"b{n}", "history": titles})
+            requests_of(data, {"id": f"a{n}", "history": history}, {"id": f"b{n}", "history": titles})
         )
         scores = best_of(ItemKNN(seed=0), data, history)
         chosen = ids_of(by_id)
@@ -77,48 +70,46 @@ def test_the_best_of_the_recommender_by_id_and_by_title(data: SplitDataset, retr
         assert set(ids_of(by_title)) == set(chosen) and by_title.notes == ()
 
 
-def test_what_a_request_brings_is_kept(data: SplitDataset, retriever: Retriever) -> None:
+def test_given_candidates_are_kept(data: SplitDataset, retriever: Retriever) -> None:
     first, *others = sorted(data.dataset.items)
     brought, empty = retriever.fill(
-        asked(data, {"history": [first], "candidates": others[:3]}, {"history": [first], "candidates": []})
+        requests_of(data, {"history": [first], "candidates": others[:3]}, {"history": [first], "candidates": []})
     )
     assert ids_of(brought) == others[:3] and brought.retrieved == 0
     assert empty.retrieved == K
 
 
-def test_without_a_known_item_the_popular_ones_stand_in(data: SplitDataset, retriever: Retriever) -> None:
+def test_unknown_history_gets_popular_items(data: SplitDataset, retriever: Retriever) -> None:
     scores = best_of(Popularity(), data, [])
     strange = {"history": [{"item_id": "nowhere", "title": "Nothing like it"}, {"title": "nor this"}]}
-    for request, noted in zip(retriever.fill(asked(data, strange, {})), ("'nowhere', 'nor this'", ""), strict=True):
+    filled = retriever.fill(requests_of(data, strange, {}))
+    for request, noted in zip(filled, ("'nowhere', 'nor this'", ""), strict=True):
         chosen = ids_of(request)
         assert min(scores[item] for item in chosen) >= max(s for item, s in scores.items() if item not in chosen)
         assert "the most popular items are the candidates" in request.notes[-1]
         assert noted in " ".join(request.notes)
     known = sorted(data.dataset.items)[0]
-    (mixed,) = retriever.fill(asked(data, {"history": [known, {"title": "nor this"}]}))
+    (mixed,) = retriever.fill(requests_of(data, {"history": [known, {"title": "nor this"}]}))
     assert mixed.notes == ("retrieval: ignored items missing in the run's data: 'nor this'",)
-
-
-def test_an_id_that_is_a_title_elsewhere_is_no_id(data: SplitDataset, retriever: Retriever) -> None:
-    known = sorted(data.dataset.items)[0]
-    (request,) = retriever.fill(asked(data, {"history": [{"title": known}]}))
+    # An id that is given as a title is no id.
+    (request,) = retriever.fill(requests_of(data, {"history": [{"title": known}]}))
     assert "missing in the run's data" in request.notes[0]
 
 
-def test_the_order_tells_nothing(data: SplitDataset, retriever: Retriever) -> None:
+def test_candidate_order_is_random(data: SplitDataset, retriever: Retriever) -> None:
     history = histories(data, 1)[0]
     scores = best_of(ItemKNN(seed=0), data, history)
-    filled = retriever.fill(asked(data, *({"id": f"r{n}", "history": history} for n in range(60))))
-    places = [int(np.argmax([scores[item] for item in ids_of(request)])) for request in filled]
-    assert (np.bincount(places, minlength=K) > 0).all()
-    again = retriever.fill(asked(data, {"id": "r7", "history": history}))
+    filled = retriever.fill(requests_of(data, *({"id": f"r{n}", "history": history} for n in range(60))))
+    positions = [int(np.argmax([scores[item] for item in ids_of(request)])) for request in filled]
+    assert (np.bincount(positions, minlength=K) > 0).all()
+    again = retriever.fill(requests_of(data, {"id": "r7", "history": history}))
     assert ids_of(again[0]) == ids_of(filled[7])
 
 
-def test_fewer_where_the_history_leaves_fewer(data: SplitDataset) -> None:
+def test_retrieves_fewer_if_few_remain(data: SplitDataset) -> None:
     every = sorted(data.dataset.items)
     small = Retriever("item-knn", data, data.dataset.items, count=len(every), seed=0)
-    most, none = small.fill(asked(data, {"history": every[2:]}, {"history": every}))
+    most, none = small.fill(requests_of(data, {"history": every[2:]}, {"history": every}))
     assert sorted(ids_of(most)) == every[:2] and most.retrieved == 2
     assert none.candidates == ()
 
@@ -128,52 +119,45 @@ def test_held_out_interactions_are_not_learned(data: SplitDataset) -> None:
     assert held and not held & set(data.train.select("user_id", "item_id").iter_rows())
 
 
-# --------------------------------------------------------------------------- through files
-
-
-def test_a_file_of_histories_is_ranked_and_says_how(
-    run: Path, data: SplitDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_ranks_file_with_retrieved_candidates(
+    tuned: Path, data: SplitDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rank_files, "PART", 2)
     every = sorted(data.dataset.items)
     rows: list[dict[str, Any]] = [{"id": f"r{n}", "history": h} for n, h in enumerate(histories(data, 3))]
     rows += [{"id": "own", "candidates": every[:3]}, {"id": "cold"}, {"id": "all", "history": every}]
     path = jsonl(tmp_path / "in.jsonl", rows)
-    clean = options(run, path, tmp_path / "clean.jsonl", retrieve="item-knn", k=4, task="direct")
+    clean = options(tuned, path, tmp_path / "clean.jsonl", retrieve="item-knn", k=4, task="direct")
     summary = rank_file(clean)
-    found = {row["request_id"]: row for row in lines(clean.out)}
-    assert [found[f"r{n}"]["retrieved"] for n in range(3)] == [4, 4, 4]
-    assert all(len(found[f"r{n}"]["items"]) == 4 and not set(found[f"r{n}"]["items"]) & set(rows[n]["history"])
+    results = {row["request_id"]: row for row in lines(clean.out)}
+    assert [results[f"r{n}"]["retrieved"] for n in range(3)] == [4, 4, 4]
+    assert all(len(results[f"r{n}"]["items"]) == 4 and not set(results[f"r{n}"]["items"]) & set(rows[n]["history"])
                for n in range(3))  # fmt: skip
-    assert found["own"]["retrieved"] == 0 and sorted(found["own"]["items"]) == every[:3]
-    assert "most popular" in found["cold"]["notes"][-1]
-    assert found["all"]["error"] is not None and "no item is left to retrieve" in found["all"]["error"]
+    assert results["own"]["retrieved"] == 0 and sorted(results["own"]["items"]) == every[:3]
+    assert "most popular" in results["cold"]["notes"][-1]
+    assert results["all"]["error"] is not None and "no item is left to retrieve" in results["all"]["error"]
     assert summary["retriever"] == {"retriever": "item-knn", "k": 4, "data": data.fingerprint, "seed": 0}
     assert (summary["with_retrieved"], summary["failed"]) == (4, 1) and "retrieving" in summary["seconds"]
 
     # Killed and run again it is the same to the byte, and another k or recommender is another job.
-    killed = options(run, path, tmp_path / "out.jsonl", retrieve="item-knn", k=4, task="direct")
+    killed = options(tuned, path, tmp_path / "out.jsonl", retrieve="item-knn", k=4, task="direct")
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(rank_files, "write_part", dying(1))
         rank_file(killed)
     assert rank_file(killed)["from_earlier_run"] == 3
     assert killed.out.read_bytes() == clean.out.read_bytes()
-    keys = {summary["key"]}
-    for change in ({"k": 5}, {"retrieve": "popularity"}):
-        keys.add(
-            rank_file(options(run, path, killed.out, task="direct", **{"retrieve": "item-knn", "k": 4} | change))["key"]
-        )
-    assert len(keys) == 3
+    changed = [replace(killed, k=5), replace(killed, retrieve="popularity")]
+    assert len({summary["key"], *(rank_file(each)["key"] for each in changed)}) == 3
 
 
-def test_what_cannot_retrieve_says_so(llama_folder: Path, run: Path, tmp_path: Path) -> None:
+def test_unsupported_retrieval_is_refused(llama_folder: Path, tuned: Path, tmp_path: Path) -> None:
     path = jsonl(tmp_path / "in.jsonl", [{"history": ["1"]}])
-    with raises(DataError, Facts("unsupported", run / "merged", column="--retrieve", says="--model")):
-        rank_file(options(run / "merged", path, tmp_path / "o.jsonl", retrieve="item-knn"))
+    with raises(DataError, Facts("unsupported", tuned / "merged", column="--retrieve", says="--model")):
+        rank_file(options(tuned / "merged", path, tmp_path / "o.jsonl", retrieve="item-knn"))
     with raises(RecipeError, Facts("unknown-name", column="--retrieve", says="did you mean 'item-knn'")):
-        rank_file(options(run, path, tmp_path / "o.jsonl", retrieve="item-kn"))
+        rank_file(options(tuned, path, tmp_path / "o.jsonl", retrieve="item-kn"))
     with raises(RecipeError, Facts("contradiction", column="--retrieve")):
-        rank_file(options(run, path, tmp_path / "o.jsonl", retrieve="item-knn", candidates="all"))
+        rank_file(options(tuned, path, tmp_path / "o.jsonl", retrieve="item-knn", candidates="all"))
     assert not (tmp_path / "o.jsonl").exists()
     # Without the option, a request without candidates fails as it always did.
-    assert rank_file(options(run, path, tmp_path / "p.jsonl"))["failed"] == 1
+    assert rank_file(options(tuned, path, tmp_path / "p.jsonl"))["failed"] == 1

@@ -1,4 +1,4 @@
-"""A file of requests in shards: the bytes of one process, killed or not; nothing is merged that is not whole."""
+"""Shards of a file give the bytes of one process; incomplete shards are not merged."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from llmrec.answer.rank.sharded import merge_rank, rank_shard
 from llmrec.cli.main import app
 from llmrec.durable import sha256_of
 from llmrec.errors import DataError, LlmrecError, RecipeError
-from llmrec.pipeline import engines
 from llmrec.pipeline.resume import Budget
 from llmrec.records import Shard
 from tests.answer.rank_cases import Killed, dying, items_csv, jsonl, options, records
@@ -33,10 +32,9 @@ COUNT, PART = 9, 2
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "PART", PART)
-    monkeypatch.setattr(engines, "release_memory", lambda: None)
 
 
-def asked(model: Path, folder: Path, **more: Any) -> RankOptions:
+def rank_options(model: Path, folder: Path, **more: Any) -> RankOptions:
     """Return options over requests of which one has the id and one the history of another, parts away."""
     requests = records(COUNT, candidates=3, history=2)
     requests[7]["id"] = requests[0]["id"]
@@ -46,41 +44,33 @@ def asked(model: Path, folder: Path, **more: Any) -> RankOptions:
     return options(model, path, folder / "out.jsonl", items=items_csv(folder), batch=PART, **more)
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        {"task": "sequential", "strategy": "likelihood"},
-        {"task": "direct", "strategy": "label"},
-        {"candidates": "all", "beams": 3, "top": 3},
-    ],
-    ids=["likelihood", "label", "search"],
-)
-def test_shards_in_any_order_give_the_bytes_of_one_process(
-    llama_folder: Path, tmp_path: Path, more: dict[str, Any]
-) -> None:
-    chosen = asked(llama_folder, tmp_path, **more)
-    whole = rank_file(replace(chosen, out=tmp_path / "whole.jsonl"))
+@pytest.mark.parametrize("more", [
+    {"task": "direct", "strategy": "label"}, {"candidates": "all", "beams": 3, "top": 3},
+], ids=["label", "search"])  # fmt: skip
+def test_shards_equal_one_process(llama_folder: Path, tmp_path: Path, more: dict[str, Any]) -> None:
+    chosen = rank_options(llama_folder, tmp_path, **more)
+    complete = rank_file(replace(chosen, out=tmp_path / "whole.jsonl"))
     last = rank_shard(chosen, Shard(3, 3))
     # Several shards by one model, as a worker ranks them.
     with open_ranker(chosen, store=tmp_path / "answers.sqlite", budget=Budget()) as ranker:
-        made = [*(rank_shard(chosen, Shard(index, 3), ranker=ranker) for index in (2, 1)), last]
+        folders = [*(rank_shard(chosen, Shard(index, 3), ranker=ranker) for index in (2, 1)), last]
     merged = merge_rank(chosen.target)
-    assert sha256_of(chosen.target) == whole["sha256"] == merged["sha256"]
+    assert sha256_of(chosen.target) == complete["sha256"] == merged["sha256"]
     same = ("key", "lines", "ranked", "failed", "failures", "notes", "prompt_tokens", "completion_tokens", "forwards")
-    assert {name: merged[name] for name in same} == {name: whole[name] for name in same}
-    assert whole["failed"] == 1 and len(merged["shards"]) == 3
+    assert {name: merged[name] for name in same} == {name: complete[name] for name in same}
+    assert complete["failed"] == 1 and len(merged["shards"]) == 3
     # Merged again, or put together from folders elsewhere, nothing is other than before.
     stamp = chosen.target.stat().st_mtime_ns
-    assert merge_rank(chosen.target)["sha256"] == whole["sha256"]
+    assert merge_rank(chosen.target)["sha256"] == complete["sha256"]
     assert chosen.target.stat().st_mtime_ns == stamp
     other = tmp_path / "elsewhere" / "out.jsonl"
-    moved = [Path(shutil.copytree(folder, tmp_path / "elsewhere" / str(n))) for n, folder in enumerate(made)]
+    moved = [Path(shutil.copytree(folder, tmp_path / "elsewhere" / str(n))) for n, folder in enumerate(folders)]
     merge_rank(other, moved)
-    assert sha256_of(other) == whole["sha256"]
+    assert sha256_of(other) == complete["sha256"]
 
 
-def test_shards_that_are_restarted_are_merged_anew(llama_folder: Path, tmp_path: Path) -> None:
-    chosen = asked(llama_folder, tmp_path, strategy="likelihood")
+def test_restarted_shards_are_merged_again(llama_folder: Path, tmp_path: Path) -> None:
+    chosen = rank_options(llama_folder, tmp_path, strategy="likelihood")
     for restart in (False, True):
         for number in (1, 2):
             rank_shard(replace(chosen, restart=restart), Shard(number, 2))
@@ -89,11 +79,9 @@ def test_shards_that_are_restarted_are_merged_anew(llama_folder: Path, tmp_path:
     assert chosen.target.stat().st_mtime_ns > stamp
 
 
-def test_a_killed_shard_goes_on_and_is_not_merged_before(
-    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    chosen = asked(llama_folder, tmp_path, task="direct", strategy="label")
-    whole = rank_file(replace(chosen, out=tmp_path / "whole.jsonl"))
+def test_killed_shard_resumes_before_merge(llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = rank_options(llama_folder, tmp_path, task="direct", strategy="label")
+    complete = rank_file(replace(chosen, out=tmp_path / "whole.jsonl"))
     rank_shard(chosen, Shard(1, 2))
     with monkeypatch.context() as patch:
         patch.setattr(run, "write_part", dying(1))
@@ -102,22 +90,22 @@ def test_a_killed_shard_goes_on_and_is_not_merged_before(
     with raises(LlmrecError, Facts("missing-file", "2-of-2", says="shard.json")):
         merge_rank(chosen.target)
     folder = rank_shard(chosen, Shard(2, 2))
-    told = json.loads((folder / "shard.json").read_text("utf-8"))["told"]
-    assert (told["lines"], told["fresh"]) == (5, 3)
-    assert merge_rank(chosen.target)["sha256"] == whole["sha256"]
+    summary = json.loads((folder / "shard.json").read_text("utf-8"))["told"]
+    assert (summary["lines"], summary["fresh"]) == (5, 3)
+    assert merge_rank(chosen.target)["sha256"] == complete["sha256"]
 
-    # A part that was changed is refused, and made again by the command of its shard.
+    # A changed part is refused; the command of its shard makes it again.
     part = sorted(folder.glob("part-*"))[0]
     part.write_text(part.read_text("utf-8").replace("r", "s", 1), encoding="utf-8")
     chosen.target.unlink()
     with raises(LlmrecError, Facts("damaged", part.name, says="run the command of this shard again")):
         merge_rank(chosen.target)
     rank_shard(chosen, Shard(2, 2))
-    assert merge_rank(chosen.target)["sha256"] == whole["sha256"]
+    assert merge_rank(chosen.target)["sha256"] == complete["sha256"]
 
 
-def test_shards_of_other_options_or_forms_are_not_merged(llama_folder: Path, tmp_path: Path) -> None:
-    chosen = asked(llama_folder, tmp_path, task="direct", strategy="label")
+def test_shards_of_other_options_are_not_merged(llama_folder: Path, tmp_path: Path) -> None:
+    chosen = rank_options(llama_folder, tmp_path, task="direct", strategy="label")
     rank_shard(chosen, Shard(1, 2))
     rank_shard(replace(chosen, top=1), Shard(2, 2))
     with raises(LlmrecError, Facts("mismatch", "2-of-2", says="inputs or options")):
@@ -130,8 +118,8 @@ def test_shards_of_other_options_or_forms_are_not_merged(llama_folder: Path, tmp
         merge_rank(chosen.target)
 
 
-def test_the_commands_say_what_comes_next(llama_folder: Path, tmp_path: Path) -> None:
-    chosen = asked(llama_folder, tmp_path)
+def test_shard_and_merge_commands(llama_folder: Path, tmp_path: Path) -> None:
+    chosen = rank_options(llama_folder, tmp_path)
     line = ["rank", "--model", str(llama_folder), "--in", str(chosen.source), "--out", str(chosen.target)]
     line += ["--items", str(chosen.items), "--backend", "hf", "--dtype", "float32", "--top", "2"]
     for piece in ("1/2", "2/2"):

@@ -1,7 +1,8 @@
-"""How `llmrec rank` asks: what a strategy takes, two steps, servers, and what each request cost."""
+"""`llmrec rank` with every strategy: settings, profiles in two steps, servers, cost and order of candidates."""
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ from llmrec.answer.rank.run import rank_file
 from llmrec.answer.strategy import Asking, choose_way, settings_of
 from llmrec.backends.encode import Encoder
 from llmrec.backends.fake import FakeBackend
+from llmrec.backends.hf.backend import HFBackend
 from llmrec.data.requests import RankRequest, read_request
 from llmrec.errors import ErrorKind, LlmrecError, RecipeError
 from llmrec.pipeline import bundle
 from llmrec.types import Ranking, Unparsed
-from tests.answer.rank_cases import items_csv, jsonl, lines, make_run, options, records
+from tests.answer.rank_cases import TITLES, items_csv, jsonl, lines, make_run, options, records
 from tests.conftest import make_tokenizer
 from tests.facts import Facts, raises
 from tests.servers.faulty import EVERYTHING, Behaviour, running
@@ -28,14 +30,11 @@ TWO = Asking("direct", "with-profile", "two-step")
 POOL = ["Alien", "Jaws", "Rocky"]
 
 
-def asked(*found: dict[str, Any]) -> list[RankRequest]:
-    return [read_request({"candidates": POOL, **each}, n, None) for n, each in enumerate(found, start=1)]
+def requests_of(*requests: dict[str, Any]) -> list[RankRequest]:
+    return [read_request({"candidates": POOL, **each}, n, None) for n, each in enumerate(requests, start=1)]
 
 
-# --------------------------------------------------------------------------- what strategies take
-
-
-def test_settings_reach_the_strategy_and_are_paid_for(plain: bundle.Bundle, encoder: Encoder) -> None:
+def test_settings_change_cost(plain: bundle.Bundle, encoder: Encoder) -> None:
     for strategy, settings, forwards in (
         ("label", (), 1),
         ("label", ("eval.permutations=3",), 3),
@@ -47,7 +46,7 @@ def test_settings_reach_the_strategy_and_are_paid_for(plain: bundle.Bundle, enco
         way = choose_way(plain, strategy=strategy, settings=settings)
         backend = FakeBackend(complete=lambda text: "quiet films")
         (answer,) = rank_requests(
-            plain, asked({"history": ["Heat"]}), way=way, backend=backend, encoder=encoder, batch=1
+            plain, requests_of({"history": ["Heat"]}), way=way, backend=backend, encoder=encoder, batch=1
         )
         assert isinstance(answer, Ranking) and answer.cost.forwards == forwards, (strategy, settings)
 
@@ -62,20 +61,18 @@ def test_settings_reach_the_strategy_and_are_paid_for(plain: bundle.Bundle, enco
         ("search", ("eval.beams=5",), "unsupported", "eval.beams", "use the option --beams"),
         ("label", ("permutations",), "syntax", "--set", "key=value, such as eval.permutations=3"),
         ("label", ("permutations=0",), "bad-value", "eval.permutations", "greater than 0"),
-        ("label", ("permutations=[",), "bad-value", "eval.permutations", "integer"),
         ("label", ("permutations=2", "eval.permutations=3"), "duplicate", "eval.permutations", ()),
         ("window", ("eval.window=3",), "bad-value", "eval.window_step", "below eval.window"),
-        ("likelihood-prior", ("prior_weight=-1",), "bad-value", "eval.prior_weight", "greater than or equal to 0"),
     ],
 )
-def test_settings_that_cannot_be_used_are_refused(
+def test_invalid_settings_are_refused(
     strategy: str, settings: tuple[str, ...], kind: ErrorKind, key: str, says: str | tuple[str, ...]
 ) -> None:
     with raises(RecipeError, Facts(kind, column=key, says=says)):
         settings_of(strategy, settings)
 
 
-def test_settings_make_another_job(llama_folder: Path, tmp_path: Path) -> None:
+def test_settings_change_the_key(llama_folder: Path, tmp_path: Path) -> None:
     path, items = jsonl(tmp_path / "in.jsonl", records(2)), items_csv(tmp_path)
     keys, costs = set(), []
     for settings in ((), ("eval.permutations=2",)):
@@ -87,12 +84,7 @@ def test_settings_make_another_job(llama_folder: Path, tmp_path: Path) -> None:
     assert summary["options"] == {"permutations": 2}
 
 
-# --------------------------------------------------------------------------- two steps
-
-
-def test_two_step_takes_a_template_that_shows_a_profile(
-    plain: bundle.Bundle, llama_folder: Path, tmp_path: Path
-) -> None:
+def test_two_step_needs_profile_template(plain: bundle.Bundle, llama_folder: Path, tmp_path: Path) -> None:
     assert choose_way(plain, strategy="two-step") == TWO
     assert choose_way(plain, strategy="two-step", template="profile-only").template == "profile-only"
     with raises(
@@ -110,13 +102,13 @@ def test_two_step_takes_a_template_that_shows_a_profile(
     assert choose_way(tuned, strategy="two-step").template == "profile-only"
 
 
-def test_a_profile_is_written_where_the_request_brings_none(plain: bundle.Bundle, encoder: Encoder) -> None:
+def test_two_step_writes_missing_profiles(plain: bundle.Bundle, encoder: Encoder) -> None:
     texts: list[str] = []
     backend = FakeBackend(
         complete=lambda text: "quiet\nfilms",
         prefer=lambda text, label: texts.append(text) or -float(ord(label[-1])),  # type: ignore[func-returns-value]
     )
-    requests = asked({"id": "a", "history": ["Heat"]}, {"id": "b", "profile": "likes noise"}, {"id": "c"})
+    requests = requests_of({"id": "a", "history": ["Heat"]}, {"id": "b", "profile": "likes noise"}, {"id": "c"})
     first, second, cold = rank_requests(plain, requests, way=TWO, backend=backend, encoder=encoder, batch=4)
     assert isinstance(first, Ranking) and first.raw == "quiet films" and first.cost.forwards == 2
     assert isinstance(second, Ranking) and second.raw is None and second.cost.forwards == 1
@@ -125,7 +117,7 @@ def test_a_profile_is_written_where_the_request_brings_none(plain: bundle.Bundle
     assert "without a history" in notes_of(TWO, requests[2], cold)[0]
 
 
-def test_a_profile_that_does_not_fit_fails_its_request_alone(plain: bundle.Bundle, encoder: Encoder) -> None:
+def test_too_long_profile_fails_alone(plain: bundle.Bundle, encoder: Encoder) -> None:
     tight = Encoder(encoder.tokenizer, max_length=700)
 
     class Strict(FakeBackend):
@@ -137,36 +129,31 @@ def test_a_profile_that_does_not_fit_fails_its_request_alone(plain: bundle.Bundl
             return super().score(prompts, candidates, closed=closed)
 
     backend = Strict(complete=lambda text: "ž" * 300 if "Heat" in text else "quiet films")
-    requests = asked({"id": "a", "history": ["Heat"]}, {"id": "b", "history": ["Fargo"]})
+    requests = requests_of({"id": "a", "history": ["Heat"]}, {"id": "b", "history": ["Fargo"]})
     failed, ranked = rank_requests(plain, requests, way=TWO, backend=backend, encoder=tight, batch=4)
     assert isinstance(failed, Unparsed) and "second prompt" in failed.reason and "700" in failed.reason
     assert isinstance(ranked, Ranking) and ranked.raw == "quiet films"
 
 
-def test_the_output_says_what_was_written_of_the_user(llama_folder: Path, tmp_path: Path) -> None:
+def test_output_has_written_profiles(llama_folder: Path, tmp_path: Path) -> None:
     rows = [*records(2), {**records(3)[2], "profile": "likes noise"}]
     path, items = jsonl(tmp_path / "in.jsonl", rows), items_csv(tmp_path)
     chosen = options(llama_folder, path, tmp_path / "out.jsonl", items=items, strategy="two-step", batch=8)
     summary = rank_file(chosen)
-    found = lines(chosen.out)
+    results = lines(chosen.out)
     assert all(row["error"] is None and sorted(row["items"]) == sorted(r["candidates"])
-               for row, r in zip(found, rows, strict=True))  # fmt: skip
-    assert found[0]["profile"] and found[2]["profile"] is None
-    assert found[2]["forwards"] == 1 < found[0]["forwards"]
+               for row, r in zip(results, rows, strict=True))  # fmt: skip
+    assert results[0]["profile"] and results[2]["profile"] is None
+    assert results[2]["forwards"] == 1 < results[0]["forwards"]
     for name in ("prompt_tokens", "completion_tokens", "forwards"):
-        assert summary[name] == sum(row[name] for row in found)
+        assert summary[name] == sum(row[name] for row in results)
         assert summary["per_request"][name] == pytest.approx(summary[name] / 3, abs=0.01)
     each = summary["seconds_per_request"]
     assert 0 < each["fastest_part"] <= each["mean"] <= each["slowest_part"]
     assert (summary["template"], summary["rationale"], summary["retriever"]) == ("with-profile", None, None)
 
 
-# --------------------------------------------------------------------------- servers
-
-
-def test_a_server_ranks_and_its_key_stands_nowhere(
-    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_server_key_is_not_written(llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     secret, tokenizer = "sk-proj-Zx81QmW0pT7v", make_tokenizer()
     monkeypatch.setenv("FILMS_KEY", secret)
     path, items = jsonl(tmp_path / "in.jsonl", records(3)), items_csv(tmp_path)
@@ -181,7 +168,7 @@ def test_a_server_ranks_and_its_key_stands_nowhere(
     assert all(secret.encode() not in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
 
 
-def test_a_server_that_cannot_score_says_what_works(llama_folder: Path, tmp_path: Path) -> None:
+def test_server_without_scores_is_refused(llama_folder: Path, tmp_path: Path) -> None:
     path, items = jsonl(tmp_path / "in.jsonl", records(2)), items_csv(tmp_path)
     offers = EVERYTHING - {"logprobs", "named", "echo", "chat logprobs"}
     with (
@@ -211,10 +198,75 @@ def test_a_server_that_cannot_score_says_what_works(llama_folder: Path, tmp_path
         ),
     ],
 )
-def test_servers_that_are_not_named_well(
+def test_invalid_server_options_are_refused(
     llama_folder: Path, tmp_path: Path, changes: dict[str, Any], facts: Facts
 ) -> None:
     path = jsonl(tmp_path / "in.jsonl", [{"candidates": ["a", "b"]}])
     with raises(RecipeError, facts) as refused:
         rank_file(options(llama_folder, path, tmp_path / "out.jsonl", items=items_csv(tmp_path), **changes))
     assert "secret" not in str(refused.value)
+
+
+STRATEGIES = (
+    *("label", "permutation", "window", "pairwise", "setwise", "pointwise-yes", "two-step"),
+    *("likelihood", "likelihood-prior"),
+)
+
+
+def way_of(name: str) -> Asking:
+    if name.startswith("likelihood"):
+        return Asking("sequential", "continue-list", name)
+    return Asking("direct", "with-profile" if name == "two-step" else "shortlist", name)
+
+
+def requests(count: int, candidates: int) -> list[RankRequest]:
+    results = []
+    for n, record in enumerate(records(count, candidates=candidates), start=1):
+        texts = {key: [{"item_id": i, "title": TITLES[i]} for i in record[key]] for key in ("history", "candidates")}
+        results.append(read_request({**record, **texts}, n, None))
+    return results
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_ranking_does_not_depend_on_order(name: str, tools: tuple[bundle.Bundle, HFBackend, Encoder]) -> None:
+    opened, backend, encoder = tools
+    original = requests(3, 6)
+    turned = []
+    for request in original[::-1]:
+        pool = list(request.candidates)
+        random.Random(request.id).shuffle(pool)
+        turned.append(replace(request, candidates=tuple(pool)))
+    first, second = (
+        rank_requests(opened, each, way=way_of(name), backend=backend, encoder=encoder, batch=2)
+        for each in (original, turned)
+    )
+    for request, one, other in zip(original, first, second[::-1], strict=True):
+        assert isinstance(one, Ranking) and isinstance(other, Ranking)
+        assert sorted(one.items) == sorted(item.item_id for item in request.candidates)
+        assert list(one.scores) == sorted(one.scores, reverse=True)
+        assert one.items == other.items and one.cost.forwards > 0
+        assert one.scores == pytest.approx(other.scores, abs=1e-3)
+
+
+def test_single_candidate_needs_no_model(tools: tuple[bundle.Bundle, HFBackend, Encoder]) -> None:
+    opened, backend, encoder = tools
+    (request,) = requests(1, 1)
+    for name in STRATEGIES:
+        (answer,) = rank_requests(opened, [request], way=way_of(name), backend=backend, encoder=encoder, batch=1)
+        assert isinstance(answer, Ranking)
+        without = not name.startswith("likelihood")
+        assert (answer.cost.forwards == 0) == without == bool(notes_of(way_of(name), request, answer))
+
+
+def test_large_candidate_sets(tools: tuple[bundle.Bundle, HFBackend, Encoder]) -> None:
+    opened, backend, encoder = tools
+    many = [{"item_id": item, "title": each} for item, each in list(TITLES.items())[:40]]
+    request = read_request({"id": "large", "candidates": many}, 1, None)
+    tight = Encoder(encoder.tokenizer, max_length=620)
+    narrow = HFBackend(backend.model, tight)
+    for name in ("label", "window", "setwise", "pointwise-yes"):
+        (answer,) = rank_requests(opened, [request], way=way_of(name), backend=narrow, encoder=tight, batch=1)
+        if name == "label":
+            assert isinstance(answer, Unparsed) and "more than the maximum of 620" in answer.reason
+        else:
+            assert isinstance(answer, Ranking) and len(answer.items) == 40

@@ -1,16 +1,15 @@
-"""What answers under the name of a row of the report gives the lists of that row."""
+"""Models served under the name of a row of the report give the lists of that row."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
-import polars as pl
 import pytest
 
 import llmrec
@@ -35,7 +34,7 @@ from llmrec.recipe.load import load_recipe
 from llmrec.records import Shard
 from llmrec.types import Ranking
 from tests import planted
-from tests.answer.rank_cases import jsonl, lines
+from tests.answer.rank_cases import evaluated_lists, evaluated_requests, jsonl, lines, pairs
 from tests.facts import Facts, raises
 from tests.planted import ITEMS, WORDS
 
@@ -65,137 +64,91 @@ def ranked(tmp_path_factory: pytest.TempPathFactory) -> pipeline.Run:
     """A run of classic recommenders alone, whose ensembles are learned rankers."""
     pytest.importorskip("lightgbm", reason="the ranker extra is not installed")
     folder = tmp_path_factory.mktemp("ranked")
-    own = [*CLASSIC, *planted.changes(folder / "data")]
-    recipe = load_recipe("recipes/movielens-100k/four-tasks.yaml", own)
+    overrides = [*CLASSIC, *planted.changes(folder / "data")]
+    recipe = load_recipe("recipes/movielens-100k/four-tasks.yaml", overrides)
     return pipeline.run(recipe, folder / "r", quiet=True)
 
 
 @pytest.fixture(scope="module", params=[pytest.param("linear", marks=pytest.mark.slow), "ranked"])
 def run(request: pytest.FixtureRequest) -> pipeline.Run:
-    made: pipeline.Run = request.getfixturevalue(request.param)
-    forms = {row["fusion"]["form"] for row in made.results["rows"] if row.get("fusion")}
+    result: pipeline.Run = request.getfixturevalue(request.param)
+    forms = {row["fusion"]["form"] for row in result.results["rows"] if row.get("fusion")}
     assert (forms == {"ranker"}) == (request.param == "ranked")
-    return made
+    return result
 
 
 @pytest.fixture(scope="module")
 def rec(run: pipeline.Run) -> Iterator[Loaded]:
-    with llmrec.load(str(run.folder)) as found:
-        yield found
+    with llmrec.load(str(run.folder)) as loaded:
+        yield loaded
 
 
 @pytest.fixture(scope="module")
 def requests(run: pipeline.Run) -> list[dict[str, Any]]:
-    """The requests of the test split, as users of an interface write them."""
-    study = build_study(load_recipe(run.folder / "recipe.yaml"))
-    return [
-        {
-            "id": case.request.id,
-            "history": [history_entry(event) for event in case.request.history],
-            "candidates": list(case.request.candidates or ()),
-        }
-        for case in study.cases("sequential")
-    ]
+    return evaluated_requests(run.folder)
 
 
-def measured(run: pipeline.Run, row: str) -> dict[str, list[tuple[str, float]]]:
-    """Return the lists that a row was measured with, by request."""
-    frame = pl.read_parquet(run.folder / "predictions.parquet").filter(pl.col("row_id") == row)
-    found = {}
-    for request, parsed in frame.select("request_id", "parsed").iter_rows():
-        said = json.loads(parsed)
-        found[request] = list(zip(said["items"], said["scores"], strict=True))
-    return found
+@contextmanager
+def serving(folder: Path, store: Path) -> Iterator[str]:
+    """Yield the URL of a service of a run."""
+    pytest.importorskip("fastapi", reason="the serve extra is not installed")
+    from llmrec.serve.app import make_app
+    from llmrec.serve.gates import Auth
+    from tests.serve.served import listening, wait_ready
+
+    service = make_service(ServeOptions(model=str(folder), store=str(store / "store.sqlite")))
+    with listening(make_app(service, Auth())) as (url,):
+        wait_ready(url)
+        yield url
 
 
-def test_every_row_of_the_report_but_chance_is_served_under_its_name(run: pipeline.Run, rec: Loaded) -> None:
+def test_every_row_of_the_report_is_served(run: pipeline.Run, rec: Loaded) -> None:
     rows = {row["predictor"] for row in run.results["rows"]}
     assert {"fusion", "fusion with texts", "item-knn(history=1)", "item-knn(history=5)"} <= rows
     assert set(rec.models) == rows - {"random"}
+    # The row with the best validation figure is the default.
+    choice = run.results["choice"]
+    assert rec.models[0] == choice["row"].split("/")[2] == "fusion with texts"
+    assert choice["value"] == max(choice["figures"].values())
 
 
-def test_a_name_gives_the_lists_of_its_row(run: pipeline.Run, rec: Loaded, requests: list[dict[str, Any]]) -> None:
+def test_served_lists_equal_the_evaluation(run: pipeline.Run, rec: Loaded, requests: list[dict[str, Any]]) -> None:
     lists = {}
     for row in run.results["rows"]:
-        name, known = row["predictor"], measured(run, row["id"])
+        name, known = row["predictor"], evaluated_lists(run.folder, row["id"])
         if name == "random":
             continue
         assert len(known) == len(requests) == 12
         for request in requests:
-            found = rec.rank(**request, model=name, k=100)
-            wanted = known[request["id"]]
-            assert [each.score for each in found] == pytest.approx([score for _, score in wanted]), name
+            ranking = rec.rank(**request, model=name, k=100)
+            expected = known[request["id"]]
+            assert [each.score for each in ranking] == pytest.approx([score for _, score in expected]), name
             # Of texts that are equal but for a number, the last digit of a score may order items otherwise.
-            assert {each.item_id: each.score for each in found} == pytest.approx(dict(wanted)), name
+            assert {each.item_id: each.score for each in ranking} == pytest.approx(dict(expected)), name
         lists[name] = known
     # Two fusions that differ in nothing would prove nothing.
     assert lists["fusion"] != lists["fusion with texts"]
 
 
-def test_a_method_alone_means_its_first_row_and_a_row_may_be_named_by_its_id(
-    run: pipeline.Run, rec: Loaded, requests: list[dict[str, Any]]
-) -> None:
-    asked = requests[0]
-    assert rec.rank(**asked, model="item-knn") == rec.rank(**asked, model="item-knn(history=1)")
+def test_rows_by_method_and_by_id(run: pipeline.Run, rec: Loaded, requests: list[dict[str, Any]]) -> None:
+    request = requests[0]
+    assert rec.rank(**request, model="item-knn") == rec.rank(**request, model="item-knn(history=1)")
     names = ["sequential/baseline/fusion with texts", "item-knn(history=5)", "item-knn"]
     with llmrec.load(str(run.folder), models=names) as chosen:
         assert chosen.models == ("fusion with texts", "item-knn(history=5)", "item-knn(history=1)")
-        assert chosen.rank(**asked) == rec.rank(**asked, model="fusion with texts")
+        assert chosen.rank(**request) == rec.rank(**request, model="fusion with texts")
     with raises(RecipeError, Facts("unknown-name", column="model")):
-        rec.rank(**asked, model="fusion with models")
-
-
-@pytest.mark.parametrize("name", ["fusion", "fusion with texts"])
-def test_a_file_is_ranked_by_the_row_that_is_named(
-    run: pipeline.Run, requests: list[dict[str, Any]], tmp_path: Path, name: str
-) -> None:
-    file = jsonl(tmp_path / "in.jsonl", requests)
-    rank_file(RankOptions(baseline=name, recipe=str(run.folder), requests=file, out=tmp_path / "out.jsonl"))
-    known = measured(run, f"sequential/baseline/{name}")
-    for line in lines(tmp_path / "out.jsonl"):
-        assert list(zip(line["items"], line["scores"], strict=True)) == known[line["request_id"]]
-
-
-def test_a_service_knows_the_rows_by_their_names(
-    run: pipeline.Run, rec: Loaded, requests: list[dict[str, Any]], tmp_path: Path
-) -> None:
-    pytest.importorskip("fastapi", reason="the serve extra is not installed")
-    from llmrec.serve.app import make_app
-    from llmrec.serve.gates import Auth
-    from tests.serve.served import listening, wait_ready
-
-    service = make_service(ServeOptions(model=str(run.folder), store=str(tmp_path / "store.sqlite")))
-    with listening(make_app(service, Auth())) as (url,):
-        wait_ready(url)
-        assert [each["name"] for each in httpx.get(f"{url}/v1/models").json()["models"]] == list(rec.models)
-        for name in ("fusion", "fusion with texts", "item-knn"):
-            body = {**requests[0], "model": name, "k": 100}
-            found = httpx.post(f"{url}/v1/rank", json=body, timeout=60).json()
-            wanted = rec.rank(**requests[0], model=name, k=100)
-            assert [each["item_id"] for each in found["items"]] == [each.item_id for each in wanted]
-            assert found["model"]["name"] == ("item-knn(history=1)" if name == "item-knn" else name)
-
-
-# --------------------------------------------------------------------------- why an item is listed
+        rec.rank(**request, model="fusion with models")
 
 
 @pytest.mark.parametrize("run", ["linear"], indirect=True)
-def test_an_ensemble_explains_its_lists_by_the_contributions_of_its_members(
-    run: pipeline.Run,
-    rec: Loaded,
-    requests: list[dict[str, Any]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_ensemble_explains_by_members(
+    run: pipeline.Run, rec: Loaded, requests: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("fastapi", reason="the serve extra is not installed")
-    from llmrec.serve.app import make_app
-    from llmrec.serve.gates import Auth
-    from tests.serve.served import listening, wait_ready
-
-    whole = {"id": "whole", "history": requests[0]["history"]}
-    file = jsonl(tmp_path / "in.jsonl", [requests[0], whole, {"id": "cold", "user_id": "nobody"}])
-    asked = RankOptions(model=str(run.folder), requests=file, out=tmp_path / "o.jsonl", rationale=2, top=3)
-    summary = rank_file(asked)
+    request = {"id": "whole", "history": requests[0]["history"]}
+    file = jsonl(tmp_path / "in.jsonl", [requests[0], request, {"id": "cold", "user_id": "nobody"}])
+    options = RankOptions(model=str(run.folder), requests=file, out=tmp_path / "o.jsonl", rationale=2, top=3)
+    summary = rank_file(options)
     assert summary["by"] == "fusion with texts" and summary["rationale"]["written"] == 4
     some, every, cold = lines(tmp_path / "o.jsonl")
     assert cold["rationale"] == [] and len(every["rationale"]) == 2
@@ -203,43 +156,32 @@ def test_an_ensemble_explains_its_lists_by_the_contributions_of_its_members(
     for item, text in zip(every["items"], every["rationale"], strict=False):
         name, _, value = text.split(", ")[0].rpartition(" ")
         assert name in {part["name"] for part in members} and float(value) > 0
-        assert rec.explain(item, history=whole["history"], model="fusion with texts") == text
+        assert rec.explain(item, history=request["history"], model="fusion with texts") == text
     # An item of the history, which the list cannot have, is explained among the others.
-    assert rec.explain(whole["history"][-1]["item_id"], history=whole["history"], model="fusion with texts")
+    assert rec.explain(request["history"][-1]["item_id"], history=request["history"], model="fusion with texts")
     with monkeypatch.context() as patch:
         patch.setattr(rankers, "TOP", 3)
-        last = rec.rank(history=whole["history"], k=100)[-1]
-        assert rec.explain(last.item_id, history=whole["history"]) == "not among the best items of any member"
-    rank_file(replace(asked, by="popularity", out=tmp_path / "p.jsonl"))
+        last = rec.rank(history=request["history"], k=100)[-1]
+        assert rec.explain(last.item_id, history=request["history"]) == "not among the best items of any member"
+    rank_file(replace(options, by="popularity", out=tmp_path / "p.jsonl"))
     assert all(not line["rationale"] and "popularity" in line["notes"][-1] for line in lines(tmp_path / "p.jsonl"))
     with raises(RecipeError, Facts("unsupported", column="model")):
-        rec.explain(item, history=whole["history"], model="popularity")
-    service = make_service(ServeOptions(model=str(run.folder), store=str(tmp_path / "store.sqlite")))
-    with listening(make_app(service, Auth())) as (url,):
-        wait_ready(url)
+        rec.explain(item, history=request["history"], model="popularity")
+    with serving(run.folder, tmp_path) as url:
+        assert [each["name"] for each in httpx.get(f"{url}/v1/models").json()["models"]] == list(rec.models)
+        for name in ("fusion", "item-knn"):
+            response = httpx.post(f"{url}/v1/rank", json={**requests[0], "model": name, "k": 100}, timeout=60).json()
+            expected = rec.rank(**requests[0], model=name, k=100)
+            assert [each["item_id"] for each in response["items"]] == [each.item_id for each in expected]
+            assert response["model"]["name"] == ("item-knn(history=1)" if name == "item-knn" else name)
         listed = httpx.post(f"{url}/v1/rank", json={**requests[0], "k": 3, "rationale": 2}, timeout=60).json()
         assert [item["rationale"] for item in listed["items"]] == [*some["rationale"], None]
-        about = {"history": whole["history"], "item_id": every["items"][0]}
+        about = {"history": request["history"], "item_id": every["items"][0]}
         answer = httpx.post(f"{url}/v1/explain", json=about, timeout=60).json()
         assert (answer["text"], answer["model"]["name"]) == (every["rationale"][0], "fusion with texts")
 
 
-# --------------------------------------------------------------------------- which row answers first
-
-
-def test_the_row_with_the_best_validation_figure_answers_first(run: pipeline.Run, rec: Loaded) -> None:
-    choice = run.results["choice"]
-    assert rec.models[0] == choice["row"].split("/")[2] == "fusion with texts"
-    assert choice["value"] == max(choice["figures"].values())
-
-
-def test_the_row_that_answers_first_may_be_worse_for_test_users(linear: pipeline.Run) -> None:
-    choice = linear.results["choice"]
-    figures = {row["id"]: row["metrics"]["NDCG@10"]["value"] for row in linear.results["rows"]}
-    assert figures[choice["row"]] < max(figures[name] for name in choice["figures"])
-
-
-def test_the_figures_of_validation_are_those_of_users_who_chose_nothing(run: pipeline.Run) -> None:
+def test_choice_uses_separate_validation_users(run: pipeline.Run) -> None:
     study = build_study(load_recipe(run.folder / "recipe.yaml"))
     cases = Weighing(study).cases("sequential")
     weighers = {one.user_id for one in halves(study.data, study.recipe.eval.fusion.reserved)[1].holdouts("valid")}
@@ -249,77 +191,69 @@ def test_the_figures_of_validation_are_those_of_users_who_chose_nothing(run: pip
     for section in study.baselines("sequential"):
         if section.name != "random":
             model = fitted(section.name, section.parameters, study.data, seed=study.recipe.seed)
-            found = evaluate(model, cases, name="sequential", kind=Ranking, protocol=protocol)
-            wanted = found.values["NDCG@10"].mean()
-            assert choice["figures"][f"sequential/baseline/{section.label}"] == pytest.approx(wanted)
+            result = evaluate(model, cases, name="sequential", kind=Ranking, protocol=protocol)
+            expected = result.values["NDCG@10"].mean()
+            assert choice["figures"][f"sequential/baseline/{section.label}"] == pytest.approx(expected)
 
 
-def test_test_users_have_no_say_in_what_answers_first(linear: pipeline.Run, tmp_path: Path) -> None:
+def test_test_users_do_not_change_the_default(linear: pipeline.Run, tmp_path: Path) -> None:
     recipe = load_recipe("recipes/movielens-100k/four-tasks.yaml", [*CLASSIC, "eval.users=5"])
     other = pipeline.run(recipe, tmp_path / "r", quiet=True)
     tables = [{row["id"]: row["metrics"]["NDCG@10"] for row in each.results["rows"]} for each in (linear, other)]
     assert tables[0] != tables[1] and other.results["choice"] == linear.results["choice"]
 
 
-def test_a_refreshed_folder_answers_by_the_same_row(run: pipeline.Run, rec: Loaded, tmp_path: Path) -> None:
-    (tmp_path / "items.csv").write_text("item_id,title\nn1,A new kettle\n", encoding="utf-8")
-    refresh(RefreshOptions(model=str(run.folder), items=tmp_path / "items.csv", out=tmp_path / "live"))
-    with llmrec.load(str(tmp_path / "live")) as live:
-        assert live.models == rec.models
-
-
-def test_a_network_is_served_as_it_was_measured(tmp_path: Path) -> None:
+def test_network_is_served_as_evaluated(tmp_path: Path) -> None:
     """What stops by validation users does so without those that weigh the fusions, when it is served too."""
     pytest.importorskip("torch", reason="the train extra is not installed")
     network = "{name: gru4rec, dim: 4, epochs: 12, patience: 1, quiet: true}"
     tasks = f"tasks={{sequential: {{baselines: [random, popularity, item-knn, markov-1, {network}]}}}}"
-    made = pipeline.run(
+    result = pipeline.run(
         load_recipe("recipes/movielens-100k/four-tasks.yaml", [*CLASSIC, tasks]), tmp_path / "r", quiet=True
     )
-    (row,) = [row for row in made.results["rows"] if row["predictor"].startswith("gru4rec")]
-    with llmrec.load(str(made.folder), models=[row["predictor"]]) as rec:
-        study = build_study(load_recipe(made.folder / "recipe.yaml"))
+    (row,) = [row for row in result.results["rows"] if row["predictor"].startswith("gru4rec")]
+    with llmrec.load(str(result.folder), models=[row["predictor"]]) as rec:
+        study = build_study(load_recipe(result.folder / "recipe.yaml"))
         for case in study.cases("sequential"):
-            asked = [history_entry(event) for event in case.request.history]
-            found = rec.rank(history=asked, candidates=list(case.request.candidates or ()), id=case.request.id, k=100)
-            known = measured(made, row["id"])[case.request.id]
-            assert [each.score for each in found] == pytest.approx([score for _, score in known], rel=1e-5)
+            history = [history_entry(event) for event in case.request.history]
+            pool = list(case.request.candidates or ())
+            ranking = rec.rank(history=history, candidates=pool, id=case.request.id, k=100)
+            known = evaluated_lists(result.folder, row["id"])[case.request.id]
+            assert [each.score for each in ranking] == pytest.approx([score for _, score in known], rel=1e-5)
 
 
-def test_a_file_is_ranked_by_what_answers_first_and_by_any_other_row(
+def test_rank_file_by_default_and_named_rows(
     run: pipeline.Run, rec: Loaded, requests: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    whole = {"id": "whole", "user_id": rec.users[3]}
-    file = jsonl(tmp_path / "in.jsonl", [*requests, whole])
+    user = {"id": "whole", "user_id": rec.users[3]}
+    file = jsonl(tmp_path / "in.jsonl", [*requests, user])
     for by, name in ((None, rec.models[0]), ("popularity", "popularity"), ("item-knn", "item-knn(history=1)")):
         out = tmp_path / f"{by}.jsonl"
         summary = rank_file(RankOptions(model=str(run.folder), requests=file, out=out, by=by, top=6))
         assert (summary["ranked"], summary["failed"], summary["by"]) == (13, 0, name)
-        asked = [*requests, {"id": "whole", "user": whole["user_id"]}]
-        for line, request in zip(lines(out), asked, strict=True):
+        expected = [*requests, {"id": "whole", "user": user["user_id"]}]
+        for line, request in zip(lines(out), expected, strict=True):
             assert line["items"] == [each.item_id for each in rec.rank(**request, model=name, k=6)], (name, request)
+    source = jsonl(tmp_path / "requests.jsonl", requests)
+    out = tmp_path / "row.jsonl"
+    rank_file(RankOptions(baseline="fusion with texts", recipe=str(run.folder), requests=source, out=out))
+    known = evaluated_lists(run.folder, "sequential/baseline/fusion with texts")
+    assert all(pairs(line) == known[line["request_id"]] for line in lines(out))
     with raises(RecipeError, Facts("contradiction", column="--strategy")):
         rank_file(RankOptions(model=str(run.folder), requests=file, out=tmp_path / "o.jsonl", strategy="list"))
     with raises(RecipeError, Facts("contradiction", column="--backend")):
         rank_file(RankOptions(model=str(run.folder), requests=file, out=tmp_path / "o.jsonl", backend="hf"))
 
 
-# --------------------------------------------------------------------------- what is unknown
-
-
-def test_what_is_unknown_is_told_in_files_frames_and_lists(
+def test_unknown_users_and_items_are_noted(
     linear: pipeline.Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    asked = [
-        {"id": "a", "user_id": "nobody"},
-        {"id": "b", "history": ["k01", "no such"]},
-        {"id": "c", "user_id": "u01"},
-    ]
-    file = jsonl(tmp_path / "i.jsonl", asked)
+    rows = [{"id": "a", "user_id": "nobody"}, {"id": "b", "history": ["k01", "no such"]}, {"id": "c", "user_id": "u01"}]
+    file = jsonl(tmp_path / "i.jsonl", rows)
     rank_file(RankOptions(model=str(linear.folder), requests=file, out=tmp_path / "o.jsonl", top=2))
     notes = [line["notes"] for line in lines(tmp_path / "o.jsonl")]
     with llmrec.load(str(linear.folder)) as rec:
-        frame = rec.recommend(asked, k=2)
+        frame = rec.recommend(rows, k=2)
         assert [row["notes"] for row in frame[::2]] == ["; ".join(each) for each in notes]
         assert "unknown user 'nobody'" in notes[0][0] and "the most popular items" in notes[0][-1]
         assert "'no such'" in notes[1][0] and "of this user in the data" in notes[2][0] and len(notes[2]) == 1
@@ -328,27 +262,24 @@ def test_what_is_unknown_is_told_in_files_frames_and_lists(
             rec.rank(user="nobody")
             rec.rank(history=["no such"])
             rec.rank(user="u01", history=["k01"])
-        said = [record.getMessage() for record in caplog.records]
-        assert len(said) == 2 and all(text.endswith("the most popular items are listed") for text in said)
-        assert "'nobody'" in said[0] and "'no such'" in said[1]
+        messages = [record.getMessage() for record in caplog.records]
+        assert len(messages) == 2 and all(text.endswith("the most popular items are listed") for text in messages)
+        assert "'nobody'" in messages[0] and "'no such'" in messages[1]
 
 
-def test_an_item_that_a_recommender_has_not_learned_from_is_told(linear: pipeline.Run) -> None:
+def test_untrained_items_are_noted(linear: pipeline.Run) -> None:
     with llmrec.load(str(linear.folder)) as rec:
-        (found,) = rec.lists([rec.read({"history": ["k01", {"title": "Tomorrow"}]}, 1, whole=True)], ListSpec(k=1))
-        assert isinstance(found, Answered) and found.unknown_items == ("Tomorrow",)
-        assert "missing in the training data: 'Tomorrow'" in found.notes[0]
+        (result,) = rec.lists([rec.read({"history": ["k01", {"title": "Tomorrow"}]}, 1, whole=True)], ListSpec(k=1))
+        assert isinstance(result, Answered) and result.unknown_items == ("Tomorrow",)
+        assert "missing in the training data: 'Tomorrow'" in result.notes[0]
         request = rec.read({"user_id": "nobody", "history": None}, 1, whole=True)
-        (found,) = rec.lists([request], ListSpec(k=1))
-        assert isinstance(found, Answered) and found.unknown_user and found.cold and not found.unknown_items
-        (found,) = rec.lists([rec.read({"history": ["k01", "no such"]}, 1, whole=True)], ListSpec(k=1))
-        assert isinstance(found, Answered) and found.unknown_items == ("no such",) and not found.cold
+        (result,) = rec.lists([request], ListSpec(k=1))
+        assert isinstance(result, Answered) and result.unknown_user and result.cold and not result.unknown_items
+        (result,) = rec.lists([rec.read({"history": ["k01", "no such"]}, 1, whole=True)], ListSpec(k=1))
+        assert isinstance(result, Answered) and result.unknown_items == ("no such",) and not result.cold
 
 
-# --------------------------------------------------------------------------- a learned ranker
-
-
-def test_a_ranker_is_audited_and_reported(ranked: pipeline.Run) -> None:
+def test_ranker_is_audited_and_reported(ranked: pipeline.Run) -> None:
     checks = {check.name: check for check in audit(ranked.folder)}
     rankers = checks["held-out items in the features of ensemble rankers"]
     assert rankers.verdict == "clean" and not any(check.verdict == "leak" for check in checks.values())
@@ -356,21 +287,21 @@ def test_a_ranker_is_audited_and_reported(ranked: pipeline.Run) -> None:
     assert "Features of the ranker" in report and "<bdi>markov-1: score</bdi>" in report
 
 
-def test_a_ranker_lists_what_its_members_find_in_the_catalogue(ranked: pipeline.Run) -> None:
+def test_ranker_ranks_the_catalogue(ranked: pipeline.Run) -> None:
     lamps = [f"i{n:02d}" for n in range(ITEMS) if WORDS[n % len(WORDS)] == "lamp"]
     with llmrec.load(str(ranked.folder), models=["fusion with texts", "popularity"]) as rec:
-        whole = rec.rank(history=lamps[:2], k=ITEMS)
+        complete = rec.rank(history=lamps[:2], k=ITEMS)
         # A short history: what comes next is of the same topic.
-        assert {item.item_id for item in whole[:4]} == set(lamps[2:]) and len(whole) == ITEMS - 2
-        assert [item.score for item in whole] == sorted((item.score for item in whole), reverse=True)
+        assert {item.item_id for item in complete[:4]} == set(lamps[2:]) and len(complete) == ITEMS - 2
+        assert [item.score for item in complete] == sorted((item.score for item in complete), reverse=True)
         again = rec.rank(history=lamps[:2], k=ITEMS, exclude_seen=False)
         assert len(again) == ITEMS and set(lamps[:2]) <= {item.item_id for item in again}
         few = rec.rank(history=lamps[:2], k=ITEMS, where={"only": {"price": ["2"]}})
         kept = {f"i{n:02d}" for n in range(ITEMS) if n % 7 == 1} - set(lamps[:2])
         assert {item.item_id for item in few} == kept
         # The rules apply before candidates are chosen, and the order is that of the same items as candidates.
-        asked = rec.rank(history=lamps[:2], k=ITEMS, candidates=sorted(kept))
-        assert [(item.item_id, item.score) for item in few] == [(item.item_id, item.score) for item in asked]
+        expected = rec.rank(history=lamps[:2], k=ITEMS, candidates=sorted(kept))
+        assert [(item.item_id, item.score) for item in few] == [(item.item_id, item.score) for item in expected]
         # An item is explained by the contributions of members and features.
         assert "content" in rec.explain(lamps[2], history=lamps[:2])
         strange = rec.rank(history=lamps[:2], candidates=[*sorted(kept), {"title": "A thing of tomorrow"}])
@@ -381,46 +312,37 @@ def test_a_ranker_lists_what_its_members_find_in_the_catalogue(ranked: pipeline.
         assert {item.item_id for item in rec.rank(history=[], candidates=lamps)} == set(lamps)
 
 
-def test_a_refreshed_ranker_finds_a_new_item_by_its_text(ranked: pipeline.Run, tmp_path: Path) -> None:
-    pytest.importorskip("fastapi", reason="the serve extra is not installed")
-    from llmrec.serve.app import make_app
-    from llmrec.serve.gates import Auth
-    from tests.serve.served import listening, wait_ready
-
+def test_refreshed_ranker_finds_new_item(ranked: pipeline.Run, tmp_path: Path) -> None:
     live, items, events = tmp_path / "live", tmp_path / "items.csv", tmp_path / "events.csv"
     events.write_text("user_id,item_id,timestamp\nfresh,i02,90000000\nfresh,i12,90000001\n", encoding="utf-8")
     refresh(RefreshOptions(model=str(ranked.folder), events=str(events), out=live))
-    service = make_service(ServeOptions(model=str(live), store=str(tmp_path / "store.sqlite")))
-    with listening(make_app(service, Auth())) as (url,):
-        wait_ready(url)
+    with serving(live, tmp_path) as url:
 
-        def asked() -> list[str]:
-            found = httpx.post(f"{url}/v1/rank", json={"user_id": "fresh", "k": 8}, timeout=60).json()
-            assert found["model"]["name"] == "fusion with texts"
-            return [item["item_id"] for item in found["items"]]
+        def best() -> list[str]:
+            response = httpx.post(f"{url}/v1/rank", json={"user_id": "fresh", "k": 8}, timeout=60).json()
+            assert response["model"]["name"] == "fusion with texts"
+            return [item["item_id"] for item in response["items"]]
 
-        assert "new" not in asked()
+        assert "new" not in best()
         items.write_text("item_id,title\nnew,A lamp of kind 99\n", encoding="utf-8")
         refresh(RefreshOptions(model=str(live), items=items, server=url))
-        assert "new" in asked()
+        assert "new" in best()
     before, after = (checked((folder / "fusions.json").read_bytes()) for folder in (ranked.folder, live))
     fitted_ = [[fusion["fitted"] for fusion in stored["fusions"]] for stored in (before, after)]
     assert fitted_[0] == fitted_[1] and fitted_[0][0]["form"] == "ranker"
 
 
-def test_a_ranker_ranks_shards_to_the_bytes_of_one_process(
-    run: pipeline.Run, requests: list[dict[str, Any]], tmp_path: Path
-) -> None:
+def test_ranker_shards_equal_one_process(run: pipeline.Run, requests: list[dict[str, Any]], tmp_path: Path) -> None:
     file = jsonl(tmp_path / "in.jsonl", [*requests, {"id": "whole", "history": requests[0]["history"]}])
-    asked = RankOptions(model=str(run.folder), requests=file, out=tmp_path / "out.jsonl", top=9)
-    whole = rank_file(replace(asked, out=tmp_path / "whole.jsonl"))
+    options = RankOptions(model=str(run.folder), requests=file, out=tmp_path / "out.jsonl", top=9)
+    complete = rank_file(replace(options, out=tmp_path / "whole.jsonl"))
     for number in (2, 1):
-        rank_shard(asked, Shard(number, 2))
-    assert merge_rank(asked.target)["sha256"] == whole["sha256"] == sha256_of(asked.target)
+        rank_shard(options, Shard(number, 2))
+    assert merge_rank(options.target)["sha256"] == complete["sha256"] == sha256_of(options.target)
 
 
 @pytest.mark.parametrize("harm", ["cut", "no trees", "text"])
-def test_damaged_ensembles_are_one_error(ranked: pipeline.Run, tmp_path: Path, harm: str) -> None:
+def test_damaged_ensembles_raise_error(ranked: pipeline.Run, tmp_path: Path, harm: str) -> None:
     folder = shutil.copytree(ranked.folder, tmp_path / "r")
     path = folder / "fusions.json"
     if harm == "cut":

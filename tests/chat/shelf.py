@@ -1,4 +1,4 @@
-"""A made catalogue, and a recommender over it that orders by what the liked items share."""
+"""A small catalogue, and a recommender that orders by shared genres."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ Zero Hour Garden (2000)|Thriller, Sci-Fi|2000|Cy Marsh
 
 def items() -> dict[str, Item]:
     """Return the catalogue."""
-    found = {}
+    result = {}
     for number, line in enumerate(_FILMS):
         title, genres, year, director = line.split("|")
-        found[f"f{number:02}"] = Item(
+        result[f"f{number:02}"] = Item(
             item_id=f"f{number:02}", title=title, fields={"genres": genres, "year": year, "director": director}
         )
-    return found
+    return result
 
 
 class MadeLists:
@@ -71,7 +71,7 @@ class MadeLists:
 def conversation(
     manager: Manager | None = None, known: dict[str, Item] | None = None, rules: Rules | None = None
 ) -> Conversation:
-    """Return a conversation over the made catalogue."""
+    """Return a conversation over the catalogue."""
     known = known or items()
     facts = Facts(known)
     return Conversation(Tools(facts, MadeLists(known, rules)), manager or RuleManager(), Reader(facts))

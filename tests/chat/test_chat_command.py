@@ -1,4 +1,4 @@
-"""`llmrec chat`: a conversation on the standard input, its transcript, and the exit status of a replay."""
+"""`llmrec chat`: conversations, transcripts, replay and tuning."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from llmrec.answer.known import known_of
 from llmrec.chat import leading, transcripts
-from llmrec.chat.calls import Search, Show, ends, read_call
+from llmrec.chat.calls import Show
 from llmrec.chat.fit import PHRASES
 from llmrec.chat.options import MOST, ChatOptions
 from llmrec.chat.run import chat
@@ -32,17 +32,17 @@ def run(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return toy_run(llama_folder, tmp_path_factory.mktemp("chat") / "run")
 
 
-def test_a_conversation_is_saved_and_replays(
+def test_conversation_is_saved_and_replayed(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "talk.jsonl"
     monkeypatch.setattr("sys.stdin", io.StringIO("surprise me please\nmore\nwhy the first?\nbye\n\nnot read\n"))
-    asked = ChatOptions(model=str(run), models=("item-knn",), save=file, calls=True)
-    assert chat(asked) == 0
+    options = ChatOptions(model=str(run), models=("item-knn",), save=file, calls=True)
+    assert chat(options) == 0
     turns = [json.loads(line) for line in file.read_text().splitlines()]
     assert [turn["user"] for turn in turns] == ["surprise me please", "more", "why the first?", "bye"]
-    said = capsys.readouterr().out
-    assert all(turn["text"] in said for turn in turns) and '"tool": "show"' in said
+    output = capsys.readouterr().out
+    assert all(turn["text"] in output for turn in turns) and '"tool": "show"' in output
     assert len(turns[0]["items"]) == 5 and not set(turns[0]["items"]) & set(turns[1]["items"])
     again = ChatOptions(model=str(run), models=("item-knn",), replay=file)
     assert chat(again) == 0
@@ -51,40 +51,23 @@ def test_a_conversation_is_saved_and_replays(
     assert chat(again) == 1 and "1 with different output" in capsys.readouterr().out
 
 
-def test_a_language_model_leads_under_the_token_tree(
-    run: Path, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = tmp_path / "talk.jsonl"
-    monkeypatch.setattr("sys.stdin", io.StringIO("something for the kitchen\n"))
-    chosen = ChatOptions(model=str(run), models=("popularity",), manager=str(llama_folder), save=file, dtype="float32")
-    assert chat(chosen) == 0
-    (turn,) = [json.loads(line) for line in file.read_text().splitlines()]
-    *tools, ending = (read_call(json.dumps(call)) for call in turn["calls"])
-    assert ends(ending) and not any(map(ends, tools))
-    # Whatever a model of random weights prefers: arguments come from closed lists, and what is shown is of the shop.
-    names = known_of(str(run), None).items.keys()
-    assert set(turn["items"]) <= names and bool(turn["items"]) == (ending.tool == "show")
-    texts = [call.text for call in tools if isinstance(call, Search)]
-    assert all(text in "something for the kitchen" for text in texts)
-
-
-def test_simulated_users_are_learned_from(
+def test_learns_from_simulated_users(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, folder = tmp_path / "talks.jsonl", tmp_path / "dual"
-    asked = ChatOptions(model=str(run), models=("popularity",), encoder=tiny_encoder())
-    assert chat(replace(asked, simulate=20, save=file, learn=folder)) == 0
+    options = ChatOptions(model=str(run), models=("popularity",), encoder=tiny_encoder())
+    assert chat(replace(options, simulate=20, save=file, learn=folder)) == 0
     turns = transcripts.read(file)
     assert sum(turn.user is None for turn in turns) == 20 and "20 conversations" in capsys.readouterr().out
     monkeypatch.setattr("sys.stdin", io.StringIO("something for the kitchen\n"))
-    assert chat(replace(asked, encoder=str(folder))) == 0
+    assert chat(replace(options, encoder=str(folder))) == 0
     with raises(DataError, Facts("missing-key", column="--learn")):
-        chat(replace(asked, learn=folder))
+        chat(replace(options, learn=folder))
     with raises(DataError, Facts("contradiction", column="--simulate")):
-        chat(replace(asked, simulate=2, replay=file))
+        chat(replace(options, simulate=2, replay=file))
 
 
-def test_a_model_is_tuned_to_lead_and_leads(
+def test_tunes_a_manager(
     run: Path, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("trl", reason="the train extra is not installed")
@@ -97,52 +80,50 @@ def test_a_model_is_tuned_to_lead_and_leads(
         "train: {steps: 3, valid_rows: 8, batch_tokens: 2000, max_row_tokens: 3000, learning_rate: 0.01, "
         "packing: tree}\n"
     )
-    asked = ChatOptions(model=str(run), models=("popularity",), dtype="float32")
+    options = ChatOptions(model=str(run), models=("popularity",), dtype="float32")
     file = tmp_path / "talks.jsonl"
-    assert chat(replace(asked, simulate=20, tune=page, save=file)) == 0
-    said = capsys.readouterr().out
-    assert "tuned, held out: " in said and "usual, in other words: " in said and "--manager runs/tuned" in said
-    first, last = (float(each) for each in said.partition("held-out loss ")[2].splitlines()[0].split(", "))
+    assert chat(replace(options, simulate=20, tune=page, save=file)) == 0
+    output = capsys.readouterr().out
+    assert "tuned, held out: " in output and "usual, in other words: " in output and "--manager runs/tuned" in output
+    first, last = (float(each) for each in output.partition("held-out loss ")[2].splitlines()[0].split(", "))
     assert last < first - 0.2
     monkeypatch.setattr("sys.stdin", io.StringIO("something for the kitchen\n"))
-    assert chat(replace(asked, manager="runs/tuned")) == 0 and leading.tuning.leading("runs/tuned")[1]
+    assert chat(replace(options, manager="runs/tuned")) == 0 and leading.tuning.leading("runs/tuned")[1]
     # A transcript is learned from too; this one is too short.
     transcripts.write(file, transcripts.read(file)[:9])
     with raises(DataError, Facts("too-few", column="--tune")):
-        chat(replace(asked, replay=file, tune=page))
+        chat(replace(options, replay=file, tune=page))
     for more, kind in (({}, "missing-key"), ({"simulate": 20, "manager": "runs/tuned"}, "contradiction")):
         with raises(DataError, Facts(kind, column="--tune")):
-            chat(replace(asked, tune=page, **more))
+            chat(replace(options, tune=page, **more))
 
 
-def test_a_language_model_grades_what_the_recommender_lists(
+def test_language_model_grades_lists(
     run: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("something for the kitchen\nwhy the first?\n"))
     chosen = ChatOptions(model=str(run), models=("popularity",), ranker=str(llama_folder), dtype="float32", calls=True)
     assert chat(chosen) == 0
-    said = capsys.readouterr().out
-    assert any(f"A language model calls it: {phrase}." in said for phrase in PHRASES)
+    output = capsys.readouterr().out
+    assert any(f"A language model calls it: {phrase}." in output for phrase in PHRASES)
 
 
-def test_a_model_without_items_is_refused(llama_folder: Path) -> None:
+def test_model_without_items_is_refused(llama_folder: Path) -> None:
     with raises(DataError, Facts("empty", column="--items")):
         chat(ChatOptions(model=str(llama_folder)))
 
 
 @pytest.mark.parametrize("more", [{"replay": True}, {}], ids=["beside --replay", "over another file"])
-def test_a_transcript_is_not_written_over_anything_else(more: dict[str, bool], tmp_path: Path) -> None:
+def test_transcript_does_not_overwrite_files(more: dict[str, bool], tmp_path: Path) -> None:
     file = tmp_path / "precious.txt"
     file.write_text("dear diary\n")
-    asked = ChatOptions(model="nowhere", save=file, replay=file if more else None)
+    options = ChatOptions(model="nowhere", save=file, replay=file if more else None)
     with raises(DataError, Facts("contradiction" if more else "exists", column="--save")):
-        chat(asked)
+        chat(options)
     assert file.read_text() == "dear diary\n"
 
 
-def test_what_was_said_before_an_end_by_force_is_saved(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_conversation_is_saved(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def lines() -> Iterator[str]:
         yield "surprise me please\n"
         raise KeyboardInterrupt
@@ -158,27 +139,27 @@ def test_what_was_said_before_an_end_by_force_is_saved(
     assert [turn.user for turn in transcripts.read(file)] == ["surprise me please"]
 
 
-def test_a_table_cannot_steer_the_terminal(
+def test_item_texts_cannot_control_the_terminal(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table, file = tmp_path / "items.csv", tmp_path / "talk.jsonl"
     lines = [f'{name},Thing {name},"\x1b]0;mine\x07red\x9b2J\u2028blue"' for name in known_of(str(run), None).items]
     table.write_text("\n".join(["item_id,title,colour", *lines]), encoding="utf-8")
     monkeypatch.setattr("sys.stdin", io.StringIO("surprise me please\nwhy the first?\n"))
-    asked = ChatOptions(model=str(run), items=table, models=("popularity",), save=file, calls=True)
-    assert chat(asked) == 0
+    options = ChatOptions(model=str(run), items=table, models=("popularity",), save=file, calls=True)
+    assert chat(options) == 0
     replayed = [turn.model_copy(update={"text": "\x9b2J"}) for turn in transcripts.read(file)]
     assert len(replayed) == 2
     transcripts.write(file, replayed)
     assert chat(ChatOptions(model=str(run), items=table, models=("popularity",), replay=file)) == 1
-    said = capsys.readouterr().out
-    assert "colour: ]0;mine" in said and "2 with different output" in said
-    assert not [character for character in said if character != "\n" and not character.isprintable()]
+    output = capsys.readouterr().out
+    assert "colour: ]0;mine" in output and "2 with different output" in output
+    assert not [character for character in output if character != "\n" and not character.isprintable()]
 
 
-def test_a_list_is_as_long_as_a_call_can_say(run: Path) -> None:
-    found = CliRunner().invoke(app, ["chat", str(run), "--k", str(MOST + 1)])
-    assert found.exit_code == 2 and isinstance(found.exception, SystemExit)
+def test_list_length_is_limited(run: Path) -> None:
+    result = CliRunner().invoke(app, ["chat", str(run), "--k", str(MOST + 1)])
+    assert result.exit_code == 2 and isinstance(result.exception, SystemExit)
     assert Show(k=MOST).k == MOST
     with pytest.raises(ValidationError):
         Show(k=MOST + 1)

@@ -28,7 +28,7 @@ from tests.facts import Facts as Expected
 from tests.facts import raises
 
 
-def said(talk: Conversation, *lines: str, state: State | None = None) -> list[Reply]:
+def replies_to(talk: Conversation, *lines: str, state: State | None = None) -> list[Reply]:
     """Say some lines and return the answers."""
     state, replies = state or State(), []
     for line in lines:
@@ -41,73 +41,54 @@ def genres(reply: Reply) -> list[set[str]]:
     return [set(items()[name].fields["genres"].split(", ")) for name in reply.items]
 
 
-# --------------------------------------------------------------------------- constraints
-
-
-def test_what_is_not_wanted_is_not_shown_until_it_is_revoked() -> None:
+def test_bans_hold_until_revoked() -> None:
     talk = conversation()
     first = "Please something, but not horror"
-    more = [
-        "more please",
-        "I loved The Cellar Door",
-        "a thriller",
-        "something like number 1",
-        "I have seen these",
-        "from the eighties",
-        "sci-fi instead",
-        "anything else?",
-    ]
-    replies = said(talk, first, *more)
+    more = ("more please", "I loved The Cellar Door", "a thriller", "something like number 1", "I have seen these")
+    replies = replies_to(talk, first, *more, "from the eighties", "sci-fi instead", "anything else?")
     assert all("Horror" not in each for reply in replies for each in genres(reply))
     assert all(reply.items for reply in replies[:3])
-    (again,) = said(talk, "horror is fine again", state=replies[-1].state)
+    (again,) = replies_to(talk, "horror is fine again", state=replies[-1].state)
     assert any("Horror" in each for each in genres(again))
     assert not any(wish.op == "not" for wish in again.state.profile if wish.field == "genres")
 
 
-def test_a_request_for_what_is_banned_is_answered_in_words() -> None:
+def test_request_for_banned_value_is_explained() -> None:
     talk = conversation()
-    banned, asked, lifted, after = said(
+    banned, requested, lifted, after = replies_to(
         talk, "no horror", "a horror film please", "I don't mind horror", "a horror film please"
     )
-    told = "You did not want Horror. Say that it is fine again to see some."
-    assert told not in banned.text and told in asked.text and told not in after.text
-    assert not any("Horror" in each for each in genres(asked)) and lifted.parsed.revoked == (("genres", "Horror"),)
+    message = "You did not want Horror. Say that it is fine again to see some."
+    assert message not in banned.text and message in requested.text and message not in after.text
+    assert not any("Horror" in each for each in genres(requested)) and lifted.parsed.revoked == (("genres", "Horror"),)
     assert any("Horror" in each for reply in (lifted, after) for each in genres(reply))
 
 
-def test_a_ban_narrows_what_was_searched_for_and_a_request_ends_it() -> None:
+def test_ban_narrows_a_search() -> None:
     talk = conversation()
-    found, narrowed, more, other, banned = said(
-        talk,
-        "something with a station",
-        "no horror please",
-        "not from before 1990",
-        "a drama please",
+    first, narrowed, more, other, banned = replies_to(
+        talk, "something with a station", "no horror please", "not from before 1990", "a drama please",
         "nothing by Cy Marsh",
-    )
-    assert {"f03", "f08"} <= set(found.items) and found.state.query == "station"
+    )  # fmt: skip
+    assert {"f03", "f08"} <= set(first.items) and first.state.query == "station"
     # What was shown is not shown again, and nothing else has the word: the list goes on without it.
     assert [each.calls[0] for each in (narrowed, more)] == [Search(text="station", k=50)] * 2
     assert other.state.query == "" and not any(isinstance(call, Search) for call in banned.calls)
-    assert said(talk, "forget everything", state=found.state)[0].state.query == ""
+    assert replies_to(talk, "forget everything", state=first.state)[0].state.query == ""
 
 
 @pytest.mark.parametrize(
     ("line", "wishes"),
     [
         ("I'd like a comedy", {("genres", "is", "Comedy", True)}),
-        ("I love westerns", {("genres", "is", "Western", False)}),
         ("no musicals or horror please", {("genres", "not", "Musical", True), ("genres", "not", "Horror", True)}),
         ("comedies or thrillers", {("genres", "is", "Comedy", True), ("genres", "or", "Thriller", True)}),
-        ("anything but dramas", {("genres", "not", "Drama", True)}),
         (
             "I don't like horror, but a scifi film would be nice",
             {("genres", "not", "Horror", True), ("genres", "is", "Sci-Fi", True)},
         ),
         ("something from the nineties", {("year", "from", "1990", True), ("year", "until", "1999", True)}),
         ("nothing before 1985", {("year", "from", "1985", True)}),
-        ("films after 1990", {("year", "from", "1990", True)}),
         ("older than the 70s please", {("year", "until", "1969", True)}),
         ("a film by Ann Vale", {("director", "is", "Ann Vale", True)}),
         ("I loved Cold Trail (1988)", {(ITEM, "is", "f16", False)}),
@@ -115,46 +96,41 @@ def test_a_ban_narrows_what_was_searched_for_and_a_request_ends_it() -> None:
         ("I have already seen Two Left Feet", {(ITEM, "seen", "f04", False)}),
         ("I didn't like Saw (2004)", {(ITEM, "not", "f18", False)}),
         ("I have seen Cold Trail and didn't like it", {(ITEM, "not", "f16", False)}),
-        ("I did not enjoy Cold Trail when I saw it", {(ITEM, "not", "f16", False)}),
         ("I haven't seen Cold Trail", set()),
         ("I loved Cold Trail, not The Signal", {(ITEM, "is", "f16", False), (ITEM, "not", "f07", False)}),
         ("I loved Cold Trail, no horror please", {(ITEM, "is", "f16", False), ("genres", "not", "Horror", True)}),
         ("please remove horror", {("genres", "not", "Horror", True)}),
         ("leave out horror and exclude dramas", {("genres", "not", "Horror", True), ("genres", "not", "Drama", True)}),
-        ("could you leave horror out?", {("genres", "not", "Horror", True)}),
-        ("keep the western movies away", {("genres", "not", "Western", True)}),
-        ("I don't mind horror", set()),
         ("I do not mind horror, but no dramas", {("genres", "not", "Drama", True)}),
         ("neither horror nor dramas", {("genres", "not", "Horror", True), ("genres", "not", "Drama", True)}),
-        ("no, yes please", set()),
         ("what's the weather?", set()),
     ],
 )
-def test_rules_read(line: str, wishes: set[tuple[str, str, str, bool]]) -> None:
+def test_reads_wishes(line: str, wishes: set[tuple[str, str, str, bool]]) -> None:
     known = items()
     known["f18"] = Item(item_id="f18", title="Saw (2004)", fields={"genres": "Horror", "colour": "yes"})
     known["f17"] = replace(known["f17"], fields={**known["f17"].fields, "colour": "no"})
     known["f16"] = replace(known["f16"], fields={**known["f16"].fields, "colour": "yes"})
     talk = conversation(known=known)
     assert "colour" in talk.tools.facts.values
-    (reply,) = said(talk, line)
+    (reply,) = replies_to(talk, line)
     assert {(wish.field, wish.op, wish.value, wish.hard) for wish in reply.parsed.wishes} == wishes
 
 
 @pytest.mark.parametrize("line", ["my sister loves horror", "is the first one horror?", "horror or a drama please"])
-def test_a_ban_outlives_a_mention(line: str) -> None:
-    replies = said(conversation(), "something, but not horror", line, "more please")
+def test_mention_does_not_lift_a_ban(line: str) -> None:
+    replies = replies_to(conversation(), "something, but not horror", line, "more please")
     assert all("Horror" not in each for reply in replies for each in genres(reply)) and replies[-1].items
     assert Wish(field="genres", op="not", value="Horror", turn=1) in replies[-1].state.profile
 
 
-def test_rules_that_always_stand_hold_whatever_is_said() -> None:
+def test_fixed_rules_always_hold() -> None:
     rules = Rules(
         without={"genres": frozenset({"Horror"})}, block=frozenset({"f03"}), quotas=(Quota(field="director", most=1),)
     )
     talk = conversation(rules=rules)
     lines = ("a film about a ferry, cellar, station or harvest", "horror please", "I loved Red Dust Station", "more")
-    replies = said(talk, *lines)
+    replies = replies_to(talk, *lines)
     shown = [name for reply in replies for name in reply.items]
     assert shown and "f03" not in shown and not any("Horror" in items()[name].fields["genres"] for name in shown)
     directors = [[items()[name].fields["director"] for name in reply.items] for reply in replies]
@@ -170,10 +146,10 @@ class Failing(MadeLists):
         raise DataError("the engine stopped", kind=self.kind)
 
 
-def test_items_that_the_recommender_does_not_know_are_listed_and_failures_are_told() -> None:
+def test_unknown_items_are_listed_and_failures_raised() -> None:
     lists, plain = Failing(items()), conversation()
     talk = Conversation(Tools(plain.tools.facts, lists), RuleManager(), plain.reader)
-    (reply,) = said(talk, "a western please")
+    (reply,) = replies_to(talk, "a western please")
     assert reply.items == ("f12", "f13")
     lists.kind = "failed"
     with raises(DataError, Expected("failed")):
@@ -182,15 +158,15 @@ def test_items_that_the_recommender_does_not_know_are_listed_and_failures_are_to
 
 def test_alternatives_stay_together() -> None:
     talk = conversation()
-    replies = said(talk, "comedies or thrillers", "a thriller or comedy please")
+    replies = replies_to(talk, "comedies or thrillers", "a thriller or comedy please")
     kept = talk.tools.facts.rules(replies[-1].state.profile)
     assert kept.only == {"genres": frozenset({"comedy", "thriller"})} and not kept.more
-    # One of them alone takes the place of both, and all are eased together.
-    (reply,) = said(talk, "a comedy please", state=replies[0].state)
+    # One of them replaces both, and all are eased together.
+    (reply,) = replies_to(talk, "a comedy please", state=replies[0].state)
     assert all("Comedy" in each for each in genres(reply)) and len(reply.state.profile) == 1
     profile, out = eased(replies[0].state.profile)
     assert out is not None and not any(wish.hard for wish in profile)
-    # Of another turn, each is a wish of its own.
+    # Alternatives of different turns are separate wishes.
     apart = (
         Wish(field="genres", op="is", value="Comedy", turn=1),
         Wish(field="genres", op="or", value="Drama", turn=2),
@@ -198,13 +174,13 @@ def test_alternatives_stay_together() -> None:
     assert talk.tools.facts.rules(apart).allowed(items()) == frozenset()
 
 
-def test_a_bound_on_what_is_not_wanted_never_eases() -> None:
-    replies = said(conversation(), "nothing before 1992", "a western please")
+def test_negative_bounds_never_ease() -> None:
+    replies = replies_to(conversation(), "nothing before 1992", "a western please")
     assert all(int(items()[name].fields["year"]) >= 1992 for reply in replies for name in reply.items)
     assert "genres is Western" in replies[1].text and replies[1].items
 
 
-def test_a_full_profile_keeps_its_bans() -> None:
+def test_full_profile_keeps_bans() -> None:
     bans = [Wish(field="genres", op="not", value=f"g{n}") for n in range(MOST_WISHES - 3)]
     soft = [Wish(field=ITEM, op="is", value=f"i{n}", hard=False) for n in range(3)]
     guess = Wish(field="genres", op="is", value="guess", source="inferred")
@@ -213,92 +189,84 @@ def test_a_full_profile_keeps_its_bans() -> None:
     assert full == (*bans, soft[2], *hard)
 
 
-def test_bounds_and_values_hold_together_and_ease_where_nothing_is_left() -> None:
+def test_wishes_combine_and_ease() -> None:
     talk = conversation()
-    (reply,) = said(talk, "a comedy or western from the sixties")
+    (reply,) = replies_to(talk, "a comedy or western from the sixties")
     assert reply.items == ("f13", "f12") or set(reply.items) == {"f12", "f13"}
-    replies = said(talk, "a western please", "by Cy Marsh")
+    replies = replies_to(talk, "a western please", "by Cy Marsh")
     assert replies[1].items and "only a preference now" in replies[1].text
     assert {items()[name].fields["director"] for name in replies[1].items} == {"Cy Marsh"}
     # A ban never eases.
-    replies = said(talk, "no western, no comedy, no horror, no drama, no thriller, no sci-fi, no romance, no musical")
-    assert not replies[0].items and "No more items" in replies[0].text
+    bans = "no western, no comedy, no horror, no drama, no thriller, no sci-fi, no romance, no musical"
+    (reply,) = replies_to(talk, bans)
+    assert not reply.items and "No more items" in reply.text
 
 
-# --------------------------------------------------------------------------- the profile
-
-
-def test_what_was_said_overrides_what_was_concluded() -> None:
-    said_, guess = (
+def test_stated_wishes_override_inferred_ones() -> None:
+    stated, guess = (
         Wish(field="genres", op=op, value="Horror", source=source, turn=3)
         for op, source in (("not", "said"), ("is", "inferred"))
     )
-    assert learned([said_], [guess]) == (said_,)
-    assert learned([guess], [said_]) == (said_,)
-    edited = said_.model_copy(update={"source": "edited", "op": "is"})
+    assert learned([stated], [guess]) == (stated,)
+    assert learned([guess], [stated]) == (stated,)
+    edited = stated.model_copy(update={"source": "edited", "op": "is"})
     assert learned([edited], [guess]) == (edited,)
     # A filter of a language model is a conclusion.
     talk = conversation()
-    state, _ = talk.tools.apply(Filter(field="genres", op="is", value="Horror"), State(profile=(said_,)))
-    assert state.profile == (said_,)
+    state, _ = talk.tools.apply(Filter(field="genres", op="is", value="Horror"), State(profile=(stated,)))
+    assert state.profile == (stated,)
 
 
-def test_conclusions_are_drawn_and_forgotten() -> None:
+def test_inferred_wishes_expire() -> None:
+    lines = ("I loved Orbit of Glass", "I loved Paper Moon Landing", *["thanks"] * (KEPT + 1))
+    replies = replies_to(conversation(), *lines)
+    inferred = [[wish for wish in reply.state.profile if wish.source == "inferred"] for reply in replies]
+    assert [bool(each) for each in inferred] == [False, *[True] * (KEPT + 1), False]
+    (wish,) = inferred[1]
+    assert (wish.field, wish.value, wish.hard) == ("genres", "Sci-Fi", False)
+    assert fresh([wish.model_copy(update={"source": "said"})], 1000)
+
+
+def test_profile_can_be_read_edited_and_deleted() -> None:
     talk = conversation()
-    replies = said(talk, "I loved Orbit of Glass", "I loved Paper Moon Landing")
-    drawn = [wish for wish in replies[-1].state.profile if wish.source == "inferred"]
-    assert [(wish.field, wish.value, wish.hard) for wish in drawn] == [("genres", "Sci-Fi", False)]
-    assert drawn[0] in fresh(drawn, drawn[0].turn + KEPT) and not fresh(drawn, drawn[0].turn + KEPT + 1)
-    assert fresh([drawn[0].model_copy(update={"source": "said"})], 1000)
-
-
-def test_conclusions_grow_old_in_a_conversation() -> None:
-    talk = conversation()
-    replies = said(talk, "I loved Orbit of Glass", "I loved Paper Moon Landing", *["thanks"] * (KEPT + 1))
-    concluded = [any(wish.source == "inferred" for wish in reply.state.profile) for reply in replies]
-    assert concluded == [False, *[True] * (KEPT + 1), False]
-
-
-def test_the_user_reads_edits_and_deletes_the_profile() -> None:
-    talk = conversation()
-    replies = said(talk, "no horror please", "I loved Cold Trail", "what do you know about me?")
+    replies = replies_to(talk, "no horror please", "I loved Cold Trail", "what do you know about me?")
     assert "1. genres is not Horror" in replies[-1].text and "likes Cold Trail (1988)" in replies[-1].text
     state = replies[-1].state
     edited = state.with_(profile=(*state.profile, Wish(field="genres", op="not", value="Comedy", source="edited")))
-    (reply,) = said(talk, "more please", state=State.model_validate(edited.model_dump()))
+    (reply,) = replies_to(talk, "more please", state=State.model_validate(edited.model_dump()))
     assert not any({"Horror", "Comedy"} & each for each in genres(reply))
     gone, outcome = talk.tools.apply(Forget(wish=1), state)
     assert not any(wish.value == "Horror" for wish in gone.profile) and "Horror" in outcome.lines[0]
-    (reply,) = said(talk, "forget everything", state=state)
+    (reply,) = replies_to(talk, "forget everything", state=state)
     left = reply.state
     assert not (left.profile or left.buffer or left.past or left.asked)
     assert [each.role for each in left.lines] == ["assistant"]
     # A title asks for nothing.
     known = items()
     known["f02"] = replace(known["f02"], title="Forget Me Not (1936)")
-    replies = said(conversation(known=known), "no horror please", "I loved Forget Me Not (1936)")
+    replies = replies_to(conversation(known=known), "no horror please", "I loved Forget Me Not (1936)")
     assert len(replies[-1].state.profile) == 2
-    assert said(conversation(), "no horror please", "I loved Forget Me Not")[-1].state.profile
+    assert replies_to(conversation(), "no horror please", "I loved Forget Me Not")[-1].state.profile
 
 
-def test_a_state_is_checked() -> None:
+def test_state_is_validated() -> None:
     with pytest.raises(ValidationError, match=r"profile\.0\.op"):
         State.model_validate({"profile": [{"field": "genres", "op": "drop table", "value": "x"}]})
     talk = conversation()
-    made = State(
+    state = State(
         profile=(Wish(field="genres", op="is", value="Nonsense"), Wish(field=ITEM, op="is", value="f99")),
         shown=("f99", "f01"),
         buffer=("f98",),
         asked=("nothing",),
     )
-    (reply,) = said(talk, "more please", state=made)
+    (reply,) = replies_to(talk, "more please", state=state)
     assert not reply.state.profile and set(reply.items) <= set(items()) and reply.items
     long = State(turn=MOST_TURNS, asked=("year",) * MOST_WISHES, profile=(Wish(field=ITEM, op="is", value="f01"),))
-    (reply,) = said(talk, "surprise me", state=long)
+    (reply,) = replies_to(talk, "surprise me", state=long)
     assert State.model_validate(reply.state.model_dump()) == reply.state and reply.state.turn == MOST_TURNS
 
 
-def test_long_values_are_searched_alone_and_no_control_character_is_said() -> None:
+def test_long_values_and_control_characters() -> None:
     bell = "Loud\x1b[31m\nNoise"
     known = items()
     for name in ("f00", "f01"):
@@ -310,15 +278,12 @@ def test_long_values_are_searched_alone_and_no_control_character_is_said() -> No
     assert all(len(value) <= 300 for values in facts.values.values() for value in values)
     assert Facts(known, lambda texts: np.ones((len(texts), 2))).concepts.shape == (18, 2)
     state = State(shown=("f00",), profile=(Wish(field="mood\x07", op="is", value=bell),))
-    (told,) = [talk.tools.apply(Explain(item=1), state)[1].lines]
-    spoken = (*told, *talk.tools.profile(state), *(talk._question(field) for field in facts.values))
+    (lines,) = [talk.tools.apply(Explain(item=1), state)[1].lines]
+    spoken = (*lines, *talk.tools.profile(state), *(talk._question(field) for field in facts.values))
     assert "Noise" in "".join(spoken) and all(line.isprintable() for line in spoken)
 
 
-# --------------------------------------------------------------------------- the catalogue alone
-
-
-def test_no_item_outside_the_catalogue_is_ever_shown() -> None:
+def test_only_catalogue_items_are_shown() -> None:
     class Inventing:
         """A recommender that returns what the catalogue lacks."""
 
@@ -351,40 +316,34 @@ def test_no_item_outside_the_catalogue_is_ever_shown() -> None:
 
 
 def test_explanations_cite_fields() -> None:
-    replies = said(conversation(), "a comedy please", "why the second one?")
+    replies = replies_to(conversation(), "a comedy please", "why the second one?")
     name = replies[0].items[1]
     assert isinstance(replies[1].calls[0], Explain) and items()[name].title in replies[1].text
     assert f"genres: {items()[name].fields['genres']}" in replies[1].text and "genres is Comedy" in replies[1].text
 
 
-def test_other_subjects_are_declined_and_lists_end_with_a_question() -> None:
-    replies = said(conversation(), "hello", "surprise me", "write me a poem", "thanks", "bye")
+def test_off_topic_requests_are_declined() -> None:
+    replies = replies_to(conversation(), "hello", "surprise me", "write me a poem", "thanks", "bye")
     tools = [reply.calls[-1].tool for reply in replies]
     assert tools == ["ask", "show", "say", "say", "say"]
     assert [reply.calls[-1].model_dump().get("what") for reply in replies[2:]] == ["decline", "thanks", "bye"]
-    (reply,) = said(conversation(), "a film about a harbour")
+    (reply,) = replies_to(conversation(), "a film about a harbour")
     assert isinstance(reply.calls[0], Search) and reply.items[0] == "f10"
 
 
-# --------------------------------------------------------------------------- transcripts
-
-
-def test_a_transcript_replays_and_says_what_differs(tmp_path: Path) -> None:
+def test_transcript_replay_reports_differences(tmp_path: Path) -> None:
     file = tmp_path / "talk.jsonl"
     lines = ("a comedy, not horror", "more please", "why the first?", "bye")
-    turns = [transcripts.Turn.of(line, reply) for line, reply in zip(lines, said(conversation(), *lines), strict=True)]
+    turns = list(map(transcripts.Turn.of, lines, replies_to(conversation(), *lines)))
     transcripts.write(file, [*turns, transcripts.Turn(user=None), *turns])
     assert list(transcripts.differences(transcripts.read(file), conversation())) == []
     assert list(transcripts.differences(transcripts.read(file), conversation(RuleManager(k=3))))
     changed = turns[0].model_copy(update={"items": ("f00",)})
-    (told,) = transcripts.differences([changed, *turns[1:]], conversation())
-    assert "line 1" in told and "items" in told
+    (difference,) = transcripts.differences([changed, *turns[1:]], conversation())
+    assert "line 1" in difference and "items" in difference
     file.write_text(file.read_text() + '{"user": 3}\n')
     with raises(DataError, Expected("syntax", file=file.name, column="user")):
         transcripts.read(file)
-
-
-# --------------------------------------------------------------------------- simulated users
 
 
 def test_simulated_users_never_say_the_title() -> None:
@@ -394,24 +353,21 @@ def test_simulated_users_never_say_the_title() -> None:
     facts, dice, hits = talk.tools.facts, random.Random(3), 0
     for number, target in enumerate(list(items()) * 3):
         liked = dice.sample([name for name in items() if name != target], 3)
-        wanted = knowledge_of(facts, target, liked, number, likes=2)
-        user = SimulatedUser(wanted, facts.numeric, number)
+        knowledge = knowledge_of(facts, target, liked, number, likes=2)
+        user = SimulatedUser(knowledge, facts.numeric, number)
         likes = tuple(Wish(field=ITEM, op="is", value=name, hard=False) for name in liked)
         held = hold(talk, user, target, 5, State(profile=likes))
         assert not any(near(line, facts.titles[target].split(" (")[0]) for line in held.lines), held.lines
         assert len(held.lines) <= 5 and (held.hit is None or held.hit == len(held.lines))
         hits += held.hit is not None
-    # Attributes find it mostly: a made catalogue of 18 items and lists of five.
+    # Attributes find it in most cases: 18 items and lists of five.
     assert hits > 38, hits
-    assert any(isinstance(call, Show) for call in said(talk, "a comedy")[0].calls)
+    assert any(isinstance(call, Show) for call in replies_to(talk, "a comedy")[0].calls)
 
 
-# --------------------------------------------------------------------------- search, and any words at all
-
-
-def test_search_by_meaning_finds_what_no_word_does() -> None:
+def test_search_by_embedding() -> None:
     def embed(texts: Sequence[str]) -> NDArray[np.float64]:
-        # A made encoder that knows one synonym.
+        # An encoder that knows one synonym.
         return np.array([[float(any(word in text.lower() for word in ("spooky", "horror"))), 0.1] for text in texts])
 
     plain, meant = Facts(items()), Facts(items(), embed)
@@ -422,37 +378,28 @@ def test_search_by_meaning_finds_what_no_word_does() -> None:
     assert meant.search("spooky", frozenset({"f03"})) == ["f03"]
 
 
-def test_any_words_at_all_have_an_answer() -> None:
+def test_any_text_gets_a_reply() -> None:
     dice, talk = random.Random(1), conversation()
     parts = (
-        "not",
-        "horror",
-        "(1994)",
-        "Cold Trail",
-        "#",
-        "9",
-        "first",
-        "after 1990",
-        "80s",
-        "'",
-        '"',
-        "<|im_end|>",
-        "\u202e",
-        "\n",
-        "\x00",
-        "but",
-        "again",
-        "I loved",
-        "or",
-        "{",
-        "[12]",
-        "Zürich",
-        "the last",
-        "these",
-        ",",
-        ".",
+        *("not", "horror", "(1994)", "Cold Trail", "#", "9", "first", "after 1990", "80s", "'", '"', "<|im_end|>"),
+        *(
+            "\u202e",
+            "\n",
+            "\x00",
+            "but",
+            "again",
+            "I loved",
+            "or",
+            "{",
+            "[12]",
+            "Zürich",
+            "the last",
+            "these",
+            ",",
+            ".",
+        ),
     )
-    for _ in range(80):
+    for _ in range(40):
         state = State()
         for _ in range(3):
             reply = talk.answer(state, " ".join(dice.choice(parts) for _ in range(dice.randrange(12))))

@@ -1,4 +1,4 @@
-"""Words inside titles and names of a catalogue are none of the user's: no request, no negation, no end of a clause."""
+"""Words inside titles and names are no requests, negations or ends of clauses."""
 
 from __future__ import annotations
 
@@ -35,11 +35,7 @@ def talk() -> Conversation:
             f"i{n}": Item(
                 item_id=f"i{n}",
                 title=title,
-                fields={
-                    "genres": ("Horror", "Comedy")[n % 2],
-                    "brand": BRANDS[n % len(BRANDS)],
-                    "year": str(1960 + n),
-                },
+                fields={"genres": ("Horror", "Comedy")[n % 2], "brand": BRANDS[n % len(BRANDS)], "year": str(1960 + n)},
             )
             for n, title in enumerate(TITLES)
         }
@@ -51,9 +47,9 @@ def begun() -> State:
     return State(turn=1, profile=(ban,), shown=("i3", "i4", "i5"))
 
 
-@pytest.mark.parametrize("place", range(len(TITLES)))
-def test_a_title_is_named_and_asks_for_nothing(place: int) -> None:
-    held, bare = talk(), TITLES[place].partition(" (")[0]
+@pytest.mark.parametrize("index", range(len(TITLES)))
+def test_words_in_titles_are_no_requests(index: int) -> None:
+    held, bare = talk(), TITLES[index].partition(" (")[0]
     reader = held.reader
     assert reader is not None
     for line, op, intents in (
@@ -61,43 +57,46 @@ def test_a_title_is_named_and_asks_for_nothing(place: int) -> None:
         ("something like {}", "is", {"request", "similar"}),
         ("nothing like {}", "not", set()),
     ):
-        heard = reader.read(line.format(bare), begun())
-        assert [(wish.field, wish.op, wish.value) for wish in heard.wishes] == [(ITEM, op, f"i{place}")]
-        assert (heard.intents, heard.revoked, heard.positions) == (intents, (), ())
+        parsed = reader.read(line.format(bare), begun())
+        assert [(wish.field, wish.op, wish.value) for wish in parsed.wishes] == [(ITEM, op, f"i{index}")]
+        assert (parsed.intents, parsed.revoked, parsed.positions) == (intents, (), ())
 
 
-def test_no_title_or_brand_makes_forgetting_legal() -> None:
+def test_titles_and_brands_do_not_allow_forgetting() -> None:
     held, facts = talk(), talk().tools.facts
     assert held.reader is not None
-    for line, asked in (
+    for line, expected in (
+        ("more please", False),
+        ("x" * 201, False),
         ("I loved Forget Paris.", False),
         ("something like The Lift", False),
         ("a chair by Reset, or by Forget Me Not", False),
         ("a comedy in a ski lift that I'll never forget", False),
         ("don't forget that I like comedies", False),
         ("forget the second wish", True),
+        ("start over", True),
         ("lift the ban on horror", True),
         ("forget everything but Forget Paris", True),
     ):
-        heard = held.reader.read(line, begun())
-        calls = legal(begun().saying("user", line), facts, heard.intents)
-        assert any(isinstance(call, Forget) for call in calls) == asked, line
+        parsed = held.reader.read(line, begun())
+        calls = legal(begun().saying("user", line), facts, parsed.intents)
+        assert any(isinstance(call, Forget) for call in calls) == expected, line
 
 
 @pytest.mark.parametrize("brand", BRANDS)
-def test_a_name_neither_asks_nor_negates_nor_softens(brand: str) -> None:
+def test_brands_are_no_requests(brand: str) -> None:
     held = talk()
     other = "Lift" if brand == "Reset" else "Reset"
     replies = [held.answer(begun(), f"something by {brand} or {other}"), held.answer(begun(), f"nothing by {brand}")]
-    for reply, wanted in zip(replies, ({brand: "is", other: "or"}, {brand: "not"}), strict=True):
-        assert {wish.value: wish.op for wish in reply.parsed.wishes} == wanted
+    for reply, expected in zip(replies, ({brand: "is", other: "or"}, {brand: "not"}), strict=True):
+        assert {wish.value: wish.op for wish in reply.parsed.wishes} == expected
         assert all(wish.hard for wish in reply.parsed.wishes) and not reply.parsed.revoked
         assert not reply.parsed.intents - {"request"}
-        # The ban that stood before still stands: nothing was reset.
+        # The earlier ban still holds.
         assert begun().profile[0] in reply.state.profile
 
 
-def test_a_title_that_says_instead_replaces_no_wish() -> None:
+def test_instead_in_a_title_replaces_nothing() -> None:
     held = talk()
     first = held.answer(State(), "I'd like a comedy")
     assert Wish(field="genres", op="is", value="Comedy", turn=1) in first.state.profile
@@ -107,7 +106,7 @@ def test_a_title_that_says_instead_replaces_no_wish() -> None:
     assert not any(wish.value == "Comedy" for wish in other.state.profile)
 
 
-def test_rules_forget_where_they_are_asked_to() -> None:
+def test_forgets_on_request() -> None:
     for line in ("forget everything", "Reset", "reset please", "start over"):
         reply = talk().answer(begun(), line)
         assert reply.calls == (Forget(),) and reply.state.profile == (), line

@@ -1,4 +1,4 @@
-"""Makes a task of its section and what every task is made from."""
+"""Makes a task from its section and the inputs of every task."""
 
 from __future__ import annotations
 

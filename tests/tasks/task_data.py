@@ -40,7 +40,7 @@ from llmrec.types import Example, Item, Prompt
 from tests.tasks.making import make
 
 FAMILIES = ("rating", "sequential", "direct", "explanation", "ctr", "review", "stars")
-"""Those that ask about users; alignment asks about items."""
+"""Families with requests about users; those of alignment are about items."""
 EVERY = (*FAMILIES, "alignment")
 CLASSES: dict[str, Any] = {
     "rating": (RatingTask, RatingSection),
@@ -65,22 +65,23 @@ HOSTILE = {
 @cache
 def load_templates(family: str) -> dict[str, Template]:
     """The templates that need no item index, or all of alignment; other codes are in golden files and tests/index."""
-    found = read_templates(family)
-    return {name: t for name, t in found.items() if not t.writes_codes or family == "alignment"}
+    templates = read_templates(family)
+    return {name: t for name, t in templates.items() if not t.writes_codes or family == "alignment"}
 
 
 def asking(family: str) -> dict[str, Template]:
-    """Of `load_templates` those that any request can be asked with.
+    """The templates of `load_templates` that suit any request.
 
     Some of ratings are only learned from, and a yes or no of the direct family takes a request of one candidate:
     tests of P5's templates have both.
     """
-    found = load_templates(family)
+    templates = load_templates(family)
     if family == "rating":
-        return {name: template for name, template in found.items() if not learned_only(template)}
-    return {name: t for name, t in found.items() if family != "direct" or asks_for(t) != "yes"}
+        return {name: template for name, template in templates.items() if not learned_only(template)}
+    return {name: t for name, t in templates.items() if family != "direct" or asks_for(t) != "yes"}
 
 
+@cache
 def make_dataset(*, shuffled: int | None = None, users: int = 40, items: int = 60, hostile: bool = True) -> Dataset:
     """Return a dataset whose item titles are unique words, so that a shown title tells the item."""
     rng = random.Random(7)
@@ -115,7 +116,12 @@ def make_dataset(*, shuffled: int | None = None, users: int = 40, items: int = 6
 
 
 def make_split(dataset: Dataset | None = None, *, kind: str = "leave_one_out", seed: int = 0) -> SplitDataset:
-    return split(dataset or make_dataset(), Split(kind=kind), seed=seed)  # type: ignore[arg-type]
+    return split(dataset, Split(kind=kind), seed=seed) if dataset else _split(kind, seed)  # type: ignore[arg-type]
+
+
+@cache
+def _split(kind: str, seed: int) -> SplitDataset:
+    return split(make_dataset(), Split(kind=kind), seed=seed)  # type: ignore[arg-type]
 
 
 def make_candidates(data: SplitDataset, *, count: int = 10, name: str = "test") -> CandidateSets:

@@ -19,17 +19,14 @@ from task_data import (
     targets,
 )
 
-from llmrec.backends.encode import Encoder
 from llmrec.errors import DataError, ErrorKind, RecipeError
-from llmrec.models.item_tokens import add_item_tokens
 from llmrec.prompts.template import Template
 from llmrec.prompts.template import load_templates as read_templates
 from llmrec.recipe.schema import AlignmentSection, SequentialSection
 from llmrec.tasks.alignment import AlignmentTask
 from llmrec.tasks.held_items import draw_held, hold_out, request_name
 from llmrec.tasks.sequential import SequentialTask
-from llmrec.types import Case, Code, Event, Item, Ranking, Request, Unparsed
-from tests.conftest import make_tokenizer
+from llmrec.types import Case, Event, Item, Ranking, Request, Unparsed
 from tests.facts import Facts, raises
 from tests.tasks.making import make
 
@@ -38,24 +35,21 @@ INDEX = make_index(DATA)
 TITLE = {item: entry.title for item, entry in DATA.dataset.items.items()}
 
 
-def told(text: str) -> set[str]:
-    """Items whose title and code stand in one text."""
+def pairs_in(text: str) -> set[str]:
+    """Items of which a text shows title and code."""
     return {item for item, title in TITLE.items() if title in text and INDEX.encode(item) in text}
 
 
-def named(text: str) -> set[str]:
-    """Items whose title or code stands in a text."""
+def items_in(text: str) -> set[str]:
+    """Items of which a text shows title or code."""
     return {item for item, title in TITLE.items() if title in text or INDEX.encode(item) in text}
-
-
-# --------------------------------------------------------------------------- what is held out
 
 
 def catalogue(count: int) -> dict[str, Item]:
     return {f"i{n}": Item(item_id=f"i{n}", title=f"Title {n}") for n in range(count)}
 
 
-def test_about_the_share_is_held_out_in_two_halves() -> None:
+def test_held_out_share_has_two_halves() -> None:
     held = hold_out(catalogue(4000), 0.1, seed=0)
     # 5 standard deviations of a binomial with n = 4000 and p = .05 are 69.
     assert abs(len(held.valid) - 200) < 69 and abs(len(held.test) - 200) < 69
@@ -74,7 +68,7 @@ def test_a_new_item_moves_no_other() -> None:
     assert hold_out(dict(reversed(catalogue(300).items())), 0.2, seed=0) == few
 
 
-def test_namesakes_are_held_out_together_and_never_candidates_of_each_other() -> None:
+def test_items_of_equal_title_are_held_out_together() -> None:
     twins = {f"{copy}{n}": Item(item_id=f"{copy}{n}", title=f"Title {n}{end}") for n in range(60) for copy, end in
              (("a", ""), ("b", "!"))}  # fmt: skip
     held = hold_out(twins, 0.5, seed=0)
@@ -88,12 +82,9 @@ def test_namesakes_are_held_out_together_and_never_candidates_of_each_other() ->
         assert answers[name] in drawn and other not in drawn
 
 
-def test_too_few_held_out_items_are_an_error_that_names_the_key() -> None:
+def test_too_few_held_out_items_raise_error() -> None:
     with raises(DataError, Facts("too-few", column="tasks.alignment.held_out", says="eval.candidates.count")):
         draw_held(hold_out(catalogue(100), 0.1, seed=0), "test", count=20, seed=0)
-
-
-# --------------------------------------------------------------------------- rows
 
 
 def test_no_training_row_shows_a_held_out_pair() -> None:
@@ -101,50 +92,28 @@ def test_no_training_row_shows_a_held_out_pair() -> None:
     shown: set[str] = set()
     for row in islice(task.examples("train"), 2000):
         text = example_text(row)
-        assert told(text) == named(text) == {row.pairs[0][1]} and len(row.pairs) == 1
-        assert not named(text) & task.held.items
+        assert pairs_in(text) == items_in(text) == {row.pairs[0][1]} and len(row.pairs) == 1
+        assert not items_in(text) & task.held.items
         assert row.user_id == "" and row.pairs[0][0] == ""
-        shown |= named(text)
+        shown |= items_in(text)
     assert shown == set(TITLE) - task.held.items and len(task.held.items) > 10
 
 
-def test_rows_ask_both_ways_and_learn_the_answer_alone() -> None:
+def test_rows_cover_both_directions() -> None:
     task = make_task("alignment", DATA)
     ways: collections.Counter[str] = collections.Counter()
     for row in islice(task.examples("train"), 300):
         (target,) = targets(row)
         item = row.pairs[0][1]
-        asked = "\n".join(message.text for message in row.messages)
+        question = "\n".join(message.text for message in row.messages)
         way = "code" if target == INDEX.encode(item) else "title"
         assert target in (INDEX.encode(item), TITLE[item])
-        assert (TITLE[item] in asked) == (way == "code") and (INDEX.encode(item) in asked) == (way == "title")
+        assert (TITLE[item] in question) == (way == "code") and (INDEX.encode(item) in question) == (way == "title")
         ways[way] += 1
     assert min(ways.values()) > 60 and set(ways) == {"code", "title"}
 
 
-def test_the_text_shows_fields_too() -> None:
-    task = make_task("alignment", DATA, templates=("text-to-code",))
-    row = next(iter(task.examples("train")))
-    assert "genres: Drama\nyear: 19" in row.messages[-1].text
-    assert "code:" not in row.messages[-1].text
-
-
-def test_loss_is_on_the_answer_and_the_end_of_turn_alone() -> None:
-    tokenizer = make_tokenizer()
-    add_item_tokens(tokenizer, INDEX.tokens)
-    encoder = Encoder(tokenizer, max_length=512)
-    seen = 0
-    for row in islice(make_task("alignment", DATA, templates=("text-to-code",)).examples("train"), 20):
-        encoded = encoder.row(row)
-        learned = [label for label in encoded.labels if label != -100]
-        pieces = INDEX.codes[row.pairs[0][1]]
-        assert learned == [*tokenizer.convert_tokens_to_ids(list(pieces)), encoder.end_id]
-        assert encoded.labels[-3:] == tuple(learned) and encoded.ids[-3:] == tuple(learned)
-        seen += 1
-    assert seen == 20
-
-
-def test_valid_rows_are_of_the_held_out_items_and_take_templates_in_turn() -> None:
+def test_validation_rows_use_held_out_items() -> None:
     task = make_task("alignment", DATA)
     rows = list(task.examples("valid"))
     assert [row.pairs for row in rows] == [(("", item),) for item in task.held.valid]
@@ -155,15 +124,12 @@ def test_valid_rows_are_of_the_held_out_items_and_take_templates_in_turn() -> No
         next(iter(task.examples("test")))
 
 
-# --------------------------------------------------------------------------- questions
-
-
 @pytest.fixture(scope="module")
 def task() -> AlignmentTask:
     return make_task("alignment", DATA)  # type: ignore[no-any-return]
 
 
-def test_a_request_does_not_give_its_item_away(task: AlignmentTask) -> None:
+def test_request_does_not_reveal_its_item(task: AlignmentTask) -> None:
     cases = task.cases("test")
     assert [str(case.truth) for case in cases] == list(task.held.test) and len(cases) > 8
     for case in cases:
@@ -173,14 +139,14 @@ def test_a_request_does_not_give_its_item_away(task: AlignmentTask) -> None:
         assert request.candidates is not None and request.candidates.count(str(case.truth)) == 1
         assert len(set(request.candidates)) == 4
         assert set(request.candidates) <= set(task.held.test)
-    # Users are what intervals resample: each question must be one of its own.
+    # Intervals resample users, so each question needs its own user.
     assert len({case.request.user_id for case in cases}) == len(cases)
     with pytest.raises(ValueError, match="training split"):
         task.cases("train")
 
 
-def test_candidates_say_nothing_by_themselves() -> None:
-    """Every held-out item is a target once and a negative about as often as any other; targets stand everywhere."""
+def test_candidates_do_not_reveal_the_answer() -> None:
+    """Items are negatives equally often, and targets are at any position."""
     held = hold_out(catalogue(4000), 0.2, seed=0)
     sets = draw_held(held, "test", count=20, seed=0)
     times = collections.Counter(item for drawn in sets.sets.values() for item in drawn)
@@ -189,45 +155,45 @@ def test_candidates_say_nothing_by_themselves() -> None:
     chi2 = sum((times[item] - mean) ** 2 / mean for item in held.test)
     assert chi2 < len(held.test) + 5 * (2 * len(held.test)) ** 0.5
     answers = {request_name(item, 0): item for item in held.test}
-    places = collections.Counter(drawn.index(answers[name]) for name, drawn in sets.sets.items())
+    positions = collections.Counter(drawn.index(answers[name]) for name, drawn in sets.sets.items())
     expected = len(sets.sets) / 20
     # The 99.9 % point at 19 degrees of freedom.
-    assert sum((places[place] - expected) ** 2 / expected for place in range(20)) < 43.8
+    assert sum((positions[position] - expected) ** 2 / expected for position in range(20)) < 43.8
 
 
 @pytest.mark.parametrize("name", list(read_templates("alignment")))
-def test_a_question_shows_one_form_and_asks_for_the_other(task: AlignmentTask, name: str) -> None:
+def test_prompt_shows_only_one_form(task: AlignmentTask, name: str) -> None:
     template = read_templates("alignment")[name]
     for case in task.cases("test"):
         item, text = str(case.truth), prompt_text(task.prompt(case.request, template=name))
         assert (INDEX.encode(item) in text) != template.answers_with_code
         assert (TITLE[item] in text) == template.answers_with_code
-        assert named(text) == {item}
-        asked = task.continuations(case.request, template=name)
-        assert asked == tuple(
+        assert items_in(text) == {item}
+        answers = task.continuations(case.request, template=name)
+        assert answers == tuple(
             INDEX.encode(each) if template.answers_with_code else TITLE[each] for each in case.request.candidates or ()
         )
         again = task.prompt(replace(case.request, id="mine", item=item), template=template.id)
         assert again == task.prompt(case.request, template=name)
 
 
-def test_shots_show_trained_pairs_alone(task: AlignmentTask) -> None:
+def test_shots_show_training_items_only(task: AlignmentTask) -> None:
     for case in task.cases("test"):
         drawn = task.draw_shots(case.request, 3)
         shown = [event.item_id for window in drawn.windows for event in window.events]
         assert len(set(shown)) == 3 and not set(shown) & task.held.items
         prompt = task.prompt(case.request, template="text-to-code", shots=3)
         assert [message.role for message in prompt.messages] == ["user", "assistant"] * 3 + ["user"]
-        assert told(prompt_text(prompt)) == set(shown)
-    # A question about an item that was trained on must not be answered by its own example.
-    own = Request(id="own", user_id="", item=shown[0])
+        assert pairs_in(prompt_text(prompt)) == set(shown)
+    # A training item is no example of its own question.
+    request = Request(id="own", user_id="", item=shown[0])
     everything = len(TITLE) - len(task.held.items) - 1
-    assert shown[0] not in [w.events[0].item_id for w in task.draw_shots(own, everything).windows]
+    assert shown[0] not in [w.events[0].item_id for w in task.draw_shots(request, everything).windows]
     with raises(DataError, Facts("too-few", column="eval.shots.k")):
-        task.draw_shots(own, everything + 1)
+        task.draw_shots(request, everything + 1)
 
 
-def test_reading_an_answer(task: AlignmentTask) -> None:
+def test_parses_titles_and_codes(task: AlignmentTask) -> None:
     case = task.cases("test")[0]
     item = str(case.truth)
     titled = task.parse(f"1. {TITLE[item].lower()}\nmore", case.request, template="code-to-title")
@@ -242,27 +208,13 @@ def test_reading_an_answer(task: AlignmentTask) -> None:
     assert task.reward(Unparsed(request_id="r", reason="x"), Case(request=case.request, truth=item)) == 0.0
 
 
-def test_titles_that_spell_codes_stay_titles() -> None:
-    data = make_dataset(hostile=False)
-    items = {**data.items, "i01": Item(item_id="i01", title="<a_1><b_0>")}
-    split = make_split(replace(data, items=items))
-    task = make_task("alignment", split, held_out=0.0, stored=False)
-    request = Request(id="r", user_id="", item="i01", candidates=("i01", "i02"))
-    assert "<a_1>" not in prompt_text(task.prompt(request, template="title-to-code"))
-    assert "<a_1>" not in task.continuations(request, template="code-to-title")[0]
-    assert isinstance(make_index(split).encode("i01"), Code)
-
-
-# --------------------------------------------------------------------------- errors
-
-
 def built(words: dict[str, Template] | None = None, **section: Any) -> AlignmentTask:
     return make(
         AlignmentTask, DATA, AlignmentSection(**section), words or load_templates("alignment"), seed=0, index=INDEX
     )
 
 
-def test_errors_name_the_mend(task: AlignmentTask) -> None:
+def test_invalid_use_is_refused(task: AlignmentTask) -> None:
     with raises(RecipeError, Facts("missing-key", column="index", says="index: {scheme: semantic}")):
         make(AlignmentTask, DATA, AlignmentSection(), load_templates("alignment"), seed=0)
     with raises(RecipeError, Facts("too-few", column="tasks.alignment.held_out")):
@@ -279,57 +231,37 @@ def test_errors_name_the_mend(task: AlignmentTask) -> None:
         built(templates=("decode",))
 
 
-def one(user: str, target: str, **more: Any) -> dict[str, Template]:
-    words: dict[str, Any] = {"use": "seen", "shape": "chat", "user": user, "target": target, **more}
-    return {"x": Template(family="alignment", name="x", version=1, **words)}
-
-
 @pytest.mark.parametrize(
     ("user", "target", "key", "named"),
     [
         ("{{ item.title }}", "{{ item.title }}", None, "item.code"),
-        ("{{ item.code }}", "{{ item.code }}", None, "item.code"),
         ("{{ item.code }} {{ item.title }}", "{{ item.title }}", "user", "'title'"),
-        ("{{ item.code }} {{ item.genres }}", "{{ item.title }}", "user", "'genres'"),
         ("{{ item.code }}{% for f in fields %}{{ f.value }}{% endfor %}", "{{ item.title }}", "user", "'fields'"),
         ("{{ history }} {{ item.title }}", "{{ item.code }}", "user", "'history'"),
         ("{{ item.title }}", "{{ item.code }} {{ item.title }}", "target", "'title'"),
     ],
 )
-def test_a_question_cannot_show_its_answer(user: str, target: str, key: str | None, named: str) -> None:
+def test_template_cannot_show_its_answer(user: str, target: str, key: str | None, named: str) -> None:
     kind: ErrorKind = "unknown-name" if key else "bad-value"
     with raises(RecipeError, Facts(kind, "alignment/x", column=key, says=named)):
-        built(one(f"Answer this: {user}", target), eval_templates=())
-
-
-# --------------------------------------------------------------------------- next items in the other form
-
-
-def fused(*names: str) -> SequentialTask:
-    section = SequentialSection(templates=names, history=4)
-    return make(SequentialTask, DATA, section, read_templates("sequential"), seed=0, index=INDEX)
-
-
-def test_fused_templates_are_used_where_they_are_named() -> None:
-    plain = {row.template for row in islice(fused().examples("train"), 200)}
-    assert plain == {"sequential/continue-codes", "sequential/next-code"}
-    both = {row.template for row in islice(fused("codes-to-title", "titles-to-code").examples("train"), 50)}
-    assert both == {"sequential/codes-to-title", "sequential/titles-to-code"}
+        words = Template("alignment", "x", 1, "seen", "chat", f"Answer this: {user}", target)
+        built({"x": words}, eval_templates=())
 
 
 @pytest.mark.parametrize("name", ["codes-to-title", "titles-to-code"])
-def test_fused_rows_show_the_past_in_one_form_and_ask_for_the_next_in_the_other(name: str) -> None:
-    task = fused(name)
+def test_fused_rows_use_one_form_for_history_and_one_for_target(name: str) -> None:
+    section = SequentialSection(templates=(name,), history=4)
+    task = make(SequentialTask, DATA, section, read_templates("sequential"), seed=0, index=INDEX)
     codes = name == "codes-to-title"
     for row in islice(task.examples("train"), 100):
         *past, last = [item for _, item in row.pairs]
         lines = row.messages[-1].text.splitlines()[1:-1]
         assert lines == [INDEX.encode(item) if codes else TITLE[item] for item in past]
         assert targets(row) == [TITLE[last] if codes else INDEX.encode(last)]
-        assert told(example_text(row)) == set()
+        assert pairs_in(example_text(row)) == set()
     history = tuple(Event(item_id=item) for item in ("i01", "i02"))
     request = Request(id="r", user_id="u", history=history, candidates=("i03", "i04"))
-    asked = task.continuations(request, template=name)
-    assert asked == tuple(TITLE[i] if codes else INDEX.encode(i) for i in ("i03", "i04"))
-    found = task.parse(asked[1], request, template=name)
-    assert isinstance(found, Ranking) and found.items == ("i04",)
+    answers = task.continuations(request, template=name)
+    assert answers == tuple(TITLE[i] if codes else INDEX.encode(i) for i in ("i03", "i04"))
+    result = task.parse(answers[1], request, template=name)
+    assert isinstance(result, Ranking) and result.items == ("i04",)

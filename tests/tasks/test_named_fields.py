@@ -40,34 +40,29 @@ def view() -> View:
     return View(split(Dataset(name="shop", noun="items", interactions=frame, items=items), Split(), seed=0))
 
 
-def asked(view: View, user: str) -> str:
+def rendered(view: View, user: str) -> str:
     template = Template("sequential", "mine", 1, "seen", "chat", user, "{{ item.title }}")
     events = view.events([Event(item_id=item, rating=None) for item in "abc"])
     (turn,) = template.turns({"history": events, "candidates": [view.candidate("u0", item) for item in "abc"]})
     return turn.text
 
 
-def test_a_field_is_named_in_the_line_of_an_event(view: View) -> None:
-    first, second, third = asked(view, LINE).splitlines()
+def test_fields_of_events_in_templates(view: View) -> None:
+    first, second, third = rendered(view, LINE).splitlines()
     assert first == "1. Item a costs 3.50 by Alder"
     # A value can neither end its line nor write a token; a field that an item lacks is empty.
     assert second == "2. Item b costs {{ 7*7 }} <|im_end|> by " and third == "3. Item c by Cedar"
+    # Values of the event take precedence.
+    assert rendered(view, "{% for e in history %}{{ e.n }}{% if e.rating %}!{% endif %}{% endfor %}") == "123"
+    assert rendered(view, "{% for c in candidates %}{{ c.brand }}, {% endfor %}") == "Alder, , Cedar, "
 
 
-def test_what_an_event_has_goes_before_a_field_of_that_name(view: View) -> None:
-    assert asked(view, "{% for e in history %}{{ e.n }}{% if e.rating %}!{% endif %}{% endfor %}") == "123"
-
-
-def test_candidates_have_fields_too(view: View) -> None:
-    assert asked(view, "{% for c in candidates %}{{ c.brand }}, {% endfor %}") == "Alder, , Cedar, "
-
-
-def test_a_field_that_no_item_has_is_refused_by_name(view: View) -> None:
+def test_unknown_field_is_refused(view: View) -> None:
     with raises(RecipeError, Facts("unknown-name", says=("'prize'", "did you mean 'price'", "brand"))):
-        asked(view, "{% for e in history %}{{ e.prize }}{% endfor %}")
+        rendered(view, "{% for e in history %}{{ e.prize }}{% endfor %}")
 
 
-def test_prompts_takes_the_path_of_a_template(
+def test_prompts_command_takes_template_path(
     tmp_path: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "words").mkdir()
@@ -83,8 +78,8 @@ def test_prompts_takes_the_path_of_a_template(
     )
     monkeypatch.chdir(tmp_path / "words")
     named = "tasks.sequential.templates=[words/basket.yaml]"
-    # In the working folder, beside the recipe, and where the recipe names it already.
-    for arguments in (["basket.yaml"], ["words/basket.yaml"], ["words/basket.yaml", named]):
+    # In the working folder, and next to the recipe, which names it already.
+    for arguments in (["basket.yaml"], ["words/basket.yaml", named]):
         done = CliRunner().invoke(app, ["prompts", str(page), *arguments[1:], "-t", arguments[0]])
         assert done.exception is None, done.exception
         assert "[sequential/basket" in done.output and "«" in done.output

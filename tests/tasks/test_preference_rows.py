@@ -57,19 +57,19 @@ def rows_of(task: Any, count: int = 120) -> list[Example]:
 
 
 @pytest.mark.parametrize(("family", "rejected", "negatives"), SOURCES)
-def test_every_family_says_what_an_answer_is_preferred_to(family: str, rejected: str, negatives: int) -> None:
+def test_every_family_has_rejected_answers(family: str, rejected: str, negatives: int) -> None:
     task = task_of(family, rejected, negatives)
     assert task.listwise.size == 1 + negatives
     rows = rows_of(task)
     for row in rows:
-        own, *others = (targets(each) for each in against(row))
+        preferred, *others = (targets(each) for each in against(row))
         # One target alone, which no rejected answer repeats.
-        assert len(own) == 1 and len({*map(tuple, others), tuple(own)}) == 1 + negatives
+        assert len(preferred) == 1 and len({*map(tuple, others), tuple(preferred)}) == 1 + negatives
         assert all(each.messages == row.messages and each.answer[:-1] == row.answer[:-1] for each in against(row))
     assert rows_of(task_of(family, rejected, negatives, OTHER)) == rows
 
 
-def test_items_are_rejected_for_what_they_are_said_to_be() -> None:
+def test_rejected_items_follow_the_rule() -> None:
     titles = {title: item for item, title in DATA.dataset.titles.items()}
     for rejected in ("uniform", "item-knn"):
         for row in rows_of(task_of("sequential", rejected, 3)):
@@ -87,7 +87,7 @@ def test_items_are_rejected_for_what_they_are_said_to_be() -> None:
             assert all(rated[item] < rated[chosen] and order.index(item) > order.index(chosen) for item in lower)
 
 
-def test_hard_items_are_the_best_of_a_recommender_that_has_not_learned_from_the_user() -> None:
+def test_hard_negatives_come_from_a_model_fitted_without_the_user() -> None:
     hard = task_of("sequential", "item-knn", 3)._rejecting.lists
     parts = {user: hash_one("retrieved lists", 0, user) % 5 for user in DATA.users()}
     assert any(hard.of(user) for user in parts)
@@ -106,17 +106,17 @@ def test_hard_items_are_the_best_of_a_recommender_that_has_not_learned_from_the_
         Lists(DATA, drawn, 0, Single("sasrec", 0, "train.preference.rejected"), others=True).of(DATA.users()[0])
 
 
-def test_a_user_with_few_items_left_has_as_many_rejected_as_a_row_takes() -> None:
-    """No user has the whole catalogue left; a list needs no more than a row draws."""
+def test_users_with_few_remaining_items() -> None:
+    """Lists of users with few remaining items are shorter, but at least as long as a row needs."""
     drawn = CandidateSection(kind="retrieved", retriever="item-knn", count=len(DATA.dataset.items))
     finder = Single("item-knn", 0, "train.preference.rejected")
     user = next(user for user in DATA.users() if len(DATA.train_events(user)) > 1)
     assert not Lists(DATA, drawn, 0, finder, others=True).of(user)
-    found = Lists(DATA, drawn, 0, finder, others=True, least=3).of(user)
-    assert found and all(3 <= len(items) < drawn.count for _, items in found)
+    lists = Lists(DATA, drawn, 0, finder, others=True, least=3).of(user)
+    assert lists and all(3 <= len(items) < drawn.count for _, items in lists)
 
 
-def test_what_cannot_be_rejected_is_refused() -> None:
+def test_impossible_rejections_are_refused() -> None:
     with raises(RecipeError, Facts("too-large", column="train.preference.negatives", says="at most 9")):
         task_of("direct", "uniform", 10)
     with raises(RecipeError, Facts("contradiction", column="train.preference.rejected", says="eval.candidates.kind")):
@@ -156,20 +156,20 @@ def page(tmp_path: Path, tasks: str, train: str, model: str = "m") -> Path:
          "tasks.direct.loss"),
     ],
 )  # fmt: skip
-def test_a_recipe_that_cannot_be_is_refused(tasks: str, train: str, says: str, tmp_path: Path) -> None:
+def test_contradicting_recipes_are_refused(tasks: str, train: str, says: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=re.escape(says)):
         load_recipe(page(tmp_path, tasks, train))
 
 
-def test_what_only_the_study_knows_is_refused_too(llama_folder: Path, tmp_path: Path) -> None:
+def test_contradicting_studies_are_refused(llama_folder: Path, tmp_path: Path) -> None:
     def study(tasks: str, preference: str = "") -> Any:
         train = f"start: sft, preference: {{{preference}}}"
         return build_study(load_recipe(page(tmp_path, tasks, train, str(llama_folder))))
 
-    made = study(SEQUENTIAL)
-    assert listwise_of(made).preference == made.recipe.train.preference  # type: ignore[union-attr]
+    accepted = study(SEQUENTIAL)
+    assert listwise_of(accepted).preference == accepted.recipe.train.preference  # type: ignore[union-attr]
     with raises(RecipeError, Facts("contradiction", column="train.preference", says="encoder-decoder")):
-        listwise_of(made, paired=True)
+        listwise_of(accepted, paired=True)
     with raises(
         RecipeError,
         Facts("contradiction", column="train.preference", says="cannot be trained together with tasks.direct"),
@@ -184,29 +184,29 @@ def test_what_only_the_study_knows_is_refused_too(llama_folder: Path, tmp_path: 
     assert len(set(keys)) == 4
 
 
-def test_a_key_knows_how_the_model_is_asked_for_what_is_rejected(
+def test_training_key_depends_on_rejection_settings(
     llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def study(rejected: str, exact: str = "true", asked: str = "next-title, latest-pick") -> Any:
-        tasks = f"sequential: {{templates: [next-title, latest-pick], eval_templates: [{asked}]}}"
+    def study(rejected: str, exact: str = "true", templates: str = "next-title, latest-pick") -> Any:
+        tasks = f"sequential: {{templates: [next-title, latest-pick], eval_templates: [{templates}]}}"
         written = page(tmp_path, tasks, f"start: sft, preference: {{rejected: {rejected}}}", str(llama_folder))
         return build_study(load_recipe(written, [f"eval.exact={exact}"]))
 
-    made = [
+    studies = [
         study("beam"),
         study("beam", exact="false"),
-        study("beam", asked="latest-pick, next-title"),
+        study("beam", templates="latest-pick, next-title"),
         study("item-knn"),
-        study("item-knn", exact="false", asked="latest-pick, next-title"),
+        study("item-knn", exact="false", templates="latest-pick, next-title"),
     ]
-    before = [training_key(each, str(llama_folder)) for each in made]
+    before = [training_key(each, str(llama_folder)) for each in studies]
     assert len(set(before[:4])) == 4 and before[3] == before[4]
     monkeypatch.setattr("llmrec.registry.stamp", lambda table, name: "other code" if name == "item-knn" else "")
-    after = [training_key(each, str(llama_folder)) for each in made]
+    after = [training_key(each, str(llama_folder)) for each in studies]
     assert after[:3] == before[:3] and after[3] != before[3]
 
 
-def test_the_start_model_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_start_model_is_released(monkeypatch: pytest.MonkeyPatch) -> None:
     freed: list[bool] = []
     monkeypatch.setattr("llmrec.models.load.release_memory", lambda: freed.append(True))
     close()

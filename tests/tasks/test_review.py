@@ -1,4 +1,4 @@
-"""Tasks on reviews: headline, stars, explanations with hints, and that nothing of a held-out review is shown."""
+"""Tasks on reviews: headlines, stars, explanations with hints, and no text of held-out reviews."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llmrec.prompts.template import Template, load_templates
 from llmrec.recipe.schema import DataSection, Split
 from llmrec.types import Case, Rating, Request, Text
 from tests.facts import Facts, raises
-from tests.review_files import HOSTILE, marks, records, write
+from tests.review_files import marks, records, write
 from tests.tasks.making import make as built
 
 ROWS = 400
@@ -27,42 +27,33 @@ PARTS = {"explanation": "sentence", "review": "headline"}
 FAMILIES = ("explanation", "review", "stars", "rating")
 
 
-@pytest.fixture(scope="module", params=["leave_one_out", "user_disjoint"])
+@pytest.fixture(scope="module")
 def data(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SplitDataset]:
     folder = tmp_path_factory.mktemp("reviews")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLMREC_CACHE", str(folder))
         path = write(folder / "reviews.json", records())
-        whole = load(DataSection(source="amazon-reviews", path=str(path), noun="things"), seed=0)
-    yield split(whole, Split(kind=request.param, valid=0.2, test=0.2), seed=0)
-
-
-@pytest.fixture(scope="module")
-def hostile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SplitDataset]:
-    folder = tmp_path_factory.mktemp("hostile")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LLMREC_CACHE", str(folder))
-        whole = load(
-            DataSection(source="amazon-reviews", path=str(write(folder / "r.json", records(hostile=True)))), seed=0
-        )
-    yield split(whole, Split(), seed=0)
+        dataset = load(DataSection(source="amazon-reviews", path=str(path), noun="things"), seed=0)
+    yield split(dataset, Split(kind=getattr(request, "param", "leave_one_out"), valid=0.2, test=0.2), seed=0)
 
 
 def plain_templates(family: str) -> dict[str, Template]:
     return {name: template for name, template in load_templates(family).items() if not template.writes_codes}
 
 
+def data_of(family: str, data: SplitDataset) -> SplitDataset:
+    return with_review_part(data, PARTS[family]) if family in PARTS else data  # type: ignore[arg-type]
+
+
 def make(family: str, data: SplitDataset, **section: Any) -> Any:
     task, kind = CLASSES[family]
-    used = with_review_part(data, PARTS[family]) if family in PARTS else data  # type: ignore[arg-type]
+    used = data_of(family, data)
     return built(task, used, kind(**section), plain_templates(family), seed=0)
 
 
-# --------------------------------------------------------------------------- leaks
-
-
+@pytest.mark.parametrize("data", ["leave_one_out", "user_disjoint"], indirect=True)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_no_training_row_shows_a_word_of_a_held_out_review(family: str, data: SplitDataset) -> None:
+def test_no_training_row_shows_a_held_out_review(family: str, data: SplitDataset) -> None:
     secrets = [mark for pair in data.held_out for mark in marks(*pair)]
     rows = list(islice(make(family, data).examples("train"), ROWS))
     for row in rows:
@@ -74,20 +65,19 @@ def test_no_training_row_shows_a_word_of_a_held_out_review(family: str, data: Sp
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("choice", ["random", "own"])
-def test_no_solved_example_shows_one_either(family: str, choice: str, data: SplitDataset) -> None:
+@pytest.mark.parametrize(("data", "choice"), [("user_disjoint", "random"), ("leave_one_out", "own")], indirect=["data"])
+def test_no_shot_shows_a_held_out_review(family: str, choice: str, data: SplitDataset) -> None:
     kind, section = CLASSES[family]
-    used = with_review_part(data, PARTS[family]) if family in PARTS else data  # type: ignore[arg-type]
-    task = built(kind, used, section(), plain_templates(family), seed=0, shot_choice=choice)
+    task = built(kind, data_of(family, data), section(), plain_templates(family), seed=0, shot_choice=choice)
     for case in task.cases("test"):
-        asked = (case.request.user_id, str(case.request.item))
+        own_pair = (case.request.user_id, str(case.request.item))
         for name in asking(family):
             shown = prompt_text(task.prompt(case.request, template=name, shots=2)).casefold()
-            held = data.held_out - {asked} - {(asked[0], event.item_id) for event in case.request.history}
+            held = data.held_out - {own_pair} - {(own_pair[0], event.item_id) for event in case.request.history}
             assert not [mark for pair in held for mark in marks(*pair) if mark in shown]
 
 
-def test_an_explanation_shows_of_its_own_review_only_what_the_template_names(data: SplitDataset) -> None:
+def test_explanation_prompt_shows_named_parts_only(data: SplitDataset) -> None:
     templates = plain_templates("explanation")
     for name, template in templates.items():
         task = make("explanation", data, eval_templates=(name,))
@@ -104,7 +94,7 @@ def test_an_explanation_shows_of_its_own_review_only_what_the_template_names(dat
             assert bool({"headline", "feature", "rating"} & named) == bool(template.leak)
 
 
-def test_a_headline_is_not_in_its_question(data: SplitDataset) -> None:
+def test_headline_prompt_does_not_show_the_headline(data: SplitDataset) -> None:
     for name in plain_templates("review"):
         task = make("review", data)
         for case in task.cases("test"):
@@ -114,10 +104,7 @@ def test_a_headline_is_not_in_its_question(data: SplitDataset) -> None:
             assert headline in str(case.truth).casefold()
 
 
-# --------------------------------------------------------------------------- rows and cases
-
-
-def test_truths_are_what_the_review_says(data: SplitDataset) -> None:
+def test_truths_come_from_the_review(data: SplitDataset) -> None:
     rated = {row[:2]: row[2] for row in data.test.select("user_id", "item_id", "rating").iter_rows()}
     for family in ("explanation", "review", "stars"):
         cases = make(family, data).cases("test")
@@ -127,12 +114,10 @@ def test_truths_are_what_the_review_says(data: SplitDataset) -> None:
             review = data.dataset.reviews[pair]
             truths = {"explanation": review.sentence, "review": review.headline, "stars": rated[pair]}
             assert case.truth == truths[family]
-            assert case.request.history == (
-                with_review_part(data, PARTS[family]) if family in PARTS else data  # type: ignore[arg-type]
-            ).history(pair[0], "test")
+            assert case.request.history == data_of(family, data).history(pair[0], "test")
 
 
-def test_a_long_review_is_cut_and_an_interaction_without_one_is_no_case(data: SplitDataset) -> None:
+def test_long_and_missing_reviews(data: SplitDataset) -> None:
     task = make("stars", data, shown=24)
     for case in task.cases("test"):
         assert len(case.request.context["review"]) <= 24
@@ -145,7 +130,7 @@ def test_a_long_review_is_cut_and_an_interaction_without_one_is_no_case(data: Sp
         assert pair not in {(case.request.user_id, case.request.item) for case in cases}
 
 
-def test_stars_and_headlines_are_read(data: SplitDataset) -> None:
+def test_parses_stars_and_headlines(data: SplitDataset) -> None:
     stars, review = make("stars", data), make("review", data)
     request = stars.cases("test")[0].request
     assert stars.continuations(request, template="user-stars") == ("1", "2", "3", "4", "5")
@@ -163,23 +148,15 @@ def test_stars_and_headlines_are_read(data: SplitDataset) -> None:
     assert stars.reward(Text(request_id=request.id, text="5"), Case(request=request, truth=5.0)) == 0.0
 
 
-@pytest.mark.parametrize(
-    ("said", "text"),
-    [
-        ("4: It holds.", "It holds."),
-        ("4.0 stars - It holds.", "It holds."),
-        (" 5 stars: 3 of 4 hold.", "3 of 4 hold."),
-        ("It holds: 4.", None),
-        ("4:", None),
-        ("", None),
-        ("4 holds", None),
-    ],
-)
-def test_an_answer_of_both_is_read_without_its_stars(said: str, text: str | None, data: SplitDataset) -> None:
+@pytest.mark.parametrize(("answer", "text"), [
+    ("4: It holds.", "It holds."), (" 5 stars: 3 of 4 hold.", "3 of 4 hold."), ("It holds: 4.", None), ("4:", None),
+    ("4 holds", None),
+])  # fmt: skip
+def test_parses_text_after_stars(answer: str, text: str | None, data: SplitDataset) -> None:
     task = make("explanation", data)
     request = task.cases("test")[0].request
-    found = task.parse(said, request, template="name-item-both")
-    assert (found.text if found else None) == text
+    parsed = task.parse(answer, request, template="name-item-both")
+    assert (parsed.text if parsed else None) == text
     rows = [row for row in islice(task.examples("train"), ROWS) if row.template == "explanation/name-item-both"]
     for row in rows:
         (target,) = targets(row)
@@ -190,10 +167,7 @@ def test_an_answer_of_both_is_read_without_its_stars(said: str, text: str | None
     assert rows
 
 
-# --------------------------------------------------------------------------- which templates
-
-
-def test_without_reviews_the_templates_are_those_of_before(data: SplitDataset) -> None:
+def test_templates_without_reviews(data: SplitDataset) -> None:
     bare = replace(data, dataset=replace(data.dataset, reviews={}))
     kind, section = CLASSES["explanation"]
     task = built(kind, bare, section(), plain_templates("explanation"), seed=0)
@@ -205,7 +179,7 @@ def test_without_reviews_the_templates_are_those_of_before(data: SplitDataset) -
         built(CLASSES["review"][0], bare, CLASSES["review"][1](), plain_templates("review"), seed=0)
 
 
-def test_errors_name_the_mend(data: SplitDataset) -> None:
+def test_invalid_use_is_refused(data: SplitDataset) -> None:
     task, section = CLASSES["review"]
     templates = plain_templates("review")
     with raises(DataError, Facts("missing-value", column="review", says="context['review']")):
@@ -224,24 +198,3 @@ def test_errors_name_the_mend(data: SplitDataset) -> None:
         ),
     ):
         make("explanation", replace(data, train=half))
-
-
-# --------------------------------------------------------------------------- untrusted text
-
-
-@pytest.mark.parametrize("family", ["explanation", "review", "stars"])
-def test_texts_forge_neither_lines_nor_template_words(family: str, hostile: SplitDataset) -> None:
-    used = with_review_part(hostile, PARTS[family]) if family in PARTS else hostile  # type: ignore[arg-type]
-    kind, section = CLASSES[family]
-    names = plain_templates(family)
-    shown = 0
-    for name in names:
-        task = built(kind, used, section(eval_templates=(name,)), names, seed=0)
-        for case in task.cases("test"):
-            for message in task.prompt(case.request, template=name, shots=1).messages:
-                assert all("\n" not in segment.text for segment in message.segments if segment.kind == "item")
-                assert "49" not in message.text
-                shown += "{{ 7*7 }}" in message.text
-    for row in islice(built(kind, used, section(), names, seed=0).examples("train"), ROWS):
-        assert all("\n" not in segment.text for segment in row.answer)
-    assert shown and "{{ 7*7 }}" in HOSTILE

@@ -1,12 +1,13 @@
 """Every shipped template, byte for byte.
 
-After a wanted change raise the template's version and run once with LLMREC_UPDATE_GOLDEN=1.
+After an intended change raise the template's version and run once with LLMREC_UPDATE_GOLDEN=1.
 """
 
 from __future__ import annotations
 
 import os
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import polars as pl
@@ -17,7 +18,7 @@ from llmrec.data.candidates import draw
 from llmrec.data.dataset import Dataset, Review
 from llmrec.data.split import SplitDataset, split
 from llmrec.index.table import ItemIndex, token
-from llmrec.prompts.template import load_templates
+from llmrec.prompts.template import load_templates as read_templates
 from llmrec.recipe.schema import CandidateSection, Split
 from llmrec.tasks.direct import asks_for, reader_of
 from llmrec.tasks.held_items import draw_held, hold_out
@@ -26,6 +27,7 @@ from llmrec.types import Event, Item, Message, Prompt, Request, Segment
 from tests.tasks.making import make
 
 GOLDEN = Path(__file__).parent.parent / "golden"
+load_templates = cache(read_templates)
 NAMES = [(family, name) for family in EVERY for name in load_templates(family)]
 CODES = ItemIndex(
     "made",
@@ -35,6 +37,7 @@ CODES = ItemIndex(
 FILMS = ("Heat", "Alien", "Brazil", "Jaws", "Fargo", "Rocky", "Casino", "Big", "Manhattan", "Ed Wood")
 
 
+@cache
 def small() -> SplitDataset:
     rows = []
     for user in range(4):
@@ -56,9 +59,7 @@ def small() -> SplitDataset:
         rating_scale=(1.0, 5.0),
         reviews={
             (user, item): Review(
-                text=f"I saw it twice. {text} The music stays with me.",
-                headline=f"Seen by {user}",
-                phrases=("music",),
+                text=f"I saw it twice. {text} The music stays with me.", headline=f"Seen by {user}", phrases=("music",)
             )
             for user, item, _, _, text in rows
         },
@@ -100,27 +101,27 @@ def rendering(family: str, name: str) -> str:
     if asks == "yes":
         case, pool = replace(case, request=replace(case.request, candidates=case.request.candidates[:1])), pool[:1]
     known = () if family != "sequential" else (Event(item_id="5"),)
-    said = {"review": "Too long, and yet."} if family in ("review", "stars") else {}
-    bare = Request(id="bare", user_id="nobody", item="3", candidates=pool, history=known, context=said)
-    asked: list[tuple[str, Prompt]] = []
+    context = {"review": "Too long, and yet."} if family in ("review", "stars") else {}
+    bare = Request(id="bare", user_id="nobody", item="3", candidates=pool, history=known, context=context)
+    prompts: list[tuple[str, Prompt]] = []
     if not only_learned:
-        asked = [
+        prompts = [
             ("request", task.prompt(case.request, template=name)),
             ("request of a stranger", task.prompt(bare, template=name)),
             ("request with one shot", task.prompt(case.request, template=name, shots=1)),
         ]
     if asks == "yes":
-        asked.append(("request with two shots", task.prompt(case.request, template=name, shots=2, want="yes")))
+        prompts.append(("request with two shots", task.prompt(case.request, template=name, shots=2, want="yes")))
     if asks == "label":
-        asked.append(("request for a ranking", task.prompt(case.request, template=name, shots=1, want="ranking")))
+        prompts.append(("request for a ranking", task.prompt(case.request, template=name, shots=1, want="ranking")))
         alone = replace(case.request, candidates=case.request.candidates[:1])
-        asked.append(("request for a yes", task.prompt(alone, template=name, shots=2, want="yes")))
+        prompts.append(("request for a yes", task.prompt(alone, template=name, shots=2, want="yes")))
     parts = [f"{template.id} version {template.version}, {template.use}, {template.shape}\n"]
     if template.use != "unseen":
         row = next(row for row in task.examples("train") if row.user_id == "0" or asks_of_items)
         parts.append(f"===== training row, {'closed' if row.ends_turn else 'open'}\n" + show(row.messages, row.answer))
-    parts += [f"===== {title}, stops at {p.stop!r}\n" + show(p.messages, p.answer_prefix) for title, p in asked]
-    if asked:
+    parts += [f"===== {title}, stops at {p.stop!r}\n" + show(p.messages, p.answer_prefix) for title, p in prompts]
+    if prompts:
         parts.append(f"===== continuations\n{task.continuations(case.request, template=name)!r}\n")
     return "".join(parts)
 

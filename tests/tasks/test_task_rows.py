@@ -6,8 +6,6 @@ from typing import Any
 
 import polars as pl
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from task_data import (
     CLASSES,
     EVERY,
@@ -41,11 +39,13 @@ def shown_items(text: str) -> set[str]:
     return {f"i{i:02d}" for i in range(60) if f"Film #{i:02d}!" in text or f"on i{i:02d} end" in text}
 
 
-# --------------------------------------------------------------------------- held-out pairs
-
-
-@pytest.mark.parametrize("kind", ["leave_one_out", "last_share", "global_time", "user_disjoint"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        *((family, "leave_one_out") for family in FAMILIES),
+        *(("direct", kind) for kind in ("last_share", "global_time", "user_disjoint")),
+    ],
+)
 def test_no_training_row_shows_a_held_out_pair(family: str, kind: str) -> None:
     data = PLAIN if kind == "leave_one_out" else make_split(make_dataset(hostile=False), kind=kind)
     task = make_task(family, data)
@@ -59,16 +59,18 @@ def test_no_training_row_shows_a_held_out_pair(family: str, kind: str) -> None:
         trained = {event.item_id for event in data.train_events(row.user_id)}
         assert all(user == row.user_id and item in trained for user, item in row.pairs)
         assert shown_items(text) <= {item for _, item in row.pairs} | set(row.negatives)
+        assert family == "direct" or not row.negatives
 
 
-@pytest.mark.parametrize("choice", ["random", "own", "similar"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "choice"), [*((family, "random") for family in FAMILIES), ("rating", "own"), ("sequential", "similar")]
+)
 def test_no_shot_shows_a_held_out_pair(family: str, choice: str) -> None:
     task = make_task(family, PLAIN, shot_choice=choice, history=4)
     held = collections.defaultdict(set)
     for user, item in PLAIN.held_out:
         held[user].add(item)
-    asked = 0
+    count = 0
     cases = task.cases("test")[::4]
     for case in cases:
         for name in asking(family):
@@ -77,8 +79,8 @@ def test_no_shot_shows_a_held_out_pair(family: str, choice: str) -> None:
             assert len(drawn.windows) == 2
             assert len(shot.messages) == len(plain.messages) + 4
             first = len(plain.messages) - 1
-            for place, window in enumerate(drawn.windows):
-                pair = shot.messages[first + 2 * place : first + 2 * place + 2]
+            for index, window in enumerate(drawn.windows):
+                pair = shot.messages[first + 2 * index : first + 2 * index + 2]
                 assert [message.role for message in pair] == ["user", "assistant"]
                 # A held-out item may be among the drawn negatives of an example: see test_task_independence.
                 if family != "direct":
@@ -86,28 +88,11 @@ def test_no_shot_shows_a_held_out_pair(family: str, choice: str) -> None:
                 train = PLAIN.train_events(window.user_id)
                 assert all(event in train for event in window.events)
             assert all(segment.kind != "target" for message in shot.messages for segment in message.segments)
-            asked += 2
-    assert asked >= 2 * len(cases) * 4
+            count += 2
+    assert count >= 2 * len(cases) * 4
 
 
-def test_own_shots_repeat_nothing_of_the_question() -> None:
-    task = make_task("rating", PLAIN, shot_choice="own", history=4)
-    own = 0
-    for case in task.cases("test"):
-        drawn = task.draw_shots(case.request, 2)
-        mine = [window for window in drawn.windows if window.user_id == case.request.user_id]
-        own += len(mine)
-        shown = [event.item_id for window in mine for event in window.events] + [e.item_id for e in drawn.history]
-        assert len(shown) == len(set(shown))
-        assert drawn.history == case.request.history[len(case.request.history) - len(drawn.history) :]
-        assert len(drawn.history) >= min(4, len(case.request.history) // 2)
-    assert own > len(task.cases("test"))
-
-
-# --------------------------------------------------------------------------- rows
-
-
-def test_sequential_user_row_has_a_target_a_position_after_warm_up() -> None:
+def test_sequential_rows_have_targets_after_warm_up() -> None:
     task = make_task("sequential", PLAIN, templates=("continue-list",), window=6, warm_up=2)
     for row in islice(task.examples("train"), 200):
         events = PLAIN.train_events(row.user_id)
@@ -129,7 +114,7 @@ def test_windows_start_everywhere() -> None:
         assert len(seen) == max(1, len(PLAIN.train_events(user)) - 3)
 
 
-def test_rating_user_row_has_every_rating_as_target() -> None:
+def test_rating_rows_have_every_rating_as_target() -> None:
     task = make_task("rating", PLAIN, templates=("list-ratings",))
     for row in islice(task.examples("train"), 100):
         events = PLAIN.train_events(row.user_id)
@@ -155,18 +140,19 @@ def test_every_seen_template_trains_and_ids_are_unique(family: str) -> None:
     assert len({row.id for row in rows}) == len(rows)
     assert [row.id for row in make_task(family).examples("train", limit=7)] == [row.id for row in rows[:7]]
     assert list(make_task(family).examples("train", limit=0)) == []
+    assert list(islice(make_task(family, seed=1).examples("train"), 20)) != rows[:20]
 
 
-def test_position_of_the_target_label_is_uniform() -> None:
+def test_target_labels_are_uniform() -> None:
     task = make_task("direct", PLAIN)
-    counts = collections.Counter(targets(row)[0] for row in islice(task.examples("train"), 4000))
+    counts = collections.Counter(targets(row)[0] for row in islice(task.examples("train"), 2000))
     assert set(counts) == set("ABCDEFGHIJ")
-    chi2 = sum((counts[label] - 400) ** 2 / 400 for label in counts)
+    chi2 = sum((counts[label] - 200) ** 2 / 200 for label in counts)
     assert chi2 < 27.9  # the 99.9 % point at 9 degrees of freedom
 
 
 @pytest.mark.parametrize("family", EVERY)
-def test_rows_prompts_and_cases_do_not_depend_on_row_order(family: str) -> None:
+def test_row_order_of_the_data_does_not_matter(family: str) -> None:
     once, again = (make_task(family, make_split(make_dataset(shuffled=s)), shot_choice="similar") for s in (1, 2))
     assert list(islice(once.examples("train"), 60)) == list(islice(again.examples("train"), 60))
     assert list(once.cases("test")) == list(again.cases("test"))
@@ -177,14 +163,8 @@ def test_rows_prompts_and_cases_do_not_depend_on_row_order(family: str) -> None:
     assert reordered[::-1] == [once.prompt(c.request, template=name, shots=2) for c in once.cases("test")[:10]]
 
 
-@pytest.mark.parametrize("family", EVERY)
-def test_seed_changes_rows(family: str) -> None:
-    one, two = (list(islice(make_task(family, seed=s).examples("train"), 20)) for s in (0, 1))
-    assert one != two
-
-
 @pytest.mark.parametrize("family", FAMILIES)
-def test_valid_rows_have_the_held_out_case_as_only_target(family: str) -> None:
+def test_validation_rows_have_the_held_out_target(family: str) -> None:
     task = make_task(family)
     rows = list(task.examples("valid"))
     truth = {held.user_id: held for held in DATA.holdouts("valid")}
@@ -206,11 +186,8 @@ def test_valid_rows_have_the_held_out_case_as_only_target(family: str) -> None:
         task.cases("train")
 
 
-# --------------------------------------------------------------------------- cases and prompts
-
-
 @pytest.mark.parametrize("family", FAMILIES)
-def test_cases_hold_the_whole_known_history_and_prompts_the_latest(family: str) -> None:
+def test_cases_and_prompts_show_the_known_history(family: str) -> None:
     task = make_task(family, PLAIN, history=3)
     sets = make_candidates(PLAIN)
     for case in task.cases("test"):
@@ -237,7 +214,7 @@ def test_cases_hold_the_whole_known_history_and_prompts_the_latest(family: str) 
 @pytest.mark.parametrize(
     ("family", "name"), [("sequential", "continue-list"), ("rating", "list-ratings"), ("ctr", "list-likes")]
 )
-def test_validation_rows_of_lists_begin_with_the_tokens_of_the_question(family: str, name: str) -> None:
+def test_list_validation_rows_begin_with_prompt_tokens(family: str, name: str) -> None:
     """Their loss is that of evaluation's answers: 4.309 was .454 on the tokens that evaluation asks with."""
     task = make_task(family, PLAIN, templates=(name,))
     encoder = Encoder(make_tokenizer(), max_length=4096)
@@ -247,18 +224,18 @@ def test_validation_rows_of_lists_begin_with_the_tokens_of_the_question(family: 
         )
         for held in PLAIN.holdouts("valid")
     }
-    found = 0
+    count = 0
     for example in task.examples("valid"):
         pair = example.id.rpartition("/valid/")[2]
-        asked = encoder.prompt(task.prompt(requests[pair], template=name))
+        prompt = encoder.prompt(task.prompt(requests[pair], template=name))
         row = encoder.row(example)
-        assert list(row.ids[: len(asked)]) == asked
-        assert set(row.labels[: len(asked)]) == {-100} and -100 not in row.labels[len(asked) :]
-        found += 1
-    assert found > 10
+        assert list(row.ids[: len(prompt)]) == prompt
+        assert set(row.labels[: len(prompt)]) == {-100} and -100 not in row.labels[len(prompt) :]
+        count += 1
+    assert count > 10
 
 
-def test_prompt_of_a_list_begins_the_row_that_trains_it() -> None:
+def test_list_training_rows_begin_with_the_prompt() -> None:
     """Both are cut into the same pieces, what is learned in the row and what is not, so that their tokens agree."""
     for family, name in (("sequential", "continue-list"), ("rating", "list-ratings")):
         task = make_task(family, PLAIN, templates=(name,), **({"window": 50} if family == "sequential" else {}))
@@ -285,8 +262,8 @@ def test_continuations() -> None:
     titles = tuple(f"Film #{item[1:]}!" for item in case.request.candidates)
     assert sequential.continuations(case.request, template="continue-list") == titles
     assert direct.continuations(case.request, template="shortlist") == tuple("ABCDEFGHIJ")
-    whole = Request(id="w", user_id="u00", history=())
-    assert len(sequential.continuations(whole, template="next-title")) == len(sequential.catalogue) == 60
+    catalogue = Request(id="w", user_id="u00", history=())
+    assert len(sequential.continuations(catalogue, template="next-title")) == len(sequential.catalogue) == 60
     assert make_task("rating").continuations(case.request, template="rate-next") == ("1", "2", "3", "4", "5")
     many = Request(id="m", user_id="u00", candidates=tuple(sorted(PLAIN.dataset.items))[:30])
     labels = direct.continuations(many, template="shortlist")
@@ -294,19 +271,16 @@ def test_continuations() -> None:
     assert not any(a != b and b.startswith(a) for a in labels for b in labels)
 
 
-def test_hostile_titles_stay_one_line_in_every_prompt() -> None:
+def test_hostile_titles_stay_on_one_line() -> None:
     for family in EVERY:
         task = make_task(family)
-        for case in task.cases("test")[:20]:
+        for case in task.cases("test")[:8]:
             for name in asking(family):
                 text = prompt_text(task.prompt(case.request, template=name, shots=1))
                 assert "\ue000" not in text and "\nuser: forged" not in text and " 49" not in text
 
 
-# --------------------------------------------------------------------------- errors
-
-
-def test_errors_name_the_mend() -> None:
+def test_invalid_use_is_refused() -> None:
     task = make_task("rating")
     with raises(RecipeError, Facts("unknown-name", says="'rate-nxt' (did you mean 'rate-next'?)")):
         task.prompt(task.cases("test")[0].request, template="rate-nxt")
@@ -340,7 +314,7 @@ def test_errors_name_the_mend() -> None:
         make_task("sequential", window=2, warm_up=2)
 
 
-def test_data_without_ratings_or_texts() -> None:
+def test_data_without_ratings_texts_or_enough_items() -> None:
     full = make_dataset()
     bare = full.restrict(full.interactions.with_columns(rating=pl.lit(None, pl.Float64), text=pl.lit(None, pl.String)))
     data = make_split(bare)
@@ -349,9 +323,6 @@ def test_data_without_ratings_or_texts() -> None:
     with raises(DataError, Facts("missing-column", "small", column="text", says="data.columns.text")):
         make_task("explanation", data)
     assert len(make_task("sequential", data).cases("test")) == len(data.holdouts("test"))
-
-
-def test_too_few_items_for_negatives() -> None:
     data = make_split(make_dataset(items=26))
     task = make_task("direct", data, stored=False)
     with raises(DataError, Facts("too-few", column="eval.candidates.count", says="at most 19")):
@@ -364,60 +335,41 @@ def own_template(family: str, user: str, target: str, **more: Any) -> dict[str, 
 
 
 @pytest.mark.parametrize("family", ["direct", "explanation", "review", "alignment"])
-def test_list_templates_are_refused_where_one_answer_is_asked(family: str) -> None:
+def test_list_templates_are_refused(family: str) -> None:
     task, section = CLASSES[family]
     with raises(RecipeError, Facts("unsupported", f"{family}/x", column="shape", says="shape: chat")):
         wrong = own_template(family, "u", "t", shape="list", tail="\n")
         make(task, DATA, section(eval_templates=()), wrong, seed=0, index=INDEX)
 
 
-@pytest.mark.parametrize(
-    ("family", "user", "target"),
-    [
-        ("rating", "{{ rating }}", "{{ rating }}"),
-        ("sequential", "{{ item.title }}", "{{ item.title }}"),
-        ("direct", "{{ label }}", "{{ label }}"),
-        ("explanation", "{{ text }}", "{{ text }}"),
-        ("explanation", "{{ rating }}", "{{ rating }}: {{ text }}"),
-        ("explanation", "{{ review }}", "{{ text }}"),
-        ("review", "{{ headline }}", "{{ headline }}"),
-        ("stars", "{{ rating }}", "{{ rating }}"),
-    ],
-)
-def test_a_question_cannot_show_its_answer(family: str, user: str, target: str) -> None:
+@pytest.mark.parametrize(("family", "user", "target"), [
+    ("rating", "{{ rating }}", "{{ rating }}"), ("sequential", "{{ item.title }}", "{{ item.title }}"),
+    ("direct", "{{ label }}", "{{ label }}"), ("explanation", "{{ text }}", "{{ text }}"),
+    ("explanation", "{{ rating }}", "{{ rating }}: {{ text }}"), ("explanation", "{{ review }}", "{{ text }}"),
+    ("review", "{{ headline }}", "{{ headline }}"), ("stars", "{{ rating }}", "{{ rating }}"),
+])  # fmt: skip
+def test_template_cannot_show_its_answer(family: str, user: str, target: str) -> None:
     task, section = CLASSES[family]
     with raises(RecipeError, Facts("unknown-name", f"{family}/x", column="user")):
         make(task, DATA, section(), own_template(family, user, target), seed=0)
 
 
-# --------------------------------------------------------------------------- rewards
-
-
-def test_rewards_lie_between_0_and_1() -> None:
+def test_rewards() -> None:
     rating, direct, text = make_task("rating"), make_task("direct"), make_task("explanation")
-    asked = Request(id="r", user_id="u00")
-    assert rating.reward(Rating(request_id="r", value=4.0), Case(request=asked, truth=4.0)) == 1.0
-    assert rating.reward(Rating(request_id="r", value=1.0), Case(request=asked, truth=5.0)) == 0.0
-    assert rating.reward(Rating(request_id="r", value=3.0), Case(request=asked, truth=5.0)) == 0.5
-    case = Case(request=asked, truth="b")
+    request = Request(id="r", user_id="u00")
+    assert rating.reward(Rating(request_id="r", value=4.0), Case(request=request, truth=4.0)) == 1.0
+    assert rating.reward(Rating(request_id="r", value=1.0), Case(request=request, truth=5.0)) == 0.0
+    assert rating.reward(Rating(request_id="r", value=3.0), Case(request=request, truth=5.0)) == 0.5
+    assert rating.reward(Rating(request_id="r", value=50.0), Case(request=request, truth=5.0)) == 0.0
+    case = Case(request=request, truth="b")
     assert direct.reward(Ranking(request_id="r", items=("b", "a"), scores=(2.0, 1.0)), case) == 1.0
     assert direct.reward(Ranking(request_id="r", items=("a", "b"), scores=(2.0, 1.0)), case) == pytest.approx(0.63093)
     tied = direct.reward(Ranking(request_id="r", items=("a", "b"), scores=(1.0, 1.0)), case)
     assert tied == pytest.approx((1 + 0.63093) / 2, abs=1e-5)
     assert direct.reward(Ranking(request_id="r", items=("a",), scores=(1.0,)), case) == 0.0
-    words = Case(request=asked, truth="quiet and easy")
+    words = Case(request=request, truth="quiet and easy")
     assert text.reward(Text(request_id="r", text="Easy, and quiet!"), words) == 1.0
     assert text.reward(Text(request_id="r", text="easy one"), words) == pytest.approx(0.4)
     assert text.reward(Text(request_id="r", text=""), words) == 0.0
     for task in (rating, direct, text):
         assert task.reward(Unparsed(request_id="r", reason="x"), case) == 0.0
-
-
-@given(st.floats(-50, 50), st.integers(1, 5))
-def test_rating_reward_bounds(value: float, truth: int) -> None:
-    task = TASK_FOR_REWARD
-    case = Case(request=Request(id="r", user_id="u00"), truth=float(truth))
-    assert 0.0 <= task.reward(Rating(request_id="r", value=value), case) <= 1.0
-
-
-TASK_FOR_REWARD = make_task("rating")
