@@ -27,12 +27,12 @@ def copies(folder: Path) -> Iterator[tuple[Known, Path]]:
     """
     pages = published()
     others = {name for page in pages for layout in page.layouts if layout.items for name in layout.items.files}
-    for place in sorted({folder, *(path for path in folder.rglob("*") if path.is_dir())}):
-        for path in sorted(path for path in place.iterdir() if path.is_file()):
+    for directory in sorted({folder, *(path for path in folder.rglob("*") if path.is_dir())}):
+        for path in sorted(path for path in directory.iterdir() if path.is_file()):
             name = plain_name(path.name)
             fitting = {page.name: _fit(page, name) for page in pages if name not in others}
             best = [page for page in pages if fitting.get(page.name) and fitting[page.name] == max(fitting.values())]
-            for page in [page for page in best if place.name in page.folders] or best:
+            for page in [page for page in best if directory.name in page.folders] or best:
                 yield page, path
 
 
@@ -52,17 +52,17 @@ def check(folder: Path) -> None:
         try:
             data = load(section, seed=0)
         except LlmrecError as error:
-            found: dict[str, object] = {"rejected": str(error).replace(f"{folder}/", "")}
+            report: dict[str, object] = {"rejected": str(error).replace(f"{folder}/", "")}
         else:
             users, items = (data.interactions[column].n_unique() for column in ("user_id", "item_id"))
-            found = {
+            report = {
                 "read": [users, items, data.interactions.height],
                 "rows": int(data.provenance["rows"]),
                 "published": data.provenance.get("published", "no counts of this file are published"),
                 "notes": data.provenance.get("notes", "").replace(f"{folder}/", ""),
                 "seconds": round(perf_counter() - begin, 1),
             }
-        sys.stdout.write(f"{page.name}: {path.relative_to(folder)}: {json.dumps(found)}\n")
+        sys.stdout.write(f"{page.name}: {path.relative_to(folder)}: {json.dumps(report)}\n")
     if not there_are:
         sys.stdout.write(f"{folder} has no files of published data sets; see docs/datasets-and-output-files.md\n")
 
