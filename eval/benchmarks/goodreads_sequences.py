@@ -117,5 +117,5 @@ def _read(path: Path) -> bytes:
 
 
 if __name__ == "__main__":
-    made = convert(Path(sys.argv[1]), Path(sys.argv[2]))
-    sys.stdout.write(f"{made[0]:,} users, {made[1]:,} interactions\n")
+    users, interactions = convert(Path(sys.argv[1]), Path(sys.argv[2]))
+    sys.stdout.write(f"{users:,} users, {interactions:,} interactions\n")

@@ -293,7 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     begin = time.perf_counter()
     tables = {"ml1m": ml1m, "ml100k": ml100k}[options.data](Path(os.environ.get("LLMREC_DATA", ".")))
-    data, judges, cases, seen = read(tables, options.rows)
+    data, valid_cases, cases, seen = read(tables, options.rows)
     # Separate stores for each set of tables.
     options.keep /= digest_of(data=data.fingerprint, profiles=tables.profiles, told=tables.texts)
     options.keep.mkdir(parents=True, exist_ok=True)
@@ -305,7 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for arm in options.arms:
             names, parameters = ARMS[arm]
             values = [
-                _fit(options.keep, host, arm, names, parameters, seed, data, judges, cases, options.rows)
+                _fit(options.keep, host, arm, names, parameters, seed, data, valid_cases, cases, options.rows)
                 for seed in range(options.seeds)
             ]
             by_arm[host, arm] = values
@@ -340,7 +340,7 @@ def _fit(
     parameters: Mapping[str, Any],
     seed: int,
     data: SplitDataset,
-    judges: Sequence[Case],
+    valid_cases: Sequence[Case],
     cases: Sequence[Case],
     rows: int,
 ) -> NDArray[np.float64]:
@@ -360,7 +360,7 @@ def _fit(
     if file.is_file():
         return np.asarray(np.load(file, allow_pickle=False))
     chosen = make(host, settings, seed=seed)
-    chosen.fit(data, cases=judges)
+    chosen.fit(data, cases=valid_cases)
     values = measure(chosen, cases)
     with replacing(file) as draft, draft.open("wb") as stream:
         np.save(stream, values, allow_pickle=False)

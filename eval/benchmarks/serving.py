@@ -2,7 +2,7 @@
 
 ``LOCUST=/path/to/locust python -m eval.benchmarks.serving TARGET.json [--demo RUN] [--titles RUN] [--decoder RUN]``.
 ``--demo`` names a run of ``recipes/demo.yaml``; ``--titles`` a run whose model ranks titles and explains, such as the
-quickstart's; ``--decoder`` one that was fine-tuned on semantic IDs. The parts of each given run are measured and
+quickstart's; ``--decoder`` one that was fine-tuned on semantic IDs. The parts of each run are measured and
 replaced in the target, which is written after every part. locust needs a separate environment.
 """
 

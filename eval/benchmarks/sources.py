@@ -44,9 +44,9 @@ def _fit(page: Known, name: str) -> int:
 
 def check(folder: Path) -> None:
     """Read every copy of a published data set in a folder, and print its description."""
-    there_are = False
+    any_copy = False
     for page, path in copies(folder):
-        there_are = True
+        any_copy = True
         section = DataSection(source=page.name, path=str(path), duplicates="keep_last")
         begin = perf_counter()
         try:
@@ -63,7 +63,7 @@ def check(folder: Path) -> None:
                 "seconds": round(perf_counter() - begin, 1),
             }
         sys.stdout.write(f"{page.name}: {path.relative_to(folder)}: {json.dumps(report)}\n")
-    if not there_are:
+    if not any_copy:
         sys.stdout.write(f"{folder} has no files of published data sets; see docs/datasets-and-output-files.md\n")
 
 

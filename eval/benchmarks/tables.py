@@ -28,7 +28,7 @@ ROWS_A_USER = 50
 _BLOCK = 2_000_000
 _MIB = 2**20
 SIZES = (1_000_000, 10_000_000)
-# A hundred million rows give a thousand million item pairs for transitions of up to ten positions and similarities.
+# 100 million rows give a billion item pairs for similarities and transitions of up to ten positions.
 _PAIRS_UP_TO = 10_000_000
 
 
@@ -41,7 +41,7 @@ def make(path: Path, rows: int) -> None:
         for start in range(0, rows, _BLOCK):
             count = min(_BLOCK, rows - start)
             rng = np.random.default_rng([rows, start])
-            # Item i has a share that falls as i**(-2/3): one of a hundred thousand has two rows of a hundred.
+            # The share of item i falls as i**(-2/3): the most popular of 100,000 items has 2 % of the rows.
             item = (items * rng.random(count) ** 3).astype(np.int64)
             # Rows are sorted by time, not by user.
             frame = pl.DataFrame(

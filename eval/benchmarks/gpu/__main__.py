@@ -1,7 +1,7 @@
-"""``make gpu-check``: what has to be seen on a machine with a GPU, check by check, into a JSON file and a page.
+"""``make gpu-check`` runs the checks that need a GPU, and writes their results to a JSON file and a page.
 
-Standard library alone: the first check is the set-up itself. What passed is not run again for the same GPU and commit,
-so that the same command continues after a crash and after a fix.
+It needs only the standard library, since the first check is the setup. Passed checks are not repeated for the same GPU
+and commit, so that the same command continues after a crash or a fix.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the checks; the status is 0 if none failed, 1 if one did, and 2 without a GPU."""
     parser = argparse.ArgumentParser(prog="python -m eval.benchmarks.gpu", description=__doc__.split("\n", 1)[0])
     names = [check.name for check in CHECKS]
-    parser.add_argument("--only", nargs="+", metavar="NAME", choices=names, default=names, help="these checks alone")
-    parser.add_argument("--again", action="store_true", help="also what has passed")
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=names, default=names, help="run only these checks")
+    parser.add_argument("--again", action="store_true", help="repeat passed checks")
     parser.add_argument("--on", choices=("gpu", "cpu"), default="gpu", help="cpu: run the code with a tiny model")
     chosen = parser.parse_args(arguments)
     file = RESULT if chosen.on == "gpu" else WORK / "cpu.json"
@@ -101,7 +101,7 @@ def run(
 
 
 def one(check: Check, machine: Machine) -> dict[str, Any]:
-    """Run one check, and return its verdict, the seconds, what it measured, and why it did not pass."""
+    """Run one check, and return its verdict, duration, measurements, and the reason if it did not pass."""
     begin, facts, verdict, why = time.monotonic(), {}, "not run", ""
     folder = machine.work / check.name
     shutil.rmtree(folder, ignore_errors=True)

@@ -262,8 +262,7 @@ def _json(done: Done) -> Facts:
     start = f"\n{done.output}".find("\n{")
     if start < 0:
         raise Failure("the command printed no JSON")
-    found: Facts = json.JSONDecoder(parse_constant=lambda _: None).raw_decode(done.output[start:])[0]
-    return found
+    return dict(json.JSONDecoder(parse_constant=lambda _: None).raw_decode(done.output[start:])[0])
 
 
 def losses(run: Path) -> list[float]:

@@ -99,7 +99,7 @@ def masked(folder: str, device: str = "cuda") -> Facts:
     """
     _with_low_logits(Path(folder))
     expected, lowest = _gradients(folder, "cpu", "float32", packed=False)[0], list[float]()
-    with torch.profiler.profile() as profile, _noting_logsumexp(lowest):
+    with torch.profiler.profile() as profile, _recording_logsumexp(lowest):
         actual, columns = _gradients(folder, device, "bfloat16")
     facts = {
         "torch": torch.__version__,
@@ -138,11 +138,11 @@ def _with_low_logits(folder: Path) -> None:
 
 
 @contextmanager
-def _noting_logsumexp(lowest: list[float]) -> Iterator[None]:
-    """Note the lowest logsumexp of each attention that gets a mask."""
+def _recording_logsumexp(lowest: list[float]) -> Iterator[None]:
+    """Record the lowest logsumexp of each attention call with a mask."""
     attention = functional.scaled_dot_product_attention
 
-    def noted(query: Any, key: Any, value: Any, attn_mask: Any = None, **options: Any) -> Any:
+    def recorded(query: Any, key: Any, value: Any, attn_mask: Any = None, **options: Any) -> Any:
         if attn_mask is not None:
             keys = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
             logits = query.float() @ keys.float().mT * options.get("scale", query.shape[-1] ** -0.5)
@@ -150,7 +150,7 @@ def _noting_logsumexp(lowest: list[float]) -> Iterator[None]:
             lowest.append(float(logits.detach().logsumexp(-1).min()))
         return attention(query, key, value, attn_mask=attn_mask, **options)
 
-    functional.scaled_dot_product_attention = noted
+    functional.scaled_dot_product_attention = recorded
     try:
         yield
     finally:
