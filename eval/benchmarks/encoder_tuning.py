@@ -62,8 +62,7 @@ class Variant:
         blocks: Number of fine-tuned layers.
         steps: Number of optimiser steps, over which the learning rate decays to 0.
         learning_rate: Learning rate after the warm-up.
-        hard: Draw one additional negative per pair among this many nearest items, which are updated every 120
-            steps.
+        hard: Draw one additional negative per pair among this many nearest items, updated every 120 steps.
         distilled: Learn the transition weights of all items of the batch instead of the drawn pair.
         data: The data set, by its file in eval/suites/.
     """

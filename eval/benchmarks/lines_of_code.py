@@ -89,7 +89,7 @@ def outcome(files: Sequence[Path], task: Mapping[str, Any], python: str) -> dict
         for file in files:
             shutil.copy(file, folder)
         for model, wheel in WHEELS.items():
-            # All libraries read a model from a folder of its name before they ask the hub.
+            # All libraries read a model from a folder of its name before they query the hub.
             (folder / wheel.hub).parent.mkdir(exist_ok=True)
             (folder / wheel.hub).symlink_to(converted(wheel) or from_wheel(model, wheel))
         with socket.socket() as free:
