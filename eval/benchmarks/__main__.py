@@ -17,7 +17,7 @@ BENCHMARKS: dict[str, dict[str, str]] = yaml.safe_load(
 def main(arguments: list[str]) -> int:
     if not arguments:
         width = max(map(len, BENCHMARKS))
-        sys.stdout.writelines(f"{name:<{width}}  {each['help']}\n" for name, each in BENCHMARKS.items())
+        sys.stdout.writelines(f"{name:<{width}}  {benchmark['help']}\n" for name, benchmark in BENCHMARKS.items())
         return 0
     name = arguments[0]
     if name not in BENCHMARKS:

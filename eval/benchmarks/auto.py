@@ -23,7 +23,7 @@ from llmrec.durable import write_json
 
 def measured(run: Path) -> dict[str, Any]:
     """Return the data, the budget, and the test results of the ensemble and of the best single model of a run."""
-    told = json.loads((run / "auto" / "auto.json").read_text(encoding="utf-8"))
+    summary = json.loads((run / "auto" / "auto.json").read_text(encoding="utf-8"))
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     metric = results["headline"]["sequential"]
     rows = [row for row in results["rows"] if row["task"] == "sequential"]
@@ -33,28 +33,28 @@ def measured(run: Path) -> dict[str, Any]:
         "data": results["data"]["main"]["name"],
         "users": fused["users"],
         "metric": metric,
-        "budget_seconds": told["budget_seconds"],
-        "seconds": told["seconds"],
+        "budget_seconds": summary["budget_seconds"],
+        "seconds": summary["seconds"],
         "fusion": {**_figure(fused["metrics"][metric]), "form": fused["fusion"]["form"]},
         "best_single": {"recommender": single["predictor"].partition("(")[0], **_figure(single["metrics"][metric])},
         "less_best_single": _compared(results["comparisons"], fused["id"], single["id"], metric),
-        "sentence": told["sentence"],
-        "parts": told["parts"],
+        "sentence": summary["sentence"],
+        "parts": summary["parts"],
         "machine": results["machine"],
     }
 
 
 def reached(folder: Path) -> dict[str, Any]:
     """Return the results of another library on the same test users: its best model on validation, and its trials."""
-    told = json.loads((folder / "trials.json").read_text(encoding="utf-8"))
-    found = score(str(folder / "lists.csv"), str(folder / "truth.csv"), k=(10,)).metrics["NDCG@10"]
-    return told | {"test": {"value": found.value, "low": found.low, "high": found.high}}
+    trials = json.loads((folder / "trials.json").read_text(encoding="utf-8"))
+    result = score(str(folder / "lists.csv"), str(folder / "truth.csv"), k=(10,)).metrics["NDCG@10"]
+    return trials | {"test": {"value": result.value, "low": result.low, "high": result.high}}
 
 
 def by_hand(result: str, row: str) -> dict[str, Any]:
     """Return the result of an ensemble of a committed suite, with seen items filtered."""
     rows = json.loads(Path(f"eval/results/{result}.json").read_text(encoding="utf-8"))["rows"]
-    (metrics,) = (each["tables"]["excluded"]["metrics"] for each in rows if each["name"] == row)
+    (metrics,) = (entry["tables"]["excluded"]["metrics"] for entry in rows if entry["name"] == row)
     return {"result": result, "row": row, **_figure(metrics["NDCG@10"])}
 
 
@@ -81,31 +81,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--note", default="")
     parser.add_argument("--target", type=Path, default=Path("eval/results/auto.json"))
     parser.add_argument("--command", default="make bench NAME=auto")
-    asked = parser.parse_args(arguments)
-    if len(asked.peer) > len(asked.runs):
+    options = parser.parse_args(arguments)
+    if len(options.peer) > len(options.runs):
         parser.error(
-            f"{len(asked.peer)} peers for {len(asked.runs)} runs: give at most one for each run, in the same order"
+            f"{len(options.peer)} peers for {len(options.runs)} runs: give at most one for each run, in the same order"
         )
-    found = {run.name: measured(run) for run in asked.runs}
-    before = json.loads(asked.target.read_text(encoding="utf-8"))["runs"] if asked.target.is_file() else {}
-    for run, peer in zip(asked.runs, asked.peer, strict=False):
-        found[run.name]["peer"] = reached(peer)
-    for run, reference in zip(asked.runs, asked.by_hand, strict=False):
-        found[run.name]["by_hand"] = by_hand(*reference)
-    for name in found:
+    results = {run.name: measured(run) for run in options.runs}
+    before = json.loads(options.target.read_text(encoding="utf-8"))["runs"] if options.target.is_file() else {}
+    for run, peer in zip(options.runs, options.peer, strict=False):
+        results[run.name]["peer"] = reached(peer)
+    for run, reference in zip(options.runs, options.by_hand, strict=False):
+        results[run.name]["by_hand"] = by_hand(*reference)
+    for name in results:
         if "peer" in before.get(name, {}):
-            found[name].setdefault("peer", before[name]["peer"])
+            results[name].setdefault("peer", before[name]["peer"])
     write_json(
-        asked.target,
+        options.target,
         {
-            "command": asked.command,
+            "command": options.command,
             "what": "llmrec auto within a budget of wall time: NDCG@10 over the whole catalogue on test users",
-            "note": asked.note,
+            "note": options.note,
             **provenance(),
-            "runs": found,
+            "runs": results,
         },
     )
-    for name, run in found.items():
+    for name, run in results.items():
         sys.stdout.write(f"{name}: {run['sentence']}\n")
 
 

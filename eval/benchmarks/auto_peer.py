@@ -81,9 +81,9 @@ def lists(model: Any, data: Dataset, users: np.ndarray) -> pd.DataFrame:
     return model.recommend(users=users, dataset=data, k=K, filter_viewed=True)
 
 
-def ndcg(found: pd.DataFrame, truth: pd.DataFrame) -> float:
+def ndcg(ranked: pd.DataFrame, truth: pd.DataFrame) -> float:
     """Mean NDCG@10 with one relevant item per user; users without a list, or without the item in it, count 0."""
-    hits = found.merge(truth, on=["user_id", "item_id"])
+    hits = ranked.merge(truth, on=["user_id", "item_id"])
     return float((1 / np.log2(hits["rank"] + 1)).sum() / truth["user_id"].nunique())
 
 
@@ -112,12 +112,12 @@ def main() -> None:
         for part in ("train", "valid", "test")
     )
     began, trials = time.monotonic(), []
-    known, asked = dataset(train), valid["user_id"].unique()
-    asked = asked[np.isin(asked, train["user_id"].unique())]
+    known, users = dataset(train), valid["user_id"].unique()
+    users = users[np.isin(users, train["user_id"].unique())]
     best: tuple[float, str, Make] | None = None
     for name, make in points():
         begin = time.monotonic()
-        value = within(began + budget - begin, lambda m=make: ndcg(lists(m().fit(known), known, asked), valid))
+        value = within(began + budget - begin, lambda m=make: ndcg(lists(m().fit(known), known, users), valid))
         if value is None:
             trials.append({"model": name, "skipped": True, "seconds": time.monotonic() - begin})
             continue
@@ -127,9 +127,9 @@ def main() -> None:
             best = value, name, make
     assert best is not None
     everything = dataset(train, valid)
-    found = lists(best[2]().fit(everything), everything, test["user_id"].unique())
-    found[["user_id", "item_id", "rank", "score"]].to_csv(folder / "lists.csv", index=False)
-    told = {
+    ranked = lists(best[2]().fit(everything), everything, test["user_id"].unique())
+    ranked[["user_id", "item_id", "rank", "score"]].to_csv(folder / "lists.csv", index=False)
+    summary = {
         "library": f"rectools {importlib.metadata.version('rectools')}",
         "sasrec": SASREC,
         "best": best[1],
@@ -140,7 +140,7 @@ def main() -> None:
         "skipped": sum("skipped" in trial for trial in trials),
         "trials": trials,
     }
-    (folder / "trials.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    (folder / "trials.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

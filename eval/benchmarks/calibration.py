@@ -55,16 +55,16 @@ def ties(n: int, rng: np.random.Generator, arms: int = 2) -> list[Arm]:
 
 def hits(n: int, rng: np.random.Generator, arms: int = 2) -> list[Arm]:
     """HR@10: 0 or 1, about 9 % hits."""
-    chance = rng.beta(0.4, 4, size=n)
-    return [(rng.random(n) < chance).astype(np.float64) for _ in range(arms)]
+    probability = rng.beta(0.4, 4, size=n)
+    return [(rng.random(n) < probability).astype(np.float64) for _ in range(arms)]
 
 
 def ndcg(n: int, rng: np.random.Generator, arms: int = 2) -> list[Arm]:
     """NDCG@10: mostly 0, else one of ten values."""
-    chance = rng.beta(0.4, 2, size=n)
+    probability = rng.beta(0.4, 2, size=n)
 
     def arm() -> Arm:
-        return np.where(rng.random(n) < chance, 1 / np.log2(rng.integers(1, 11, n) + 1), 0.0)
+        return np.where(rng.random(n) < probability, 1 / np.log2(rng.integers(1, 11, n) + 1), 0.0)
 
     return [arm() for _ in range(arms)]
 
@@ -105,11 +105,11 @@ def calibrate(kind: str, users: int, *, comparisons: int, resamples: int, bootst
     level = 0.0
     for trial in range(comparisons):
         a, b = make(users, rng)
-        found = signflip(a, b, resamples=resamples, seed=trial, statistic=statistic).at()
+        test = signflip(a, b, resamples=resamples, seed=trial, statistic=statistic).at()
         level += attainable(a - b)
-        wrong["flip_p"] += found.p <= 0.05
-        wrong["flip_interval"] += not found.low <= 0 <= found.high
-        wrong["verdict"] += verdict(found) != "not shown"
+        wrong["flip_p"] += test.p <= 0.05
+        wrong["flip_interval"] += not test.low <= 0 <= test.high
+        wrong["verdict"] += verdict(test) != "not shown"
         if bootstraps:
             plain = paired(a, b, resamples=resamples, seed=trial, statistic=statistic)
             skewed = paired(a, b, resamples=resamples, seed=trial, statistic=statistic, method="bca")
@@ -147,14 +147,14 @@ def run_like(n: int, controls: int, rng: np.random.Generator) -> list[Contrast]:
     Each family has a fine-tuned model, which is compared with the zero-shot one and with the best baseline. With one
     baseline all comparisons are true nulls. With several, the best is chosen on the values with which it is compared.
     """
-    found = []
+    contrasts = []
     for kind, metric in TASKS.items():
         tuned, untuned, *others = KINDS[kind][0](n, rng, 2 + controls)
         best = (min if metric == "RMSE" else max)(others, key=lambda arm: float(arm.mean()))
         users = [str(user) for user in range(n)]
         a, b, c = (Standing(name, 0.0, arm) for name, arm in (("tuned", tuned), ("untuned", untuned), ("best", best)))
-        found += [Contrast(metric, a, b, users), Contrast(metric, a, c, users)]
-    return found
+        contrasts += [Contrast(metric, a, b, users), Contrast(metric, a, c, users)]
+    return contrasts
 
 
 def real_values() -> dict[str, Values]:
@@ -168,7 +168,7 @@ def real_values() -> dict[str, Values]:
         split=f"{data.kind}/test", candidates="full", cutoffs=suite.cutoffs, resamples=10, seed=0,
         catalogue=len(data.dataset.items),
     )  # fmt: skip
-    found: dict[str, dict[tuple[str, str], tuple[Arm, Arm]]] = {metric: {} for metric in REAL}
+    by_metric: dict[str, dict[tuple[str, str], tuple[Arm, Arm]]] = {metric: {} for metric in REAL}
     for name, parameters in MODELS.items():
         seeds = []
         for seed in (0, 1):
@@ -177,9 +177,9 @@ def real_values() -> dict[str, Values]:
             seeds.append(evaluate_catalogue(model, cases, protocol))
         for metric in REAL:
             for seen in seeds[0]:
-                one, two = (np.asarray(each[seen].values[metric]) for each in seeds)
-                found[metric][name, seen] = (one, two)
-    return dict(found)
+                one, two = (np.asarray(result[seen].values[metric]) for result in seeds)
+                by_metric[metric][name, seen] = (one, two)
+    return dict(by_metric)
 
 
 def swapped(values: Values, metric: str, rng: np.random.Generator) -> list[Contrast]:
@@ -193,13 +193,13 @@ def swapped(values: Values, metric: str, rng: np.random.Generator) -> list[Contr
     drawn = rng.integers(0, n, n)
     users = [str(user) for user in range(n)]
     coins = {name: rng.random(n) < 0.5 for name in MODELS}
-    found = []
+    contrasts = []
     for (name, seen), (one, two) in values.items():
         first = np.where(coins[name], one[drawn], two[drawn])
         second = np.where(coins[name], two[drawn], one[drawn])
         a, b = Standing(f"{name} {seen} a", 0.0, first), Standing(f"{name} {seen} b", 0.0, second)
-        found.append(Contrast(metric, a, b, users))
-    return found
+        contrasts.append(Contrast(metric, a, b, users))
+    return contrasts
 
 
 def familywise(
@@ -222,16 +222,16 @@ def familywise(
     for trial in range(repetitions):
         contrasts = draw(rng)
         size = len(contrasts)
-        each = [contrast.a.values - contrast.b.values for contrast in contrasts]
-        adjusted = holm([flip_p(values, resamples=enough(resamples, size), seed=trial) for values in each])
+        differences = [contrast.a.values - contrast.b.values for contrast in contrasts]
+        adjusted = holm([flip_p(values, resamples=enough(resamples, size), seed=trial) for values in differences])
         verdicts = {
             verdict(Difference(mean, mean, mean, p), better(contrast.metric))
-            for contrast, mean, p in zip(contrasts, (float(values.mean()) for values in each), adjusted, strict=True)
+            for contrast, mean, p in zip(contrasts, (float(v.mean()) for v in differences), adjusted, strict=True)
         }
         wrong["any"] += bool(verdicts - {"not shown"})
         wrong["better"] += "shown" in verdicts
         wrong["worse"] += "contradicted" in verdicts
-        levels = [attainable(values, alpha=ALPHA / size) for values in each]
+        levels = [attainable(values, alpha=ALPHA / size) for values in differences]
         reached += 1 - float(np.prod([1 - level for level in levels]))
     rates = {name: count / repetitions for name, count in wrong.items()}
     return {"comparisons": size, "attainable": reached / repetitions, **rates}
@@ -241,12 +241,12 @@ def families(repetitions: int = COMPARISONS) -> Iterator[dict[str, Any]]:
     """Yield the family-wise error rate of simulated runs, and of two seeds of real models."""
     for users in USERS:
         for controls in (1, CONTROLS):
-            found = familywise(partial(run_like, users, controls), repetitions=repetitions, resamples=RESAMPLES)
-            yield {"values": "simulated", "users": users, "controls": controls, **found}
+            rates = familywise(partial(run_like, users, controls), repetitions=repetitions, resamples=RESAMPLES)
+            yield {"values": "simulated", "users": users, "controls": controls, **rates}
     for metric, values in real_values().items():
         users = len(next(iter(values.values()))[0])
-        found = familywise(partial(swapped, values, metric), repetitions=repetitions, resamples=RESAMPLES)
-        yield {"values": "two seeds of als and of bpr", "metric": metric, "users": users, **found}
+        rates = familywise(partial(swapped, values, metric), repetitions=repetitions, resamples=RESAMPLES)
+        yield {"values": "two seeds of als and of bpr", "metric": metric, "users": users, **rates}
 
 
 def singles() -> Iterator[dict[str, Any]]:
@@ -261,14 +261,14 @@ def main(target: Path, part: str = "") -> None:
     """Compute both tables, or the requested one, and write them."""
     kept = json.loads(target.read_text(encoding="utf-8")) if part else {}
     tables = {"single": ("rows", singles), "families": ("families", families)}
-    made: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name, (key, table) in tables.items():
         if part not in ("", name):
-            made[key] = kept[key]
+            results[key] = kept[key]
             continue
-        made[key] = []
+        results[key] = []
         for row in table():
-            made[key].append(row)
+            results[key].append(row)
             sys.stdout.write(f"{row}\n")
             sys.stdout.flush()
     result = {
@@ -277,7 +277,7 @@ def main(target: Path, part: str = "") -> None:
         "comparisons": COMPARISONS,
         "resamples": RESAMPLES,
         "slack": SLACK,
-        **made,
+        **results,
         **provenance(),
     }
     write_json(target, result)

@@ -30,7 +30,7 @@ def informed(items: Mapping[str, Item], folder: Path) -> dict[str, Item]:
     known = {}
     for row in table(folder / "movie_facts" / "hetrec_facts.tsv.gz").iter_rows(named=True):
         known[title_key(title_of(row["title"] or "")), str(row["year"])] = row
-    found = {}
+    result = {}
     for name, item in items.items():
         row = known.get((title_key(title_of(item.title)), item.fields.get("year", "")))
         more = (
@@ -38,8 +38,8 @@ def informed(items: Mapping[str, Item], folder: Path) -> dict[str, Item]:
             if row is None
             else {"director": str(row["directors"] or "").replace("|", ", "), "country": str(row["country"] or "")}
         )
-        found[name] = replace(item, fields={**item.fields, **{key: value for key, value in more.items() if value}})
-    return found
+        result[name] = replace(item, fields={**item.fields, **{key: value for key, value in more.items() if value}})
+    return result
 
 
 def written(items: Mapping[str, Item]) -> str:
@@ -49,7 +49,7 @@ def written(items: Mapping[str, Item]) -> str:
     rows = csv.writer(lines, lineterminator="\n")
     rows.writerow(["item_id", "title", *fields])
     rows.writerows(
-        [item.item_id, item.title, *(item.fields.get(each, "") for each in fields)] for item in items.values()
+        [item.item_id, item.title, *(item.fields.get(name, "") for name in fields)] for item in items.values()
     )
     return lines.getvalue()
 
@@ -57,10 +57,10 @@ def written(items: Mapping[str, Item]) -> str:
 def main() -> None:
     """Write the table."""
     items = load_tables(load_recipe(RECIPE))[0].dataset.items
-    found = informed(items, Path(os.environ.get("LLMREC_DATA", ".")))
-    write_text(TARGET, written(found))
-    with_one = sum("director" in item.fields for item in found.values())
-    sys.stdout.write(f"{TARGET}: {len(found)} films, {with_one} with a director\n")
+    films = informed(items, Path(os.environ.get("LLMREC_DATA", ".")))
+    write_text(TARGET, written(films))
+    with_one = sum("director" in item.fields for item in films.values())
+    sys.stdout.write(f"{TARGET}: {len(films)} films, {with_one} with a director\n")
 
 
 if __name__ == "__main__":

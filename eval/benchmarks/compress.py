@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m eval.benchmarks.compress")
     parser.add_argument("target", type=Path)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    asked = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     recipe = load_recipe(RECIPE, ["model.dtype=float32"])
     study = build_study(recipe)
     base = resolve(recipe.model)
@@ -79,13 +79,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         warm()
         tokens[f"late {joint}, warm"] = late.lower.read - before - tokens[f"late {joint}, cold"]
         ways[f"late {joint}, cold"], ways[f"late {joint}, warm"] = cold, warm
-    times, _ = alternated(asked.rounds, ways)
+    times, _ = alternated(options.rounds, ways)
     rows = {name: {"seconds": times[name], "lower_tokens": tokens.get(name)} for name in ways}
     for name, size in sizes.items():
         rows[name] |= {"layers_mb": round(size, 1), "log_odds_apart": apart.get(name)}
     command = command_line("python", "-m", "eval.benchmarks.compress")
     write_json(
-        asked.target,
+        options.target,
         {
             "command": command,
             "candidates": CANDIDATES,
@@ -103,7 +103,7 @@ def _scored(backend: HFBackend, prompts: Sequence[Any], answers: Sequence[Sequen
 
 def _odds(scored: Sequence[Any]) -> list[float]:
     """Return the log-odds of yes for each candidate."""
-    return [each.logprobs[0] - each.logprobs[1] for each in scored]
+    return [answer.logprobs[0] - answer.logprobs[1] for answer in scored]
 
 
 def _megabytes(model: Any) -> float:
@@ -111,8 +111,8 @@ def _megabytes(model: Any) -> float:
     size = 0
     for module in model.get_decoder().layers.modules():
         weight = getattr(module, "weight", None)
-        found = weight() if callable(weight) else weight
-        size += found.numel() * found.element_size() if found is not None else 0
+        tensor = weight() if callable(weight) else weight
+        size += tensor.numel() * tensor.element_size() if tensor is not None else 0
     return size / 1e6
 
 

@@ -33,9 +33,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("run", type=Path)
     parser.add_argument("target", type=Path)
-    given = parser.parse_args()
-    recipe = load_recipe(str(given.run / "recipe.yaml"))
-    lines = (given.run / "train_log.jsonl").read_text(encoding="utf-8").splitlines()
+    options = parser.parse_args()
+    recipe = load_recipe(str(options.run / "recipe.yaml"))
+    lines = (options.run / "train_log.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     looks = [
         {
@@ -49,11 +49,11 @@ def main() -> None:
     ]
     best = max(looks, key=lambda look: look["ndcg"])
     judge = recipe.train.judge
-    stored = given.run / "train.json"
+    stored = options.run / "train.json"
     record = json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else None
-    found = {
+    result = {
         "recipe": recipe.name,
-        "command": f"python -m eval.benchmarks.curve {given.run} {given.target}",
+        "command": f"python -m eval.benchmarks.curve {options.run} {options.target}",
         "users": judge.users if judge else None,
         "patience": judge.patience if judge else None,
         "planned_steps": recipe.train.steps,
@@ -66,11 +66,11 @@ def main() -> None:
         "tokens": record["tokens"] if record is not None else None,
         # Of the same validation users.
         "controls": record["judged"]["controls"] if record is not None else None,
-        "test": _evaluated(given.run / "results.json"),
+        "test": _evaluated(options.run / "results.json"),
         **provenance(),
     }
-    write_json(given.target, found)
-    print(f"{given.target}: {len(looks)} looks, best {best['ndcg']:.4f} at step {best['step']}")  # noqa: T201
+    write_json(options.target, result)
+    print(f"{options.target}: {len(looks)} looks, best {best['ndcg']:.4f} at step {best['step']}")  # noqa: T201
 
 
 if __name__ == "__main__":

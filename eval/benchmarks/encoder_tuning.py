@@ -62,8 +62,7 @@ class Variant:
         blocks: Number of fine-tuned layers.
         steps: Number of optimiser steps, over which the learning rate decays to 0.
         learning_rate: Learning rate after the warm-up.
-        hard: Draw one additional negative per pair among this many nearest items, which are found again every 120
-            steps.
+        hard: Draw one additional negative per pair among this many nearest items, updated every 120 steps.
         distilled: Learn the transition weights of all items of the batch instead of the drawn pair.
         data: The data set, by its file in eval/suites/.
     """
@@ -209,7 +208,7 @@ def finished(target: Path) -> dict[str, Any]:
 
 
 def main(target: Path, names: Sequence[str]) -> None:
-    """Run variants, each in a process of its own, so that their memory can be compared."""
+    """Run each variant in a separate process, so that their memory can be compared."""
     if len(names) != 1:
         for name in names or VARIANTS:
             subprocess.run([sys.executable, "-m", "eval.benchmarks.encoder_tuning", str(target), name], check=True)

@@ -24,19 +24,19 @@ TARGET = Path("runs/genre")
 def main() -> None:
     """Write the stores."""
     table = read_table(Path(os.environ.get("LLMREC_DATA", ".")) / "goodreads" / "items.tsv").frame
-    ids, titles, said = (table[name].to_list() for name in ("item_id", "title", "description"))
+    ids, titles, descriptions = (table[name].to_list() for name in ("item_id", "title", "description"))
     drawn = np.random.default_rng(0).permutation(len(ids))
     other = dict(zip(drawn.tolist(), np.roll(drawn, 1).tolist(), strict=True))
     arms = {
         "title": titles,
-        "title-and-sentence": [f"{title}. {text}" for title, text in zip(titles, said, strict=True)],
-        "title-and-other-sentence": [f"{title}. {said[other[n]]}" for n, title in enumerate(titles)],
-        "sentence": said,
+        "title-and-sentence": [f"{title}. {text}" for title, text in zip(titles, descriptions, strict=True)],
+        "title-and-other-sentence": [f"{title}. {descriptions[other[n]]}" for n, title in enumerate(titles)],
+        "sentence": descriptions,
     }
     for name, texts in arms.items():
-        wrote = {} if name == "title" else {"model": "gpt-3.5, as published by ONCE"}
-        made = Provenance(system="genre", generator=wrote)
-        publish(TARGET / name, [of_texts("item", dict(zip(ids, texts, strict=True)), provenance=made)])
+        generator = {} if name == "title" else {"model": "gpt-3.5, as published by ONCE"}
+        source = Provenance(system="genre", generator=generator)
+        publish(TARGET / name, [of_texts("item", dict(zip(ids, texts, strict=True)), provenance=source)])
         sys.stdout.write(f"{TARGET / name}\n")
 
 

@@ -38,10 +38,10 @@ class _Arrays(pickle.Unpickler):
     """Reads arrays, lists, numbers and strings, and rejects everything else."""
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
-        found = _ARRAYS.get((_MODULES.get(module_name, module_name), global_name))
-        if found is None:
+        allowed = _ARRAYS.get((_MODULES.get(module_name, module_name), global_name))
+        if allowed is None:
             raise pickle.UnpicklingError(f"{module_name}.{global_name} is not an array")
-        return found
+        return allowed
 
 
 def convert(source: Path, target: Path) -> tuple[int, int]:
@@ -117,5 +117,5 @@ def _read(path: Path) -> bytes:
 
 
 if __name__ == "__main__":
-    made = convert(Path(sys.argv[1]), Path(sys.argv[2]))
-    sys.stdout.write(f"{made[0]:,} users, {made[1]:,} interactions\n")
+    users, interactions = convert(Path(sys.argv[1]), Path(sys.argv[2]))
+    sys.stdout.write(f"{users:,} users, {interactions:,} interactions\n")

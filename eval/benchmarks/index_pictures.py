@@ -27,16 +27,14 @@ def draw(index: ItemIndex, item: str, titles: Mapping[str, str], popular: Mappin
     """Draw one item's ID: a row for each prefix, with the items that share it."""
     pieces = index.codes[item]
     rows = [_about(index, item, pieces[:depth], titles, popular) for depth in range(1, len(pieces) + 1)]
-    tops = [
-        _PAD + sum(max(_TOKEN, _LINE * len(lines)) + 18 for lines in rows[:place]) for place in range(len(rows) + 1)
-    ]
+    tops = [_PAD + sum(max(_TOKEN, _LINE * len(lines)) + 18 for lines in rows[:n]) for n in range(len(rows) + 1)]
     canvas = Canvas(width=WIDE, height=tops[-1])
     for depth, (top, lines) in enumerate(zip(tops, rows, strict=False), start=1):
         left = float(_PAD)
-        for place, piece in enumerate(pieces):
+        for position, piece in enumerate(pieces):
             width = text_width(piece) + 18
-            canvas.box(left, top, width, _TOKEN, "fill zero-shot" if place < depth else "band")
-            canvas.text(left + width / 2, top + 18, piece, "on" if place < depth else "axis-title", anchor="middle")
+            canvas.box(left, top, width, _TOKEN, "fill zero-shot" if position < depth else "band")
+            canvas.text(left + width / 2, top + 18, piece, "on" if position < depth else "axis-title", anchor="middle")
             left += width + 4
         for number, (line, look) in enumerate(lines):
             canvas.text(left + 20, top + 18 + _LINE * number, line, look)

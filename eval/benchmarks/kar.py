@@ -88,7 +88,7 @@ class Tables:
         genres: Genres by item.
         users: Attributes by user.
         profiles: LLM-written profile of each user.
-        told: LLM-written text of each item.
+        texts: LLM-written text of each item.
     """
 
     name: str
@@ -97,28 +97,27 @@ class Tables:
     genres: Mapping[str, str]
     users: Mapping[str, Mapping[str, str]]
     profiles: Mapping[str, str]
-    told: Mapping[str, str]
+    texts: Mapping[str, str]
 
 
 def ml1m(root: Path) -> Tables:
     """Read MovieLens-1M."""
     folder, films = root / "ml1m_ctr", table(root / "ml1m" / "items.tsv.gz")
-    found = table(folder / "ratings.tsv.gz").with_columns(
+    ratings = table(folder / "ratings.tsv.gz").with_columns(
         pl.col("rating").cast(pl.Float64), pl.col("position").cast(pl.Float64).alias("timestamp")
     )
-    told = films.select("item_id", "llm_summary_agent4rec")
     return Tables(
         "ml1m-u1",
         # A pair without a position in its user's sequence cannot be in a history.
-        found.filter(pl.col("timestamp") >= 0),
+        ratings.filter(pl.col("timestamp") >= 0),
         dict(table(folder / "item_tmdb.tsv.gz").select("item_id", "title").iter_rows()),
-        {item: (said or "").replace("|", ", ") for item, said in films.select("item_id", "genres").iter_rows()},
+        {item: (genres or "").replace("|", ", ") for item, genres in films.select("item_id", "genres").iter_rows()},
         {
             row["user_id"]: {k: row[k] for k in ("gender", "age", "occupation")}
             for row in table(folder / "users.tsv.gz").iter_rows(named=True)
         },
         dict(table(folder / "user_profiles_gpt4omini.tsv.gz").select("user_id", "profile").iter_rows()),
-        {item: said or "" for item, said in told.iter_rows()},
+        {item: text or "" for item, text in films.select("item_id", "llm_summary_agent4rec").iter_rows()},
     )
 
 
@@ -126,12 +125,12 @@ def ml100k(root: Path) -> Tables:
     """Read MovieLens-100K, with the ratings of its data source."""
     folder, data = root / "ml100k_profiles", load(DataSection(source="movielens-100k"), seed=0)
     held = table(folder / "u1_test_pairs.tsv.gz").with_columns(pl.lit("test").alias("u1"))
-    found = data.interactions.with_columns(pl.col("user_id", "item_id").cast(pl.String))
-    found = found.join(held, on=["user_id", "item_id"], how="left").with_columns(pl.col("u1").fill_null("train"))
-    written = {row["user_id"]: row["gpt4omini_short"] for row in lines(folder / "user_profiles.jsonl.gz")}
-    told = {row["item_id"]: row["profile"] for row in lines(folder / "item_profiles_gpt4omini.jsonl.gz")}
+    ratings = data.interactions.with_columns(pl.col("user_id", "item_id").cast(pl.String))
+    ratings = ratings.join(held, on=["user_id", "item_id"], how="left").with_columns(pl.col("u1").fill_null("train"))
+    profiles = {row["user_id"]: row["gpt4omini_short"] for row in lines(folder / "user_profiles.jsonl.gz")}
+    texts = {row["item_id"]: row["profile"] for row in lines(folder / "item_profiles_gpt4omini.jsonl.gz")}
     genres = {name: item.fields.get("genres", "") for name, item in data.items.items()}
-    return Tables("ml100k-u1", found, data.titles, genres, data.users, written, told)
+    return Tables("ml100k-u1", ratings, data.titles, genres, data.users, profiles, texts)
 
 
 def lines(path: Path) -> list[dict[str, str]]:
@@ -140,15 +139,15 @@ def lines(path: Path) -> list[dict[str, str]]:
         return [json.loads(line) for line in stream]
 
 
-def read(given: Tables, rows: int) -> tuple[SplitDataset, list[Case], list[Case], dict[str, frozenset[Pair]]]:
+def read(tables: Tables, rows: int) -> tuple[SplitDataset, list[Case], list[Case], dict[str, frozenset[Pair]]]:
     """Return the split, early-stopping cases, test cases, and the interactions in each user's profile.
 
     Args:
-        given: The tables.
+        tables: The tables.
         rows: Number of training examples to keep, by a hash.
     """
-    found = given.ratings.sort("user_id", "timestamp", maintain_order=True)
-    train, test = found.filter(pl.col("u1") == "train"), found.filter(pl.col("u1") == "test")
+    ratings = tables.ratings.sort("user_id", "timestamp", maintain_order=True)
+    train, test = ratings.filter(pl.col("u1") == "train"), ratings.filter(pl.col("u1") == "test")
     latest = pl.len().over("user_id") - pl.int_range(pl.len()).over("user_id")
     seen = train.filter(latest <= LAST)
     for some in (train.filter(pl.col("rating") == 5), train.filter(pl.col("rating") <= 2)):
@@ -162,20 +161,20 @@ def read(given: Tables, rows: int) -> tuple[SplitDataset, list[Case], list[Case]
     # Training examples that are left out to save time are history, as the interactions in profiles.
     known = train.join(pl.concat([kept, valid]), on=["user_id", "item_id"], how="anti", maintain_order="left")
     items = {
-        each: Item(item_id=each, title=given.titles.get(each, each), fields={"genres": given.genres.get(each, "")})
-        for each in found["item_id"].unique().to_list()
+        name: Item(item_id=name, title=tables.titles.get(name, name), fields={"genres": tables.genres.get(name, "")})
+        for name in ratings["item_id"].unique().to_list()
     }
-    whole = Dataset(
-        name=given.name,
+    dataset = Dataset(
+        name=tables.name,
         noun="movies",
-        interactions=_events(found),
+        interactions=_events(ratings),
         items=items,
-        users={user: dict(known) for user, known in given.users.items()},
+        users={user: dict(known) for user, known in tables.users.items()},
         rating_scale=(1.0, 5.0),
     )
     held = frozenset(pl.concat([valid, test]).select("user_id", "item_id").iter_rows())
     data = SplitDataset(
-        dataset=whole,
+        dataset=dataset,
         kind="given",
         seed=0,
         train=_events(kept),
@@ -185,10 +184,10 @@ def read(given: Tables, rows: int) -> tuple[SplitDataset, list[Case], list[Case]
         known=_events(known),
     )
     past = _past(train)
-    told: dict[str, set[Pair]] = {}
+    by_user: dict[str, set[Pair]] = {}
     for user, item in seen.select("user_id", "item_id").iter_rows():
-        told.setdefault(user, set()).add((user, item))
-    return data, _cases(valid, past), _cases(test, past), {user: frozenset(pairs) for user, pairs in told.items()}
+        by_user.setdefault(user, set()).add((user, item))
+    return data, _cases(valid, past), _cases(test, past), {user: frozenset(pairs) for user, pairs in by_user.items()}
 
 
 def _events(frame: pl.DataFrame) -> pl.DataFrame:
@@ -206,44 +205,41 @@ def _cases(frame: pl.DataFrame, past: Mapping[str, Sequence[tuple[float, Event]]
     """Return ratings as cases with the previous ratings as history."""
     cases = []
     for user, item, rating, time_ in frame.select("user_id", "item_id", "rating", "timestamp").iter_rows():
-        before = tuple(event for at, event in past.get(user, ()) if at < time_ and event.item_id != item)
-        asked = Request(id=request_id(user, item), user_id=user, item=item, history=before)
-        cases.append(Case(request=asked, truth=rating))
+        before = tuple(event for t, event in past.get(user, ()) if t < time_ and event.item_id != item)
+        request = Request(id=request_id(user, item), user_id=user, item=item, history=before)
+        cases.append(Case(request=request, truth=rating))
     return cases
 
 
-def stores(given: Tables, place: Path, data: SplitDataset, seen: Mapping[str, frozenset[Pair]]) -> None:
+def stores(tables: Tables, folder: Path, data: SplitDataset, seen: Mapping[str, frozenset[Pair]]) -> None:
     """Write the missing stores of all variants."""
     users = sorted(seen)
     # The training examples depend on ``--rows``; the interactions in texts do not and are listed.
-    made = Provenance(system="kar benchmark")
+    source = Provenance(system="kar benchmark")
     items = data.dataset.items
-    plain = {each: f"{item.title}. {item.fields['genres']}" for each, item in items.items()}
-    if not (place / "raw" / "current").is_file():
-        said = of_texts("item", plain, provenance=made)
-        publish(place / "raw-items", [said])
-        base = FeatureStore.open(place / "raw-items")
+    plain = {name: f"{item.title}. {item.fields['genres']}" for name, item in items.items()}
+    if not (folder / "raw" / "current").is_file():
+        item_features = of_texts("item", plain, provenance=source)
+        publish(folder / "raw-items", [item_features])
+        base = FeatureStore.open(folder / "raw-items")
         ratings = {(u, i): r for u, i, r in data.known.select("user_id", "item_id", "rating").iter_rows()}
         best = {u: [i for _, i in sorted(seen[u]) if ratings.get((u, i), 3.0) >= 5] for u in users}
         worst = {u: [i for _, i in sorted(seen[u]) if ratings.get((u, i), 3.0) <= 2] for u in users}
         vectors = _mean(base, best) - _mean(base, worst)
-        publish(place / "raw", [Features("user", users, vectors, made, seen=seen), said])
-    if not (place / "llm" / "current").is_file():
-        texts = {each: f"{text} {given.told.get(each, '')}" for each, text in plain.items()}
-        said_of = {user: given.profiles.get(user) or "" for user in users}
-        written = of_texts("user", said_of, provenance=made, seen=seen)
-        publish(place / "llm", [written, of_texts("item", texts, provenance=made)])
-    if not (place / "factors" / "current").is_file():
+        publish(folder / "raw", [Features("user", users, vectors, source, seen=seen), item_features])
+    if not (folder / "llm" / "current").is_file():
+        texts = {name: f"{text} {tables.texts.get(name, '')}" for name, text in plain.items()}
+        profiles = {user: tables.profiles.get(user) or "" for user in users}
+        written = of_texts("user", profiles, provenance=source, seen=seen)
+        publish(folder / "llm", [written, of_texts("item", texts, provenance=source)])
+    if not (folder / "factors" / "current").is_file():
         # The interactions that may be in profiles, and nothing else.
         known = data.known.with_columns(pl.col("user_id", "item_id").cast(pl.String))
         known = known.join(_frame(seen), on=["user_id", "item_id"], how="semi")
-        of_users, of_items, own = _factors(known, users)
+        of_users, of_items, known_items = _factors(known, users)
         publish(
-            place / "factors",
-            [
-                Features("user", users, of_users, made, seen=seen),
-                Features("item", own, of_items, made),
-            ],
+            folder / "factors",
+            [Features("user", users, of_users, source, seen=seen), Features("item", known_items, of_items, source)],
         )
 
 
@@ -265,9 +261,9 @@ def _factors(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], list[str]]:
     """Return vectors of users and items by a truncated SVD of ratings minus item means."""
     items = sorted(known["item_id"].unique().to_list())
-    of_user, of_item = ({each: place for place, each in enumerate(names)} for names in (users, items))
-    rows = np.array([of_user[each] for each in known["user_id"]])
-    columns = np.array([of_item[each] for each in known["item_id"]])
+    of_user, of_item = ({name: index for index, name in enumerate(names)} for names in (users, items))
+    rows = np.array([of_user[user] for user in known["user_id"]])
+    columns = np.array([of_item[item] for item in known["item_id"]])
     values = known["rating"].to_numpy().astype(np.float64)
     counts = np.bincount(columns)
     values = values - values.mean()
@@ -294,25 +290,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--hosts", nargs="+", default=["deepfm"], choices=HOSTS)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, metavar="ARM", help="default: all")
     parser.add_argument("--keep", type=Path, default=Path("runs/kar"))
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     begin = time.perf_counter()
-    found = {"ml1m": ml1m, "ml100k": ml100k}[given.data](Path(os.environ.get("LLMREC_DATA", ".")))
-    data, judges, cases, seen = read(found, given.rows)
+    tables = {"ml1m": ml1m, "ml100k": ml100k}[options.data](Path(os.environ.get("LLMREC_DATA", ".")))
+    data, valid_cases, cases, seen = read(tables, options.rows)
     # Separate stores for each set of tables.
-    given.keep /= digest_of(data=data.fingerprint, profiles=found.profiles, told=found.told)
-    given.keep.mkdir(parents=True, exist_ok=True)
-    stores(found, given.keep, data, seen)
+    options.keep /= digest_of(data=data.fingerprint, profiles=tables.profiles, told=tables.texts)
+    options.keep.mkdir(parents=True, exist_ok=True)
+    stores(tables, options.keep, data, seen)
     truth = np.array([float(float(case.truth) >= 4) for case in cases])
     users = [case.request.user_id for case in cases]
-    rows, said = [], {}
-    for host in given.hosts:
-        for arm in given.arms:
+    rows, by_arm = [], {}
+    for host in options.hosts:
+        for arm in options.arms:
             names, parameters = ARMS[arm]
             values = [
-                _fit(given.keep, host, arm, names, parameters, seed, data, judges, cases, given.rows)
-                for seed in range(given.seeds)
+                _fit(options.keep, host, arm, names, parameters, seed, data, valid_cases, cases, options.rows)
+                for seed in range(options.seeds)
             ]
-            said[host, arm] = values
+            by_arm[host, arm] = values
             rows.append({"host": host, "arm": arm, **figures(values, truth, users)})
             sys.stdout.write(json.dumps(rows[-1]) + "\n")
             sys.stdout.flush()
@@ -324,16 +320,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result = {
         "command": f"LLMREC_DATA=FOLDER python -m eval.benchmarks.kar {shlex.join(arguments or sys.argv[1:])}",
         "rows": rows,
-        "pairs": _pairs(said, given.hosts, truth, users),
+        "pairs": _pairs(by_arm, options.hosts, truth, users),
         "users": len(set(users)),
         "cases": len(cases),
         "training": data.train.height,
         "seen": sum(map(len, seen.values())),
-        "seeds": list(range(given.seeds)),
+        "seeds": list(range(options.seeds)),
         "seconds": round(time.perf_counter() - begin, 1),
         **provenance(),
     }
-    write_json(given.target, result)
+    write_json(options.target, result)
 
 
 def _fit(
@@ -344,11 +340,11 @@ def _fit(
     parameters: Mapping[str, Any],
     seed: int,
     data: SplitDataset,
-    judges: Sequence[Case],
+    valid_cases: Sequence[Case],
     cases: Sequence[Case],
     rows: int,
 ) -> NDArray[np.float64]:
-    said = {"features": ",".join(str(keep / name) for name in names), "window": WINDOW, **parameters}
+    settings = {"features": ",".join(str(keep / name) for name in names), "window": WINDOW, **parameters}
     key = fingerprint(
         "kar",
         made_by=[(BASELINES, host)],
@@ -356,15 +352,15 @@ def _fit(
         seed=seed,
         rows=rows,
         data=data.fingerprint,
-        parameters=said,
-        stores=stores_of(host, said),
+        parameters=settings,
+        stores=stores_of(host, settings),
         arm=arm,
     )
     file = keep / f"{key}.npy"
     if file.is_file():
         return np.asarray(np.load(file, allow_pickle=False))
-    chosen = make(host, said, seed=seed)
-    chosen.fit(data, cases=judges)
+    chosen = make(host, settings, seed=seed)
+    chosen.fit(data, cases=valid_cases)
     values = measure(chosen, cases)
     with replacing(file) as draft, draft.open("wb") as stream:
         np.save(stream, values, allow_pickle=False)
@@ -373,26 +369,26 @@ def _fit(
 
 def figures(values: Sequence[NDArray[np.float64]], truth: NDArray[np.float64], users: Sequence[str]) -> dict[str, Any]:
     return {
-        "auc": round(float(np.mean([auc(each, truth) for each in values])), 5),
-        "gauc": round(float(np.mean([gauc(each, truth, users).value for each in values])), 5),
-        "log_loss": round(float(np.mean([log_loss(each, truth).mean() for each in values])), 5),
-        "gauc_by_seed": [round(float(gauc(each, truth, users).value), 5) for each in values],
+        "auc": round(float(np.mean([auc(scores, truth) for scores in values])), 5),
+        "gauc": round(float(np.mean([gauc(scores, truth, users).value for scores in values])), 5),
+        "log_loss": round(float(np.mean([log_loss(scores, truth).mean() for scores in values])), 5),
+        "gauc_by_seed": [round(float(gauc(scores, truth, users).value), 5) for scores in values],
     }
 
 
 def _pairs(
-    said: Mapping[tuple[str, str], Sequence[NDArray[np.float64]]],
+    by_arm: Mapping[tuple[str, str], Sequence[NDArray[np.float64]]],
     hosts: Sequence[str],
     truth: NDArray[np.float64],
     users: Sequence[str],
 ) -> list[dict[str, Any]]:
-    # As `compare` wants them: a minus sign, also of 0, where the truth is no.
-    signed = {key: np.stack(values) * np.where(truth > 0, 1.0, -1.0) for key, values in said.items()}
+    # `compare` expects a negative sign, also of 0, if the truth is no.
+    signed = {key: np.stack(values) * np.where(truth > 0, 1.0, -1.0) for key, values in by_arm.items()}
 
     def standing(host: str, arm: str) -> Standing:
         return Standing(arm, 0.0, signed[host, arm])
 
-    family = [(host, *pair) for host in hosts for pair in PAIRS if all((host, arm) in said for arm in pair)]
+    family = [(host, *pair) for host in hosts for pair in PAIRS if all((host, arm) in by_arm for arm in pair)]
     contrasts = [Contrast("GAUC", standing(host, one), standing(host, other), users) for host, one, other in family]
     return [
         {"host": host, **pair.as_json(), "metric": "within-user AUC"}

@@ -89,7 +89,7 @@ def outcome(files: Sequence[Path], task: Mapping[str, Any], python: str) -> dict
         for file in files:
             shutil.copy(file, folder)
         for model, wheel in WHEELS.items():
-            # All libraries read a model from a folder of its name before they ask the hub.
+            # All libraries read a model from a folder of its name before they query the hub.
             (folder / wheel.hub).parent.mkdir(exist_ok=True)
             (folder / wheel.hub).symlink_to(converted(wheel) or from_wheel(model, wheel))
         with socket.socket() as free:
@@ -103,7 +103,7 @@ def outcome(files: Sequence[Path], task: Mapping[str, Any], python: str) -> dict
             command = [*(_RUN[file.suffix] or (python,)), file.name]
             if task.get("serves") and file is files[-1]:
                 with running(command, folder, environment) as process:
-                    return {"served": len(asked(process, port))}
+                    return {"served": len(recommended(process, port))}
             done = subprocess.run(
                 command, cwd=folder, env=environment, capture_output=True, text=True, timeout=_MINUTES * 60, check=False
             )
@@ -128,7 +128,7 @@ def running(command: Sequence[str], folder: Path, environment: Mapping[str, str]
         process.wait(timeout=60)
 
 
-def asked(process: subprocess.Popen[bytes], port: int) -> list[Any]:
+def recommended(process: subprocess.Popen[bytes], port: int) -> list[Any]:
     """Return the list of a user, once the service answers."""
     body = json.dumps({"user_id": "C1034", "k": 10}).encode()
     request = Request(f"http://127.0.0.1:{port}/v1/rank", body, {"Content-Type": "application/json"})
@@ -184,10 +184,10 @@ def main(target: Path, pythons: Mapping[str, str], root: Path = Path()) -> None:
             else:
                 cell = kept.get((task["name"], library, digest), {**cell, "ran": False})
             cells.append(cell)
-    found = {**old["libraries"], **{name: version(name, python) for name, python in pythons.items()}}
+    versions = {**old["libraries"], **{name: version(name, python) for name, python in pythons.items()}}
     command = "python -m eval.benchmarks.lines_of_code eval/results/lines_of_code.json LIBRARY=PYTHON ..."
-    told = {"command": command, **provenance(), "libraries": dict(sorted(found.items()))}
-    write_json(target, {**told, "cells": cells})
+    head = {"command": command, **provenance(), "libraries": dict(sorted(versions.items()))}
+    write_json(target, {**head, "cells": cells})
 
 
 def version(library: str, python: str) -> str:
@@ -217,11 +217,11 @@ def page(root: Path) -> str:
     libraries = known["libraries"]
     rows = []
     for task in known["tasks"]:
-        own = cells[task["name"], LIBRARY]["lines"]
-        rows.append([task["goal"], *(_cell(cells.get((task["name"], library)), own) for library in libraries)])
+        ours = cells[task["name"], LIBRARY]["lines"]
+        rows.append([task["goal"], *(_cell(cells.get((task["name"], library)), ours) for library in libraries)])
     shared = [_shared(cells, library) for library in libraries]
     rows.append(["**All tasks of the library**", *(f"{theirs}" for theirs, _ in shared)])
-    rows.append(["The same tasks in llmrec", *(f"{own}" for _, own in shared)])
+    rows.append(["The same tasks in llmrec", *(f"{ours}" for _, ours in shared)])
     names = list(libraries.values())
     versions = ", ".join(f"{libraries[name]} {number}" for name, number in result["libraries"].items())
     return "\n".join(
@@ -250,12 +250,12 @@ def page(root: Path) -> str:
     )
 
 
-def _cell(cell: Mapping[str, Any] | None, own: int) -> str:
+def _cell(cell: Mapping[str, Any] | None, ours: int) -> str:
     if cell is None:
         return "–"
     first = next((file for file in cell["files"] if file.endswith((".py", ".sh"))), cell["files"][0])
     text = f"[{cell['lines']}](lines_of_code/{first})"
-    return (f"**{text}**" if cell["lines"] < own else text) + ("" if cell["ran"] else " †")
+    return (f"**{text}**" if cell["lines"] < ours else text) + ("" if cell["ran"] else " †")
 
 
 def _shared(cells: Mapping[tuple[str, str], Mapping[str, Any]], library: str) -> tuple[int, int]:
@@ -267,8 +267,8 @@ def _shared(cells: Mapping[tuple[str, str], Mapping[str, Any]], library: str) ->
 def _measured(known: Mapping[str, Any], cells: Mapping[tuple[str, str], Mapping[str, Any]]) -> Iterator[list[str]]:
     for task in known["tasks"]:
         if task.get("scored"):
-            found = [cells.get((task["name"], library), {}).get("NDCG@10") for library in known["libraries"]]
-            yield [task["goal"], *("–" if value is None else f"{value:.3f}" for value in found)]
+            values = [cells.get((task["name"], library), {}).get("NDCG@10") for library in known["libraries"]]
+            yield [task["goal"], *("–" if value is None else f"{value:.3f}" for value in values)]
 
 
 def _absent(known: Mapping[str, Any]) -> Iterator[str]:
@@ -282,5 +282,5 @@ def _absent(known: Mapping[str, Any]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    given = dict(argument.split("=", 1) for argument in sys.argv[2:])
-    main(Path(sys.argv[1]), {LIBRARY: sys.executable, **given})
+    pythons = dict(argument.split("=", 1) for argument in sys.argv[2:])
+    main(Path(sys.argv[1]), {LIBRARY: sys.executable, **pythons})

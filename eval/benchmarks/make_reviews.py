@@ -185,12 +185,12 @@ class _Dice:
     def between(self, low: float, high: float) -> float:
         return low + (high - low) * self._random.random()
 
-    def whole(self, low: int, high: int) -> int:
+    def integer(self, low: int, high: int) -> int:
         """Return an integer from ``low`` to ``high``, both included."""
         return low + int(self._random.random() * (high - low + 1))
 
     def pick(self, values: Sequence[str]) -> str:
-        return values[self.whole(0, len(values) - 1)]
+        return values[self.integer(0, len(values) - 1)]
 
     def weighted(self, weights: Sequence[float]) -> int:
         at = self.between(0.0, sum(weights))
@@ -221,9 +221,9 @@ def _products(dice: _Dice) -> list[_Product]:
     for category, (nouns, aspects) in _CATEGORIES.items():
         for noun in nouns:
             # One strength, one weakness, and two random aspects.
-            strong = dice.whole(0, 3)
-            weak = (strong + dice.whole(1, 3)) % 4
-            quality = {aspect: dice.whole(-1, 1) for aspect in aspects}
+            strong = dice.integer(0, 3)
+            weak = (strong + dice.integer(1, 3)) % 4
+            quality = {aspect: dice.integer(-1, 1) for aspect in aspects}
             quality |= {aspects[strong]: 1, aspects[weak]: -1}
             brand = dice.pick(_BRANDS)
             products.append(
@@ -233,7 +233,7 @@ def _products(dice: _Dice) -> list[_Product]:
                     title=f"{brand} {_ASPECTS[aspects[strong]].model} {noun.title()}",
                     category=category,
                     brand=brand,
-                    price=dice.whole(8, 90),
+                    price=dice.integer(8, 90),
                     quality=quality,
                     weight=dice.between(0.3, 1.0) ** 2,
                 )
@@ -253,7 +253,7 @@ def _person(dice: _Dice, number: int) -> _Person:
         user_id=f"u{number:02d}",
         first=first,
         second=second,
-        voice=dice.whole(0, len(_PRAISE) - 1),
+        voice=dice.integer(0, len(_PRAISE) - 1),
         lenience=dice.between(-0.4, 0.6),
         favourites=(favourite, other),
     )
@@ -261,11 +261,11 @@ def _person(dice: _Dice, number: int) -> _Person:
 
 def _reviews(dice: _Dice, person: _Person, products: Sequence[_Product]) -> list[tuple[object, ...]]:
     left = list(products)
-    moment = _START + dice.whole(0, 400) * _DAY
+    moment = _START + dice.integer(0, 400) * _DAY
     rows: list[tuple[object, ...]] = []
-    for _ in range(dice.whole(9, 15)):
-        product = left.pop(dice.weighted([_appeal(person, each) for each in left]))
-        moment += dice.whole(2, 40) * _DAY + dice.whole(0, _DAY - 1)
+    for _ in range(dice.integer(9, 15)):
+        product = left.pop(dice.weighted([_appeal(person, candidate) for candidate in left]))
+        moment += dice.integer(2, 40) * _DAY + dice.integer(0, _DAY - 1)
         rating = _rating(dice, person, product)
         text = _text(dice, person, product, rating)
         about = (product.title, product.category, product.brand, product.price)
@@ -287,17 +287,17 @@ def _rating(dice: _Dice, person: _Person, product: _Product) -> int:
 def _text(dice: _Dice, person: _Person, product: _Product, rating: int) -> str:
     good, bad = (_most_telling(person, product, sign) for sign in (1, -1))
     praise, blame = dice.pick(_ASPECTS[good].good), dice.pick(_ASPECTS[bad].bad)
-    told = (good, bad) if rating == 3 else (good,) if rating > 3 else (bad,)
+    aspects = (good, bad) if rating == 3 else (good,) if rating > 3 else (bad,)
     # The wish is the writer's aspect that the sentence is about, or else the first one.
-    wish = person.second if person.second in told and person.first not in told else person.first
+    wish = person.second if person.second in aspects and person.first not in aspects else person.first
     if rating == 3:
         kind = _MIXED
-    elif wish in told:
+    elif wish in aspects:
         kind = _PRAISE if rating > 3 else _BLAME
     else:
         kind = _OTHER_PRAISE if rating > 3 else _OTHER_BLAME
     # Sometimes another style, so that style does not identify the user.
-    voice = person.voice if dice.between(0, 1) < 0.7 else dice.whole(0, len(kind) - 1)
+    voice = person.voice if dice.between(0, 1) < 0.7 else dice.integer(0, len(kind) - 1)
     return kind[voice].format(it=product.noun, says=blame if rating < 3 else praise, also=blame, wish=wish)
 
 

@@ -101,5 +101,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("target", type=Path)
     parser.add_argument("--layers", type=int, default=24)
-    given = parser.parse_args()
-    main(given.target, layers=given.layers)
+    options = parser.parse_args()
+    main(options.target, layers=options.layers)

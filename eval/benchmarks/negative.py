@@ -80,13 +80,13 @@ def write(root: Path) -> str:
 
 
 def _effect(pair: dict[str, Any]) -> str:
-    places = 3 if pair.get("metric") == "RMSE" or abs(pair["value"]) >= 0.1 else 4
-    value, low, high = (_signed(pair[key], places) for key in ("value", "low", "high"))
+    digits = 3 if pair.get("metric") == "RMSE" or abs(pair["value"]) >= 0.1 else 4
+    value, low, high = (_signed(pair[key], digits) for key in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
 
 
-def _signed(value: float, places: int) -> str:
-    rounded = Decimal(str(value)).quantize(Decimal(1).scaleb(-places), rounding=ROUND_HALF_EVEN)
+def _signed(value: float, decimals: int) -> str:
+    rounded = Decimal(str(value)).quantize(Decimal(1).scaleb(-decimals), rounding=ROUND_HALF_EVEN)
     digits = str(abs(rounded)).removeprefix("0") if abs(rounded) < 1 else str(abs(rounded))
     sign = "−" if rounded < 0 else "+" if rounded > 0 else ""
     return f"{sign}{digits}"
@@ -109,7 +109,7 @@ def _link(root: Path, name: str) -> str:
 
 def exploratory(results: Path) -> set[str]:
     """Return the names of the results with fewer than 200 users, or fewer than 3 training seeds of all models."""
-    found = set()
+    names = set()
     for path in results.glob("*.json"):
         result = json.loads(path.read_text(encoding="utf-8"))
         kind = result.get("kind") or ("run" if "headline" in result else "script")
@@ -117,8 +117,8 @@ def exploratory(results: Path) -> set[str]:
         if kind in _SIZES and (kind != "script" or ("users" in result and {"seeds", "hours"} & result.keys())):
             users, seeds = _SIZES[kind](result)
             if users < USERS or 0 < seeds < SEEDS:
-                found.add(path.stem)
-    return found
+                names.add(path.stem)
+    return names
 
 
 def _suite(result: Mapping[str, Any]) -> tuple[int, int]:

@@ -38,11 +38,11 @@ class Knowing(Negatives):
     def __init__(self, data: SplitDataset, kind: str) -> None:
         """Store all interactions, including held-out ones."""
         super().__init__(data, kind)
-        self._whole = data.dataset.interactions
+        self._interactions = data.dataset.interactions
 
     @cached_property
     def _trained(self) -> Mapping[str, frozenset[str]]:
-        by_user = self._whole.group_by("user_id").agg("item_id").iter_rows()
+        by_user = self._interactions.group_by("user_id").agg("item_id").iter_rows()
         return {user: frozenset(items) for user, items in by_user}
 
 
@@ -70,8 +70,8 @@ def attacked(
             rng = keyed("negatives", 0, str(number), user)
             shown[user].update(negatives.draw(user, COUNT - 1, rng))
         if number in rows:
-            found = [ndcg(sets[request_id(h.user_id, h.item_id)], h.item_id, shown[h.user_id]) for h in held]
-            yield number, np.array(found)
+            values = [ndcg(sets[request_id(h.user_id, h.item_id)], h.item_id, shown[h.user_id]) for h in held]
+            yield number, np.array(values)
 
 
 def main(target: Path) -> None:

@@ -79,11 +79,11 @@ class Goal:
     def row(self) -> list[str]:
         """The line of the table: fastest and median round, and whether both meet the goal."""
         what, meaning = LABELS[self.key]
-        found = [self._value(value) for value in self.content["found"].values()]
+        values = [self._value(value) for value in self.content["found"].values()]
         bound = "at_least" if "at_least" in self.content else "at_most"
         goal = f"{bound.replace('_', ' ')} {self._value(self.content[bound])}"
-        median = found[1] if len(found) > 1 else "–"
-        return [what, f"**{found[0]}** {meaning}", median, goal, "met" if self.content["met"] else "not met"]
+        median = values[1] if len(values) > 1 else "–"
+        return [what, f"**{values[0]}** {meaning}", median, goal, "met" if self.content["met"] else "not met"]
 
     def _value(self, value: float) -> str:
         is_ratio = self.content["line"] != self.content.get("at_most")

@@ -43,33 +43,33 @@ _TWO = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", 
 
 def main(target: Path) -> None:
     """Run all trainings and write the results."""
-    with tempfile.TemporaryDirectory() as place:
-        one, two, cut = (Path(place) / name for name in ("one", "two", "cut"))
+    with tempfile.TemporaryDirectory() as folder:
+        one, two, cut = (Path(folder) / name for name in ("one", "two", "cut"))
         alone = _done(_ALONE, one)
         both = _done(_TWO, two)
         killed = _killed(cut)
-        gone_on = _done(_ALONE, cut)
-        found = {
+        resumed = _done(_ALONE, cut)
+        result = {
             "command": "make bench NAME=processes",
             "recipe": RECIPE,
             "one": alone,
-            "two": both | _beside(one, two),
+            "two": both | _differences(one, two),
             "killed": killed,
-            "gone_on_in_one": gone_on | _beside(one, cut),
+            "gone_on_in_one": resumed | _differences(one, cut),
             **provenance(),
         }
-    write_json(target, found)
+    write_json(target, result)
 
 
 def _done(start: Sequence[str], out: Path) -> dict[str, Any]:
     """Train to the end and return the records."""
     begin = time.monotonic()
     subprocess.run([*start, *RECIPE, "--out", str(out)], check=True)
-    told = json.loads((out / "train.json").read_text(encoding="utf-8"))
+    record = json.loads((out / "train.json").read_text(encoding="utf-8"))
     kept = ("processes", "distributed", "method", "steps", "tokens", "target_tokens", "adapter_sha256")
-    losses = [line["loss"] for line in told["log"][1:]]
-    valid = told["log"][-1]["valid_loss"]
-    return {key: told[key] for key in kept} | {
+    losses = [line["loss"] for line in record["log"][1:]]
+    valid = record["log"][-1]["valid_loss"]
+    return {key: record[key] for key in kept} | {
         "losses": losses,
         "valid_loss": valid,
         "seconds": round(time.monotonic() - begin, 1),
@@ -80,20 +80,20 @@ def _done(start: Sequence[str], out: Path) -> dict[str, Any]:
 def _killed(out: Path) -> dict[str, Any]:
     """Start two processes, kill the second with SIGKILL, and return how the first ended."""
     log = out / "train_log.jsonl"
-    with tempfile.TemporaryFile("w+") as said:
-        launcher = subprocess.Popen([*_TWO, *RECIPE, "--out", str(out)], stdout=said, stderr=said)
+    with tempfile.TemporaryFile("w+") as output:
+        launcher = subprocess.Popen([*_TWO, *RECIPE, "--out", str(out)], stdout=output, stderr=output)
         _until(lambda: log.is_file() and len(log.read_text(encoding="utf-8").splitlines()) > KILLED_AT, launcher)
-        (second,) = (each for each in psutil.Process(launcher.pid).children() if each.environ().get("RANK") == "1")
+        (second,) = (child for child in psutil.Process(launcher.pid).children() if child.environ().get("RANK") == "1")
         second.send_signal(signal.SIGKILL)
         begin = time.monotonic()
         status = launcher.wait(timeout=300)
         seconds = time.monotonic() - begin
-        said.seek(0)
-        words = [line.rstrip() for line in said if line.startswith("error: ")]
+        output.seek(0)
+        words = [line.rstrip() for line in output if line.startswith("error: ")]
     steps = len(log.read_text(encoding="utf-8").splitlines()) - 1
-    kept = sorted(int(each.name.rpartition("-")[2]) for each in (out / "checkpoints").glob("checkpoint-*"))
-    told = {"steps": steps, "checkpoints": kept, "said": words, "status": status, "seconds": round(seconds, 1)}
-    return told | {"trained": (out / "train.json").exists()}
+    kept = sorted(int(path.name.rpartition("-")[2]) for path in (out / "checkpoints").glob("checkpoint-*"))
+    record = {"steps": steps, "checkpoints": kept, "said": words, "status": status, "seconds": round(seconds, 1)}
+    return record | {"trained": (out / "train.json").exists()}
 
 
 def _until(true: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
@@ -103,7 +103,7 @@ def _until(true: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.1)
 
 
-def _beside(one: Path, other: Path) -> dict[str, float]:
+def _differences(one: Path, other: Path) -> dict[str, float]:
     """Return the differences of two trainings: relative differences of losses, and differences of weights."""
     losses = [
         [line["loss"] for line in json.loads((run / "train.json").read_text(encoding="utf-8"))["log"][1:]]

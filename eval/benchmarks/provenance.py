@@ -35,8 +35,8 @@ _PARTS: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
 
 def lacking(result: Mapping[str, Any], root: Path) -> set[str]:
     """Return the parts of the provenance that a result lacks; `EXCEPTIONS` explains them."""
-    found = {name for name, find in _PARTS.items() if not find(result)}
-    return found if _exists(result, root) else {*found, "script"}
+    missing = {name for name, find in _PARTS.items() if not find(result)}
+    return missing if _exists(result, root) else {*missing, "script"}
 
 
 def _exists(result: Mapping[str, Any], root: Path) -> bool:

@@ -94,19 +94,19 @@ def measured(count: int) -> dict[str, Any]:
     # Fit the members and build their matrices before the first timed request.
     model.answer(requests[:3], question)
 
-    def times(once: Callable[[Any], object], asked: Sequence[Any]) -> dict[str, float]:
+    def times(once: Callable[[Any], object], inputs: Sequence[Any]) -> dict[str, float]:
         spent = []
-        for request in asked:
+        for request in inputs:
             begin = seconds_now()
             once(request)
             spent.append(seconds_now() - begin)
         return {"median_ms": 1000 * median(spent), "p99_ms": 1000 * quantiles(spent, n=100)[98]}
 
-    whole = times(lambda request: model.answer([request], question), requests)
+    times_of_ensemble = times(lambda request: model.answer([request], question), requests)
     posed = [
         Request(id=one.id, user_id=str(one.user_id), history=data.history(str(one.user_id), "test")) for one in requests
     ]
-    each = {member.name: times(lambda one, of=member.scorer: of.scores([one]), posed) for member in members}
+    times_of_members = {member.name: times(lambda one, of=member.scorer: of.scores([one]), posed) for member in members}
     return {
         "command": "LLMREC_DATA=folder BENCH_CLOCK=processor make bench NAME=rank-ensemble",
         "what": f"one request at a time about the whole catalogue, the best {DEPTH} items, histories of the test users",
@@ -115,8 +115,8 @@ def measured(count: int) -> dict[str, Any]:
         "form": form,
         "items": len(items),
         "requests": len(requests),
-        "answer": {**whole, "goal": {"at_most_ms": 30, "met": whole["p99_ms"] <= 30}},
-        "members": each,
+        "answer": {**times_of_ensemble, "goal": {"at_most_ms": 30, "met": times_of_ensemble["p99_ms"] <= 30}},
+        "members": times_of_members,
         **provenance(),
     }
 

@@ -128,7 +128,7 @@ def candidates(
         The candidates, and NDCG@10 of each member and user.
     """
     items = members[0].scorer.items
-    column = {item: place for place, item in enumerate(items)}
+    column = {item: index for index, item in enumerate(items)}
     codes, names, kinds = context.codes(items), [member.name for member in members], [m.kind for m in members]
     lists: list[list[list[NDArray[Any]]]] = [[[], [], []] for _ in members]
     pairs: list[tuple[NDArray[Any], NDArray[Any]]] = []
@@ -146,16 +146,16 @@ def candidates(
         out[here, truth] = False
         raw = [np.asarray(member.scorer.scores(requests), dtype=np.float32) for member in members]
         union = np.zeros_like(out)
-        for place, scores in enumerate(raw):
+        for index, scores in enumerate(raw):
             left = np.where(out, -np.inf, scores)
-            own = left[here, truth][:, None]
-            values[place].append(ndcg((left > own).sum(axis=1), (left == own).sum(axis=1), CUT))
+            target_score = left[here, truth][:, None]
+            values[index].append(ndcg((left > target_score).sum(axis=1), (left == target_score).sum(axis=1), CUT))
             one = best([scores], out)
             rows, columns = np.nonzero(one)
             order = np.lexsort((-left[rows, columns], rows))
             rows, columns = rows[order], columns[order]
             union |= one
-            for kept, new in zip(lists[place], (owners[rows], columns, left[rows, columns]), strict=True):
+            for kept, new in zip(lists[index], (owners[rows], columns, left[rows, columns]), strict=True):
                 kept.append(new)
         chosen = best(raw, out)
         assert (chosen == union).all()
@@ -164,8 +164,8 @@ def candidates(
         cells.append(gathered(raw, chosen, np.zeros_like(out), truth, names, kinds, known))
         pairs.append((owners[rows], columns.astype(np.int32)))
     arrays = {
-        f"{key}-{place}": np.concatenate(blocks)
-        for place, member in enumerate(lists)
+        f"{key}-{index}": np.concatenate(blocks)
+        for index, member in enumerate(lists)
         for key, blocks in zip(("user_id", "item_id", "score"), member, strict=True)
     }
     np.savez(folder / f"lists-{which}.npz", names=np.array(names), **arrays)
@@ -186,18 +186,18 @@ def peer(python: str, folder: Path, cases: Sequence[Case], users: Mapping[str, i
     """Run RecTools; return its results, and NDCG@10 of each test user with the best setting for each feature set."""
     script = Path(__file__).with_name("ranker_peer.py")
     subprocess.run([python, str(script), str(folder)], check=True)
-    told = json.loads((folder / "trials.json").read_text(encoding="utf-8"))
+    report = json.loads((folder / "trials.json").read_text(encoding="utf-8"))
     arrays = np.load(folder / "lists.npz")
     truth = {users[case.request.user_id]: items.index(str(case.truth)) for case in cases}
-    row = {users[case.request.user_id]: place for place, case in enumerate(cases)}
+    row = {users[case.request.user_id]: index for index, case in enumerate(cases)}
     values = []
-    for place in range(len(told["best"])):
+    for index in range(len(report["best"])):
         value = np.zeros(len(cases))
-        for user, item, rank in zip(*(arrays[f"{k}-{place}"] for k in ("user_id", "item_id", "rank")), strict=True):
+        for user, item, rank in zip(*(arrays[f"{k}-{index}"] for k in ("user_id", "item_id", "rank")), strict=True):
             if truth[user] == item:
                 value[row[user]] = 1 / np.log2(rank + 1)
         values.append(value)
-    return told, values
+    return report, values
 
 
 def measured(name: str, python: str, folder: Path) -> dict[str, Any]:
@@ -212,13 +212,13 @@ def measured(name: str, python: str, folder: Path) -> dict[str, Any]:
     fit = time.process_time() - begin
     cases = ranking_cases(weighing)
     test = [Case(request=request_of(data, held, "test"), truth=held.item_id) for held in data.holdouts("test")]
-    users = {user: place for place, user in enumerate(sorted(data.train["user_id"].unique().to_list()))}
+    users = {user: index for index, user in enumerate(sorted(data.train["user_id"].unique().to_list()))}
     items, context = members[0].scorer.items, Context(data)
-    column = {item: place for place, item in enumerate(items)}
+    column = {item: index for index, item in enumerate(items)}
     begin = time.process_time()
     here, valid = candidates(members, cases, users, context, folder, "valid")
     there, tested = candidates(members, test, users, context, folder, "test")
-    asked = time.process_time() - begin
+    seconds = time.process_time() - begin
     np.savez(
         folder / "events.npz",
         **{
@@ -240,8 +240,8 @@ def measured(name: str, python: str, folder: Path) -> dict[str, Any]:
     rows[RANKER] = ensembles[RANKER].measured(here, owners, there, only=trees)
     single = max(valid, key=lambda member: valid[member].mean())
     rows[SINGLE] = Measured(tested[single], 0.0, 0.0)
-    told, values = peer(python, folder, test, users, list(items))
-    for setting, value in zip(told["best"], values, strict=True):
+    report, values = peer(python, folder, test, users, list(items))
+    for setting, value in zip(report["best"], values, strict=True):
         rows[f"RecTools, {setting['features']}"] = Measured(value, setting["fit"], setting["answer"])
     forms = {label: {"form": ensemble.fitted.form} for label, ensemble in ensembles.items()}
     return {
@@ -250,7 +250,7 @@ def measured(name: str, python: str, folder: Path) -> dict[str, Any]:
         "training_users": len(cases),
         "members": {member.name: float(tested[member.name].mean()) for member in members},
         "single": single,
-        "seconds": {"fit_of_members": fit, "their_answers_and_features": asked},
+        "seconds": {"fit_of_members": fit, "their_answers_and_features": seconds},
         "candidates": {
             "of_each": TOP,
             "mean": len(there.had) / len(test),
@@ -272,7 +272,7 @@ def measured(name: str, python: str, folder: Path) -> dict[str, Any]:
             for b in rows
             if b not in (CHOSEN, RANKER)
         ],
-        "peer": told,
+        "peer": report,
     }
 
 
@@ -281,13 +281,13 @@ def _tried(ensemble: SecondStage) -> list[dict[str, Any]]:
 
 
 def _figure(values: NDArray[np.float64]) -> dict[str, float]:
-    found = interval(values, resamples=RESAMPLES, seed=0)
-    return {"value": found.value, "low": found.low, "high": found.high}
+    estimate = interval(values, resamples=RESAMPLES, seed=0)
+    return {"value": estimate.value, "low": estimate.low, "high": estimate.high}
 
 
 def _difference(a: Measured, b: Measured) -> dict[str, float]:
-    found = signflip(a.values, b.values, resamples=RESAMPLES, seed=0).at()
-    return {"value": found.value, "low": found.low, "high": found.high, "p": found.p}
+    difference = signflip(a.values, b.values, resamples=RESAMPLES, seed=0).at()
+    return {"value": difference.value, "low": difference.low, "high": difference.high, "p": difference.p}
 
 
 def main(target: Path, names: Sequence[str]) -> None:

@@ -1,11 +1,11 @@
-"""RecTools' two-stage model over given candidates, for comparison with llmrec's learned ranker; run by `ranker.py`.
+"""RecTools' two-stage model over stored candidates, for comparison with llmrec's learned ranker; run by `ranker.py`.
 
 It runs in a separate environment for RecTools and does not import llmrec: ``PYTHON ranker_peer.py FOLDER``. The folder
 contains ``events.npz`` (training interactions, and the held-out items of the reserved validation users), and for these
 users (``valid``) and the test users ``lists-*.npz`` (the top items of each member, with scores) and ``features-*.npz``
 (llmrec's features of all candidates). ``lists.npz`` and ``trials.json`` are written to it.
 
-RecTools' first stage consists of its models, so each member is a `ModelBase` that returns the given lists; the rest is
+RecTools' first stage consists of its models, so each member is a `ModelBase` that returns the stored lists; the rest is
 an unchanged `CandidateRankingModel`. The setting is chosen on a fifth of the reserved users, and then fitted to all of
 them.
 """
@@ -73,11 +73,11 @@ class Tables:
     def read(cls, folder: Path, which: str) -> Tables:
         lists, features = (np.load(folder / f"{kind}-{which}.npz") for kind in ("lists", "features"))
         by_member = {
-            str(name): pd.DataFrame({key: lists[f"{key}-{place}"] for key in ("user_id", "item_id", "score")})
-            for place, name in enumerate(lists["names"])
+            str(name): pd.DataFrame({key: lists[f"{key}-{index}"] for key in ("user_id", "item_id", "score")})
+            for index, name in enumerate(lists["names"])
         }
         # LightGBM does not allow colons and commas in names.
-        columns = [f"llmrec_{place}" for place in range(len(features["names"]))]
+        columns = [f"llmrec_{index}" for index in range(len(features["names"]))]
         values = pd.DataFrame(features["values"], columns=columns)
         ids = pd.DataFrame({key: features[key] for key in ("user_id", "item_id")})
         return cls(by_member, pd.concat([ids, values], axis=1))
@@ -95,8 +95,8 @@ class Stages:
         return self.train if len(dataset.interactions.df) == self.events else self.answer
 
 
-class Given(ModelBase):
-    """A first-stage model that returns given lists, from which seen items are already filtered."""
+class StoredLists(ModelBase):
+    """A first-stage model that returns stored lists, from which seen items are already filtered."""
 
     def __init__(self, name: str, stages: Stages) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class EveryNegative(NegativeSamplerBase):
         return train
 
 
-class GivenFeatures(CandidateFeatureCollector):
+class StoredFeatures(CandidateFeatureCollector):
     """llmrec's features of user-candidate pairs."""
 
     def __init__(self, stages: Stages) -> None:
@@ -169,24 +169,24 @@ SAMPLERS: Mapping[str, Callable[[], NegativeSamplerBase]] = {
 }
 
 
-def made(setting: Mapping[str, str], stages: Stages) -> CandidateRankingModel:
+def build_model(setting: Mapping[str, str], stages: Stages) -> CandidateRankingModel:
     """Return the two-stage model of a setting."""
     return CandidateRankingModel(
         [
-            CandidateGenerator(Given(name, stages), TOP, keep_ranks=True, keep_scores=True)
+            CandidateGenerator(StoredLists(name, stages), TOP, keep_ranks=True, keep_scores=True)
             for name in stages.train.lists
         ],
         HeldOut(stages.events),
         MODELS[setting["model"]](),
         SAMPLERS[setting["sampler"]](),
-        GivenFeatures(stages) if setting["features"] == SHARED else None,
+        StoredFeatures(stages) if setting["features"] == SHARED else None,
     )
 
 
 def answered(setting: Mapping[str, str], train: Dataset, users: np.ndarray, stages: Stages) -> dict[str, Any]:
     """Fit a setting and return the lists of users, and processor seconds."""
     begin = time.process_time()
-    model = made(setting, stages).fit(train)
+    model = build_model(setting, stages).fit(train)
     fitted = time.process_time()
     blocks = [users[start : start + CHUNK] for start in range(0, len(users), CHUNK)]
     lists = pd.concat([model.recommend(block, train, K, filter_viewed=False) for block in blocks], ignore_index=True)
@@ -230,18 +230,18 @@ def main(folder: Path) -> None:
     users = events["test-users"]
     arrays: dict[str, Any] = {}
     best = []
-    for place, features in enumerate((OWN, SHARED)):
+    for index, features in enumerate((OWN, SHARED)):
         chosen = max((t for t in trials if t["features"] == features), key=lambda t: t["valid"])
         setting = {key: chosen[key] for key in ("features", "sampler", "model")}
-        found = answered(setting, dataset(train, targets), users, stages)
-        lists = found.pop("lists")
-        arrays |= {f"{key}-{place}": lists[key].to_numpy() for key in ("user_id", "item_id", "rank")}
-        best.append(setting | {"valid": chosen["valid"], **found})
+        result = answered(setting, dataset(train, targets), users, stages)
+        lists = result.pop("lists")
+        arrays |= {f"{key}-{index}": lists[key].to_numpy() for key in ("user_id", "item_id", "rank")}
+        best.append(setting | {"valid": chosen["valid"], **result})
         print(f"{setting} fitted to all", flush=True)  # noqa: T201
     np.savez(folder / "lists.npz", **arrays)
     library = {name: importlib.metadata.version(name) for name in ("rectools", "lightgbm", "catboost", "pandas")}
-    told = {"versions": library, "choosing_users": int((fold < folds).sum()), "best": best, "trials": trials}
-    (folder / "trials.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    summary = {"versions": library, "choosing_users": int((fold < folds).sum()), "best": best, "trials": trials}
+    (folder / "trials.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def changed_since(results: dict[str, Any], page: Path) -> list[str]:
 
     Names and descriptions are ignored.
     """
-    then, now = (dict(_flat(each)) for each in (results["recipe_page"], yaml.safe_load(page.read_text("utf-8"))))
+    then, now = (dict(_flat(recipe)) for recipe in (results["recipe_page"], yaml.safe_load(page.read_text("utf-8"))))
     different = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
     return [
         f"{key} was {then.get(key, 'not set')}, is {now.get(key, 'not set')}"
@@ -93,8 +93,8 @@ def table(results: dict[str, Any]) -> str:
     ]
     for task, metric in results["headline"].items():
         rows = [row for row in results["rows"] if row["task"] == task]
-        asked = {row["arm"]: row for row in reversed(rows) if row["template"] and "fusion" not in row}
-        value = {arm: f"{row['metrics'][metric]['value']:.3f}" for arm, row in asked.items()}
+        by_arm = {row["arm"]: row for row in reversed(rows) if row["template"] and "fusion" not in row}
+        value = {arm: f"{row['metrics'][metric]['value']:.3f}" for arm, row in by_arm.items()}
         classic = {row["predictor"]: row for row in rows if row["arm"] == "baseline"}
         figures = {name: row["metrics"][metric]["value"] for name, row in classic.items()}
         best = (min if lower(metric) else max)(figures, key=figures.__getitem__)
@@ -105,8 +105,8 @@ def table(results: dict[str, Any]) -> str:
             *(value.get(arm, "–") for arm in ("zero-shot", "few-shot", "tuned")),
             ", ".join(f"{name} {figures[name]:.3f}" for name in simple),
             f"{best} {figures[best]:.3f}",
-            _difference(results, asked["tuned"], asked["zero-shot"]),
-            _difference(results, asked["tuned"], classic[simple[-1]]),
+            _difference(results, by_arm["tuned"], by_arm["zero-shot"]),
+            _difference(results, by_arm["tuned"], classic[simple[-1]]),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", _how(results), *(f"\n{note}" for note in results["notes"])])
@@ -114,7 +114,7 @@ def table(results: dict[str, Any]) -> str:
 
 def _difference(results: dict[str, Any], a: dict[str, Any], b: dict[str, Any]) -> str:
     """Return the paired difference of two models with its interval and verdict."""
-    pair = next(each for each in results["comparisons"] if (each["a"], each["b"]) == (a["id"], b["id"]))
+    pair = next(row for row in results["comparisons"] if (row["a"], row["b"]) == (a["id"], b["id"]))
     text = f"{pair['value']:+.3f} [{pair['low']:+.3f}, {pair['high']:+.3f}], {outcome(pair.get('verdict'))}"
     return text.replace("-", "−")
 
@@ -122,30 +122,30 @@ def _difference(results: dict[str, Any], a: dict[str, Any], b: dict[str, Any]) -
 def screen(results: dict[str, Any]) -> str:
     """Return the final output of the command as a code block."""
     folder = Path("runs") / results["recipe"]["name"]
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
         finish(Run(folder, results, (), folder / "report" / "index.html"))
-    lines = "\n".join(line.rstrip() for line in said.getvalue().rstrip().splitlines())
+    lines = "\n".join(line.rstrip() for line in output.getvalue().rstrip().splitlines())
     return f"```text\n{lines}\n```"
 
 
 def _how(results: dict[str, Any]) -> str:
     """Return the conditions of the results, from the run."""
     tasks = list(results["headline"])
-    asked = {row["task"]: row["predictor"] for row in reversed(results["rows"]) if row["arm"] == "zero-shot"}
+    predictors = {row["task"]: row["predictor"] for row in reversed(results["rows"]) if row["arm"] == "zero-shot"}
     read = Results.model_validate(results)
     machine = results["machine"]
-    machine_said = f"{machine['cores']} cores ({machine['cpu']}), {machine['gpu'] or 'no GPU'}"
+    hardware = f"{machine['cores']} cores ({machine['cpu']}), {machine['gpu'] or 'no GPU'}"
     stages = ", ".join(f"{entry['stage']} {entry['seconds']:.0f} s" for entry in results["budget"])
-    said = [
+    parts = [
         f"`{results['command']}` with llmrec {results['llmrec']}, recipe {results['recipe_hash']}",
-        f"Methods: {_listed([f'{asked[task]} ({task})' for task in tasks])}",
+        f"Methods: {_listed([f'{predictors[task]} ({task})' for task in tasks])}",
         f"Training rows: {', '.join(f'{task} {count}' for task, count in results['training']['rows'].items())}",
         rule(read).rstrip("."),
         caution(read, name=str).rstrip("."),
-        f"{machine_said}. Seconds by stage: {stages}; {results['seconds']:.0f} s in all",
+        f"{hardware}. Seconds by stage: {stages}; {results['seconds']:.0f} s in all",
     ]
-    return f"{'. '.join(said)}."
+    return f"{'. '.join(parts)}."
 
 
 def _listed(words: list[str]) -> str:

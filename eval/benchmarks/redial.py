@@ -56,7 +56,6 @@ from eval.benchmarks.provenance import provenance
 from eval.benchmarks.redial_learned import TALKS, OtherDialogues, exchanged_items, named, synthetic
 from llmrec.chat.dual_encoder import ENCODER, LAST, mapped
 from llmrec.chat.facts import Facts
-from llmrec.chat.transcripts import Turn
 from llmrec.data.hashing import hash64
 from llmrec.data.knowledge import BM25
 from llmrec.durable import write_json
@@ -150,34 +149,34 @@ def items_of(folder: Path) -> list[Item]:
         str(row["wiki_page"]).replace("_", " "): row
         for row in table(folder / "movie_facts" / "wikipedia_extracts.tsv.gz").iter_rows(named=True)
     }
-    found = []
+    result = []
     for row in table(folder / "convrec" / "redial_items.tsv.gz").iter_rows(named=True):
         name, page = str(row["name"]), pages.get(str(row["name"]))
-        said = {key: str(page[key] or "").replace("|", ", ") for key in ("genres", "cast")} if page else {}
+        fields = {key: str(page[key] or "").replace("|", ", ") for key in ("genres", "cast")} if page else {}
         year = _YEAR.search(name)
-        said["year"] = str(page["year"]) if page else year[1] if year else ""
-        said["facts"] = str(page["extract"] or "") if page else ""
-        found.append(Item(item_id=str(row["item_id"]), title=name, fields={key: v for key, v in said.items() if v}))
-    return found
+        fields["year"] = str(page["year"]) if page else year[1] if year else ""
+        fields["facts"] = str(page["extract"] or "") if page else ""
+        result.append(Item(item_id=str(row["item_id"]), title=name, fields={key: v for key, v in fields.items() if v}))
+    return result
 
 
 def cases_of(folder: Path, items: Sequence[Item]) -> Cases:
     """Return the cases: targets that were not mentioned before."""
-    place = {item.item_id: column for column, item in enumerate(items)}
+    column_of = {item.item_id: column for column, item in enumerate(items)}
     with gzip.open(folder / "convrec" / "redial_test.jsonl.gz", "rt", encoding="utf-8") as stream:
         turns = [json.loads(line) for line in stream]
     rows, targets = [], []
     for row, turn in enumerate(turns):
         for target in turn["targets"]:
-            if target not in turn["mentioned_before"] and str(target) in place:
+            if target not in turn["mentioned_before"] and str(target) in column_of:
                 rows.append(row)
-                targets.append(place[str(target)])
+                targets.append(column_of[str(target)])
     return Cases(
         rows=np.array(rows),
         targets=np.array(targets),
         dialogues=[turn["dialogue"] for turn in turns],
         queries=[" ".join(turn["context"][-LAST:]) for turn in turns],
-        named=[[place[str(each)] for each in turn["mentioned_before"] if str(each) in place] for turn in turns],
+        named=[[column_of[str(item)] for item in turn["mentioned_before"] if str(item) in column_of] for turn in turns],
     )
 
 
@@ -189,22 +188,22 @@ def counted(cases: Cases, size: int, among: NDArray[np.bool_]) -> dict[str, Floa
         size: Number of items.
         among: Dialogues to count, by index in sorted order; the dialogue of a turn is always excluded.
     """
-    names, own = np.unique(cases.dialogues, return_inverse=True)
-    advised = {(int(own[row]), int(column)) for row, column in zip(cases.rows, cases.targets, strict=True)}
-    told = advised | {(int(own[row]), column) for row, named in enumerate(cases.named) for column in named}
+    names, dialogue_of = np.unique(cases.dialogues, return_inverse=True)
+    advised = {(int(dialogue_of[row]), int(column)) for row, column in zip(cases.rows, cases.targets, strict=True)}
+    mentioned = advised | {(int(dialogue_of[row]), column) for row, named in enumerate(cases.named) for column in named}
     counting = sparse.diags_array(among.astype(np.float32))
-    goals, all_named = (counting @ _table(pairs, (len(names), size)) for pairs in (advised, told))
+    goals, all_named = (counting @ _table(pairs, (len(names), size)) for pairs in (advised, mentioned))
     popular = np.asarray(goals.sum(axis=0)).ravel()
     both = (all_named.T @ goals).tocsr()
-    popularity = np.empty((len(own), size), dtype=np.float32)
+    popularity = np.empty((len(dialogue_of), size), dtype=np.float32)
     together = np.zeros_like(popularity)
-    for row, dialogue in enumerate(own):
-        mine, here = goals[[dialogue]].toarray().ravel(), cases.named[row]
-        popularity[row] = popular - mine
+    for row, dialogue in enumerate(dialogue_of):
+        targets, here = goals[[dialogue]].toarray().ravel(), cases.named[row]
+        popularity[row] = popular - targets
         if here:
             # Subtract the counts of this dialogue: its targets with each mentioned item.
-            own_named = float(all_named[[dialogue]].toarray().ravel()[here].sum())
-            together[row] = np.asarray(both[here].sum(axis=0)).ravel() - mine * own_named
+            mentions = float(all_named[[dialogue]].toarray().ravel()[here].sum())
+            together[row] = np.asarray(both[here].sum(axis=0)).ravel() - targets * mentions
     together /= np.sqrt(np.maximum(popularity, 0) + 1)
     return {"popularity": popularity, "co-mention": np.maximum(together, 0)}
 
@@ -225,25 +224,25 @@ def texts(cases: Cases, items: Sequence[Item]) -> tuple[dict[str, Floats], Float
     The vectors are those of the last utterances, shape (turns, d), and of names with leads, shape (items, d).
     """
     embed = text_embedder(ENCODER)
-    names, told = names_of(items)
+    names, descriptions = names_of(items)
     facts = Facts({item.item_id: item for item in items}, embed)
-    asked, titles, wholes = embed(cases.queries), embed(names), embed(told)
+    queries, titles, full = embed(cases.queries), embed(names), embed(descriptions)
     words = BM25.of([f"{name} {' '.join(item.fields.values())}" for name, item in zip(names, items, strict=True)])
-    past = np.stack([wholes[named].mean(axis=0) if named else np.zeros(wholes.shape[1]) for named in cases.named])
+    past = np.stack([full[named].mean(axis=0) if named else np.zeros(full.shape[1]) for named in cases.named])
     owners = np.unique(cases.dialogues, return_inverse=True)[1]
     # A turn of another dialogue: half of all turns later.
     other = np.argsort(owners, kind="stable")
     exchanged = np.empty(len(owners), dtype=np.int64)
     exchanged[other] = np.roll(other, len(other) // 2)
-    found = {
+    result = {
         "words": np.stack([words.scores(query) for query in cases.queries]),
-        "encoder, name": asked @ titles.T,
-        "encoder, text": asked @ wholes.T,
-        "named": past @ wholes.T,
-        "concepts": asked @ facts.concepts.T,
-        "somebody else's context": asked[exchanged] @ wholes.T,
+        "encoder, name": queries @ titles.T,
+        "encoder, text": queries @ full.T,
+        "named": past @ full.T,
+        "concepts": queries @ facts.concepts.T,
+        "somebody else's context": queries[exchanged] @ full.T,
     }
-    return {name: np.asarray(scores, dtype=np.float32) for name, scores in found.items()}, asked, wholes
+    return {name: np.asarray(scores, dtype=np.float32) for name, scores in result.items()}, queries, full
 
 
 def hits(scores: Floats, cases: Cases, chosen: NDArray[np.int64] | None = None) -> dict[int, NDArray[np.float64]]:
@@ -256,31 +255,31 @@ def hits(scores: Floats, cases: Cases, chosen: NDArray[np.int64] | None = None) 
     """
     which = np.arange(len(cases.rows)) if chosen is None else chosen
     greater, tied = [], []
-    for at, case in enumerate(which):
+    for index, case in enumerate(which):
         row = cases.rows[case]
-        values = scores[row if chosen is None else at].copy()
-        own = values[cases.targets[case]]
+        values = scores[row if chosen is None else index].copy()
+        target_score = values[cases.targets[case]]
         values[cases.named[row]] = -np.inf
-        greater.append(int((values > own).sum()))
-        tied.append(int((values == own).sum()))
+        greater.append(int((values > target_score).sum()))
+        tied.append(int((values == target_score).sum()))
     return {k: hit_rate(greater, tied, k) for k in CUTS}
 
 
 def mixed(
-    cases: Cases, size: int, said: Mapping[str, Floats], learned: Callable[[int], Mapping[str, Floats]]
+    cases: Cases, size: int, untrained: Mapping[str, Floats], learned: Callable[[int], Mapping[str, Floats]]
 ) -> tuple[dict[str, dict[int, NDArray[np.float64]]], Any]:
     """Return the cross-fitted hits of every ensemble, and the weights.
 
     Args:
         cases: The cases.
         size: Number of items.
-        said: Scores of the models without training.
+        untrained: Scores of the models without training.
         learned: Returns the scores of trained models for an evaluated fold and for the fit.
     """
     names = np.unique(cases.dialogues)
     folds = folds_of("redial", cases.clusters)
     fold_of = dict(zip(cases.clusters, folds.tolist(), strict=True))
-    found = {name: {k: np.zeros(len(cases.rows)) for k in CUTS} for name in MIXTURES}
+    result = {name: {k: np.zeros(len(cases.rows)) for k in CUTS} for name in MIXTURES}
     weights: dict[str, list[dict[str, float]]] = {name: [] for name in MIXTURES}
     starts: dict[str, Weights] = {}
     order = np.argsort(hash64("redial cases", 0, [str(case) for case in range(len(cases.rows))]), kind="stable")
@@ -295,25 +294,25 @@ def mixed(
         judge = np.flatnonzero(folds == fold)
         learn = np.array([case for case in order if folds[case] != fold][:LEARN])
         for name, parts in MIXTURES.items():
-            fit, _ = _known(cases, learn, {**said, **within, **by_fold}, parts, out)
+            fit, _ = _known(cases, learn, {**untrained, **within, **by_fold}, parts, out)
             fitted = starts[name] = logit(fit, starts.get(name), repeats=False)
             weights[name].append({part: round(w, 3) for part, w in zip(parts, fitted.parts, strict=True)})
-            known, able = _known(cases, judge, {**said, **every, **by_fold}, parts, out)
+            known, able = _known(cases, judge, {**untrained, **every, **by_fold}, parts, out)
             total = np.full(able.shape, -np.inf)
             total[able] = fitted.scores(known)
             for k, values in hits(total, cases, judge).items():
-                found[name][k][judge] = values
+                result[name][k][judge] = values
         sys.stderr.write(f"fold {fold + 1} of {FOLDS}\n")
-    return found, weights
+    return result, weights
 
 
 def _known(
-    cases: Cases, chosen: NDArray[np.int64], said: Mapping[str, Floats], parts: Sequence[str], out: NDArray[np.bool_]
+    cases: Cases, chosen: NDArray[np.int64], scores: Mapping[str, Floats], parts: Sequence[str], out: NDArray[np.bool_]
 ) -> tuple[Cells, NDArray[np.bool_]]:
     """Return the candidates of cases with the members' scores, and their mask, shape (n, items)."""
     kinds, able = {**KINDS, **LEARNED}, ~out[chosen]
     starts = np.concatenate([[0], np.cumsum(able.sum(axis=1))])
-    raw = np.stack([said[part][cases.rows[chosen]][able].astype(np.float32) for part in parts])
+    raw = np.stack([scores[part][cases.rows[chosen]][able].astype(np.float32) for part in parts])
     truth = starts[:-1] + np.cumsum(able, axis=1)[np.arange(len(chosen)), cases.targets[chosen]] - 1
     had = np.zeros(raw.shape[1], dtype=bool)
     return Cells(tuple(parts), tuple(kinds[part] for part in parts), starts, raw, had, truth), able
@@ -322,12 +321,12 @@ def _known(
 # --------------------------------------------------------------------------- main
 
 
-def row_of(name: str, found: Mapping[int, NDArray[np.float64]], clusters: Sequence[str]) -> dict[str, Any]:
+def row_of(name: str, values_by_cutoff: Mapping[int, NDArray[np.float64]], clusters: Sequence[str]) -> dict[str, Any]:
     """Return the results of one model, with intervals over dialogues."""
     row: dict[str, Any] = {"row": name}
-    for k, values in found.items():
-        each = interval(values, resamples=2000, seed=0, users=clusters)
-        row[f"Recall@{k}"] = {name: round(value, 4) for name, value in asdict(each).items()}
+    for k, values in values_by_cutoff.items():
+        estimate = interval(values, resamples=2000, seed=0, users=clusters)
+        row[f"Recall@{k}"] = {name: round(value, 4) for name, value in asdict(estimate).items()}
     text = "  ".join(f"R@{k} {row[f'Recall@{k}']['value']:.3f}" for k in CUTS)
     sys.stdout.write(f"{name:32} {text}\n")
     return row
@@ -354,13 +353,9 @@ def differences(
             )
         )
     return [
-        {"metric": metric, "a": one, "b": other, **{key: round(value, 5) for key, value in asdict(each).items()}}
-        for (one, other, _, _), each in zip(gains, decide(sampled), strict=True)
+        {"metric": metric, "a": one, "b": other, **{key: round(value, 5) for key, value in asdict(difference).items()}}
+        for (one, other, _, _), difference in zip(gains, decide(sampled), strict=True)
     ]
-
-
-def _wanted(talks: Sequence[Turn]) -> int:
-    return len({turn.items for turn in talks if turn.user is None})
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -368,38 +363,39 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m eval.benchmarks.redial")
     parser.add_argument("target", type=Path)
     parser.add_argument("--named", type=int, default=100)
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     folder, begin = Path(os.environ.get("LLMREC_DATA", ".")), time.perf_counter()
     items = items_of(folder)
     cases = cases_of(folder, items)
-    said, asked, told = texts(cases, items)
-    single = {**counted(cases, len(items), np.ones(len(set(cases.dialogues)), dtype=bool)), **said}
-    found = {name: hits(scores, cases) for name, scores in single.items()}
+    untrained, queries, descriptions = texts(cases, items)
+    single = {**counted(cases, len(items), np.ones(len(set(cases.dialogues)), dtype=bool)), **untrained}
+    results = {name: hits(scores, cases) for name, scores in single.items()}
     learned = {
-        OTHERS: OtherDialogues(cases, asked, told),
-        SHUFFLED: OtherDialogues(cases, asked, told[exchanged_items(items)]),
+        OTHERS: OtherDialogues(cases, queries, descriptions),
+        SHUFFLED: OtherDialogues(cases, queries, descriptions[exchanged_items(items)]),
     }
-    for name, each in learned.items():
-        found[name] = hits(each.alone(), cases)
-    made, talks = synthetic(items, told)
-    said[SYNTHETIC] = mapped(asked, made.context) @ mapped(told, made.item).T
-    found[SYNTHETIC] = hits(said[SYNTHETIC], cases)
+    for name, encoders in learned.items():
+        results[name] = hits(encoders.alone(), cases)
+    encoder, turns = synthetic(items, descriptions)
+    requested = len({turn.items for turn in turns if turn.user is None})
+    untrained[SYNTHETIC] = mapped(queries, encoder.context) @ mapped(descriptions, encoder.item).T
+    results[SYNTHETIC] = hits(untrained[SYNTHETIC], cases)
     mixtures, weights = mixed(
-        cases, len(items), said, lambda fold: {k: each.scores(fold) for k, each in learned.items()}
+        cases, len(items), untrained, lambda fold: {name: encoders.scores(fold) for name, encoders in learned.items()}
     )
-    found |= mixtures
-    rows = [row_of(name, values, cases.clusters) for name, values in found.items()]
-    families = [[(a, b, found[a][10] - found[b][10], cases.clusters) for a, b in each] for each in _FAMILIES]
-    if given.named:
+    results |= mixtures
+    rows = [row_of(name, values, cases.clusters) for name, values in results.items()]
+    families = [[(a, b, results[a][10] - results[b][10], cases.clusters) for a, b in planned] for planned in _FAMILIES]
+    if options.named:
         drawn = np.argsort(hash64("redial named", 0, [str(case) for case in range(len(cases.rows))]), kind="stable")
-        chosen = np.sort(drawn[: given.named])
+        chosen = np.sort(drawn[: options.named])
         of_chosen = [cases.clusters[case] for case in chosen]
         by_model = hits(named(cases, names_of(items)[0], chosen), cases, chosen)
-        same = {k: values[chosen] for k, values in found["popularity"].items()}
+        same = {k: values[chosen] for k, values in results["popularity"].items()}
         rows += [row_of(NAMED, by_model, of_chosen), row_of(SAME, same, of_chosen)]
         families[1].append((NAMED, SAME, by_model[10] - same[10], of_chosen))
     write_json(
-        given.target,
+        options.target,
         {
             "command": "LLMREC_DATA=FOLDER make bench NAME=redial",
             "dialogues": len(set(cases.clusters)),
@@ -408,9 +404,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "items": len(items),
             "items with facts": sum("facts" in item.fields for item in items),
             "rows": rows,
-            "pairs": [each for family in families for each in differences("Recall@10", family)],
-            "synthetic": {"conversations": TALKS, "turns": len(talks) - TALKS, "items": _wanted(talks)},
-            "cases of the language model": given.named,
+            "pairs": [pair for family in families for pair in differences("Recall@10", family)],
+            "synthetic": {"conversations": TALKS, "turns": len(turns) - TALKS, "items": requested},
+            "cases of the language model": options.named,
             "weights by fold": weights,
             "seconds": round(time.perf_counter() - begin, 1),
             **provenance(),

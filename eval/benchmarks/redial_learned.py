@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 TALKS = 1000
 """Number of simulated conversations for training."""
 MODEL, BEAMS = "SmolLM2-135M-Instruct", 50
-_ASK = "{said}\n\nWhich film should be recommended now? Answer with its title alone."
-# Below any log-likelihood that a search finds.
+_ASK = "{query}\n\nWhich film should be recommended now? Answer with its title alone."
+# Less than any log-likelihood of a search.
 _UNNAMED = -1e9
 
 Floats = NDArray[np.float32]
@@ -78,11 +78,11 @@ class OtherDialogues:
         return self._joined(lambda fold: frozenset((fold,)))
 
     def _joined(self, without: Callable[[int], frozenset[int]]) -> Floats:
-        found = np.zeros((len(self.turns), len(self.items)), dtype=np.float32)
+        scores = np.zeros((len(self.turns), len(self.items)), dtype=np.float32)
         for fold in range(FOLDS):
             dual, rows = self._without(without(fold)), np.unique(self._cases.rows[self.folds == fold])
-            found[rows] = mapped(self.turns[rows], dual.context) @ mapped(self.items, dual.item).T
-        return found
+            scores[rows] = mapped(self.turns[rows], dual.context) @ mapped(self.items, dual.item).T
+        return scores
 
     def _without(self, folds: frozenset[int]) -> DualEncoder:
         if folds not in self._known:
@@ -93,11 +93,11 @@ class OtherDialogues:
 def exchanged_items(items: Sequence[Item]) -> NDArray[np.int64]:
     """Return for each item another one, whose text replaces its text: one with a page if it has a page."""
     order = np.argsort(hash64("redial texts", 0, [item.item_id for item in items]), kind="stable")
-    found = np.empty(len(items), dtype=np.int64)
-    paged = np.array(["facts" in items[place].fields for place in order])
+    exchanged = np.empty(len(items), dtype=np.int64)
+    paged = np.array(["facts" in items[index].fields for index in order])
     for alike in (order[paged], order[~paged]):
-        found[alike] = np.roll(alike, 1)
-    return found
+        exchanged[alike] = np.roll(alike, 1)
+    return exchanged
 
 
 @dataclass(frozen=True)
@@ -115,18 +115,18 @@ class Unknowing:
         return []
 
 
-def synthetic(items: Sequence[Item], told: Floats) -> tuple[DualEncoder, list[Turn]]:
+def synthetic(items: Sequence[Item], vectors: Floats) -> tuple[DualEncoder, list[Turn]]:
     """Return a dual encoder trained on simulated conversations over the items with facts, and these.
 
     Args:
         items: All items.
-        told: Vectors of the items, shape (items, d).
+        vectors: Vectors of the items, shape (items, d).
     """
     films = {item.item_id: item for item in items if "facts" in item.fields}
     facts = Facts(films)
     talk = Conversation(Tools(facts, Unknowing()), RuleManager(), Reader(facts))
     turns = transcript(dialogues(talk, TALKS, seed=0))
-    return learn(ENCODER, of_transcript(turns, [item.item_id for item in items], ENCODER), told), turns
+    return learn(ENCODER, of_transcript(turns, [item.item_id for item in items], ENCODER), vectors), turns
 
 
 def named(cases: Cases, names: Sequence[str], chosen: NDArray[np.int64]) -> Floats:
@@ -144,20 +144,20 @@ def named(cases: Cases, names: Sequence[str], chosen: NDArray[np.int64]) -> Floa
     for column, name in enumerate(names):
         columns.setdefault(name, []).append(column)
     titles = list(columns)
-    place = {column: at for at, each in enumerate(columns.values()) for column in each}
+    title_index = {column: index for index, group in enumerate(columns.values()) for column in group}
     scores = np.full((len(chosen), len(names)), _UNNAMED, dtype=np.float32)
     prompts, out = [], []
     for row in cases.rows[chosen]:
-        prompts.append(Prompt(messages=(Message("user", (Segment("text", _ASK.format(said=cases.queries[row])),)),)))
-        # Titles all of whose items were named before.
-        had = set(cases.named[row])
-        out.append(sorted({place[each] for each in had if had.issuperset(columns[titles[place[each]]])}))
+        prompts.append(Prompt(messages=(Message("user", (Segment("text", _ASK.format(query=cases.queries[row])),)),)))
+        # Exclude titles whose items were all mentioned before.
+        before = set(cases.named[row])
+        out.append(sorted({title_index[i] for i in before if before.issuperset(columns[names[i]])}))
     options = decided(RecommenderOptions(model=MODEL, backend="hf"))
     with LanguageModel.open(options, ranks=False) as model, model.backend("search") as backend:
-        for at, (prompt, without) in enumerate(zip(prompts, out, strict=True)):
-            (found,) = backend.search([prompt], titles, k=BEAMS, width=BEAMS, excluded=[without])
-            for title, score in zip(found.items, found.scores, strict=True):
-                scores[at, columns[titles[title]]] = score
-            if at % 10 == 9:
-                sys.stderr.write(f"{at + 1} of {len(chosen)} named\n")
+        for row, (prompt, without) in enumerate(zip(prompts, out, strict=True)):
+            (result,) = backend.search([prompt], titles, k=BEAMS, width=BEAMS, excluded=[without])
+            for title, score in zip(result.items, result.scores, strict=True):
+                scores[row, columns[titles[title]]] = score
+            if row % 10 == 9:
+                sys.stderr.write(f"{row + 1} of {len(chosen)} named\n")
     return scores

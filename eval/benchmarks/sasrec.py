@@ -34,12 +34,12 @@ from llmrec.recipe.load import load_suite
 SETS: Mapping[str, tuple[float, int]] = {"toys": (0.5, 600), "ml-1m": (0.2, 900)}
 LIBRARIES = ("llmrec", "rectools", "recbole")
 K, SEED, ROWS = 10, 0, 1000
-# The others hold all logits of a batch at once: glibc would return this memory to the system after each step, and half
-# of their time would pass with getting it back.
+# The others hold all logits of a batch at once. By default glibc returns this memory to the system after each step, and
+# allocating it again would take half of their time.
 KEEPING = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 
 
-def own(data: SplitDataset, folder: Path, seconds: float, dropout: float) -> dict[str, Any]:
+def train_llmrec(data: SplitDataset, folder: Path, seconds: float, dropout: float) -> dict[str, Any]:
     """Train llmrec's SASRec for as many epochs as fit into the time, and write its lists."""
     common = {"dropout": dropout, "max_len": 50, "quiet": True}
     begin = time.monotonic()
@@ -71,7 +71,7 @@ def own(data: SplitDataset, folder: Path, seconds: float, dropout: float) -> dic
 def measured(library: str, data: SplitDataset, folder: Path, seconds: float, dropout: float) -> dict[str, Any]:
     """Train SASRec of a library and score its lists."""
     if library == "llmrec":
-        result = own(data, folder, seconds, dropout)
+        result = train_llmrec(data, folder, seconds, dropout)
     else:
         script = Path(__file__).with_name("sasrec_peers.py").resolve()
         command = [os.environ["SASREC_PYTHON"], script, library, folder, str(seconds), str(dropout)]
@@ -81,8 +81,8 @@ def measured(library: str, data: SplitDataset, folder: Path, seconds: float, dro
 
 
 def _figure(metrics: Mapping[str, Any]) -> dict[str, float]:
-    found = metrics[f"NDCG@{K}"]
-    return {"value": found.value, "low": found.low, "high": found.high}
+    estimate = metrics[f"NDCG@{K}"]
+    return {"value": estimate.value, "low": estimate.low, "high": estimate.high}
 
 
 def main(target: Path, names: Sequence[str]) -> None:
@@ -93,18 +93,18 @@ def main(target: Path, names: Sequence[str]) -> None:
         suite = load_suite(f"eval/suites/{name}.yaml")
         data, folder = load_split(suite.data, suite.split_seeds[0]), Path("runs/sasrec", name).resolve()
         write_parts(data, folder)
-        found = sets.setdefault(
+        entry = sets.setdefault(
             name, {"budget_seconds": seconds, "dropout": dropout, "libraries": {}, "differences": {}}
         )
         for library in LIBRARIES:
-            if library not in found["libraries"]:
-                found["libraries"][library] = {**measured(library, data, folder, seconds, dropout), **provenance()}
+            if library not in entry["libraries"]:
+                entry["libraries"][library] = {**measured(library, data, folder, seconds, dropout), **provenance()}
             if library != LIBRARIES[0]:
                 pair = llmrec.score(
                     folder / f"{LIBRARIES[0]}.csv", folder / "truth.csv", against=folder / f"{library}.csv", k=(K,)
                 )
-                found["differences"][library] = _figure(pair.comparisons)
-            sys.stdout.write(f"{name}, {library}: {found['libraries'][library]['test']}\n")
+                entry["differences"][library] = _figure(pair.comparisons)
+            sys.stdout.write(f"{name}, {library}: {entry['libraries'][library]['test']}\n")
             result = {
                 "command": "SASREC_PYTHON=PYTHON LLMREC_DATA=FOLDER OMP_NUM_THREADS=1 make bench NAME=sasrec",
                 "what": "NDCG@10 of test users, seen items filtered, one seed; differences are llmrec - library",

@@ -85,8 +85,8 @@ def rectools(frames: dict[str, pd.DataFrame], seconds: float, dropout: float) ->
         seconds, learn, lambda: ndcg(lists(model, known, truth["user_id"].unique()), truth), lambda: model.torch_model
     )
     everything = dataset(frames["train"], frames["valid"])
-    found = lists(model, everything, frames["test"]["user_id"].unique())
-    return result, found[["user_id", "item_id", "rank"]]
+    ranked = lists(model, everything, frames["test"]["user_id"].unique())
+    return result, ranked[["user_id", "item_id", "rank"]]
 
 
 def recbole(frames: dict[str, pd.DataFrame], seconds: float, dropout: float) -> tuple[dict[str, Any], pd.DataFrame]:
@@ -141,7 +141,7 @@ def recbole(frames: dict[str, pd.DataFrame], seconds: float, dropout: float) -> 
 
     result = until_spent(seconds, learn, judge, lambda: model)
     seen = pd.concat([frames["train"], frames["valid"]]).groupby("user_id")["item_id"].agg(list)
-    users, found = frames["test"]["user_id"].unique(), []
+    users, ranked = frames["test"]["user_id"].unique(), []
     for start in range(0, len(users), 1000):
         some = users[start : start + 1000]
         scores = full_sort_scores(data.token2id("user_id", some), model, test, device=config["device"]).cpu().numpy()
@@ -150,8 +150,8 @@ def recbole(frames: dict[str, pd.DataFrame], seconds: float, dropout: float) -> 
             row[data.token2id("item_id", seen[user])] = -np.inf
             best = np.argsort(-row, kind="stable")[:K]
             items = data.id2token("item_id", best)
-            found.append(pd.DataFrame({"user_id": user, "item_id": items, "rank": range(1, K + 1)}))
-    return result, pd.concat(found, ignore_index=True)
+            ranked.append(pd.DataFrame({"user_id": user, "item_id": items, "rank": range(1, K + 1)}))
+    return result, pd.concat(ranked, ignore_index=True)
 
 
 def main() -> None:
@@ -162,8 +162,8 @@ def main() -> None:
     frames = {part: pd.read_csv(f"{part}.csv", dtype={"user_id": str, "item_id": str}) for part in PARTS}
     result, lists = {"rectools": rectools, "recbole": recbole}[library](frames, seconds, dropout)
     lists.to_csv(f"{library}.csv", index=False)
-    told = {"version": importlib.metadata.version(library), **result}
-    Path(f"{library}.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    summary = {"version": importlib.metadata.version(library), **result}
+    Path(f"{library}.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from eval.benchmarks import search_peers as peers
-from eval.benchmarks.search_alone import FIRST, made_codes, measure_catalogue
+from eval.benchmarks.search_alone import FIRST, build_codes, measure_catalogue
 from eval.benchmarks.timing import alternated, faster, measured, seconds_now, summary, within
 from llmrec.backends.hf.backend import HFBackend
 from llmrec.backends.hf.tree import MaskedTree
@@ -51,7 +51,7 @@ COLD = "nothing kept"
 EACH, EACH_SHORT = "a forward a candidate", "a forward a candidate, few logits"
 
 
-def made_model(dtype: torch.dtype) -> Any:
+def build_model(dtype: torch.dtype) -> Any:
     """Return the model for the measurements."""
     torch.manual_seed(0)
     config = Qwen2Config(
@@ -71,25 +71,24 @@ def made_model(dtype: torch.dtype) -> Any:
 
 def prompts(count: int, length: int, seed: int = 0) -> list[list[int]]:
     """Random text tokens."""
-    found: list[list[int]] = np.random.default_rng(seed).integers(0, FIRST, (count, length)).tolist()
-    return found
+    return np.random.default_rng(seed).integers(0, FIRST, (count, length)).tolist()  # type: ignore[no-any-return]
 
 
 def measure_beam(model: Any, precise: Any) -> dict[str, Any]:
     """Search of a batch, compared with ``generate``."""
-    codes, asked = made_codes(), prompts(USERS, PROMPT)
+    codes, batch = build_codes(), prompts(USERS, PROMPT)
     tree, trie = Catalogue.of(codes), peers.Trie(codes)
     engine = MaskedTree(model, 0)
-    beam(engine, tree, asked, k=WIDTH, width=WIDTH)
+    beam(engine, tree, batch, k=WIDTH, width=WIDTH)
     ways: dict[str, Callable[[], Any]] = {
-        OURS: lambda: beam(MaskedTree(model, 0), tree, asked, k=WIDTH, width=WIDTH),
-        GENERATE: lambda: peers.generate(model, trie, asked, width=WIDTH, length=tree.depth),
+        OURS: lambda: beam(MaskedTree(model, 0), tree, batch, k=WIDTH, width=WIDTH),
+        GENERATE: lambda: peers.generate(model, trie, batch, width=WIDTH, length=tree.depth),
     }
-    seconds, given = alternated(ROUNDS, ways)
+    seconds, results = alternated(ROUNDS, ways)
     exact = agreement(
         codes,
-        beam(MaskedTree(precise, 0), tree, asked[:2], k=WIDTH, width=WIDTH),
-        peers.generate(precise, trie, asked[:2], width=WIDTH, length=tree.depth),
+        beam(MaskedTree(precise, 0), tree, batch[:2], k=WIDTH, width=WIDTH),
+        peers.generate(precise, trie, batch[:2], width=WIDTH, length=tree.depth),
     )
     assert exact["shared_items"] == 1 and exact["largest_difference_nats"] < 1e-4, "the same lists in float32"
     return {
@@ -98,7 +97,7 @@ def measure_beam(model: Any, precise: Any) -> dict[str, Any]:
         "seconds": seconds,
         "work": {"tokens": engine.tokens, "forwards": engine.forwards, "head_rows": engine.head_rows},
         "tokens_of_generate": USERS * WIDTH * (PROMPT + tree.depth - 1),
-        "agreement": agreement(codes, given[OURS], given[GENERATE]),
+        "agreement": agreement(codes, results[OURS], results[GENERATE]),
         "agreement_in_float32": exact,
         "goals": {
             "generate": faster(seconds, GENERATE, OURS, 8.0) | {"what": "times faster than generate"},
@@ -108,20 +107,20 @@ def measure_beam(model: Any, precise: Any) -> dict[str, Any]:
 
 def measure_limit(model: Any) -> dict[str, Any]:
     """The same search, compared with the minimum tokens and logit rows of an exact search."""
-    codes, asked = made_codes(), prompts(USERS, PROMPT)
+    codes, batch = build_codes(), prompts(USERS, PROMPT)
     tree, engine = Catalogue.of(codes), MaskedTree(model, 0)
-    beam(engine, tree, asked, k=WIDTH, width=WIDTH)
+    beam(engine, tree, batch, k=WIDTH, width=WIDTH)
     behind = sum(min(WIDTH, end - start) for start, end in itertools.pairwise(tree.starts[1:-1]))
     assert engine.tokens == USERS * (PROMPT + behind), "no more tokens than the limit"
     ways: dict[str, Callable[[], Any]] = {
-        OURS: lambda: beam(MaskedTree(model, 0), tree, asked, k=WIDTH, width=WIDTH),
-        LIMIT: lambda: plain_forwards(model, asked, behind),
+        OURS: lambda: beam(MaskedTree(model, 0), tree, batch, k=WIDTH, width=WIDTH),
+        LIMIT: lambda: plain_forwards(model, batch, behind),
     }
     seconds, _ = alternated(ROUNDS, ways)
     return {
         "what": f"{USERS} users, prompts of {PROMPT} tokens, {len(codes):,} codes of {tree.depth} tokens that part at "
         f"every token, {WIDTH} beams, in one batch: {engine.tokens:,} tokens and {engine.head_rows} rows of logits in "
-        f"{engine.forwards} forwards, beside as many tokens and at least as many rows in one.",
+        f"{engine.forwards} forwards, compared with as many tokens and at least as many rows in one.",
         "seconds": seconds,
         "goals": {
             "forwards": within(seconds, OURS, LIMIT, 1.1)
@@ -143,9 +142,9 @@ def agreement(
     return {"shared_items": statistics.mean(shared), "largest_difference_nats": apart}
 
 
-def plain_forwards(model: Any, asked: Sequence[Sequence[int]], behind: int) -> None:
+def plain_forwards(model: Any, batch: Sequence[Sequence[int]], behind: int) -> None:
     """Plain causal forward passes over the minimum tokens and logit rows of an exact search."""
-    rows = torch.tensor([[*prompt, *prompt[:behind]] for prompt in asked])
+    rows = torch.tensor([[*prompt, *prompt[:behind]] for prompt in batch])
     with torch.inference_mode():
         hidden = model.get_decoder()(input_ids=rows, use_cache=False).last_hidden_state
         for part in hidden[:, -behind - 1 :].flatten(0, 1).split(256):
@@ -168,27 +167,27 @@ class TokenIds:
 
 def measure_scoring(model: Any, precise: Any) -> dict[str, Any]:
     """Candidate scoring, compared with one forward pass each."""
-    codes, dice = made_codes(), np.random.default_rng(1)
-    (asked,) = prompts(1, PROMPT, seed=1)
+    codes, dice = build_codes(), np.random.default_rng(1)
+    (prompt,) = prompts(1, PROMPT, seed=1)
     tails = [codes[n] for n in dice.choice(len(codes), CANDIDATES, replace=False)]
 
     def ours(model: Any) -> Any:
         backend = HFBackend(model, TokenIds(), packed=True)  # type: ignore[arg-type]
-        return backend.score([asked], [tails])[0].logprobs  # type: ignore[list-item]
+        return backend.score([prompt], [tails])[0].logprobs  # type: ignore[list-item]
 
     ours(model)
     ways: dict[str, Callable[[], Any]] = {
         OURS: lambda: ours(model),
-        EACH: lambda: peers.score(model, asked, tails),
-        EACH_SHORT: lambda: peers.score(model, asked, tails, all_logits=False),
+        EACH: lambda: peers.score(model, prompt, tails),
+        EACH_SHORT: lambda: peers.score(model, prompt, tails, all_logits=False),
     }
-    seconds, given = alternated(ROUNDS, ways)
-    apart = difference(ours(precise), peers.score(precise, asked, tails, all_logits=False))
+    seconds, results = alternated(ROUNDS, ways)
+    apart = difference(ours(precise), peers.score(precise, prompt, tails, all_logits=False))
     assert apart < 1e-4, "the same scores in float32"
     return {
         "what": f"{CANDIDATES} candidates of {len(tails[0])} tokens for one user, a prompt of {PROMPT} tokens.",
         "seconds": seconds,
-        "largest_difference_nats": difference(given[OURS], given[EACH]),
+        "largest_difference_nats": difference(results[OURS], results[EACH]),
         "largest_difference_nats_in_float32": apart,
         "goals": {
             "each": faster(seconds, EACH_SHORT, OURS, 20.0) | {"what": "times faster than a forward a candidate"}
@@ -202,7 +201,7 @@ def difference(one: Sequence[float], two: Sequence[float]) -> float:
 
 def measure_warm(model: Any, precise: Any) -> dict[str, Any]:
     """Search after a prompt that grew by one interaction, compared with a search without a prefix cache."""
-    found, goals, same = {}, {}, []
+    times, goals, same = {}, {}, []
     for length in HISTORIES:
         spent: dict[str, list[float]] = {OURS: [], COLD: []}
         for _ in range(WARM_ROUNDS):
@@ -211,14 +210,14 @@ def measure_warm(model: Any, precise: Any) -> dict[str, Any]:
                 spent[name].append(seconds)
         (warm, _), (cold, _) = warm_and_cold(precise, length)
         same.append(warm.items == cold.items)
-        found[str(length)] = {name: summary(values) for name, values in spent.items()}
-        goals[str(length)] = faster(found[str(length)], COLD, OURS, 3.0) | {
+        times[str(length)] = {name: summary(values) for name, values in spent.items()}
+        goals[str(length)] = faster(times[str(length)], COLD, OURS, 3.0) | {
             "what": f"times faster than with nothing kept, after a prompt of {length} tokens"
         }
     assert all(same), "the same lists in float32"
     return {
         "what": f"One user, one new event of {EVENT} tokens, 10,000 codes of 4 tokens, {FEW} beams.",
-        "seconds": found,
+        "seconds": times,
         "same_lists_in_float32": all(same),
         "goals": goals,
     }
@@ -226,22 +225,22 @@ def measure_warm(model: Any, precise: Any) -> dict[str, Any]:
 
 def warm_and_cold(model: Any, length: int) -> list[tuple[SearchResult, float]]:
     """Search after a prompt with and without a cached prefix; return both lists with seconds."""
-    tree, kept = Catalogue.of(made_codes()), MaskedTree(model, 0, warm=True)
+    tree, kept = Catalogue.of(build_codes()), MaskedTree(model, 0, warm=True)
     (grown,) = prompts(1, length + EVENT, seed=length)
     beam(kept, tree, [grown[:length]], k=FEW, width=FEW)
-    found = []
+    results = []
     for engine in (kept, MaskedTree(model, 0)):
         begin = seconds_now()
         (result,) = beam(engine, tree, [grown], k=FEW, width=FEW)
-        found.append((result, seconds_now() - begin))
-    return found
+        results.append((result, seconds_now() - begin))
+    return results
 
 
 def main(target: Path, only: Sequence[str]) -> None:
     """Measure and write."""
     quiet_libraries()
-    model = made_model(torch.bfloat16 if cpu_has_bf16() else torch.float32)
-    precise = made_model(torch.float32)
+    model = build_model(torch.bfloat16 if cpu_has_bf16() else torch.float32)
+    precise = build_model(torch.float32)
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "beam": lambda: measure_beam(model, precise),
         "limit": lambda: measure_limit(model),

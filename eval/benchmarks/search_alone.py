@@ -19,7 +19,7 @@ ROUNDS, USERS, WIDTH = 3, 8, 20
 MILLION = 1_000_000
 
 
-def made_codes() -> list[tuple[int, ...]]:
+def build_codes() -> list[tuple[int, ...]]:
     """10,000 codes of 4 tokens that branch at every token."""
     sizes = (20, 20, 5, 5)
     levels = [range(FIRST + LEVEL * n, FIRST + LEVEL * n + size) for n, size in enumerate(sizes)]
@@ -45,8 +45,8 @@ def measure_catalogue() -> dict[str, Any]:
         "llmrec, of lists": lambda: Catalogue.of(listed),
         "dict trie": lambda: Trie(listed),
     }
-    seconds, given = alternated(ROUNDS, ways)
-    megabytes = given["llmrec"].nbytes / 1e6
+    seconds, results = alternated(ROUNDS, ways)
+    megabytes = results["llmrec"].nbytes / 1e6
     steps = measure_steps()
     return {
         "what": f"The tree of {MILLION:,} items with codes of 4 tokens, {LEVEL} at each level. A step of the search "
@@ -71,26 +71,26 @@ class Instant:
         self.numbers = -np.random.default_rng(0).exponential(size=MILLION)
         self.at = 0
         self.steps: list[tuple[int, int, float]] = []
-        self._wanted, self._since = 0, 0.0
+        self._count, self._since = 0, 0.0
 
-    def open(self, prompts: Sequence[Sequence[int]], wanted: Targets) -> Floats:
-        self._wanted = 0
-        return self._answers(wanted)
+    def open(self, prompts: Sequence[Sequence[int]], targets: Targets) -> Floats:
+        self._count = 0
+        return self._answers(targets)
 
-    def feed(self, fed: Fed, wanted: Targets) -> Floats:
-        return self._answers(wanted)
+    def feed(self, fed: Fed, targets: Targets) -> Floats:
+        return self._answers(targets)
 
     def close(self) -> None:
         pass
 
-    def _answers(self, wanted: Targets) -> Floats:
-        count = len(wanted.tokens)
-        if self._wanted:
-            self.steps.append((self._wanted, count, time.perf_counter() - self._since))
+    def _answers(self, targets: Targets) -> Floats:
+        count = len(targets.tokens)
+        if self._count:
+            self.steps.append((self._count, count, time.perf_counter() - self._since))
         self.at = (self.at + 9973) % (MILLION - count)
-        found = self.numbers[self.at : self.at + count]
-        self._wanted, self._since = count, time.perf_counter()
-        return found
+        logprobs = self.numbers[self.at : self.at + count]
+        self._count, self._since = count, time.perf_counter()
+        return logprobs
 
 
 def measure_steps() -> Summary:
@@ -105,5 +105,5 @@ def measure_steps() -> Summary:
         for name, tree in trees.items():
             beam(engines[name], tree, [()] * USERS, k=WIDTH, width=WIDTH)
     full = USERS * WIDTH * len(ten)
-    alike = {name: [spent for *sizes, spent in each.steps if sizes == [full, full]] for name, each in engines.items()}
-    return {name: summary(spent) for name, spent in alike.items()}
+    steps = {name: [step for step in engine.steps if step[:2] == (full, full)] for name, engine in engines.items()}
+    return {name: summary([seconds for *_, seconds in equal]) for name, equal in steps.items()}

@@ -61,12 +61,12 @@ def generate(
 
 def score(model: Any, prompt: Sequence[int], tails: Sequence[Path], *, all_logits: bool = True) -> list[float]:
     """Return the log-probability of each candidate, one forward pass each; ``all_logits``: compute all logits."""
-    found = []
+    scores = []
     for tail in tails:
         row = torch.tensor([[*prompt, *tail]])
         keep = 0 if all_logits else len(tail) + 1
         with torch.inference_mode():
             logits = model(input_ids=row, use_cache=False, logits_to_keep=keep).logits[0]
             logprobs = logits[-len(tail) - 1 : -1].float().log_softmax(-1)
-            found.append(float(logprobs.gather(-1, torch.tensor(tail)[:, None]).double().sum()))
-    return found
+            scores.append(float(logprobs.gather(-1, torch.tensor(tail)[:, None]).double().sum()))
+    return scores

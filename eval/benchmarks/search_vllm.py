@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from eval.benchmarks.provenance import provenance
-from eval.benchmarks.search import made_model
+from eval.benchmarks.search import build_model
 from eval.benchmarks.timing import faster, summary, within
 from llmrec.backends.vllm.backend import VLLMBackend, VLLMTree, prepare_environment
 from llmrec.decode.beam import beam
@@ -49,45 +49,45 @@ Spent = dict[str, dict[str, list[float]]]
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A prompt whose tokens are given."""
+class TokenPrompt:
+    """A prompt of tokens."""
 
     ids: tuple[int, ...]
     stop: None = None
 
 
-class Given:
-    """Replaces an encoder; all tokens are given."""
+class TokenEncoder:
+    """Replaces an encoder; prompts and texts are tokens."""
 
     max_length = 1024
 
     def __init__(self, codes: Sequence[Sequence[int]]) -> None:
         self._catalogue = Catalogue.of(codes)
 
-    def prompt(self, prompt: Asked) -> list[int]:
+    def prompt(self, prompt: TokenPrompt) -> list[int]:
         return list(prompt.ids)
 
-    def continuations(self, prompt: Asked, ids: Any, texts: Sequence[tuple[int, ...]], *, closed: bool) -> Any:
+    def continuations(self, prompt: TokenPrompt, ids: Any, texts: Sequence[tuple[int, ...]], *, closed: bool) -> Any:
         return list(texts)
 
     def catalogue(self, texts: Any, stop: None) -> Catalogue:
         return self._catalogue
 
 
-def made_codes() -> list[tuple[int, ...]]:
+def build_codes() -> list[tuple[int, ...]]:
     """Distinct random codes."""
     numbers = np.random.default_rng(0).choice(LEVEL**DEPTH, size=ITEMS, replace=False)
     columns = [FIRST + LEVEL * n + (numbers // LEVEL**n) % LEVEL for n in range(DEPTH)]
     return [tuple(row) for row in np.stack(columns, axis=1).tolist()]
 
 
-def made_prompts(length: int, seed: int) -> list[Asked]:
+def build_prompts(length: int, seed: int) -> list[TokenPrompt]:
     """Random text tokens."""
     ids = np.random.default_rng([seed, length]).integers(3, FIRST, (USERS, length)).tolist()
-    return [Asked(tuple(row)) for row in ids]
+    return [TokenPrompt(tuple(row)) for row in ids]
 
 
-def tokens(prompts: Sequence[Asked]) -> list[dict[str, list[int]]]:
+def tokens(prompts: Sequence[TokenPrompt]) -> list[dict[str, list[int]]]:
     """Return prompts in vLLM's format."""
     return [{"prompt_token_ids": list(prompt.ids)} for prompt in prompts]
 
@@ -95,26 +95,26 @@ def tokens(prompts: Sequence[Asked]) -> list[dict[str, list[int]]]:
 def save_model(folder: Path) -> str:
     """Write the model, and return its type."""
     dtype = torch.bfloat16 if cpu_has_bf16() else torch.float32
-    made_model(dtype).save_pretrained(folder)
+    build_model(dtype).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return str(dtype).removeprefix("torch.")
 
 
-def free_search(engine: Any, prompts: Sequence[Asked]) -> Any:
+def free_search(engine: Any, prompts: Sequence[TokenPrompt]) -> Any:
     """Search without a catalogue, by vLLM's ``beam_search``."""
     import vllm
 
-    wanted = vllm.sampling_params.BeamSearchParams(beam_width=WIDTH, max_tokens=DEPTH, ignore_eos=True)
-    return engine.beam_search(tokens(prompts), wanted)
+    params = vllm.sampling_params.BeamSearchParams(beam_width=WIDTH, max_tokens=DEPTH, ignore_eos=True)
+    return engine.beam_search(tokens(prompts), params)
 
 
-def scored(engine: Any, prompts: Sequence[Asked], tails: Sequence[Sequence[tuple[int, ...]]]) -> list[float]:
-    """Score candidates by the log-probabilities of whole prompts."""
+def scored(engine: Any, prompts: Sequence[TokenPrompt], tails: Sequence[Sequence[tuple[int, ...]]]) -> list[float]:
+    """Score candidates by the log-probabilities of full prompts."""
     import vllm
 
-    whole = [{"prompt_token_ids": [*p.ids, *tail]} for p, group in zip(prompts, tails, strict=True) for tail in group]
-    wanted = vllm.SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-    outputs = engine.generate(whole, wanted, use_tqdm=False)
+    full = [{"prompt_token_ids": [*p.ids, *tail]} for p, group in zip(prompts, tails, strict=True) for tail in group]
+    params = vllm.SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+    outputs = engine.generate(full, params, use_tqdm=False)
     flat = [tail for group in tails for tail in group]
     return [
         sum(step[token].logprob for step, token in zip(output.prompt_logprobs[-len(tail) :], tail, strict=True))
@@ -127,7 +127,7 @@ class Bench:
 
     def __init__(self, folder: Path, dtype: str) -> None:
         self.folder, self.dtype = folder, dtype
-        self.codes = made_codes()
+        self.codes = build_codes()
         self.spent: Spent = {}
         self.work: dict[str, Any] = {}
         self.apart: dict[str, float] = {}
@@ -135,31 +135,31 @@ class Bench:
 
     def time(self, engine: Any, what: str, ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, Any]:
         """Time implementations alternately, each with an empty cache."""
-        given = {}
+        results = {}
         for _ in range(repeats):
             for name, once in ways.items():
                 engine.reset_prefix_cache()
                 begin = time.perf_counter()
-                given[name] = once()
+                results[name] = once()
                 self.spent.setdefault(what, {}).setdefault(name, []).append(time.perf_counter() - begin)
         self.loads.append(round(os.getloadavg()[0], 2))
-        return given
+        return results
 
     def ours(self, seed: int) -> None:
         """Run both searches and both scoring implementations on an engine with llmrec's settings."""
-        backend = VLLMBackend(str(self.folder), Given(self.codes), dtype=self.dtype, route="forced")  # type: ignore[arg-type]
+        backend = VLLMBackend(str(self.folder), TokenEncoder(self.codes), dtype=self.dtype, route="forced")  # type: ignore[arg-type]
         try:
             self._warm(backend)
             for length in LENGTHS:
-                self._searches(backend, made_prompts(length, seed))
+                self._searches(backend, build_prompts(length, seed))
             for name, prompt in (("codes", SHORT), ("titles", SHORT), (LONG, LENGTHS[0])):
-                self._scores(backend, name, made_prompts(prompt, seed))
+                self._scores(backend, name, build_prompts(prompt, seed))
         finally:
             backend.close()
 
     def _warm(self, backend: Any) -> None:
         """Warm up, so that compilation and loading are not timed."""
-        some = made_prompts(40, 0)
+        some = build_prompts(40, 0)
         for route in ("forced", "nodes"):
             backend.route = route
             backend.search(some, self.codes, k=WIDTH, width=WIDTH)
@@ -168,7 +168,7 @@ class Bench:
         backend.score(some[:1], [[(5, 6), (5, 7)]])
         scored(backend._llm(), some[:1], [[(5, 6)]])
 
-    def _searches(self, backend: Any, prompts: Sequence[Asked]) -> None:
+    def _searches(self, backend: Any, prompts: Sequence[TokenPrompt]) -> None:
         def search(route: str) -> Any:
             backend.route = route
             try:
@@ -177,7 +177,7 @@ class Bench:
                 backend.route = "forced"
 
         length = len(prompts[0].ids)
-        given = self.time(
+        results = self.time(
             backend._llm(),
             str(length),
             {
@@ -187,7 +187,7 @@ class Bench:
             },
             REPEATS,
         )
-        assert [each.items for each in given[OURS]] == [each.items for each in given[NODES]]
+        assert [result.items for result in results[OURS]] == [result.items for result in results[NODES]]
         for name, chains in ((OURS, True), (NODES, False)):
             backend._llm().reset_prefix_cache()
             tree = VLLMTree(backend._read, chains=chains, limit=128)
@@ -195,12 +195,12 @@ class Bench:
             work = {"tokens": tree.tokens, "requests": tree.requests, "rounds": tree.forwards}
             self.work.setdefault(str(length), {})[name] = work
 
-    def _scores(self, backend: Any, name: str, prompts: Sequence[Asked]) -> None:
+    def _scores(self, backend: Any, name: str, prompts: Sequence[TokenPrompt]) -> None:
         dice = np.random.default_rng(9)
         tails = [[self.codes[n] for n in dice.choice(ITEMS, CANDIDATES, replace=False)] for _ in prompts]
         if name == "titles":
             tails = [[tuple(row) for row in dice.integers(3, FIRST, (CANDIDATES, TITLE)).tolist()] for _ in prompts]
-        given = self.time(
+        results = self.time(
             backend._llm(),
             name,
             {
@@ -209,9 +209,9 @@ class Bench:
             },
             1,
         )
-        own = [value for scores in given[OURS] for value in scores.logprobs]
-        assert len({round(value, 4) for value in own}) > len(own) / 2 and np.isfinite(own).all()
-        apart = max(abs(a - b) for a, b in zip(own, given[PROMPT_LOGPROBS], strict=True))
+        logprobs = [value for scores in results[OURS] for value in scores.logprobs]
+        assert len({round(value, 4) for value in logprobs}) > len(logprobs) / 2 and np.isfinite(logprobs).all()
+        apart = max(abs(a - b) for a, b in zip(logprobs, results[PROMPT_LOGPROBS], strict=True))
         self.apart[name] = max(apart, self.apart.get(name, 0.0))
 
     def default(self, seed: int) -> int:
@@ -221,7 +221,7 @@ class Bench:
         engine = vllm.LLM(
             str(self.folder),
             dtype=self.dtype,
-            max_model_len=Given.max_length,
+            max_model_len=TokenEncoder.max_length,
             max_logprobs=2 * WIDTH,
             enforce_eager=True,
             enable_prefix_caching=True,
@@ -229,9 +229,9 @@ class Bench:
             use_tqdm_on_load=False,
         )
         try:
-            free_search(engine, made_prompts(40, 0))
+            free_search(engine, build_prompts(40, 0))
             for length in LENGTHS:
-                prompts = made_prompts(length, seed)
+                prompts = build_prompts(length, seed)
                 self.time(engine, str(length), {DEFAULT: lambda p=prompts: free_search(engine, p)}, 1)  # type: ignore[misc]
             return int(engine.llm_engine.vllm_config.cache_config.block_size)
         finally:
@@ -276,11 +276,11 @@ def main(target: Path) -> None:
         for seed in range(1, ROUNDS + 1):
             bench.ours(seed)
             block = bench.default(seed)
-    found = bench.result()
-    for name, each in found["goals"].items():
-        figures = ", ".join(f"{value:.2f}" for value in each["found"].values())
-        sys.stdout.write(f"{name}: {figures} {each['what']}, {'met' if each['met'] else 'NOT met'}\n")
-    sys.stdout.write(f"load after each measurement: {found['loads']}\n")
+    results = bench.result()
+    for name, goal in results["goals"].items():
+        figures = ", ".join(f"{value:.2f}" for value in goal["found"].values())
+        sys.stdout.write(f"{name}: {figures} {goal['what']}, {'met' if goal['met'] else 'NOT met'}\n")
+    sys.stdout.write(f"load after each measurement: {results['loads']}\n")
     result = {
         "command": "python -m eval.benchmarks.search_vllm eval/results/search_vllm.json",
         "what": f"search of {ITEMS} codes of {DEPTH} tokens, {WIDTH} beams, and scores of {CANDIDATES} candidates, for "
@@ -288,7 +288,7 @@ def main(target: Path) -> None:
         "rounds": {"engines": ROUNDS, "each on blocks of 32": REPEATS, "default blocks and scoring": 1},
         "model": f"41 million random weights, {bench.dtype}",
         "took": time.perf_counter() - begin,
-        **found,
+        **results,
         **provenance(),
     }
     write_json(target, result)

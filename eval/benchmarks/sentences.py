@@ -65,14 +65,14 @@ def joined(sample: Path, readers: list[Path]) -> dict[str, object]:
     """Return the sample with the class of each reader, and the counts."""
     rows = json.loads(sample.read_text(encoding="utf-8"))
     classes = [json.loads(reader.read_text(encoding="utf-8")) for reader in readers]
-    for given in classes:
-        if len(given) != len(rows) or not set(given) <= set(CLASSES):
+    for answers in classes:
+        if len(answers) != len(rows) or not set(answers) <= set(CLASSES):
             raise SystemExit(f"a reader gives one of {', '.join(CLASSES)} for each of the {len(rows)} sentences")
     return {
         "command": "python -m eval.benchmarks.sentences join SAMPLE READER READER eval/results/sentences.json",
         "seed": SEED,
         **provenance(),
-        "counts": [dict(Counter(given)) for given in classes],
+        "counts": [dict(Counter(answers)) for answers in classes],
         "sentences": [
             row | {"classes": list(pair)} for row, pair in zip(rows, zip(*classes, strict=True), strict=True)
         ],

@@ -75,10 +75,10 @@ class Running:
     url: str
     key: str
 
-    def ask(self, method: str, path: str, **given: Any) -> httpx.Response:
+    def ask(self, method: str, path: str, **arguments: Any) -> httpx.Response:
         """Send a request that must succeed."""
         headers = {"Authorization": f"Bearer {self.key}"}
-        return httpx.request(method, f"{self.url}{path}", headers=headers, timeout=120, **given).raise_for_status()
+        return httpx.request(method, f"{self.url}{path}", headers=headers, timeout=120, **arguments).raise_for_status()
 
 
 def main() -> None:
@@ -93,16 +93,16 @@ def main() -> None:
     tool = os.environ.get("SCHEMATHESIS", "schemathesis")
     with tempfile.TemporaryDirectory() as name, serving(chosen.run, Path(name)) as service:
         before = counted(service)
-        found = asked(tool, service, Path(name), chosen)
+        report = run_schemathesis(tool, service, Path(name), chosen)
         answers = counted(service) - before
     statuses: Counter[str] = Counter()
     for (_, status), count in answers.items():
         statuses[status] += count
     result = {
         "command": f"make bench NAME=schema{' RUN=...' if chosen.run else ''}",
-        "what": "a service asked by schemathesis whatever its OpenAPI document allows and does not",
+        "what": "valid and invalid requests by schemathesis from the OpenAPI document of a service",
         "model": Path(chosen.run).name if chosen.run else "toy, two layers",
-        **found,
+        **report,
         "statuses": dict(sorted(statuses.items())),
         "faults": {f"{status} {endpoint}": count for (endpoint, status), count in answers.items() if status >= "500"},
         **provenance(),
@@ -129,7 +129,7 @@ def serving(run: str, folder: Path) -> Iterator[Running]:
         yield service
 
 
-def asked(tool: str, service: Running, folder: Path, chosen: argparse.Namespace) -> dict[str, Any]:
+def run_schemathesis(tool: str, service: Running, folder: Path, chosen: argparse.Namespace) -> dict[str, Any]:
     """Run schemathesis, and return its report."""
     config, report = folder / "schemathesis.toml", folder / "report.json"
     settings = {"hooks": json.dumps(str(HOOKS)), "seconds": chosen.seconds, "examples": chosen.examples}
@@ -140,36 +140,36 @@ def asked(tool: str, service: Running, folder: Path, chosen: argparse.Namespace)
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     # A case may be as long as the longest body.
     print("\n".join(line[:400] for line in f"{done.stdout}\n{done.stderr}".splitlines() if line))  # noqa: T201
-    told = json.loads(report.read_text(encoding="utf-8"))
+    summary = json.loads(report.read_text(encoding="utf-8"))
     return {
-        "schemathesis": told["schemathesis_version"],
-        "seed": told["seed"],
-        "seconds": round(told["running_time"], 1),
-        "complete": told["complete"],
-        "operations": {key: told["operations"][key] for key in ("total", "tested", "errored", "skipped")},
-        "phases": {name: each["status"] for name, each in told["phases"].items()},
-        "cases": told["test_cases"],
-        "failures": {each["title"]: each["count"] for each in told["failures"]},
-        "errors": told["errors"],
-        "warnings": {name: each for name, each in told["warnings"].items() if each},
-        "good_bodies": good_bodies(told["valid_rates"]),
+        "schemathesis": summary["schemathesis_version"],
+        "seed": summary["seed"],
+        "seconds": round(summary["running_time"], 1),
+        "complete": summary["complete"],
+        "operations": {key: summary["operations"][key] for key in ("total", "tested", "errored", "skipped")},
+        "phases": {name: phase["status"] for name, phase in summary["phases"].items()},
+        "cases": summary["test_cases"],
+        "failures": {failure["title"]: failure["count"] for failure in summary["failures"]},
+        "errors": summary["errors"],
+        "warnings": {name: count for name, count in summary["warnings"].items() if count},
+        "good_bodies": good_bodies(summary["valid_rates"]),
     }
 
 
 def good_bodies(rates: dict[str, Any]) -> dict[str, int]:
     """Return the outcomes of cases that match the schema, over all endpoints and phases."""
-    found: Counter[str] = Counter()
+    outcomes: Counter[str] = Counter()
     for phases in rates.values():
-        for each in phases.values():
-            found.update(each)
-    return dict(found)
+        for counts in phases.values():
+            outcomes.update(counts)
+    return dict(outcomes)
 
 
 def counted(service: Running) -> Counter[tuple[str, str]]:
     """Return the number of responses by endpoint and status."""
     row = r'^llmrec_requests_total\{endpoint="(.*)",status="(\d+)"\} (\S+)$'
-    found = re.findall(row, service.ask("GET", "/metrics").text, re.MULTILINE)
-    return Counter({(endpoint, status): int(float(count)) for endpoint, status, count in found})
+    matches = re.findall(row, service.ask("GET", "/metrics").text, re.MULTILINE)
+    return Counter({(endpoint, status): int(float(count)) for endpoint, status, count in matches})
 
 
 if __name__ == "__main__":

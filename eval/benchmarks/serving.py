@@ -2,7 +2,7 @@
 
 ``LOCUST=/path/to/locust python -m eval.benchmarks.serving TARGET.json [--demo RUN] [--titles RUN] [--decoder RUN]``.
 ``--demo`` names a run of ``recipes/demo.yaml``; ``--titles`` a run whose model ranks titles and explains, such as the
-quickstart's; ``--decoder`` one that was fine-tuned on semantic IDs. The parts of each given run are measured and
+quickstart's; ``--decoder`` one that was fine-tuned on semantic IDs. The parts of each run are measured and
 replaced in the target, which is written after every part. locust needs a separate environment.
 """
 
@@ -46,11 +46,11 @@ class Service:
 
     def engine(self) -> psutil.Process:
         children = psutil.Process(self.process.pid).children(recursive=True)
-        return max(children, key=lambda each: each.memory_info().rss)
+        return max(children, key=lambda child: child.memory_info().rss)
 
     def megabytes(self) -> float:
-        own = psutil.Process(self.process.pid)
-        return sum(each.memory_info().rss for each in [own, *own.children(recursive=True)]) / 1e6
+        parent = psutil.Process(self.process.pid)
+        return sum(process.memory_info().rss for process in [parent, *parent.children(recursive=True)]) / 1e6
 
     def ready(self, patience: float = 600.0) -> float:
         """Wait until it answers, and return the seconds."""
@@ -67,27 +67,16 @@ class Service:
 
 @contextmanager
 def serving(run: str, store: Path, *options: str) -> Iterator[Service]:
-    command = [
-        sys.executable,
-        "-m",
-        "llmrec.cli.main",
-        "serve",
-        run,
-        "--port",
-        "0",
-        "--store",
-        str(store),
-        "--quiet",
-    ]
+    command = [sys.executable, "-m", "llmrec.cli.main", "serve", run, "--port", "0", "--store", str(store), "--quiet"]
     process = subprocess.Popen(
         [*command, "--dtype", "float32", "--backend", "hf", *options], stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     line = process.stdout.readline()
-    found = re.search(r"http://\S+", line)
-    assert found, line
+    match = re.search(r"http://\S+", line)
+    assert match, line
     threading.Thread(target=process.stdout.read, daemon=True).start()
-    service = Service(found[0], process)
+    service = Service(match[0], process)
     try:
         service.ready()
         yield service
@@ -127,7 +116,7 @@ def load(
     return np.array(rows).reshape(-1, 3)
 
 
-def told(answers: np.ndarray) -> dict[str, Any]:
+def load_summary(answers: np.ndarray) -> dict[str, Any]:
     """Return the throughput and latency of answered requests, and the number and latency of rejected ones."""
     ok, refused = answers[answers[:, 1] == 200], answers[answers[:, 1] == 429]
     span = float(np.ptp(ok[:, 0] - ok[:, 2] / 1000)) if len(ok) > 1 else 0.0
@@ -153,16 +142,16 @@ def _share(rows: np.ndarray, percent: float) -> float | None:
 
 def questions(service: Service, kind: str) -> tuple[str, list[Any]]:
     """Return an endpoint and distinct bodies over the service's items."""
-    items = [each["item_id"] for each in httpx.get(f"{service.url}/v1/items?limit=600").json()["items"]]
+    items = [item["item_id"] for item in httpx.get(f"{service.url}/v1/items?limit=600").json()["items"]]
     histories = [[items[(7 * n + 3 * k) % len(items)] for k in range(8)] for n in range(200)]
     if kind in ("classic", "ensemble", "decoder"):
-        return "/v1/rank", [{"history": each, "k": 10} for each in histories]
+        return "/v1/rank", [{"history": history, "k": 10} for history in histories]
     if kind == "titles":
         return "/v1/rank", [
-            {"history": each, "candidates": [items[(11 * n + 5 * k + 1) % len(items)] for k in range(20)]}
-            for n, each in enumerate(histories)
+            {"history": history, "candidates": [items[(11 * n + 5 * k + 1) % len(items)] for k in range(20)]}
+            for n, history in enumerate(histories)
         ]
-    return "/v1/explain", [{"history": each, "item_id": items[n]} for n, each in enumerate(histories)]
+    return "/v1/explain", [{"history": history, "item_id": items[n]} for n, history in enumerate(histories)]
 
 
 def workload(kind: str, run: str, folder: Path, seconds: float, batch: int) -> dict[str, Any]:
@@ -171,8 +160,8 @@ def workload(kind: str, run: str, folder: Path, seconds: float, batch: int) -> d
         path, bodies = questions(service, kind)
         load(service, path, bodies, 4, 5, folder)
         levels = CLIENTS if batch > 1 else (32,)
-        found = {str(each): told(load(service, path, bodies, each, seconds, folder)) for each in levels}
-        return {"levels": found, "megabytes": service.megabytes()}
+        results = {str(n): load_summary(load(service, path, bodies, n, seconds, folder)) for n in levels}
+        return {"levels": results, "megabytes": service.megabytes()}
 
 
 def overload(run: str, folder: Path, minutes: float) -> dict[str, Any]:
@@ -184,7 +173,7 @@ def overload(run: str, folder: Path, minutes: float) -> dict[str, Any]:
     options = ("--models", "fusion", "--room", "32", "--timeout", "30")
     with serving(run, folder / "overload.sqlite", *options) as service:
         path, bodies = questions(service, "ensemble")
-        alone = told(load(service, path, bodies, 16, 10, folder))
+        alone = load_summary(load(service, path, bodies, 16, 10, folder))
         memory: list[float] = []
         ended = threading.Event()
 
@@ -201,8 +190,8 @@ def overload(run: str, folder: Path, minutes: float) -> dict[str, Any]:
         return {
             "minutes": minutes,
             "without": alone,
-            "crowd": told(crowd),
-            "patient_crowd": told(patient),
+            "crowd": load_summary(crowd),
+            "patient_crowd": load_summary(patient),
             "megabytes": memory,
             "growth": (float(np.mean(memory[-4:]) / np.mean(memory[3:7]) - 1) if len(memory) > 8 else None),
         }
@@ -263,7 +252,7 @@ def swapped(run: str, folder: Path) -> dict[str, Any]:
         swapping.start()
         answers = load(service, path, bodies, 8, 60, folder)
         swapping.join()
-        return {"seconds": seconds[0] if seconds else None, **told(answers)}
+        return {"seconds": seconds[0] if seconds else None, **load_summary(answers)}
 
 
 def main() -> None:
@@ -274,33 +263,33 @@ def main() -> None:
     parser.add_argument("--decoder", help="a run that was fine-tuned on semantic IDs")
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--minutes", type=float, default=10.0)
-    given = parser.parse_args()
+    options = parser.parse_args()
     folder = Path("runs") / "benchmarks" / "serving"
     folder.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Any] = json.loads(given.target.read_text()) if given.target.is_file() else {}
+    results: dict[str, Any] = json.loads(options.target.read_text()) if options.target.is_file() else {}
     kinds = {"demo": ("classic", "ensemble"), "decoder": ("decoder",), "titles": ("titles", "generation")}
     parts: dict[str, Any] = {}
     for name in kinds:
-        if (run := getattr(given, name)) is not None:
+        if (run := getattr(options, name)) is not None:
             for kind, (way, batch) in product(kinds[name], (("batched", 32), ("alone", 1))):
-                parts[f"{kind}_{way}"] = partial(workload, kind, run, folder, given.seconds, batch)
-    if given.demo is not None:
-        parts["overload"] = partial(overload, given.demo, folder, given.minutes)
-    if given.titles is not None:
-        parts["broken"] = partial(broken, given.titles, folder)
-    if given.decoder is not None:
-        parts["swapped"] = partial(swapped, given.decoder, folder)
+                parts[f"{kind}_{way}"] = partial(workload, kind, run, folder, options.seconds, batch)
+    if options.demo is not None:
+        parts["overload"] = partial(overload, options.demo, folder, options.minutes)
+    if options.titles is not None:
+        parts["broken"] = partial(broken, options.titles, folder)
+    if options.decoder is not None:
+        parts["swapped"] = partial(swapped, options.decoder, folder)
     for name, measure in parts.items():
         begun = time.monotonic()
-        found[name] = {**measure(), "seconds_taken": time.monotonic() - begun, "load_before": os.getloadavg()[0]}
-        found |= {
+        results[name] = {**measure(), "seconds_taken": time.monotonic() - begun, "load_before": os.getloadavg()[0]}
+        results |= {
             **provenance(),
             "command": "make bench NAME=serving",
-            "seconds": given.seconds,
+            "seconds": options.seconds,
             "locust": subprocess.run([LOCUST, "--version"], capture_output=True, text=True).stdout.split()[1],
         }
-        write_json(given.target, found)
-        print(name, json.dumps(found[name])[:300], flush=True)  # noqa: T201
+        write_json(options.target, results)
+        print(name, json.dumps(results[name])[:300], flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -33,6 +33,6 @@ _LOG = open(SETTINGS["log"], "a", buffering=1)  # noqa: SIM115, PTH123
 
 
 @events.request.add_listener
-def noted(response_time: float, response: object, exception: object, **_: object) -> None:
+def record_response(response_time: float, response: object, exception: object, **_: object) -> None:
     status = getattr(response, "status_code", 0) or 0
     _LOG.write(f"{time.time():.3f} {status} {response_time:.2f}\n")

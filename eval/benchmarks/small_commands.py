@@ -40,8 +40,8 @@ def lines(folder: Path) -> dict[str, list[str]]:
     """Return the commands, after writing a table and one request for the test model into a folder."""
     titles = "".join(f"i{n},Film number {n} ({1950 + n})\n" for n in range(ITEMS))
     (folder / "items.csv").write_text(f"item_id,title\n{titles}", encoding="utf-8")
-    asked = {"history": ["i1", "i2", "i3"], "candidates": [f"i{n}" for n in range(4, 12)]}
-    (folder / "one.jsonl").write_text(json.dumps(asked) + "\n", encoding="utf-8")
+    request = {"history": ["i1", "i2", "i3"], "candidates": [f"i{n}" for n in range(4, 12)]}
+    (folder / "one.jsonl").write_text(json.dumps(request) + "\n", encoding="utf-8")
     events = "".join(f"u{n % 500},i{n * 7 % 997 % ITEMS},{1_700_000_000 + n}\n" for n in range(ROWS))
     (folder / "events.csv").write_text(f"customer_id,sku,ordered_at\n{events}", encoding="utf-8")
     files = ["--items", f"{folder}/items.csv", "--in", f"{folder}/one.jsonl", "--out", f"{folder}/out.jsonl"]
@@ -70,15 +70,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
-    given = parser.parse_args()
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         todo, spent, below = lines(Path(folder)), dict[str, list[float]](), dict[str, list[float]]()
-        for _ in range(given.rounds):
+        for _ in range(options.rounds):
             for name, words in todo.items():
                 Path(folder, "out.jsonl").unlink(missing_ok=True)
                 spent.setdefault(name, []).append(user_seconds(["-m", "llmrec.cli.main", *words]))
                 below.setdefault(name, []).append(user_seconds(["-c", LIBRARIES[name]]))
-    found = {
+    commands = {
         name: {
             "user_seconds": round(min(seconds), 3),
             "goal": GOALS[name],
@@ -89,11 +89,11 @@ def main() -> None:
         for name, seconds in spent.items()
     }
     write_json(
-        given.out,
+        options.out,
         {
             "command": "make bench NAME=commands",
-            "rounds": given.rounds,
-            "commands": found,
+            "rounds": options.rounds,
+            "commands": commands,
             **provenance(),
         },
     )

@@ -27,12 +27,12 @@ def copies(folder: Path) -> Iterator[tuple[Known, Path]]:
     """
     pages = published()
     others = {name for page in pages for layout in page.layouts if layout.items for name in layout.items.files}
-    for place in sorted({folder, *(path for path in folder.rglob("*") if path.is_dir())}):
-        for path in sorted(path for path in place.iterdir() if path.is_file()):
+    for directory in sorted({folder, *(path for path in folder.rglob("*") if path.is_dir())}):
+        for path in sorted(path for path in directory.iterdir() if path.is_file()):
             name = plain_name(path.name)
             fitting = {page.name: _fit(page, name) for page in pages if name not in others}
             best = [page for page in pages if fitting.get(page.name) and fitting[page.name] == max(fitting.values())]
-            for page in [page for page in best if place.name in page.folders] or best:
+            for page in [page for page in best if directory.name in page.folders] or best:
                 yield page, path
 
 
@@ -44,26 +44,26 @@ def _fit(page: Known, name: str) -> int:
 
 def check(folder: Path) -> None:
     """Read every copy of a published data set in a folder, and print its description."""
-    there_are = False
+    any_copy = False
     for page, path in copies(folder):
-        there_are = True
+        any_copy = True
         section = DataSection(source=page.name, path=str(path), duplicates="keep_last")
         begin = perf_counter()
         try:
             data = load(section, seed=0)
         except LlmrecError as error:
-            found: dict[str, object] = {"rejected": str(error).replace(f"{folder}/", "")}
+            report: dict[str, object] = {"rejected": str(error).replace(f"{folder}/", "")}
         else:
             users, items = (data.interactions[column].n_unique() for column in ("user_id", "item_id"))
-            found = {
+            report = {
                 "read": [users, items, data.interactions.height],
                 "rows": int(data.provenance["rows"]),
                 "published": data.provenance.get("published", "no counts of this file are published"),
                 "notes": data.provenance.get("notes", "").replace(f"{folder}/", ""),
                 "seconds": round(perf_counter() - begin, 1),
             }
-        sys.stdout.write(f"{page.name}: {path.relative_to(folder)}: {json.dumps(found)}\n")
-    if not there_are:
+        sys.stdout.write(f"{page.name}: {path.relative_to(folder)}: {json.dumps(report)}\n")
+    if not any_copy:
         sys.stdout.write(f"{folder} has no files of published data sets; see docs/datasets-and-output-files.md\n")
 
 

@@ -28,7 +28,7 @@ ROWS_A_USER = 50
 _BLOCK = 2_000_000
 _MIB = 2**20
 SIZES = (1_000_000, 10_000_000)
-# A hundred million rows give a thousand million item pairs for transitions of up to ten positions and similarities.
+# 100 million rows give a billion item pairs for similarities and transitions of up to ten positions.
 _PAIRS_UP_TO = 10_000_000
 
 
@@ -41,7 +41,7 @@ def make(path: Path, rows: int) -> None:
         for start in range(0, rows, _BLOCK):
             count = min(_BLOCK, rows - start)
             rng = np.random.default_rng([rows, start])
-            # Item i has a share that falls as i**(-2/3): one of a hundred thousand has two rows of a hundred.
+            # The share of item i falls as i**(-2/3): the most popular of 100,000 items has 2 % of the rows.
             item = (items * rng.random(count) ** 3).astype(np.int64)
             # Rows are sorted by time, not by user.
             frame = pl.DataFrame(
@@ -96,58 +96,58 @@ def stages(path: Path, rows: int) -> list[tuple[str, Callable[[dict[str, Any]], 
 
     recipe = as_recipe(_recipe(path))
 
-    def loaded(made: dict[str, Any]) -> None:
-        made["data"] = load(recipe.data, seed=0)
+    def loaded(state: dict[str, Any]) -> None:
+        state["data"] = load(recipe.data, seed=0)
 
-    def parted(made: dict[str, Any]) -> None:
-        made["split"] = split(made.pop("data"), recipe.data.split, seed=0)
+    def parted(state: dict[str, Any]) -> None:
+        state["split"] = split(state.pop("data"), recipe.data.split, seed=0)
 
-    def told(made: dict[str, Any]) -> None:
-        statistics(made["split"])
+    def described(state: dict[str, Any]) -> None:
+        statistics(state["split"])
 
-    def studied(made: dict[str, Any]) -> None:
-        made["study"] = build_study(recipe, made["split"])
-        made["requests"] = [case.request for case in made["study"].cases("sequential")]
+    def studied(state: dict[str, Any]) -> None:
+        state["study"] = build_study(recipe, state["split"])
+        state["requests"] = [case.request for case in state["study"].cases("sequential")]
 
-    def drawn(made: dict[str, Any]) -> None:
-        draw(made["split"], "test", recipe.eval.candidates, seed=0)
+    def drawn(state: dict[str, Any]) -> None:
+        draw(state["split"], "test", recipe.eval.candidates, seed=0)
 
-    def planned(made: dict[str, Any]) -> None:
+    def planned(state: dict[str, Any]) -> None:
         base = resolve(recipe.model, seed=0)
         encoder = Encoder(load_tokenizer(base, recipe.model), max_length=recipe.model.max_length)
-        plan_training(made["study"], encoder)
+        plan_training(state["study"], encoder)
 
-    def asked(kind: Any) -> Callable[[dict[str, Any]], None]:
-        def stage(made: dict[str, Any]) -> None:
+    def answered(kind: Any) -> Callable[[dict[str, Any]], None]:
+        def stage(state: dict[str, Any]) -> None:
             predictor = kind()
-            predictor.fit(made["split"])
-            predictor.answer(made["requests"])
+            predictor.fit(state["split"])
+            predictor.answer(state["requests"])
 
         return stage
 
-    found: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
+    result: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
         ("read", loaded),
         ("split", parted),
-        ("statistics and fingerprints", told),
+        ("statistics and fingerprints", described),
         ("tasks and candidates of 1,000 users", studied),
         ("candidates of every user", drawn),
         ("training plan of 20 steps", planned),
-        ("popularity", asked(Popularity)),
-        ("markov-1", asked(FirstOrder)),
+        ("popularity", answered(Popularity)),
+        ("markov-1", answered(FirstOrder)),
     ]
     more = (("markov", Markov), ("item-knn", ItemKNN))
-    return [*found, *((name, asked(kind)) for name, kind in more)] if rows <= _PAIRS_UP_TO else found
+    return [*result, *((name, answered(kind)) for name, kind in more)] if rows <= _PAIRS_UP_TO else result
 
 
 def _measure(path: Path, rows: int, out: Any) -> None:
     todo = stages(path, rows)
-    made: dict[str, Any] = {}
+    state: dict[str, Any] = {}
     empty = _status("VmRSS")
     for name, stage in todo:
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")  # reset the peak
         begun, worked, held = time.perf_counter(), time.process_time(), _status("VmRSS")
-        stage(made)
+        stage(state)
         seconds, processor = time.perf_counter() - begun, time.process_time() - worked
         peak = _status("VmHWM")
         out.put(
@@ -171,7 +171,7 @@ def _scan(path: Path, rows: int, out: Any) -> None:
 
 def measured(path: Path, rows: int) -> list[dict[str, Any]]:
     """Return the measurements of all stages, in separate processes for polars and for llmrec."""
-    found: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     context = multiprocessing.get_context("spawn")
     for target in (_scan, _measure):
         out: Any = context.Queue()
@@ -183,17 +183,17 @@ def measured(path: Path, rows: int) -> list[dict[str, Any]]:
             except Exception:
                 if child.is_alive():
                     continue
-                found.append({"stage": "ended early", "exit": child.exitcode})
+                results.append({"stage": "ended early", "exit": child.exitcode})
                 break
             if one is None:
                 break
             if "peak_mib" in one:
                 one["bytes_a_row"] = round(one["peak_mib"] * _MIB / rows, 1)
-            found.append(one)
+            results.append(one)
             sys.stdout.write(json.dumps({"rows": rows, **one}) + "\n")
             sys.stdout.flush()
         child.join()
-    return found
+    return results
 
 
 def main(target: Path, folder: Path, sizes: tuple[int, ...]) -> None:
@@ -211,8 +211,8 @@ def main(target: Path, folder: Path, sizes: tuple[int, ...]) -> None:
         path = folder / f"table-{rows}.csv"
         if not path.exists():
             make(path, rows)
-        found = {"rows": rows, "bytes": path.stat().st_size, "load": round(os.getloadavg()[0], 2)}
-        result["tables"].append(found | {"stages": measured(path, rows)})
+        entry = {"rows": rows, "bytes": path.stat().st_size, "load": round(os.getloadavg()[0], 2)}
+        result["tables"].append(entry | {"stages": measured(path, rows)})
         result["tables"].sort(key=lambda table: table["rows"])
         write_json(target, result)
 

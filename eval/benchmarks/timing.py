@@ -28,16 +28,16 @@ def seconds_now() -> float:
 def alternated(rounds: int, ways: dict[str, Callable[[], Any]]) -> tuple[Summary, dict[str, Any]]:
     """Time every implementation once per round; return seconds (`seconds_now`), and the last result of each."""
     spent: dict[str, list[float]] = {name: [] for name in ways}
-    given: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for _ in range(rounds):
         for name, once in ways.items():
             # Free the previous result outside the timed section.
-            given.pop(name, None)
+            results.pop(name, None)
             begin = seconds_now()
             result = once()
             spent[name].append(seconds_now() - begin)
-            given[name] = result
-    return {name: summary(values) for name, values in spent.items()}, given
+            results[name] = result
+    return {name: summary(values) for name, values in spent.items()}, results
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
@@ -47,39 +47,39 @@ def summary(values: Sequence[float]) -> dict[str, float]:
 
 def faster(seconds: Summary, slow: str, fast: str, at_least: float) -> dict[str, Any]:
     """Return the goal of a minimum speed-up of one implementation over another."""
-    found = {of: seconds[slow][of] / seconds[fast][of] for of in ("min", "median")}
+    ratios = {of: seconds[slow][of] / seconds[fast][of] for of in ("min", "median")}
     bars = {name: seconds[name]["min"] for name in (fast, slow)}
     return {
-        "found": found,
+        "found": ratios,
         "at_least": at_least,
-        "met": min(found.values()) >= at_least,
+        "met": min(ratios.values()) >= at_least,
         "bars": bars,
         "line": bars[slow] / at_least,
         "unit": "s",
     }
 
 
-def within(seconds: Summary, own: str, limit: str, at_most: float) -> dict[str, Any]:
+def within(seconds: Summary, ours: str, limit: str, at_most: float) -> dict[str, Any]:
     """Return the goal of a maximum ratio of two times."""
-    found = {of: seconds[own][of] / seconds[limit][of] for of in ("min", "median")}
-    bars = {name: seconds[name]["min"] for name in (own, limit)}
+    ratios = {of: seconds[ours][of] / seconds[limit][of] for of in ("min", "median")}
+    bars = {name: seconds[name]["min"] for name in (ours, limit)}
     return {
-        "found": found,
+        "found": ratios,
         "at_most": at_most,
-        "met": max(found.values()) <= at_most,
+        "met": max(ratios.values()) <= at_most,
         "bars": bars,
         "line": bars[limit] * at_most,
         "unit": "s",
     }
 
 
-def at_most(found: dict[str, float], limit: float, unit: str, others: dict[str, float] | None = None) -> dict[str, Any]:
+def at_most(value: dict[str, float], limit: float, unit: str, others: dict[str, float] | None = None) -> dict[str, Any]:
     """Return the goal of a maximum value; ``others`` are values for comparison."""
     return {
-        "found": found,
+        "found": value,
         "at_most": limit,
-        "met": max(found.values()) <= limit,
-        "bars": {"llmrec": min(found.values())} | (others or {}),
+        "met": max(value.values()) <= limit,
+        "bars": {"llmrec": min(value.values())} | (others or {}),
         "line": limit,
         "unit": unit,
     }
@@ -98,17 +98,17 @@ def measured(
     """
     begin = time.perf_counter()
     kept = json.loads(target.read_text(encoding="utf-8")) if only else {}
-    found = dict(kept.get("sections", {}))
+    results = dict(kept.get("sections", {}))
     for name in only or parts:
         before = os.getloadavg()[0]
-        found[name] = parts[name]() | {"load": {"before": round(before, 2), "after": round(os.getloadavg()[0], 2)}}
-        found[name]["clock"] = os.environ.get("BENCH_CLOCK", "wall")
+        results[name] = parts[name]() | {"load": {"before": round(before, 2), "after": round(os.getloadavg()[0], 2)}}
+        results[name]["clock"] = os.environ.get("BENCH_CLOCK", "wall")
         if only:
-            found[name]["apart"] = {**head, **provenance()}
-        for each in found[name]["goals"].values():
-            figures = ", ".join(f"{value:.2f}" for value in each["found"].values())
-            sys.stdout.write(f"{name}: {figures} {each['what']}, {'met' if each['met'] else 'NOT met'}\n")
+            results[name]["apart"] = {**head, **provenance()}
+        for goal in results[name]["goals"].values():
+            figures = ", ".join(f"{value:.2f}" for value in goal["found"].values())
+            sys.stdout.write(f"{name}: {figures} {goal['what']}, {'met' if goal['met'] else 'NOT met'}\n")
             sys.stdout.flush()
-        sections = {each: found[each] for each in parts if each in found}
-        whole = kept or {**head, **provenance(), "seconds": time.perf_counter() - begin}
-        write_json(target, {**whole, "sections": sections})
+        sections = {part: results[part] for part in parts if part in results}
+        document = kept or {**head, **provenance(), "seconds": time.perf_counter() - begin}
+        write_json(target, {**document, "sections": sections})

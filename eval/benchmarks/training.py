@@ -80,7 +80,7 @@ class Setting:
         self.vocabulary = 8_000 if quick else VOCABULARY
 
 
-def made_study(window: int, *overrides: str) -> Study:
+def build_sequential_study(window: int, *overrides: str) -> Study:
     """MovieLens-100K, sequential lists of ``window`` titles."""
     tasks = f"tasks={{sequential: {{templates: [continue-list], window: {window}}}}}"
     return build_study(load_recipe("recipes/movielens-100k/four-tasks.yaml", ["reviews=null", tasks, *overrides]))
@@ -91,12 +91,12 @@ def made_study(window: int, *overrides: str) -> Study:
 
 def measure_rows(setting: Setting) -> dict[str, Any]:
     """One sequence per user, compared with one example per target by TRL."""
-    study = made_study(setting.window)
+    study = build_sequential_study(setting.window)
     section, bf16 = study.recipe.model, cpu_has_bf16()
     folder = resolve(section)
     encoder = encoder_of(study, folder)
     rows = full_rows(study, encoder, setting)
-    apart = [each for row in rows for each in peers.positions(row)]
+    apart = [example for row in rows for example in peers.positions(row)]
     targets = sum(row.targets for row in rows)
     assert sum(row.targets for row in apart) == targets, "both sides learn the same targets"
     model = lora.load_trainable(folder, section, TrainSection())
@@ -118,7 +118,7 @@ def measure_rows(setting: Setting) -> dict[str, Any]:
         f"{len(apart)} positions; SmolLM2-135M-Instruct, LoRA on every linear layer, forward, backward and update.",
         "seconds": seconds,
         "targets": targets,
-        "targets_per_second": {name: targets / each["min"] for name, each in seconds.items()},
+        "targets_per_second": {name: targets / times["min"] for name, times in seconds.items()},
         "work": work,
         "losses": losses,
         "warnings": warned,
@@ -132,7 +132,7 @@ def measure_rows(setting: Setting) -> dict[str, Any]:
 
 def measure_alike(setting: Setting) -> dict[str, Any]:
     """One step over the same sequences and targets by the trainers of llmrec and TRL."""
-    study = made_study(setting.window)
+    study = build_sequential_study(setting.window)
     section = study.recipe.model
     folder = resolve(section)
     encoder = encoder_of(study, folder)
@@ -209,7 +209,7 @@ def equal_losses(folder: str, row: TokenRow) -> dict[str, float]:
 
 def measure_prompts(setting: Setting) -> dict[str, Any]:
     """Examples from tokenised lines, compared with strings that are built and tokenised, for the same samples."""
-    study = made_study(setting.window)
+    study = build_sequential_study(setting.window)
     encoder = encoder_of(study, resolve(study.recipe.model))
     task: Any = study.tasks["sequential"]
     draws = list(islice(task.draws(), setting.draws))
@@ -234,22 +234,22 @@ def measure_prompts(setting: Setting) -> dict[str, Any]:
         PLANNED: stream,
         ONE_BY_ONE: lambda: [encoder.row(task.example(draw)) for draw in few],
     }
-    seconds, given = alternated(setting.rounds, ways)
-    gathered, tokens = given[OURS], len(given[OURS].ids)
+    seconds, results = alternated(setting.rounds, ways)
+    gathered, tokens = results[OURS], len(results[OURS].ids)
     rows = [encoder.row(task.example(draw)) for draw in draws]
-    wanted = np.concatenate([row.ids for row in rows])
+    expected_ids = np.concatenate([row.ids for row in rows])
     labels = np.concatenate([row.labels for row in rows])
-    assert np.array_equal(gathered.ids, wanted), "every id of every row"
+    assert np.array_equal(gathered.ids, expected_ids), "every id of every row"
     assert np.array_equal(gathered.labels, labels), "every label of every row"
-    assert given[PLANNED] == rows, "the rows as planned"
-    same = statistics.mean(tuple(ids) == row.ids for ids, row in zip(given[STRINGS], rows, strict=True))
+    assert results[PLANNED] == rows, "the rows as planned"
+    same = statistics.mean(tuple(ids) == row.ids for ids, row in zip(results[STRINGS], rows, strict=True))
     return {
         "what": f"{len(draws):,} rows of MovieLens-100K, lists of up to {setting.window} titles, {tokens:,} tokens, "
         "as ids and labels.",
         "seconds": seconds,
         "million_tokens_per_second": {
-            name: tokens * (len(few) / len(draws) if name == ONE_BY_ONE else 1) / each["min"] / 1e6
-            for name, each in seconds.items()
+            name: tokens * (len(few) / len(draws) if name == ONE_BY_ONE else 1) / times["min"] / 1e6
+            for name, times in seconds.items()
         },
         "seconds_to_fill_the_table": filling,
         "rows_equal_to_their_words": 1.0,
@@ -263,19 +263,19 @@ def measure_prompts(setting: Setting) -> dict[str, Any]:
 
 def measure_memory(setting: Setting) -> dict[str, Any]:
     """The peak memory of a loss and its gradient, each in a separate process."""
-    found: dict[str, list[float]] = {}
+    results: dict[str, list[float]] = {}
     for way in ("full", "label rows"):
         call = f"from eval.benchmarks.training_peers import loss_memory as m; m({way!r}, {TOKENS}, {SHARE}, "
         call += f"{setting.vocabulary}, {WIDTH})"
         out = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, check=True).stdout
-        found[way] = [float(word) for word in out.split()]
-    (full, loss, norm), (own, our_loss, our_norm) = found["full"], found["label rows"]
+        results[way] = [float(word) for word in out.split()]
+    (full, loss, norm), (ours, our_loss, our_norm) = results["full"], results["label rows"]
     assert abs(loss - our_loss) < 1e-4 and abs(norm - our_norm) < 1e-4 * norm, "same loss, same gradient"
-    goal = at_most({"min": own}, full / 4, "MB", {"logits of every token": full})
+    goal = at_most({"min": ours}, full / 4, "MB", {"logits of every token": full})
     return {
         "what": f"One step of {TOKENS:,} tokens, half of them with loss, a frozen head of {setting.vocabulary:,} rows "
         f"and {WIDTH} columns in float32.",
-        "megabytes": {"llmrec": own, "logits of every token": full},
+        "megabytes": {"llmrec": ours, "logits of every token": full},
         "goals": {"peak": goal | {"what": "megabytes of the loss at its peak, limit a quarter of full logits"}},
     }
 
@@ -300,7 +300,7 @@ def measure_packing(setting: Setting) -> dict[str, Any]:
     same = plan(iter([row for step in timed for row in step.rows]), steps=10**6, batch_tokens=2048, seed=0)
     model = lora.load_trainable(folder, study.recipe.model, TrainSection())
     trainers = {OURS: our_trainer(model, encoder, timed), ROWS: our_trainer(model, encoder, same)}
-    seconds, _ = alternated(setting.rounds, {name: each.train for name, each in trainers.items()})
+    seconds, _ = alternated(setting.rounds, {name: trainer.train for name, trainer in trainers.items()})
     losses = packed_losses(folder, timed[0])
     return {
         "what": f"{len(rows):,} questions of two families after histories of up to 20 films of MovieLens-100K; "
@@ -327,9 +327,9 @@ def measure_packing(setting: Setting) -> dict[str, Any]:
 def packed_losses(folder: str, step: Step) -> dict[str, float]:
     """Return the mean loss of a packed step, and of its examples one by one, in float32."""
     precise = load_model(folder, ModelSection(name=folder, dtype="float32")).eval()
-    stacked = stack([tree(each.rows) for each in step.bins], 0)
+    stacked = stack([tree(packed.rows) for packed in step.bins], 0)
     with torch.no_grad():
-        total, count = packed_loss(precise, {name: torch.from_numpy(each) for name, each in asdict(stacked).items()})
+        total, count = packed_loss(precise, {name: torch.from_numpy(array) for name, array in asdict(stacked).items()})
         apart = [
             label_loss(precise, torch.tensor([row.ids]), torch.tensor([row.labels]), weights=torch.tensor([row.weight]))
             for row in step.rows
@@ -364,26 +364,26 @@ FEATURES: dict[str, dict[str, Any]] = {
 
 def measure_features(setting: Setting) -> dict[str, Any]:
     """Seconds and memory of a step with each setting, in separate processes, alternately."""
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in FEATURES}
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in FEATURES}
     for _ in range(setting.rounds):
-        for name, taken in found.items():
+        for name, records in results.items():
             call = f"from eval.benchmarks.training import feature; feature({name!r}, {1 if setting.quick else 2})"
             out = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, check=True).stdout
-            taken.append(json.loads(out.splitlines()[-1]))
-    seconds = {name: summary([second for each in taken for second in each["seconds"]]) for name, taken in found.items()}
-    last = {name: taken[-1] for name, taken in found.items()}
-    for name, each in last.items():
+            records.append(json.loads(out.splitlines()[-1]))
+    seconds = {name: summary([s for record in records for s in record["seconds"]]) for name, records in results.items()}
+    last = {name: records[-1] for name, records in results.items()}
+    for name, record in last.items():
         group = max((first for first in (PLAIN, TOP, FULL) if name.startswith(first)), key=len)
-        assert abs(each["loss"] - last[group]["loss"]) < 2e-3, ("the same step has the same loss", name, each)
+        assert abs(record["loss"] - last[group]["loss"]) < 2e-3, ("the same step has the same loss", name, record)
     return {
         "what": f"One step of {last[PLAIN]['tokens']:,} tokens, lists of {setting.window} titles, "
         "SmolLM2-135M-Instruct; seconds of forward, backward and update after a first step, and megabytes that steps "
         "add to the process.",
         "seconds": seconds,
-        "first_step_seconds": {name: min(each["first"] for each in taken) for name, taken in found.items()},
-        "megabytes": {name: min(each["megabytes"] for each in taken) for name, taken in found.items()},
-        "optimiser_megabytes": {name: each["state"] for name, each in last.items()},
-        "losses": {name: each["loss"] for name, each in last.items()},
+        "first_step_seconds": {name: min(record["first"] for record in records) for name, records in results.items()},
+        "megabytes": {name: min(record["megabytes"] for record in records) for name, records in results.items()},
+        "optimiser_megabytes": {name: record["state"] for name, record in last.items()},
+        "losses": {name: record["loss"] for name, record in last.items()},
         "goals": {},
     }
 
@@ -396,7 +396,7 @@ def feature(name: str, steps: int) -> None:
     copies, inputs = settings.pop("copies", False), settings.pop("inputs", False)
     setting = Setting(quick=False)
     setting.users = 4
-    study = made_study(setting.window)
+    study = build_sequential_study(setting.window)
     folder = resolve(study.recipe.model)
     encoder = encoder_of(study, folder)
     planned = plan(iter(full_rows(study, encoder, setting)), steps=1, batch_tokens=10**9, seed=0)
@@ -424,14 +424,14 @@ def feature(name: str, steps: int) -> None:
     with faster_layers(model, TrainSection(**settings)):
         loss = trainer.train().training_loss
     state = trainer.optimizer.optimizer.state.values()
-    tensors = [each for values in state for each in values.values() if isinstance(each, torch.Tensor)]
+    tensors = [value for values in state for value in values.values() if isinstance(value, torch.Tensor)]
     record = {
         "tokens": planned[0].padded_tokens,
         "first": begun[0],
         "seconds": times[1:],
         "loss": loss,
         "megabytes": (peers.peak(reset=False) - before) / 1024,
-        "state": sum(each.nbytes for each in tensors) / 1e6,
+        "state": sum(tensor.nbytes for tensor in tensors) / 1e6,
     }
     sys.stdout.write(json.dumps(record) + "\n")
 

@@ -84,18 +84,18 @@ def mean_loss(model: Any, rows: Sequence[TokenRow]) -> float:
 @contextmanager
 def warnings_of(*names: str) -> Iterator[list[str]]:
     """Collect the warnings of libraries."""
-    found: list[str] = []
+    messages: list[str] = []
 
     class Keep(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            found.append(record.getMessage())
+            messages.append(record.getMessage())
 
     handler = Keep(level=logging.WARNING)
     hf_logging.set_verbosity_warning()
     for name in names:
         logging.getLogger(name).addHandler(handler)
     try:
-        yield found
+        yield messages
     finally:
         for name in names:
             logging.getLogger(name).removeHandler(handler)
@@ -123,16 +123,16 @@ def loss_memory(way: str, tokens: int, share: float, vocabulary: int, width: int
     (hidden[:8] @ head[:8].T).sum().backward()
     hidden.grad = None
     before = peak(reset=True)
-    wanted = labels != IGNORED
+    labelled = labels != IGNORED
     if way == "full":
         logits = (hidden @ head.T).float()
         loss = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
     else:
-        loss = _HeadLoss.apply(hidden[wanted], head, labels[wanted])
-    (loss / wanted.sum()).backward()
+        loss = _HeadLoss.apply(hidden[labelled], head, labels[labelled])
+    (loss / labelled.sum()).backward()
     after = peak(reset=False)
     norm = float(hidden.grad.norm())
-    sys.stdout.write(f"{(after - before) / 1024} {float(loss.detach() / wanted.sum())} {norm}\n")
+    sys.stdout.write(f"{(after - before) / 1024} {float(loss.detach() / labelled.sum())} {norm}\n")
 
 
 def peak(*, reset: bool) -> int:

@@ -45,22 +45,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=30, help="epochs over the sequences of Beauty")
     parser.add_argument("--share", type=float, default=1.0, help="share of the users of Beauty")
     parser.add_argument("--out", type=Path, default=TARGET)
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     home = Path(os.environ.get("LLMREC_DATA", "."))
     for percent in (1, 10):
-        count = some_users(home / "amazon14_toys", percent / 100, given.out / f"toys-{percent}")
-        sys.stdout.write(f"{given.out / f'toys-{percent}'}: {count} users\n")
+        count = some_users(home / "amazon14_toys", percent / 100, options.out / f"toys-{percent}")
+        sys.stdout.write(f"{options.out / f'toys-{percent}'}: {count} users\n")
     beauty = home / "amazon14_beauty"
-    if given.share < 1:
-        beauty = given.out / "source"
-        some_users(home / "amazon14_beauty", given.share, beauty)
+    if options.share < 1:
+        beauty = options.out / "source"
+        some_users(home / "amazon14_beauty", options.share, beauty)
     data = split(load(DataSection(source="sequences", path=str(beauty)), seed=0), Split(), seed=0)
     begin = time.process_time()
-    teacher = UniSRec(UniSRec.Config(encoder=ENCODER, pretrain=given.epochs), seed=0)
+    teacher = UniSRec(UniSRec.Config(encoder=ENCODER, pretrain=options.epochs), seed=0)
     teacher.pretrained(data)
-    teacher.save(given.out / "beauty", data)
+    teacher.save(options.out / "beauty", data)
     took = time.process_time() - begin
-    sys.stdout.write(f"{given.out / 'beauty'}: {given.epochs} epochs of {len(data.users())} users, {took:.0f} s\n")
+    sys.stdout.write(f"{options.out / 'beauty'}: {options.epochs} epochs of {len(data.users())} users, {took:.0f} s\n")
 
 
 if __name__ == "__main__":

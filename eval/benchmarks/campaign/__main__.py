@@ -36,13 +36,13 @@ def main() -> None:
     parser.add_argument("--show", choices=["unplaced", "answered", "refused", "slow"], action="append", default=[])
     chosen = parser.parse_args()
     begin = time.monotonic()
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="llmrec-campaign-") as name:
-        bases = made(Path(name) / "bases")
+        bases = write_bases(Path(name) / "bases")
         for surface in chosen.surface or SURFACES:
-            asked = _Asked(surface, SURFACES[surface], bases, Path(name) / "case", Worker(chosen.gib * 2**30))
-            found[surface] = asked.all(chosen.seed, chosen.count or SURFACES[surface].count, chosen.show)
-            _say(json.dumps({surface: found[surface]}, indent=1))
+            runner = _Runner(surface, SURFACES[surface], bases, Path(name) / "case", Worker(chosen.gib * 2**30))
+            results[surface] = runner.all(chosen.seed, chosen.count or SURFACES[surface].count, chosen.show)
+            _say(json.dumps({surface: results[surface]}, indent=1))
     if chosen.surface or (chosen.count and not chosen.further):
         return
     state = {
@@ -50,7 +50,7 @@ def main() -> None:
         "commit": commit(),
         "seed": chosen.seed,
         "gib": chosen.gib,
-        **_summed(found),
+        **_summed(results),
     }
     state["seconds"] = round(time.monotonic() - begin)
     stored = json.loads(chosen.target.read_text(encoding="utf-8")) if chosen.target.is_file() else {}
@@ -69,7 +69,7 @@ def main() -> None:
     write_json(chosen.target, {**head, **state, **kept})
 
 
-def made(bases: Path) -> Path:
+def write_bases(bases: Path) -> Path:
     """Create the folders of valid files: configs with a table, a model, an index, and a run."""
     from llmrec.index.table import ItemIndex
     from tests.conftest import make_model
@@ -90,14 +90,14 @@ def made(bases: Path) -> Path:
     shutil.copytree(page, run, symlinks=True)
     (run / "page.yaml").write_text(json.dumps(good.RECIPES[0]), encoding="utf-8")
     worker = Worker()
-    (told,) = worker.warm([{"surface": "make run", "folder": str(run), "given": {"overrides": []}}])
+    (outcome,) = worker.warm([{"surface": "make run", "folder": str(run), "arguments": {"overrides": []}}])
     worker.close()
-    if told["how"] != "answered":
-        raise SystemExit(f"cannot create the valid run: {told}")
+    if outcome["how"] != "answered":
+        raise SystemExit(f"cannot create the valid run: {outcome}")
     return bases
 
 
-class _Asked:
+class _Runner:
     """One surface: writes its inputs into a folder one after another, and counts the outcomes."""
 
     def __init__(self, name: str, surface: Surface, bases: Path, folder: Path, worker: Worker) -> None:
@@ -107,43 +107,43 @@ class _Asked:
     def all(self, seed: int, count: int, show: list[str]) -> dict[str, Any]:
         """Test every input, and return the counts and the distinct defects with an example each."""
         sound = [self._put(case, self._folder.with_name(f"sound {n}")) for n, case in enumerate(self._surface.sound)]
-        for asked, told in zip(sound, self._worker.warm(sound), strict=True):
-            if told["how"] != "answered":
-                _say(f"{self._name}: a sound input is not answered: {asked} {told}")
+        for request, outcome in zip(sound, self._worker.warm(sound), strict=True):
+            if outcome["how"] != "answered":
+                _say(f"{self._name}: a sound input is not answered: {request} {outcome}")
                 raise SystemExit(1)
         counts: Counter[str] = Counter()
         defects: dict[str, dict[str, Any]] = {}
         for case in cases(self._name, self._surface, self._bases, seed, count):
-            told = self._worker.ask(self._put(case, self._folder))
+            outcome = self._worker.ask(self._put(case, self._folder))
             # The folder of the inputs differs each time.
-            told |= {"says": told.get("says", "").replace(str(self._folder.parent), "")}
-            how = told["how"]
+            outcome |= {"says": outcome.get("says", "").replace(str(self._folder.parent), "")}
+            how = outcome["how"]
             counts[how] += 1
-            unplaced = how == "refused" and not told["placed"]
+            unplaced = how == "refused" and not outcome["placed"]
             counts["unplaced"] += unplaced
             if how in ("traceback", "hang", "death"):
                 # A defect is identified by kind and location of the error.
                 key = (
-                    f"{told['says'].split(':')[0]} {told.get('at', '')}"
+                    f"{outcome['says'].split(':')[0]} {outcome.get('at', '')}"
                     if how == "traceback"
                     else f"{how} {case.fault}"
                 )
                 entry = {
                     "how": how,
-                    "says": told["says"][:_LONG],
-                    "at": told.get("at", ""),
+                    "says": outcome["says"][:_LONG],
+                    "at": outcome.get("at", ""),
                     "input": case.fault[:_LONG],
                 }
                 defects.setdefault(key, {**entry, "times": 0})["times"] += 1
-            slow = told.get("seconds", 0.0) > SECONDS / 4
+            slow = outcome.get("seconds", 0.0) > SECONDS / 4
             if how in show or (unplaced and "unplaced" in show) or (slow and "slow" in show):
-                _say(f"{how} {told.get('seconds', 0):.1f} s | {case.fault[:90]} | {told.get('says', '')[:300]}")
+                _say(f"{how} {outcome.get('seconds', 0):.1f} s | {case.fault[:90]} | {outcome.get('says', '')[:300]}")
         self._worker.close()
         return {
             "tried": count,
             **{name: counts[how] for how, name in _HOWS.items()},
             "refused_without_a_place": counts["unplaced"],
-            "defects": sorted(defects.values(), key=lambda each: (-each["times"], each["at"], each["input"])),
+            "defects": sorted(defects.values(), key=lambda defect: (-defect["times"], defect["at"], defect["input"])),
         }
 
     def _put(self, case: Case, folder: Path) -> dict[str, Any]:
@@ -153,7 +153,7 @@ class _Asked:
         shutil.copytree(self._bases / case.base, folder, symlinks=True)
         for name, content in case.files.items():
             _write(folder / name, content)
-        return {"surface": self._name, "folder": str(folder), "given": dict(case.given)}
+        return {"surface": self._name, "folder": str(folder), "arguments": dict(case.arguments)}
 
 
 def _write(path: Path, content: Content) -> None:
@@ -169,9 +169,9 @@ def _write(path: Path, content: Content) -> None:
         path.symlink_to(path if content == "loop" else "nowhere")
 
 
-def _summed(found: dict[str, Any]) -> dict[str, Any]:
+def _summed(results: dict[str, Any]) -> dict[str, Any]:
     names = ("tried", *_HOWS.values(), "refused_without_a_place")
-    return {"all": {name: sum(each[name] for each in found.values()) for name in names}, "surfaces": found}
+    return {"all": {name: sum(counts[name] for counts in results.values()) for name in names}, "surfaces": results}
 
 
 def _say(text: str) -> None:

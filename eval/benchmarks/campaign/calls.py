@@ -36,7 +36,7 @@ from llmrec.recipe.schema import DataSection, IndexSection, ModelSection, Server
 from llmrec.start.init import init
 from llmrec.types import Item, Message, Prompt, Segment
 
-Given = Mapping[str, Any]
+Arguments = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -44,22 +44,22 @@ class Lines:
     """Some lines of a file were rejected, and the others read.
 
     Attributes:
-        said: The first error.
+        error: The first error.
         placed: Whether every error names its line.
     """
 
-    said: str
+    error: str
     placed: bool
 
 
-def recipe(folder: Path, given: Given) -> None:
+def recipe(folder: Path, arguments: Arguments) -> None:
     """``llmrec check`` of a recipe."""
-    preflight.checked_study(load_recipe(str(folder / "page.yaml"), given.get("overrides", [])))
+    preflight.checked_study(load_recipe(str(folder / "page.yaml"), arguments.get("overrides", [])))
 
 
-def suite(folder: Path, given: Given) -> None:
+def suite(folder: Path, arguments: Arguments) -> None:
     """``llmrec check`` of a suite or a benchmark."""
-    check(CheckOptions(recipe=str(folder / "page.yaml"), overrides=tuple(given.get("overrides", ()))))
+    check(CheckOptions(recipe=str(folder / "page.yaml"), overrides=tuple(arguments.get("overrides", ()))))
 
 
 _EVENTS = [{"title": "Heat", "rating": "4", "item_id": "i1", "fields": [{"name": "genre", "value": "Drama"}]}] * 3
@@ -70,13 +70,13 @@ _VALUES = {
 }
 
 
-def template(folder: Path, given: Given) -> None:
+def template(folder: Path, arguments: Arguments) -> None:
     """Read a family's templates with an additional one, and render it."""
-    own = _shipped()
-    for name, each in load_templates("rating", folder / "prompts").items():
-        if name not in own:
-            each.turns(_VALUES)
-            each.step(_VALUES)
+    shipped = _shipped()
+    for name, loaded in load_templates("rating", folder / "prompts").items():
+        if name not in shipped:
+            loaded.turns(_VALUES)
+            loaded.step(_VALUES)
 
 
 @cache
@@ -84,23 +84,23 @@ def _shipped() -> frozenset[str]:
     return frozenset(load_templates("rating"))
 
 
-def table(folder: Path, given: Given) -> None:
+def table(folder: Path, arguments: Arguments) -> None:
     """``llmrec init`` of a table, or reading it as a recipe's data."""
-    if given["by"] == "init":
-        init(str(folder / given["file"]), out=folder / "made.yaml", name="mine", force=True, backend="hf")
+    if arguments["by"] == "init":
+        init(str(folder / arguments["file"]), out=folder / "made.yaml", name="mine", force=True, backend="hf")
         return
-    load_table(DataSection(**_resolved(folder, given["section"])), seed=0)
+    load_table(DataSection(**_resolved(folder, arguments["section"])), seed=0)
 
 
-def _resolved(folder: Path, section: Given) -> dict[str, Any]:
+def _resolved(folder: Path, section: Arguments) -> dict[str, Any]:
     return {key: str(folder / value) if key in ("path", "items") else value for key, value in section.items()}
 
 
-def requests(folder: Path, given: Given) -> Lines | None:
+def requests(folder: Path, arguments: Arguments) -> Lines | None:
     """Read requests as ``llmrec rank`` does."""
-    known = {f"i{n}": Item(item_id=f"i{n}", title=f"Film {n}") for n in range(15)} if given.get("known") else None
+    known = {f"i{n}": Item(item_id=f"i{n}", title=f"Film {n}") for n in range(15)} if arguments.get("known") else None
     refused: list[tuple[int, str]] = []
-    for number, raw in enumerate(open_requests(folder / given["file"]), start=1):
+    for number, raw in enumerate(open_requests(folder / arguments["file"]), start=1):
         if raw.error or raw.record is None:
             refused.append((raw.line, raw.error))
             continue
@@ -116,45 +116,45 @@ def _split(events: Path) -> Any:
     return load_split(DataSection(source="table", path=str(events)), 0)
 
 
-def index(folder: Path, given: Given) -> None:
+def index(folder: Path, arguments: Arguments) -> None:
     """Read codes from a file, or an index that `llmrec index` wrote, and write and read every code of it."""
-    if given["by"] == "file":
-        section = IndexSection(scheme="external", path=str(folder / given["file"]))
-        made = index_table.build(section, _split(Path(given["events"])), seed=0)
+    if arguments["by"] == "file":
+        section = IndexSection(scheme="external", path=str(folder / arguments["file"]))
+        item_index = index_table.build(section, _split(Path(arguments["events"])), seed=0)
     else:
-        made = index_table.ItemIndex.load(folder / "index")
-    for item in made.codes:
-        made.decode(made.encode(item))
-    hash(made.digest)
+        item_index = index_table.ItemIndex.load(folder / "index")
+    for item in item_index.codes:
+        item_index.decode(item_index.encode(item))
+    hash(item_index.digest)
 
 
-def model(folder: Path, given: Given) -> None:
+def model(folder: Path, arguments: Arguments) -> None:
     """Open a model folder as ``llmrec rank`` does."""
-    _open_model(folder / "model", weights=bool(given.get("weights")))
+    _open_model(folder / "model", weights=bool(arguments.get("weights")))
 
 
 def _open_model(folder: Path, *, weights: bool) -> None:
     section = ModelSection(name=str(folder), dtype="float32")
-    found = bundle.read(str(folder))
-    encoder = Encoder(load_tokenizer(found.folder, section), max_length=64)
+    opened = bundle.read(str(folder))
+    encoder = Encoder(load_tokenizer(opened.folder, section), max_length=64)
     encoder.prompt(Prompt(messages=(Message("user", (Segment("text", "Heat"),)),)))
-    load_config(found.folder, section)
-    check_weights(found.folder, section)
+    load_config(opened.folder, section)
+    check_weights(opened.folder, section)
     if weights:
-        load_model(found.folder, section)
+        load_model(opened.folder, section)
 
 
 # --------------------------------------------------------------------------- runs
 
 
-def make_run(folder: Path, given: Given) -> None:
+def make_run(folder: Path, arguments: Arguments) -> None:
     """Create a valid run."""
-    pipeline.run(load_recipe(str(folder / "page.yaml"), given["overrides"]), folder / "run")
+    pipeline.run(load_recipe(str(folder / "page.yaml"), arguments["overrides"]), folder / "run")
 
 
-def run(folder: Path, given: Given) -> None:
+def run(folder: Path, arguments: Arguments) -> None:
     """Open a run folder to report, audit, export, rank with or resume it."""
-    home, by = folder / "run", given["by"]
+    home, by = folder / "run", arguments["by"]
     page = str(folder / "page.yaml")
     if by == "report":
         pipeline.report(home)
@@ -164,12 +164,12 @@ def run(folder: Path, given: Given) -> None:
         open_run(home)
         _open_model(home, weights=by == "weights")
     elif by == "train":
-        pipeline.train(load_recipe(page, given["overrides"]), home)
+        pipeline.train(load_recipe(page, arguments["overrides"]), home)
     elif by == "load":
         with load_run(str(home), models=("popularity",)) as rec:
             rec.rank(history=["i1", "i2"], k=3)
     elif by == "again":
-        pipeline.run(load_recipe(page, given["overrides"]), home, may_train=False)
+        pipeline.run(load_recipe(page, arguments["overrides"]), home, may_train=False)
     else:
         export(home, folder / "out", check_users=0, licence="mit", base_licence="mit", quiet=True)
 
@@ -180,9 +180,9 @@ _ROUTES = {"/models": "models", "/completions": "completions", "/chat/completion
 
 
 @contextmanager
-def _serving(good: Mapping[str, Any], spoiled: Given, body: bytes) -> Iterator[str]:
+def _serving(good: Mapping[str, Any], spoiled: Arguments, body: bytes) -> Iterator[str]:
     """Serve valid responses, except for one route from a given call on."""
-    asked = dict.fromkeys(_ROUTES.values(), 0)
+    requests_by_route = dict.fromkeys(_ROUTES.values(), 0)
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -201,8 +201,8 @@ def _serving(good: Mapping[str, Any], spoiled: Given, body: bytes) -> Iterator[s
             if not route or good[route] is None:
                 self._send(404, {}, b'{"error": {"message": "no such route"}}')
                 return
-            asked[route] += 1
-            if route == spoiled["route"] and asked[route] > spoiled["after"]:
+            requests_by_route[route] += 1
+            if route == spoiled["route"] and requests_by_route[route] > spoiled["after"]:
                 self._send(spoiled["status"], spoiled["headers"], body)
             else:
                 self._send(200, {"Content-Type": "application/json"}, json.dumps(good[route]).encode())
@@ -231,19 +231,19 @@ def _serving(good: Mapping[str, Any], spoiled: Given, body: bytes) -> Iterator[s
         server.server_close()
 
 
-def server(folder: Path, given: Given) -> None:
+def server(folder: Path, arguments: Arguments) -> None:
     """Request texts and scores from a server, and store the responses, as a run does."""
     limits = {"timeout": 1.0, "attempts": 2, "backoff": 0.01, "longest_wait": 0.02, "concurrency": 2}
-    with _serving(given["good"], given, (folder / "answer").read_bytes()) as url:
-        asked = ServerSection(url=url, model="films", **limits)
+    with _serving(arguments["good"], arguments, (folder / "answer").read_bytes()) as url:
+        section = ServerSection(url=url, model="films", **limits)
         store = AnswerStore(folder / "answers.sqlite")
         started: list[OpenAIBackend] = []
 
         def start() -> OpenAIBackend:
-            started.append(OpenAIBackend(asked, ledger=StoredLedger(store, "campaign")))
+            started.append(OpenAIBackend(section, ledger=StoredLedger(store, "campaign")))
             return started[-1]
 
-        backend = CachedBackend(store, asked.answering() | {"url": "the server"}, OpenAIBackend, start)
+        backend = CachedBackend(store, section.answering() | {"url": "the server"}, OpenAIBackend, start)
         question = Prompt(messages=(Message("user", (Segment("text", "Which film is next?"),)),))
         try:
             backend.generate([question], max_tokens=8)
@@ -254,7 +254,7 @@ def server(folder: Path, given: Given) -> None:
             store.close()
 
 
-CALLS: dict[str, Callable[[Path, Given], Lines | None]] = {
+CALLS: dict[str, Callable[[Path, Arguments], Lines | None]] = {
     "recipes": recipe,
     "suites": suite,
     "templates": template,
@@ -269,7 +269,7 @@ CALLS: dict[str, Callable[[Path, Given], Lines | None]] = {
 }
 
 
-def quietly(surface: str, folder: Path, given: Given) -> Lines | None:
+def quietly(surface: str, folder: Path, arguments: Arguments) -> Lines | None:
     """Make a call without its output."""
     with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-        return CALLS[surface](folder, given)
+        return CALLS[surface](folder, arguments)

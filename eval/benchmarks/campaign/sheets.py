@@ -97,8 +97,8 @@ def _zipped(parts: Parts) -> bytes:
 def _change(parts: Parts, name: str, old: str, new: str, nth: int = 0) -> None:
     """Replace the nth occurrence of a text."""
     text = parts[name].decode()
-    places = [found.start() for found in re.finditer(re.escape(old), text)]
-    at = places[nth % len(places)]
+    starts = [match.start() for match in re.finditer(re.escape(old), text)]
+    at = starts[nth % len(starts)]
     parts[name] = (text[:at] + new + text[at + len(old) :]).encode("utf-8", "surrogatepass")
 
 
@@ -127,8 +127,8 @@ def _some_archive(rng: Random, parts: Parts) -> tuple[str, bytes]:
             parts[name] += b" " * 60_000_000
             return f"{name} unpacks to 60 MB", _zipped(parts)
     raw = bytearray(_zipped(parts))
-    local = [found.start() for found in re.finditer(b"PK\x03\x04", raw)]
-    listed = [found.start() for found in re.finditer(b"PK\x01\x02", raw)]
+    local = [entry.start() for entry in re.finditer(b"PK\x03\x04", raw)]
+    listed = [entry.start() for entry in re.finditer(b"PK\x01\x02", raw)]
     end = raw.rfind(b"PK\x05\x06")
     # Header fields: offset in the central directory, offset in the local header, new value.
     field, member, value = rng.choice(
@@ -173,8 +173,8 @@ def _cell(rng: Random, parts: Parts) -> str:
         shared = rng.choice(("", ' t="shared" si="0"', ' t="shared" si="999999" ref="A1:XFD9"', ' t="array" ref="x"'))
         inside = f"<f{shared}>{formula}</f>{rng.choice((inside, ''))}"
     new = f"<c{attributes} t={quoteattr(kind)}>{inside}</c>" if kind else f"<c{attributes}>{inside}</c>"
-    places = [found.span() for found in re.finditer(r"<c[ >].*?</c>", text)]
-    begin, stop = places[at]
+    spans = [match.span() for match in re.finditer(r"<c[ >].*?</c>", text)]
+    begin, stop = spans[at]
     parts[_SHEET] = (text[:begin] + new + text[stop:]).encode("utf-8", "surrogatepass")
     return f"cell {at} is {ascii(new)[:60]}"
 

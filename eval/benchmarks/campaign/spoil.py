@@ -84,37 +84,37 @@ def _shuffled(rng: Random, raw: bytes) -> bytes:
 
 def paths(value: Any, before: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """Return the paths of all values inside a value, at most twelve elements of each list."""
-    found = []
+    result = []
     inside = value.items() if isinstance(value, dict) else enumerate(value[:12]) if isinstance(value, list) else ()
-    for key, each in inside:
-        found += [(*before, key), *paths(each, (*before, key))]
-    return found
+    for key, inner in inside:
+        result += [(*before, key), *paths(inner, (*before, key))]
+    return result
 
 
 def some_value(rng: Random, value: Any, odd: tuple[Any, ...] = ODD) -> tuple[str, Any]:
     """Mutate a JSON document at a random path; return the description and the document."""
-    whole = deepcopy(value)
-    if not (places := paths(whole)) or rng.random() < 0.04:
+    document = deepcopy(value)
+    if not (locations := paths(document)) or rng.random() < 0.04:
         other = rng.choice(odd)
         return f"all is {_short(other)}", other
-    *outer, last = rng.choice(places)
-    holder = whole
+    *outer, last = rng.choice(locations)
+    holder = document
     for key in outer:
         holder = holder[key]
     dotted = ".".join(map(str, (*outer, last)))
     way = rng.random()
     if way < 0.65:
         holder[last] = rng.choice(odd)
-        return f"{dotted} is {_short(holder[last])}", whole
+        return f"{dotted} is {_short(holder[last])}", document
     if way < 0.8:
         del holder[last]
-        return f"{dotted} is missing", whole
+        return f"{dotted} is missing", document
     if isinstance(holder, dict):
         name = rng.choice((f"{last}s", str(last).upper(), "", "<<", "__class__", "a.b", "\ud800"))
         holder[name] = holder.pop(last) if way < 0.9 else "x"
-        return f"{dotted} beside or as {_short(name)}", whole
+        return f"{dotted} next to or as {_short(name)}", document
     holder.insert(0, holder[last])
-    return f"{dotted} twice", whole
+    return f"{dotted} twice", document
 
 
 def _short(value: Any) -> str:
@@ -130,8 +130,8 @@ def some_json(rng: Random, value: Any) -> tuple[str, bytes]:
     """Mutate a JSON file: mostly a value, sometimes its bytes."""
     if rng.random() < 0.25:
         return some_bytes(rng, json_bytes(value))
-    fault, found = some_value(rng, value)
-    return fault, json_bytes(found)
+    fault, mutated = some_value(rng, value)
+    return fault, json_bytes(mutated)
 
 
 # --------------------------------------------------------------------------- pages
@@ -144,9 +144,9 @@ def some_page(rng: Random, value: Any) -> tuple[str, bytes]:
     if way < 0.15:
         return some_bytes(rng, text.encode())
     if way < 0.55:
-        fault, found = some_value(rng, value)
+        fault, mutated = some_value(rng, value)
         # JSON is YAML; its writer accepts values that the YAML writer rejects.
-        return fault, json_bytes(found) if rng.random() < 0.3 else _dumped(found)
+        return fault, json_bytes(mutated) if rng.random() < 0.3 else _dumped(mutated)
     lines = text.splitlines()
     at = rng.randrange(len(lines))
     key, colon, _ = lines[at].partition(": ")

@@ -37,13 +37,13 @@ class Case:
     Attributes:
         fault: Description of the fault.
         files: Files to write into the folder, by name.
-        given: Further arguments of the call.
+        arguments: Further arguments of the call.
         base: The folder of valid files into which they are written.
     """
 
     fault: str
     files: Mapping[str, Content]
-    given: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Mapping[str, Any] = field(default_factory=dict)
     base: str = "page"
 
 
@@ -68,7 +68,7 @@ def cases(name: str, surface: Surface, bases: Path, seed: int, count: int) -> It
         yield surface.spoil(random.Random(f"{seed} {name} {number}"), bases)
 
 
-def _place(rng: random.Random) -> str:
+def _path_kind(rng: random.Random) -> str:
     return rng.choice(("nothing", "folder", "loop", "dangling"))
 
 
@@ -83,8 +83,8 @@ def _recipe(rng: random.Random, bases: Path) -> Case:
         word = rng.choice((f"{key}={value}", f"{key}={value}", f"{key}:{value}", key, f"={value}"))
         return Case(f"override {word[:40]!r}", {"page.yaml": _yaml(page)}, {"overrides": [word]})
     if rng.random() < 0.03:
-        found = _place(rng)
-        return Case(f"the page is {found}", {"page.yaml": found})
+        kind = _path_kind(rng)
+        return Case(f"the page is {kind}", {"page.yaml": kind})
     fault, raw = some_page(rng, page)
     return Case(fault, {"page.yaml": raw})
 
@@ -114,14 +114,14 @@ _SEPARATORS = {"csv": ",", "tsv": "\t"}
 
 
 def _table(rng: random.Random, bases: Path) -> Case:
-    kind = rng.choice(("csv", "csv", "csv", "tsv", "jsonl", "jsonl", "parquet", "items", "place"))
+    kind = rng.choice(("csv", "csv", "csv", "tsv", "jsonl", "jsonl", "parquet", "items", "path"))
     by = "init" if rng.random() < 0.4 else "section"
     if kind == "items":
         fault, raw = some_table(rng, good.ITEM_LINES, ",")
         section = {"source": "table", "path": "events.csv", "items": "items.csv"}
         return Case(f"items: {fault}", {"items.csv": raw}, {"by": "section", "file": "items.csv", "section": section})
-    if kind == "place":
-        name, raw = "events.csv", _place(rng)
+    if kind == "path":
+        name, raw = "events.csv", _path_kind(rng)
         fault = f"the table is {raw}"
     elif kind == "jsonl":
         name = "events.jsonl"
@@ -143,42 +143,42 @@ def _parquet(rng: random.Random, records: list[dict[str, Any]]) -> tuple[str, by
     columns: dict[str, list[Any]] = {name: [record[name] for record in records] for name in records[0]}
     name = rng.choice(list(columns))
     fault = f"{name} is "
-    made = rng.randrange(9)
-    if made < 5:
+    way = rng.randrange(9)
+    if way < 5:
         other = (
             pa.array([None] * len(records)),
             pa.array([[1, 2]] * len(records)),
             pa.array([{"a": 1}] * len(records)),
             pa.array([b"\xff\xfe"] * len(records)),
             pa.array([float("nan")] * len(records)),
-        )[made]
+        )[way]
         table = pa.table({**columns, name: other})
         fault += str(other.type)
-    elif made == 5:
+    elif way == 5:
         table, fault = pa.table({key: value for key, value in columns.items() if key != name}), f"no {name}"
-    elif made == 6:
+    elif way == 6:
         table, fault = pa.table({key: value[:0] for key, value in columns.items()}), "no rows"
     else:
         table = pa.table(columns)
     stream = io.BytesIO()
     pq.write_table(table, stream)
-    return some_bytes(rng, stream.getvalue()) if made > 6 else (fault, stream.getvalue())
+    return some_bytes(rng, stream.getvalue()) if way > 6 else (fault, stream.getvalue())
 
 
 def _spreadsheet(rng: random.Random, bases: Path) -> Case:
     fault, raw = sheets.some_workbook(rng, good.EVENT_LINES)
-    asked = "book.xlsx" + rng.choice(
+    file = "book.xlsx" + rng.choice(
         ("#Notes", "#", "#x", f"#{'y' * 300}", "#Ord\u202eers") if rng.random() < 0.1 else ("", "", "#Orders")
     )
     by = "init" if rng.random() < 0.3 else "section"
-    section = {"source": "table", "path": asked}
-    return Case(f"{asked[:20]!a}: {fault}", {"book.xlsx": raw}, {"by": by, "file": asked, "section": section})
+    section = {"source": "table", "path": file}
+    return Case(f"{file[:20]!a}: {fault}", {"book.xlsx": raw}, {"by": by, "file": file, "section": section})
 
 
 def _request(rng: random.Random, bases: Path) -> Case:
     known = {"known": rng.random() < 0.7}
     kind = rng.choice(("jsonl", "jsonl", "jsonl", "csv", "tsv", "parquet"))
-    name = f"asked.{kind}"
+    name = f"requests.{kind}"
     if kind == "jsonl":
         fault, raw = some_objects(rng, good.REQUESTS)
     elif kind == "parquet":
@@ -194,17 +194,17 @@ def _request(rng: random.Random, bases: Path) -> Case:
 
 def _index(rng: random.Random, bases: Path) -> Case:
     way = rng.random()
-    given = {"by": "file", "events": str(bases / "page" / "events.csv")}
+    arguments = {"by": "file", "events": str(bases / "page" / "events.csv")}
     if way < 0.3:
         fault, raw = some_json(rng, rng.choice((good.CODES, good.TOKENS)))
-        return Case(f"json: {fault}", {"codes.json": raw}, {**given, "file": "codes.json"})
+        return Case(f"json: {fault}", {"codes.json": raw}, {**arguments, "file": "codes.json"})
     if way < 0.5:
         fault, raw = some_table(rng, good.CODE_LINES, ",")
-        return Case(f"csv: {fault}", {"codes.csv": raw}, {**given, "file": "codes.csv"})
+        return Case(f"csv: {fault}", {"codes.csv": raw}, {**arguments, "file": "codes.csv"})
     if way < 0.6:
         records = [{"item_id": item, "code": code} for item, code in good.CODES.items()]
         fault, raw = some_objects(rng, records)
-        return Case(f"jsonl: {fault}", {"codes.jsonl": raw}, {**given, "file": "codes.jsonl"})
+        return Case(f"jsonl: {fault}", {"codes.jsonl": raw}, {**arguments, "file": "codes.jsonl"})
     stored = sorted((bases / "index" / "index").iterdir())
     file = rng.choice([path for path in stored if path.suffix == ".json"] * 3 + stored)
     fault, content = _file(rng, file)
@@ -214,8 +214,8 @@ def _index(rng: random.Random, bases: Path) -> Case:
 def _file(rng: random.Random, path: Path) -> tuple[str, Content]:
     """Mutate a file of a folder: its type, its bytes, or a value of JSON or YAML."""
     if rng.random() < 0.08:
-        found = _place(rng)
-        return f"is {found}", found
+        kind = _path_kind(rng)
+        return f"is {kind}", kind
     raw = path.read_bytes()
     if path.suffix == ".json":
         return some_json(rng, json.loads(raw))
@@ -246,8 +246,8 @@ def _model(rng: random.Random, bases: Path) -> Case:
     weights = {"weights": rng.random() < 0.3 or file.suffix == ".safetensors"}
     if file.suffix == ".jinja":
         source = rng.choice(good.SOURCES)
-        whole = rng.random() < 0.5
-        raw = (b"" if whole else file.read_bytes()) + source.encode("utf-8", "surrogatepass")
+        replace = rng.random() < 0.5
+        raw = (b"" if replace else file.read_bytes()) + source.encode("utf-8", "surrogatepass")
         return Case(f"{file.name}: {source[:40]!r}", {f"model/{file.name}": raw}, weights, "model")
     fault, content = _file(rng, file)
     return Case(f"{file.name}: {fault}", {f"model/{file.name}": content}, weights, "model")
@@ -277,14 +277,14 @@ _OFTEN = 5  # the number of these that most calls read
 
 def _run(rng: random.Random, bases: Path) -> Case:
     home = bases / "run" / "run"
-    pattern, calls, gone = rng.choice(_CALLS[:_OFTEN] * 2 + _CALLS)
+    pattern, calls, deleted = rng.choice(_CALLS[:_OFTEN] * 2 + _CALLS)
     files = sorted(path for path in home.glob(pattern) if path.is_file())
     if not files:
         return _run(rng, bases)
     file, by = rng.choice(files), rng.choice(calls)
     name = str(file.relative_to(home))
     fault, content = _file(rng, file)
-    removed: dict[str, Content] = {f"run/{each}": "nothing" for each in gone}
+    removed: dict[str, Content] = {f"run/{name}": "nothing" for name in deleted}
     return Case(f"{by}, {name}: {fault}", {**removed, f"run/{name}": content}, {"by": by, "overrides": []}, "run")
 
 
@@ -321,8 +321,8 @@ def _server(rng: random.Random, bases: Path) -> Case:
             )
         )
         fault = f"headers {str(headers)[:60]}"
-    given = {"good": chats, "route": route, "after": after, "status": status, "headers": headers}
-    return Case(f"{route} after {after}: {fault}", {"answer": body}, given)
+    arguments = {"good": chats, "route": route, "after": after, "status": status, "headers": headers}
+    return Case(f"{route} after {after}: {fault}", {"answer": body}, arguments)
 
 
 _SOUND = {"route": "", "after": 0, "status": 200, "headers": {}}
@@ -340,7 +340,7 @@ SURFACES: dict[str, Surface] = {
     "templates": Surface((Case("", {"prompts/rating/spoiled.yaml": _yaml(good.TEMPLATE)}),), _template, 300),
     "tables": Surface((Case("", {}, {"by": "init", "file": "events.csv"}),), _table, 300),
     "spreadsheets": Surface((_BOOK,), _spreadsheet, 300),
-    "requests": Surface((Case("", {"asked.jsonl": good.REQUEST_FILE}, {"file": "asked.jsonl"}),), _request, 300),
+    "requests": Surface((Case("", {"requests.jsonl": good.REQUEST_FILE}, {"file": "requests.jsonl"}),), _request, 300),
     "indexes": Surface((Case("", {}, {"by": "folder"}, "index"), _EXTERNAL), _index, 300),
     "model folders": Surface((Case("", {}, {"weights": True}, "model"),), _model, 250),
     "run folders": Surface(_RUNS, _run, 300),

@@ -39,15 +39,15 @@ class Worker:
 
     def warm(self, first: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Make valid calls, and then limit memory; also after a restart of the worker."""
-        self._first = [asked | {"bytes": self._most if asked is first[-1] else None} for asked in first]
-        return [self._call(asked, seconds=_STARTING) for asked in self._first]
+        self._first = [request | {"bytes": self._most if request is first[-1] else None} for request in first]
+        return [self._call(request, seconds=_STARTING) for request in self._first]
 
-    def ask(self, asked: dict[str, Any]) -> dict[str, Any]:
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         """Return the outcome of a call."""
         if self._process is None:
             for first in self._first:
                 self._call(first, seconds=_STARTING)
-        return self._call(asked, seconds=SECONDS)
+        return self._call(request, seconds=SECONDS)
 
     def close(self) -> None:
         """End the process."""
@@ -56,11 +56,11 @@ class Worker:
             self._process.communicate()
             self._process = None
 
-    def _call(self, asked: dict[str, Any], *, seconds: float) -> dict[str, Any]:
+    def _call(self, request: dict[str, Any], *, seconds: float) -> dict[str, Any]:
         process = self._process or self._start()
         assert process.stdin and process.stdout
         begin, used = time.monotonic(), _used(process.pid)
-        process.stdin.write(json.dumps(asked).encode() + b"\n")
+        process.stdin.write(json.dumps(request).encode() + b"\n")
         process.stdin.flush()
         with selectors.DefaultSelector() as ready:
             ready.register(process.stdout, selectors.EVENT_READ)

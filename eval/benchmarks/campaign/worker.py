@@ -24,20 +24,20 @@ def limit(more: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (bound, bound))
 
 
-def outcome(asked: dict[str, Any]) -> dict[str, Any]:
+def outcome(request: dict[str, Any]) -> dict[str, Any]:
     """Make a call and return its outcome."""
-    folder = Path(asked["folder"])
+    folder = Path(request["folder"])
     os.chdir(folder)
     try:
-        found = quietly(asked["surface"], folder, asked["given"])
+        result = quietly(request["surface"], folder, request["arguments"])
     except LlmrecError as error:
         return {"how": "refused", "placed": _placed(error), "says": _short(error)}
     except BaseException as error:  # a panic in a Rust library is not an Exception
         if isinstance(error, KeyboardInterrupt):
             raise
         return {"how": "traceback", "says": f"{type(error).__name__}: {_short(error)}", "at": _at(error)}
-    if isinstance(found, Lines):
-        return {"how": "refused", "placed": found.placed, "says": _short(found.said)}
+    if isinstance(result, Lines):
+        return {"how": "refused", "placed": result.placed, "says": _short(result.error)}
     return {"how": "answered"}
 
 
@@ -54,25 +54,25 @@ def _short(error: object) -> str:
 def _at(error: BaseException) -> str:
     """Return the deepest frame inside the package, and the deepest frame."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if "/llmrec/" in frame.filename]
-    inner = f"{own[-1].filename.rpartition('/llmrec/')[2]}:{own[-1].name}" if own else ""
+    inside = [frame for frame in frames if "/llmrec/" in frame.filename]
+    inner = f"{inside[-1].filename.rpartition('/llmrec/')[2]}:{inside[-1].name}" if inside else ""
     return f"{inner} < {Path(frames[-1].filename).name}:{frames[-1].name}" if frames else inner
 
 
 def main() -> None:
     """Process calls until the end of the input."""
-    told = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    output = os.fdopen(os.dup(1), "w", encoding="utf-8")
     with Path(os.devnull).open("w", encoding="utf-8") as nothing:
         os.dup2(nothing.fileno(), 1)
         os.dup2(nothing.fileno(), 2)
     logging.disable(logging.CRITICAL)
     for line in sys.stdin:
-        asked = json.loads(line)
-        told.write(json.dumps(outcome(asked)) + "\n")
-        told.flush()
-        if asked.get("bytes"):
+        request = json.loads(line)
+        output.write(json.dumps(outcome(request)) + "\n")
+        output.flush()
+        if request.get("bytes"):
             # After the last valid call every library is loaded.
-            limit(asked["bytes"])
+            limit(request["bytes"])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""``make gpu-check``: what has to be seen on a machine with a GPU, check by check, into a JSON file and a page.
+"""``make gpu-check`` runs the checks that need a GPU, and writes their results to a JSON file and a page.
 
-Standard library alone: the first check is the set-up itself. What passed is not run again for the same GPU and commit,
-so that the same command continues after a crash and after a fix.
+It needs only the standard library, since the first check is the setup. Passed checks are not repeated for the same GPU
+and commit, so that the same command continues after a crash or a fix.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the checks; the status is 0 if none failed, 1 if one did, and 2 without a GPU."""
     parser = argparse.ArgumentParser(prog="python -m eval.benchmarks.gpu", description=__doc__.split("\n", 1)[0])
     names = [check.name for check in CHECKS]
-    parser.add_argument("--only", nargs="+", metavar="NAME", choices=names, default=names, help="these checks alone")
-    parser.add_argument("--again", action="store_true", help="also what has passed")
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=names, default=names, help="run only these checks")
+    parser.add_argument("--again", action="store_true", help="repeat passed checks")
     parser.add_argument("--on", choices=("gpu", "cpu"), default="gpu", help="cpu: run the code with a tiny model")
     chosen = parser.parse_args(arguments)
-    result = RESULT if chosen.on == "gpu" else WORK / "cpu.json"
+    file = RESULT if chosen.on == "gpu" else WORK / "cpu.json"
     gpus = _lines("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
     if chosen.on == "gpu" and not gpus:
         sys.stderr.write("gpu-check: nvidia-smi lists no GPU here, so nothing was run\n")
@@ -46,10 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commit = _lines("git", "rev-parse", "--short=12", "HEAD")[:1]
     stamp = f"{gpus[0] if machine.gpus else 'CPU'}, commit {'unknown' if not commit else commit[0]}"
     checks = [check for check in CHECKS if check.name in chosen.only]
-    found = run(checks, machine, stored(result), stamp, again=chosen.again, keep=lambda kept: write_json(result, kept))
+    results = run(checks, machine, stored(file), stamp, again=chosen.again, keep=lambda kept: write_json(file, kept))
     if machine.gpus:
-        _write(found)
-    return int(any(entry["verdict"] == "failed" for entry in found["checks"].values()))
+        _write(results)
+    return int(any(entry["verdict"] == "failed" for entry in results["checks"].values()))
 
 
 def _lines(*command: str) -> list[str]:
@@ -85,23 +85,23 @@ def run(
         again: Whether to run passed checks again.
         keep: Stores the results so far.
     """
-    found: dict[str, Any] = {"command": "make gpu-check", "checks": dict(before["checks"])}
+    results: dict[str, Any] = {"command": "make gpu-check", "checks": dict(before["checks"])}
     for check in checks:
-        old = found["checks"].get(check.name, {})
+        old = results["checks"].get(check.name, {})
         if old.get("verdict") == "passed" and old.get("stamp") == stamp and not again:
             sys.stdout.write(f"{check.name}: passed before\n")
             continue
         sys.stdout.write(f"{check.name} ... ")
         sys.stdout.flush()
         entry = one(check, machine) | {"stamp": stamp}
-        found["checks"][check.name] = entry
-        keep(found)
+        results["checks"][check.name] = entry
+        keep(results)
         sys.stdout.write(f"{entry['verdict']}, {entry['seconds']:.0f} s{entry['why'] and ': ' + entry['why']}\n")
-    return found
+    return results
 
 
 def one(check: Check, machine: Machine) -> dict[str, Any]:
-    """Run one check, and return its verdict, the seconds, what it measured, and why it did not pass."""
+    """Run one check, and return its verdict, duration, measurements, and the reason if it did not pass."""
     begin, facts, verdict, why = time.monotonic(), {}, "not run", ""
     folder = machine.work / check.name
     shutil.rmtree(folder, ignore_errors=True)
@@ -124,9 +124,9 @@ def one(check: Check, machine: Machine) -> dict[str, Any]:
     return {"verdict": verdict, "seconds": round(time.monotonic() - begin, 1), "measured": facts, "why": why}
 
 
-def table(found: Mapping[str, Any]) -> str:
+def table(results: Mapping[str, Any]) -> str:
     """Return the results as Markdown; without results it states that no GPU has run the checks."""
-    entries = found["checks"]
+    entries = results["checks"]
     status = f"0 of {len(CHECKS)} checks have been run: no machine with a GPU has been available."
     if entries:
         passed = sum(entry["verdict"] == "passed" for entry in entries.values())
@@ -143,8 +143,8 @@ def table(found: Mapping[str, Any]) -> str:
     return "\n".join((status, "", *rows))
 
 
-def _write(found: Mapping[str, Any]) -> None:
-    write_text(PAGE, put(PAGE.read_text(encoding="utf-8"), PART, table(found)))
+def _write(results: Mapping[str, Any]) -> None:
+    write_text(PAGE, put(PAGE.read_text(encoding="utf-8"), PART, table(results)))
 
 
 if __name__ == "__main__":

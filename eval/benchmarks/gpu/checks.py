@@ -262,8 +262,7 @@ def _json(done: Done) -> Facts:
     start = f"\n{done.output}".find("\n{")
     if start < 0:
         raise Failure("the command printed no JSON")
-    found: Facts = json.JSONDecoder(parse_constant=lambda _: None).raw_decode(done.output[start:])[0]
-    return found
+    return dict(json.JSONDecoder(parse_constant=lambda _: None).raw_decode(done.output[start:])[0])
 
 
 def losses(run: Path) -> list[float]:
@@ -318,7 +317,7 @@ def environment(machine: Machine, folder: Path) -> Facts:
 
 
 def tests(marked: str, machine: Machine, folder: Path) -> Facts:
-    """Run tests, and count those that passed; conftest hides the GPU unless those marked gpu are asked for."""
+    """Run tests, and count those that passed; conftest hides the GPU unless tests marked gpu are selected."""
     output = machine.do(folder, "make", "test", f"ARGS=-m '{marked}'").output
     return {"passed": int((re.findall(r"(\d+) passed", output) or [0])[-1])}
 
@@ -523,12 +522,12 @@ def serve(machine: Machine, folder: Path) -> Facts:
         words = (f"--port={port}", f"--backend={machine.engine}", f"--store={folder / 'store.sqlite'}")
         models = (word for name in names for word in ("--models", name))
         with machine.started(folder, *machine.llmrec("serve", str(run), *words, *models)) as process:
-            while process.poll() is None and asked(port, "/ready") != 200 and time.monotonic() < machine.ends:
+            while process.poll() is None and status_of(port, "/ready") != 200 and time.monotonic() < machine.ends:
                 time.sleep(0.5)
             ready = time.monotonic() - begin
             for path in ("/v1/rank", "/v1/reload", "/v1/rank"):
                 for name in names if path == "/v1/rank" else (None,):
-                    statuses.append(asked(port, path, question | {"model": name} if name else {}))
+                    statuses.append(status_of(port, path, question | {"model": name} if name else {}))
             process.terminate()
             with suppress(subprocess.TimeoutExpired):
                 process.wait(90)
@@ -541,7 +540,7 @@ def serve(machine: Machine, folder: Path) -> Facts:
     return facts
 
 
-def asked(port: int, path: str, body: Mapping[str, Any] | None = None) -> int:
+def status_of(port: int, path: str, body: Mapping[str, Any] | None = None) -> int:
     """Return the status of a request to a service; 0 if nothing answers."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, {"Content-Type": "application/json"})
@@ -569,13 +568,13 @@ def holder(machine: Machine, folder: Path) -> Facts:
     for name, size in (("3 GB held", "3e9"), ("7 GB left", "max(1, torch.cuda.mem_get_info()[0] - 7e9)")):
         held = f"held = torch.empty(int({size}), dtype=torch.uint8, device='cuda')"
         code = f"import time, torch; {held}; print('held', flush=True); time.sleep(9e4)"
-        place = folder / name
-        place.mkdir()
-        with machine.started(place, machine.python, "-c", code) as process:
-            while process.poll() is None and not (place / "out.txt").stat().st_size:
+        workdir = folder / name
+        workdir.mkdir()
+        with machine.started(workdir, machine.python, "-c", code) as process:
+            while process.poll() is None and not (workdir / "out.txt").stat().st_size:
                 time.sleep(0.5)
-            found, seconds = machine.evaluate(_FOUR, folder / f"run, {name}", *_FEW, "eval.backend=vllm")
-            facts[name] = {"rows": len(found), "seconds": round(seconds), "holder_lives": int(process.poll() is None)}
+            rows, seconds = machine.evaluate(_FOUR, folder / f"run, {name}", *_FEW, "eval.backend=vllm")
+            facts[name] = {"rows": len(rows), "seconds": round(seconds), "holder_lives": int(process.poll() is None)}
     return facts
 
 

@@ -77,11 +77,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def model(shape: str, folder: str, device: str = "cuda") -> Facts:
     """Write a model with random weights, and the tokenizer of the quickstart's model."""
     with torch.device(device):
-        made = transformers.AutoModelForCausalLM.from_config(SHAPES[shape](), dtype=torch.bfloat16)
+        built = transformers.AutoModelForCausalLM.from_config(SHAPES[shape](), dtype=torch.bfloat16)
     with replacing(Path(folder)) as draft:
-        made.save_pretrained(draft, max_shard_size="5GB")
+        built.save_pretrained(draft, max_shard_size="5GB")
         load_tokenizer(resolve(ModelSection()), ModelSection()).save_pretrained(draft)
-    return {"parameters": sum(parameter.numel() for parameter in made.parameters())}
+    return {"parameters": sum(parameter.numel() for parameter in built.parameters())}
 
 
 # --------------------------------------------------------------------------- a backward pass under a mask
@@ -99,21 +99,21 @@ def masked(folder: str, device: str = "cuda") -> Facts:
     """
     _with_low_logits(Path(folder))
     expected, lowest = _gradients(folder, "cpu", "float32", packed=False)[0], list[float]()
-    with torch.profiler.profile() as profile, _noting_logsumexp(lowest):
-        found, columns = _gradients(folder, device, "bfloat16")
+    with torch.profiler.profile() as profile, _recording_logsumexp(lowest):
+        actual, columns = _gradients(folder, device, "bfloat16")
     facts = {
         "torch": torch.__version__,
         "columns_mod_128": columns % 128,
         "lowest_logsumexp": round(min(lowest), 1) if lowest else None,
         "math_attention": sum(event.name.endswith("attention_math") for event in profile.events()),
-        **_compared(expected, found),
+        **_compared(expected, actual),
     }
     if device == "cuda":
         facts |= {"cudnn": torch.backends.cudnn.version(), "capability": torch.cuda.get_device_capability()}
         facts["cudnn_attention"] = torch.backends.cuda.cudnn_sdp_enabled()
         # Loading a model may turn it off, so it is turned on afterwards. Its result does not affect the check.
-        found, _ = _gradients(folder, device, "bfloat16", lambda: torch.backends.cuda.enable_cudnn_sdp(True))
-        facts["if_cudnn_attention_were_on"] = [*_compared(expected, found).values()]
+        actual, _ = _gradients(folder, device, "bfloat16", lambda: torch.backends.cuda.enable_cudnn_sdp(True))
+        facts["if_cudnn_attention_were_on"] = [*_compared(expected, actual).values()]
     return facts
 
 
@@ -124,25 +124,25 @@ def _with_low_logits(folder: Path) -> None:
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 1024}
     rotary = {"rope_type": "default", "rope_theta": 1e6}
     config = transformers.Qwen2Config(**sizes, **heads, rope_parameters=rotary)
-    made = transformers.Qwen2ForCausalLM(config)
+    qwen = transformers.Qwen2ForCausalLM(config)
     slow = torch.tensor([*range(24, 32), *range(56, 64)])
     with torch.no_grad():
-        for parameter in made.parameters():
+        for parameter in qwen.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(2.0)
-        for layer in made.model.layers:
+        for layer in qwen.model.layers:
             for linear, bias in ((layer.self_attn.q_proj, 8.0), (layer.self_attn.k_proj, -8.0)):
                 rows = torch.cat([slow + first for first in range(0, linear.out_features, 64)])
                 linear.weight[rows], linear.bias[rows] = 0.0, bias
-    made.save_pretrained(folder)
+    qwen.save_pretrained(folder)
 
 
 @contextmanager
-def _noting_logsumexp(lowest: list[float]) -> Iterator[None]:
-    """Note the lowest logsumexp of each attention that gets a mask."""
+def _recording_logsumexp(lowest: list[float]) -> Iterator[None]:
+    """Record the lowest logsumexp of each attention call with a mask."""
     attention = functional.scaled_dot_product_attention
 
-    def noted(query: Any, key: Any, value: Any, attn_mask: Any = None, **options: Any) -> Any:
+    def recorded(query: Any, key: Any, value: Any, attn_mask: Any = None, **options: Any) -> Any:
         if attn_mask is not None:
             keys = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
             logits = query.float() @ keys.float().mT * options.get("scale", query.shape[-1] ** -0.5)
@@ -150,7 +150,7 @@ def _noting_logsumexp(lowest: list[float]) -> Iterator[None]:
             lowest.append(float(logits.detach().logsumexp(-1).min()))
         return attention(query, key, value, attn_mask=attn_mask, **options)
 
-    functional.scaled_dot_product_attention = noted
+    functional.scaled_dot_product_attention = recorded
     try:
         yield
     finally:
@@ -184,9 +184,9 @@ def _gradients(
     return torch.cat([gradient.float().cpu().flatten() for gradient in gradients]), stacked["ids"].shape[1]
 
 
-def _compared(expected: Any, found: Any) -> Facts:
-    finite = torch.isfinite(found)
-    apart = (found - expected).norm() / expected.norm()
+def _compared(expected: Any, actual: Any) -> Facts:
+    finite = torch.isfinite(actual)
+    apart = (actual - expected).norm() / expected.norm()
     return {
         "nonfinite_gradients": int((~finite).sum()),
         "gradient_difference": round(float(apart), 5) if finite.all() else None,
@@ -210,12 +210,12 @@ def engines(folder: str, ways: str = "prefill,nodes,hf", device: str = "cuda", p
     encoder = Encoder(load_tokenizer(folder, section), max_length=512)
     titles = [f"{one} {two} ({year})" for year, one in enumerate(("Red", "The Old", "Fargo", "Sea of"), 1990) for two in
               ("River", "Rivers", "House", "Night", "Men")]  # fmt: skip
-    asked = [
+    requests = [
         Prompt(messages=(Message("user", (Segment("text", f"Person {n} watched {', '.join(titles[: 3 + n % 9])}."),)),))
         for n in range(int(prompts))
     ]
     kinds = {"titles": titles, "labels": list("ABCDEFGHIJKLMNOPQRST")}
-    facts: Facts = {name: {"scores": len(asked) * len(candidates)} for name, candidates in kinds.items()}
+    facts: Facts = {name: {"scores": len(requests) * len(candidates)} for name, candidates in kinds.items()}
     scores: dict[str, list[Any]] = {name: [] for name in kinds}
     for way in ways.split(","):
         backend: Any = (
@@ -225,7 +225,7 @@ def engines(folder: str, ways: str = "prefill,nodes,hf", device: str = "cuda", p
         )
         for name, candidates in kinds.items():
             begin = time.perf_counter()
-            answers = backend.score(asked, [candidates] * len(asked), closed=name == "titles")
+            answers = backend.score(requests, [candidates] * len(requests), closed=name == "titles")
             facts[name][f"{way}_seconds"] = round(time.perf_counter() - begin, 2)
             facts[name][f"{way}_route"] = answers[0].engine
             scores[name].append(torch.tensor([answer.logprobs for answer in answers], dtype=torch.float64))

@@ -84,25 +84,25 @@ def estimate(recipe: Recipe, scale: Scale) -> dict[str, Any]:
     row = scale.tokens or train.max_row_tokens + evaluation.beams * _CODE
     # A few-shot prompt has one more question per demonstration.
     rows = sum(1 + evaluation.shots.k * (arm == "few-shot") for arm in evaluation.arms) or 1
-    asked = scale.requests * row * rows
+    evaluated = scale.requests * row * rows
     passes = (3 if train.method == "full" else 2) + train.gradient_checkpointing
     # Rollouts are found by search and scored by the reference model.
     passes += 2 * (train.reward is not None)
     learned = train.steps * train.batch_tokens if trains else 0
-    operations = {"training": 2 * weights * passes * learned / 1e15, "evaluation": 2 * weights * asked / 1e15}
+    operations = {"training": 2 * weights * passes * learned / 1e15, "evaluation": 2 * weights * evaluated / 1e15}
     least = LEAST * train.steps / 3600 if trains else 0.0
 
     def hours(gpus: Mapping[str, int]) -> dict[str, float]:
         taken = {
             stage: 1e3 * done / (share * PEAKS[scale.card] * gpus[stage]) / 3600 for stage, done in operations.items()
         }
-        return {stage: float(f"{max(whole, least * (stage == 'training')):.2g}") for stage, whole in taken.items()}
+        return {stage: float(f"{max(value, least * (stage == 'training')):.2g}") for stage, value in taken.items()}
 
     entry: dict[str, Any] = {
         "card_gib": scale.card,
         "block_weights": weights,
         "share_of_peak": share,
-        "tokens": {"training": learned, "evaluation": asked},
+        "tokens": {"training": learned, "evaluation": evaluated},
         "petaflop": {stage: float(f"{done:.3g}") for stage, done in operations.items()},
         "hours": hours({"training": 1, "evaluation": 1}),
         # Training with rewards does not support several processes.
@@ -120,8 +120,8 @@ def block_weights(config: Any) -> int:
     with torch.device("meta"):
         model = auto_class(config).from_config(config)
     tables = {id(module.weight): module.weight.numel() for _, module in named_tables(model)}
-    whole = sum(parameter.numel() for parameter in model.parameters()) - sum(tables.values())
-    return whole // 2 if is_paired(config) else whole
+    total = sum(parameter.numel() for parameter in model.parameters()) - sum(tables.values())
+    return total // 2 if is_paired(config) else total
 
 
 def main() -> None:
