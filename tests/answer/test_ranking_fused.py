@@ -152,7 +152,7 @@ def test_fuses_two_runs_without_a_model(run: Path, tmp_path: Path, monkeypatch: 
         assert rows[name]["fusion"] == known[name]
     compared = {(each["a"], each["b"]) for each in fused.results["comparisons"] if "verdict" in each}
     assert (joined["id"], alone["id"]) in compared
-    assert fused.report.is_file() and "What <bdi>fusion" in fused.report.read_text(encoding="utf-8")
+    assert fused.report.is_file() and "Members of <bdi>fusion" in fused.report.read_text(encoding="utf-8")
     assert pl.read_parquet(tmp_path / "joined" / "predictions.parquet").height == 12 * len(rows)
 
 
