@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gzip
-import math
+import io
+import json
 import random
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +18,6 @@ from hypothesis import strategies as st
 from llmrec.data.dataset import Dataset
 from llmrec.recipe.schema import DataSection
 from llmrec.types import Item
-from tests.facts import Facts
 
 Row = tuple[str, str, float, float]
 
@@ -30,15 +31,13 @@ def dataset(rows: list[Row], *, timed: bool = True) -> Dataset:
 
 
 def random_rows(seed: int, *, users: int = 12, items: int = 15, repeats: bool = False, moments: int = 6) -> list[Row]:
-    """Rows with many ties in time; each user has 1 to 9 interactions."""
+    """Return rows with many ties in time; each user has 1 to 9 interactions."""
     dice = random.Random(seed)
     rows = []
     for user in range(users):
         size = dice.randint(1, 9)
-        chosen = dice.choices(range(items), k=size) if repeats else dice.sample(range(items), size)
-        rows += [
-            (f"u{user}", f"i{item}", float(dice.randint(1, 5)), float(dice.randint(1, moments))) for item in chosen
-        ]
+        drawn = dice.choices(range(items), k=size) if repeats else dice.sample(range(items), size)
+        rows += [(f"u{user}", f"i{item}", float(dice.randint(1, 5)), float(dice.randint(1, moments))) for item in drawn]
     dice.shuffle(rows)
     return rows
 
@@ -58,7 +57,7 @@ def folder(path: Path, files: Mapping[str, str | bytes], *, packed: bool = False
 
 
 def archive(path: Path, files: Mapping[str, str | bytes], *, top: str = "top/", packed: bool = False) -> Path:
-    """Write an archive of files, beside one that Macs add."""
+    """Write an archive of files and a file that macOS adds."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as pack:
         pack.writestr("__MACOSX/" + next(iter(files)), b"rubbish")
         for name, raw in _stored(files, packed=packed).items():
@@ -71,49 +70,32 @@ def _stored(files: Mapping[str, str | bytes], *, packed: bool) -> dict[str, byte
     return {f"{name}.gz": gzip.compress(held) for name, held in raw.items()} if packed else raw
 
 
+def lines(*rows: object) -> bytes:
+    """Return rows as lines: texts as they are, others as JSON."""
+    return "".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows).encode()
+
+
+def dicts(*rows: Mapping[str, Any]) -> bytes:
+    """Return rows as Python dictionaries, one per line."""
+    return "".join(f"{row!r}\n" for row in rows).encode()
+
+
+def zipped(*entries: tuple[str | zipfile.ZipInfo, bytes]) -> bytes:
+    """Return a zip archive; names may be repeated."""
+    stream = io.BytesIO()
+    with warnings.catch_warnings(), zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as pack:
+        warnings.simplefilter("ignore")
+        for name, raw in entries:
+            pack.writestr(name, raw)
+    return stream.getvalue()
+
+
+def pairs(frame: pl.DataFrame) -> list[tuple[str, str]]:
+    return list(frame.select("user_id", "item_id").iter_rows())
+
+
 def section(path: Path | str, **keys: Any) -> DataSection:
     return DataSection(source="table", path=str(path), **keys)
 
 
 seeds = st.integers(0, 2**32 - 1)
-
-REFUSED: list[tuple[dict[str, Any], Facts]] = [
-    ({}, Facts("missing-key", column="candidates")),
-    ({"candidate": ["1"]}, Facts("missing-key", column="candidates", says="did you mean 'candidate'")),
-    ({"candidates": []}, Facts("empty", column="candidates")),
-    ({"candidates": None}, Facts("missing-key", column="candidates")),
-    ({"candidates": "1"}, Facts("bad-value", column="candidates")),
-    ({"candidates": {"a": 1}}, Facts("bad-value", column="candidates")),
-    ({"candidates": [None]}, Facts("missing-value", column="candidates, entry 1")),
-    ({"candidates": [True]}, Facts("bad-value", column="candidates, entry 1")),
-    ({"candidates": [math.nan]}, Facts("missing-value", column="candidates, entry 1")),
-    ({"candidates": [math.inf]}, Facts("bad-value", column="candidates, entry 1")),
-    ({"candidates": [["1"]]}, Facts("bad-value", column="candidates, entry 1")),
-    ({"candidates": [{"title": 3}]}, Facts("bad-value", column="candidates, entry 1: title")),
-    ({"candidates": [{"title": " \u200b"}]}, Facts("missing-value", column="candidates, entry 1")),
-    ({"candidates": [{"title": "x", "deep": {"a": 1}}]}, Facts("bad-value", column="candidates, entry 1: deep")),
-    ({"candidates": ["1\x07"]}, Facts("bad-value", column="candidates, entry 1")),
-    ({"candidates": [{"title": "a\0b"}]}, Facts("encoding", column="candidates, entry 1: title")),
-    ({"candidates": [{"title": "a\ud800"}]}, Facts("encoding", column="candidates, entry 1: title")),
-    ({"candidates": [{"item_id": "1", "a\ud800": "b"}]}, Facts("encoding", column="candidates, entry 1: a key")),
-    ({"candidates": ["x" * 1001]}, Facts("too-large", column="candidates, entry 1", says="1000")),
-    ({"candidates": ["1"], "id": "a\nb"}, Facts("bad-value", column="id")),
-    ({"candidates": ["1"], "id": ["a"]}, Facts("bad-value", column="id")),
-    ({"candidates": ["1"], "user_id": {}}, Facts("bad-value", column="user_id")),
-    ({"candidates": ["1"], "profile": 5}, Facts("bad-value", column="profile")),
-    ({"candidates": ["1"], "history": "1"}, Facts("bad-value", column="history")),
-    *(
-        (
-            {"candidates": ["1"], "history": [{"item_id": "1", name: value}]},
-            Facts("bad-value", column=f"history, entry 1: {name}"),
-        )
-        for name, value in (
-            ("rating", "much"),
-            ("rating", math.nan),
-            ("rating", True),
-            ("timestamp", "soon"),
-            ("text", 4),
-        )
-    ),
-]
-"""Requests that cannot be ranked, and what each is told; item 1 is the only one that is known."""

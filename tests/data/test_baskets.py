@@ -1,4 +1,4 @@
-"""Baskets: what is bought at once is told to be, and can be held out as a whole."""
+"""Baskets: interactions at one time are reported, and can be held out together."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ USERS, MOMENTS, EACH = 12, 4, 3
 
 
 def bought(*, at_once: bool = True, time: bool = True) -> pl.DataFrame:
-    """Baskets of three items at four moments a user, or the same one item after the other."""
+    """Return baskets of three items at four times per user, or the same items one after the other."""
     rows = [
         {
             "user_id": f"u{user:02d}",
-            "item_id": f"i{(user * 5 + moment * EACH + place) % 30:02d}",
-            "timestamp": float(moment * 100 + (0 if at_once else place)),
+            "item_id": f"i{(user * 5 + moment * EACH + step) % 30:02d}",
+            "timestamp": float(moment * 100 + (0 if at_once else step)),
         }
         for user in range(USERS)
         for moment in range(MOMENTS)
-        for place in range(EACH)
+        for step in range(EACH)
     ]
     frame = pl.DataFrame(rows)
     return frame if time else frame.drop("timestamp")
@@ -45,21 +45,21 @@ def cut(kind: str, frame: pl.DataFrame) -> SplitDataset:
     return split(dataset, Split(kind=kind), seed=0)  # type: ignore[arg-type]
 
 
-def test_leave_one_out_cuts_through_baskets_and_says_so() -> None:
+def test_leave_one_out_splits_baskets_and_reports_it() -> None:
     data = cut("leave_one_out", bought())
     # Of the last basket one is for test and one for validation: both have the third in their history.
     assert moments_shared(data) == 1.0 == statistics(data)["tied_with_history"]
     assert "100% of the held-out interactions of shop" in baskets(data) and "last_basket" in baskets(data)
 
 
-def test_events_one_after_the_other_are_no_baskets() -> None:
+def test_single_events_are_no_baskets() -> None:
     data = cut("leave_one_out", bought(at_once=False))
     assert moments_shared(data) == 0.0 and baskets(data) == ""
     untimed = cut("leave_one_out", bought(time=False))
     assert moments_shared(untimed) is None and baskets(untimed) == ""
 
 
-def test_whole_baskets_are_held_out() -> None:
+def test_baskets_are_held_out() -> None:
     data = cut("last_basket", bought())
     assert (data.test.height, data.valid.height) == (USERS * EACH, USERS * EACH)
     assert set(data.test["timestamp"]) == {300.0} and set(data.valid["timestamp"]) == {200.0}
@@ -67,7 +67,7 @@ def test_whole_baskets_are_held_out() -> None:
     assert moments_shared(data) == 0.0 and baskets(data) == ""
 
 
-def test_users_with_fewer_moments_stay_in_training_and_what_is_bought_again_counts_last() -> None:
+def test_users_with_few_baskets_stay_in_training() -> None:
     rows = [("a", "x", 1.0), ("a", "y", 2.0), ("b", "x", 1.0), ("b", "y", 2.0), ("b", "x", 3.0), ("b", "z", 0.0)]
     rows += [("c", "x", 1.0), ("c", "y", 2.0), ("c", "z", 3.0)]
     data = cut("last_basket", pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row"))
@@ -86,32 +86,22 @@ def test_users_with_fewer_moments_stay_in_training_and_what_is_bought_again_coun
         ),
     ],
 )
-def test_what_has_no_baskets_is_refused(frame: pl.DataFrame, facts: Facts) -> None:
+def test_data_without_baskets(frame: pl.DataFrame, facts: Facts) -> None:
     with raises(DataError, facts):
         cut("last_basket", frame)
 
 
-def test_init_check_and_the_report_say_it(tmp_path: Path) -> None:
+def test_init_and_check_mention_baskets(tmp_path: Path) -> None:
     bought().write_csv(tmp_path / "shop.csv")
-    made = start.init(str(tmp_path / "shop.csv"), out=tmp_path / "shop.yaml", name="shop", backend="hf")
-    assert "last_basket" in made.found
+    result = start.init(str(tmp_path / "shop.csv"), out=tmp_path / "shop.yaml", name="shop", backend="hf")
+    assert "last_basket" in result.found
     recipe = {
         "name": "shop",
         "data": {"source": "table", "columns": {"time": "timestamp"}},
         "tasks": {"sequential": {}},
-        "eval": {
-            "arms": ["zero-shot"],
-            "backend": "fake",
-            "scorer": "fake",
-            "bootstrap": 20,
-            "candidates": {"count": 5},
-        },
+        "eval": {"arms": ["zero-shot"], "backend": "fake", "scorer": "fake", "candidates": {"count": 5}},
     }
     (warning,) = llmrec.check(recipe, data=bought()).warnings
     assert "last_basket" in warning
-    run = llmrec.run(recipe, tmp_path / "run", data=bought(), quiet=True)
-    assert any("last_basket" in note for note in run.results["notes"])
-    whole = {**recipe, "data": {**recipe["data"], "split": {"kind": "last_basket"}}}  # type: ignore[dict-item]
-    again = llmrec.run(whole, tmp_path / "whole", data=bought(), quiet=True)
-    assert not any("last_basket" in note for note in again.results["notes"])
-    assert {row["n"] for row in again.results["rows"]} == {USERS * EACH}
+    recipe["data"] = {"source": "table", "columns": {"time": "timestamp"}, "split": {"kind": "last_basket"}}
+    assert not llmrec.check(recipe, data=bought()).warnings

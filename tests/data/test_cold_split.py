@@ -1,4 +1,4 @@
-"""The split cold_items: nothing but a cold item's text is known to what is learned, shown or counted."""
+"""The split cold_items: training, histories and counts use nothing of a cold item but its text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from data_cases import Row, dataset, seeds, shuffled
+from data_cases import Row, dataset, pairs, seeds, shuffled
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -28,7 +28,7 @@ def cut(rows: list[Row], seed: int = 0, *, timed: bool = True, **keys: Any) -> S
 
 
 def drawn(rows: list[Row], seed: int, **keys: Any) -> SplitDataset:
-    """As `cut`; a seed under which so small a table has no cold item to ask about is passed over."""
+    """Split as `cut`; reject seeds without cold items to ask about."""
     try:
         return cut(rows, seed, **keys)
     except DataError as error:
@@ -38,7 +38,7 @@ def drawn(rows: list[Row], seed: int, **keys: Any) -> SplitDataset:
 
 
 def many(seed: int, *, repeats: bool = False, users: int = 60, items: int = 60) -> list[Row]:
-    """Rows of users with 2 to 12 events each, many of them at one moment."""
+    """Return rows of users with 2 to 12 events each, with many ties in time."""
     rng = np.random.default_rng(seed)
     return [
         (f"u{user}", f"i{item}", 1.0, float(rng.integers(1, 9)))
@@ -47,16 +47,12 @@ def many(seed: int, *, repeats: bool = False, users: int = 60, items: int = 60) 
     ]
 
 
-def pairs(frame: pl.DataFrame) -> set[tuple[str, str]]:
-    return set(frame.select("user_id", "item_id").iter_rows())
-
-
 @settings(max_examples=12)
 @given(seeds, st.booleans(), st.booleans())
-def test_nothing_of_a_cold_item_is_learned_from_shown_or_counted(seed: int, repeats: bool, timed: bool) -> None:
+def test_cold_items_are_in_no_training_history_or_count(seed: int, repeats: bool, timed: bool) -> None:
     rows = many(seed, repeats=repeats)
     data = drawn(rows, seed, timed=timed)
-    train, valid, test = pairs(data.train), pairs(data.valid), pairs(data.test)
+    train, valid, test = set(pairs(data.train)), set(pairs(data.valid)), set(pairs(data.test))
     assert data.cold and not {item for _, item in train} & data.cold and data.known.is_empty()
     assert data.held_out == valid | test | {row[:2] for row in rows if row[1] in data.cold}
     assert not data.held_out & train
@@ -67,21 +63,21 @@ def test_nothing_of_a_cold_item_is_learned_from_shown_or_counted(seed: int, repe
     catalogue = Catalogue.of(data)
     popular = counts(Log.of(data, catalogue), catalogue)
     assert not popular[catalogue.places(sorted(data.cold))].any()
-    # What is said of them stays in the catalogue.
+    # The catalogue keeps them.
     assert data.cold <= set(data.dataset.items)
 
 
 @settings(max_examples=12)
 @given(seeds, st.booleans())
-def test_each_user_is_asked_about_a_cold_and_a_warm_item_after_all_that_stays(seed: int, repeats: bool) -> None:
+def test_held_out_users_have_a_cold_and_a_warm_item(seed: int, repeats: bool) -> None:
     data = drawn(many(seed, repeats=repeats), seed)
     assert not set(data.valid["user_id"]) & set(data.test["user_id"])
     last = dict(data.train.group_by("user_id").agg(pl.col("timestamp").max()).iter_rows())
     for frame in (data.valid, data.test):
-        asked = frame.with_columns(cold=pl.col("item_id").is_in(sorted(data.cold)))
-        for (user,), own in asked.group_by("user_id"):
-            assert sorted(own["cold"].to_list()) == [False, True]
-            assert own["timestamp"].min() >= last[user]
+        held = frame.with_columns(cold=pl.col("item_id").is_in(sorted(data.cold)))
+        for (user,), rows in held.group_by("user_id"):
+            assert sorted(rows["cold"].to_list()) == [False, True]
+            assert rows["timestamp"].min() >= last[user]
     assert training_interactions(data).verdict != "leak"
     # The items of test are not those of validation.
     of = {name: {row.item_id for row in data.holdouts(name)} & data.cold for name in ("valid", "test")}
@@ -90,41 +86,41 @@ def test_each_user_is_asked_about_a_cold_and_a_warm_item_after_all_that_stays(se
 
 @settings(max_examples=6)
 @given(seeds)
-def test_the_seed_decides_and_the_order_of_rows_and_other_items_do_not(seed: int) -> None:
+def test_cold_items_depend_on_the_seed_alone(seed: int) -> None:
     rows = many(seed)
     one, other = drawn(rows, seed), drawn(shuffled(rows, seed + 1), seed)
     assert one.fingerprint == other.fingerprint and one.cold == other.cold
     assert drawn(rows, seed + 1).cold != one.cold
-    # An item falls by a hash of its own: it is cold in every part of a table.
+    # The hash of an item does not depend on other items.
     part = drawn([row for row in rows if row[1] != "i0"], seed)
     assert part.cold == one.cold - {"i0"}
 
 
-def test_what_others_did_with_cold_items_moves_nothing() -> None:
+def test_interactions_with_cold_items_change_nothing() -> None:
     rows = many(3)
     data = cut(rows)
-    asked = pairs(data.test) | pairs(data.valid)
-    less = cut([row for row in rows if row[1] not in data.cold or row[:2] in asked])
-    assert less.readable == data.readable and pairs(less.test) == pairs(data.test)
+    held = set(pairs(data.test)) | set(pairs(data.valid))
+    less = cut([row for row in rows if row[1] not in data.cold or row[:2] in held])
+    assert less.readable == data.readable and set(pairs(less.test)) == set(pairs(data.test))
 
 
-def test_a_worked_example() -> None:
+def test_example_by_hand() -> None:
     base = [(f"w{n}", f"i{k}", 1.0, float(k)) for n in range(3) for k in range(6)]
     cold = cut([*base, *many(1)]).cold
     one, warm = sorted(cold)[0], [f"i{k}" for k in range(60) if f"i{k}" not in cold][:3]
     order = {"late": [*warm, one], "middle": [*warm[:2], one, warm[2]], "early": [warm[0], one, *warm[1:]]}
     rows = [(user, item, 1.0, float(k)) for user, items in order.items() for k, item in enumerate(items)]
     data = cut([*many(1), *rows])
-    held = pairs(data.test) | pairs(data.valid)
+    held = set(pairs(data.test)) | set(pairs(data.valid))
     for user in ("late", "middle"):
         assert {item for name, item in held if name == user} == {one, warm[2]}
         assert [event.item_id for event in data.train_events(user)] == warm[:2]
-    # Two warm events come after it: to ask about it would show what came later, and so it is dropped.
+    # Two warm events come after it, so a question about it would reveal later events.
     assert not [item for name, item in held if name == "early"]
     assert [event.item_id for event in data.train_events("early")] == warm
 
 
-def test_items_that_first_appear_after_a_date() -> None:
+def test_items_first_seen_after_a_date() -> None:
     day = 86400.0
     rows = [(user, item, rating, when * day) for user, item, rating, when in many(2)]
     first: dict[str, float] = {}
@@ -141,22 +137,22 @@ def test_items_that_first_appear_after_a_date() -> None:
         cut(rows, after=1.0, timed=False)
     with raises(DataError, Facts("too-few", column="data.split.test")):
         cut(rows, after="2030-01-01")
-    for wrong, said in (({"kind": "last_share", "after": 1.0}, "kind: cold_items"), ({"after": "soon"}, "ISO date")):
-        with pytest.raises(ValueError, match=said):
+    for wrong, says in (({"kind": "last_share", "after": 1.0}, "kind: cold_items"), ({"after": "soon"}, "ISO date")):
+        with pytest.raises(ValueError, match=says):
             Split.model_validate({"kind": "cold_items"} | wrong)
 
 
-def test_the_audit_finds_what_this_split_must_not_hold() -> None:
+def test_audit_finds_cold_items_in_training() -> None:
     data = cut(many(5))
     assert training_interactions(data).verdict != "leak"
     item = sorted(data.cold)[0]
     row = data.train[:1].with_columns(pl.lit(item).cast(data.train["item_id"].dtype).alias("item_id"))
-    found = training_interactions(replace(data, train=pl.concat([data.train, row])))
-    assert found.verdict == "leak" and item in found.examples[0]
+    result = training_interactions(replace(data, train=pl.concat([data.train, row])))
+    assert result.verdict == "leak" and item in result.examples[0]
     both = training_interactions(replace(data, valid=pl.concat([data.valid, data.test])))
     assert both.verdict == "leak" and "both splits" in both.examples[0]
 
 
-def test_statistics_count_the_cold_targets() -> None:
+def test_statistics_count_cold_targets() -> None:
     data = cut(many(7))
     assert statistics(data)["cold_items_test"] == data.test.height // 2

@@ -1,10 +1,9 @@
-"""Published sets on made files in their official forms: in folders, packed, zipped, whole and broken."""
+"""Published data sets, from small files in the official formats: folders, gzip, zip and malformed files."""
 
 from __future__ import annotations
 
 import gzip
 import json
-import logging
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_cases import archive, folder
+from data_cases import archive, dicts, folder, lines
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -31,14 +30,6 @@ from llmrec.registry import SOURCES
 from tests.facts import Facts, raises
 
 Files = dict[str, bytes]
-
-
-def lines(*rows: object) -> bytes:
-    return "".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows).encode()
-
-
-def dicts(*rows: dict[str, Any]) -> bytes:
-    return "".join(f"{row!r}\n" for row in rows).encode()
 
 
 ML_1M: Files = {
@@ -74,22 +65,10 @@ STEAM: Files = {
 }
 YELP: Files = {
     "yelp_academic_dataset_review.json": lines(
-        {
-            "review_id": "r1",
-            "user_id": "u1",
-            "business_id": "b1",
-            "stars": 3.0,
-            "text": "ok",
-            "date": "2018-07-07 22:09:11",
-        },
-        {
-            "review_id": "r2",
-            "user_id": "u1",
-            "business_id": "b2",
-            "stars": 5,
-            "text": "great",
-            "date": "2019-01-01 00:00:00",
-        },
+        {"review_id": "r1", "user_id": "u1", "business_id": "b1"}
+        | {"stars": 3.0, "text": "ok", "date": "2018-07-07 22:09:11"},
+        {"review_id": "r2", "user_id": "u1", "business_id": "b2"}
+        | {"stars": 5, "text": "great", "date": "2019-01-01 00:00:00"},
         {"review_id": "r3", "user_id": "u2", "business_id": "b1", "stars": 1.0, "text": "no", "date": "2017-01-01"},
     ),
     "yelp_academic_dataset_business.json": lines(
@@ -152,11 +131,7 @@ MIND: Files = {
 }
 SETS: Mapping[str, Files] = {
     "movielens-1m": ML_1M,
-    "movielens-10m": ML_1M,
-    "movielens-20m": ML_CSV,
-    "movielens-25m": ML_CSV,
     "movielens-32m": ML_CSV,
-    "movielens-latest": ML_CSV,
     "steam": STEAM,
     "yelp": YELP,
     "goodreads": GOODREADS,
@@ -184,7 +159,7 @@ def no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMREC_CACHE", str(tmp_path / "no cache"))
 
 
-# --------------------------------------------------------------------------- what comes out
+# --------------------------------------------------------------------------- content of each data set
 
 
 def test_movielens_1m(tmp_path: Path) -> None:
@@ -199,6 +174,7 @@ def test_movielens_1m(tmp_path: Path) -> None:
     }
     assert (data.noun, data.rating_scale, data.made) == ("movies", (1.0, 5.0), False)
     assert "GroupLens" in data.provenance["licence"] and data.provenance["rows"] == "4"
+    assert data.fingerprint.startswith("957be8a95eec")
 
 
 def test_movielens_csv(tmp_path: Path) -> None:
@@ -206,7 +182,6 @@ def test_movielens_csv(tmp_path: Path) -> None:
     assert titles(data) == {"10": "The Postman (Il Postino) (1994)", "20": "Babylon 5"}
     assert data.items["20"].fields == {"genres": "unknown", "year": "unknown"}
     assert data.users == {} and data.rating_scale == (0.5, 5.0)
-    # The other loader of this form gives the same.
     assert data.fingerprint == read("movielens-small", tmp_path).fingerprint
 
 
@@ -222,7 +197,7 @@ def test_steam(tmp_path: Path) -> None:
     assert data.rating_scale is None
 
 
-def test_games_without_an_id_are_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_games_without_id_are_skipped_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     # So are rows 75 and 30,962 of the published file.
     blank = dicts({"app_name": "Lost", "genres": ["Action"]}, {"id": "", "title": "", "url": "http://a.b/app/"})
     data = read("steam", folder(tmp_path, {**STEAM, "steam_games.json": blank + STEAM["steam_games.json"]}))
@@ -259,13 +234,7 @@ def test_goodreads_csv_joins_books_through_the_map(tmp_path: Path, caplog: pytes
     assert "a seeded hash orders the items of a user" in data.provenance["notes"]
 
 
-def test_goodreads_csv_needs_the_map(tmp_path: Path) -> None:
-    files = {name: raw for name, raw in GOODREADS_CSV.items() if "map" not in name}
-    with raises(DataError, Facts("missing-file", tmp_path, says="book_id_map.csv.gz")):
-        read("goodreads", folder(tmp_path, files))
-
-
-def test_lastfm_2k_has_no_times_so_neither_rows_nor_ids_decide(tmp_path: Path) -> None:
+def test_lastfm_2k_does_not_depend_on_row_order(tmp_path: Path) -> None:
     data = read("lastfm-2k", folder(tmp_path / "a", LASTFM_2K))
     assert titles(data) == {"51": 'Duran "2" Duran', "52": "Morcheeba"}
     assert data.interactions["rating"].null_count() == 3 and data.interactions["timestamp"].to_list() == [0.0] * 3
@@ -284,12 +253,13 @@ def test_lastfm_1k(tmp_path: Path) -> None:
     }
 
 
-def test_mind_puts_the_history_first_and_clicks_in_time(tmp_path: Path) -> None:
+def test_mind_orders_history_before_clicks(tmp_path: Path) -> None:
     data = read("mind", folder(tmp_path, MIND))
     order = [item for user, item, *_ in rows(data) if user == "U1"]
     assert order == ["N1", "N2", "N5", "N3", "N4"]
     assert not data.has_time and titles(data)["N1"] == "Title & 1"
     assert data.items["N1"].fields == {"category": "news", "subcategory": "world"}
+    assert data.fingerprint.startswith("b2d4f45355dc")
     cut = split(data, Split(), seed=0)
     assert [held.item_id for held in cut.holdouts("test")] == ["N4"]
     assert [event.item_id for event in cut.history("U1", "valid")] == ["N1", "N2", "N5"]
@@ -304,17 +274,17 @@ def test_mind_puts_the_history_first_and_clicks_in_time(tmp_path: Path) -> None:
         (b"\tN1-1 N2-0", b"", Facts("ragged-row", row=3)),
     ],
 )
-def test_mind_refuses(tmp_path: Path, old: bytes, new: bytes, facts: Facts) -> None:
+def test_mind_errors(tmp_path: Path, old: bytes, new: bytes, facts: Facts) -> None:
     files = {**MIND, "behaviors.tsv": MIND["behaviors.tsv"].replace(old, new, 1)}
     with raises(DataError, replace(facts, file="behaviors.tsv")):
         read("mind", folder(tmp_path, files))
 
 
-# --------------------------------------------------------------------------- wherever the files lie
+# --------------------------------------------------------------------------- locations of the files
 
 
 @pytest.mark.parametrize("source", SETS)
-def test_every_way_to_the_files_gives_the_same(tmp_path: Path, source: str) -> None:
+def test_folder_gzip_and_zip_give_same_data(tmp_path: Path, source: str) -> None:
     files = SETS[source]
     plain = folder(tmp_path / "plain", files)
     data = read(source, plain)
@@ -332,7 +302,7 @@ def test_every_way_to_the_files_gives_the_same(tmp_path: Path, source: str) -> N
     assert len(data.provenance["sha256"].split("; ")) == len(files)
 
 
-def test_the_cache_folder_stands_in_for_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_folder_is_used_without_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMREC_CACHE", str(tmp_path))
     ways = ("ml-1m.zip", "https://grouplens.org/", "terms: GroupLens")
     with raises(DataError, Facts("missing-key", column="data.path", says=ways)):
@@ -342,42 +312,32 @@ def test_the_cache_folder_stands_in_for_a_path(tmp_path: Path, monkeypatch: pyte
     assert len(read("movielens-1m", None).items) == 3
 
 
-@pytest.mark.parametrize("source", SETS)
-def test_a_wrong_folder_names_what_is_missing_and_where_it_is_published(tmp_path: Path, source: str) -> None:
-    known = KNOWN[source]
+def test_wrong_folder_names_missing_file_and_download_page(tmp_path: Path) -> None:
+    page = KNOWN["goodreads"]
     (tmp_path / "notes.txt").write_text("nothing here")
-    ways = (known.layouts[0].events.files[0], known.page, known.licence)
-    with raises(DataError, Facts("missing-file", tmp_path, column="data.path", says=ways)):
-        read(source, tmp_path)
+    parts = (page.layouts[0].events.files[0], page.page, page.licence)
+    with raises(DataError, Facts("missing-file", tmp_path, column="data.path", says=parts)):
+        read("goodreads", tmp_path)
     with raises(DataError, Facts("missing-file", "nowhere", column="data.path")):
-        read(source, tmp_path / "nowhere")
+        read("goodreads", tmp_path / "nowhere")
 
 
-def test_missing_members(tmp_path: Path) -> None:
+def test_missing_files_of_a_set(tmp_path: Path) -> None:
     with raises(DataError, Facts("missing-file", tmp_path / "a", says=("movies.dat.gz", "ml-1m.zip"))):
         read("movielens-1m", folder(tmp_path / "a", {"ratings.dat": ML_1M["ratings.dat"]}))
     without = {name: raw for name, raw in ML_1M.items() if name != "users.dat"}
     assert read("movielens-1m", folder(tmp_path / "b", without)).users == {}
 
 
-def test_missing_metadata_is_said_and_not_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    data = read("steam", folder(tmp_path, {"steam_reviews.json": STEAM["steam_reviews.json"]}))
-    assert titles(data) == {"725280": "725280", "328100": "328100"}
-    assert "2 of 2 items have no title" in data.provenance["notes"]
-    first = caplog.records[0]
-    assert first.levelno == logging.WARNING and first.getMessage().startswith("2 of 2 items have no title")
-
-
-def test_several_files_of_interactions(tmp_path: Path) -> None:
+def test_several_interaction_files_are_ambiguous(tmp_path: Path) -> None:
     both = {**GOODREADS, **GOODREADS_CSV, "goodreads_reviews_spoiler.json": b"{}"}
-    with raises(
-        DataError, Facts("ambiguous", tmp_path, says="goodreads_reviews_poetry.json, goodreads_interactions.csv")
-    ):
+    names = "goodreads_reviews_poetry.json, goodreads_interactions.csv"
+    with raises(DataError, Facts("ambiguous", tmp_path, says=names)):
         read("goodreads", folder(tmp_path, both))
     assert read("goodreads", tmp_path / "goodreads_reviews_poetry.json").name == "goodreads-poetry"
 
 
-def test_items_from_elsewhere(tmp_path: Path) -> None:
+def test_items_from_another_folder(tmp_path: Path) -> None:
     main = folder(tmp_path / "a", {"steam_reviews.json": STEAM["steam_reviews.json"]})
     folder(tmp_path / "b", {"games.json": STEAM["steam_games.json"]}, packed=True)
     data = read("steam", main, items=str(tmp_path / "b" / "games.json.gz"))
@@ -388,12 +348,10 @@ def test_items_from_elsewhere(tmp_path: Path) -> None:
         read("lastfm-1k", folder(tmp_path / "d", LASTFM_1K), items="x.tsv")
 
 
-def test_other_columns_are_for_tables(tmp_path: Path) -> None:
+def test_columns_cannot_be_renamed(tmp_path: Path) -> None:
     with raises(DataError, Facts("contradiction", column="data.columns")):
         read("yelp", folder(tmp_path, YELP), columns=Columns(rating="useful"))
-    with raises(
-        DataError, Facts("unknown-name", column="data.columns.text", says="are: text; use one of them, or none")
-    ):
+    with raises(DataError, Facts("unknown-name", column="data.columns.text", says="are: text; use one of them")):
         read("yelp", tmp_path, columns=Columns(text="useful"))
     assert read("yelp", tmp_path, columns=Columns(text="none")).interactions["text"].null_count() == 3
 
@@ -401,35 +359,18 @@ def test_other_columns_are_for_tables(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------- times, encodings, order
 
 
-@pytest.mark.parametrize("source", [name for name in SETS if name not in ("mind",)])
-def test_the_order_of_rows_does_not_matter(tmp_path: Path, source: str) -> None:
+@pytest.mark.parametrize("source", ["movielens-1m", "movielens-32m", "steam", "lastfm-1k"])
+def test_row_order_does_not_matter(tmp_path: Path, source: str) -> None:
     files = SETS[source]
     main = next(iter(files))
     body = files[main].splitlines(keepends=True)
-    head = [body.pop(0)] if main.endswith(".csv") or main.startswith("user_artists") else []
+    head = [body.pop(0)] if main.endswith(".csv") else []
     random.Random(3).shuffle(body)
     moved = {**files, main: b"".join(head + body)}
     one, other = read(source, folder(tmp_path / "a", files)), read(source, folder(tmp_path / "b", moved))
     assert one.fingerprint == other.fingerprint
     cuts = [split(data, Split(kind="global_time", valid=0.0, test=0.34), seed=0).fingerprint for data in (one, other)]
     assert cuts[0] == cuts[1]
-
-
-FINGERPRINTS = {
-    "movielens-1m": "957be8a95eec",
-    "movielens-32m": "0c6662227237",
-    "steam": "f34629379091",
-    "yelp": "15c494da0d44",
-    "goodreads": "da151549ffb6",
-    "lastfm-2k": "42b578c1b795",
-    "lastfm-1k": "e5ef3808157a",
-    "mind": "b2d4f45355dc",
-}
-
-
-def test_fingerprints_are_stable(tmp_path: Path) -> None:
-    for source, start in FINGERPRINTS.items():
-        assert read(source, folder(tmp_path / source, SETS[source])).fingerprint.startswith(start), source
 
 
 def test_milliseconds_become_seconds(tmp_path: Path) -> None:
@@ -441,7 +382,7 @@ def test_milliseconds_become_seconds(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("first", ["seconds", "milliseconds"])
-def test_one_file_has_one_unit_of_time(tmp_path: Path, first: str) -> None:
+def test_mixed_time_units_are_an_error(tmp_path: Path, first: str) -> None:
     body = ML_1M["ratings.dat"].replace(b"978302109", b"978302109000")
     if first == "milliseconds":
         body = body.replace(b"978300760", b"978300760000")
@@ -450,7 +391,7 @@ def test_one_file_has_one_unit_of_time(tmp_path: Path, first: str) -> None:
         read("movielens-1m", folder(tmp_path, {**ML_1M, "ratings.dat": body}))
 
 
-def test_an_old_set_saved_as_utf8_reads_the_same(tmp_path: Path) -> None:
+def test_latin1_set_saved_as_utf8(tmp_path: Path) -> None:
     films = ML_1M["movies.dat"].decode("latin-1").encode()
     one, other = (
         read("movielens-1m", folder(tmp_path / name, files))
@@ -459,18 +400,7 @@ def test_an_old_set_saved_as_utf8_reads_the_same(tmp_path: Path) -> None:
     assert one.items == other.items
 
 
-@pytest.mark.parametrize("mark", [b"\xef\xbb\xbf", b""])
-@pytest.mark.parametrize("end", [b"\r\n", b"\n"])
-@pytest.mark.parametrize("source", ["movielens-32m", "yelp", "lastfm-2k", "movielens-1m"])
-def test_byte_order_marks_and_line_ends(tmp_path: Path, source: str, mark: bytes, end: bytes) -> None:
-    files = {name: mark + raw.replace(b"\n", end) for name, raw in SETS[source].items() if name != "movies.dat"}
-    if source == "movielens-1m":
-        files["movies.dat"] = SETS[source]["movies.dat"].replace(b"\n", end)
-    data = read(source, folder(tmp_path / "a", files))
-    assert data.fingerprint == read(source, folder(tmp_path / "b", SETS[source])).fingerprint
-
-
-# --------------------------------------------------------------------------- what is refused
+# --------------------------------------------------------------------------- malformed files
 
 
 Change = tuple[str, str, bytes, bytes, Facts]
@@ -483,44 +413,33 @@ BROKEN: list[Change] = [
     ("movielens-1m", "ratings.dat", b"1::20::3::", b"1::99::3::", Facts("unknown-name", row=2, column="item_id")),
     ("movielens-1m", "ratings.dat", b"1::20::3::", b"1::10::3::", Facts("duplicate", row=2, says="of row 1")),
     ("movielens-1m", "ratings.dat", b"1::20::3::978302109", b"1::20::3", Facts("ragged-row", row=2)),
-    ("movielens-1m", "ratings.dat", b"1::20", b"::20", Facts("missing-value", row=2, column="user")),
-    ("movielens-1m", "ratings.dat", b"978302109", b"97830210\0", Facts("encoding", line=2)),
     ("movielens-1m", "movies.dat", CAFE, b" ", Facts("missing-value", row=2, column="title")),
     ("movielens-1m", "users.dat", b"2::M", b"::M", Facts("missing-value", row=2, column="user")),
-    ("movielens-32m", "ratings.csv", b"1,20,0.5", b"1,20,nan", Facts("bad-value", None, 2, "rating", line=3)),
     ("movielens-32m", "ratings.csv", b"978302109", b"97 http://x", Facts("bad-value", None, 2, "timestamp", line=3)),
     ("movielens-32m", "ratings.csv", b"movieId", b"film", Facts("missing-column", column="movieId")),
     ("movielens-32m", "movies.csv", b'"Say ""Hi""', b'"Say "Hi', Facts("syntax", row=3, line=4)),
-    ("movielens-32m", "ratings.csv", b"1,10,4.5", b'"1,10,4.5', Facts("syntax", row=1, line=2)),
-    ("movielens-32m", "ratings.csv", b"userId,movie", b"movieId,movie", Facts("duplicate", None, 0, "movieId")),
     ("yelp", REVIEWS, b'"stars": 5', b'"stars": "x"', Facts("bad-value", row=2, column="stars")),
-    ("yelp", REVIEWS, b'"stars": 5', b'"stars": [5]', Facts("bad-value", row=2, column="stars")),
-    ("yelp", REVIEWS, b'"stars": 5', b'"stars": 5,,', Facts("syntax", row=2)),
-    ("yelp", REVIEWS, b'"stars": 5', b'"stars": null', Facts("bad-value", row=2, column="stars")),
     ("yelp", REVIEWS, b"2019-01-01 00", b"2019-13-01 00", Facts("bad-value", row=2, column="date")),
     ("yelp", REVIEWS, b'"great"', b'"\\ud83d"', Facts("encoding", row=2, column="text")),
-    ("yelp", REVIEWS, b'"great"', b'"a\\u0000"', Facts("encoding", row=2, column="text")),
     ("yelp", REVIEWS, b'"user_id"', b'"who"', Facts("missing-column", column="user_id", says="are: review_id, who")),
     ("yelp", REVIEWS, b"great", b"gr\xe9at", Facts("encoding", line=2, says="0xe9")),
-    ("yelp", REVIEWS, b'{"review_id": "r2"', b'[{"review_id": "r2"', Facts("syntax", row=2)),
     ("yelp", REVIEWS, b'"r1", "user_id"', b'"r1", "x": "y"}\n{"user_id"', Facts("missing-column", column="user_id")),
     ("yelp", BUSINESSES, b'"name": "Zed"', b'"name": "Zed', Facts("syntax", row=2)),
     ("steam", "steam_reviews.json", b"'328100'", b"open('x')", Facts("syntax", row=2)),
-    ("steam", "steam_games.json", b"{'id': '328100'", b"{'id': '328100", Facts("syntax", row=2)),
     ("lastfm-2k", "user_artists.dat", b"2\t52\t11690", b"2\t52", Facts("ragged-row", row=2, line=3)),
     ("lastfm-1k", LISTENS, b"\tNo Id\t", b"\t\t", Facts("missing-value", row=2, column="artid", says="'artname'")),
 ]
 
 
 @pytest.mark.parametrize(("source", "name", "old", "new", "facts"), BROKEN)
-def test_broken_files(tmp_path: Path, source: str, name: str, old: bytes, new: bytes, facts: Facts) -> None:
+def test_malformed_files(tmp_path: Path, source: str, name: str, old: bytes, new: bytes, facts: Facts) -> None:
     assert old in SETS[source][name]
     path = folder(tmp_path, {**SETS[source], name: SETS[source][name].replace(old, new, 1)})
     with raises(DataError, replace(facts, file=path / name)):
         read(source, path)
 
 
-def test_nothing_in_a_file_is_ever_run(tmp_path: Path) -> None:
+def test_file_content_is_never_run(tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     evil = f"{{'username': __import__('pathlib').Path({str(mark)!r}).touch(), 'product_id': '1'}}\n".encode()
     with raises(DataError, Facts("syntax", "steam_reviews.json", 1)):
@@ -528,27 +447,21 @@ def test_nothing_in_a_file_is_ever_run(tmp_path: Path) -> None:
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("damage", ["cut", "garbage", "zip", "empty", "header"])
-def test_damaged_files(tmp_path: Path, damage: str) -> None:
+def test_damaged_and_empty_files(tmp_path: Path) -> None:
     path = folder(tmp_path / "x", ML_CSV, packed=True)
     main = path / "ratings.csv.gz"
-    if damage == "cut":
-        main.write_bytes(main.read_bytes()[:-12])
-    elif damage == "garbage":
-        main.write_bytes(b"<html>no such page</html>")
-    elif damage == "empty":
-        main.write_bytes(gzip.compress(b""))
-    elif damage == "header":
-        main.write_bytes(gzip.compress(b"userId,movieId,rating,timestamp\n"))
-    else:
-        path = tmp_path / "x.zip"
-        path.write_bytes(b"PK no zip at all")
-    kind: ErrorKind = "empty" if damage in ("empty", "header") else "damaged"
-    with raises(DataError, Facts(kind, path if damage == "zip" else main)):
+    main.write_bytes(main.read_bytes()[:-12])
+    with raises(DataError, Facts("damaged", main)):
         read("movielens-25m", path)
+    main.write_bytes(gzip.compress(b"userId,movieId,rating,timestamp\n"))
+    with raises(DataError, Facts("empty", main)):
+        read("movielens-25m", path)
+    (tmp_path / "x.zip").write_bytes(b"PK no zip at all")
+    with raises(DataError, Facts("damaged", tmp_path / "x.zip")):
+        read("movielens-25m", tmp_path / "x.zip")
 
 
-def test_an_endless_line_stops_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_endless_line_is_rejected_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmrec.data.read.text.BLOCK", 64)
     monkeypatch.setattr("llmrec.data.read.text.LONGEST", 200)
     path = folder(tmp_path, {**YELP, "yelp_academic_dataset_review.json": b'{"user_id": "' + b"x" * 1000})
@@ -560,21 +473,14 @@ def test_an_endless_line_stops_early(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("source", SETS)
-@pytest.mark.parametrize("size", [1, 7, 100])
-def test_the_size_of_blocks_does_not_matter(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, size: int
-) -> None:
+def test_block_size_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
     data = read(source, folder(tmp_path, SETS[source]))
-    monkeypatch.setattr("llmrec.data.read.text.BLOCK", size)
+    monkeypatch.setattr("llmrec.data.read.text.BLOCK", 1)
     again = read(source, tmp_path)
     assert again.interactions.equals(data.interactions) and again.items == data.items and again.users == data.users
 
 
 cells = st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="\0\ufeff"), max_size=6)
-
-
-def as_json(row: dict[str, str]) -> str:
-    return json.dumps(row)
 
 
 def as_csv(row: dict[str, str]) -> str:
@@ -587,26 +493,25 @@ def as_csv(row: dict[str, str]) -> str:
     st.integers(1, 40),
     st.booleans(),
 )
-def test_what_is_written_is_read(
+def test_written_rows_are_read_back(
     tmp_path_factory: pytest.TempPathFactory, values: list[dict[str, str]], kind: str, size: int, gaps: bool
 ) -> None:
-    write: Callable[[dict[str, str]], str] = {"csv": as_csv, "python": ascii}.get(kind, as_json)  # type: ignore[assignment]
+    write: Callable[[dict[str, str]], str] = {"csv": as_csv, "python": ascii}.get(kind, json.dumps)  # type: ignore[assignment]
     head = "a,b\n" if kind == "csv" else ""
     path = tmp_path_factory.mktemp("blocks") / "x"
     path.write_bytes((head + ("\n\n" if gaps else "\n").join(write(row) for row in values)).encode())
     form = Form(kind={"csv": "delimited", "python": "dicts"}.get(kind, kind), quoted=True)  # type: ignore[arg-type]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("llmrec.data.read.text.BLOCK", size)
-        found_blocks = list(blocks(Member("x", path), form, {"b": "text", "a": "text"}))
-    found = [row for block in found_blocks for row in block.frame.iter_rows(named=True)]
-    assert found == values
+        results = list(blocks(Member("x", path), form, {"b": "text", "a": "text"}))
+    assert [row for block in results for row in block.frame.iter_rows(named=True)] == values
     if kind != "csv":
         step = 2 if gaps else 1
-        assert [line for block in found_blocks for line in block.lines] == list(range(1, step * len(values) + 1, step))
-        assert found_blocks[-1].where(found_blocks[-1].frame.height - 1).row == len(values)
+        assert [line for block in results for line in block.lines] == list(range(1, step * len(values) + 1, step))
+        assert results[-1].where(results[-1].frame.height - 1).row == len(values)
 
 
-def test_rows_are_named_across_blocks_and_blank_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_count_rows_across_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmrec.data.read.text.BLOCK", 40)
     body = b"\n".join(b"1::%d::3::978300760" % number for number in range(10)) + b"\n\n1::77::x::978300760\n"
     with raises(DataError, Facts("bad-value", "ratings.dat", 11, "rating", line=12)):
@@ -621,49 +526,47 @@ def test_rows_are_named_across_blocks_and_blank_lines(tmp_path: Path, monkeypatc
 # --------------------------------------------------------------------------- published counts
 
 
-def test_a_difference_from_what_is_published_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_different_counts_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = read("movielens-1m", folder(tmp_path, ML_1M))
-    told = data.provenance["published"]
-    assert told.startswith("published: 6,040 users / 3,706 items / 1,000,209 interactions (the set's README); here: ")
-    assert "here: 2 users / 3 items / 4 interactions. This is expected if the file was filtered" in told
-    assert told in caplog.text
+    note = data.provenance["published"]
+    assert note.startswith("published: 6,040 users / 3,706 items / 1,000,209 interactions (the set's README); here: ")
+    assert "here: 2 users / 3 items / 4 interactions. This is expected if the file was filtered" in note
+    assert note in caplog.text
 
 
 def counted(tmp_path: Path, rows: int) -> str:
-    """Return a page of MovieLens-1M that knows other counts."""
+    """Return a page of MovieLens-1M with other counts."""
     page = tmp_path / "small.yaml"
-    said = f"{{origin: a page, files: {{ratings.dat: [2, 3, {rows}]}}}}"
-    page.write_text(f"base: movielens-1m\ncounts: {said}\n", encoding="utf-8")
+    counts = f"{{origin: a page, files: {{ratings.dat: [2, 3, {rows}]}}}}"
+    page.write_text(f"base: movielens-1m\ncounts: {counts}\n", encoding="utf-8")
     return str(page)
 
 
-def test_agreement_is_said_without_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_equal_counts_give_no_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = read(counted(tmp_path, 4), folder(tmp_path, ML_1M), filter={"min_rating": 2})
     assert data.provenance["published"] == "as published: 2 users / 3 items / 4 interactions (a page)"
     assert data.interactions.height == 3 and not caplog.records  # counts are taken before the filter
 
 
-def test_repeats_count_as_published_rows(tmp_path: Path) -> None:
+def test_repeated_rows_count(tmp_path: Path) -> None:
     twice = {**ML_1M, "ratings.dat": ML_1M["ratings.dat"] + b"1::10::2::978400000\n"}
     data = read(counted(tmp_path, 5), folder(tmp_path, twice), duplicates="keep_last")
     assert data.provenance["published"].startswith("as published") and data.interactions.height == 4
 
 
 @pytest.mark.parametrize(
-    ("known", "here", "same"),
+    ("published", "counted", "same"),
     [
-        (Counts(10, 20, 30, ""), Counts(10, 20, 30, ""), True),
         (Counts(10, 20, 30, ""), Counts(10, 20, 31, ""), False),
         (Counts(None, None, 30, ""), Counts(1, 2, 30, ""), True),
         (Counts(94_800, 25_600, 814_600, "", rounded=True), Counts(94_762, 25_612, 814_586, ""), True),
         (Counts(94_800, 25_600, 814_600, "", rounded=True), Counts(94_762, 25_612, 814_686, ""), False),
         (Counts(253, 356, 2_500, "", rounded=True), Counts(253, 356, 2_535, ""), True),
         (Counts(253, 356, 2_500, "", rounded=True), Counts(254, 356, 2_500, ""), False),
-        (Counts(2_500_000, 1, 1, "", rounded=True), Counts(2_540_000, 1, 1, ""), True),
     ],
 )
-def test_agreement(known: Counts, here: Counts, same: bool) -> None:
-    assert known.agrees(here) is same
+def test_agreement(published: Counts, counted: Counts, same: bool) -> None:
+    assert published.agrees(counted) is same
 
 
 def test_published_counts_belong_to_files_that_a_source_reads() -> None:
@@ -693,16 +596,16 @@ layouts:
     titles: [name]
     attributes: [{name: band, column: artist}]
 """
-OWN: Files = {
+SONGS: Files = {
     "plays.txt": lines("ann;1;4;05.01.2020", "ann;2;2;06.01.2020", "bob;1;5;07.01.2020"),
     "songs.json": lines({"id": "1", "name": "Blue", "artist": "A"}, {"id": "2", "name": "Red", "artist": "B"}),
 }
 
 
-def test_a_page_of_ones_own_describes_files_of_ones_own(tmp_path: Path) -> None:
+def test_user_page_describes_files(tmp_path: Path) -> None:
     page = tmp_path / "songs.yaml"
     page.write_text(PAGE, encoding="utf-8")
-    data = read(str(page), folder(tmp_path, OWN))
+    data = read(str(page), folder(tmp_path, SONGS))
     assert data.noun == "songs" and data.interactions.height == 3
     assert data.items["1"].title == "Blue" and data.items["2"].fields == {"band": "B"}
     assert data.interactions["timestamp"].to_list()[0] == 1578182400.0
@@ -713,27 +616,25 @@ def test_a_page_of_ones_own_describes_files_of_ones_own(tmp_path: Path) -> None:
     [
         (("noun: songs", "nuon: songs"), "unknown-key", "nuon"),
         (("user: who", "user: [who, what]"), "bad-value", "layouts.0.events.user"),
-        (("    form: {kind: json}", "    form: {kind: xml}"), "bad-value", "layouts.0.items.form.kind"),
         (("column: artist", 'column: artist, keep: "("'), "contradiction", "keep"),
         (("layouts:", "base: movielens-9m\nlayouts:"), "missing-file", None),
-        (("item: [what]", "item: []"), "bad-value", "layouts.0.events.item"),
         (('separator: ";"', 'separator: ""'), "bad-value", "separator"),
         (('separator: ";"', 'encodings: [utf9], separator: ";"'), "contradiction", "encodings"),
     ],
 )
-def test_a_wrong_page_is_refused_with_its_line(
+def test_malformed_page_is_rejected(
     tmp_path: Path, change: tuple[str, str], kind: ErrorKind, column: str | None
 ) -> None:
     page = tmp_path / "songs.yaml"
     page.write_text(PAGE.replace(*change), encoding="utf-8")
     with pytest.raises(RecipeError) as caught:
-        read(str(page), folder(tmp_path, OWN))
+        read(str(page), folder(tmp_path, SONGS))
     assert caught.value.kind == kind
     if column is not None:
         assert column in str(caught.value.column) and "songs.yaml" in str(caught.value)
 
 
-def test_a_page_may_stand_on_one_that_stands_on_another(tmp_path: Path) -> None:
+def test_user_page_with_base(tmp_path: Path) -> None:
     page = tmp_path / "mine.yaml"
     page.write_text("base: movielens-10m\nnoun: films\n", encoding="utf-8")
     assert sets.known(str(page)).noun == "films" and sets.known(str(page)).scale == (0.5, 5.0)
@@ -742,12 +643,12 @@ def test_a_page_may_stand_on_one_that_stands_on_another(tmp_path: Path) -> None:
     assert caught.value.column == "data.path"
 
 
-def test_a_page_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_missing_page_is_named(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"none\.yaml does not exist"):
         read(str(tmp_path / "none.yaml"), tmp_path)
 
 
-def test_every_map_is_a_source_and_reads_columns_that_its_files_have() -> None:
+def test_shipped_pages_are_consistent() -> None:
     for name, known in KNOWN.items():
         assert name in SOURCES and known.page.startswith("http") and known.licence and known.fetch
         for layout in known.layouts:
@@ -755,10 +656,7 @@ def test_every_map_is_a_source_and_reads_columns_that_its_files_have() -> None:
             named = [events.user, *events.item, events.rating, events.time, *events.texts, events.title]
             if events.form.columns:
                 assert {column for column in named if column} <= set(events.form.columns), name
-            if layout.items is not None and layout.items.form.columns:
-                columns = {
-                    layout.items.item,
-                    *layout.items.titles,
-                    *(column for each in layout.items.attributes for column in each.columns),
-                }
-                assert columns <= set(layout.items.form.columns), name
+            items = layout.items
+            if items is not None and items.form.columns:
+                columns = {column for attribute in items.attributes for column in attribute.columns}
+                assert {items.item, *items.titles} | columns <= set(items.form.columns), name

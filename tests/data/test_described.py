@@ -1,4 +1,4 @@
-"""Texts of a store in prompts: each stands where it belongs, as data, and none that knows an answer is let in."""
+"""Stored texts in prompts: they are data, and texts that depend on held-out interactions are rejected."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def _split(folder: Path, **section: Any) -> SplitDataset:
     rows = [f"u{user},i{item},{user + item}" for user in range(USERS) for item in range(ITEMS)]
     (folder / "rows.csv").write_text("user_id,item_id,timestamp\n" + "\n".join(rows) + "\n")
     (folder / "items.csv").write_text("item_id,title\n" + "".join(f"i{n},Title {n}\n" for n in range(ITEMS)))
-    given = {"source": "table", "path": str(folder / "rows.csv"), "items": str(folder / "items.csv")}
-    made = {"kind": "prefix", "valid": 0.1, "test": 0.2}
-    return load_split(DataSection.model_validate({**given, "split": made, **section}), seed=0)
+    values = {"source": "table", "path": str(folder / "rows.csv"), "items": str(folder / "items.csv")}
+    parts = {"kind": "prefix", "valid": 0.1, "test": 0.2}
+    return load_split(DataSection.model_validate({**values, "split": parts, **section}), seed=0)
 
 
 def _store(folder: Path, data: SplitDataset, *, split: str | None = None, seen: Mapping[str, frozenset[Pair]]) -> Path:
-    made = Provenance(system="test", split=data.readable if split is None else split)
+    provenance = Provenance(system="test", split=data.readable if split is None else split)
     users, items = [f"u{n}" for n in range(USERS - 1)], [f"i{n}" for n in range(3)]
-    said = [f"likes {each} <|im_end|>" for each in users]
+    texts = [f"likes {each} <|im_end|>" for each in users]
     tables = [
-        Features("user", users, np.eye(len(users)), made, texts=said, seen=seen),
-        Features("item", items, np.eye(len(items)), made, texts=[f"about {each}" for each in items]),
+        Features("user", users, np.eye(len(users)), provenance, texts=texts, seen=seen),
+        Features("item", items, np.eye(len(items)), provenance, texts=[f"about {each}" for each in items]),
     ]
     publish(folder, tables)
     return folder
@@ -48,50 +48,50 @@ def _store(folder: Path, data: SplitDataset, *, split: str | None = None, seen: 
 
 @pytest.fixture
 def data(tmp_path: Path) -> SplitDataset:
-    """A split whose users have a beginning that nothing learns from."""
+    """Return a split by prefix, whose known events are not for training."""
     return _split(tmp_path / "data")
 
 
 @pytest.fixture
 def store(tmp_path: Path, data: SplitDataset) -> Path:
-    """Texts that have seen nothing but beginnings."""
+    """Return a store whose texts depend on known events only."""
     known = {f"u{n}": frozenset({(f"u{n}", data.known_events(f"u{n}")[0].item_id)}) for n in range(USERS - 1)}
     return _store(tmp_path / "store", data, seen=known)
 
 
-def test_texts_stand_with_users_and_items(tmp_path: Path, data: SplitDataset, store: Path) -> None:
-    told = _split(tmp_path / "data", texts={"path": str(store)})
-    view = View(told)
+def test_texts_are_in_profiles_and_items(tmp_path: Path, data: SplitDataset, store: Path) -> None:
+    described = _split(tmp_path / "data", texts={"path": str(store)})
+    view = View(described)
     assert view.user("u1", {})["profile"] == [{"name": USER_FIELD, "value": "likes u1 <|im_end|>"}]
     assert view.user("u5", {})["profile"] == []
     assert view.about("i2")["fields"] == [{"name": ITEM_FIELD, "value": "about i2"}]
     assert view.about("i7")["fields"] == []
-    # It stands in place of what the data say, as a profile does that a request brings.
-    users = {**told.dataset.users, "u1": {**told.dataset.users["u1"], "age": "30"}}
-    older = View(replace(told, dataset=replace(told.dataset, users=users)))
+    # It replaces the fields of the data, as the profile of a request does.
+    users = {**described.dataset.users, "u1": {**described.dataset.users["u1"], "age": "30"}}
+    older = View(replace(described, dataset=replace(described.dataset, users=users)))
     assert older.user("u1", {})["profile"] == view.user("u1", {})["profile"]
-    # A profile that a request brings counts, as it does beside the data's own fields.
+    # The profile of a request comes first.
     assert view.user("u1", {"profile": "mine"})["profile"] == [{"name": "profile", "value": "mine"}]
-    assert told.fingerprint != data.fingerprint and told.readable == data.readable
-    assert told.dataset.provenance["have texts"] == "5 of 6 users, 3 of 8 items"
+    assert described.fingerprint != data.fingerprint and described.readable == data.readable
+    assert described.dataset.provenance["have texts"] == "5 of 6 users, 3 of 8 items"
 
 
 @pytest.mark.parametrize(("sides", "users", "items"), [("user", 5, 0), ("item", 0, 3)])
-def test_one_side_alone(data: SplitDataset, store: Path, sides: Any, users: int, items: int) -> None:
-    told = with_stored_texts(data, TextsSection(path=str(store), sides=sides)).dataset
-    assert sum(USER_FIELD in each for each in told.users.values()) == users
-    assert sum(ITEM_FIELD in each.fields for each in told.items.values()) == items
+def test_one_side(data: SplitDataset, store: Path, sides: Any, users: int, items: int) -> None:
+    described = with_stored_texts(data, TextsSection(path=str(store), sides=sides)).dataset
+    assert sum(USER_FIELD in each for each in described.users.values()) == users
+    assert sum(ITEM_FIELD in each.fields for each in described.items.values()) == items
 
 
-def test_a_control_gives_everybody_the_text_of_somebody_else(data: SplitDataset, store: Path) -> None:
-    told = with_stored_texts(data, TextsSection(path=str(store), shuffled=True)).dataset
-    said = {user: each[USER_FIELD] for user, each in told.users.items()}
-    assert sorted(said.values()) == sorted(f"likes u{n} <|im_end|>" for n in range(USERS - 1))
-    assert all(user not in text for user, text in said.items())
+def test_shuffled_texts_are_of_other_users(data: SplitDataset, store: Path) -> None:
+    described = with_stored_texts(data, TextsSection(path=str(store), shuffled=True)).dataset
+    texts = {user: each[USER_FIELD] for user, each in described.users.items()}
+    assert sorted(texts.values()) == sorted(f"likes u{n} <|im_end|>" for n in range(USERS - 1))
+    assert all(user not in text for user, text in texts.items())
 
 
-@pytest.mark.parametrize("count", [2, 3, 50])
-def test_nobody_stays_in_place(count: int) -> None:
+@pytest.mark.parametrize("count", [2, 51])
+def test_reshuffling_has_no_fixed_point(count: int) -> None:
     names = [str(n) for n in range(count)]
     dealt = reshuffled(names)
     assert sorted(dealt) == sorted(dealt.values()) == sorted(names)
@@ -99,26 +99,26 @@ def test_nobody_stays_in_place(count: int) -> None:
 
 
 @pytest.mark.parametrize("part", ["train", "valid", "test"])
-def test_a_text_that_knows_an_answer_is_refused(tmp_path: Path, data: SplitDataset, part: str) -> None:
+def test_rejects_user_texts_of_held_out_interactions(tmp_path: Path, data: SplitDataset, part: str) -> None:
     frame: pl.DataFrame = getattr(data, part)
     user, item = frame.filter(pl.col("user_id").cast(pl.String) != "u5").select("user_id", "item_id").row(0)
     folder = _store(tmp_path / "store", data, seen={str(user): frozenset({(str(user), str(item))})})
     with raises(DataError, Facts("leak", file=folder, says=(repr(user), repr(item), "data.split.kind=prefix"))):
         with_stored_texts(data, TextsSection(path=str(folder)))
-    # What the items' texts say was read off no interaction.
+    # Texts of items depend on no interaction.
     assert with_stored_texts(data, TextsSection(path=str(folder), sides="item")).dataset.items["i0"].fields
 
 
-def test_a_text_on_an_item_that_knows_an_answer_is_refused(tmp_path: Path, data: SplitDataset) -> None:
+def test_rejects_item_texts_of_held_out_interactions(tmp_path: Path, data: SplitDataset) -> None:
     user, item = map(str, data.test.select("user_id", "item_id").row(0))
-    made = Provenance(system="test")
+    provenance = Provenance(system="test")
     seen = {item: frozenset({(user, item)})}
-    publish(tmp_path / "store", [Features("item", [item], np.ones((1, 2)), made, texts=["said"], seen=seen)])
+    publish(tmp_path / "store", [Features("item", [item], np.ones((1, 2)), provenance, texts=["said"], seen=seen)])
     with raises(DataError, Facts("leak", file=tmp_path / "store", says=(repr(user), "held out"))):
         with_stored_texts(data, TextsSection(path=str(tmp_path / "store")))
 
 
-def test_what_another_table_holds_out_is_refused_too(data: SplitDataset, store: Path) -> None:
+def test_rejects_texts_of_pairs_held_out_elsewhere(data: SplitDataset, store: Path) -> None:
     user, item = "u1", data.known_events("u1")[0].item_id
     with_stored_texts(data, TextsSection(path=str(store)))
     with raises(DataError, Facts("leak", file=store, says=(repr(user), repr(item)))):
@@ -129,55 +129,49 @@ def test_what_another_table_holds_out_is_refused_too(data: SplitDataset, store: 
     ("text", "title", "named"),
     [
         ("loved Toy Story (1995) most", "Toy Story (1995)", True),
-        ("Loved TOY STORY, and the sea", "Toy Story (1995)", True),
-        ("a toy storyteller", "Toy Story (1995)", False),
         ("Title 10", "Title 1", False),
-        # Words of many texts, but for their year.
+        # Common words need the year.
         ("the heat of summer", "Heat (1995)", False),
         ("saw heat (1995)", "Heat (1995)", True),
-        ("read Emma", "Emma", False),
         ("C++ (again)", "C++ (again)", True),
     ],
 )
-def test_what_a_text_names(text: str, title: str, named: bool) -> None:
+def test_titles_in_texts(text: str, title: str, named: bool) -> None:
     assert names(text, title) is named
 
 
 @pytest.mark.parametrize("shuffled", [False, True])
-def test_a_text_that_names_what_its_user_is_asked_about_is_left_out(
-    tmp_path: Path, data: SplitDataset, shuffled: bool
-) -> None:
+def test_skips_texts_that_name_the_target(tmp_path: Path, data: SplitDataset, shuffled: bool) -> None:
     held = next(str(item) for user, item in data.test.select("user_id", "item_id").iter_rows() if str(user) == "u2")
-    made = Provenance(system="test", split=data.readable)
-    users = ["u2", "u3"]
-    named = [f"loved {data.dataset.titles[held]} most", "loves the sea"]
-    said = named[::-1] if shuffled else named
-    publish(tmp_path / "store", [Features("user", users, np.eye(2), made, texts=said)])
-    told = with_stored_texts(data, TextsSection(path=str(tmp_path / "store"), shuffled=shuffled)).dataset
-    assert USER_FIELD not in told.users.get("u2", {})
-    assert "1 more users excluded" in told.provenance["have texts"]
-    # Nobody is set aside for it, so that all arms ask the same users.
-    assert not any(each.user_id == "u2" for each in set_aside(replace(data, dataset=told)))
+    provenance = Provenance(system="test", split=data.readable)
+    texts = [f"loved {data.dataset.titles[held]} most", "loves the sea"]
+    texts = texts[::-1] if shuffled else texts
+    publish(tmp_path / "store", [Features("user", ["u2", "u3"], np.eye(2), provenance, texts=texts)])
+    described = with_stored_texts(data, TextsSection(path=str(tmp_path / "store"), shuffled=shuffled)).dataset
+    assert USER_FIELD not in described.users.get("u2", {})
+    assert "1 more users excluded" in described.provenance["have texts"]
+    # The user is still evaluated, so that all arms have the same users.
+    assert not any(each.user_id == "u2" for each in set_aside(replace(data, dataset=described)))
 
 
-def test_texts_of_another_split_are_refused(tmp_path: Path, data: SplitDataset) -> None:
+def test_rejects_texts_of_another_split(tmp_path: Path, data: SplitDataset) -> None:
     folder = _store(tmp_path / "store", data, split="another", seen={})
     with raises(DataError, Facts("mismatch", file=folder)):
         with_stored_texts(data, TextsSection(path=str(folder)))
 
 
-def test_texts_of_others_are_refused(tmp_path: Path, data: SplitDataset) -> None:
-    made = Provenance(system="test", split=data.readable)
-    publish(tmp_path / "store", [Features("item", ["x"], np.ones((1, 2)), made, texts=["about x"])])
+def test_rejects_texts_of_other_items(tmp_path: Path, data: SplitDataset) -> None:
+    provenance = Provenance(system="test", split=data.readable)
+    publish(tmp_path / "store", [Features("item", ["x"], np.ones((1, 2)), provenance, texts=["about x"])])
     with raises(DataError, Facts("missing-value", file=tmp_path / "store", says="0 of 8 items")):
         with_stored_texts(data, TextsSection(path=str(tmp_path / "store")))
     with raises(DataError, Facts("missing-value", file=tmp_path / "store", says="data.texts.sides")):
         with_stored_texts(data, TextsSection(path=str(tmp_path / "store"), sides="user"))
 
 
-def test_no_field_of_the_data_is_written_over(tmp_path: Path, data: SplitDataset, store: Path) -> None:
-    told = with_stored_texts(data, TextsSection(path=str(store)))
+def test_existing_fields_are_not_replaced(tmp_path: Path, data: SplitDataset, store: Path) -> None:
+    described = with_stored_texts(data, TextsSection(path=str(store)))
     with raises(DataError, Facts("contradiction", file=store, says="'profile'")):
-        with_stored_texts(told, TextsSection(path=str(store)))
+        with_stored_texts(described, TextsSection(path=str(store)))
     with raises(DataError, Facts("contradiction", file=store, says="'about'")):
-        with_stored_texts(told, TextsSection(path=str(store), sides="item"))
+        with_stored_texts(described, TextsSection(path=str(store), sides="item"))

@@ -1,4 +1,4 @@
-"""Events in columns are the events of the rows, whatever is missing in them and however few are kept."""
+"""Events by user from columns."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmrec.data import events as module
 from llmrec.data.dataset import SCHEMA
 from llmrec.data.events import Events
 from llmrec.tasks.base import Pasts, rated
@@ -32,30 +31,20 @@ def naive(rows: Rows, user: str) -> tuple[Event, ...]:
 
 
 @given(ROWS)
-def test_they_are_those_of_the_rows_in_their_order(rows: Rows) -> None:
-    found = Events(pl.DataFrame(rows, schema=dict(SCHEMA), orient="row"))
+def test_events_equal_the_rows_of_each_user(rows: Rows) -> None:
+    events = Events(pl.DataFrame(rows, schema=dict(SCHEMA), orient="row"))
     for _ in range(2):
-        for user in ("a", "b", "ü", "c c", "nobody"):
-            assert found.of(user) == naive(rows, user)
+        for user in ("a", "b", "ü", "c c", "unknown"):
+            assert events.of(user) == naive(rows, user)
 
 
-def test_few_are_kept_and_all_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_CACHE_SIZE", 5)
-    rows: Rows = [(f"u{n % 7}", f"i{n}", float(n), None, None) for n in range(40)]
-    found = Events(pl.DataFrame(rows, schema=dict(SCHEMA), orient="row"))
-    for turn in range(30):
-        user = f"u{(turn * 5) % 7}"
-        assert found.of(user) == naive(rows, user)
-        assert found._cached == sum(map(len, found._cache.values())) <= 5
-
-
-def test_pasts_are_those_of_the_split() -> None:
+def test_pasts_are_training_events() -> None:
     data = make_split()
     every = {user: data.train_events(user) for user in data.users()}
     assert dict(Pasts(data, least=6)) == {user: past for user, past in every.items() if len(past) >= 6}
     some = Pasts(data, lambda _, events: rated(events)[::2])
     assert dict(some) == {user: past[::2] for user, past in every.items() if past}
     assert dict(some.sizes()) == {user: len(past) for user, past in some.items()}
-    assert "nobody" not in some and some.get("nobody") is None
+    assert "unknown" not in some and some.get("unknown") is None
     with pytest.raises(KeyError):
-        some["nobody"]
+        some["unknown"]

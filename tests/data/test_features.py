@@ -1,4 +1,4 @@
-"""Stores of features: what is written is what is read, and a store says what it must not be used for."""
+"""Feature stores: round trip, versions, and protection against misuse."""
 
 from __future__ import annotations
 
@@ -32,36 +32,34 @@ def some(count: int = 5, width: int = 3, kind: str = "user") -> Features:
     )
 
 
-def test_what_is_written_is_read(tmp_path: Path) -> None:
+def test_round_trip(tmp_path: Path) -> None:
     users, items = some(), some(7, 4, "item")
     publish(tmp_path / "store", [users, items])
     store = FeatureStore.open(tmp_path / "store", split="abc")
     assert store.kinds == ("user", "item") and store.width("item") == 4 and store.provenance("user") == MADE
-    vectors, known = store.get("user", [*users.ids, "nobody", users.ids[0], ""])
+    vectors, known = store.get("user", [*users.ids, "unknown", users.ids[0], ""])
     assert known.tolist() == [True] * 5 + [False, True, False]
     assert np.array_equal(vectors[:5], users.vectors) and np.array_equal(vectors[6], users.vectors[0])
     assert vectors[5] == pytest.approx(users.vectors.mean(axis=0)) and np.array_equal(vectors[5], vectors[7])
-    assert store.texts("user", ["nobody", users.ids[1]]) == {users.ids[1]: f"likes {users.ids[1]}"}
+    assert store.texts("user", ["unknown", users.ids[1]]) == {users.ids[1]: f"likes {users.ids[1]}"}
     assert store.seen("user") == users.seen[users.ids[0]] and len(store.seen()) == 4
     assert store.get("user", [])[0].shape == (0, 3)
 
 
-def test_ten_lines_of_numpy_read_it_too(tmp_path: Path) -> None:
-    """The lines that docs/text-features-and-cold-start.md shows, word for word."""
+def test_documented_numpy_lines_read_it(tmp_path: Path) -> None:
+    """The lines of docs/text-features-and-cold-start.md."""
     users = some(9)
     publish(tmp_path / "store", [users])
-    page = (Path(__file__).parent.parent.parent / "docs" / "text-features-and-cold-start.md").read_text(
-        encoding="utf-8"
-    )
+    page = Path("docs/text-features-and-cold-start.md").read_text(encoding="utf-8")
     lines = page.split("```python\n# without llmrec\n")[1].split("```")[0]
     assert len(lines.strip().splitlines()) <= 10
-    names = {"folder": str(tmp_path / "store"), "asked": ["nobody", *users.ids]}
+    names = {"folder": str(tmp_path / "store"), "asked": ["unknown", *users.ids]}
     exec(lines, names)
-    vectors, known = FeatureStore.open(tmp_path / "store").get("user", ["nobody", *users.ids])
+    vectors, known = FeatureStore.open(tmp_path / "store").get("user", ["unknown", *users.ids])
     assert np.array_equal(names["vectors"], vectors) and np.array_equal(names["known"], known)
 
 
-def test_who_has_a_version_open_keeps_it(tmp_path: Path) -> None:
+def test_open_versions_stay_readable(tmp_path: Path) -> None:
     first, second = some(), some(6)
     publish(tmp_path, [first])
     before = FeatureStore.open(tmp_path)
@@ -72,7 +70,7 @@ def test_who_has_a_version_open_keeps_it(tmp_path: Path) -> None:
     assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 2
 
 
-def test_a_folder_of_other_things_is_left_alone(tmp_path: Path) -> None:
+def test_other_folders_are_not_deleted(tmp_path: Path) -> None:
     (tmp_path / "ml1m").mkdir()
     (tmp_path / "ml1m" / "meta.json").write_text("{}")
     with raises(LlmrecError, Facts("exists", tmp_path, says="ml1m")):
@@ -85,7 +83,7 @@ def test_a_folder_of_other_things_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "ml1m" / "meta.json").exists() and (tmp_path / "store" / "mine" / "meta.json").exists()
 
 
-def test_two_do_not_write_at_once(tmp_path: Path) -> None:
+def test_concurrent_writes_are_rejected(tmp_path: Path) -> None:
     publish(tmp_path, [some()])
     with writing(tmp_path), raises(LlmrecError, Facts("busy", tmp_path)):
         publish(tmp_path, [some(6)])
@@ -93,34 +91,34 @@ def test_two_do_not_write_at_once(tmp_path: Path) -> None:
     assert len(FeatureStore.open(tmp_path).ids("user")) == 6
 
 
-def test_what_an_unknown_id_has_comes_back_as_it_was_given(tmp_path: Path) -> None:
-    given = replace(some(), fallback=np.zeros(3, np.float32))
-    publish(tmp_path, [given])
+def test_fallback_of_unknown_ids(tmp_path: Path) -> None:
+    features = replace(some(), fallback=np.zeros(3, np.float32))
+    publish(tmp_path, [features])
     first = FeatureStore.open(tmp_path)
-    assert first.fallback("user") is not None and not first.get("user", ["nobody"])[0].any()
+    assert first.fallback("user") is not None and not first.get("user", ["unknown"])[0].any()
     publish(tmp_path, [some()])
     assert FeatureStore.open(tmp_path).fallback("user") is None and FeatureStore.open(tmp_path).stamp != first.stamp
 
 
-def test_numbers_too_large_for_half_precision_are_refused(tmp_path: Path) -> None:
-    with writing(tmp_path) as place, raises(DataError, Facts("too-large", says="float32")):
-        write_version(place, [Features("user", ["a"], np.array([[1e5]]), MADE)], dtype="float16")
+def test_rejects_numbers_too_large_for_half_precision(tmp_path: Path) -> None:
+    with writing(tmp_path) as folder, raises(DataError, Facts("too-large", says="float32")):
+        write_version(folder, [Features("user", ["a"], np.array([[1e5]]), MADE)], dtype="float16")
 
 
-@pytest.mark.parametrize("name", ["a#1", "a?1", "a b", "é%20"])
-def test_any_folder_can_hold_a_store(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["a#1", "é%20 ?"])
+def test_any_folder_name(tmp_path: Path, name: str) -> None:
     publish(tmp_path / name, [some()])
     assert FeatureStore.open(tmp_path / name).texts("user", ["user1"]) == {"user1": "likes user1"}
 
 
-def test_a_torn_file_is_named(tmp_path: Path) -> None:
+def test_truncated_file_is_damaged(tmp_path: Path) -> None:
     path = publish(tmp_path, [some()]) / "user-vectors.npy"
     path.write_bytes(path.read_bytes()[:40])
     with raises(DataError, Facts("damaged", tmp_path)):
         FeatureStore.open(tmp_path)
 
 
-def test_a_killed_build_leaves_the_version_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_build_keeps_previous_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = some()
     publish(tmp_path, [first])
 
@@ -135,7 +133,7 @@ def test_a_killed_build_leaves_the_version_before(tmp_path: Path, monkeypatch: p
         assert np.array_equal(FeatureStore.open(tmp_path).get("user", first.ids)[0], first.vectors), step
 
 
-def test_texts_of_another_split_are_refused(tmp_path: Path) -> None:
+def test_rejects_texts_of_another_split(tmp_path: Path) -> None:
     publish(tmp_path, [some()])
     with raises(DataError, Facts("mismatch", tmp_path, says="llmrec augment")):
         FeatureStore.open(tmp_path, split="another")
@@ -148,12 +146,11 @@ def test_texts_of_another_split_are_refused(tmp_path: Path) -> None:
     [
         (lambda at: (at / "current").unlink(), "missing-file"),
         (lambda at: (at / "current").write_text("gone"), "damaged"),
-        (lambda at: (at / "current").write_text("0123456789abcdef"), "missing-file"),
         (lambda at: next(at.glob("*/meta.json")).write_text("{"), "damaged"),
         (lambda at: next(at.glob("*/meta.json")).write_text(json.dumps({"format": 99})), "wrong-format"),
     ],
 )
-def test_what_is_no_store_is_said(tmp_path: Path, spoil: object, kind: str) -> None:
+def test_malformed_stores(tmp_path: Path, spoil: object, kind: str) -> None:
     publish(tmp_path, [some()])
     spoil(tmp_path)  # type: ignore[operator]
     with pytest.raises(DataError) as caught:
@@ -168,14 +165,12 @@ def test_what_is_no_store_is_said(tmp_path: Path, spoil: object, kind: str) -> N
         ({"ids": ["a"], "vectors": np.array([[np.nan]])}, "bad-value"),
         ({"ids": ["a"], "vectors": np.zeros((2, 1))}, "mismatch"),
         ({"ids": ["a\0"], "vectors": np.zeros((1, 1))}, "bad-value"),
-        ({"ids": ["a" * 600], "vectors": np.zeros((1, 1))}, "bad-value"),
         ({"ids": ["a", "b"], "vectors": np.zeros((2, 1)), "texts": ["one"]}, "mismatch"),
         ({"ids": ["a"], "vectors": np.zeros((1, 1)), "seen": {"A": frozenset({("a", "i")})}}, "mismatch"),
         ({"ids": ["a"], "vectors": np.zeros((1, 2)), "fallback": np.zeros(3)}, "mismatch"),
-        ({"ids": ["a"], "vectors": np.zeros((1, 1)), "fallback": np.array([np.inf])}, "mismatch"),
     ],
 )
-def test_features_that_do_not_go_together_are_refused(change: dict[str, object], kind: str) -> None:
+def test_malformed_features(change: dict[str, object], kind: str) -> None:
     with pytest.raises(DataError) as caught:
         Features(kind="user", provenance=MADE, **change)  # type: ignore[arg-type]
     assert caught.value.kind == kind
@@ -184,13 +179,11 @@ def test_features_that_do_not_go_together_are_refused(change: dict[str, object],
 @given(
     st.lists(st.text(st.characters(blacklist_characters="\0", blacklist_categories=["Cs"]), min_size=1), unique=True)
 )
-def test_any_ids_come_back(tmp_path_factory: pytest.TempPathFactory, ids: list[str]) -> None:
-    place = tmp_path_factory.mktemp("store")
+def test_any_ids(tmp_path_factory: pytest.TempPathFactory, ids: list[str]) -> None:
+    folder = tmp_path_factory.mktemp("store")
     vectors = np.arange(len(ids) * 2, dtype=np.float32).reshape(len(ids), 2)
-    publish(place, [Features("item", ids, vectors, MADE)])
-    assert not FeatureStore.open(place).get("item", ["\0"])[1].any()
-    found, known = FeatureStore.open(place).get("item", [*ids, *(each + "x" for each in ids)])
-    assert np.array_equal(found[: len(ids)], vectors) and known[: len(ids)].all()
-    assert [k for k, each in zip(known[len(ids) :], ids, strict=True) if k] == [
-        True for each in ids if each + "x" in ids
-    ]
+    publish(folder, [Features("item", ids, vectors, MADE)])
+    assert not FeatureStore.open(folder).get("item", ["\0"])[1].any()
+    read, known = FeatureStore.open(folder).get("item", [*ids, *(each + "x" for each in ids)])
+    assert np.array_equal(read[: len(ids)], vectors) and known[: len(ids)].all()
+    assert known[len(ids) :].tolist() == [each + "x" in ids for each in ids]

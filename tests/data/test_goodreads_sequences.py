@@ -1,4 +1,4 @@
-"""ONCE's Goodreads folder becomes sequences: what is read, in which order, and what is refused."""
+"""Conversion of ONCE's Goodreads folder into sequences."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def folder(tmp_path: Path) -> Path:
     return root
 
 
-def test_histories_keep_their_order_and_books_their_texts(folder: Path, tmp_path: Path) -> None:
-    assert convert(folder, tmp_path / "made") == (2, 7)
-    assert (tmp_path / "made" / "sequences.txt").read_text(encoding="utf-8") == "ada 90 70 10\nbo 10 20 70 90\n"
-    section = DataSection(source="sequences", path=str(tmp_path / "made"), columns=Columns(fields=("description",)))
+def test_converts_histories_and_books(folder: Path, tmp_path: Path) -> None:
+    assert convert(folder, tmp_path / "out") == (2, 7)
+    assert (tmp_path / "out" / "sequences.txt").read_text(encoding="utf-8") == "ada 90 70 10\nbo 10 20 70 90\n"
+    section = DataSection(source="sequences", path=str(tmp_path / "out"), columns=Columns(fields=("description",)))
     items = load(section, seed=0).items
     assert {item: entry.title for item, entry in items.items()} == {
         "70": "Dune", "10": 'Define "Normal"', "90": "Émile", "20": "It",
@@ -60,23 +60,22 @@ class _Call:
 
 
 @pytest.mark.parametrize(
-    "value",
-    [_Call(), {"uid": [0]}, {"uid": [0], "history": [[0], [1]]}, {"uid": [0], "history": [[4]]}, ["uid", "history"]],
+    "value", [_Call(), {"uid": [0], "history": [[0], [1]]}, {"uid": [0], "history": [[4]]}, ["uid", "history"]]
 )
-def test_what_is_no_table_of_histories_is_refused_and_nothing_in_it_is_run(
+def test_rejects_other_pickles_without_running_them(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
     stored(folder / "user" / "data.npy", value)
     with raises(DataError, Facts("wrong-format", file="data.npy")):
-        convert(folder, tmp_path / "made")
-    assert not (tmp_path / "ran").exists() and not (tmp_path / "made").exists()
+        convert(folder, tmp_path / "out")
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "out").exists()
 
 
-def test_a_missing_file_or_column_is_named(folder: Path, tmp_path: Path) -> None:
+def test_missing_file_or_column(folder: Path, tmp_path: Path) -> None:
     (folder / "book.csv").write_text("bid\tname\n70\tDune\n", encoding="utf-8")
     with raises(DataError, Facts("missing-column", file="book.csv", column="title")):
-        convert(folder, tmp_path / "made")
+        convert(folder, tmp_path / "out")
     (folder / "book.csv").unlink()
     with raises(DataError, Facts("missing-file", file="book.csv")):
-        convert(folder, tmp_path / "made")
+        convert(folder, tmp_path / "out")

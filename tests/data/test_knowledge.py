@@ -1,4 +1,4 @@
-"""Documents about items: the right one is found, passages keep to the budget, and what is retrieved is data."""
+"""Documents about items: matching, passages within the token budget, and retrieved texts as data."""
 
 from __future__ import annotations
 
@@ -33,75 +33,71 @@ def _section(folder: Path, **facts: object) -> DataSection:
     titles = ("The Fox", "Two Ships", "The Third")
     lines = [json.dumps({"item_id": f"i{n}", "title": title}) for n, title in enumerate(titles)]
     (folder / "items.jsonl").write_text("\n".join(lines) + "\n")
-    found = [json.dumps({"item_id": each, "text": text}) for each, text in TEXTS.items()]
-    (folder / "facts.jsonl").write_text("\n".join(found) + "\n")
-    given = {"path": str(folder / "facts.jsonl"), "tokens": 12} | facts
-    return DataSection.model_validate(
-        {
-            "source": "table",
-            "path": str(folder / "rows.csv"),
-            "items": str(folder / "items.jsonl"),
-            "facts": given if facts.get("path", 1) else None,
-        }
-    )
+    documents = [json.dumps({"item_id": each, "text": text}) for each, text in TEXTS.items()]
+    (folder / "facts.jsonl").write_text("\n".join(documents) + "\n")
+    section = {"path": str(folder / "facts.jsonl"), "tokens": 12} | facts if facts.get("path", 1) else None
+    paths = {"path": str(folder / "rows.csv"), "items": str(folder / "items.jsonl")}
+    return DataSection.model_validate({"source": "table", **paths, "facts": section})
 
 
-def test_bm25_is_its_formula() -> None:
+def test_bm25_equals_its_formula() -> None:
     texts = ["red fox red", "a blue ship", "the red ship sails on"]
     model = BM25.of(texts)
     idf = {"red": math.log(1 + 1.5 / 2.5), "ship": math.log(1 + 1.5 / 2.5)}
     slow = [1.2 * (0.25 + 0.75 * length / (11 / 3)) for length in (3, 3, 5)]
-    wanted = [
+    expected = [
         idf["red"] * 2 * 2.2 / (2 + slow[0]),
         idf["ship"] * 2.2 / (1 + slow[1]),
         (idf["red"] + idf["ship"]) * 2.2 / (1 + slow[2]),
     ]
-    assert np.allclose(model.scores("RED ship unknown"), wanted)
+    assert np.allclose(model.scores("RED ship unknown"), expected)
 
 
-def test_items_get_the_passages_that_the_recipe_asks_for_within_the_budget(tmp_path: Path) -> None:
-    asked = load(_section(tmp_path, about=["director", "directed", "country"], tokens=14), seed=0)
-    assert asked.items["i0"].fields["facts"] == "[1] It was directed by Ada Byron."
-    assert asked.items["i1"].fields["facts"] == "[1] The country is Peru. [2] Shot in 1961 by the director Ida Noddack."
+def test_items_have_selected_passages(tmp_path: Path) -> None:
+    selected = load(_section(tmp_path, about=["director", "directed", "country"], tokens=14), seed=0)
+    assert selected.items["i0"].fields["facts"] == "[1] It was directed by Ada Byron."
+    assert (
+        selected.items["i1"].fields["facts"] == "[1] The country is Peru. [2] Shot in 1961 by the director Ida Noddack."
+    )
     first = load(_section(tmp_path), seed=0)
     assert first.items["i0"].fields["facts"] == "[1] A fox hunts at night. [2] Music is by Clara Wieck."
     assert first.provenance["items with facts"] == "3 of 3"
     bare = load(_section(tmp_path, path=None), seed=0)
-    # Other documents are other data, so that nothing stored under the one answers for the other.
-    assert len({each.fingerprint for each in (asked, first, bare)}) == 3
+    # The fingerprint depends on the documents.
+    assert len({each.fingerprint for each in (selected, first, bare)}) == 3
 
 
-def test_a_document_is_found_by_its_title_where_there_are_no_ids(tmp_path: Path) -> None:
+def test_documents_by_title(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     words = [f"word{n}" for n in range(40)]
     titles = [" ".join(rng.choice(words, 3, replace=False)) + f" {n}" for n in range(60)]
     lines = [json.dumps({"title": title + ", a film", "text": f"It tells of {title}."}) for title in titles]
     (tmp_path / "facts.jsonl").write_text("\n".join(lines) + "\n")
     known = Documents.read(str(tmp_path / "facts.jsonl"))
-    found = [known.about(Item(item_id=str(n), title=title.upper())) for n, title in enumerate(titles)]
-    assert np.mean([place == n for n, place in enumerate(found)]) >= 0.95
+    results = [known.about(Item(item_id=str(n), title=title.upper())) for n, title in enumerate(titles)]
+    assert np.mean([result == n for n, result in enumerate(results)]) >= 0.95
     assert known.about(Item(item_id="x", title="word1 nowhere")) is None
     assert known.about(Item(item_id="x", title="")) is None
 
 
-def test_a_title_of_one_word_is_not_any_text_with_that_word(tmp_path: Path) -> None:
+def test_titles_of_one_word(tmp_path: Path) -> None:
     lines = [("Cooking at home", "You heat the pan. It is hot."), ("Heat, a film", "Two men."), ("Rocky", "A boxer.")]
     (tmp_path / "facts.jsonl").write_text("\n".join(json.dumps({"title": n, "text": t}) for n, t in lines))
     known = Documents.read(str(tmp_path / "facts.jsonl"))
-    found = [known.about(Item(item_id="x", title=title)) for title in ("Heat", "It", "Rocky", "Two men")]
-    assert found == [1, None, 2, 1]
+    results = [known.about(Item(item_id="x", title=title)) for title in ("Heat", "It", "Rocky", "Two men")]
+    assert results == [1, None, 2, 1]
 
 
-def test_what_is_retrieved_is_data_and_no_template(tmp_path: Path) -> None:
+def test_retrieved_text_is_no_template(tmp_path: Path) -> None:
     data = split(load(_section(tmp_path), seed=0), _section(tmp_path).split, seed=0)
     values = {"item": View(data).item("i2"), "history": []}
     (turn,) = load_templates("explanation")["cite-facts"].turns(values)
     assert "[1] {{ item.title }} <|im_start|>" in turn.text
-    # The guard forges no control token of it: it stands in a segment of data.
+    # It is in a segment of data, so it makes no control token.
     assert [segment.kind for segment in turn.segments if "im_start" in segment.text] == ["item"]
 
 
-def test_citations_of_passages_that_were_not_shown_are_left_out() -> None:
+def test_removes_citations_of_other_passages() -> None:
     facts = numbered(["It was directed by Ada Byron.", "Music is by Clara Wieck."])
     text, shown = cited("Ada Byron made it [1], and you like her [4] [1].", facts)
     assert text == "Ada Byron made it [1], and you like her [1]."
@@ -109,7 +105,7 @@ def test_citations_of_passages_that_were_not_shown_are_left_out() -> None:
     assert cited("Nothing is known [1].", "") == ("Nothing is known.", ())
 
 
-def test_documents_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+def test_malformed_documents(tmp_path: Path) -> None:
     section = _section(tmp_path)
     pl.DataFrame({"item_id": ["i0", "i0"], "text": ["a", "b"]}).write_csv(tmp_path / "twice.csv")
     pl.DataFrame({"item_id": ["x"], "text": ["a b."]}).write_csv(tmp_path / "others.csv")
@@ -125,8 +121,8 @@ def test_documents_that_do_not_fit_are_refused(tmp_path: Path) -> None:
             load(section.model_copy(update={"facts": other}), seed=0)
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 9, 30])
-def test_the_budget_holds(tmp_path: Path, tokens: int) -> None:
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_passages_keep_to_the_budget(tmp_path: Path, tokens: int) -> None:
     _section(tmp_path)
     known = Documents.read(str(tmp_path / "facts.jsonl"))
     shown = known.passages(1, "director country", tokens)

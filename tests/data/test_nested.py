@@ -1,4 +1,4 @@
-"""Columns within columns: objects are opened, and of a list that is named every element is a row."""
+"""Nested columns: objects become columns, and elements of a selected list become rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from llmrec.data.frames import as_arrow
 from llmrec.data.read import limits
 from llmrec.data.read.table import read_table
 from llmrec.data.read.tables import rows_of
-from llmrec.data.read.words import named
 from llmrec.data.sets.table import load
 from llmrec.errors import DataError
 from llmrec.recipe.load import load_recipe
@@ -68,24 +67,24 @@ ENDINGS = pytest.mark.parametrize("ending", ["jsonl", "json", "parquet"])
 
 
 @ENDINGS
-def test_every_element_of_a_list_is_a_row(ending: str, tmp_path: Path) -> None:
+def test_elements_of_a_list_are_rows(ending: str, tmp_path: Path) -> None:
     path = write(tmp_path, ORDERS, ending)
     data = load(section(path, columns=ORDER, duplicates="keep_all"), seed=0)
-    found = data.interactions.select(pl.col("user_id", "item_id").cast(pl.String))
-    assert found.rows() == [row[:2] for row in FLAT]
+    pairs = data.interactions.select(pl.col("user_id", "item_id").cast(pl.String))
+    assert pairs.rows() == [row[:2] for row in FLAT]
     assert {item: entry.title for item, entry in data.items.items()} == {row[1]: row[2] for row in FLAT}
     assert data.provenance["rows"] == str(len(FLAT))
 
 
 @ENDINGS
-def test_objects_are_opened_without_rows_of_lists(ending: str, tmp_path: Path) -> None:
+def test_objects_are_columns(ending: str, tmp_path: Path) -> None:
     table = read_table(write(tmp_path, ORDERS, ending))
     assert table.frame.columns[:4] == ["order_id", "at", "user.id", "user.address.country"]
     assert table.frame.height == len(ORDERS) and "lines[]" in table.lists
 
 
 @ENDINGS
-def test_errors_name_the_row_of_the_file(ending: str, tmp_path: Path) -> None:
+def test_errors_name_row_of_file(ending: str, tmp_path: Path) -> None:
     orders: list[dict[str, Any]] = json.loads(json.dumps(ORDERS))
     orders[7]["lines"][1]["product"]["sku"] = None
     path = write(tmp_path, orders, ending)
@@ -97,19 +96,18 @@ def test_errors_name_the_row_of_the_file(ending: str, tmp_path: Path) -> None:
         load(section(write(tmp_path, again, ending), columns=ORDER), seed=0)
 
 
-@ENDINGS
-@pytest.mark.parametrize("kind", [str, int])
-def test_lists_of_texts_and_of_whole_numbers_are_rows_too(ending: str, kind: type, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("ending", "kind"), [("jsonl", str), ("parquet", str), ("jsonl", int), ("parquet", int)])
+def test_lists_of_texts_and_numbers_are_rows(ending: str, kind: type, tmp_path: Path) -> None:
     baskets = [{"user_id": f"u{n % 3}", "skus": [kind(n + k) for k in range(n % 3)]} for n in range(9)]
     path = write(tmp_path, baskets, ending)
     data = load(section(path, columns=Columns(item="skus[]"), duplicates="keep_all"), seed=0)
-    wanted = [(f"u{n % 3}", str(n + k)) for n in range(9) for k in range(n % 3)]
-    assert data.interactions.select(pl.col("user_id", "item_id").cast(pl.String)).rows() == wanted
-    # Texts are also one value, joined by commas, where nobody asks for their elements.
+    expected = [(f"u{n % 3}", str(n + k)) for n in range(9) for k in range(n % 3)]
+    assert data.interactions.select(pl.col("user_id", "item_id").cast(pl.String)).rows() == expected
+    # By default texts are one value, joined by commas.
     assert ("skus" in read_table(path).frame.columns) is (kind is str)
 
 
-@ENDINGS
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
 def test_lists_within_lists(ending: str, tmp_path: Path) -> None:
     users = [
         {"user": n, "orders": [{"day": k, "lines": [{"sku": f"i{k}"}, {"sku": f"i{k + 1}"}]} for k in range(n)]}
@@ -122,27 +120,25 @@ def test_lists_within_lists(ending: str, tmp_path: Path) -> None:
     assert data.interactions["timestamp"].to_list() == [0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 2.0, 2.0]
 
 
-def test_parts_are_read_alike(tmp_path: Path) -> None:
+def test_parts_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "parts").mkdir()
     for number, part in enumerate((ORDERS[:40], ORDERS[40:])):
         write(tmp_path, part, "jsonl").rename(tmp_path / "parts" / f"{number}.jsonl")
-    whole = load(section(write(tmp_path, ORDERS, "jsonl"), columns=ORDER, duplicates="keep_all"), seed=0)
+    expected = load(section(write(tmp_path, ORDERS, "jsonl"), columns=ORDER, duplicates="keep_all"), seed=0)
     parts = load(section(tmp_path / "parts", columns=ORDER, duplicates="keep_all"), seed=0)
-    assert parts.interactions.equals(whole.interactions) and parts.items == whole.items
+    assert parts.interactions.equals(expected.interactions) and parts.items == expected.items
 
 
-@ENDINGS
-def test_rows_are_chosen_by_what_is_within_them(ending: str, tmp_path: Path) -> None:
-    path = write(tmp_path, ORDERS, ending)
+def test_filter_by_nested_values(tmp_path: Path) -> None:
+    path = write(tmp_path, ORDERS, "jsonl")
     where = Filter(where="user.address.country == 'DE' and col('lines[].quantity') > 1")
     data = load(section(path, columns=ORDER, duplicates="keep_all", filter=where), seed=0)
-    wanted = [
+    expected = [
         (str(order["user"]["id"]), line["product"]["sku"]) for order in ORDERS[::2] for line in order["lines"][1:]
     ]
-    assert data.interactions.select(pl.col("user_id", "item_id").cast(pl.String)).rows() == wanted
+    assert data.interactions.select(pl.col("user_id", "item_id").cast(pl.String)).rows() == expected
 
 
-@ENDINGS
 @pytest.mark.parametrize(
     ("columns", "facts"),
     [
@@ -154,27 +150,27 @@ def test_rows_are_chosen_by_what_is_within_them(ending: str, tmp_path: Path) -> 
         ({"title": "gifts[].sku"}, Facts("contradiction", says=("gifts[].sku", "lines[].product.sku"))),
     ],
 )
-def test_paths_that_cannot_be_read_are_named(
-    ending: str, columns: dict[str, str], facts: Facts, tmp_path: Path
-) -> None:
-    path = write(tmp_path, [{**order, "gifts": [{"sku": "x"}]} for order in ORDERS], ending)
+def test_wrong_paths_are_named(columns: dict[str, str], facts: Facts, tmp_path: Path) -> None:
+    path = write(tmp_path, [{**order, "gifts": [{"sku": "x"}]} for order in ORDERS], "parquet")
     with raises(DataError, facts):
         load(section(path, columns=ORDER.model_copy(update=columns), duplicates="keep_all"), seed=0)
 
 
-def test_what_is_no_column_is_left_out_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_columns_that_cannot_be_read_are_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     deep: dict[str, Any] = {"x": 1}
     for _ in range(40):
         deep = {"in": deep}
     odd = {"by_id": {f"k{n}": 1 for n in range(300)}, "deep": deep, "vector": [0.5, 1.5], "mixed": [1, {"a": 1}]}
-    rows = [{"user_id": n % 3, "item_id": n % 5, "user": {"name": "x", "place": [1.5, 2.5]}, **odd} for n in range(9)]
+    rows = [
+        {"user_id": n % 3, "item_id": n % 5, "user": {"name": "x", "position": [1.5, 2.5]}, **odd} for n in range(9)
+    ]
     path = write(tmp_path, rows, "jsonl")
     table = read_table(path)
     assert table.frame.columns == ["user_id", "item_id", "user.name"] and not table.lists
     assert "5 columns have nested values and are excluded" in caplog.text
-    with raises(DataError, Facts("bad-value", path, column="user.place", says="nested values")):
-        load(section(path, columns=Columns(rating="user.place")), seed=0)
-    # What is an object here and a text there is left out as well, but not where it is a column of its own.
+    with raises(DataError, Facts("bad-value", path, column="user.position", says="nested values")):
+        load(section(path, columns=Columns(rating="user.position")), seed=0)
+    # A key with objects and texts is skipped, but is an error as a column.
     rows[3]["user"] = {"name": {"first": "x"}}
     assert read_table(write(tmp_path, rows, "jsonl")).frame.columns == ["user_id", "item_id"]
     rows[3]["user"] = "x"
@@ -182,7 +178,7 @@ def test_what_is_no_column_is_left_out_and_said(tmp_path: Path, caplog: pytest.L
         read_table(write(tmp_path, rows, "jsonl"))
 
 
-def test_values_within_objects_are_spelled_as_others(tmp_path: Path) -> None:
+def test_nested_values_as_texts(tmp_path: Path) -> None:
     rows = [
         {"user": {"id": user, "rate": 1.5}, "price": {"at": price}} for user, price in ((1, 2.0), (1.0, 2.5), (None, 3))
     ]
@@ -198,14 +194,12 @@ def test_values_within_objects_are_spelled_as_others(tmp_path: Path) -> None:
         read_table(write(tmp_path, [{"user": {"id": 1}, "user.id": 2}], "jsonl"))
 
 
-def test_lists_without_elements_and_lists_that_are_too_long_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rejects_empty_and_long_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     empty = write(tmp_path, [{"user_id": 1, "lines": [{"sku": "x"}]}, {"user_id": 2, "lines": []}], "jsonl")
     table = read_table(empty)
     with raises(DataError, Facts("empty", column="lines[].sku")):
         rows_of(rows_of_first(table), ["lines[].sku"])
-    # A long text beside a long list would be repeated in every row.
+    # A long text would be repeated for every element of a long list.
     monkeypatch.setattr(limits, "MAX_BYTES", 1_000_000)
     path = write(tmp_path, [{"user_id": 1, "note": "x" * 10_000, "lines": [{"sku": "x"}] * 200}], "parquet")
     with raises(DataError, Facts("too-large", path, column="lines[]")):
@@ -218,65 +212,37 @@ def rows_of_first(table: Any) -> Any:
     return type(table)(table.name, table.frame, lists=lists)
 
 
-# --------------------------------------------------------------------------- init
-
-
-@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
-def test_init_finds_columns_by_their_last_names(ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_init_finds_nested_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    path = write(tmp_path, ORDERS, ending)
-    made = init(path.name)
-    recipe = load_recipe(made.recipe)
+    path = write(tmp_path, ORDERS, "parquet")
+    result = init(path.name)
+    recipe = load_recipe(result.recipe)
     assert recipe.data.columns == ORDER
-    assert "each element of lines[] is a row" in made.found
+    assert "each element of lines[] is a row" in result.found
     assert load(recipe.data, seed=0).interactions.height > 50
-    # The same, where it is said.
-    said = init(path.name, requested=RequestedRoles(user="user.id", item="lines[].product.sku"), force=True)
-    assert load_recipe(said.recipe).data.columns == ORDER
+    # The same columns by name.
+    result = init(path.name, requested=RequestedRoles(user="user.id", item="lines[].product.sku"), force=True)
+    assert load_recipe(result.recipe).data.columns == ORDER
     with raises(DataError, Facts("missing-column", column="lines[].sku", says="did you mean 'lines[].product.sku'")):
         init(path.name, requested=RequestedRoles(item="lines[].sku"), force=True)
 
 
-def test_a_table_of_items_calls_the_item_by_its_last_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_table_of_items_has_the_last_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     orders = [{**order, "lines": [{"sku": each["product"]["sku"]} for each in order["lines"]]} for order in ORDERS]
     write(tmp_path, orders, "jsonl")
     listed = [{"sku": item, "about": {"name": f"The {item}", "category": f"c{n % 3}"}} for n, item in enumerate(ITEMS)]
     (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, listed)), encoding="utf-8")
-    made = init("t.jsonl", items="items.jsonl")
-    recipe = load_recipe(made.recipe)
+    recipe = load_recipe(init("t.jsonl", items="items.jsonl").recipe)
     assert (recipe.data.columns.item, recipe.data.columns.title) == ("lines[].sku", "about.name")
     assert recipe.data.columns.fields == ("about.category",)
     items = load(recipe.data, seed=0).items
     assert items["A05"].title == "The A05" and items["A05"].fields == {"about.category": "c2"}
 
 
-def test_of_a_large_file_a_part_is_read_with_its_lists(tmp_path: Path) -> None:
+def test_part_of_a_large_file_has_lists(tmp_path: Path) -> None:
     path = write(tmp_path, ORDERS * 40, "jsonl")
     part = peek(path, limit=60_000, part=60_000)
     rows = part.along(["lines[].product.sku"])
     assert not rows.whole and part.first < rows.first < rows.table.frame.height
     assert rows.table.rows is not None and rows.table.rows[rows.first - 1] < part.first <= rows.table.rows[rows.first]
-    assert rows.where(rows.first).endswith("a row further down")
-
-
-@pytest.mark.parametrize(
-    ("name", "role", "is_id"),
-    [
-        ("user.id", "user", True),
-        ("customer.email", "user", False),
-        ("lines[].sku", "item", False),
-        ("items[].id", "item", True),
-        ("order.lines[].product.id", "item", True),
-        ("skus[]", "item", False),
-        ("product.name", "title", False),
-        ("lines[].title", "title", False),
-        ("product.brand", "field", False),
-        ("lines[].id", "row", True),
-        ("lines[].quantity", "count", False),
-        ("event.time", "time", False),
-    ],
-)
-def test_a_path_says_what_its_last_name_says(name: str, role: str, is_id: bool) -> None:
-    said = named(name)
-    assert max(said.roles, key=lambda each: said.roles[each]) == role and said.is_id is is_id

@@ -1,4 +1,4 @@
-"""The source of reviews: what is read, what is derived from training reviews alone, and what must not leak into it."""
+"""The source of reviews: reading, and titles and features derived from training reviews alone."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,9 +16,12 @@ from llmrec.data.derived import extract, pseudonyms, sentences
 from llmrec.data.sets.table import load
 from llmrec.data.split import SplitDataset, split, with_review_part
 from llmrec.errors import DataError
-from llmrec.recipe.schema import DataSection, Filter, Split
+from llmrec.recipe.schema import DataSection, ExplanationSection, Filter, Split
+from llmrec.tasks.explanation import ExplanationTask
 from tests.facts import Facts, raises
 from tests.review_files import FEATURES, marks, records, write
+from tests.tasks.making import make
+from tests.tasks.task_data import load_templates, prompt_text
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,7 +42,7 @@ def dataset(file: Path) -> Dataset:
     return section_data(file)
 
 
-@pytest.fixture(scope="module", params=["leave_one_out", "global_time", "user_disjoint"])
+@pytest.fixture(scope="module", params=["leave_one_out", "user_disjoint"])
 def data(request: pytest.FixtureRequest, dataset: Dataset) -> SplitDataset:
     return split(dataset, Split(kind=request.param), seed=0)
 
@@ -52,10 +56,7 @@ def derived_texts(data: SplitDataset) -> str:
     return "\n".join([*(item.title for item in data.dataset.items.values()), *names]).casefold()
 
 
-# --------------------------------------------------------------------------- reading
-
-
-def test_every_review_is_read_with_its_headline(dataset: Dataset) -> None:
+def test_reads_reviews_with_headlines(dataset: Dataset) -> None:
     rows = records()
     assert dataset.interactions.height == len(rows) == len(dataset.reviews)
     for row in rows:
@@ -67,34 +68,27 @@ def test_every_review_is_read_with_its_headline(dataset: Dataset) -> None:
     assert "A Real Name" not in repr(dataset)
 
 
-def test_a_plain_file_says_the_same(dataset: Dataset, tmp_path: Path) -> None:
-    plain = section_data(write(tmp_path / "reviews.json", records()))
-    assert plain.fingerprint == dataset.fingerprint
-
-
 def test_html_entities_are_decoded_once(tmp_path: Path) -> None:
     first, *rest = records()
-    path = write(
-        tmp_path / "html.json",
-        [{**first, "summary": "R&amp;B &#34;fan&#34; &amp;lt;", "reviewText": "A &lt; B"}, *rest],
-    )
+    escaped = {**first, "summary": "R&amp;B &#34;fan&#34; &amp;lt;", "reviewText": "A &lt; B"}
+    path = write(tmp_path / "html.json", [escaped, *rest])
     review = section_data(path).reviews[first["reviewerID"], first["asin"]]
     assert (review.headline, review.text) == ('R&B "fan" &lt;', "A < B")
 
 
-def test_reviews_are_part_of_the_fingerprint(dataset: Dataset) -> None:
+def test_fingerprint_depends_on_reviews(dataset: Dataset) -> None:
     pair, review = next(iter(dataset.reviews.items()))
     other = replace(dataset, reviews={**dataset.reviews, pair: replace(review, headline="another")})
     assert other.fingerprint != dataset.fingerprint
 
 
-def test_a_filter_keeps_the_reviews_of_what_is_left(file: Path) -> None:
+def test_filter_applies_to_reviews(file: Path) -> None:
     kept = section_data(file, filter=Filter(min_rating=4).model_dump())
     pairs = set(kept.interactions.select("user_id", "item_id").iter_rows())
     assert 0 < len(pairs) < len(records()) and set(kept.reviews) == pairs
 
 
-def test_of_a_repeated_pair_the_later_review_is_kept(tmp_path: Path) -> None:
+def test_later_review_of_duplicates(tmp_path: Path) -> None:
     rows = records()
     late = {**rows[0], "summary": "later", "reviewText": "Later words about it.", "unixReviewTime": 1_500_000_000}
     path = write(tmp_path / "again.json", [late, *rows])
@@ -104,7 +98,7 @@ def test_of_a_repeated_pair_the_later_review_is_kept(tmp_path: Path) -> None:
     assert (review.headline, review.text) == ("later", "Later words about it.")
 
 
-def test_titles_of_a_table_stand_where_there_is_one(file: Path, tmp_path: Path) -> None:
+def test_titles_of_a_table(file: Path, tmp_path: Path) -> None:
     table = tmp_path / "items.csv"
     table.write_text("item_id,title\n" + "".join(f"B{n:02d},Thing {n}\n" for n in range(12)), encoding="utf-8")
     data = split(section_data(file, items=str(table)), Split(), seed=0)
@@ -117,18 +111,16 @@ def test_titles_of_a_table_stand_where_there_is_one(file: Path, tmp_path: Path) 
     ("change", "facts"),
     [
         ({"overall": None}, Facts("bad-value", None, 1, "overall")),
-        ({"asin": {"a": 1}}, Facts("bad-value", None, None, "asin", line=1)),
         ({"reviewerID": " "}, Facts("missing-value", None, 1, "reviewerID")),
-        ({"reviewText": "a\0b"}, Facts("encoding", None, None, "reviewText", line=1)),
     ],
 )
-def test_a_row_that_cannot_be_used_is_named(change: dict[str, object], facts: Facts, tmp_path: Path) -> None:
+def test_malformed_rows(change: dict[str, object], facts: Facts, tmp_path: Path) -> None:
     first, *rest = records()
     with raises(DataError, replace(facts, file="bad.json")):
         section_data(write(tmp_path / "bad.json", [{**first, **change}, *rest]))
 
 
-def test_files_of_another_form_are_refused(tmp_path: Path) -> None:
+def test_rejects_other_files(tmp_path: Path) -> None:
     path = write(tmp_path / "other.json", [{"user_id": "a", "item_id": "b", "rating": 1.0}])
     with raises(DataError, Facts("missing-column", path, column="reviewerID", says="unlike this data set")):
         section_data(path)
@@ -141,32 +133,28 @@ def test_files_of_another_form_are_refused(tmp_path: Path) -> None:
         section_data(path, columns={"user": "reviewerID"})
 
 
-# --------------------------------------------------------------------------- what is derived
-
-
-def test_titles_are_unique_and_names_too(data: SplitDataset) -> None:
+def test_titles_and_names_are_unique(data: SplitDataset) -> None:
     titles = [item.title for item in data.dataset.items.values()]
     assert len(set(titles)) == len(titles) and all(titles)
     names = [known["name"] for known in data.dataset.users.values()]
     assert len(set(names)) == len(names) == data.dataset.interactions["user_id"].n_unique()
 
 
-def test_nothing_derived_holds_a_word_of_a_held_out_review(data: SplitDataset) -> None:
+def test_derived_texts_have_no_words_of_held_out_reviews(data: SplitDataset) -> None:
     shown = derived_texts(data)
     assert data.held_out
     for pair in data.held_out:
         assert not [mark for mark in marks(*pair) if mark in shown]
 
 
-def test_titles_do_hold_words_of_training_reviews(data: SplitDataset) -> None:
-    """The test above could not fail if titles were made of nothing."""
+def test_titles_have_words_of_training_reviews(data: SplitDataset) -> None:
     shown = derived_texts(data)
     assert any(feature in shown for feature in FEATURES)
-    taught = list(data.train.select("user_id", "item_id").iter_rows())
-    assert any(mark in shown for pair in taught for mark in marks(*pair))
+    pairs = list(data.train.select("user_id", "item_id").iter_rows())
+    assert any(mark in shown for pair in pairs for mark in marks(*pair))
 
 
-def test_what_is_derived_does_not_move_with_held_out_reviews(dataset: Dataset) -> None:
+def test_derived_texts_do_not_depend_on_held_out_reviews(dataset: Dataset) -> None:
     before = split(dataset, Split(), seed=0)
     other = {
         pair: replace(review, text="Other words entirely.", phrases=("other words", "strap"), headline="other")
@@ -182,28 +170,28 @@ def test_what_is_derived_does_not_move_with_held_out_reviews(dataset: Dataset) -
             assert after.dataset.reviews[pair] == review
 
 
-def test_pairs_that_another_table_holds_out_leave_the_titles(dataset: Dataset) -> None:
+def test_removed_pairs_are_not_in_titles(dataset: Dataset) -> None:
     data = split(dataset, Split(), seed=0)
     shown = derived_texts(data)
-    taught = data.train.select("user_id", "item_id").iter_rows()
-    pair = next(pair for pair in taught if any(mark in shown for mark in marks(*pair)))
+    pairs = data.train.select("user_id", "item_id").iter_rows()
+    pair = next(pair for pair in pairs if any(mark in shown for mark in marks(*pair)))
     less = derived_texts(data.without(frozenset({pair})))
     assert not [mark for mark in marks(*pair) if mark in less]
 
 
-def test_features_are_words_of_training_and_stand_in_their_sentence(data: SplitDataset) -> None:
-    found = {review.feature for review in data.dataset.reviews.values()} - {""}
-    assert found & set(FEATURES)
-    taught = [data.dataset.reviews[pair] for pair in data.train.select("user_id", "item_id").iter_rows()]
-    for feature in found:
-        assert sum(feature in review.phrases for review in taught) >= 3
+def test_features_are_from_training_and_in_their_sentence(data: SplitDataset) -> None:
+    features = {review.feature for review in data.dataset.reviews.values()} - {""}
+    assert features & set(FEATURES)
+    reviews = [data.dataset.reviews[pair] for pair in data.train.select("user_id", "item_id").iter_rows()]
+    for feature in features:
+        assert sum(feature in review.phrases for review in reviews) >= 3
     for pair, review in data.dataset.reviews.items():
         assert bool(review.feature) == bool(review.sentence)
         assert review.feature in review.sentence.casefold() and review.sentence in " ".join(review.text.split())
         assert marks(*pair)[2] not in review.sentence.casefold()
 
 
-def test_another_seed_gives_other_names_and_more_users_keep_theirs() -> None:
+def test_pseudonyms_depend_on_seed_and_user() -> None:
     users = [f"u{n}" for n in range(3000)]
     names = pseudonyms(users, seed=0)
     assert len(set(names.values())) == len(users)
@@ -225,10 +213,7 @@ def test_sentences(text: str, cut: list[str]) -> None:
     assert sentences(text) == cut
 
 
-# --------------------------------------------------------------------------- what a family writes
-
-
-def test_the_text_column_is_what_a_family_writes(data: SplitDataset) -> None:
+def test_text_column_is_part_of_the_review(data: SplitDataset) -> None:
     for part, name in (("sentence", "sentence"), ("headline", "headline")):
         view = with_review_part(data, part)  # type: ignore[arg-type]
         assert view.held_out == data.held_out and view.fingerprint != data.fingerprint
@@ -238,33 +223,28 @@ def test_the_text_column_is_what_a_family_writes(data: SplitDataset) -> None:
     assert set(data.train.columns) < set(with_review_part(data, "sentence").train.columns)
 
 
-def test_data_without_reviews_stay_as_they_are(dataset: Dataset) -> None:
+def test_data_without_reviews(dataset: Dataset) -> None:
     plain = split(replace(dataset, reviews={}, derives=frozenset()), Split(), seed=0)
     assert with_review_part(plain, "headline") is plain
     assert plain.dataset.items["B00"].title == "B00"
 
 
-# --------------------------------------------------------------------------- keyphrases
-
-
-def test_phrases_are_kept_on_disk_and_a_damaged_file_is_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_phrases_are_cached_and_damaged_files_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMREC_CACHE", str(tmp_path))
     texts = ["The acoustic guitar has a warm tone.", "", "A cheap cable with gold plugs."]
-    found = derived.keyphrases(texts)
-    assert found[1] == () and any("guitar" in phrase for phrase in found[0])
+    phrases = derived.keyphrases(texts)
+    assert phrases[1] == () and any("guitar" in phrase for phrase in phrases[0])
     (kept,) = (tmp_path / "keyphrases").iterdir()
     with monkeypatch.context() as patch:
         patch.setattr(derived, "_of", lambda *_: pytest.fail("extracted again"))
-        assert derived.keyphrases(texts) == found
+        assert derived.keyphrases(texts) == phrases
     for damage in ("{", json.dumps([["one"]]), "7"):
         kept.write_text(damage, encoding="utf-8")
-        assert derived.keyphrases(texts) == found
-    assert derived.keyphrases(texts[:1]) == found[:1]
+        assert derived.keyphrases(texts) == phrases
+    assert derived.keyphrases(texts[:1]) == phrases[:1]
 
 
-def test_phrases_follow_case_place_frequency_and_neighbours() -> None:
+def test_phrases_equal_the_reference_implementation() -> None:
     text = (
         "This guitar strap is comfortable and the leather is thick. The leather strap holds my guitar well, and the "
         "buckle of the Fender strap is solid. I bought it for $15."
@@ -280,3 +260,66 @@ def test_phrases_follow_case_place_frequency_and_neighbours() -> None:
     assert extract("") == extract("ok 123 the") == []
     alike = [phrase for _, phrase in extract("Good strings, good string")]
     assert set(alike) == {"good", "string", "good string"}
+
+
+def explanation_rows() -> list[dict[str, Any]]:
+    return [
+        {
+            "uid": user,
+            "iid": 100 + (user + n) % 7,
+            "title": f"Book {(user + n) % 7}",
+            "user_summary": f"Reader {user} likes long tales.",
+            "item_summary": f"A tale about thing {(user + n) % 7}.",
+            "explanation": f"Reader {user} would take book {(user + n) % 7} for its length.",
+        }
+        for user in range(10)
+        for n in range(1 + user % 3)
+    ]
+
+
+def explanations(path: Path | None, **keys: object) -> Any:
+    return load(DataSection.model_validate({"source": "explanations", "path": path and str(path), **keys}), seed=0)
+
+
+def test_explanations(tmp_path: Path) -> None:
+    data = explanations(write(tmp_path / "rows.jsonl.gz", explanation_rows()), noun="books")
+    assert data.interactions.height == len(explanation_rows()) and not data.has_time and data.rating_scale is None
+    assert data.items["103"].title == "Book 3" and data.items["103"].fields == {"about": "A tale about thing 3."}
+    assert data.users["4"] == {"taste": "Reader 4 likes long tales."}
+    assert not data.reviews and "language model" in data.provenance["derived"]
+
+
+def test_prompt_of_explanations_shows_profiles_and_no_explanation(tmp_path: Path) -> None:
+    data = explanations(write(tmp_path / "rows.jsonl", explanation_rows()), noun="books")
+    parts = split(data, Split(kind="user_disjoint", valid=0.2, test=0.3), seed=0)
+    task = make(ExplanationTask, parts, ExplanationSection(templates=("plain",)), load_templates("explanation"), seed=0)
+    assert task.cases("test")
+    for case in task.cases("test"):
+        shown = prompt_text(task.prompt(case.request, template="plain"))
+        user, item = case.request.user_id, str(case.request.item)
+        assert f"Reader {user} likes long tales." in shown and f"thing {int(item) - 100}" in shown
+        assert str(case.truth) not in shown
+
+
+@pytest.mark.parametrize(
+    ("less", "keys", "facts"),
+    [
+        (True, {}, Facts("missing-column", "rows.jsonl", column="explanation")),
+        (False, {"items": "items.csv"}, Facts("contradiction", column="data.columns", says="remove data.items")),
+        (False, {"path": None}, Facts("missing-key", column="data.path")),
+    ],
+)
+def test_malformed_explanations(less: bool, keys: dict[str, object], facts: Facts, tmp_path: Path) -> None:
+    rows = [
+        {key: value for key, value in row.items() if not less or key != "explanation"} for row in explanation_rows()
+    ]
+    with raises(DataError, facts):
+        explanations(**{"path": write(tmp_path / "rows.jsonl", rows), **keys})
+
+
+def test_malformed_rows_of_explanations(tmp_path: Path) -> None:
+    first, *rest = explanation_rows()
+    with raises(DataError, Facts("missing-value", "a.jsonl", 1, "uid")):
+        explanations(write(tmp_path / "a.jsonl", [{**first, "uid": ""}, *rest]))
+    with raises(DataError, Facts("duplicate", "b.jsonl", 2, says="data.duplicates=keep_last")):
+        explanations(write(tmp_path / "b.jsonl", [first, first, *rest]))

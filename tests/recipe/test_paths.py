@@ -1,4 +1,4 @@
-"""Paths of a page: from the working folder, then from its own."""
+"""Paths of a recipe: relative to the working folder, then to the folder of the recipe."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ TABLE = HEADER + "\n".join(rows()) + "\n"
 def page(folder: Path, path: str, **more: str) -> Path:
     folder.mkdir(exist_ok=True)
     columns = "columns: {user: user, item: item, rating: stars, time: day, title: title}"
-    said = "".join(f"{key}: {value}\n" for key, value in more.items())
+    lines = "".join(f"{key}: {value}\n" for key, value in more.items())
     file = folder / "shop.yaml"
     file.write_text(
         f"name: shop\ndata:\n  source: table\n  path: {path!r}\n  {columns}\ntasks: {{rating: {{}}}}\n"
-        f"eval: {{backend: fake, scorer: fake, arms: [zero-shot]}}\n{said}"
+        f"eval: {{backend: fake, scorer: fake, arms: [zero-shot]}}\n{lines}"
     )
     return file
 
@@ -43,23 +43,23 @@ def count(recipe: Recipe) -> int:
     return len(build_study(recipe).cases("rating"))
 
 
-def test_a_path_is_looked_for_beside_the_page(shop: Path) -> None:
+def test_path_in_the_folder_of_the_recipe(shop: Path) -> None:
     recipe = load_recipe(shop / "shop.yaml")
     assert recipe.data.path == "shop/orders.csv"
     assert count(recipe) == 8
-    # What a run folder keeps is found from where the run was started.
+    # A run folder has the path from the working folder.
     assert recipe.data.path in dump(recipe)
 
 
-def test_the_working_folder_goes_first(shop: Path) -> None:
+def test_working_folder_comes_first(shop: Path) -> None:
     Path("orders.csv").write_text(HEADER + "\n".join(rows()[:24]) + "\n")
     recipe = load_recipe(shop / "shop.yaml")
     assert recipe.data.path == "orders.csv"
     assert count(recipe) == 4
 
 
-@pytest.mark.parametrize("path", ["order*.csv", "./orders.csv", "sqlite:///shop.db"])
-def test_patterns_and_databases_are_paths_too(shop: Path, path: str) -> None:
+@pytest.mark.parametrize("path", ["order*.csv", "sqlite:///shop.db"])
+def test_patterns_and_databases(shop: Path, path: str) -> None:
     more = {}
     if path.startswith("sqlite"):
         with sqlite3.connect(shop / "shop.db") as db:
@@ -70,30 +70,30 @@ def test_patterns_and_databases_are_paths_too(shop: Path, path: str) -> None:
     assert count(load_recipe(page(shop, path), more or ())) == 8
 
 
-def test_a_base_has_its_paths_beside_itself(shop: Path) -> None:
+def test_paths_of_a_base(shop: Path) -> None:
     other = Path("other")
     other.mkdir()
     (other / "child.yaml").write_text("base: ../shop/shop.yaml\nname: child\n")
     assert count(load_recipe(other / "child.yaml")) == 8
 
 
-def test_a_path_that_is_nowhere_names_both_places(shop: Path) -> None:
+def test_missing_path_names_both_folders(shop: Path) -> None:
     recipe = load_recipe(page(shop, "gone.csv"))
     assert recipe.data.path == "gone.csv"
-    places = (str(Path.cwd()), str(shop.resolve()))
-    with raises(DataError, Facts("missing-file", "gone.csv", says=places)):
+    folders = (str(Path.cwd()), str(shop.resolve()))
+    with raises(DataError, Facts("missing-file", "gone.csv", says=folders)):
         build_study(recipe)
 
 
-def test_an_override_goes_from_the_working_folder(shop: Path) -> None:
+def test_override_is_relative_to_the_working_folder(shop: Path) -> None:
     recipe = load_recipe(shop / "shop.yaml", ["data.path=orders.csv"])
-    with pytest.raises(LlmrecError) as refused:
+    with pytest.raises(LlmrecError) as caught:
         build_study(recipe)
-    assert (refused.value.kind, refused.value.file) == ("missing-file", "orders.csv")
-    assert "to the recipe's folder" not in str(refused.value)
+    assert (caught.value.kind, caught.value.file) == ("missing-file", "orders.csv")
+    assert "to the recipe's folder" not in str(caught.value)
 
 
-def test_a_name_is_no_path(shop: Path) -> None:
+def test_names_are_no_paths(shop: Path) -> None:
     """A folder beside a page may be called as a data set or a model is."""
     (shop / "table").mkdir()
     (shop / "some").mkdir()
@@ -101,7 +101,7 @@ def test_a_name_is_no_path(shop: Path) -> None:
     assert (recipe.data.source, recipe.model.name) == ("table", "some")
 
 
-def test_a_model_folder_is_looked_for_too(shop: Path, llama_folder: Path) -> None:
+def test_model_folder_in_the_folder_of_the_recipe(shop: Path, llama_folder: Path) -> None:
     (shop / "model").symlink_to(llama_folder)
     file = page(shop, "orders.csv", model="{name: ./model}")
     assert llmrec.check(file).cases == {"rating": 8}

@@ -1,10 +1,11 @@
-"""CTRL's first stage: its loss is what the paper writes, no answer is read, and nothing of the texts is kept."""
+"""CTRL's first stage: its loss equals the paper's, it reads no answers, and keeps no texts."""
 
 from __future__ import annotations
 
 import gc
 import math
 import weakref
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -32,8 +33,9 @@ QUICK: dict[str, Any] = {"dim": 8, "hidden": "16", "epochs": 1, "patience": None
 ALIGN: dict[str, Any] = {"encoder": "chance", "epochs": 1, "batch": 64, "width": 16, "parts": 2}
 
 
+@cache
 def _data(flip: bool = False) -> SplitDataset:
-    """Thirty users with a profile each and twenty items, whose answers are random; or the same with other answers."""
+    """Return thirty users with profiles, twenty items and random answers, or with other answers."""
     rng = np.random.default_rng(0)
     rows = []
     for user in range(30):
@@ -52,7 +54,7 @@ def _fields(data: SplitDataset) -> tuple[Fields, Rows]:
 
 
 def _stage(name: str, seed: int = 0, **more: Any) -> list[Any]:
-    """Return what the first stage tells of its epochs."""
+    """Return the epochs of the first stage."""
     data, config = _data(), Align(**(ALIGN | more))
     (fields, rows), host = _fields(data), make(name, QUICK, seed=seed)
     torch.manual_seed(seed)
@@ -68,32 +70,28 @@ def _stage(name: str, seed: int = 0, **more: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("name", ["din", "deepfm", "dcn", "autoint"])
-def test_the_loss_begins_at_the_logarithm_of_the_sentences_and_rows_find_their_own(name: str) -> None:
+def test_initial_loss_is_the_logarithm_of_the_sentences(name: str) -> None:
     _, rows = _fields(_data())
     (start,) = _stage(name, learning_rate=1e-12, batch=len(rows))
-    beside = (~same(rows)).sum(axis=1)
-    assert start.loss == pytest.approx(np.log(beside).mean(), abs=0.05)
-    told = _stage(name, epochs=10, learning_rate=0.02)
-    chance = 1 / 64
-    assert told[-1].right > 5 * chance > told[0].right / 2 and told[-1].loss < told[0].loss
+    assert start.loss == pytest.approx(np.log((~same(rows)).sum(axis=1)).mean(), abs=0.05)
 
 
-def test_zero_likeness_costs_exactly_the_logarithm() -> None:
-    nothing = torch.zeros(7, 7, dtype=torch.bool)
-    assert float(info_nce_both(torch.zeros(7, 7), nothing)) == pytest.approx(math.log(7), abs=1e-6)
+def test_rows_learn_to_find_their_sentence() -> None:
+    epochs = _stage("autoint", epochs=10, learning_rate=0.02)
+    assert epochs[-1].right > 5 / 64 > epochs[0].right / 2 and epochs[-1].loss < epochs[0].loss
 
 
-def test_likeness_with_one_part_is_the_inner_product_and_with_more_the_formula() -> None:
-    rows, told = torch.randn(4, 6), torch.randn(5, 6)
-    assert torch.allclose(similar(rows, told, 1), rows @ told.T, atol=1e-6)
+def test_similarity_equals_its_formula() -> None:
+    rows, texts = torch.randn(4, 6), torch.randn(5, 6)
+    assert torch.allclose(similar(rows, texts, 1), rows @ texts.T, atol=1e-6)
     for i in range(4):
         for j in range(5):
-            own, other = rows[i].reshape(3, 2), told[j].reshape(3, 2)
-            slow = sum(max(float(own[m] @ other[k]) for k in range(3)) for m in range(3))
-            assert float(similar(rows, told, 3)[i, j]) == pytest.approx(slow, abs=1e-5)
+            row, text = rows[i].reshape(3, 2), texts[j].reshape(3, 2)
+            slow = sum(max(float(row[m] @ text[k]) for k in range(3)) for m in range(3))
+            assert float(similar(rows, texts, 3)[i, j]) == pytest.approx(slow, abs=1e-5)
 
 
-def test_rows_of_one_user_or_item_are_no_negatives_of_each_other() -> None:
+def test_rows_of_same_user_or_item_are_no_negatives() -> None:
     _, rows = _fields(_data())
     some = rows.of(np.arange(0, 60, 3))
     n = len(some)
@@ -111,57 +109,62 @@ def test_rows_of_one_user_or_item_are_no_negatives_of_each_other() -> None:
     assert float(info_nce_both(alike, torch.from_numpy(slow))) == pytest.approx(expected, abs=1e-5)
 
 
-def test_no_answer_is_in_a_sentence() -> None:
-    told = []
+def test_sentences_have_no_answers() -> None:
+    results = []
     for flip in (False, True):
         data = _data(flip)
         fields, rows = _fields(data)
-        told.append((texts(data, fields), Sentences.of(data, fields, Align(**ALIGN)).of_rows(rows), rows.truth))
-    assert told[0][0] == told[1][0] and np.array_equal(told[0][1], told[1][1])
-    assert not np.array_equal(told[0][2], told[1][2])
-    users, titles, items = told[0][0]
+        results.append((texts(data, fields), Sentences.of(data, fields, Align(**ALIGN)).of_rows(rows), rows.truth))
+    assert results[0][0] == results[1][0] and np.array_equal(results[0][1], results[1][1])
+    assert not np.array_equal(results[0][2], results[1][2])
+    users, titles, items = results[0][0]
     assert users[0] == "town: town 0" and titles[0] == "Film 0" and items[0] == "Film 0. kind: k0"
 
 
-def test_a_row_is_its_user_the_mean_title_of_its_events_and_its_item() -> None:
+def test_sentence_of_a_row() -> None:
     data = _data()
     fields, rows = _fields(data)
-    said = Sentences.of(data, fields, Align(**ALIGN))
-    place = int(np.flatnonzero((rows.events > 0).sum(axis=1) == 2)[0])
-    own, past, item = np.split(said.of_rows(rows)[place], 3)
-    assert np.array_equal(own, said.users[rows.users[place]]) and np.array_equal(item, said.items[rows.items[place]])
-    assert past == pytest.approx(said.titles[rows.events[place][-2:]].mean(axis=0), abs=1e-6)
-    for sides, silent in (("user", said.items), ("item", said.users)):
+    sentences = Sentences.of(data, fields, Align(**ALIGN))
+    number = int(np.flatnonzero((rows.events > 0).sum(axis=1) == 2)[0])
+    user, past, item = np.split(sentences.of_rows(rows)[number], 3)
+    assert np.array_equal(user, sentences.users[rows.users[number]])
+    assert np.array_equal(item, sentences.items[rows.items[number]])
+    assert past == pytest.approx(sentences.titles[rows.events[number][-2:]].mean(axis=0), abs=1e-6)
+    for sides, silent in (("user", sentences.items), ("item", sentences.users)):
         half = Sentences.of(data, fields, Align(**ALIGN, sides=sides))
         assert not (half.items if sides == "user" else half.users).any() and silent.any()
     words = Sentences.of(data, fields, Align(**ALIGN | {"encoder": "lsa"}))
     assert words.of_rows(rows).shape == (len(rows), words.width)
-    # Of others, and of nobody one's own.
-    dealt = Sentences.of(data, fields, Align(**ALIGN, shuffled=True))
-    for one, other in ((said.users, dealt.users), (said.items, dealt.items), (said.titles, dealt.titles)):
+    # Texts of other users and items only.
+    shuffled = Sentences.of(data, fields, Align(**ALIGN, shuffled=True))
+    for one, other in (
+        (sentences.users, shuffled.users),
+        (sentences.items, shuffled.items),
+        (sentences.titles, shuffled.titles),
+    ):
         assert not (one[1:] == other[1:]).all(axis=1).any()
         assert {row.tobytes() for row in one} == {row.tobytes() for row in other}
 
 
 @pytest.mark.parametrize("align", [ALIGN, ALIGN | {"longer": True}])
-def test_the_second_stage_holds_nothing_of_the_texts(align: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_stage_keeps_no_texts(align: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     data = _data()
     held: list[weakref.ref[Sentences]] = []
     read, train = Sentences.of, hosts.Host._train
 
-    def of(*given: Any) -> Sentences:
-        found = read(*given)
-        held.append(weakref.ref(found))
-        return found
+    def of(*arguments: Any) -> Sentences:
+        sentences = read(*arguments)
+        held.append(weakref.ref(sentences))
+        return sentences
 
-    def second(*given: Any) -> int:
+    def second(*arguments: Any) -> int:
         gc.collect()
         assert all(ref() is None for ref in held)
-        return train(*given)
+        return train(*arguments)
 
     monkeypatch.setattr(Sentences, "of", staticmethod(of))
     monkeypatch.setattr(hosts.Host, "_train", second)
-    plain, aligned = (make("autoint", QUICK | {"align": told}, seed=0) for told in (None, align))
+    plain, aligned = (make("autoint", QUICK | {"align": settings}, seed=0) for settings in (None, align))
     plain.fit(data)
     aligned.fit(data)
     assert len(held) == ("longer" not in align)
@@ -170,22 +173,22 @@ def test_the_second_stage_holds_nothing_of_the_texts(align: dict[str, Any], monk
         for each in (plain, aligned)
     ]
     assert shapes[0] == shapes[1]
-    asked = [Request(id="r", user_id="u1", item="i3", history=data.history("u1", "test"))]
-    assert plain.answer(asked) != aligned.answer(asked)
+    requests = [Request(id="r", user_id="u1", item="i3", history=data.history("u1", "test"))]
+    assert plain.answer(requests) != aligned.answer(requests)
 
 
-def test_a_text_encoder_reads_the_parts_and_a_seed_decides_all() -> None:
+def test_text_encoder_and_seed() -> None:
     data = _data()
-    asked = [Request(id="r", user_id="u1", item="i3", history=data.history("u1", "test"))]
+    requests = [Request(id="r", user_id="u1", item="i3", history=data.history("u1", "test"))]
     answers = []
     for _ in range(2):
         host = make("dcn", QUICK | {"align": ALIGN | {"encoder": tiny_encoder()}}, seed=3)
         host.fit(data)
-        answers.append(host.answer(asked))
+        answers.append(host.answer(requests))
     assert answers[0] == answers[1]
 
 
-def test_settings_that_cannot_be_are_named() -> None:
+def test_rejects_impossible_settings() -> None:
     with raises(RecipeError, Facts("bad-value", says="multiple of parts")):
         make("dcn", {"align": {"width": 10, "parts": 4}}, seed=0)
     with raises(RecipeError, Facts("bad-value", says="cannot encode titles")):
@@ -194,7 +197,7 @@ def test_settings_that_cannot_be_are_named() -> None:
         make("dcn", {"align": {"text": "own"}}, seed=0)
 
 
-def test_recipes_and_suites_write_parameters_with_parts() -> None:
+def test_nested_parameters_in_recipes_and_suites() -> None:
     section = BaselineSection.model_validate({"name": "dcn", "dim": 8, "align": {"encoder": "chance", "epochs": 2}})
     assert section.label == "dcn(align.encoder=chance, align.epochs=2, dim=8)"
     row = SuiteRow.model_validate({"baseline": "dcn", "parameters": {"align": {"shuffled": True}}})

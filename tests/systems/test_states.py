@@ -1,8 +1,7 @@
-"""Retrieval heads on a tiny language model: the loss, what is masked, what is read once, and unseen items."""
+"""Retrieval heads on a tiny language model: loss, masking, caching and unseen items."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 
 from llmrec.baselines.base import Catalogue, Log
-from llmrec.baselines.neural import info_nce
 from llmrec.errors import ModelError, RecipeError
 from llmrec.models.load import BUNDLE, load_model
 from llmrec.recipe.schema import ModelSection
@@ -51,79 +49,63 @@ def fitted(folder: Path | str, **settings: Any) -> StateTower:
     return model
 
 
+@pytest.fixture(scope="module")
+def model(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> StateTower:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLMREC_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return fitted(folder)
+
+
 def request(*items: str, **more: Any) -> Request:
-    return Request(id="r", user_id="nobody", history=tuple(Event(item_id=item) for item in items), **more)
+    return Request(id="r", user_id="unknown", history=tuple(Event(item_id=item) for item in items), **more)
 
 
-def test_the_loss_of_heads_that_say_nothing_is_the_logarithm_of_the_batch() -> None:
-    none = torch.zeros((8, 8))
-    assert float(info_nce(none, torch.zeros((8, 8), dtype=torch.bool))) == pytest.approx(math.log(8))
-    # What a user has is no negative, and the own target is never left out.
-    assert float(info_nce(none, torch.ones((8, 8), dtype=torch.bool))) == pytest.approx(0)
-
-
-def test_masked_loss_and_offset_are_those_of_a_double_loop() -> None:
-    rng = np.random.default_rng(0)
-    logits, has, offset = rng.normal(size=(6, 6)), rng.random((6, 6)) < 0.3, rng.normal(size=6)
-    losses = []
-    for user in range(6):
-        below = sum(
-            math.exp(logits[user, other] - offset[other]) for other in range(6) if other == user or not has[user, other]
-        )
-        losses.append(-math.log(math.exp(logits[user, user] - offset[user]) / below))
-    found = info_nce(torch.from_numpy(logits - offset), torch.from_numpy(has))
-    assert float(found) == pytest.approx(np.mean(losses))
-
-
-def test_what_counts_as_a_false_negative_is_what_the_user_has_in_training(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_items_of_the_user_are_no_negatives(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from llmrec.systems.m6 import states
 
-    seen = list[Any]()
+    masks = list[Any]()
     loss = states.info_nce
-    monkeypatch.setattr(states, "info_nce", lambda logits, has: (seen.append(has), loss(logits, has))[1])
+    monkeypatch.setattr(states, "info_nce", lambda logits, has: (masks.append(has), loss(logits, has))[1])
     model, data = fitted(folder, epochs=1, batch=10_000), ring()
     catalogue = Catalogue.of(data)
     events = Log.of(data, catalogue)
-    own = [set(events.items[events.users == user].tolist()) for user in range(events.user_count)]
+    item_sets = [set(events.items[events.users == user].tolist()) for user in range(events.user_count)]
     # The order of the only batch.
     order = np.random.default_rng(3).permutation(len(model._row_users))
-    (has,) = seen
-    targets = [int(items[at]) for items in np.split(events.items, 4 * np.arange(1, len(own))) for at in range(1, 4)]
-    for row, place in enumerate(order[:40].tolist()):
-        user = own[model._row_users[place]]
-        assert has[row].tolist() == [targets[other] in user for other in order.tolist()]
+    (has,) = masks
+    histories = np.split(events.items, 4 * np.arange(1, len(item_sets)))
+    targets = [int(items[at]) for items in histories for at in range(1, 4)]
+    for row, number in enumerate(order[:40].tolist()):
+        items = item_sets[model._row_users[number]]
+        assert has[row].tolist() == [targets[other] in items for other in order.tolist()]
 
 
-def test_one_pass_over_a_history_has_the_states_of_all_that_end_in_it(folder: Path) -> None:
-    model = fitted(folder, epochs=1)
+def test_one_pass_has_the_states_of_every_prefix(model: StateTower) -> None:
     rows = [["anvil one", "banjo two", "drum"], ["candle", "anvil one"]]
-    whole = model.reader.after("Things:", rows, most=32)
-    for row, states in zip(rows, whole, strict=True):
+    states_of = model.reader.after("Things:", rows, most=32)
+    for row, states in zip(rows, states_of, strict=True):
         for at, state in enumerate(states, start=1):
-            (fresh,) = model.reader.last("Things:", [row[:at]], most=32)
-            assert np.abs(state - fresh).max() < 1e-4 * np.abs(fresh).max()
-    # From the cache folder they are the same, and nothing is read.
+            (expected,) = model.reader.last("Things:", [row[:at]], most=32)
+            assert np.abs(state - expected).max() < 1e-4 * np.abs(expected).max()
+    # The second time they are from the cache.
     before = model.reader.read
     again = model.reader.after("Things:", rows, most=32)
     assert model.reader.read == before
-    assert all(np.array_equal(one, other) for one, other in zip(whole, again, strict=True))
+    assert all(np.array_equal(one, other) for one, other in zip(states_of, again, strict=True))
 
 
-def test_the_states_of_the_first_layers_are_those_of_a_model_that_is_cut_there(folder: Path) -> None:
+def test_states_of_the_first_layers(folder: Path) -> None:
     model = fitted(folder, epochs=1, layers=1)
-    (found,) = model.reader.last("Things:", [["anvil one"]], most=32)
-    whole = load_model(str(folder), ModelSection(name=str(folder), dtype="float32")).get_decoder()
+    (result,) = model.reader.last("Things:", [["anvil one"]], most=32)
+    decoder = load_model(str(folder), ModelSection(name=str(folder), dtype="float32")).get_decoder()
     ids = torch.tensor([[*model.reader.ids("Things:"), *model.reader.ids("anvil one")]])
     with torch.no_grad():
-        # The state behind the first layer, through the final norm.
-        expected = whole.norm(whole(input_ids=ids, output_hidden_states=True).hidden_states[1])[0, -1]
-    assert np.abs(found - expected.numpy()).max() < 1e-4
+        # The state after the first layer and the final norm.
+        expected = decoder.norm(decoder(input_ids=ids, output_hidden_states=True).hidden_states[1])[0, -1]
+    assert np.abs(result - expected.numpy()).max() < 1e-4
 
 
-def test_what_is_remembered_of_histories_is_what_is_read_afresh(folder: Path) -> None:
-    model = fitted(folder, epochs=1)
+def test_remembered_states_equal_new_ones(model: StateTower) -> None:
     histories = [np.array([3, 8, 1]), np.array([], dtype=np.int64), np.array([7])]
     fresh, before = model.states(histories), model.reader.read
     assert np.array_equal(model.states(histories), fresh) and model.reader.read == before
@@ -132,11 +114,11 @@ def test_what_is_remembered_of_histories_is_what_is_read_afresh(folder: Path) ->
     assert not fresh[1].any()
 
 
-def test_it_learns_what_follows_and_ranks_items_that_nobody_chose(folder: Path) -> None:
-    model, right = fitted(folder), 0
+def test_learns_what_follows_and_ranks_unseen_items(model: StateTower) -> None:
+    right = 0
     for topic in range(TOPICS):
         (scores,) = model.scores([request(f"{(topic - 1) % TOPICS}1", f"{topic}2")])
-        best = {model.items[place] for place in np.argsort(-scores, kind="stable")[:5]}
+        best = {model.items[n] for n in np.argsort(-scores, kind="stable")[:5]}
         # The fifth item of each topic is in no sequence.
         right += len(best & {f"{(topic + 1) % TOPICS}{number}" for number in range(5)})
     assert right > 0.8 * 5 * TOPICS
@@ -144,8 +126,7 @@ def test_it_learns_what_follows_and_ranks_items_that_nobody_chose(folder: Path) 
     assert isinstance(answer, Ranking) and set(answer.items) == {"14", "34", "11"} and answer.items[2] == "34"
 
 
-def test_neighbours_are_exact_and_of_the_length_that_was_asked(folder: Path) -> None:
-    model = fitted(folder, epochs=2)
+def test_scores_are_exact_products(model: StateTower) -> None:
     towers = model._fitted
     with torch.no_grad():
         items, user = towers.item_vectors(towers.vectors), towers.query([np.array([5, 9])])
@@ -156,14 +137,14 @@ def test_neighbours_are_exact_and_of_the_length_that_was_asked(folder: Path) -> 
     assert scores == pytest.approx(by_loop, abs=1e-4)
 
 
-def test_what_is_stored_of_a_fit_answers_as_it_did(folder: Path) -> None:
-    model, asked = fitted(folder, epochs=2), [request("01", "12"), request()]
+def test_restored_fit_gives_same_scores(model: StateTower) -> None:
+    requests = [request("01", "12"), request()]
     other = StateTower(model.config, seed=3)
     other.restore(ring(), model.state())
-    assert np.allclose(other.scores(asked), model.scores(asked), atol=1e-5)
+    assert np.allclose(other.scores(requests), model.scores(requests), atol=1e-5)
 
 
-def test_models_that_cannot_be_read_so_are_refused(folder: Path, tmp_path: Path) -> None:
+def test_rejects_other_models(model: StateTower, folder: Path, tmp_path: Path) -> None:
     tuned = make_model(tmp_path / "tuned")
     (tuned / BUNDLE).write_text("{}", encoding="utf-8")
     with raises(ModelError, Facts("leak", column="encoder")):
@@ -173,4 +154,4 @@ def test_models_that_cannot_be_read_so_are_refused(folder: Path, tmp_path: Path)
     with raises(ModelError, Facts("bad-value", column="layers", says="the 2 layers")):
         fitted(folder, layers=3)
     with raises(ModelError, Facts("too-large", column="max_len", says="lower max_len")):
-        fitted(folder, epochs=1).reader.after("x", [["anvil"] * 4096], most=2)
+        model.reader.after("x", [["anvil"] * 4096], most=2)

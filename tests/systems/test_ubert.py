@@ -1,8 +1,9 @@
-"""U-BERT: what it may read, its parts worked by hand, and what goes to another domain, a cache and other models."""
+"""U-BERT: the reviews that it reads, its parts by hand, transfer, stored fits and features."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import polars as pl
 import pytest
 
 from llmrec.baselines.rated import ratings
-from llmrec.data.dataset import Dataset
+from llmrec.data.dataset import Dataset, Review
 from llmrec.data.features import FeatureStore, publish
 from llmrec.data.split import SplitDataset, halves, split
 from llmrec.errors import DataError, ModelError, RecipeError
@@ -41,7 +42,7 @@ SMALL: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The tiny encoder, with a token for masked words."""
+    """Return the tiny encoder with a mask token."""
     from transformers import AutoTokenizer, BertModel
 
     folder = tmp_path_factory.mktemp("masking")
@@ -52,8 +53,9 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
+@cache
 def _data(name: str = "planted", kind: str = "last_share") -> SplitDataset:
-    """16 users on 10 items that are great, fine, dull or awful; the first one says the same of the first two items."""
+    """Return 16 users and 10 items that are great, fine, dull or awful; one user has two equal reviews."""
     rng, words, rows = np.random.default_rng(0), list(OPINIONS), []
     for user in range(16):
         for step, item in enumerate(rng.permutation(10)[:7].tolist()):
@@ -65,8 +67,8 @@ def _data(name: str = "planted", kind: str = "last_share") -> SplitDataset:
         rows.append(("u00", f"i{item}", 3.0, item - 20.0, "the same again"))
     frame = pl.DataFrame(rows, schema=["user_id", "item_id", "rating", "timestamp", "text"], orient="row")
     items = {f"i{n}": Item(item_id=f"i{n}", title=f"Title {n}") for n in range(10)}
-    whole = Dataset(name=name, noun="things", interactions=frame, items=items, rating_scale=(1.0, 5.0))
-    return split(whole, Split(kind=kind, valid=0.15, test=0.15), seed=0)
+    dataset = Dataset(name=name, noun="things", interactions=frame, items=items, rating_scale=(1.0, 5.0))
+    return split(dataset, Split(kind=kind, valid=0.15, test=0.15), seed=0)
 
 
 def _model(encoder: str, **settings: Any) -> UBert:
@@ -75,34 +77,31 @@ def _model(encoder: str, **settings: Any) -> UBert:
 
 @pytest.fixture(scope="module")
 def fitted(encoder: str) -> UBert:
-    model = _model(encoder, epochs=40, learning_rate=0.01, patience=8, dropout=0.0)
+    model = _model(encoder, epochs=20, learning_rate=0.02, patience=8, dropout=0.0)
     model.fit(_data())
     return model
 
 
-def _asked(*pairs: tuple[str, str]) -> list[Request]:
+def _requests(*pairs: tuple[str, str]) -> list[Request]:
     return [Request(id=f"{user} {item}", user_id=user, item=item) for user, item in pairs]
 
 
 def _values(model: UBert, *pairs: tuple[str, str]) -> list[float]:
-    answers = model.answer(_asked(*pairs))
+    answers = model.answer(_requests(*pairs))
     assert all(isinstance(answer, Rating) for answer in answers)
     return [answer.value for answer in answers if isinstance(answer, Rating)]
 
 
-# --------------------------------------------------------------------------- what it may read
-
-
-def test_no_batch_reads_the_review_of_its_own_pair(encoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_do_not_read_reviews_of_their_pairs(encoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     data = _data()
     model = _model(encoder)._initial(data)
-    said = {(user, item): text for user, item, text in data.train.select("user_id", "item_id", "text").iter_rows()}
+    reviews = {(user, item): text for user, item, text in data.train.select("user_id", "item_id", "text").iter_rows()}
     users, items = list(model.known.user_index), list(model.known.item_index)
-    asked, read = list[tuple[str, str]](), list[list[set[str]]]()
+    pairs, read = list[tuple[str, str]](), list[list[set[str]]]()
     forward, positions = Reviewed.forward, Tokens.positions
 
     def watched(self: Reviewed, of: Any, to: Any) -> Any:
-        asked.extend((users[u], items[i]) for u, i in zip(of, to, strict=True))
+        pairs.extend((users[u], items[i]) for u, i in zip(of, to, strict=True))
         return forward(self, of, to)
 
     def noted(self: Tokens, rows: Any) -> Any:
@@ -113,21 +112,22 @@ def test_no_batch_reads_the_review_of_its_own_pair(encoder: str, monkeypatch: py
     monkeypatch.setattr(Tokens, "positions", noted)
     optimiser = torch.optim.AdamW(model.network.parameters())
     _epoch(model, optimiser, np.random.default_rng(0))
-    # A batch reads the reviews of its users, and then those of its items.
+    # A batch reads the reviews of its users, then of its items.
     of_users = [each for batch in read[::2] for each in batch]
     of_items = [each for batch in read[1::2] for each in batch]
-    assert sorted(asked) == sorted(said) and len(of_users) == len(of_items) == len(asked)
-    for pair, *sides in zip(asked, of_users, of_items, strict=True):
+    assert sorted(pairs) == sorted(reviews) and len(of_users) == len(of_items) == len(pairs)
+    for pair, *sides in zip(pairs, of_users, of_items, strict=True):
         for side in sides:
-            assert said[pair] not in side and side <= set(said.values())
-        # All else that the user wrote of late, and all that others wrote of the item, is there.
-        assert len(sides[0]) == min(4, sum(user == pair[0] and said[user, i] != said[pair] for user, i in said))
+            assert reviews[pair] not in side and side <= set(reviews.values())
+        # It reads the other recent reviews of the user, and those of the item by others.
+        others = [text for (user, _), text in reviews.items() if user == pair[0] and text != reviews[pair]]
+        assert len(sides[0]) == min(4, len(others))
         assert all(text.startswith(f"Title {int(pair[0][1:])} ") or text == "the same again" for text in sides[0])
-    held = set(data.dataset.interactions["text"]) - set(said.values())
+    held = set(data.dataset.interactions["text"]) - set(reviews.values())
     assert held and held.isdisjoint(model.reviews.texts)
 
 
-def test_a_prediction_does_not_move_with_the_review_of_its_pair(encoder: str) -> None:
+def test_predictions_do_not_depend_on_the_review_of_the_pair(encoder: str) -> None:
     model = _model(encoder)._initial(_data())
     reviews, tokens = model.reviews, model.tokens
     row = 20
@@ -140,36 +140,30 @@ def test_a_prediction_does_not_move_with_the_review_of_its_pair(encoder: str) ->
 
 
 def test_reviews_of_a_source_come_before_the_texts_of_a_task(encoder: str) -> None:
-    from llmrec.baselines.rated import ratings
-    from llmrec.data.dataset import Review
-
     data = _data()
     pairs = list(data.train.select("user_id", "item_id").iter_rows())[:5]
-    told = {pair: Review(text=f"whole {number}") for number, pair in enumerate(pairs)}
-    data = replace(data, dataset=replace(data.dataset, reviews=told))
+    reviews = {pair: Review(text=f"full {number}") for number, pair in enumerate(pairs)}
+    data = replace(data, dataset=replace(data.dataset, reviews=reviews))
     known = ratings(data, "ubert")
-    assert sorted(Reviews.read(data, known, range).texts) == [f"whole {number}" for number in range(5)]
+    assert sorted(Reviews.read(data, known, range).texts) == [f"full {number}" for number in range(5)]
     with raises(DataError, Facts("missing-column", column="text")):
         bare = data.train.with_columns(pl.lit(None, dtype=pl.String).alias("text"))
         Reviews.read(replace(data, dataset=replace(data.dataset, reviews={}), train=bare), known, range)
 
 
-# --------------------------------------------------------------------------- its parts
-
-
-def test_uniform_attention_is_the_mean_and_nothing_to_read_is_nothing() -> None:
+def test_uniform_attention_is_the_mean() -> None:
     tokens, mask = torch.randn(2, 5, 8), torch.tensor([[True] * 3 + [False] * 2, [False] * 5])
     network = network_of(4, 6, 6, UBert.Config(**SMALL))
     side = network["user"]
     for part in ("query", "domain"):
         for parameter in side[part].parameters():
             torch.nn.init.zeros_(parameter)
-    found = encoded(side, torch.tensor([1, 2]), tokens, mask)
-    torch.testing.assert_close(found, torch.stack([tokens[0, :3].mean(dim=0), torch.zeros(8)]))
+    result = encoded(side, torch.tensor([1, 2]), tokens, mask)
+    torch.testing.assert_close(result, torch.stack([tokens[0, :3].mean(dim=0), torch.zeros(8)]))
     query = torch.randn(2, 1, 8)
     weights = torch.softmax((query[0] @ tokens[0, :3].T) / 8**0.5, dim=1)
     torch.testing.assert_close(attended(query, tokens, tokens, mask)[0], weights @ tokens[0, :3])
-    # Neither a match of a side without tokens, nor anything behind the last token.
+    # Padding and sides without tokens change nothing.
     both = matched(network["match"], tokens, mask, tokens.flip(0), mask.flip(0))
     torch.testing.assert_close(both, torch.zeros(2, 16))
     longer = torch.cat([tokens, torch.randn(2, 3, 8)], dim=1)
@@ -188,28 +182,26 @@ def test_only_words_of_the_lexicon_are_masked(encoder: str) -> None:
     for share in (0.3, 1.0):
         hidden = Hidden.of(texts, plain, spans, words, mask=frozen.mask, share=share, rng=np.random.default_rng(0))
         for row, text in enumerate(texts):
-            own = hidden.texts == row
-            changed = [
-                place for place, (a, b) in enumerate(zip(plain[row], hidden.encoded[row], strict=True)) if a != b
-            ]
-            gone = "".join(text[start:end] for start, end in (spans[row][place] for place in changed)).lower()
-            # What is gone is what is to be told, letter by letter.
-            assert gone.replace(" ", "") == "".join(words[word] for word in hidden.words[own])
-            assert all(hidden.encoded[row][place] == frozen.mask for place in changed)
-            assert own.any() == (row != 1)
+            rows = hidden.texts == row
+            changed = [n for n, (a, b) in enumerate(zip(plain[row], hidden.encoded[row], strict=True)) if a != b]
+            masked = "".join(text[start:end] for start, end in (spans[row][n] for n in changed)).lower()
+            # The masked letters are those of the target words.
+            assert masked.replace(" ", "") == "".join(words[word] for word in hidden.words[rows])
+            assert all(hidden.encoded[row][n] == frozen.mask for n in changed)
+            assert rows.any() == (row != 1)
         assert (hidden.texts == 0).sum() == 3 or share < 1
     # The first token of each word, in the numbering of states.
     states = frozen.states(hidden.encoded, spans)
     assert (hidden.positions < np.diff(states.starts)[hidden.texts]).all()
 
 
-def test_opinion_words_come_from_a_file_or_from_what_tells_ratings_apart(encoder: str, tmp_path: Path) -> None:
+def test_opinion_words(encoder: str, tmp_path: Path) -> None:
     data = _data()
     texts, truth = data.train["text"].to_list(), data.train["rating"].to_numpy()
     assert set(OPINIONS) >= set(lexicon(UBert.Config(opinions=3), texts, truth)) - {"the", "same", "again"}
     (tmp_path / "words.txt").write_text("Great\nawful\n\nnot a word\n", encoding="utf-8")
-    told = UBert.Config(lexicon=str(tmp_path / "words.txt"))
-    assert lexicon(told, texts, truth) == ("awful", "great")
+    config = UBert.Config(lexicon=str(tmp_path / "words.txt"))
+    assert lexicon(config, texts, truth) == ("awful", "great")
     with raises(RecipeError, Facts("unreadable", column="lexicon")):
         lexicon(UBert.Config(lexicon=str(tmp_path / "none.txt")), texts, truth)
     with pytest.raises(ValueError, match="no token embeddings"):
@@ -218,83 +210,77 @@ def test_opinion_words_come_from_a_file_or_from_what_tells_ratings_apart(encoder
         _model(tiny_encoder(), pretrain=1).pretrained(data)
 
 
-# --------------------------------------------------------------------------- the model
-
-
-def test_it_learns_what_reviews_of_an_item_say(fitted: UBert) -> None:
+def test_learns_from_reviews_of_an_item(fitted: UBert) -> None:
     data = _data()
     truth = data.test["rating"].to_numpy()
-    found = np.array(_values(fitted, *data.test.select("user_id", "item_id").iter_rows()))
+    predictions = np.array(_values(fitted, *data.test.select("user_id", "item_id").iter_rows()))
     mean = float(data.train["rating"].mean())  # type: ignore[arg-type]
-    assert np.sqrt(np.mean((found - truth) ** 2)) < 0.7 * np.sqrt(np.mean((mean - truth) ** 2))
+    assert np.sqrt(np.mean((predictions - truth) ** 2)) < 0.7 * np.sqrt(np.mean((mean - truth) ** 2))
     assert fitted.looked_at == set(data.valid["user_id"].to_list())
 
 
-def test_an_unknown_user_is_the_mean_of_the_domain(fitted: UBert) -> None:
+def test_unknown_users_are_the_mean(fitted: UBert) -> None:
     model = fitted._fitted
     with torch.no_grad():
         for side, pair in (("user", (-1, 2)), ("item", (2, -1))):
             vector = model.side(side, *(np.array([each]) for each in pair))[0][0]  # type: ignore[arg-type]
             torch.testing.assert_close(vector, model.vectors(side).mean(dim=0))  # type: ignore[arg-type]
-    assert len(set(_values(fitted, ("nobody", "i1"), ("somebody", "i1")))) == 1
-    pairs = [("u01", "i1"), ("nobody", "nothing"), ("u02", "i9"), ("u00", "i3")]
+    assert len(set(_values(fitted, ("new", "i1"), ("other", "i1")))) == 1
+    pairs = [("u01", "i1"), ("new", "new"), ("u02", "i9"), ("u00", "i3")]
     assert _values(fitted, *pairs) == [_values(fitted, pair)[0] for pair in pairs]
 
 
-def test_a_kept_fit_gives_the_same_answers(fitted: UBert, encoder: str) -> None:
+def test_restored_fit_gives_same_answers(fitted: UBert, encoder: str) -> None:
     again = UBert(fitted.config, seed=3)
     again.restore(_data(), fitted.state())
     pairs = [(f"u{user:02d}", f"i{item}") for user in range(17) for item in range(10)]
-    assert again.answer(_asked(*pairs)) == fitted.answer(_asked(*pairs)) and again.looked_at == fitted.looked_at
+    assert again.answer(_requests(*pairs)) == fitted.answer(_requests(*pairs)) and again.looked_at == fitted.looked_at
     assert not any("u0" in name for name in fitted.state())
 
 
-# --------------------------------------------------------------------------- another domain, and other models
-
-
-def test_pretraining_goes_to_another_domain_without_its_users(encoder: str, tmp_path: Path) -> None:
+def test_pretraining_transfers_without_users(encoder: str, tmp_path: Path) -> None:
     source, target = _data("source"), _data("target")
     teacher = _model(encoder, pretrain=3, learning_rate=0.01)
     teacher.pretrained(source)
     with pytest.raises(RuntimeError, match="fit"):
-        teacher.answer(_asked(("u00", "i1")))
+        teacher.answer(_requests(("u00", "i1")))
     teacher.save(tmp_path / "start", source)
     plain = _model(encoder)._initial(target).network
-    begun = _model(encoder, start=str(tmp_path / "start"))._initial(target).network
-    taught = teacher._pretrained
-    assert taught is not None
-    for name, weight in begun.state_dict().items():
+    started = _model(encoder, start=str(tmp_path / "start"))._initial(target).network
+    pretrained = teacher._pretrained
+    assert pretrained is not None
+    for name, weight in started.state_dict().items():
         # Pretraining knows no items.
-        assert torch.equal(weight, taught.network.state_dict()[name]) == (name != "user.own.weight"), name
-    assert not plain["user"]["own"].weight.any() and not begun["user"]["own"].weight.any()
-    # Users learned, and the item encoder attends as the user encoder does.
-    assert taught.network["user"]["own"].weight.any()
-    assert torch.equal(begun["item"]["query"].weight, begun["user"]["query"].weight)
+        assert torch.equal(weight, pretrained.network.state_dict()[name]) == (name != "user.own.weight"), name
+    assert not plain["user"]["own"].weight.any() and not started["user"]["own"].weight.any()
+    # Users learned, and the item encoder begins as the user encoder.
+    assert pretrained.network["user"]["own"].weight.any()
+    assert torch.equal(started["item"]["query"].weight, started["user"]["query"].weight)
     with raises(ModelError, Facts("mismatch", column="dim")):
         _model(encoder, start=str(tmp_path / "start"), dim=4)._initial(target)
     with raises(DataError, Facts("leak", column="start")):
         _model(encoder, start=str(tmp_path / "start")).fit(replace(source, train=source.train[:-1]))
 
 
-def test_its_vectors_are_features_that_a_host_reads(encoder: str, tmp_path: Path) -> None:
+def test_vectors_are_features_of_a_host(encoder: str, tmp_path: Path) -> None:
     data = _data(kind="prefix")
     tables = _model(encoder, epochs=1).features(data)
     publish(tmp_path / "vectors", tables)
     store = FeatureStore.open(tmp_path / "vectors", split=data.readable)
-    # Read are the events that are history alone, so that a host has all training rows left.
+    # It reads known events only, so that a host can use all training rows.
     assert store.seen() == set(data.known.select("user_id", "item_id").iter_rows())
     assert store.seen().isdisjoint(data.held_out | set(data.train.select("user_id", "item_id").iter_rows()))
-    vectors, known = store.get("user", ["u03", "nobody"])
+    vectors, known = store.get("user", ["u03", "unknown"])
     assert known.tolist() == [True, False]
     np.testing.assert_allclose(vectors[1], tables[0].vectors.mean(axis=0), rtol=1e-5)
     host = DeepFM(DeepFM.Config(features=str(tmp_path / "vectors"), epochs=1, patience=None, seen="refuse"), seed=0)
     host.fit(data)
-    assert len(host.answer(_asked(("u03", "i1")))) == 1
+    assert len(host.answer(_requests(("u03", "i1")))) == 1
     with pytest.raises(DataError):
         host.fit(_data(kind="last_share"))
 
 
-def test_users_who_weigh_ensembles_do_not_choose_the_epoch_of_its_vectors(encoder: str) -> None:
+def test_users_of_ensemble_weights_do_not_choose_the_epoch(encoder: str) -> None:
     data = _data(kind="prefix")
     model = _model(encoder, epochs=1, patience=1)
     model.features(data)
@@ -302,12 +288,10 @@ def test_users_who_weigh_ensembles_do_not_choose_the_epoch_of_its_vectors(encode
     assert choose and weigh and model.looked_at == choose
 
 
-def test_a_review_goes_with_the_last_rating_of_its_pair() -> None:
-    rows = [("a", "x", 5.0, 1), ("b", "x", 3.0, 2), ("a", "x", 1.0, 3), ("b", "y", 2.0, 4)]
-    frame = pl.DataFrame(
-        [{"user_id": u, "item_id": i, "rating": r, "timestamp": t, "text": None} for u, i, r, t in rows],
-        schema_overrides={"timestamp": pl.Float64, "text": pl.String},
-    ).sort("user_id", "timestamp", maintain_order=True)
+def test_last_rating_of_a_pair() -> None:
+    rows = [("a", "x", 5.0, 1.0), ("a", "x", 1.0, 3.0), ("b", "x", 3.0, 2.0), ("b", "y", 2.0, 4.0)]
+    frame = pl.DataFrame(rows, schema=["user_id", "item_id", "rating", "timestamp"], orient="row")
+    frame = frame.with_columns(text=pl.lit(None, dtype=pl.String))
     base = _data()
     known = ratings(replace(base, train=frame), "ubert")
     assert last_of_pairs(known) == {(0, 0): 1.0, (1, 0): 3.0, (1, 1): 2.0}
