@@ -53,7 +53,7 @@ ErrorKind = Literal[
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Location:
     """A location in a file, written as ``ratings.csv, row 3 (line 4)``.
 
     Attributes:
@@ -82,7 +82,7 @@ class LlmrecError(Exception):
 
     Attributes:
         kind: The kind of error.
-        file: The file at fault; see `Place`.
+        file: The file at fault; see `Location`.
         row: Row of data, counted from 1; 0 is the header.
         line: Line of the file, counted from 1.
         column: The column, the dotted key of a recipe, or the option of a command.
@@ -93,27 +93,27 @@ class LlmrecError(Exception):
         message: str,
         *,
         kind: ErrorKind | None = None,
-        at: Place | Path | str | None = None,
+        at: Location | Path | str | None = None,
         column: str | None = None,
     ) -> None:
         super().__init__(message)
-        location = at if isinstance(at, Place) else None
+        location = at if isinstance(at, Location) else None
         self.kind = kind
         self.file = location.file if location else None if at is None else str(at)
         self.row, self.line = (location.row, location.line) if location else (None, None)
         self.column = column
 
     @property
-    def place(self) -> Place | None:
+    def location(self) -> Location | None:
         """Location of the error, for an error that wraps this one."""
-        return None if self.file is None else Place(self.file, self.row, self.line)
+        return None if self.file is None else Location(self.file, self.row, self.line)
 
     def reworded(self, message: str) -> Self:
         """Return the same error with another message."""
-        return type(self)(message, kind=self.kind, at=self.place, column=self.column)
+        return type(self)(message, kind=self.kind, at=self.location, column=self.column)
 
     @classmethod
-    def at(cls, location: Place | Path | str, kind: ErrorKind, rest: str, column: str | None = None) -> Self:
+    def at(cls, location: Location | Path | str, kind: ErrorKind, rest: str, column: str | None = None) -> Self:
         """Return an error whose message begins with a location."""
         return cls(f"{location}{rest}", kind=kind, at=location, column=column)
 

@@ -64,7 +64,7 @@ INDEXES: Mapping[str, str] = {
     "title": "llmrec.index.titles:Titles",
     "random": "llmrec.index.numbers:RandomNumbers",
     "sequential": "llmrec.index.numbers:SequentialNumbers",
-    "token": "llmrec.index.numbers:OwnTokens",
+    "token": "llmrec.index.numbers:ItemTokens",
     "collaborative": "llmrec.index.collaborative:Collaborative",
     "semantic": "llmrec.index.semantic:Semantic",
     "category": "llmrec.index.category:Category",

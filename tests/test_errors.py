@@ -6,36 +6,36 @@ import pickle
 
 import pytest
 
-from llmrec.errors import DataError, LlmrecError, MissingExtra, Place, RecipeError, require
+from llmrec.errors import DataError, LlmrecError, Location, MissingExtra, RecipeError, require
 from llmrec.resources import resource
 from tests.facts import Facts, raises
 
 
 @pytest.mark.parametrize(
-    ("place", "text"),
+    ("location", "text"),
     [
-        (Place("a.csv"), "a.csv"),
-        (Place("a.csv", 0, 1), "a.csv, header"),
-        (Place("a.csv", 3, 4), "a.csv, row 3 (line 4)"),
-        (Place("a.csv", 3, 3), "a.csv, row 3"),
-        (Place("a.csv", line=4), "a.csv, line 4"),
+        (Location("a.csv"), "a.csv"),
+        (Location("a.csv", 0, 1), "a.csv, header"),
+        (Location("a.csv", 3, 4), "a.csv, row 3 (line 4)"),
+        (Location("a.csv", 3, 3), "a.csv, row 3"),
+        (Location("a.csv", line=4), "a.csv, line 4"),
     ],
 )
-def test_place_has_a_line_that_is_not_the_row(place: Place, text: str) -> None:
-    assert str(place) == text
-    error = DataError.at(place, "bad-value", ": correct it", "rating")
+def test_location_has_a_line_that_is_not_the_row(location: Location, text: str) -> None:
+    assert str(location) == text
+    error = DataError.at(location, "bad-value", ": correct it", "rating")
     assert str(error) == f"{text}: correct it"
-    assert (error.file, error.row, error.line, error.column) == ("a.csv", place.row, place.line, "rating")
+    assert (error.file, error.row, error.line, error.column) == ("a.csv", location.row, location.line, "rating")
 
 
 def test_facts_of_errors() -> None:
     error = LlmrecError("correct it")
     assert str(error) == "correct it" and error.args == ("correct it",)
     assert [error.kind, error.file, error.row, error.line, error.column] == [None] * 5
-    inner = DataError.at(Place("a.csv", 3, 4), "bad-value", ": correct it", "rating")
-    outer = LlmrecError(f"{inner}, or leave it out", kind=inner.kind, at=inner.place, column=inner.column)
-    assert outer.place == inner.place == Place("a.csv", 3, 4) and outer.column == "rating"
-    assert LlmrecError("correct it").place is None
+    inner = DataError.at(Location("a.csv", 3, 4), "bad-value", ": correct it", "rating")
+    outer = LlmrecError(f"{inner}, or leave it out", kind=inner.kind, at=inner.location, column=inner.column)
+    assert outer.location == inner.location == Location("a.csv", 3, 4) and outer.column == "rating"
+    assert LlmrecError("correct it").location is None
     with raises(MissingExtra, Facts("not-installed", says="pip install 'llmrec[train]'")):
         require("no_such_package", "train")
     with raises(LlmrecError, Facts("missing-file", says="prompts/nothing")):
@@ -43,7 +43,7 @@ def test_facts_of_errors() -> None:
 
 
 def test_facts_survive_pickling_and_raising() -> None:
-    error = RecipeError.at(Place("r.yaml", line=4), "unknown-key", ": unknown key 'a'", "train.a")
+    error = RecipeError.at(Location("r.yaml", line=4), "unknown-key", ": unknown key 'a'", "train.a")
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is RecipeError and vars(again) == vars(error) and str(again) == str(error)
     with raises(RecipeError, Facts("unknown-key", "r.yaml", None, "train.a", 4)) as caught:

@@ -85,7 +85,7 @@ def calling_frames(folder: Path) -> Iterator[Callable[[str], str]]:
     try:
         yield named
     except LlmrecError as error:
-        at = None if error.place is None else replace(error.place, file=named(error.place.file))
+        at = None if error.location is None else replace(error.location, file=named(error.location.file))
         raise type(error)(named(str(error)), kind=error.kind, at=at, column=error.column) from None
 
 

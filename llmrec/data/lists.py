@@ -31,7 +31,7 @@ from llmrec.data.read.tables import Table
 from llmrec.data.read.text import decode
 from llmrec.data.read.words import named
 from llmrec.data.request_file import JSON_LINES, PARQUET
-from llmrec.errors import DataError, Place, did_you_mean
+from llmrec.errors import DataError, Location, did_you_mean
 
 Unit = Literal["user", "request"]
 Order = Literal["score", "rank", "order"]
@@ -70,7 +70,7 @@ class Lists:
     frame: pl.DataFrame
     empty: frozenset[str]
     order: Order
-    where: Callable[[int], Place]
+    where: Callable[[int], Location]
     columns: Sequence[str] = ()
 
 
@@ -113,7 +113,7 @@ class _Records:
     """Ranked lists stored as one record per list, in columns of lists."""
 
     name: str
-    rows: Iterable[tuple[Place, Mapping[str, Any]]]
+    rows: Iterable[tuple[Location, Mapping[str, Any]]]
     columns: Sequence[str] = ()
 
 
@@ -264,7 +264,7 @@ def _missing_column(table: Table, what: Literal["user", "item", "request"]) -> D
     )
 
 
-def _check_unique(frame: pl.DataFrame, where: Callable[[int], Place], what: str) -> None:
+def _check_unique(frame: pl.DataFrame, where: Callable[[int], Location], what: str) -> None:
     """Reject items that occur twice in the same list."""
     repeated = frame.select(~pl.struct("key", "item").is_first_distinct())["key"].arg_true()
     if len(repeated):
@@ -286,8 +286,8 @@ def _of_records(records: _Records, unit: Unit, entities: Entities) -> Lists:
     items: list[str] = []
     scores: list[float] = []
     rows: list[int] = []
-    locations: list[Place] = []
-    first: dict[str, Place] = {}
+    locations: list[Location] = []
+    first: dict[str, Location] = {}
     empty: set[str] = set()
     scored = True
     for location, record in records.rows:
@@ -319,7 +319,7 @@ def _of_records(records: _Records, unit: Unit, entities: Entities) -> Lists:
     return Lists(records.name, unit, frame, frozenset(empty), order, lambda row: locations[rows[row]])
 
 
-def _key(location: Place, record: Mapping[str, Any], unit: Unit, entities: Entities) -> str:
+def _key(location: Location, record: Mapping[str, Any], unit: Unit, entities: Entities) -> str:
     """Return the key of a list: the user, or the request if there is no user."""
     user = entities.find(tuple(record), "user") if unit == "user" else None
     names = REQUESTS if unit == "request" else (*([user] if user else []), *USERS, *REQUESTS)
@@ -330,7 +330,7 @@ def _key(location: Place, record: Mapping[str, Any], unit: Unit, entities: Entit
     raise DataError.at(location, "missing-value", f": the list has no {names[0]}; add the {names[0]}", names[0])
 
 
-def _items_and_scores(location: Place, record: Mapping[str, Any]) -> tuple[list[str], list[float] | None]:
+def _items_and_scores(location: Location, record: Mapping[str, Any]) -> tuple[list[str], list[float] | None]:
     items, scores = _list(location, "items", record.get("items")), record.get("scores")
     names = [_name(location, item) for item in items]
     if scores is None:
@@ -343,7 +343,7 @@ def _items_and_scores(location: Place, record: Mapping[str, Any]) -> tuple[list[
     return names, values
 
 
-def _list(location: Place, column: str, value: Any) -> list[Any]:
+def _list(location: Location, column: str, value: Any) -> list[Any]:
     if isinstance(value, str):
         try:
             value = json.loads(value) if value.strip() else []
@@ -361,7 +361,7 @@ def _list(location: Place, column: str, value: Any) -> list[Any]:
     return value
 
 
-def _name(location: Place, item: Any) -> str:
+def _name(location: Location, item: Any) -> str:
     if isinstance(item, bool) or not isinstance(item, str | int) or not str(item).strip():
         raise DataError.at(
             location, "bad-value", f": the item {shown(item)} is not an id; write text or numbers", "items"
@@ -369,7 +369,7 @@ def _name(location: Place, item: Any) -> str:
     return str(item)
 
 
-def _finite(location: Place, value: Any) -> float:
+def _finite(location: Location, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise DataError.at(
             location,
@@ -414,12 +414,12 @@ def _of_arrow(name: str, table: Any, names: Entities) -> Table | _Records:
         return without_kinds(from_arrow(name, table))
     wanted = _of_lists(table.column_names, names)
 
-    def rows() -> Iterator[tuple[Place, Mapping[str, Any]]]:
+    def rows() -> Iterator[tuple[Location, Mapping[str, Any]]]:
         number = 0
         for batch in table.select(wanted).to_batches():
             for record in batch.to_pylist():
                 number += 1
-                yield Place(name, number), record
+                yield Location(name, number), record
 
     return _Records(name, rows(), table.column_names)
 
@@ -458,7 +458,7 @@ def _trec_table(name: str, text: str, columns: Sequence[str], sha256: str) -> Ta
             continue
         if len(cells) != len(columns):
             raise DataError.at(
-                Place(name, len(rows) + 1, line + 1),
+                Location(name, len(rows) + 1, line + 1),
                 "ragged-row",
                 f" has {len(cells)} fields instead of {len(columns)}: {' '.join(columns)}",
             )

@@ -22,7 +22,7 @@ from llmrec.data.read.tables import column_names
 from llmrec.data.read.text import Pieces, TooLong
 from llmrec.data.requests import KEYS
 from llmrec.durable import sha256_of
-from llmrec.errors import DataError, Place, did_you_mean
+from llmrec.errors import DataError, Location, did_you_mean
 
 JSON_LINES = (".jsonl", ".ndjson")
 PARQUET = (".parquet", ".pq")
@@ -145,7 +145,7 @@ def _source(path: Path) -> Stored:
 
 
 def _pieces(source: Stored, stream: Any) -> Pieces:
-    return Pieces(source, stream, head=Place(source.name, line=1), block=_BLOCK)
+    return Pieces(source, stream, head=Location(source.name, line=1), block=_BLOCK)
 
 
 def _lines(source: Stored) -> Iterator[tuple[int, bytes | None]]:
@@ -209,7 +209,7 @@ def _delimited(source: Stored, separator: str, bare: bool) -> Iterator[Raw | Non
                         start, line = rows.find("\n", broken.start) + 1 or len(rows), broken.line + 1
         except TooLong as error:
             raise DataError.at(
-                Place(source.name, line=pieces.line),
+                Location(source.name, line=pieces.line),
                 "too-large",
                 f" is longer than {text.LONGEST} bytes; check that the file is a table",
             ) from error
@@ -222,7 +222,7 @@ def _header(name: str, first: str, separator: str, bare: bool) -> tuple[list[str
     try:
         columns = column_names(name, next((cells for _, cells in fields(first, separator, newline="\n")), []))
     except BrokenRow as broken:
-        raise DataError.at(Place(name, 0, 1), "syntax", f": {broken.problem}") from broken
+        raise DataError.at(Location(name, 0, 1), "syntax", f": {broken.problem}") from broken
     _has_columns(name, columns, bare)
     return columns, separator
 

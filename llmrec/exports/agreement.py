@@ -120,7 +120,7 @@ def measure(
             f"the effect of the merge cannot be measured here: {error}. Export on another machine, or with "
             "--check-users 0 (the model card then states that the effect was not measured)",
             kind=error.kind,
-            at=error.place,
+            at=error.location,
             column=error.column,
         ) from error
     say("evaluating the adapter on its base model")

@@ -14,7 +14,7 @@ from llmrec.data.read.files import read_bytes, user_path
 from llmrec.data.read.limits import enumerated, reason, require_file, shown
 from llmrec.data.read.table import read_table
 from llmrec.data.read.text import decode
-from llmrec.errors import DataError, ErrorKind, Place
+from llmrec.errors import DataError, ErrorKind, Location
 from llmrec.guard import clean, is_item_token, without_item_tokens
 from llmrec.index.table import LETTERS, Embed, ItemIndex, token
 from llmrec.recipe.schema import IndexSection
@@ -104,7 +104,7 @@ class External:
 class _Row:
     """A code in the file: text as in a table, or a list."""
 
-    location: Place
+    location: Location
     item: str
     code: str | list[object]
 
@@ -145,7 +145,7 @@ def _object(path: Path) -> tuple[list[_Row], str]:
             f"{path} is not a JSON object of codes; write one object of lists by item id", kind="wrong-format", at=path
         )
     for item, code in result.items():
-        row = _Row(Place(str(path)), item, code)
+        row = _Row(Location(str(path)), item, code)
         if not isinstance(code, str | list):
             raise row.error("bad-value", f"{shown(code)} is not a code; write {_FORMS}")
         rows.append(row)

@@ -59,7 +59,7 @@ class SequentialNumbers:
         return _more(index, items)
 
 
-class OwnTokens:
+class ItemTokens:
     """One new token per item, without shared tokens."""
 
     @staticmethod

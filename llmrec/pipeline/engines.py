@@ -329,7 +329,7 @@ class Engines:
         except LlmrecError as error:
             if error.kind != "exhausted":
                 raise
-            raise EngineFailure(str(error), kind=error.kind, at=error.place, column=error.column) from error
+            raise EngineFailure(str(error), kind=error.kind, at=error.location, column=error.column) from error
         head = load_head(Path(folder)) if Path(folder).is_dir() else None
         return build(model, encoder, head=head, batch_tokens=self._section.batch_tokens, exit=self._section.exit)
 

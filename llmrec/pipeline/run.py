@@ -152,7 +152,7 @@ def _incomplete(done: Run, failures: Sequence[EngineFailure]) -> EngineFailure:
         f"{'. '.join(map(str, failures))}. {missing} of {missing + len(done.rows)} models were not evaluated, as "
         f"marked in {done.report}; run the same command again to evaluate the missing models",
         kind=first.kind,
-        at=first.place,
+        at=first.location,
         column=first.column,
     )
 

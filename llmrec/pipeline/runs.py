@@ -146,7 +146,7 @@ def earlier(run: Path, key: str = "train.start") -> Source:
     try:
         source = open_run(run)
     except LlmrecError as error:
-        raise RecipeError(f"{key}: {error}", kind=error.kind, at=error.place, column=key) from error
+        raise RecipeError(f"{key}: {error}", kind=error.kind, at=error.location, column=key) from error
     if source.merged is None:
         raise RecipeError(
             f"{key}: {run / 'merged'} does not match the record of its training; run `llmrec train` with the recipe "

@@ -20,7 +20,7 @@ from jinja2 import StrictUndefined, TemplateError, Undefined, nodes
 from jinja2 import Template as JinjaTemplate
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from llmrec.errors import ErrorKind, Place, RecipeError, did_you_mean
+from llmrec.errors import ErrorKind, Location, RecipeError, did_you_mean
 from llmrec.guard import clean, neutralise
 from llmrec.prompts.values import Fields, Ledger, Record
 from llmrec.prompts.words import ENGLISH, FOLDER, Words, english, words_of
@@ -547,7 +547,7 @@ def _read(file: Path) -> Template:
     values: Mapping[str, Any] = page
     for key in values:
         if key not in _ALL_KEYS:
-            location, known = locations.get((str(key),), Place(str(file), line=1)), ", ".join(_ALL_KEYS)
+            location, known = locations.get((str(key),), Location(str(file), line=1)), ", ".join(_ALL_KEYS)
             rest = f": unknown key {key!r}{did_you_mean(str(key), _ALL_KEYS)}; known: {known}"
             raise RecipeError.at(location, "unknown-key", rest, str(key))
     for key in _NEEDED:
@@ -565,5 +565,5 @@ def _read(file: Path) -> Template:
     except RecipeError as fault:
         if fault.file is not None:  # the file with the words of a language
             raise
-        location = locations.get((fault.column or "",), Place(str(file), line=1))
+        location = locations.get((fault.column or "",), Location(str(file), line=1))
         raise RecipeError(f"{location}: {fault}", kind=fault.kind, at=location, column=fault.column) from None

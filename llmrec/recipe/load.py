@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 from llmrec import plugins
 from llmrec.display import shortened
 from llmrec.durable import Json
-from llmrec.errors import ErrorKind, LlmrecError, Place, RecipeError, did_you_mean
+from llmrec.errors import ErrorKind, LlmrecError, Location, RecipeError, did_you_mean
 from llmrec.plugins import KINDS
 from llmrec.recipe.comparisons import Benchmark, ChatSuite, Suite
 from llmrec.recipe.pages import KeyPath, flow, read_page, value_of
@@ -100,15 +100,15 @@ def load_page(model: type[Page], path: Path, more: Mapping[str, Json], known: Ma
 def _on_its_base(
     file: Path,
     values: dict[str, Json],
-    lines: dict[KeyPath, Place],
+    lines: dict[KeyPath, Location],
     known: Mapping[str, Path],
     sought: dict[str, Path] | None = None,
-) -> tuple[dict[str, Json], dict[KeyPath, Place]]:
+) -> tuple[dict[str, Json], dict[KeyPath, Location]]:
     """Merge a file with its base file, if it has one."""
     base = values.pop("base", None)
     if base is None:
         return values, lines
-    asking = lines.get(("base",), Place(str(file)))
+    asking = lines.get(("base",), Location(str(file)))
     try:
         below = known.get(str(base)) or _find(file.parent / str(base), "recipes")
         base_values, base_lines = read_page(below)
@@ -204,7 +204,7 @@ def in_words(overrides: Overrides) -> Sequence[str]:
 def _validated(
     model: type[Page],
     values: dict[str, Json],
-    lines: dict[KeyPath, Place],
+    lines: dict[KeyPath, Location],
     file: Path,
     overrides: Overrides,
     *,
@@ -301,7 +301,7 @@ def _explained(
     error: ValidationError,
     model: type[BaseModel],
     file: Path,
-    lines: Mapping[KeyPath, Place],
+    lines: Mapping[KeyPath, Location],
     overrides: Sequence[str],
 ) -> RecipeError:
     """Return one error for all problems in a file."""
@@ -321,13 +321,13 @@ def _explained(
         for path in paths
     ]
     first = locations[0]
-    below = next((where.file for where in locations if isinstance(where, Place) and where.file != str(file)), None)
+    below = next((where.file for where in locations if isinstance(where, Location) and where.file != str(file)), None)
     return RecipeError(
         "; ".join(f"{where}: {problem}" for where, problem in zip(locations, problems, strict=True))
         + (f"; and {more:,} more" if more > 0 else "")
         + (f"; {below} is the base of {file}" if below else ""),
         kind=_KINDS.get(details[0]["type"], "bad-value"),
-        at=first if isinstance(first, Place) else file,
+        at=first if isinstance(first, Location) else file,
         # The message of a rule over several keys begins with the key.
         column=problems[0].partition(":")[0] if details[0]["type"] == "value_error" else dotted(paths[0]),
     )
@@ -360,10 +360,10 @@ def _above(path: KeyPath, overrides: Sequence[str]) -> str:
     return next((f"override of {key}" for key in keys if key.startswith(f"{dotted(path)}.")), "")
 
 
-def _location(path: KeyPath, file: Path, lines: Mapping[KeyPath, Place]) -> Place:
+def _location(path: KeyPath, file: Path, lines: Mapping[KeyPath, Location]) -> Location:
     """Return the line of a key, or of the section that should contain it."""
     known = (path[:length] for length in range(len(path), 0, -1) if path[:length] in lines)
-    return next((lines[part] for part in known), Place(str(file)))
+    return next((lines[part] for part in known), Location(str(file)))
 
 
 def _problem(path: KeyPath, detail: Any, page: type[BaseModel]) -> str:
@@ -423,7 +423,7 @@ class Named:
 
 @contextmanager
 def _imported(
-    values: Mapping[str, Json], lines: Mapping[KeyPath, Place], file: Path, overrides: Sequence[str], *, given: bool
+    values: Mapping[str, Json], lines: Mapping[KeyPath, Location], file: Path, overrides: Sequence[str], *, given: bool
 ) -> Iterator[None]:
     """Import the plug-ins that a recipe or suite names, and store the user's consent.
 
@@ -453,7 +453,7 @@ def _imported(
 
 
 @contextmanager
-def _errors_at(named: Named, where: Place | str, file: Path) -> Iterator[None]:
+def _errors_at(named: Named, where: Location | str, file: Path) -> Iterator[None]:
     """Add the file and key to an error."""
     try:
         yield
@@ -461,7 +461,7 @@ def _errors_at(named: Named, where: Place | str, file: Path) -> Iterator[None]:
         raise RecipeError(
             f"{where}: {dotted(named.key)}: {error}",
             kind=error.kind,
-            at=where if isinstance(where, Place) else file,
+            at=where if isinstance(where, Location) else file,
             column=dotted([part for part in named.key if isinstance(part, str)]),
         ) from error
 

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from llmrec.durable import Json
-from llmrec.errors import Place, RecipeError
+from llmrec.errors import Location, RecipeError
 
 KeyPath = tuple[str | int, ...]
 
@@ -93,7 +93,7 @@ class _Loader(yaml.SafeLoader):
         )
 
 
-def read_page(file: Path) -> tuple[dict[str, Json], dict[KeyPath, Place]]:
+def read_page(file: Path) -> tuple[dict[str, Json], dict[KeyPath, Location]]:
     """Return the values of a file, and the line of each key."""
     try:
         text = file.read_text(encoding="utf-8")
@@ -114,20 +114,20 @@ def read_page(file: Path) -> tuple[dict[str, Json], dict[KeyPath, Place]]:
 
 
 @lru_cache(maxsize=256)
-def _parsed_once(text: str, file: Path) -> tuple[Any, dict[KeyPath, Place]]:
+def _parsed_once(text: str, file: Path) -> tuple[Any, dict[KeyPath, Location]]:
     # Cached, because a run reads its templates again for every task and study, which would take long.
     return parsed(text, file)
 
 
-def parsed(text: str, file: Path) -> tuple[Any, dict[KeyPath, Place]]:
+def parsed(text: str, file: Path) -> tuple[Any, dict[KeyPath, Location]]:
     """Return the values of a YAML text, and the line of each key; errors name the file."""
     if len(text) > MOST_CHARACTERS:
         raise RecipeError.at(file, "too-large", f": longer than {MOST_CHARACTERS:,} characters; shorten it")
     try:
-        locations: dict[KeyPath, Place] = {}
+        locations: dict[KeyPath, Location] = {}
         return _loaded(text, lambda node: _mark(node, (), locations, file)), locations
     except yaml.MarkedYAMLError as error:
-        line = Place(str(file), line=error.problem_mark.line + 1 if error.problem_mark else None)
+        line = Location(str(file), line=error.problem_mark.line + 1 if error.problem_mark else None)
         if isinstance(error, OutOfBounds):
             raise RecipeError.at(line, "too-large", f": {error.problem}; simplify it") from None
         raise RecipeError.at(
@@ -168,11 +168,11 @@ def _loaded(text: str, look: Callable[[yaml.Node], None]) -> Any:
         loader.dispose()
 
 
-def _mark(node: yaml.Node, path: KeyPath, locations: dict[KeyPath, Place], file: Path) -> None:
+def _mark(node: yaml.Node, path: KeyPath, locations: dict[KeyPath, Location], file: Path) -> None:
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             here = (*path, str(key.value))
-            location = Place(str(file), line=key.start_mark.line + 1)
+            location = Location(str(file), line=key.start_mark.line + 1)
             if here in locations:
                 name = ".".join(map(str, here))
                 raise RecipeError.at(location, "duplicate", f": key {name!r} is repeated; keep one", name)
@@ -180,5 +180,5 @@ def _mark(node: yaml.Node, path: KeyPath, locations: dict[KeyPath, Place], file:
             _mark(value, here, locations, file)
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
-            locations[(*path, index)] = Place(str(file), line=value.start_mark.line + 1)
+            locations[(*path, index)] = Location(str(file), line=value.start_mark.line + 1)
             _mark(value, (*path, index), locations, file)

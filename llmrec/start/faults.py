@@ -13,7 +13,7 @@ from llmrec.data.read.nested import leaf
 from llmrec.data.read.tables import Table
 from llmrec.data.read.typed import texts
 from llmrec.durable import replacing
-from llmrec.errors import DataError, ErrorKind, Place
+from llmrec.errors import DataError, ErrorKind, Location
 from llmrec.start.columns import Roles
 from llmrec.start.profile import READABLE, Peek, Profile, shell, shown
 
@@ -32,7 +32,7 @@ class Fault:
     """
 
     column: str
-    at: Place
+    at: Location
     text: str
     mend: str
     instead: str = ""
@@ -151,7 +151,7 @@ def _items(peek: Peek, roles: Roles, items: Table | None, column: str) -> list[F
             listed.append(
                 Fault(
                     roles.item,
-                    Place(peek.table.name),
+                    Location(peek.table.name),
                     f"the item column is {shown(column)!r} in {items.name}, but {shown(roles.item)!r} in "
                     f"{peek.table.name}; both must have the same name",
                     f"the item column is renamed to {shown(column)}",

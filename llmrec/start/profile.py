@@ -32,7 +32,7 @@ from llmrec.data.read.typed import DateOrder, Dates, read_dates, texts
 from llmrec.data.read.words import Named, event_rank, named
 from llmrec.data.sets.table import SPELLED, part_of
 from llmrec.display import shortened
-from llmrec.errors import DataError, Place
+from llmrec.errors import DataError, Location
 from llmrec.guard import clean
 
 # --------------------------------------------------------------------------- numbers
@@ -450,9 +450,9 @@ class Peek:
     whole: bool
     first: int
 
-    def location(self, index: int) -> Place:
+    def location(self, index: int) -> Location:
         """Return the file and line of a row, by 0-based index, if known."""
-        return self.table.where(index) if index < self.first else Place(self.table.name)
+        return self.table.where(index) if index < self.first else Location(self.table.name)
 
     def along(self, names: Sequence[str]) -> Peek:
         """Expand the list that contains the given columns to one row per element; see `rows_of`."""

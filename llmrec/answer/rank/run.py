@@ -37,7 +37,7 @@ from llmrec.data.ranked import (
 from llmrec.data.request_file import Raw, RequestFile, open_requests
 from llmrec.data.requests import RankRequest, identity
 from llmrec.durable import sha256_of, write_checked, write_text
-from llmrec.errors import DataError, LlmrecError, Place, RecipeError
+from llmrec.errors import DataError, LlmrecError, Location, RecipeError
 from llmrec.fingerprint import digest_of
 from llmrec.machine import machine, versions
 from llmrec.pipeline.resume import LOCK, Budget, locked, read_stage
@@ -208,7 +208,7 @@ def check_titled(options: RankOptions, source: RequestFile, recommender: Ranker)
             raise DataError(
                 f"{source.path}, line {raw.line} {fault}",
                 kind="unknown-name",
-                at=Place(str(source.path), line=raw.line),
+                at=Location(str(source.path), line=raw.line),
                 column="item_id",
             )
 
@@ -345,7 +345,7 @@ def check_owners(source: Path, records: Sequence[Ranked], earlier: dict[str, int
                 "but outputs with one row per item identify lists by user; omit user_id to use the id of the request, "
                 "or write records to a file",
                 kind="duplicate",
-                at=Place(str(source), line=record.line),
+                at=Location(str(source), line=record.line),
                 column="user_id",
             )
 

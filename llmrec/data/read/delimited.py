@@ -25,7 +25,7 @@ from llmrec.data.read.limits import enumerated, reason, shown
 from llmrec.data.read.tables import Table, check_columns, column_names
 from llmrec.data.read.text import LONGEST, Form, Piece, Pieces, decoded, first_encoding, in_arrow, numbered_lines
 from llmrec.display import shortened
-from llmrec.errors import DataError, Place
+from llmrec.errors import DataError, Location
 from llmrec.terminal import logger
 
 log = logger(__name__)
@@ -234,7 +234,7 @@ class Delimited:
             if broken.unfinished and not pieces.ended and head is piece.raw:
                 pieces.keep(head)
                 return None
-            raise DataError.at(Place(name, 0, line + broken.line), "syntax", f": {broken.problem}") from broken
+            raise DataError.at(Location(name, 0, line + broken.line), "syntax", f": {broken.problem}") from broken
         fix = "download the file again" if self._source.published else "rename one"
         self.names = tuple(column_names(name, cells, fix))
         body = len(text[: len(above) + end].encode(self._encoding))
@@ -252,7 +252,7 @@ class Delimited:
         first = below.partition("\n")[0]
         if len(first) > _LONGEST_HEADER:
             raise DataError.at(
-                Place(name, 0, 1),
+                Location(name, 0, 1),
                 "wrong-format",
                 f": the first line has {len(first)} characters, so the file is not a table or has no line breaks; "
                 "write the file again",
@@ -310,13 +310,13 @@ class Delimited:
                 if not cells:
                     continue
                 if len(cells) != len(self.names):
-                    raise self._ragged(Place(name, row + len(rows) + 1, piece.line + line + 1), len(cells))
+                    raise self._ragged(Location(name, row + len(rows) + 1, piece.line + line + 1), len(cells))
                 rows.append(cells)
                 lines.append(piece.line + line + 1)
         except BrokenRow as broken:
             rest = text[broken.start :].encode(self._encoding) if broken.unfinished and not pieces.ended else b""
             if not rest or (len(rest) > LONGEST and not published):
-                location = Place(name, row + len(rows) + 1, piece.line + broken.line + 1)
+                location = Location(name, row + len(rows) + 1, piece.line + broken.line + 1)
                 raise DataError.at(location, "syntax", f": {broken.problem}") from broken
             if len(rest) > LONGEST:
                 raise pieces.too_long() from broken
@@ -328,7 +328,7 @@ class Delimited:
         ]
         return Table(name, pl.DataFrame(columns), lines=lines, rows=range(row, row + len(rows)))
 
-    def _ragged(self, location: Place, count: int) -> DataError:
+    def _ragged(self, location: Location, count: int) -> DataError:
         width = len(self.names)
         if self._source.published:
             text = (

@@ -30,7 +30,7 @@ from llmrec.data.read.limits import (
     shown,
     stranger,
 )
-from llmrec.errors import DataError, Place, did_you_mean
+from llmrec.errors import DataError, Location, did_you_mean
 
 STREAMS: Mapping[str, Callable[[Any], Any]] = {
     ".gz": lambda stored: gzip.GzipFile(fileobj=stored),
@@ -217,7 +217,7 @@ def read_bytes(path: Path, *, text: bool = True) -> tuple[bytes, str]:
     with stored.open() as stream:
         head = stream.read(_HEAD)
         if text and not packing and (problem := stranger(head)):
-            raise DataError.at(Place(stored.name, 1, 1), "wrong-format", f": {problem}")
+            raise DataError.at(Location(stored.name, 1, 1), "wrong-format", f": {problem}")
         raw = head + _all_of(stream)
     if not raw:
         raise DataError.at(path, "empty", " is empty; write the table again")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from llmrec.display import shortened
-from llmrec.errors import DataError, ErrorKind, Place
+from llmrec.errors import DataError, ErrorKind, Location
 
 MAX_BYTES = 8 * 2**30
 """Maximum decompressed size of a table; tables are held in memory as a whole."""
@@ -136,7 +136,7 @@ def stranger(head: bytes) -> str:
     return ""
 
 
-def check_head(location: Place, head: bytes) -> None:
+def check_head(location: Location, head: bytes) -> None:
     """Reject a file that does not begin like UTF-8 text.
 
     Raises:

@@ -33,7 +33,7 @@ from llmrec.data.read.text import (
     numbered_lines,
     read_all,
 )
-from llmrec.errors import DataError, LlmrecError, Place
+from llmrec.errors import DataError, LlmrecError, Location
 from llmrec.terminal import logger
 
 log = logger(__name__)
@@ -66,7 +66,7 @@ def json_lines(source: Source, wanted: Mapping[str, Kind] | None = None) -> Tabl
 def _lines_row_by_row(source: Source) -> Table:
     lines: list[int] = []
 
-    def records() -> Iterator[tuple[Place, Mapping[str, object]]]:
+    def records() -> Iterator[tuple[Location, Mapping[str, object]]]:
         for location, record in json_records(source.name, read_all(source)):
             lines.append(location.line or 0)
             yield location, record
@@ -74,7 +74,7 @@ def _lines_row_by_row(source: Source) -> Table:
     return _of_objects(source.name, records(), lines)
 
 
-def json_records(name: str, raw: bytes) -> Iterator[tuple[Place, dict[str, object]]]:
+def json_records(name: str, raw: bytes) -> Iterator[tuple[Location, dict[str, object]]]:
     """Yield the objects of lines with their location in the file, skipping blank lines.
 
     Raises:
@@ -84,7 +84,7 @@ def json_records(name: str, raw: bytes) -> Iterator[tuple[Place, dict[str, objec
     for line, text in numbered_lines(decode(name, raw)):
         if text.strip():
             row += 1
-            location = Place(name, row, line + 1)
+            location = Location(name, row, line + 1)
             yield location, json_object(location, text)
 
 
@@ -112,9 +112,9 @@ def _array(source: Source) -> Table:
     except (ValueError, RecursionError) as error:
         raise DataError.at(name, "syntax", f" is not JSON ({reason(error)}); write the file again") from error
 
-    def records() -> Iterator[tuple[Place, Mapping[str, object]]]:
+    def records() -> Iterator[tuple[Location, Mapping[str, object]]]:
         for number, record in enumerate(result, start=1):
-            location = Place(name, number)
+            location = Location(name, number)
             if not isinstance(record, dict):
                 raise DataError.at(location, "wrong-format", " is not a JSON object; write an array of objects")
             yield location, record
@@ -122,11 +122,11 @@ def _array(source: Source) -> Table:
     return _of_objects(name, records(), [0] * len(result))
 
 
-def _of_objects(name: str, records: Iterable[tuple[Place, Mapping[str, object]]], lines: list[int]) -> Table:
+def _of_objects(name: str, records: Iterable[tuple[Location, Mapping[str, object]]], lines: list[int]) -> Table:
     """Return objects as a table; nested objects are flattened, and values that cannot be a column are left out."""
     rows: list[dict[str, str]] = []
     names: dict[str, None] = {}
-    locations: dict[str, Place] = {}
+    locations: dict[str, Location] = {}
     within: dict[str, dict[int, object]] = {}
     plain: set[str] = set()
     single: set[str] = set()
@@ -279,7 +279,9 @@ def _in_arrow(key: str, values: Sequence[object], name: str, lines: Sequence[int
             try:
                 results.append(read(value))
             except ValueError:
-                raise _invalid_text(Place(name, row + 1, lines[row] or None), f", column {shown(key)}", key) from None
+                raise _invalid_text(
+                    Location(name, row + 1, lines[row] or None), f", column {shown(key)}", key
+                ) from None
         return results
 
     all_values(shape.see)
@@ -292,7 +294,7 @@ def is_nested(value: object) -> bool:
     return isinstance(value, dict) or (isinstance(value, list) and not all(isinstance(part, str) for part in value))
 
 
-def json_object(location: Place | str, line: str) -> dict[str, object]:
+def json_object(location: Location | str, line: str) -> dict[str, object]:
     """Parse one JSON object.
 
     Raises:
@@ -322,7 +324,7 @@ class _RepeatedKey(Exception):
     """Raised for a key that is repeated in one object."""
 
 
-def _repeated_key(location: Place | str, error: _RepeatedKey) -> DataError:
+def _repeated_key(location: Location | str, error: _RepeatedKey) -> DataError:
     key = error.args[0]
     return DataError.at(location, "duplicate", f": the key {shown(key)} is repeated; keep one", key)
 
@@ -334,12 +336,12 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return result
 
 
-def _invalid_text(location: Place, what: str, column: str) -> DataError:
+def _invalid_text(location: Location, what: str, column: str) -> DataError:
     what = f"{what} contains an invalid character (NUL or half of a surrogate pair); remove it"
     return DataError.at(location, "encoding", what, column)
 
 
-def _text(location: Place, what: str, column: str, value: object) -> str:
+def _text(location: Location, what: str, column: str, value: object) -> str:
     if isinstance(value, list) and all(isinstance(part, str) for part in value):
         value = ", ".join(value)
     if value is None or isinstance(value, str | int | float):
@@ -493,7 +495,7 @@ def object_blocks(source: Source, form: Form, wanted: Mapping[str, Kind]) -> Ite
         raise _no_rows(source)
 
 
-def object_records(source: Source, form: Form) -> Iterator[tuple[Place, Mapping[str, object]]]:
+def object_records(source: Source, form: Form) -> Iterator[tuple[Location, Mapping[str, object]]]:
     """Read a published file of JSON objects one by one.
 
     Raises:
@@ -513,16 +515,16 @@ def _no_rows(source: Source) -> DataError:
     return DataError.at(source.name, "empty", " has no rows; download it again")
 
 
-def _objects(piece: Piece, form: Form, row: int) -> Iterator[tuple[Place, Mapping[str, object]]]:
+def _objects(piece: Piece, form: Form, row: int) -> Iterator[tuple[Location, Mapping[str, object]]]:
     """Yield the objects of lines with their location in the file, skipping blank lines."""
     for line, text in numbered_lines(decoded(piece)):
         if text.strip():
             row += 1
-            location = Place(piece.source.name, row, piece.line + line + 1)
+            location = Location(piece.source.name, row, piece.line + line + 1)
             yield location, _object(location, text, form)
 
 
-def _cell(location: Place, name: str, value: object) -> str | None:
+def _cell(location: Location, name: str, value: object) -> str | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, str | int | float):
@@ -532,7 +534,7 @@ def _cell(location: Place, name: str, value: object) -> str | None:
     return value_text(location, name, value)
 
 
-def value_text(location: Place, column: str, value: object) -> str:
+def value_text(location: Location, column: str, value: object) -> str:
     """Return a single value as text; values that are neither text nor number count as missing.
 
     Raises:
@@ -546,7 +548,7 @@ def value_text(location: Place, column: str, value: object) -> str:
     return text
 
 
-def _object(location: Place, text: str, form: Form) -> Mapping[str, object]:
+def _object(location: Location, text: str, form: Form) -> Mapping[str, object]:
     try:
         value = json.loads(text, parse_float=as_written)
     except (ValueError, RecursionError) as error:
@@ -560,7 +562,7 @@ def _object(location: Place, text: str, form: Form) -> Mapping[str, object]:
     return value
 
 
-def _literal(location: Place, text: str) -> object:
+def _literal(location: Location, text: str) -> object:
     """Parse a Python literal; `ast.literal_eval` builds values and runs no code."""
     if len(text) > _LONGEST_LITERAL:
         raise DataError.at(

@@ -21,7 +21,7 @@ from llmrec.data.read.parquet import columns_of, parquet
 from llmrec.data.read.sheets import SHEETS, sheet_of, split_sheet
 from llmrec.data.read.tables import Table, joined
 from llmrec.data.read.text import Form, in_any_encoding
-from llmrec.errors import DataError, Place
+from llmrec.errors import DataError, Location
 
 ATOMIC = (".inter", ".item", ".user")
 """Endings of RecBole's files, whose header gives the types of the columns."""
@@ -128,7 +128,7 @@ def header(source: Source, form: Form) -> tuple[str, ...]:
     return form.columns or Delimited(source, form).read_header()
 
 
-def records(source: Source, form: Form, columns: Sequence[str]) -> Iterator[tuple[Place, Mapping[str, object]]]:
+def records(source: Source, form: Form, columns: Sequence[str]) -> Iterator[tuple[Location, Mapping[str, object]]]:
     """Yield the rows of a published file, each with its location and its values by column.
 
     Raises:

@@ -16,7 +16,7 @@ from llmrec.data.read import limits
 from llmrec.data.read.codes import as_integers, stacked
 from llmrec.data.read.limits import enumerated, reason, shown
 from llmrec.data.read.nested import EACH, in_polars, lists_in, opened, paths_within
-from llmrec.errors import DataError, Place, did_you_mean
+from llmrec.errors import DataError, Location, did_you_mean
 from llmrec.terminal import logger
 
 log = logger(__name__)
@@ -67,14 +67,14 @@ class Table:
             raise LookupError(f"column {name!r} of {self.name} was not read")
         return self.frame[name]
 
-    def where(self, index: int) -> Place:
+    def where(self, index: int) -> Location:
         """Return the location of a row in its file, by 0-based index."""
         for part in self.parts:
             if index < part.frame.height:
                 return part.where(index)
             index -= part.frame.height
         row = self.rows[index] if self.rows is not None else index
-        return Place(self.name, row + 1, self.line(index))
+        return Location(self.name, row + 1, self.line(index))
 
     def line(self, index: int) -> int:
         """Return the line of a row in a single file, by 0-based index."""
@@ -90,7 +90,7 @@ def column_names(name: str, columns: Iterable[str], fix: str = "rename one") -> 
     names = [column.strip() for column in columns]
     if len(names) > MAX_COLUMNS:
         raise DataError.at(
-            Place(name, 0, 1),
+            Location(name, 0, 1),
             "too-large",
             f": {len(names)} columns are more than {MAX_COLUMNS}; check the separator and the line ends, "
             "or keep only the required columns",
@@ -98,14 +98,14 @@ def column_names(name: str, columns: Iterable[str], fix: str = "rename one") -> 
     long = next((column for column in names if len(column) > _LONGEST_NAME), None)
     if long is not None:
         raise DataError.at(
-            Place(name, 0, 1),
+            Location(name, 0, 1),
             "too-large",
             f": a column name has {len(long)} characters; check the line ends of the file",
         )
     repeated = next((column for column, count in Counter(names).items() if count > 1), None)
     if repeated is not None:
         raise DataError.at(
-            Place(name, 0, 1), "duplicate", f": the column {shown(repeated)} is repeated; {fix}", repeated
+            Location(name, 0, 1), "duplicate", f": the column {shown(repeated)} is repeated; {fix}", repeated
         )
     return names
 

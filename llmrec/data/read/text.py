@@ -14,7 +14,7 @@ from pydantic import Field, field_validator
 
 from llmrec.data.read.files import Given, Source
 from llmrec.data.read.limits import check_head, shown
-from llmrec.errors import DataError, Place
+from llmrec.errors import DataError, Location
 from llmrec.recipe.schema import Section
 from llmrec.terminal import logger
 
@@ -94,7 +94,13 @@ class Pieces:
     """
 
     def __init__(
-        self, source: Source, stream: Any, *, quoted: bool = False, head: Place | None = None, block: int | None = None
+        self,
+        source: Source,
+        stream: Any,
+        *,
+        quoted: bool = False,
+        head: Location | None = None,
+        block: int | None = None,
     ) -> None:
         """Prepare to read a file.
 
@@ -108,7 +114,7 @@ class Pieces:
         self.line, self.ended = 0, False
         self._source, self._stream, self._quoted = source, stream, quoted
         row = None if source.published else 1
-        self._head = head or Place(source.name, row, 1)
+        self._head = head or Location(source.name, row, 1)
         self._block = block or BLOCK
         self._rest = b""
         self._in_long = False
@@ -211,9 +217,9 @@ def decoded(piece: Piece, encoding: str = "utf-8", *, header: int | None = None)
     """
     published = piece.source.published
 
-    def location(offset: int) -> Place:
+    def location(offset: int) -> Location:
         line = piece.line + piece.raw.count(b"\n", 0, offset) + 1
-        return Place(piece.source.name, None if header is None else max(0, line - header), line)
+        return Location(piece.source.name, None if header is None else max(0, line - header), line)
 
     nul = piece.raw.find(b"\0")
     if nul >= 0:
@@ -237,7 +243,7 @@ def decode(name: str, raw: bytes) -> str:
     Raises:
         DataError: If it is not text, or a byte is not UTF-8 or NUL.
     """
-    check_head(Place(name, 1, 1), raw)
+    check_head(Location(name, 1, 1), raw)
     return decoded(Piece(Given(name, raw), raw := _MARK.sub(b"", raw) if codecs.BOM_UTF8 in raw else raw, 0), header=0)
 
 

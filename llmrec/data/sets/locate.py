@@ -107,7 +107,7 @@ def _cached(known: Known) -> Path:
             f"{known.name} is not on this machine: {error}. Options: {_ways(known)}, or use a network with access to "
             f"{urlsplit(known.download).hostname}",
             kind=error.kind,
-            at=error.place,
+            at=error.location,
         ) from error
     return archive
 

@@ -18,7 +18,7 @@ from llmrec.data.sets.locate import locate
 from llmrec.data.sets.pages import known
 from llmrec.data.sets.published import catalogue_of
 from llmrec.data.sets.sequences import by_line
-from llmrec.errors import DataError, Place
+from llmrec.errors import DataError, Location
 from llmrec.recipe.schema import DataSection
 
 _CLICKED, _SHOWN = "-1", "-0"
@@ -81,7 +81,7 @@ def _clicks(block: Table, rows: pl.DataFrame) -> pl.DataFrame:
     if unlabelled.height:
         item, line = unlabelled.select("item_id", _LINE).row(0)
         raise DataError.at(
-            Place(block.name, line=line),
+            Location(block.name, line=line),
             "bad-value",
             f": {shown(item)} lacks the click label ({_CLICKED} or {_SHOWN} at the end); the test split of MIND has "
             "no labels, so use the train or dev split",

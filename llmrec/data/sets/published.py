@@ -20,7 +20,7 @@ from llmrec.data.read.typed import Unit, dates, ids, moments, numbers, unescaped
 from llmrec.data.sets.locate import Located, locate
 from llmrec.data.sets.pages import Attribute, Counts, Events, Items, Known, People, Renames, known
 from llmrec.data.sets.pages import published as every_set
-from llmrec.errors import DataError, Place
+from llmrec.errors import DataError, Location
 from llmrec.recipe.schema import DataSection
 from llmrec.terminal import logger
 from llmrec.types import Item
@@ -345,7 +345,7 @@ def read_items(member: Member, spec: Items, wanted: set[str]) -> Listed:
     return Listed(result, repeated, nameless, markup)
 
 
-def _title(location: Place, spec: Items, column: str, row: Mapping[str, object]) -> str | None:
+def _title(location: Location, spec: Items, column: str, row: Mapping[str, object]) -> str | None:
     title = plain(value_text(location, column, row.get(column))).strip()
     if not title or (spec.junk is not None and spec.junk in title):
         return None
@@ -371,7 +371,7 @@ def read_people(member: Member, spec: People) -> dict[str, dict[str, str]]:
     return people
 
 
-def rendered(location: Place, attribute: Attribute, row: Mapping[str, object]) -> str:
+def rendered(location: Location, attribute: Attribute, row: Mapping[str, object]) -> str:
     """Return an additional field as one text: lists joined, codes replaced by words, HTML removed."""
     if attribute.flags:
         value: object = [flag for flag in attribute.flags if value_text(location, flag, row.get(flag)).strip() == "1"]

@@ -21,7 +21,7 @@ from llmrec.data.read.tables import Table
 from llmrec.data.read.text import Form, Piece, Pieces, decoded
 from llmrec.data.sets.pages import Attribute, Items
 from llmrec.data.sets.published import read_items, untitled
-from llmrec.errors import DataError, Place
+from llmrec.errors import DataError, Location
 from llmrec.recipe.schema import DataSection
 from llmrec.types import Item
 
@@ -66,7 +66,7 @@ def _read(main: Member) -> pl.DataFrame:
         user, line = users.select("user_id", "line").row(again[0])
         first = users.filter(pl.col("user_id") == user)["line"][0]
         raise DataError.at(
-            Place(main.name, line=line),
+            Location(main.name, line=line),
             "duplicate",
             f": user {shown(user)} already has line {first}; write one line per user, oldest item first",
         )
@@ -82,7 +82,7 @@ def _sequences_of(piece: Piece) -> pl.DataFrame:
     if empty.len():
         user, line = frame.select("user_id", "line").row(empty[0])
         raise DataError.at(
-            Place(piece.source.name, line=line),
+            Location(piece.source.name, line=line),
             "missing-value",
             f": user {shown(user)} has no items; write the user and then the user's items, separated by spaces",
         )
