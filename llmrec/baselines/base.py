@@ -338,13 +338,13 @@ class Catalogue:
         ids = tuple(sorted(data.dataset.items))
         return Catalogue(ids=ids, index={item: index for index, item in enumerate(ids)})
 
-    def places(self, items: Iterable[str]) -> NDArray[np.int64]:
+    def indices(self, items: Iterable[str]) -> NDArray[np.int64]:
         """Return the index of each item, -1 for an unknown one."""
         return np.array([self.index.get(item, -1) for item in items], dtype=np.int64)
 
     def history(self, request: Request) -> NDArray[np.int64]:
         """Return the item indices of a request's history, oldest first; unknown items are left out."""
-        result = self.places(event.item_id for event in request.history)
+        result = self.indices(event.item_id for event in request.history)
         return result[result >= 0]
 
 
@@ -370,7 +370,7 @@ class Log:
         _, user_codes = codes(data.train["user_id"])
         present = np.bincount(user_codes) > 0
         users = (np.cumsum(present) - 1).astype(np.int32)[user_codes]
-        items = in_numbers(data.train["item_id"], catalogue.places)
+        items = in_numbers(data.train["item_id"], catalogue.indices)
         times = data.train["timestamp"].to_numpy().astype(np.float64, copy=False)
         if (users[1:] < users[:-1]).any():
             order = np.argsort(users, kind="stable")
@@ -517,7 +517,7 @@ def recent(requests: Sequence[Request], catalogue: Catalogue, window: int, decay
         Sparse matrix of shape (requests, items); an item that occurs twice has the sum of its weights.
     """
     latest = [[event.item_id for event in reversed(request.history[-window:])] for request in requests]
-    indices = catalogue.places(item for items in latest for item in items)
+    indices = catalogue.indices(item for items in latest for item in items)
     lengths = np.array([len(items) for items in latest], dtype=np.int64)
     ages = np.arange(len(indices)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     rows, known = np.repeat(np.arange(len(requests)), lengths), indices >= 0
@@ -593,7 +593,7 @@ def _answer(request: Request, catalogue: Catalogue, scores: NDArray[np.floating[
     if request.candidates is None:
         indices = unseen(request, catalogue)
         return top_of(request, catalogue, indices, scores[indices])
-    indices = catalogue.places(request.candidates)
+    indices = catalogue.indices(request.candidates)
     # Unknown candidates rank below all known ones.
     lowest = scores.min(initial=0.0)
     return ranking(request, request.candidates, np.where(indices >= 0, scores[indices], lowest - (lowest < 0)))

@@ -89,15 +89,15 @@ class Columns:
 
     Attributes:
         vectors: The vectors, shape (entities, k).
-        places: Entity index of each row, shape (n,).
+        entities: Entity index of each row, shape (n,).
     """
 
     vectors: NDArray[np.float32]
-    places: NDArray[np.int64]
+    entities: NDArray[np.int64]
 
     def of(self, rows: NDArray[np.int64]) -> Columns:
         """Return the feature vectors for several training rows."""
-        return Columns(self.vectors, self.places[rows])
+        return Columns(self.vectors, self.entities[rows])
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,6 @@ from llmrec.exports.files import (
     TOKENIZER,
     allowed,
     copy_files,
-    drop_places,
     listed,
     ours,
     placing,
@@ -35,6 +34,7 @@ from llmrec.exports.files import (
     put_bundle,
     put_index,
     refuse,
+    remove_machine_paths,
     seal,
     settle_generation,
 )
@@ -409,7 +409,7 @@ def _put_weights(
             tokenizer.save_pretrained(draft)
         safety.keep_only(draft, allowed(source.recipe))
     for name in ("config.json", "tokenizer_config.json"):
-        drop_places(draft / name)
+        remove_machine_paths(draft / name)
 
 
 def _same_base(source: Source, study: Study | None, base: str, dtype: str, draft: Path) -> None:

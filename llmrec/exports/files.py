@@ -52,7 +52,7 @@ def copy_files(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
             shutil.copyfile(file, destination)
 
 
-def drop_places(path: Path) -> None:
+def remove_machine_paths(path: Path) -> None:
     """Remove folders of this machine from a configuration."""
     if path.is_file():
         values = read_json(path, _RETRAIN)

@@ -20,7 +20,7 @@ from llmrec.pipeline.engines import refuse_device, refuse_paired
 from llmrec.pipeline.objectives import classes_of, labels_of, listwise_of, rewarded
 from llmrec.pipeline.runs import refuse_runs, start_of, teacher_of
 from llmrec.pipeline.study import Study, build_study, encoder_of, folder_of
-from llmrec.recipe.paths import both_places
+from llmrec.recipe.paths import naming_both_folders
 from llmrec.recipe.schema import Recipe
 from llmrec.tasks.family import family_of
 from llmrec.train.lora import refuse_method
@@ -44,7 +44,7 @@ def refuse(recipe: Recipe, *, asks: bool) -> None:
         refuse_method(recipe.model, recipe.train)
     refuse_trackers(recipe.train.report_to or ())
     refuse_shape(recipe)
-    with both_places(recipe):
+    with naming_both_folders(recipe):
         refuse_weights(recipe)
 
 
@@ -125,7 +125,7 @@ def checked_study(recipe: Recipe) -> Study:
         key_of(recipe.eval.server)
     if not asks:
         return study
-    with both_places(recipe):
+    with naming_both_folders(recipe):
         base = outline(recipe.model)
         refuse_runs(recipe)
     if base is None:
@@ -141,7 +141,7 @@ def checked_study(recipe: Recipe) -> Study:
         labels_of(study, encoder, paired=paired)
         if recipe.train.reward is not None:
             rewarded(study, paired=paired)
-        with both_places(recipe):
+        with naming_both_folders(recipe):
             start_of(study, encoder, base, folder_of(recipe, None))
             teacher_of(study, encoder, folder_of(recipe, None))
     return study

@@ -38,7 +38,7 @@ from llmrec.pipeline.training import train_stage, trained
 from llmrec.pipeline.weighing import fusions_of
 from llmrec.progress import Bar, note
 from llmrec.recipe.load import Overrides, as_recipe, dump, import_stored, recipe_hash
-from llmrec.recipe.paths import both_places
+from llmrec.recipe.paths import naming_both_folders
 from llmrec.recipe.schema import Recipe
 from llmrec.report import page
 from llmrec.results import Arm, Choice, Results, StoredResults, Unevaluated
@@ -454,7 +454,7 @@ def _read_only_session(recipe: Recipe, folder: Path, data: SplitDataset | None) 
 def _opened(study: Study, folder: Path, budget: Budget) -> OpenedModel:
     recipe = study.recipe
     with budget.stage("model"):
-        with both_places(recipe):
+        with naming_both_folders(recipe):
             base = resolve(recipe.model, seed=recipe.seed)
         if recipe.eval.server is None:
             name, source = recipe.model.name, source_of(recipe.model, base)
@@ -466,7 +466,7 @@ def _opened(study: Study, folder: Path, budget: Budget) -> OpenedModel:
         # Untrained item tokens would take probability from words of titles.
         base = base if study.untuned_without_codes() else start
         encoder = Encoder(load_tokenizer(start, recipe.model), max_length=recipe.model.max_length)
-        with both_places(recipe):
+        with naming_both_folders(recipe):
             # Report a missing teacher before looking for a stored training, which depends on the teacher.
             teacher = teacher_of(study, encoder, folder)
             return OpenedModel(encoder, base, start_of(study, encoder, start, folder), teacher)

@@ -29,7 +29,7 @@ from llmrec.models.text_encoder import fitting
 from llmrec.pipeline.indexing import build_index
 from llmrec.pipeline.rejecting import hard_of
 from llmrec.prompts.template import Template, load_templates
-from llmrec.recipe.paths import both_places
+from llmrec.recipe.paths import naming_both_folders
 from llmrec.recipe.schema import BaselineSection, DataSection, Recipe, TaskSection, named
 from llmrec.registry import BASELINES, lookup
 from llmrec.results import Arm
@@ -260,7 +260,7 @@ def build_study(recipe: Recipe, data: SplitDataset | None = None) -> Study:
     if any(family_of(family).ranks_for_users for family in families):
         candidates = draw_sets(recipe, data, recipe.eval.split, _asked_users(recipe, data))
     held, aligned = _aligned(recipe, data)
-    with both_places(recipe):
+    with naming_both_folders(recipe):
         index = build_index(recipe.index, data, seed=recipe.seed) if recipe.index is not None else None
     study = Study(recipe, data, reviews, candidates, index, {}, templates, held, aligned)
     _check_slices(study)
@@ -409,7 +409,7 @@ def load_tables(recipe: Recipe, data: SplitDataset | None = None) -> tuple[Split
     the main data if already loaded; if they hold nothing out, the reviews hold nothing out either.
     """
     texts = recipe.data.texts if data is None else None  # data passed by the caller already has its texts
-    with both_places(recipe):
+    with naming_both_folders(recipe):
         data, reviews = data or _split(recipe.data, recipe.seed), None
         if recipe.reviews is not None:
             reviews = _split(recipe.reviews, recipe.seed, holds_out=data.measures)

@@ -67,7 +67,7 @@ def resolve_paths(values: dict[str, Json], folder: Path, sought: dict[str, Path]
 
 
 @contextmanager
-def both_places(recipe: Recipe) -> Iterator[None]:
+def naming_both_folders(recipe: Recipe) -> Iterator[None]:
     """Add both searched folders to the error about a missing path."""
     try:
         yield

@@ -62,7 +62,7 @@ def test_cold_items_are_in_no_training_history_or_count(seed: int, repeats: bool
             assert history and not history & data.cold and held.item_id not in history
     catalogue = Catalogue.of(data)
     popular = counts(Log.of(data, catalogue), catalogue)
-    assert not popular[catalogue.places(sorted(data.cold))].any()
+    assert not popular[catalogue.indices(sorted(data.cold))].any()
     # The catalogue keeps them.
     assert data.cold <= set(data.dataset.items)
 

@@ -238,7 +238,7 @@ def test_gates_and_shared_experts(tmp_path: Path) -> None:
     adaptor = Adaptor.of((folder,), rows, 1.0, kinds=("user", "item"), shuffle=False, data=data)
     network = adaptor.build(8, 3)
     columns = adaptor.columns(rows.of(np.arange(7)))
-    vectors = torch.from_numpy(columns[0].vectors[columns[0].places])
+    vectors = torch.from_numpy(columns[0].vectors[columns[0].entities])
     sums = torch.softmax(network["gates"][0](vectors), dim=1).sum(dim=1)
     assert torch.allclose(sums, torch.ones(7), atol=1e-6)
     adapt(network, 0, vectors).sum().backward()

@@ -402,7 +402,7 @@ class Host(Baseline[H, Fitted]):
         if config.user_id:
             parts.append(vectors(network["users"], rows.users))
         for index, entry in enumerate(columns):
-            parts.append(adapt(network["adaptor"], index, torch.from_numpy(entry.vectors[entry.places]).to(kind)))
+            parts.append(adapt(network["adaptor"], index, torch.from_numpy(entry.vectors[entry.entities]).to(kind)))
         events = vectors(network["item"], fields.warm[rows.events]) + vectors(network["likes"], rows.liked)
         for table, values in zip(network["of_items"], fields.item_values, strict=True):
             events = events + mean(table, values[rows.events])

@@ -137,7 +137,7 @@ class UniSRec(ScoredBaseline[UniSRecConfig, Universal]):
                 column="encoder",
             )
         model, catalogue = self._fitted, Catalogue.of(data)
-        old_rows = model.catalogue.places(catalogue.ids)
+        old_rows = model.catalogue.indices(catalogue.ids)
         known = old_rows >= 0
         other = copy.copy(self)
         other._model = replace(

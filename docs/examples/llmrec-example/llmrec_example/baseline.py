@@ -56,8 +56,8 @@ class TitleWords(ScoredBaseline[TitleWordsConfig, Words]):
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
         """Return a score for every request and item, shape (n, items)."""
         model = self._fitted
-        found = np.zeros((len(requests), len(model.catalogue.ids)))
+        result = np.zeros((len(requests), len(model.catalogue.ids)))
         for row, request in enumerate(requests):
-            places = model.catalogue.places(event.item_id for event in request.history[-self.config.latest :])
-            found[row] = model.shared[places[places >= 0]].sum(axis=0)
-        return filled(found, model.popular)
+            indices = model.catalogue.indices(event.item_id for event in request.history[-self.config.latest :])
+            result[row] = model.shared[indices[indices >= 0]].sum(axis=0)
+        return filled(result, model.popular)

@@ -24,17 +24,17 @@ class LikelihoodAToken:
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Answer every request, in order."""
         answers: list[Answer] = []
-        for found in scored(self.asker, requests, closed=True):
-            self.engine = found.scores.engine
-            each = [score / size for score, size in zip(found.scores.logprobs, found.scores.tokens, strict=True)]
-            order = sorted(range(len(each)), key=lambda place: -each[place])
+        for result in scored(self.asker, requests, closed=True):
+            self.engine = result.scores.engine
+            values = [score / size for score, size in zip(result.scores.logprobs, result.scores.tokens, strict=True)]
+            order = sorted(range(len(values)), key=lambda index: -values[index])
             answers.append(
                 Ranking(
-                    request_id=found.request.id,
-                    items=tuple((found.request.candidates or ())[place] for place in order),
-                    scores=tuple(each[place] for place in order),
-                    prompt_hash=found.prompt_hash,
-                    cost=cost_of(found.scores),
+                    request_id=result.request.id,
+                    items=tuple((result.request.candidates or ())[index] for index in order),
+                    scores=tuple(values[index] for index in order),
+                    prompt_hash=result.prompt_hash,
+                    cost=cost_of(result.scores),
                 )
             )
         return answers

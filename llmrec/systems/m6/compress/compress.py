@@ -27,7 +27,7 @@ from llmrec.evaluate.predictor import evaluate
 from llmrec.exports import safety
 from llmrec.exports.agreement import on_validation
 from llmrec.exports.export import write_export
-from llmrec.exports.files import drop_places, refuse
+from llmrec.exports.files import refuse, remove_machine_paths
 from llmrec.exports.options import ExportOptions
 from llmrec.machine import machine
 from llmrec.models import bottleneck
@@ -261,7 +261,7 @@ def cut(merged: Path, draft: Path, recipe: Recipe, row: Row) -> None:
         safety.keep_only(Path(folder), _MODEL_FILES)
         for file in Path(folder).iterdir():
             file.replace(draft / file.name)
-    drop_places(draft / "config.json")
+    remove_machine_paths(draft / "config.json")
     card = (draft / "README.md").read_text(encoding="utf-8")
     note = (
         f"\n`llmrec compress` truncated this model after layer {row.layers}. Results above are for the whole model.\n"
