@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import pickle
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from llmrec.errors import DataError, LlmrecError, Location, MissingExtra, RecipeError, require
 from llmrec.resources import resource
 from tests.facts import Facts, raises
+from tests.structure import circles, without_kind
 
 
 @pytest.mark.parametrize(
@@ -49,3 +51,17 @@ def test_facts_survive_pickling_and_raising() -> None:
     with raises(RecipeError, Facts("unknown-key", "r.yaml", None, "train.a", 4)) as caught:
         raise again from ValueError("what was below")
     assert isinstance(caught.value.__cause__, ValueError)
+
+
+def test_structure_finds_errors_without_kind_and_circles() -> None:
+    """Under its name, another name, as a class that is derived from it, and raised as a class."""
+    sources = {
+        "llmrec.errors": "class LlmrecError(Exception): ...\nclass DataError(LlmrecError): ...",
+        "llmrec.a": "from llmrec.errors import DataError as Wrong\nclass Mine(Wrong): ...\nraise Wrong('x')",
+        "llmrec.b": "from llmrec.a import Mine\nx = Mine('x', at='f')\nraise Mine",
+        "llmrec.c": "from llmrec.a import Mine\nraise Mine('x', kind='empty') from ValueError('x')",
+        "llmrec.d": "class Mine(Exception): ...\nraise Mine('x')",
+    }
+    result = without_kind({module: ast.parse(source) for module, source in sources.items()})
+    assert sorted((module, line) for module, line, _ in result) == [("llmrec.a", 3), ("llmrec.b", 2), ("llmrec.b", 3)]
+    assert circles({"a": {"b"}, "b": {"a"}, "c": {"a"}}) and not circles({"a": {"b"}, "b": set(), "c": {"a"}})

@@ -31,6 +31,9 @@ def package(folder: Path, name: str, *lines: str) -> Distribution:
         (["Classifier: License :: OSI Approved", "License: ISC"], True),
         (["License: Apache 2.0"], True),
         (["License: GPL-3.0"], False),
+        (["License-Expression: LGPL-2.1-only"], False),
+        # Only listed licences are allowed.
+        (["License: something of our own"], False),
         ([], False),
     ],
 )

@@ -350,7 +350,7 @@ def test_run_folder_does_not_allow_code_of_its_model(monkeypatch: pytest.MonkeyP
     assert load_stored(run).model.revision == "other"
 
 
-@pytest.mark.parametrize("source", ["os:system", "own:bare"])
+@pytest.mark.parametrize("source", ["os:system", "builtins:dict", "own:bare"])
 def test_invalid_source_is_no_consent(tmp_path: Path, source: str) -> None:
     file = page(tmp_path)
     with raises(RecipeError, Facts("defect", "page.yaml", column="data.source", says="(section, *, seed)")):

@@ -237,6 +237,7 @@ def test_predict_file(rec: Loaded, run: Path, tmp_path: Path) -> None:
         {"id": "a", "user_id": "u01", "history": [{"item_id": "k01", "rating": 5}], "item": "k03"},
         {"id": "b", "history": ["k01"]},
         {"id": "c", "history": ["k01"], "item": "nowhere"},
+        {"id": "d", "user_id": "u01", "item": "k03"},
     ]
     out = tmp_path / "a.jsonl"
     settings = PredictOptions(
@@ -248,11 +249,13 @@ def test_predict_file(rec: Loaded, run: Path, tmp_path: Path) -> None:
         dtype="float32",
     )
     summary = predict_file(settings)
-    assert (summary["answered"], summary["failed"]) == (1, 2)
-    first, none, strange = lines(out)
+    assert (summary["answered"], summary["failed"]) == (2, 2)
+    first, none, strange, known = lines(out)
     assert first["value"] == rec.rate("k03", history=[{"item_id": "k01", "rating": 5}], user="u01")
     assert (first["item_id"], first["error"], first["request_id"]) == ("k03", None, "a")
     assert "'item' is missing" in none["error"] and "nowhere" in strange["error"]
+    # A known user without a history in the file has the stored one.
+    assert known["value"] == rec.rate("k03", user="u01") != first["value"]
     assert not list(tmp_path.glob("*.sqlite*"))
 
 

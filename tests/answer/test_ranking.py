@@ -7,6 +7,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,11 @@ from llmrec.backends.hf.backend import HFBackend
 from llmrec.cli import main as cli
 from llmrec.data.requests import RankRequest, read_request
 from llmrec.errors import DataError, LlmrecError, RecipeError
+from llmrec.index.table import ItemIndex
 from llmrec.models.load import resolve
 from llmrec.pipeline import bundle
 from llmrec.recipe.schema import ModelSection, RatingSection, TasksSection
+from llmrec.tasks.direct import reader_of
 from llmrec.types import Ranking, Unparsed
 from tests.answer.rank_cases import (
     TITLES,
@@ -250,6 +253,20 @@ def test_nan_score_fails(tools: tuple[bundle.Bundle, HFBackend, Encoder]) -> Non
         opened, requests_of({"candidates": ["a", "b"]}), way=CONTINUE, backend=backend, encoder=encoder, batch=1
     )
     assert isinstance(answer, Unparsed) and "finite" in answer.reason
+
+
+def test_every_template_takes_a_user_without_history(tools: tuple[bundle.Bundle, HFBackend, Encoder]) -> None:
+    opened, _, encoder = tools
+    opened = replace(opened, index=ItemIndex("title", {}))
+    texts: list[str] = []
+    backend = FakeBackend(prefer=lambda text, candidate: texts.append(text) or -1.0)  # type: ignore[func-returns-value]
+    requests = requests_of({"candidates": ["Alien", "Jaws"], "profile": "a cook from Oslo", "user_id": "u9"})
+    for family, templates in opened.templates.items():
+        for name, template in templates.items():
+            way = Asking(family, name, "likelihood" if family == "sequential" else reader_of(template))
+            (answer,) = rank_requests(opened, requests, way=way, backend=backend, encoder=encoder, batch=1)
+            assert isinstance(answer, Ranking) and "None" not in texts[-1]
+            assert ("Oslo" in texts[-1]) == ("profile" in template.names("system", "user"))
 
 
 def test_choose_way(tools: tuple[bundle.Bundle, HFBackend, Encoder]) -> None:

@@ -56,10 +56,14 @@ def server() -> Iterator[FaultyServer]:
     ("override", "kind", "key", "says"),
     [
         ("{model: m, url: 'https://user:%s@host/v1'}", "contradiction", "url", "without user, password or parameters"),
+        ("{model: m, url: 'https://host/v1?key=%s'}", "contradiction", "url", "without user, password or parameters"),
         ("{model: m, url: 'ftp://host/%s'}", "contradiction", "url", "http://host:port/v1"),
         ("{model: m, key_env: %s}", "contradiction", "key_env", "such as OPENAI_API_KEY"),
         ("{model: m, key: %s}", "unknown-key", "key", "did you mean 'key_env'"),
         ("{model: m, extra: {a: [{b: {auth_Key: %s}}]}}", "contradiction", "extra", "'auth_Key'"),
+        ("{model: m, extra: {Authorization: %s}}", "contradiction", "extra", "'Authorization'"),
+        ("{model: m, extra: {client_secret: %s}}", "contradiction", "extra", "'client_secret'"),
+        ("{model: m, extra: {passWord: %s}}", "contradiction", "extra", "'passWord'"),
         ("{model: m, timeout: %s}", "bad-value", "timeout", "number"),
     ],
 )
@@ -70,10 +74,10 @@ def test_rejects_misplaced_key_without_repeating_it(override: str, kind: ErrorKi
         assert SECRET not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["messages", "n"])
-def test_rejects_reserved_extra_keys(name: str) -> None:
-    with pytest.raises(ValueError, match=f"'{name}' cannot be set in a recipe"):
-        ServerSection(model="m", extra={name: 1})
+def test_rejects_reserved_extra_keys() -> None:
+    for name in ("model", "messages", "prompt", "stream", "n", "stop", "logprobs"):
+        with pytest.raises(ValueError, match=f"'{name}' cannot be set in a recipe"):
+            ServerSection(model="m", extra={name: 1})
 
 
 @pytest.mark.parametrize(

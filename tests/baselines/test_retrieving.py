@@ -101,9 +101,10 @@ def test_training_lists_come_from_a_retriever_without_the_user(monkeypatch: pyte
 
 
 def test_rejects_training_lists_of_a_retriever_with_early_stopping() -> None:
-    section = CandidateSection(kind="retrieved", retriever="sasrec", count=8)
-    with raises(RecipeError, Facts("unsupported", column="eval.candidates.retriever", says="choose another retriever")):
-        Lists(DATA, section, 0).of(next(iter(DATA.users())))
+    unsupported = Facts("unsupported", column="eval.candidates.retriever", says="choose another retriever")
+    for name in ("sasrec", "gru4rec", "transitions-tuned", "state-tower"):
+        with raises(RecipeError, unsupported):
+            Lists(DATA, CandidateSection(kind="retrieved", retriever=name, count=8), 0).of(next(iter(DATA.users())))
 
 
 def test_validation_rows_have_retrieved_candidates(lists: Lists) -> None:

@@ -28,11 +28,13 @@ from llmrec.answer.rank.sharded import merge_rank, rank_shard
 from llmrec.cli.main import app
 from llmrec.cluster import actors, jobs
 from llmrec.cluster.actors import allocate, cluster, knock, rank_on
+from llmrec.cluster.evaluation import merge_run
 from llmrec.cluster.jobs import JOB, Advanced, Job, Worked, Worker, count_of, facts_of, published, work_all
 from llmrec.data.features import FeatureStore
 from llmrec.durable import sha256_of
 from llmrec.errors import LlmrecError, MissingExtra, RecipeError
 from llmrec.pipeline import engines
+from llmrec.pipeline import run as pipeline
 from llmrec.pipeline.augmenting import augment, merge_augment
 from llmrec.pipeline.resume import locked
 from llmrec.pipeline.shards import finish, shard_folder, shards_of
@@ -42,6 +44,7 @@ from llmrec.recipe.schema import RaySection
 from llmrec.records import Shard
 from tests.answer.rank_cases import items_csv, jsonl, options, records
 from tests.augment_recipe import augmenting_recipe
+from tests.cluster.test_shards import figures, recipe
 from tests.facts import Facts, raises
 
 COUNT = 5
@@ -256,6 +259,19 @@ def test_worker_keeps_its_engine(llama_folder: Path, tmp_path: Path, started: li
     assert started == ["hf", "hf"] and facts_of(done)[2] == single.cost.prompt_tokens + single.cost.completion_tokens
     merge_augment(job.target, quiet=True)
     assert FeatureStore.open(job.target).stamp == FeatureStore.open(single.folder).stamp
+
+
+@pytest.mark.slow
+def test_worker_evaluates_as_one_process(llama_folder: Path, tmp_path: Path, started: list[str]) -> None:
+    pytest.importorskip("trl", reason="the train extra is not installed")
+    recipe_ = recipe(llama_folder)
+    pipeline.run(recipe_, tmp_path / "whole", quiet=True, may_train=False)
+    job = Job("eval", tmp_path / "run", recipe_)
+    with published(job) as token:
+        worker = Worker(shards_of(job.target), token, 2, "node", 1)
+        work_all(job, 2, lambda numbers: (worker.work(number) for number in numbers))
+    merge_run(job.target, quiet=True)
+    assert started == ["hf", "hf"] and figures(job.target) == figures(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,14 @@ def test_text_codes_have_characters_and_first_words() -> None:
     assert diagnose(ItemIndex("random", {"i0": ("1001",), "i1": ("1002",)})).first_words is None
 
 
+def test_counts_duplicates() -> None:
+    codes = {"i0": (token(0, 0),), "i1": (token(0, 1),)}
+    index = ItemIndex("external", codes, tokens=(token(0, 0), token(0, 1)))
+    # The index itself rejects duplicates.
+    codes["i1"] = codes["i0"]
+    assert diagnose(index).duplicates == 1
+
+
 def test_neighbours_are_the_largest_groups() -> None:
     groups = neighbours(FOUR, TITLES, members=2, counts={"i2": 5, "i1": 1})
     (group,) = groups

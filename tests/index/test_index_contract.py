@@ -113,6 +113,8 @@ def test_saved_index_is_loaded_unchanged(name: str, tmp_path: Path) -> None:
     assert loaded.digest == index.digest and loaded.figures == dict(index.figures)
     # The stored state suffices to extend the index.
     assert loaded.extend(NEW, embed=embed).codes == index.extend(NEW, embed=embed).codes
+    # A pickle would run code when it is loaded.
+    assert {file.suffix for file in (tmp_path / "index").iterdir()} <= {".json", ".safetensors"}
     index.save(tmp_path / "again")
     for file in (tmp_path / "index").iterdir():
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()

@@ -52,11 +52,16 @@ def ratings_by(data: SplitDataset, user: str, item: str) -> list[float]:
     return [rating for each, one, rating in rows if each == user and one != item]
 
 
-def test_set_trains_its_named_templates_and_shows_no_ids() -> None:
+def test_set_trains_its_named_templates_and_shows_no_ids_or_held_out_pairs() -> None:
     for family in FAMILIES:
         task = make_task(family, DATA, templates=("m6",))
-        trained = {row.template for row in islice(task.examples("train"), 60)}
-        assert trained == {f"{family}/{name}" for other, name in NAMED if other == family}
+        rows = list(islice(task.examples("train"), 60))
+        assert {row.template for row in rows} == {f"{family}/{name}" for other, name in NAMED if other == family}
+        for row in rows:
+            held = {item for user, item in DATA.held_out if user == row.user_id} - set(row.negatives)
+            assert not any(f"Film #{item[1:]}!" in example_text(row) for item in held)
+            assert row.pairs and not set(row.pairs) & DATA.held_out
+        assert any(user == row.user_id for user, _ in DATA.held_out for row in rows)
     for template in M6:
         assert not template.names("system", "user", "lead", "target") & {"user_id", "item_id", "user_name"}
         assert not template.writes_codes

@@ -60,6 +60,7 @@ YELP = """
 3-8 feature name title -> text; 3-9 feature star user_id item_id -> text; 3-10 feature star name item_id -> text
 4-1 user_id review -> star; 4-2 user_id review -> star; 4-3 name review -> star
 """
+HELD_OUT = {"p5": {"1-10", "2-13", "3-12", "4-4", "5-8"}, "p5-yelp": {"1-10", "2-13", "3-10", "4-3", "5-8"}}
 _SAME = {"user_name": "name", "rating": "star", "stars": "star"}
 _OURS = {"noun", "scale_low", "scale_high", "want"}
 
@@ -120,6 +121,13 @@ def test_yelp_set_matches_p5() -> None:
     assert not any("headline" in template.names("user", "target") for template in templates.values())
     (extra,) = [template for template in templates.values() if template.set == "p5-yelp"]
     assert extra.id == "stars/user-text-stars" and templates["4-2"].user != extra.user
+
+
+@pytest.mark.parametrize("name", HELD_OUT)
+def test_one_template_of_each_family_is_held_out(name: str) -> None:
+    templates = template_set(name)
+    unseen = {number for number, template in templates.items() if template.use == "unseen"}
+    assert unseen == HELD_OUT[name] | {number for number in templates if number[0] == "Z"}
 
 
 def test_leaking_templates_are_marked() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -19,7 +20,7 @@ from llmrec.prompts.template import Template, load_templates
 from llmrec.recipe.schema import DataSection, Split
 from llmrec.types import Case, Rating, Request, Text
 from tests.facts import Facts, raises
-from tests.review_files import marks, records, write
+from tests.review_files import HOSTILE, marks, records, write
 from tests.tasks.making import make as built
 
 ROWS = 400
@@ -198,3 +199,22 @@ def test_invalid_use_is_refused(data: SplitDataset) -> None:
         ),
     ):
         make("explanation", replace(data, train=half))
+
+
+@pytest.mark.parametrize("family", ["explanation", "review", "stars"])
+def test_hostile_reviews_stay_on_one_line(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMREC_CACHE", str(tmp_path))
+    path = write(tmp_path / "reviews.json", records(hostile=True))
+    dataset = load(DataSection(source="amazon-reviews", path=str(path), noun="things"), seed=0)
+    used, (kind, section) = data_of(family, split(dataset, Split(), seed=0)), CLASSES[family]
+    templates, shown = plain_templates(family), 0
+    for name in templates:
+        task = built(kind, used, section(eval_templates=(name,)), templates, seed=0)
+        for case in task.cases("test"):
+            for message in task.prompt(case.request, template=name, shots=1).messages:
+                assert all("\n" not in segment.text for segment in message.segments if segment.kind == "item")
+                assert "49" not in message.text
+                shown += "{{ 7*7 }}" in message.text
+    for row in islice(built(kind, used, section(), templates, seed=0).examples("train"), ROWS):
+        assert all("\n" not in segment.text for segment in row.answer)
+    assert shown and "{{ 7*7 }}" in HOSTILE
