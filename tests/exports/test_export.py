@@ -677,6 +677,16 @@ def test_damaged_results_are_one_error(run: Path, tmp_path: Path) -> None:
             call()
 
 
+def test_damaged_predictions_cannot_be_audited(run: Path) -> None:
+    file = run / "predictions.parquet"
+    file.write_bytes(b"PAR1")
+    with raises(LlmrecError, Facts("damaged", file.name, says="llmrec eval")):
+        audits.audit(run)
+    file.unlink()
+    with raises(LlmrecError, Facts("missing-file", file.name)):
+        audits.audit(run)
+
+
 def test_audit_of_a_read_only_run(run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     before = {file: file.stat().st_mtime_ns for file in run.rglob("*")}
     checks = audits.audit(run)

@@ -35,6 +35,8 @@ HOSTILE = (
     "".join(random.Random(0).choices("abcdefghij映画🎬", k=10_000)),
     " ",
     "",
+    # Erased users are stored under this key.
+    databases.ERASED_KEY,
 )
 # Adds events until it is killed, and prints the number of each finished call.
 ADDS = """
