@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import polars as pl
 import pytest
 
 from llmrec.answer.rank.run import rank_file
@@ -677,13 +678,18 @@ def test_damaged_results_are_one_error(run: Path, tmp_path: Path) -> None:
             call()
 
 
-def test_damaged_predictions_cannot_be_audited(run: Path) -> None:
-    file = run / "predictions.parquet"
-    file.write_bytes(b"PAR1")
-    with raises(LlmrecError, Facts("damaged", file.name, says="llmrec eval")):
+def test_changed_predictions_cannot_be_audited(run: Path) -> None:
+    file, stored = run / "predictions.parquet", run / "results.json"
+    pl.read_parquet(file)[1:].write_parquet(file)
+    with raises(LlmrecError, Facts("damaged", file.name, says="was changed")):
         audits.audit(run)
     file.unlink()
     with raises(LlmrecError, Facts("missing-file", file.name)):
+        audits.audit(run)
+    # Results of earlier versions contain no checksum.
+    stored.write_text(json.dumps(json.loads(stored.read_text(encoding="utf-8")) | {"files": {}}), encoding="utf-8")
+    file.write_bytes(b"PAR1")
+    with raises(LlmrecError, Facts("damaged", file.name, says="cannot be read")):
         audits.audit(run)
 
 
