@@ -136,6 +136,20 @@ def test_detects_html(title: str, html: bool) -> None:
     assert has_markup(title) is html
 
 
+def test_scraped_pages_are_no_titles(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    meta = [
+        {"asin": CASE, "title": SPAN, "category": ["Music", "</span></span></span>"], "brand": "A"},
+        {"asin": PICK, "title": "Picks <3 for Bass & Guitar, size=12", "category": ["Music"], "brand": SPAN},
+    ]
+    write(tmp_path / "Beauty_5.json.gz", lines(*REVIEWS))
+    write(tmp_path / "meta_Beauty.json.gz", lines(*meta))
+    data = read(2018, tmp_path)
+    assert {key: item.title for key, item in data.items.items()} == {CASE: CASE, PICK: meta[1]["title"]}
+    assert data.items[CASE].fields == {"categories": "Music", "brand": "A", "price": ""}
+    assert data.items[PICK].fields["brand"] == ""
+    assert "1 titles in " in data.provenance["notes"] and "HTML and count as missing" in caplog.text
+
+
 def test_2023(tmp_path: Path) -> None:
     write(tmp_path / "All_Beauty.jsonl.gz", lines(*NEW))
     write(tmp_path / "meta_All_Beauty.jsonl.gz", lines(*NEW_META))

@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmrec.data import ranked
 from llmrec.data.assemble import digest_items, read_items
 from llmrec.data.ranked import Ranked, read_part, write_part, write_records
 from llmrec.data.read.files import read_bytes
@@ -386,6 +387,13 @@ def test_damaged_parts_are_ignored(tmp_path: Path) -> None:
     for damage in (path.read_text()[:-30], "", "{}\n", "[]\n", '{"x": 1}\n'):
         path.write_text(damage, encoding="utf-8")
         assert read_part(path) is None
+
+
+def test_row_groups_contain_every_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranked, "_ROW_GROUP", 2)
+    write_records(tmp_path / "r.parquet", iter(RANKED))
+    file = pq.ParquetFile(tmp_path / "r.parquet")
+    assert file.num_row_groups == 2 and file.read()["line"].to_pylist() == [1, 3, 4]
 
 
 @pytest.mark.parametrize("name", ["r.jsonl", "r.csv", "r.parquet", "r.tsv.gz"])

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmrec.data import events as module
 from llmrec.data.dataset import SCHEMA
 from llmrec.data.events import Events
 from llmrec.tasks.base import Pasts, rated
@@ -36,6 +37,17 @@ def test_events_equal_the_rows_of_each_user(rows: Rows) -> None:
     for _ in range(2):
         for user in ("a", "b", "ü", "c c", "unknown"):
             assert events.of(user) == naive(rows, user)
+
+
+def test_cache_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_CACHE_SIZE", 12)
+    rows: Rows = [(f"u{n % 7}", f"i{n}", float(n), None, None) for n in range(40)]
+    events = Events(pl.DataFrame(rows, schema=dict(SCHEMA), orient="row"))
+    for turn in range(30):
+        user = f"u{turn * 5 % 7}"
+        assert events.of(user) == naive(rows, user)
+        assert events._cached == sum(map(len, events._cache.values())) <= 12
+    assert len(events._cache) == 2
 
 
 def test_pasts_are_training_events() -> None:

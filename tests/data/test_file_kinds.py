@@ -209,6 +209,7 @@ def test_other_encodings_are_not_guessed(text: str, encoding: str, tmp_path: Pat
         ("a.csv.bz2", bz2.compress(bytes(40 * 2**20)), Facts("too-large", says="decompresses to more than")),
         ("a.zip", zipped(("a.csv", TEXT), ("b.csv", TEXT)), Facts("ambiguous", says=("a.csv", "b.csv", "extract"))),
         ("a.zip", zipped(("../a.csv", TEXT)), Facts("unsafe", says="a path outside the archive")),
+        ("a.zip", zipped(("..\\a.csv", TEXT)), Facts("unsafe", says="a path outside the archive")),
         (
             "a.zip",
             zipped(("a.csv", b"a,b\n" + b"1,2\n" * 5 * 10**6)),

@@ -14,7 +14,8 @@ from llmrec.ensembles import base as module
 from llmrec.ensembles.base import _Base
 from llmrec.ensembles.cells import Cells, Kind
 from llmrec.ensembles.rankers import ListEnsemble, ListMember
-from llmrec.ensembles.weights import Form, Tried, Weights, onto
+from llmrec.ensembles.trees import Setting
+from llmrec.ensembles.weights import Form, Tried, Weights, onto, preferred, ranker
 from llmrec.errors import LlmrecError
 from llmrec.types import Answer, Case, Event, Ranking, Request, Unparsed
 from tests.facts import Facts, raises
@@ -98,6 +99,29 @@ def test_member_with_few_cases_is_added_to_a_fitted_ensemble() -> None:
         assert extended.parts[0] / extended.parts[1] == pytest.approx(weights.parts[0] / weights.parts[1])
         assert known.ndcg(extended.scores(known)).mean() > known.ndcg(before.scores(known)).mean() + 0.03
     assert fitted.form == "logit"
+
+
+@pytest.mark.usefixtures("no_trees")
+def test_only_new_trees_need_the_margin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An ensemble that is extended may be a ranker too."""
+    pytest.importorskip("lightgbm", reason="the ranker extra is not installed")
+    rng, setting, passed = np.random.default_rng(1), Setting("lambdarank", 5), []
+    one, two, new = _three(rng, USERS)
+    cases = _cases(rng, one + two + new)
+    base = ListEnsemble("base", [_member("one", one), _member("two", two)])
+    base.fit(cases)
+    base.weights = ranker(base.known(cases)[0], setting=setting)
+
+    def recorded(values: Any, trees: Any, users: Sequence[str]) -> Any:
+        passed.append(trees)
+        return preferred(values, trees, users)
+
+    monkeypatch.setattr(module, "learned", lambda cells, folds: (setting, np.zeros(len(cells.starts) - 1)))
+    monkeypatch.setattr(module, "preferred", recorded)
+    joined = ListEnsemble("joined", [*base.parts, _member("new", new)])
+    joined.fit(cases, onto=[base])
+    assert ("ranker", "base") in {(each.form, each.name) for each in joined.tried}
+    assert passed == [("ranker", setting.name)]
 
 
 @pytest.mark.usefixtures("no_trees")

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import polars as pl
 import pytest
 
 from llmrec.answer.rank.run import rank_file
@@ -675,6 +676,21 @@ def test_damaged_results_are_one_error(run: Path, tmp_path: Path) -> None:
     for call in (lambda: write(run, tmp_path / "out"), lambda: audits.audit(run)):
         with raises(LlmrecError, Facts("syntax", "results.json")):
             call()
+
+
+def test_changed_predictions_cannot_be_audited(run: Path) -> None:
+    file, stored = run / "predictions.parquet", run / "results.json"
+    pl.read_parquet(file)[1:].write_parquet(file)
+    with raises(LlmrecError, Facts("damaged", file.name, says="was changed")):
+        audits.audit(run)
+    file.unlink()
+    with raises(LlmrecError, Facts("missing-file", file.name)):
+        audits.audit(run)
+    # Results of earlier versions contain no checksum.
+    stored.write_text(json.dumps(json.loads(stored.read_text(encoding="utf-8")) | {"files": {}}), encoding="utf-8")
+    file.write_bytes(b"PAR1")
+    with raises(LlmrecError, Facts("damaged", file.name, says="cannot be read")):
+        audits.audit(run)
 
 
 def test_audit_of_a_read_only_run(run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

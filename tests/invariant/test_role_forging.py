@@ -312,6 +312,33 @@ def test_only_the_encoder_tokenises_text() -> None:
     assert "backends/encode.py" in calling and calling <= TOKENISING, calling - TOKENISING
 
 
+# All but the first two add an answer or texts to a written prompt, check it, or send a fixed one.
+PROMPTING = {
+    *("prompts/template.py", "prompts/values.py", "tasks/rows.py", "backends/encode.py", "backends/server/probe.py"),
+    *("pipeline/leaks.py", "strategies/rounds.py", "train/reward/rewards.py"),
+}
+
+
+def test_only_known_modules_write_prompts() -> None:
+    made = re.compile(r"(?<![\w.])(?:Segment|Message)\(")
+    writing = {
+        file.relative_to(PACKAGE).as_posix()
+        for file in PACKAGE.rglob("*.py")
+        if file.name != "types.py" and made.search(file.read_text(encoding="utf-8"))
+    }
+    assert "prompts/template.py" in writing and writing <= PROMPTING, writing - PROMPTING
+
+
+def test_engines_get_token_ids_instead_of_text() -> None:
+    asked = re.compile(r"\.chat\(|\.completions\b")
+    sending = {
+        file.relative_to(PACKAGE).as_posix()
+        for file in (PACKAGE / "backends").rglob("*.py")
+        if asked.search(file.read_text(encoding="utf-8"))
+    }
+    assert sending <= {"backends/encode.py"}, sending
+
+
 def test_control_tokens_of_any_tokenizer() -> None:
     for family in TOKENIZERS:
         tokenizer = tokenizer_of(family.name)

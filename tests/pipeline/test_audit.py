@@ -30,6 +30,7 @@ from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Split
 from llmrec.report.results import read
 from llmrec.tasks.fewshot import Drawn, Window
+from llmrec.tasks.pool import Negatives
 from llmrec.tasks.sequential import SequentialTask
 from llmrec.types import Case, Event, Example, Item, Message, Prompt, Request, Segment
 from tests.facts import Facts, raises
@@ -185,6 +186,15 @@ def test_training_interaction_later_than_held_out_one(study: Study) -> None:
         pl.when(pl.col("user_id") == user).then(pl.col("timestamp") + 1e12).otherwise(pl.col("timestamp"))
     )
     assert leaks_at(INTERACTIONS, replace(study, data=replace(data, train=late)))
+
+
+def test_shares_of_histories_are_not_later_than_held_out_ones(study: Study) -> None:
+    data = split(study.data.dataset, Split(kind="last_share", valid=0.1, test=0.2), seed=0)
+    assert leaks.training_interactions(data).verdict == "clean"
+    row = data.train.filter(pl.col("user_id").is_in(data.test["user_id"].to_list()))[:1]
+    late = row.with_columns(timestamp=pl.lit(data.test["timestamp"].max()) + 1)
+    check = leaks.training_interactions(replace(data, train=pl.concat([data.train, late])))
+    assert check.verdict == "leak" and "later than a held-out interaction" in check.examples[0]
 
 
 def test_training_row_declares_held_out_pair(study: Study) -> None:
@@ -419,6 +429,31 @@ def test_packed_rows_depend_on_held_out_items(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(SequentialTask, "branch", branch)
     assert leaks_at(name, built(*packed))
+
+
+def test_popular_negatives_count_held_out_interactions(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Counting(Negatives):
+        def __init__(self, data: SplitDataset, kind: Any) -> None:
+            super().__init__(data, kind)
+            self._bag = sorted([*self._bag, *data.dataset.interactions["item_id"].to_list()])
+
+    popular = "eval.candidates.kind=popularity"
+    assert leaks.rows_drawn_again(rebuilt(popular), "direct", ROWS).verdict == "clean"
+    monkeypatch.setattr("llmrec.tasks.direct.Negatives", Counting)
+    assert leaks.rows_drawn_again(rebuilt(popular), "direct", ROWS).verdict == "leak"
+
+
+def test_order_of_training_rows_depends_on_held_out_items(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal rows in another order."""
+    honest = SequentialTask.examples
+
+    def examples(self: SequentialTask, split: Any, limit: int | None = None) -> Iterator[Example]:
+        last = dict(self._data.test.select("user_id", "item_id").iter_rows())
+        rows = [*islice(honest(self, "train"), ROWS)]
+        yield from sorted(rows, key=lambda row: str(last.get(row.user_id, "")))
+
+    monkeypatch.setattr(SequentialTask, "examples", examples)
+    assert leaks.rows_drawn_again(rebuilt(), "sequential", ROWS).verdict == "leak"
 
 
 def test_second_table_with_other_items_is_clean(study: Study) -> None:

@@ -89,6 +89,11 @@ def stored(run: pipeline.Run) -> tuple[dict[str, Any], dict[str, recompute.Colum
     return results, recompute.rows_of(recompute.read(run.folder / "predictions.parquet"))
 
 
+def test_recomputation_shares_no_code() -> None:
+    source = Path(recompute.__file__).read_text(encoding="utf-8")
+    assert not re.search(r"^\s*(?:from|import) +(?:llmrec|tests|eval|\.)", source, re.MULTILINE)
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_metrics_of_rows(runs: dict[str, pipeline.Run], name: str) -> None:
     results, rows = stored(runs[name])

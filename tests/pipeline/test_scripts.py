@@ -103,3 +103,15 @@ def test_titles_in_answers_are_parsed(run: Path) -> None:
         assert [clean(TITLES[item]) for item in items] == titles and len(titles) == 6
         seen |= set(items)
     assert seen == set(TITLES)
+
+
+def test_ranked_lists_have_the_titles(run: Path, tmp_path: Path) -> None:
+    path, out = tmp_path / "requests.jsonl", tmp_path / "ranked.csv"
+    path.write_text(json.dumps({"id": "1", "history": ["thai"], "candidates": list(TITLES)}), encoding="utf-8")
+    recipe = str(run / "recipe.yaml")
+    command("rank", "--baseline", "popularity", "--recipe", recipe, "--in", str(path), "--out", str(out))
+    with out.open(encoding="utf-8", newline="") as stream:
+        (row,) = csv.DictReader(stream)
+    titles = dict(zip(json.loads(row["items"]), json.loads(row["titles"]), strict=True))
+    assert titles == {item: clean(title) for item, title in TITLES.items()}
+    assert {item for item, title in TITLES.items() if titles[item] != title} == {"persian", "family", "override"}

@@ -35,6 +35,8 @@ HOSTILE = (
     "".join(random.Random(0).choices("abcdefghij映画🎬", k=10_000)),
     " ",
     "",
+    # The key of deleted interactions is no key of a user with this id.
+    databases.ERASED_KEY,
 )
 # Adds events until it is killed, and prints the number of each finished call.
 ADDS = """
