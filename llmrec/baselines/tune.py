@@ -252,7 +252,7 @@ def tune(
         DataError: If the split has no validation interactions.
     """
     baseline_class = lookup(BASELINES, name, "baseline")
-    if not has_metric(name):
+    if _answers(name, Text):
         raise RecipeError(
             f"the baseline {name!r} generates texts, which have no metric for tuning; do not tune this baseline",
             kind="contradiction",
@@ -329,11 +329,6 @@ class _Search:
     def _fit_of(self, point: Parameters) -> str:
         answering = lookup(BASELINES, self.name, "baseline").AT_ANSWER
         return json.dumps({key: value for key, value in point.items() if key not in answering}, sort_keys=True)
-
-
-def has_metric(name: str) -> bool:
-    """Return whether hyperparameters of a baseline can be compared on validation; not if it generates texts."""
-    return not _answers(name, Text)
 
 
 def _answers(name: str, kind: type[Answer]) -> bool:

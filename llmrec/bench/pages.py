@@ -235,7 +235,7 @@ def _chosen(result: BenchmarkResult) -> list[str]:
     fixed = [
         row.name
         for row in result.rows
-        if row.baseline and len(row.trials) < 2 and set(row.tables[names[0]].parameters) - {"liked"}
+        if row.baseline and row not in tuned and set(row.tables[names[0]].parameters) - {"liked"}
     ]
     if fixed:
         lines.append(f"The hyperparameters of these models are fixed and not tuned: {', '.join(fixed)}.")

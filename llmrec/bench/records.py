@@ -90,7 +90,7 @@ class BenchmarkRow(Record):
 
     Attributes:
         reads: The data of items that it reads.
-        trials: Trials on validation; a single one if the hyperparameters are fixed, none if they have no metric.
+        trials: Trials on validation; a single one if the hyperparameters are fixed.
         chosen_by: The metric by which the parameters were chosen.
         encoder: Settings of its text encoder, if it reads texts with one; see `Embedder.record`.
         seeds: Number of training seeds.

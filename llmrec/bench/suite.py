@@ -19,7 +19,7 @@ import psutil
 
 from llmrec.baselines.item_texts import STORE
 from llmrec.baselines.parameters import config_of
-from llmrec.baselines.tune import Choice, Grid, Tuned, has_metric, tune
+from llmrec.baselines.tune import Choice, Grid, Tuned, tune
 from llmrec.baselines.tune import Trial as Tried
 from llmrec.bench.engine import Finished, FinishedRow, Parts, Sample, cached
 from llmrec.bench.models import Models, family
@@ -327,7 +327,7 @@ def _ascending(grid: Grid) -> Grid:
 def _tuned(suite: Suite, row: SuiteRow, data: SplitDataset, tried: Trials) -> Tuned:
     """Return the parameters selected for each table; fixed ones are evaluated on validation users once."""
     grid, tables = grid_of(suite, row), tables_of(suite)
-    if all(len(values) == 1 for values in grid.values()) and not (data.valid.height and has_metric(str(row.baseline))):
+    if data.valid.is_empty() and all(len(values) == 1 for values in grid.values()):
         only = Choice({name: values[0] for name, values in grid.items()})
         return Tuned(choices=dict.fromkeys(tables, only), trials=(), metric="nothing to choose")
     return tune(
