@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -106,7 +107,7 @@ def test_pauses_of_the_watch_are_ignored() -> None:
     assert vigil.judge(3621.0, [core(0.0, "stopped")], 0) is not None
 
 
-QUICK = Limits(poll=0.05, quiet=1.0, step=1.5)
+QUICK = Limits(poll=0.1, quiet=1.5, step=3.0)
 SLEEP = "import time; time.sleep(600)"
 BUSY = "while True: pass"
 
@@ -194,16 +195,26 @@ def test_busy_engine_is_killed_at_the_long_limit() -> None:
     watch.close(lambda: None, lambda: None)
 
 
-def test_idle_engine_with_steps_is_kept(sleeper: tuple[Watch, Child]) -> None:
+def test_idle_engine_with_steps_is_kept(sleeper: tuple[Watch, Child], monkeypatch: pytest.MonkeyPatch) -> None:
     watch, child = sleeper
+    judge, begin = Vigil.judge, time.monotonic()
+    started: Future[Progress] = Future()
+    observed = threading.Event()
 
-    def slowly(progress: Progress) -> str:
-        for _ in range(7):
-            time.sleep(0.2)
-            progress.step()
+    def step_after_judging(self: Vigil, now: float, seen: list[Seen], steps: int) -> str | None:
+        trouble = judge(self, now, seen, steps)
+        started.result().step()
+        if now - begin > 2 * QUICK.quiet:
+            observed.set()
+        return trouble
+
+    def work(progress: Progress) -> str:
+        started.set_result(progress)
+        observed.wait()
         return "done"
 
-    assert watch.run(slowly) == "done"
+    monkeypatch.setattr(Vigil, "judge", step_after_judging)
+    assert watch.run(work) == "done"
     assert child.exitcode is None
 
 
@@ -305,18 +316,19 @@ from llmrec.backends.vllm.supervise import Watch
 sleep = "import time; time.sleep(600)"
 code = f"""
 import subprocess, sys, time
-time.sleep(0.8)
+sys.stdin.readline()
 print(subprocess.Popen([sys.executable, '-c', {sleep!r}]).pid, flush=True)
 time.sleep(600)
 """
 children = []
 def build():
-    children.append(subprocess.Popen([sys.executable, "-c", code]))
-    time.sleep(0.4)
+    children.append(subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, text=True))
     return SimpleNamespace()
 watch = Watch()
 watch.start(build)
 print(children[0].pid, watch._guard.pid, flush=True)
+# Only now does the child start a process.
+print(file=children[0].stdin, flush=True)
 time.sleep(600)
 '''
 
