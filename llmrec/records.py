@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
 
 from llmrec.errors import RecipeError
 
@@ -283,7 +283,7 @@ class Sample(Record):
     request_id: str
     user: User
     item: Product
-    told: tuple[PromptContents, ...] = ()
+    inputs: tuple[PromptContents, ...] = Field((), validation_alias=AliasChoices("inputs", "told"))
     truth: str
     answers: dict[str, Written]
 

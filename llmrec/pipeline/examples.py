@@ -208,7 +208,7 @@ def text_samples(study: Study, rows: Sequence[ResultRow]) -> Iterator[Sample]:
                 request_id=case.request.id,
                 user=user_of(dataset, case.request.user_id),
                 item=product_of(dataset, str(case.request.item)),
-                told=tuple(_inputs(study, family, case.request, view)),
+                inputs=tuple(_inputs(study, family, case.request, view)),
                 truth=str(case.truth),
                 answers={row.figures.id: _answer(row.records[index]) for row in family_rows},
             )

@@ -116,7 +116,7 @@ def test_samples_name_templates_of_shown_fields(runs: dict[str, pipeline.Run], s
     reviews = studies["plain"].data.dataset.reviews
     for sample in runs["plain"].results["texts"]:
         review = reviews[sample["user"]["id"], sample["item"]["id"]]
-        shown = {entry["name"]: (entry["text"], entry["by"]) for entry in sample["told"]}
+        shown = {entry["name"]: (entry["text"], entry["by"]) for entry in sample["inputs"]}
         if sample["task"] == "review":
             assert shown == {"review": (review.text, [f"review/{name}" for name in TEMPLATES["review"]])}
             continue
@@ -177,7 +177,7 @@ def test_samples_name_templates_of_profile_and_history(llama_folder: Path) -> No
     cases = {case.request.id: case.request for case in study.cases("explanation")}
     for sample in samples:
         request = cases[sample["request_id"]]
-        shown = {entry["name"]: (entry["text"], entry["by"]) for entry in sample["told"]}
+        shown = {entry["name"]: (entry["text"], entry["by"]) for entry in sample["inputs"]}
         assert shown["profile"] == ("town: Ulm <b>", ["explanation/plain", "explanation/m6-reason"])
         text, by = shown["earlier items"]
         assert text.startswith(f"{len(request.history)}; the latest: ")
@@ -198,7 +198,7 @@ def test_long_review_is_shortened(llama_folder: Path, tmp_path: Path, monkeypatc
     changes = [f"model.name={llama_folder}", f"data.path={path}", "tasks.explanation=null", "tasks.review.shown=1200"]
     study = build_study(load_recipe("recipes/reviews/musical-instruments.yaml", [*changes, "eval.users=3"]))
     (sample, *_) = [each.as_json() for each in text_samples(study, [])]
-    (review,) = sample["told"]
+    (review,) = sample["inputs"]
     assert len(review["text"]) < 430 and review["text"].endswith("more … (1200 characters)")
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from docs.site.browser import Browser, executable
 from llmrec.errors import DataError
+from llmrec.records import Sample
 from llmrec.report.page import write
 from llmrec.report.results import results_of
 from tests.facts import Facts, raises
@@ -36,7 +37,7 @@ def sample(results: dict[str, Any], number: int) -> dict[str, Any]:
         "task": "explanation", "request_id": f"test/u{number}/i{number}",
         "user": {"id": f"u{number}", "name": f"Name {number}"},
         "item": {"id": f"i{number}", "title": f"Title {number}", "fields": {"brand": f"Brand {number}"}},
-        "told": [
+        "inputs": [
             {"name": "rating", "text": "4", "by": []},
             {"name": "feature", "text": f"strap {number}", "by": ["explanation/because"]},
             {"name": "headline", "text": "Good", "by": ["explanation/because", "explanation/unseen-because"]},
@@ -163,7 +164,7 @@ def hostile(results: dict[str, Any], texts: tuple[str, ...]) -> dict[str, Any]:
         one = sample(results, number)
         one["user"] = {"id": text, "name": text}
         one["item"] = {"id": text, "title": text, "fields": {text: text}}
-        one["told"] = [{"name": text, "text": text, "by": [text]}]
+        one["inputs"] = [{"name": text, "text": text, "by": [text]}]
         one["truth"] = text
         one["answers"] = {row: {"text": text} for row in one["answers"]}
         one["answers"]["explanation/tuned/text/because"] = {"text": None, "error": text, "raw": text}
@@ -203,3 +204,9 @@ def test_browser_runs_no_text_and_wraps_long_words(results: dict[str, Any], save
             browser.view((width, 900), "light")
             browser.open(page.resolve().as_uri())
             assert browser.run(script) == [True, 0, 0, len(content["texts"])]
+
+
+def test_samples_of_earlier_runs_keep_their_inputs(results: dict[str, Any]) -> None:
+    new = sample(results, 1)
+    earlier = {"told" if key == "inputs" else key: value for key, value in new.items()}
+    assert Sample.model_validate(earlier) == Sample.model_validate(new)
