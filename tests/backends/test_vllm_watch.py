@@ -346,8 +346,9 @@ def test_killed_owner_leaves_no_process() -> None:
     assert [p for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
 
 
-def test_guard_ignores_reused_process_ids_and_ends_on_quit() -> None:
-    with subprocess.Popen([sys.executable, "-c", SLEEP]) as child:
+def test_guard_reads_all_lines_ignores_reused_ids_and_ends_on_quit() -> None:
+    child = subprocess.Popen([sys.executable, "-c", SLEEP])
+    try:
         start = vllm_guard.start_time(child.pid)
         assert start is not None
         assert start.isdigit()
@@ -361,8 +362,16 @@ def test_guard_ignores_reused_process_ids_and_ends_on_quit() -> None:
             os.close(writing)
             assert vllm_guard.watch(os.getppid(), reading) == expected
             os.close(reading)
+        # The owner ended before the guard read its lines, and another process keeps the writing end open.
+        reading, writing = os.pipe()
+        os.write(writing, f"{child.pid} {start}\n".encode())
+        assert vllm_guard.watch(-1, reading) == {child.pid: start}
+        os.close(reading)
+        os.close(writing)
         assert not vllm_guard.is_tracker(child.pid)
+    finally:
         child.kill()
+        child.wait(10)
     assert vllm_guard.start_time(child.pid) is None
 
 

@@ -62,9 +62,13 @@ def watch(owner: int, source: int) -> dict[int, str]:
     known: dict[int, str] = {}
     rest = b""
     # The end of input is not sufficient, because a forked engine keeps the writing end open.
-    while os.getppid() == owner:
-        ready, _, _ = select.select([source], [], [], _LOOK)
+    while True:
+        ended = os.getppid() != owner
+        ready, _, _ = select.select([source], [], [], 0 if ended else _LOOK)
         if not ready:
+            # What the owner wrote before it ended has been read.
+            if ended:
+                break
             continue
         data = os.read(source, 65536)
         if not data:
