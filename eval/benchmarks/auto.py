@@ -3,8 +3,8 @@
 ``python -m eval.benchmarks.auto RUN... --target eval/results/auto.json``; ``make bench NAME=auto`` creates the runs.
 ``--peer FOLDER``, once per run in the same order, adds the results of another library on the same data
 (`auto_peer.py`), computed as by `llmrec score`; for a run without a peer the earlier result is kept. ``--by-hand RESULT
-ROW``, likewise, copies the result of the best weighted ensemble of a committed suite with manually chosen models and
-grids.
+ROW``, also once per run, copies the result of the best weighted ensemble of a committed suite with manually chosen
+models and grids.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 ``python -m eval.benchmarks.compress eval/results/compress_ms.json`` uses SmolLM2-135M-Instruct without fine-tuning,
 which does not change latency. Text prompts are evaluated at each exit; late interaction with cached catalogue titles
-only (cold), and with cached user segments too (warm). Text prompts use a prefix cache (``text``), except at early
+only (cold), and with cached user segments as well (warm). Text prompts use a prefix cache (``text``), except at early
 exits; ``text, int8`` has 8-bit linear layers by bitsandbytes, as ``llmrec compress`` measures and exports them. Token
 counts are exact; seconds are those of this machine. Set ``BENCH_CLOCK=processor`` if other processes use its cores.
 """

@@ -1,7 +1,7 @@
 """Extracts the validation curve of a run: ``python -m eval.benchmarks.curve RUN TARGET.json``.
 
-It reads the training log, so that unfinished and interrupted runs are supported. The rows and comparisons of evaluated
-runs are included.
+It reads the training log, so unfinished and interrupted runs are supported. For evaluated runs, the results and
+comparisons of all models are included.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def main() -> None:
         "best": best,
         "ended": record is not None,
         "tokens": record["tokens"] if record is not None else None,
-        # Of the same validation users.
+        # Baselines on the same validation users.
         "controls": record["judged"]["controls"] if record is not None else None,
         "test": _evaluated(options.run / "results.json"),
         **provenance(),

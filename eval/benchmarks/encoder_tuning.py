@@ -2,10 +2,10 @@
 
 ``LLMREC_DATA=FOLDER OMP_NUM_THREADS=1 python -m eval.benchmarks.encoder_tuning eval/results/encoder_tuning.json``
 
-Each variant changes one thing of `transitions-tuned`; "beauty-" marks those on the second data set. No test user is
-read. The curve of a variant has NDCG@10 after every 120 steps: of similarity to the latest items alone, and in
-`transitions-text`, whose weight of texts is chosen on 5,000 validation users and evaluated on the others. Finished
-variants are not run again.
+Each variant changes one setting of `transitions-tuned`; variants on the second data set start with "beauty-". Test
+users are not used. The curve of a variant has NDCG@10 after every 120 steps: for similarity to the latest items alone,
+and for `transitions-text`, whose weight of texts is chosen on 5,000 validation users and evaluated on the others.
+Finished variants are not run again.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ WEIGHTS = (3.0, 8.0, 20.0, 30.0)
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to fine-tune.
+    """A fine-tuning setting.
 
     Attributes:
         encoder: Name of the text encoder; `lsa` or `none`: nothing to fine-tune.
@@ -111,7 +111,7 @@ class Judge:
 
     @property
     def users(self) -> dict[str, int]:
-        """The numbers of validation users."""
+        """Return the numbers of validation users."""
         return {"chosen": len(self._chosen), "others": len(self._others), "cold": len(self._cold)}
 
     def __call__(self, vectors: NDArray[np.float32]) -> dict[str, float]:
@@ -131,7 +131,7 @@ class Judge:
 
 
 class Trainer(PairEpoch):
-    """Fine-tunes an encoder on pairs of items as a variant says."""
+    """Fine-tunes an encoder on pairs of items with the settings of a variant."""
 
     def __init__(self, variant: Variant, encoder: TunedEncoder, steps: Steps, config: TransitionsTunedConfig) -> None:
         super().__init__(encoder, Pairs.of(steps, config.apart, config.nearby), config, np.random.default_rng(0))
@@ -140,7 +140,7 @@ class Trainer(PairEpoch):
         self._near: NDArray[np.int64] | None = None
 
     def __call__(self, optimiser: torch.optim.Optimizer) -> float:
-        """Find the hard negatives of these steps, take them, and return their mean loss in nats."""
+        """Find the hard negatives of these steps, run the steps, and return the mean loss in nats."""
         if self._variant.hard:
             vectors = self.encoder.every()
             self._near = (vectors @ vectors.T).fill_diagonal_(-1).topk(self._variant.hard).indices.numpy()
@@ -173,7 +173,7 @@ def curve(variant: Variant, data: SplitDataset, parameters: Mapping[str, Any]) -
     texts = texts_of([data.dataset.items[item] for item in steps.catalogue.ids])
     begin = time.monotonic()
     if variant.encoder in (LSA, NONE):
-        # Vectors of zeros are alike to none.
+        # Zero vectors have similarity 0 to all items.
         vectors = np.zeros((len(texts), 1), dtype=np.float32)
         if variant.encoder == LSA:
             vectors = latent(texts, texts).astype(np.float32)
@@ -208,7 +208,7 @@ def finished(target: Path) -> dict[str, Any]:
 
 
 def main(target: Path, names: Sequence[str]) -> None:
-    """Run each variant in a separate process, so that their memory can be compared."""
+    """Run each variant in a separate process, so that peak memory is comparable."""
     if len(names) != 1:
         for name in names or VARIANTS:
             subprocess.run([sys.executable, "-m", "eval.benchmarks.encoder_tuning", str(target), name], check=True)

@@ -3,7 +3,7 @@
 ``LLMREC_DATA=FOLDER python -m eval.benchmarks.genre_items`` reads FOLDER/goodreads/items.tsv from
 `eval.benchmarks.goodreads_sequences`: titles, and one sentence each that GPT-3.5 wrote from the title alone (Liu et
 al., WSDM 2024). It writes four stores of item features under ``runs/genre``: titles; titles with their
-sentence; titles with the sentence of another book; sentences alone. No text was written from interactions.
+sentence; titles with the sentence of another book; sentences only. No text was generated from interactions.
 """
 
 from __future__ import annotations

@@ -5,10 +5,10 @@ github.com/Jyonn/ONCE (Liu et al., WSDM 2024) and writes ``sequences.txt`` and `
 
 * ``user/data.npy``: users and their histories of up to nine books, as line numbers in the two vocabularies
   ``user/tok.uid.dat`` and ``user/tok.bid.dat``. There are no timestamps; the order is that of the file.
-* ``book.csv``: titles. ``book-desc.csv``: a sentence on each, which a language model wrote from the title alone.
+* ``book.csv``: titles. ``book-desc.csv``: a sentence about each, which a language model generated from the title alone.
 
-User interests and generated books in the same folder are not used: a language model wrote them from whole histories,
-including held-out interactions.
+User interests and generated books in the same folder are not used: a language model generated them from whole
+histories, including held-out interactions.
 """
 
 from __future__ import annotations

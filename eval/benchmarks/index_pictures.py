@@ -1,6 +1,7 @@
 """Draws the pictures of docs/generative-and-semantic-ids.md: the ID of a film, and the films that share its prefixes.
 
-``python -m eval.benchmarks.index_pictures docs/indexes`` builds the indexes of recipes/movielens-100k/index-*.yaml.
+``python -m eval.benchmarks.index_pictures docs/indexes`` builds the semantic and the collaborative index of
+MovieLens-100K.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def draw(index: ItemIndex, item: str, titles: Mapping[str, str], popular: Mappin
 def _about(
     index: ItemIndex, item: str, prefix: Sequence[str], titles: Mapping[str, str], popular: Mapping[str, int]
 ) -> list[tuple[str, str]]:
-    """Return lines of text about the items that share a prefix, and their looks."""
+    """Return lines of text about the items that share a prefix, with their styles."""
     sharing = [other for other, pieces in index.codes.items() if pieces[: len(prefix)] == tuple(prefix)]
     if len(sharing) == 1:
         return [("only this film", "")]

@@ -1,15 +1,16 @@
 """Measures the effect of LLM-written user profiles on CTR networks: the variants of KAR (Xi et al., RecSys 2024).
 
 ``LLMREC_DATA=FOLDER python -m eval.benchmarks.kar eval/results/kar.json`` reads FOLDER/ml1m_ctr: MovieLens-1M under a
-published random split of its ratings, and profiles that gpt-4o-mini wrote from training ratings. Which ratings is not
-recorded, so all possible ones are assumed: the last 40, the last 10 with five stars and the last 10 with two or less.
-FOLDER/ml1m/items.tsv.gz has a sentence on each film by GPT-3.5. Ratings in profiles are history and never training
-examples, in every variant. Fits are stored under ``runs/kar``, by tables and code; an interrupted run continues.
+published random split of its ratings, and profiles that gpt-4o-mini generated from training ratings. Which ratings were
+used is not recorded, so all possible ones are assumed: the last 40, the last 10 with five stars and the last 10 with
+two or less. FOLDER/ml1m/items.tsv.gz has a sentence about each film by GPT-3.5. Ratings in profiles are history and
+never training examples, in every variant. Fits are stored under ``runs/kar``, by tables and code; an interrupted run
+continues.
 
 ``--data ml100k`` reads FOLDER/ml100k_profiles in the same way: MovieLens-100K under its split u1, with profiles and
-texts on films by gpt-4o-mini.
+texts about films by gpt-4o-mini.
 
-The effect of the language model is the difference to the best features from the same interactions without it, which are
+The effect of the language model is the difference from the best features of the same interactions without it, which are
 latent factors. Differences in within-user AUC account for users and seeds together.
 """
 
@@ -108,7 +109,7 @@ def ml1m(root: Path) -> Tables:
     )
     return Tables(
         "ml1m-u1",
-        # A pair without a position in its user's sequence cannot be in a history.
+        # A rating without a position in its user's sequence cannot be in a history.
         ratings.filter(pl.col("timestamp") >= 0),
         dict(table(folder / "item_tmdb.tsv.gz").select("item_id", "title").iter_rows()),
         {item: (genres or "").replace("|", ", ") for item, genres in films.select("item_id", "genres").iter_rows()},
@@ -158,7 +159,7 @@ def read(tables: Tables, rows: int) -> tuple[SplitDataset, list[Case], list[Case
     order = np.argsort(hash64("kar rows", 0, rest["user_id"], rest["item_id"]), kind="stable")
     count = len(order)
     valid, kept = rest[np.sort(order[: count // 20])], rest[np.sort(order[count // 20 : count // 20 + rows])]
-    # Training examples that are left out to save time are history, as the interactions in profiles.
+    # Training examples that are omitted to save time become history, like the interactions in profiles.
     known = train.join(pl.concat([kept, valid]), on=["user_id", "item_id"], how="anti", maintain_order="left")
     items = {
         name: Item(item_id=name, title=tables.titles.get(name, name), fields={"genres": tables.genres.get(name, "")})
@@ -233,7 +234,7 @@ def stores(tables: Tables, folder: Path, data: SplitDataset, seen: Mapping[str, 
         written = of_texts("user", profiles, provenance=source, seen=seen)
         publish(folder / "llm", [written, of_texts("item", texts, provenance=source)])
     if not (folder / "factors" / "current").is_file():
-        # The interactions that may be in profiles, and nothing else.
+        # Only the interactions that may be in profiles.
         known = data.known.with_columns(pl.col("user_id", "item_id").cast(pl.String))
         known = known.join(_frame(seen), on=["user_id", "item_id"], how="semi")
         of_users, of_items, known_items = _factors(known, users)

@@ -54,7 +54,7 @@ def definition(root: Path) -> dict[str, Any]:
 
 
 def scripts(root: Path, library: str, task: str) -> list[Path]:
-    """Return the files of a task in the order in which they run; settings in YAML are read by them."""
+    """Return the files of a task in the order in which they run; scripts read settings in YAML."""
     return sorted((root / FOLDER / library).glob(f"{task}.*"))
 
 
@@ -259,7 +259,7 @@ def _cell(cell: Mapping[str, Any] | None, ours: int) -> str:
 
 
 def _shared(cells: Mapping[tuple[str, str], Mapping[str, Any]], library: str) -> tuple[int, int]:
-    """Return the lines of all tasks of a library, and those of llmrec for the same tasks."""
+    """Return the number of lines of all tasks of a library, and of llmrec for the same tasks."""
     tasks = [task for task, name in cells if name == library]
     return tuple(sum(cells[task, name]["lines"] for task in tasks) for name in (library, LIBRARY))  # type: ignore[return-value]
 

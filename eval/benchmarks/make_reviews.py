@@ -115,8 +115,8 @@ _CATEGORIES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 _BRANDS = ("Morvane", "Tilsby", "Orlune", "Kestwick", "Brindal", "Yarrowell")
 
-# {it} is the product, {says} a phrase about it, {wish} the aspect the writer cares about. Every kind has one sentence
-# for each of the five styles. The first two kinds are about the wish, the next two about another aspect.
+# {it} is the product, {says} a phrase about it, and {wish} the aspect that the writer cares about. Every kind has one
+# sentence for each of the five styles. The first two kinds are about the wish, the next two about another aspect.
 _PRAISE = (
     "This {it} {says}, and {wish} is what I look for first.",
     "I wanted something {wish}, and this {it} {says}.",

@@ -77,7 +77,7 @@ class Goal:
 
     @property
     def row(self) -> list[str]:
-        """The line of the table: fastest and median round, and whether both meet the goal."""
+        """Return the row of the table: fastest and median round, and whether both meet the goal."""
         what, meaning = LABELS[self.key]
         values = [self._value(value) for value in self.content["found"].values()]
         bound = "at_least" if "at_least" in self.content else "at_most"

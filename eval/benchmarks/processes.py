@@ -42,7 +42,7 @@ _TWO = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", 
 
 
 def main(target: Path) -> None:
-    """Run all trainings and write the results."""
+    """Run all training runs and write the results."""
     with tempfile.TemporaryDirectory() as folder:
         one, two, cut = (Path(folder) / name for name in ("one", "two", "cut"))
         alone = _done(_ALONE, one)
@@ -104,7 +104,7 @@ def _until(true: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
 
 
 def _differences(one: Path, other: Path) -> dict[str, float]:
-    """Return the differences of two trainings: relative differences of losses, and differences of weights."""
+    """Return the differences between two training runs: relative differences of losses, and differences of weights."""
     losses = [
         [line["loss"] for line in json.loads((run / "train.json").read_text(encoding="utf-8"))["log"][1:]]
         for run in (one, other)

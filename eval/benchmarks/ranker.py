@@ -80,7 +80,7 @@ class SecondStage(Ensemble):
         return self.members
 
     def measured(self, train: Cells, users: Sequence[str], test: Cells, only: Tried | None = None) -> Measured:
-        """Fit it, and evaluate it on test users; a target that is not a candidate ranks below all candidates."""
+        """Fit and evaluate the second stage; a target that is not a candidate ranks below all candidates."""
         begin = time.process_time()
         self._choose(train, users, repeats=False, dissect=False, only=only)
         fitted_at = time.process_time()
@@ -142,7 +142,7 @@ def candidates(
         out = np.zeros((len(part), len(items)), dtype=bool)
         for row, request in enumerate(requests):
             out[row, [column[event.item_id] for event in request.history if event.item_id in column]] = True
-        # As in the metric, a repeated item may be the target.
+        # As in the metric, a seen item may be the target.
         out[here, truth] = False
         raw = [np.asarray(member.scorer.scores(requests), dtype=np.float32) for member in members]
         union = np.zeros_like(out)
@@ -235,7 +235,7 @@ def measured(name: str, python: str, folder: Path) -> dict[str, Any]:
     }
     owners = [case.request.user_id for case in cases]
     rows = {label: ensembles[label].measured(here, owners, there) for label in (CHOSEN, LINEAR)}
-    # Its setting was already chosen, even if the ranker was not.
+    # The setting of the ranker was chosen above, even if the linear ensemble was better.
     (trees,) = (tried for tried in ensembles[CHOSEN].tried if tried.form == "ranker")
     rows[RANKER] = ensembles[RANKER].measured(here, owners, there, only=trees)
     single = max(valid, key=lambda member: valid[member].mean())

@@ -85,7 +85,7 @@ class Tables:
 
 @dataclass(frozen=True)
 class Stages:
-    """The tables for training the second stage, without held-out items, and for answers."""
+    """The tables for training the second stage, without held-out items, and for prediction."""
 
     events: int
     train: Tables

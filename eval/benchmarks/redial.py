@@ -22,8 +22,8 @@ The models below are not trained on these data, except for counts in the *other*
 - ``dual encoder, synthetic``: trained on conversations of rules with simulated users over the items with facts instead
   (`llmrec.chat.simulator`), without ReDial.
 - ``named by a language model``: SmolLM2-135M-Instruct generates the title after the last utterances, by constrained
-  search over all titles; on ``--named`` cases, sampled by a hash, since one takes seconds. Popularity on the same cases
-  is reported with it. Items that the search does not find are tied last.
+  search over all titles. It is evaluated on ``--named`` cases, sampled by a hash, since a case takes seconds.
+  Popularity is reported on the same cases. Items that the search does not find are tied last.
 
 Ensembles are conditional logits with weights cross-fitted over five folds of dialogues: the weights for a fold are
 fitted on 1,000 cases of the others, with counts without that fold. A dual encoder that scores a fold is not trained on
@@ -230,7 +230,7 @@ def texts(cases: Cases, items: Sequence[Item]) -> tuple[dict[str, Floats], Float
     words = BM25.of([f"{name} {' '.join(item.fields.values())}" for name, item in zip(names, items, strict=True)])
     past = np.stack([full[named].mean(axis=0) if named else np.zeros(full.shape[1]) for named in cases.named])
     owners = np.unique(cases.dialogues, return_inverse=True)[1]
-    # A turn of another dialogue: half of all turns later.
+    # The context of another dialogue: the turn at a distance of half of all turns.
     other = np.argsort(owners, kind="stable")
     exchanged = np.empty(len(owners), dtype=np.int64)
     exchanged[other] = np.roll(other, len(other) // 2)

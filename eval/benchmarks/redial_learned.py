@@ -33,7 +33,7 @@ TALKS = 1000
 """Number of simulated conversations for training."""
 MODEL, BEAMS = "SmolLM2-135M-Instruct", 50
 _ASK = "{query}\n\nWhich film should be recommended now? Answer with its title alone."
-# Less than any log-likelihood of a search.
+# Lower than any log-likelihood of a search.
 _UNNAMED = -1e9
 
 Floats = NDArray[np.float32]
@@ -116,7 +116,7 @@ class Unknowing:
 
 
 def synthetic(items: Sequence[Item], vectors: Floats) -> tuple[DualEncoder, list[Turn]]:
-    """Return a dual encoder trained on simulated conversations over the items with facts, and these.
+    """Return a dual encoder trained on simulated conversations over the items with facts, and the conversations.
 
     Args:
         items: All items.

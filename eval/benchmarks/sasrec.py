@@ -34,8 +34,8 @@ from llmrec.recipe.load import load_suite
 SETS: Mapping[str, tuple[float, int]] = {"toys": (0.5, 600), "ml-1m": (0.2, 900)}
 LIBRARIES = ("llmrec", "rectools", "recbole")
 K, SEED, ROWS = 10, 0, 1000
-# The others hold all logits of a batch at once. By default glibc returns this memory to the system after each step, and
-# allocating it again would take half of their time.
+# RecTools and RecBole hold all logits of a batch in memory. By default, glibc returns this memory to the system after
+# each step, and allocating it again would take half of their time.
 KEEPING = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 
 

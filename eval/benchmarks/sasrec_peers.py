@@ -35,7 +35,7 @@ def until_spent(
     """Train epoch by epoch within the time, and restore the weights of the best epoch."""
     began, curve, kept, best, since = time.monotonic(), [], None, -1.0, 0
     longest = 0.0
-    # An epoch that would not end in time is not begun; the first one always is.
+    # An epoch that would not end in time is not started, except the first one.
     while not curve or (time.monotonic() - began + longest <= seconds and since < PATIENCE):
         begin = time.monotonic()
         learn(len(curve))
@@ -145,7 +145,7 @@ def recbole(frames: dict[str, pd.DataFrame], seconds: float, dropout: float) -> 
     for start in range(0, len(users), 1000):
         some = users[start : start + 1000]
         scores = full_sort_scores(data.token2id("user_id", some), model, test, device=config["device"]).cpu().numpy()
-        scores[:, 0] = -np.inf  # The item that pads sequences.
+        scores[:, 0] = -np.inf  # The padding item.
         for user, row in zip(some, scores, strict=True):
             row[data.token2id("item_id", seen[user])] = -np.inf
             best = np.argsort(-row, kind="stable")[:K]

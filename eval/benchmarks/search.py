@@ -26,7 +26,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
-# Waiting threads sleep: on a busy machine spinning costs ten times the work.
+# Waiting threads sleep, because on a busy machine spinning takes ten times the processor time.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np

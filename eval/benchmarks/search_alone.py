@@ -1,4 +1,4 @@
-"""The catalogue and the search without a model: sections of eval/benchmarks/search.py."""
+"""Benchmarks of the catalogue and the search without a model, sections of eval/benchmarks/search.py."""
 
 from __future__ import annotations
 

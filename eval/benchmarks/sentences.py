@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SEED = 20261202
 SIZES = {"documentation": 52, "docstrings": 18, "help": 15, "messages": 15}
 CLASSES = ("plain", "awkward", "private")
-# Fewer words are a label, no sentence.
+# Shorter texts are labels, not sentences.
 _LEAST = 5
 
 

@@ -41,7 +41,7 @@ from tests.serve.served import listening, wait_ready
 
 HOOKS = Path(__file__).with_name("serve_schema_hooks.py")
 SEED = 20261
-# Ids in the examples of the document, so that they exist.
+# Item ids in the examples of the OpenAPI document, so that these items exist.
 _NAMED = ("1", "2", "7", "9")
 _CONFIG = """
 hooks = {hooks}

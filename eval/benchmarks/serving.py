@@ -53,7 +53,7 @@ class Service:
         return sum(process.memory_info().rss for process in [parent, *parent.children(recursive=True)]) / 1e6
 
     def ready(self, patience: float = 600.0) -> float:
-        """Wait until it answers, and return the seconds."""
+        """Wait until the service answers, and return the seconds."""
         begun = time.monotonic()
         while time.monotonic() - begun < patience:
             try:
@@ -198,7 +198,7 @@ def overload(run: str, folder: Path, minutes: float) -> dict[str, Any]:
 
 
 def broken(run: str, folder: Path) -> dict[str, Any]:
-    """Kill the engine under load while events are sent; return the recovery time and the fate of the events."""
+    """Kill the engine under load while events are sent; return the recovery time, and how many events were kept."""
     with serving(run, folder / "broken.sqlite", "--models", "tuned") as service:
         begun = time.monotonic()
         items = httpx.get(f"{service.url}/v1/items?limit=10").json()["items"]
@@ -206,7 +206,7 @@ def broken(run: str, folder: Path) -> dict[str, Any]:
 
         def send() -> None:
             while not ended.is_set():
-                # A user's history is returned up to a thousand events.
+                # The service returns at most a thousand events of a user's history.
                 event = {"user_id": f"load-{sent[0] % 20}", "item_id": items[0]["item_id"]}
                 answer = httpx.post(f"{service.url}/v1/events", json={"events": [event]}, timeout=30)
                 sent[0] += answer.status_code == 200

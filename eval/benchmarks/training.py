@@ -31,7 +31,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-# Waiting threads sleep: on a busy machine spinning costs ten times the work.
+# Waiting threads sleep, because on a busy machine spinning takes ten times the processor time.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 

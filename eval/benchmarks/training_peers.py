@@ -109,7 +109,7 @@ def loss_memory(way: str, tokens: int, share: float, vocabulary: int, width: int
         way: ``full``: full logits, as with ``model(labels=...)``; ``label rows``: llmrec's loss.
         tokens: Tokens of the step.
         share: Share of the tokens with loss.
-        vocabulary: Rows of the head, which is random and frozen.
+        vocabulary: Rows of the output layer, which is random and frozen.
         width: Dimension of the hidden states.
     """
     from llmrec.train.loss import _HeadLoss

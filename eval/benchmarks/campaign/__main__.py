@@ -64,7 +64,7 @@ def main() -> None:
         "cpu_seconds": SECONDS,
         **provenance(),
     }
-    # `earlier` counts an older checkout, before its defects were fixed.
+    # `earlier` has the counts of an older checkout, before the defects were fixed.
     kept = {key: stored[key] for key in ("further", "earlier") if key in stored}
     write_json(chosen.target, {**head, **state, **kept})
 
@@ -98,7 +98,7 @@ def write_bases(bases: Path) -> Path:
 
 
 class _Runner:
-    """One surface: writes its inputs into a folder one after another, and counts the outcomes."""
+    """Writes the inputs of one surface into a folder one after another, and counts the outcomes."""
 
     def __init__(self, name: str, surface: Surface, bases: Path, folder: Path, worker: Worker) -> None:
         self._name, self._surface, self._bases, self._folder = name, surface, bases, folder

@@ -1,4 +1,4 @@
-"""The functions that a user calls, by surface."""
+"""The functions that a user calls, for each surface."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ Arguments = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Lines:
-    """Some lines of a file were rejected, and the others read.
+    """Outcome for a file of which some lines were rejected and the others were read.
 
     Attributes:
         error: The first error.
-        placed: Whether every error names its line.
+        placed: Whether every error message contains its line number.
     """
 
     error: str
@@ -270,6 +270,6 @@ CALLS: dict[str, Callable[[Path, Arguments], Lines | None]] = {
 
 
 def quietly(surface: str, folder: Path, arguments: Arguments) -> Lines | None:
-    """Make a call without its output."""
+    """Make a call and suppress its output."""
     with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         return CALLS[surface](folder, arguments)

@@ -134,7 +134,7 @@ def some_json(rng: Random, value: Any) -> tuple[str, bytes]:
     return fault, json_bytes(mutated)
 
 
-# --------------------------------------------------------------------------- pages
+# --------------------------------------------------------------------------- YAML files
 
 
 def some_page(rng: Random, value: Any) -> tuple[str, bytes]:

@@ -72,7 +72,7 @@ def _path_kind(rng: random.Random) -> str:
     return rng.choice(("nothing", "folder", "loop", "dangling"))
 
 
-# --------------------------------------------------------------------------- pages
+# --------------------------------------------------------------------------- YAML files
 
 
 def _recipe(rng: random.Random, bases: Path) -> Case:
@@ -255,7 +255,7 @@ def _model(rng: random.Random, bases: Path) -> Case:
 
 # --------------------------------------------------------------------------- runs and servers
 
-# The files of a run that calls read, and the files that must be removed for that.
+# Files of a run, the calls that read them, and files that must be removed so that they are read.
 _CALLS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("results.json", ("report", "report", "audit", "audit", "export", "again"), ()),
     ("audit.json", ("report",), ()),
@@ -272,7 +272,7 @@ _CALLS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("answers.sqlite", ("again",), ("rows",)),
     ("checkpoints/*/*", ("train",), ("train.json", "merged", "adapter")),
 )
-_OFTEN = 5  # the number of these that most calls read
+_OFTEN = 5  # the first entries are read by most calls, and drawn more often
 
 
 def _run(rng: random.Random, bases: Path) -> Case:

@@ -15,8 +15,8 @@ SECONDS = 10
 """Maximum processor time of a call."""
 BYTES = 2 * 2**30
 """Maximum address space of a worker, in addition to its libraries."""
-_STARTING = 300  # seconds of a first call, which imports
-_WAITED = 120  # seconds of a call that computes nothing
+_STARTING = 300  # limit in seconds for the first call, which imports libraries
+_WAITED = 120  # additional wall-clock seconds for a call that uses no processor time
 _TICK = os.sysconf("SC_CLK_TCK")
 _QUIET = {
     "HF_HUB_OFFLINE": "1",

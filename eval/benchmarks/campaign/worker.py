@@ -42,7 +42,7 @@ def outcome(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _placed(error: LlmrecError) -> bool:
-    """Whether an error has a location."""
+    """Return whether an error has a location."""
     return any(getattr(error, name) is not None for name in ("file", "row", "line", "column"))
 
 

@@ -36,7 +36,7 @@ class Allowed:
     reason: str
 
     def ranges_in(self, text: str) -> list[tuple[int, int]]:
-        """Return the ranges of a page that this covers."""
+        """Return the ranges of a page that the exception covers."""
         if self.text == "*":
             return [(0, len(text))]
         if self.text.startswith("#"):
@@ -63,7 +63,7 @@ def exceptions(root: Path) -> list[Allowed]:
 
 
 def faults(root: Path) -> list[str]:
-    """Return the faults in a checkout, one line each; none if every figure equals its source."""
+    """Return the faults in a checkout, one line each; empty if every figure equals its source."""
     allowed, results, messages = exceptions(root), Results(root), []
     pages = named(root)
     messages += [f"{EXCEPTIONS}: there is no page {each.page}" for each in allowed if each.page not in pages]

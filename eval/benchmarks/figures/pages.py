@@ -142,7 +142,7 @@ class _Names:
 
 
 def masked(text: str) -> str:
-    """Return the page with everything blanked that cannot contain figures; positions are unchanged."""
+    """Return the page with all parts blanked that cannot contain figures; positions are unchanged."""
     return _blanked(text, FENCE, GENERATED, COMMENT, *HIDDEN)
 
 

@@ -2,8 +2,8 @@
 
 A figure that is bound to the difference of a pair makes its sentence a claim about that pair. The first of these words
 after the figure in the sentence, or else the last before it, state the claim:
-*significantly better* (or higher, worse, lower), *significant*, or *no significant difference*. A row of the result in
-backticks after *than*, *less*, *over*, *against* or *minus* is the named opponent, which must be the pair's second row.
+*significantly better* (or higher, worse, lower), *significant*, or *no significant difference*. A model of the result
+in backticks after *than*, *less*, *over*, *against* or *minus* must be the second model of the pair.
 A paragraph with such words and a measured figure, or a link to a result's page, must have the difference of a pair.
 A sentence on the *best single model* must be about a pair with the best one on validation.
 """
@@ -24,7 +24,7 @@ VERDICT_WORDS = re.compile(
     r"\b(?P<no>(?:no|not|nor|nothing|neither)(?: [\w-]+){0,2}|[Nn]one(?: [\w-]+){0,12}) significant(?:ly)?"
     r"|\bsignificantly (?P<way>better|higher|worse|lower|more|less)|\bsignificant(?:ly)?"
 )
-# A sentence ends at a full stop before a blank, a semicolon, or the end of a cell, of an item or of a paragraph.
+# A sentence ends at a full stop before a space, a semicolon, or the end of a cell, of an item or of a paragraph.
 END = re.compile(r";|[.!?](?=[\s)])(?!\s*\d)|\n\s*\n|\n\s*[-*] |\|")
 BEST = re.compile(r"\bbest\s+single\s+model\b")
 PARAGRAPH = re.compile(r"\n\s*\n|\n(?=\|)|\n\s*(?=[-*] |\d+\. )")
@@ -86,7 +86,7 @@ def unfounded(text: str, plain: str, bound: Sequence[Bound]) -> Iterator[tuple[i
 
 
 def _best_on_validation(result: dict[str, Any], pair: dict[str, Any]) -> set[str]:
-    """Return the best single models on validation that may read what a pair's first model reads."""
+    """Return the best single models on validation, among those with the same kinds of input as a pair's first model."""
     benchmark = result_of(result)
     table = next(table for table in benchmark.tables if table.name == pair["table"])
     reads = next(row.reads for row in benchmark.rows if row.name == pair["a"])

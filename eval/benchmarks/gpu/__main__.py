@@ -26,7 +26,7 @@ RESULT, PAGE, WORK = Path("eval/results/gpu.json"), Path("docs/install.md"), Pat
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the checks; the status is 0 if none failed, 1 if one did, and 2 without a GPU."""
+    """Run the checks; return 0 if none failed, 1 if any failed, and 2 without a GPU."""
     parser = argparse.ArgumentParser(prog="python -m eval.benchmarks.gpu", description=__doc__.split("\n", 1)[0])
     names = [check.name for check in CHECKS]
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=names, default=names, help="run only these checks")
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _lines(*command: str) -> list[str]:
-    """Return the lines that a command prints; none if it fails or does not exist."""
+    """Return the lines that a command prints; empty if it fails or does not exist."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     except (OSError, subprocess.SubprocessError):
@@ -75,7 +75,7 @@ def run(
     again: bool,
     keep: Callable[[dict[str, Any]], object],
 ) -> dict[str, Any]:
-    """Run checks, and store each result as it comes.
+    """Run checks, and store each result immediately.
 
     Args:
         checks: The checks to run.
@@ -125,7 +125,7 @@ def one(check: Check, machine: Machine) -> dict[str, Any]:
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """Return the results as Markdown; without results it states that no GPU has run the checks."""
+    """Return the results as Markdown; without results, a sentence that no GPU has run the checks."""
     entries = results["checks"]
     status = f"0 of {len(CHECKS)} checks have been run: no machine with a GPU has been available."
     if entries:

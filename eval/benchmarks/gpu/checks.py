@@ -1,4 +1,4 @@
-"""The checks with the limits of their measurements. docs/install.md lists those that a GPU has passed.
+"""The checks with the limits of their measurements. docs/install.md lists the checks that a GPU has passed.
 
 A check runs commands of llmrec as users do and returns its measurements. `faults` decides whether it passes: every
 limit names a measured value and its range, so a check without a measurement fails.
@@ -34,7 +34,7 @@ Measure = Callable[["Machine", Path], Facts]
 
 _QUICKSTART, _FOUR = "recipes/quickstart.yaml", "recipes/movielens-100k/four-tasks.yaml"
 _ANY = math.inf
-# A short training, saved and logged often enough to be killed in the middle.
+# A short training run, saved and logged often enough to be killed in the middle.
 _SHORT = ("train.packing=tree", "train.steps=120", "train.save_every=20", "train.valid_every=60")
 _EQUAL: Limits = {"loss_difference": (0, 0.01)}
 _LEARNS: Limits = {"last_to_first_loss": (0, 0.99)}
@@ -47,7 +47,7 @@ _HELD = 300
 _RELEASED: Limits = {"memory_left_mib": (-_ANY, _HELD)}
 # A few requests to the pretrained model.
 _FEW = ("eval.arms=[zero-shot]", "eval.users=20", "eval.fusion.model_users=0")
-# On the CPU checks run with a tiny model and a tiny data set, to show that their code runs.
+# On the CPU, checks run with a tiny model and a tiny data set, to test their code.
 _SMALL = (
     *("model.device=cpu", "model.dtype=float32", "data={source: made-reviews, noun: products}", "reviews=null"),
     "tasks={sequential: {templates: [continue-list], baselines: [random, popularity, item-knn, markov-1]}}",
@@ -65,7 +65,7 @@ class NotRun(Exception):
 
 
 class Failure(Exception):
-    """A command that did not end as it should."""
+    """A command that failed or returned no valid result."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +74,9 @@ class Check:
 
     Attributes:
         name: Its name on the command line and in the result.
-        title: What is run.
+        title: Description of the run.
         limits: The allowed range of each measured value, by its name at any depth of the facts.
-        measure: Runs it on a machine in a folder, and returns the measurements.
+        measure: Function that runs the check on a machine in a folder, and returns the measurements.
         gpus: Number of GPUs that it needs.
         disk: Required free disk space in GB.
         minutes: Time limit of its command.
@@ -110,7 +110,7 @@ def check(limits: Limits, **settings: Any) -> Callable[[Measure], Measure]:
 
 
 def faults(limits: Limits, facts: Mapping[str, Any]) -> list[str]:
-    """Return what is wrong with measured values: missing, not a number, or out of range; empty: the check passes."""
+    """Return the faults of measured values: missing, not a number, or out of range; empty if the check passes."""
     result = []
     for name, (low, high) in limits.items():
         values = list(_named(name, facts))
@@ -158,11 +158,11 @@ class Machine:
 
     Attributes:
         root: The checkout.
-        work: Where runs and logs go.
+        work: Folder of runs and logs.
         gpus: The number of GPUs; 0: checks run on the CPU.
         python: The interpreter of the environment.
         model: The tiny model of checks on the CPU.
-        ends: When a command is killed, by the monotonic clock.
+        ends: Time of the monotonic clock at which a running command is killed.
     """
 
     root: Path
@@ -248,12 +248,12 @@ class Machine:
         return losses(out)
 
     def evaluate(self, recipe: str, out: Path, *words: str) -> tuple[dict[str, float], float]:
-        """Run a recipe in a folder, and return the headline figures of its rows, and the seconds."""
+        """Run a recipe in a folder, and return the main metric of each model, and the seconds."""
         done = self.do(out.parent, *self.recipe("run", recipe, *words, "--out", str(out)))
         return figures(out), done.seconds
 
     def measure(self, folder: Path, *words: str) -> Facts:
-        """Return what a function of `eval.benchmarks.gpu.measure` measured."""
+        """Return the measurements of a function of `eval.benchmarks.gpu.measure`."""
         return _json(self.do(folder, self.python, "-m", "eval.benchmarks.gpu.measure", *words))
 
 
@@ -292,7 +292,7 @@ def apart(one: Sequence[float], other: Sequence[float]) -> Facts:
 
 
 def figures(run: Path) -> dict[str, float]:
-    """Return the headline figure of each row of a run that a language model answered."""
+    """Return the main metric of each language model of a run."""
     rows = json.loads((run / "results.json").read_text(encoding="utf-8"))["rows"]
     result = {}
     for row in rows:
@@ -423,7 +423,7 @@ def launch(machine: Machine, folder: Path) -> Facts:
 
 
 def kill_rank(run: Path, rank: int) -> bool:
-    """Kill one of the processes that train into a run folder, and return whether it was there."""
+    """Kill one of the training processes of a run folder, and return whether it was found."""
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             environment, command = ((process / name).read_bytes().split(b"\0") for name in ("environ", "cmdline"))
@@ -474,13 +474,13 @@ def merge(machine: Machine, folder: Path) -> Facts:
 
 
 def ways(recipe: str, other: Words, machine: Machine, folder: Path) -> Facts:
-    """Run a recipe, evaluate its tuned model again in another way, and compare the figures of each row."""
+    """Run a recipe, evaluate its fine-tuned model again with other options, and compare the metrics of each model."""
     recipe = recipe if machine.gpus else _FOUR
     run, copy = folder / "run", folder / "other"
     one, seconds = machine.evaluate(recipe, run, f"eval.backend={machine.engine}")
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns("answers.sqlite*", "rows", "results.json"))
     two, more = machine.evaluate(recipe, copy, f"eval.backend={machine.engine}", *other)
-    # The other way may have fewer settings.
+    # The second evaluation may have fewer settings.
     largest = max(abs(one[row] - two[row]) for row in two) if two and one.keys() >= two.keys() else None
     return {"rows": len(two), "difference": largest, "seconds": round(seconds), "other_seconds": round(more)}
 
@@ -488,7 +488,7 @@ def ways(recipe: str, other: Words, machine: Machine, folder: Path) -> Facts:
 for _name, _recipe, _other, _gpus in (
     ("quickstart", _QUICKSTART, "eval.backend=hf", 1),
     ("four-tasks", _FOUR, "eval.backend=hf", 1),
-    # With settings of the base, one engine serves it and the adapter; without, the merged weights.
+    # If the base model is evaluated too, one engine serves it and the adapter; otherwise it serves the merged weights.
     ("adapter", _FOUR, "eval.arms=[tuned]", 1),
     ("tensor-parallel", _FOUR, "eval.tensor_parallel=2", 2),
     ("eval-launch", _FOUR, "--launch 2", 2),
@@ -541,7 +541,7 @@ def serve(machine: Machine, folder: Path) -> Facts:
 
 
 def status_of(port: int, path: str, body: Mapping[str, Any] | None = None) -> int:
-    """Return the status of a request to a service; 0 if nothing answers."""
+    """Return the status of a request to a service; 0 without a response."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, {"Content-Type": "application/json"})
     try:
@@ -554,7 +554,7 @@ def status_of(port: int, path: str, body: Mapping[str, Any] | None = None) -> in
 
 
 def released(machine: Machine, before: int) -> Facts:
-    """Wait up to a minute until the GPUs hold no more memory than before, and return what they still hold."""
+    """Wait up to a minute until the GPUs release memory, and return the remaining increase."""
     begin = time.monotonic()
     while (held := machine.memory() - before) > _HELD and time.monotonic() < begin + 60:
         time.sleep(0.5)

@@ -53,7 +53,7 @@ SHAPES: dict[str, Callable[[], Any]] = {
     "t5-small": lambda: transformers.T5Config(
         vocab_size=32128, d_model=512, d_kv=64, d_ff=2048, num_layers=6, num_heads=8, decoder_start_token_id=0,
     ),
-    # Its head is not tied to its embeddings.
+    # The output layer is not tied to the embeddings.
     "llama-1b": lambda: transformers.LlamaConfig(
         hidden_size=2048, intermediate_size=5632, num_hidden_layers=12, **_LLAMA
     ),
@@ -66,7 +66,7 @@ SHAPES: dict[str, Callable[[], Any]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Call one of the functions below with the words of the command line."""
+    """Call one of the functions below with the arguments of the command line."""
     parser = argparse.ArgumentParser(prog="python -m eval.benchmarks.gpu.measure", description=__doc__)
     parser.add_argument("what", choices=("engines", "masked", "merge", "model"))
     parser.add_argument("words", nargs="*")
@@ -94,8 +94,8 @@ def masked(folder: str, device: str = "cuda") -> Facts:
     logsumexp below -88.7 cuDNN 9.20 returned NaN gradients (pytorch #196678, trl #7181).
 
     Args:
-        folder: Where the model is written.
-        device: ``cuda``; or ``cpu``, to run the code.
+        folder: Folder to which the model is written.
+        device: ``cuda``; or ``cpu``, to test the code.
     """
     _with_low_logits(Path(folder))
     expected, lowest = _gradients(folder, "cpu", "float32", packed=False)[0], list[float]()
@@ -111,7 +111,7 @@ def masked(folder: str, device: str = "cuda") -> Facts:
     if device == "cuda":
         facts |= {"cudnn": torch.backends.cudnn.version(), "capability": torch.cuda.get_device_capability()}
         facts["cudnn_attention"] = torch.backends.cuda.cudnn_sdp_enabled()
-        # Loading a model may turn it off, so it is turned on afterwards. Its result does not affect the check.
+        # Loading a model may switch cuDNN off, so it is switched on afterwards. Its result does not affect the check.
         actual, _ = _gradients(folder, device, "bfloat16", lambda: torch.backends.cuda.enable_cudnn_sdp(True))
         facts["if_cudnn_attention_were_on"] = [*_compared(expected, actual).values()]
     return facts
@@ -201,9 +201,9 @@ def engines(folder: str, ways: str = "prefill,nodes,hf", device: str = "cuda", p
 
     Args:
         folder: A model folder; empty: the quickstart's model.
-        ways: Routes of vLLM, and ``hf`` as the last; ``hf,hf`` on the CPU, to run the code.
-        device: Where transformers computes.
-        prompts: How many prompts, of 20 candidates each.
+        ways: Routes of vLLM, and ``hf`` as the last; ``hf,hf`` on the CPU, to test the code.
+        device: Device of transformers.
+        prompts: Number of prompts, with 20 candidates each.
     """
     section = ModelSection(**({"name": folder} if folder else {}), dtype="float32", device=device)
     folder = resolve(section)

@@ -1,9 +1,9 @@
-"""Estimates for recipes/gpu: memory by the formula of the dry run, hours by arithmetic. Nothing is run.
+"""Estimates for recipes/gpu: memory by the formula of the dry run, hours by arithmetic. No model is run.
 
-`make bench NAME=gpu-recipes` writes eval/results/gpu_recipes.json, which pages of docs/ are bound to.
+`make bench NAME=gpu-recipes` writes eval/results/gpu_recipes.json, the source of figures in docs/.
 
-A token takes 2 floating-point operations per weight of the layers in a forward pass, the same again for the backward
-pass through frozen weights, twice that if all weights are trained, and one more forward pass with gradient
+A token takes 2 floating-point operations per weight of the layers in a forward pass, as many in the backward pass
+through frozen weights, twice as many if all weights are trained, and one more forward pass with gradient
 checkpointing. Each half of an encoder-decoder processes half of the tokens. Attention, logits, the index and the
 baselines are ignored. Hours are operations divided by an assumed share of the peak, with a minimum time per step; for
 eight GPUs an eighth, including the part that is not parallel. Nothing was measured on a GPU.
