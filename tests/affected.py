@@ -1,14 +1,14 @@
 """Which test files a change can affect: ``make test CHANGED=1`` runs these.
 
-``python -m tests.affected`` compares the working tree with the commit where it left the branch ``main``, and prints
-the test files that reach a file which differs. It errs on the side of more tests:
+``python -m tests.affected`` compares the working tree with the commit where its branch left ``main``, and prints the
+test files that depend on a changed file. When in doubt, it includes a test:
 
-- imports count wherever they are written, also inside functions, and so do full names of modules in texts;
-- what a table of names refers to (``"markov": "llmrec.baselines.markov:Markov"``) counts where that name is written;
-- a pattern of files of code (`*/entries.py`) counts as an import of each;
+- an import counts anywhere, also inside a function, and so does the full name of a module in a string;
+- an entry of a table of names (``"markov": "llmrec.baselines.markov:Markov"``) counts where its key is written;
+- a glob pattern of code files (`*/entries.py`) counts as an import of each match;
 - a fixture of a ``conftest.py`` counts where its name is written;
-- a file that is not Python counts where its name is written, or that of a folder which it is in. A file that is
-  named nowhere counts for every test, and so does pyproject.toml.
+- a file that is not Python counts where its name, or the name of a folder that contains it, is written. A file that
+  is named nowhere affects every test, and so does pyproject.toml.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("llmrec", "tests", "eval", "docs")
 WORD = re.compile(r"[\w.-]*\w")
 CALLED = {"COMMANDS": "{}()", "FUNCTIONS": "llmrec.{}"}
-"""How the names in some tables are written where they are called."""
+"""How callers write the names in some tables."""
 CLI = "llmrec.cli.main"
 COMMAND = re.compile(r"\bllmrec ([\w-]+)")
 MODULE = re.compile(rf"(?:{'|'.join(PACKAGES)})(?:\.\w+)*(?::\w+)?")
@@ -40,9 +40,9 @@ class Source:
     modules: set[str] = field(default_factory=set)
     """Full names of modules and of names in them."""
     words: set[str] = field(default_factory=set)
-    """Texts and their words: names of files, folders and entries of tables are among them."""
+    """Strings and their words, such as names of files, folders and table entries."""
     names: set[str] = field(default_factory=set)
-    """Parameters and variables: names of fixtures are among them."""
+    """Parameters and variables, such as names of fixtures."""
     tables: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     """Modules by the short names that tables in this file give them."""
 
@@ -52,7 +52,7 @@ def _constants(nodes: Iterable[ast.expr | None]) -> list[object]:
 
 
 def read(nodes: Iterable[ast.AST], *, words: bool = True) -> Source:
-    """Return what a part of a Python file refers to; without ``words`` texts count as a whole alone."""
+    """Return what a part of a Python file refers to; without ``words``, strings count only as a whole."""
     source = Source()
     passed: set[int] = set()
     called: dict[int, str] = {}
@@ -73,7 +73,7 @@ def read(nodes: Iterable[ast.AST], *, words: bool = True) -> Source:
                 called |= {id(each): CALLED[table] for each in ast.walk(node) if isinstance(each, ast.Dict)}
             case ast.Dict(keys=keys, values=values):
                 for key, value in zip(keys, values, strict=True):
-                    # What a name stands for, or a record that begins with it.
+                    # The value is the name of a module, or a call whose first argument is one.
                     value = value.args[0] if isinstance(value, ast.Call) and value.args else value
                     name, module = _constants((key, value))
                     if isinstance(name, str) and isinstance(module, str) and MODULE.fullmatch(module):
@@ -81,7 +81,7 @@ def read(nodes: Iterable[ast.AST], *, words: bool = True) -> Source:
                         passed |= {id(key), id(value)}
             case ast.List(elts=elements) | ast.Tuple(elts=elements):
                 texts = _constants(elements)
-                # A process of its own: python -m llmrec.
+                # A separate process: python -m llmrec.
                 source.modules |= {f"{b}.__main__" for a, b in pairwise(texts) if a == "-m"}
             case ast.Constant(value=str(text)) if id(node) not in passed:
                 source.words.add(text)
@@ -100,11 +100,11 @@ class Tree:
     """What the Python files of a checkout refer to."""
 
     def __init__(self, root: Path, files: Iterable[str]) -> None:
-        """Read files, given as paths below ``root``; those that were removed are kept as empty ones."""
+        """Read files, given as paths below ``root``; removed files count as empty."""
         self.paths: dict[str, str] = {}
         self.sources: dict[str, Source] = {}
         self.fixtures: dict[str, list[str]] = {}
-        """By name, where they are."""
+        """Full names of the definitions, by the name of the fixture."""
         for file in files:
             if file.endswith(".py") and file.partition("/")[0] in PACKAGES:
                 name = file.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
@@ -116,15 +116,15 @@ class Tree:
                         self.sources[f"{name}.{node.name}"] = read([node])
                         self.fixtures.setdefault(node.name, []).append(f"{name}.{node.name}")
                         body.remove(node)
-                # What the package has in sentences is messages.
+                # Sentences in the package are messages, so only whole strings count.
                 self.sources[name] = read(body, words=not _in_package(name))
                 if path.name == "__init__.py":
-                    # Names that a package hands out when they are first used: they are written with the package's.
+                    # Lazily imported names: callers write them with the name of the package.
                     tables = self.sources[name].tables
                     self.sources[name].tables = {f"{name}.{key}": modules for key, modules in tables.items()}
         for name, source in self.sources.items():
             for pattern in [text for text in source.words if "*" in text and text.endswith(".py")]:
-                # The package hashes files of code without running them.
+                # The package uses such patterns to hash code, not to import it.
                 if not (_in_package(name) and pattern.endswith("*.py")):
                     source.modules |= {module for module, file in self.paths.items() if Path(file).match(pattern)}
 
@@ -144,7 +144,7 @@ class Tree:
             for name, modules in source.tables.items():
                 tables[name] |= modules
                 new |= modules if name in words and not name.endswith("()") else set()
-            # Of the package what is in the recipe's sections, which hold the defaults.
+            # In the package, only the words of the recipe's sections count: they hold the defaults.
             written = set() if _in_package(module) and not module.startswith("llmrec.recipe.") else source.words
             for word in (written | source.modules) - words:
                 new |= tables.get(word, set()) if not word.endswith("()") else set()
@@ -158,7 +158,7 @@ class Tree:
 
 
 def _always(node: ast.FunctionDef) -> bool:
-    """Whether every test below a ``conftest.py`` runs a function of it."""
+    """Whether a function of a ``conftest.py`` runs for every test below it."""
     return node.name.startswith("pytest_") or any("autouse" in ast.unparse(each) for each in node.decorator_list)
 
 
@@ -167,7 +167,7 @@ def _in_package(module: str) -> bool:
 
 
 def _above(name: str) -> Iterator[str]:
-    """Yield a full name and those of the packages that it is in: importing it runs them too."""
+    """Yield a full name and its parent packages, which an import also runs."""
     while name:
         yield name
         name = name.rpartition(".")[0]
@@ -181,7 +181,7 @@ def affected(root: Path, files: Iterable[str], changed: Iterable[str]) -> list[s
     tests = {name: path for name, path in tests.items() if (root / path).is_file()}
     differing = {name for name, path in tree.paths.items() if path in changed}
     for path in sorted(changed - set(tree.paths.values())):
-        # What the package names without holding it are pages and recipes that its messages recommend.
+        # Outside of the package, it names only pages and recipes that its messages recommend.
         held = path.startswith(("llmrec/", "prompts/"))
         names = {path, *Path(path).parts} - {"llmrec", "tests", "eval"}
         readers = {
@@ -199,7 +199,7 @@ def _git(*arguments: str) -> list[str]:
 
 
 def changed_files() -> list[str]:
-    """Return what differs from the commit where the checked-out branch left main: on main, what is not committed."""
+    """Return the files that differ from where the current branch left main; on main, the uncommitted changes."""
     (base,) = _git("merge-base", "main", "HEAD")
     return [*_git("diff", "--name-only", "--no-renames", "-z", base.strip()), *_new_files()]
 

@@ -1,4 +1,4 @@
-"""A small recipe that has texts written of users and items, for the tests of all commands that do it."""
+"""A small recipe that generates texts about users and items, for the tests of all commands that use it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SPLIT = {"kind": "prefix", "valid": 0.2, "test": 0.2}
 
 
 def augmenting_recipe(model: Path, *, batch: int = 4, model_dtype: str = "auto", **more: Any) -> Recipe:
-    """Return it; ``more`` are keys of the section ``augment``."""
+    """Return the recipe; ``more`` are keys of the section ``augment``."""
     return as_recipe(
         {
             "name": "toy",

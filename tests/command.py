@@ -1,4 +1,4 @@
-"""The command line in the process of a test: what it prints, and how it ends."""
+"""Runs the command line in the test's process, and returns its output and exit code."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Done:
 
 
 def llmrec(*args: str) -> Done:
-    """Run a command in this process, without importing everything again; a defect is raised.
+    """Run a command in this process, which saves imports; unexpected exceptions are raised.
 
-    With ``--json`` it runs in a new process, since the descriptor of the standard output is redirected.
+    With ``--json`` it runs in a new process, since it redirects the file descriptor of standard output.
     """
     if "--json" in args:
         done = subprocess.run([sys.executable, "-m", "llmrec", *args], capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""Tiny models and tokenizers that tests make themselves; nothing is fetched."""
+"""Tiny models and tokenizers that tests create; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -20,43 +20,43 @@ from jinja2 import Environment
 from llmrec.progress import QUIET
 from llmrec.recipe.schema import ModelSection
 
-# A busy machine is no failure of a property.
+# No deadline, because a busy machine must not fail a property.
 settings.register_profile("llmrec", deadline=None, max_examples=100 if os.environ.get("LLMREC_SLOW") == "1" else 10)
 settings.load_profile("llmrec")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# What a test fits is fitted there and then.
+# Tests do not store or reuse fitted baselines.
 os.environ["LLMREC_FITS"] = "off"
-# Threads that wait for each other give their core away: on a busy machine spinning costs ten times the work.
+# Waiting threads yield their core: on a busy machine, spinning costs ten times the work.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# GiB: two engines at a time fit into a small machine.
+# In GiB: two engines at a time fit into a small machine.
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-# `make test` runs two processes; models of tests are too small to be worth two threads each beside that.
+# `make test` runs two processes; the models of the tests are too small for two threads each.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("POLARS_MAX_THREADS", "1")
 
 
 def _has_room(folder: Path) -> bool:
-    """Return whether a folder has room for the files of all tests, and programs among them may be run."""
+    """Return whether a folder has room for the files of all tests and allows execution."""
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         return False
     return shutil.disk_usage(folder).free > 8 * 2**30 and not os.statvfs(folder).f_flag & os.ST_NOEXEC
 
 
-# Files are flushed thousands of times, and each time waits for a disk; those in memory are not waited for.
+# Tests flush files thousands of times, which is slow on a disk but fast in memory.
 if _has_room(Path("/dev/shm")):
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/dev/shm")
 
 
-# What a command sets for its process, as it was before any ran; fixtures of modules may run one before a test begins.
+# Log levels before any command ran: a module fixture may run a command before a test begins.
 _LEVELS = {logger: logger.level for logger in map(logging.getLogger, (None, "llmrec", "llmrec.progress"))}
 
 
 @pytest.fixture(scope="module")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Yield the URL of a real server of PostgreSQL, which listens on a socket in a folder of its own."""
+    """Yield the URL of a real PostgreSQL server, which listens on a socket in a temporary folder."""
     pgserver = pytest.importorskip("pgserver")
     pytest.importorskip("adbc_driver_postgresql.dbapi")
     with pgserver.get_server(tmp_path_factory.mktemp("postgres"), cleanup_mode="delete") as running:
@@ -65,7 +65,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def _levels() -> Iterator[None]:
-    """Put back what a command sets for its process: levels of logs, and that there are no bars."""
+    """Reset what a command sets for its process: log levels, and whether progress bars are hidden."""
     for logger, level in _LEVELS.items():
         logger.setLevel(level)
     yield
@@ -75,21 +75,21 @@ def _levels() -> Iterator[None]:
 
 
 def asks_for_gpu(marks: str) -> bool:
-    """Return whether an expression of marks, as in ``-m "gpu and not vllm"``, selects the tests of a GPU."""
+    """Return whether a marker expression, as in ``-m "gpu and not vllm"``, selects GPU tests."""
     return re.search(r"(?<!\bnot )\bgpu\b", marks) is not None
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hide the GPU before torch is imported, unless its tests are asked for.
+    """Hide the GPU before torch is imported, unless GPU tests are selected.
 
-    All others compare with figures of a CPU, and start several engines at a time.
+    All other tests compare with CPU results, and start several engines at a time.
     """
     if not asks_for_gpu(config.option.markexpr):
         os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip the tests of a GPU where none is visible."""
+    """Skip GPU tests if no GPU is visible."""
     if item.get_closest_marker("gpu"):
         from llmrec.machine import has_cuda
 
@@ -98,7 +98,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put files that start engines first: at the end one process would wait for the other's engine; skip slow tests."""
+    """Run files with engines first, so that no process waits for another's engine at the end; skip slow tests."""
     if os.environ.get("LLMREC_SLOW") != "1":
         for item in items:
             if item.get_closest_marker("slow"):
@@ -109,13 +109,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _left_alone() -> None:
-    """Leave what imports made until now out of every later search for garbage: it is millions of objects."""
+    """Exclude the millions of objects of imported modules from later garbage collections."""
     gc.collect()
     gc.freeze()
 
 
 def pytest_sessionfinish() -> None:
-    """Let the interpreter collect what was left alone; else libraries report it as leaked when the process ends."""
+    """Undo the freeze, so that libraries do not report leaked objects when the process ends."""
     gc.unfreeze()
 
 
@@ -123,7 +123,7 @@ _compile = cache(Environment.compile)
 
 
 def _compiled(self: Environment, source: Any, *options: Any, **more: Any) -> Any:
-    """Compile a text once for all that ask: libraries write a model card with every checkpoint, half of its seconds."""
+    """Compile each template once: libraries write a model card with every checkpoint, which takes half of its time."""
     once = self.shared and isinstance(source, str)
     return (_compile if once else _compile.__wrapped__)(self, source, *options, **more)
 
@@ -221,7 +221,7 @@ def encoder_of(folder: Path | str, max_length: int = 256) -> Any:
 
 
 def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """Return a folder that the processes of a session share: the first to ask makes it, the others wait."""
+    """Return a folder that the processes of a session share: the first caller makes it, the others wait."""
     base = factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else factory.getbasetemp()
     folder, made = base / "shared" / name, base / "shared" / f"{name}.made"
     folder.parent.mkdir(exist_ok=True)
@@ -245,7 +245,7 @@ def qwen_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained_run(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a run that was trained for two steps, with the ensembles that it weighed; copy it to write to it."""
+    """Return a run that was trained for two steps, with weighted ensembles; a test that changes it needs a copy."""
     from llmrec.pipeline import run as pipeline
     from llmrec.recipe.load import load_recipe
     from tests.answer.rank_cases import TRAINED

@@ -10,7 +10,7 @@ from functools import cache
 
 @cache
 def tiny_encoder(kind: str = "Bert") -> str:
-    """Return the folder of an encoder of two blocks with random weights; it is there until the tests end."""
+    """Return the folder of an encoder of two blocks with random weights; it exists until the tests end."""
     import torch
     import transformers
 

@@ -1,7 +1,7 @@
 """Removes each extension with its tests from a copy of the checkout, and checks the rest: ``make check-extensions``.
 
-``python -m tests.extensions [NAME...]`` checks these. What is left must import nothing of what is gone, keep the import
-contracts, print its help, and pass the tests of the command line; the other tests must be collected without an error.
+``python -m tests.extensions [NAME...]`` checks the named extensions. The rest must not import removed packages, must
+keep the import contracts, print its help, and pass the tests of the command line; pytest must collect all others.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).resolve().parent.parent
 EXTENSIONS = ("systems", "serve", "chat", "start", "bench", "cluster")
-# Extensions that are built on another one go with it.
+# Extensions that depend on another one are removed with it.
 BUILT_ON = {"chat": ("bench", "serve")}
 TESTS = ("tests/test_cli.py", "tests/cli/test_common.py", "tests/cli/test_options.py")
-# Tests of the checkout as a whole, whose pages name every extension; those of eval/ are among them.
+# Tests of the whole checkout, whose documents name every extension. Tests that import eval are also left out.
 WHOLE = ("tests/test_packaging.py", "tests/test_site.py")
 OF_EVAL = re.compile(r"^ *(?:from|import) eval\b", re.MULTILINE)
 IMPORTS = """
@@ -41,7 +41,7 @@ for module in pkgutil.walk_packages(llmrec.__path__, "llmrec."):
 
 
 def copied(folder: Path) -> None:
-    """Copy the files of the checkout that git knows or does not ignore."""
+    """Copy the files of the checkout that git tracks or does not ignore."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -61,7 +61,7 @@ def checked(extension: str, folder: Path) -> str | None:
     for name in (extension, *BUILT_ON.get(extension, ())):
         for home in ("llmrec", "tests"):
             shutil.rmtree(folder / home / name, ignore_errors=True)
-        # A contract may not forbid what is not there.
+        # A contract must not name a package that does not exist.
         settings.write_text(re.sub(rf', "llmrec\.{name}"|"llmrec\.{name}", ', "", settings.read_text()))
     programs = Path(sys.executable).parent
     ignored = [f"--ignore={name}" for name in WHOLE]
@@ -90,7 +90,7 @@ def checked(extension: str, folder: Path) -> str | None:
 
 
 def main(names: list[str]) -> int:
-    """Check extensions, all of them where none is named, and return an exit status."""
+    """Check the named extensions, or all, and return an exit status."""
     failed = 0
     for extension in names or EXTENSIONS:
         with TemporaryDirectory() as made:

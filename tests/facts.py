@@ -1,4 +1,4 @@
-"""Errors by their facts: what is wrong and where, whatever the sentence says."""
+"""Checks of errors by their facts, what is wrong and where, instead of their wording."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ Error = TypeVar("Error", bound=LlmrecError)
 
 @dataclass(frozen=True)
 class Facts:
-    """What an error must say of itself; None is not looked at.
+    """What an error must state; None is not checked.
 
     Attributes:
         kind: What is wrong.
         file: The last part of its name, or all of it.
         row: Row of data; 0 is the header.
-        column: Or key.
-        line: Of the file.
-        says: What the message promises to name: the mend, or what there is to choose from.
+        column: Column or key.
+        line: Line of the file.
+        says: What the message must contain, such as the fix or the choices.
     """
 
     kind: ErrorKind
@@ -36,7 +36,7 @@ class Facts:
     says: str | tuple[str, ...] = ()
 
     def check(self, error: LlmrecError) -> None:
-        """Assert that an error has them, in one line of text."""
+        """Assert that an error has these facts, and a message of one line."""
         assert error.kind == self.kind, error
         if self.file is not None:
             assert str(self.file) in (error.file, Path(error.file or "").name), error
@@ -49,7 +49,7 @@ class Facts:
 
 
 class Caught(Generic[Error]):
-    """Holds the error once it was raised."""
+    """Holds the raised error."""
 
     value: Error
 

@@ -1,8 +1,8 @@
-"""Whether what llmrec installs may go with a program under Apache 2.0: ``python -m tests.licences``, in `make lint`.
+"""Checks that licences of dependencies are compatible with Apache 2.0: ``python -m tests.licences``, in `make lint`.
 
-Looked at is every installed distribution that `pyproject.toml` asks for, of its core and each extra, and what these ask
-for in turn, by the licence in its own metadata. A licence that is not on the list is an error, unless the package is
-named below with a reason.
+It reads the licence in the metadata of every installed distribution that `pyproject.toml` requires, in its core or an
+extra, and of their dependencies. A licence that is not on the list is an error, unless the package is an exception with
+a reason.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ EXCEPTIONS: Mapping[str, str] = {
     "setuptools": "the licence file that comes with it is MIT; its metadata says nothing",
     "supervisor": "BSD-derived (repoze), permissive; of vLLM's hosting standards",
 }
-"""Packages that stay all the same, and why."""
+"""Packages that are allowed nevertheless, and why."""
 
-# How metadata spell licences besides their SPDX names.
+# SPDX names of other spellings in metadata.
 _SPELLED = {
     "apache": "Apache-2.0",
     "apache software license": "Apache-2.0",
@@ -66,14 +66,14 @@ _SPELLED = {
 
 
 def asked_for(pyproject: Path) -> list[Requirement]:
-    """Return what a project asks for, of its core and of every extra."""
+    """Return what a project requires, in its core and in every extra."""
     project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
     extras = [text for texts in project.get("optional-dependencies", {}).values() for text in texts]
     return [Requirement(text) for text in [*project.get("dependencies", ()), *extras]]
 
 
 def installed(requirements: Iterable[Requirement]) -> dict[str, Distribution]:
-    """Return the installed distributions among some requirements and all that these ask for, by name."""
+    """Return the installed distributions among some requirements and their dependencies, by name."""
     found: dict[str, Distribution] = {}
     looked: set[tuple[str, str]] = set()
     waiting = [(requirement, "") for requirement in requirements]
@@ -94,7 +94,7 @@ def installed(requirements: Iterable[Requirement]) -> dict[str, Distribution]:
 
 
 def licences_of(package: Distribution) -> str:
-    """Return what a distribution says its licence is, as an expression of SPDX names; empty: nothing that is known."""
+    """Return the licence of a distribution as an expression of SPDX names; empty if its metadata has none."""
     metadata = package.metadata
     if expression := metadata.get("License-Expression"):
         return str(expression)
@@ -111,9 +111,9 @@ def _spdx(text: str) -> str:
 
 
 def allowed(expression: str) -> bool:
-    """Whether each of the licences that hold together has an alternative on the list."""
+    """Whether each part of an AND expression has an alternative on the list."""
     parts = re.split(r"\s+AND\s+", expression.replace("(", " ").replace(")", " "))
-    # What is granted WITH an exception is granted without it too.
+    # An exception after WITH only grants further rights.
     return all(
         any(_spdx(one.partition(" WITH ")[0].strip()) in ALLOWED for one in re.split(r"\s+OR\s+", part))
         for part in parts
@@ -129,7 +129,7 @@ def faults(packages: Mapping[str, Distribution], exceptions: Mapping[str, str] =
 
 
 def main() -> int:
-    """Print what is wrong; return 1 if anything is."""
+    """Print the problems, and return 1 if there are any."""
     wrong = list(faults(installed(asked_for(ROOT / "pyproject.toml"))))
     for line in wrong:
         sys.stderr.write(f"{line}; replace it, or name it in tests/licences.py with the reason why it may stay\n")

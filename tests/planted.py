@@ -1,4 +1,4 @@
-"""Data on which a learned ranker is chosen: which recommender is right depends on the length of the history."""
+"""Data on which a learned ranker is selected: the length of the history decides which recommender is right."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _LONG, _SHORT = 9, 4
 
 
 def write(folder: Path) -> Path:
-    """Write events and items: half of the users stay in a topic, and half walk a long way along one ring of items.
+    """Write events and items: half of the users stay within a topic, and half walk along one ring of items.
 
-    Whoever stays in a topic has a short history. So texts say what comes next where the history is short, and
-    transitions where it is long, which no weight of the two expresses.
+    Users who stay within a topic have short histories. So texts predict the next item of short histories, and
+    transitions that of long ones, which no fixed weights of the two can express.
     """
     dice = np.random.default_rng(0)
     ring = dice.permutation(ITEMS)
@@ -39,11 +39,11 @@ def write(folder: Path) -> Path:
 
 
 def changes(folder: Path) -> tuple[str, ...]:
-    """Return the changes that put the data, which are written into a folder, into a recipe."""
+    """Write the data into a folder, and return the overrides that add them to a recipe."""
     data = write(folder)
     return (
         f"data={{source: table, path: {data}/events.csv, items: {data}/items.csv, noun: products, "
         "columns: {fields: [price]}}",
-        # In lists of a few items every form is good.
+        # With few candidates, every form of ensemble is good.
         "eval.candidates.count=20",
     )

@@ -1,7 +1,7 @@
 """A synthetic shop: orders of 80 customers for 60 products, in common shapes of tables.
 
-Everything is generated from a seed. A customer has two favourite categories and buys what was
-bought along with the last thing; stars say how well a product's grade meets the customer's taste, and comments say why.
+Everything is generated from a seed. A customer has two favourite categories and often buys the next product of a
+category; stars depend on the product's grade and on the customer, and comments on the stars.
 
 ``python tests/shop.py FOLDER`` writes all tables.
 """
@@ -41,7 +41,7 @@ _ABOUT = {
 
 @dataclass(frozen=True)
 class Product:
-    """One product; ``grade`` from 1 to 5 is what its stars are about."""
+    """One product; its stars are about ``grade``, from 1 to 5."""
 
     product_id: str
     name: str
@@ -92,7 +92,7 @@ def orders() -> list[Order]:
         category = (
             dice.choices(favourites[customer], (3, 1))[0] if dice.random() < 0.85 else dice.choice(sorted(_THINGS))
         )
-        # What comes next on the shelf is what goes along with the last thing.
+        # The next product on the shelf is the most likely successor of the last one.
         step = 1 if dice.random() < 0.6 else dice.randint(2, 9)
         last[customer] = (last[customer] + step) % len(shelf[category])
         product = shelf[category][last[customer]]
@@ -108,7 +108,7 @@ def orders() -> list[Order]:
 
 
 def write_orders(path: Path) -> Path:
-    """Write the plain table: commas, points, ISO times."""
+    """Write a plain table: comma-separated, decimal points, ISO times."""
     head = (
         *("order_id", "customer_id", "product_id", "product_name", "category", "price"),
         *("stars", "ordered_at", "comment"),
@@ -131,7 +131,7 @@ def write_orders(path: Path) -> Path:
 
 
 def write_european(path: Path) -> Path:
-    """Write them as a European spreadsheet does: semicolons, decimal commas, day first, a byte order mark."""
+    """Write the orders as a European spreadsheet does: semicolons, decimal commas, day first, a byte order mark."""
     head = (
         *("Bestellnr", "Kundennummer", "Artikelnr", "Bezeichnung", "Warengruppe", "Preis"),
         *("Sterne", "Datum", "Kommentar"),
@@ -163,7 +163,7 @@ def write_clicks(path: Path) -> Path:
 
 
 def write_parts(path: Path) -> Path:
-    """Write first orders of a product with the part of a published split: by time, 70, 10 and 20 percent."""
+    """Write each customer's first order of a product, with a published split: by time, 70, 10 and 20 percent."""
     once = {(o.customer_id, o.product.product_id): o for o in reversed(orders())}
     kept = sorted(once.values(), key=lambda o: o.order_id)
     rows = [

@@ -1,4 +1,4 @@
-"""Commands of llmrec in processes of their own."""
+"""Commands of llmrec in separate processes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import sys
 
 
 def llmrec(*words: str, **environment: str) -> subprocess.Popen[str]:
-    """Start a command on one thread, without a model hub and without stored fits, whose outputs are read as text."""
+    """Start a command with one thread, without a model hub or stored fits, and with text output."""
     variables = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "LLMREC_FITS": "off", **environment}
-    # A shell that starts tests in the background has them ignore SIGINT, and children inherit that.
+    # A shell makes background tests ignore SIGINT, and child processes inherit that.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return subprocess.Popen(

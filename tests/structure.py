@@ -1,8 +1,8 @@
-"""What must stay true of the package's structure and of ARCHITECTURE.md: ``make lint`` runs it.
+"""Checks the structure of the package and ARCHITECTURE.md: ``make lint`` runs it.
 
-The layers themselves are import-linter's; here they are compared with the page.
+import-linter checks the layers; this module compares them with the page.
 
-``python -m tests.structure`` prints every breach and ends with exit code 1; without one it prints the counts.
+``python -m tests.structure`` prints every violation and the counts, and exits with code 1 if there is a violation.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ABOVE = {
     *("answer", "bench", "chat", "cli", "cluster", "exports", "pipeline", "report", "serve", "start", "systems"),
     *("baselines", "strategies", "train"),
 }
-"""Where nobody compares names of families or types of their sections: what differs is asked of `Family` and `Task`."""
+"""Code that must not compare names of families or types of their sections: `Family` and `Task` have the differences."""
 
 
 def modules(root: Path = ROOT) -> dict[str, Path]:
@@ -36,7 +36,7 @@ def modules(root: Path = ROOT) -> dict[str, Path]:
 
 
 def imported(tree: ast.AST, known: dict[str, Path]) -> Iterator[tuple[str, int]]:
-    """Yield what a module imports of the package, wherever it does, with the line."""
+    """Yield what a module imports from the package, at any level, with the line."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module:
             for alias in node.names:
@@ -47,7 +47,7 @@ def imported(tree: ast.AST, known: dict[str, Path]) -> Iterator[tuple[str, int]]
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """Return a circle of modules that import each other, if there is one."""
+    """Return a cycle of imports, if there is one."""
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -56,9 +56,9 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
 
 
 def folder_graph(graph: dict[str, set[str]], known: dict[str, Path]) -> dict[str, set[str]]:
-    """Return which folders of the package import which: a subfolder's modules are not those of its parent."""
+    """Return which folders of the package import which; a subfolder is separate from its parent."""
     folder = {name: name if path.name == "__init__.py" else name.rpartition(".")[0] for name, path in known.items()}
-    # The top of the package holds modules that every folder uses and those that compose folders.
+    # Modules at the top level are either used by every folder or compose folders.
     folders = sorted(set(folder.values()) - {"llmrec"})
     return {
         each: {folder[other] for name in known if folder[name] == each for other in graph[name]} - {each, "llmrec"}
@@ -77,7 +77,7 @@ def compared(tree: ast.AST, text: str) -> Iterator[tuple[int, str]]:
         if isinstance(node, ast.Compare):
             if any(_words(side) & families for side in (node.left, *node.comparators)):
                 source = ast.get_source_segment(text, node) or ""
-                # A column or a role may be called as a family is: what is compared tells them apart.
+                # A column or a role may have the name of a family; the compared expression tells them apart.
                 if re.search(r"\b(family|families|task|tasks)\b", source):
                     yield node.lineno, source
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
@@ -87,9 +87,9 @@ def compared(tree: ast.AST, text: str) -> Iterator[tuple[int, str]]:
 
 
 def without_kind(trees: dict[str, ast.Module]) -> Iterator[tuple[str, int, str]]:
-    """Yield what makes an `LlmrecError` that does not say what is wrong, as (module, line, source)."""
+    """Yield code that creates an `LlmrecError` without a kind, as (module, line, source)."""
     errors = {("llmrec.errors", "LlmrecError")}
-    # A module's names for classes: those that it defines, and those that it imports.
+    # Names of classes in a module, which it defines or imports.
     names: dict[str, dict[str, tuple[str, str]]] = {
         module: {
             **{node.name: (module, node.name) for node in ast.walk(tree) if isinstance(node, ast.ClassDef)},
@@ -121,7 +121,7 @@ def without_kind(trees: dict[str, ast.Module]) -> Iterator[tuple[str, int, str]]
 
 
 def stale(page: str, known: dict[str, Path], trees: dict[str, ast.Module]) -> Iterator[str]:
-    """Yield what ARCHITECTURE.md names and nobody defines: ``folder/name.py``, with ``:Class.function`` or without."""
+    """Yield what ARCHITECTURE.md names but no code defines: ``folder/name.py``, with or without ``:Class.function``."""
     for module, function in re.findall(r"`((?:\w+/)*\w+\.py)(?::([\w.]+))?`", page):
         if (ROOT / module).is_file():
             continue
@@ -138,7 +138,7 @@ def stale(page: str, known: dict[str, Path], trees: dict[str, ast.Module]) -> It
 
 
 def layers() -> tuple[str, str]:
-    """Return the layers as ARCHITECTURE.md has them, and as import-linter checks them."""
+    """Return the layers of ARCHITECTURE.md, and those that import-linter checks."""
     page = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").partition("## Layers")[2]
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     (checked,) = [each for each in settings["tool"]["importlinter"]["contracts"] if each["type"] == "layers"]
@@ -147,7 +147,7 @@ def layers() -> tuple[str, str]:
 
 
 def breaches() -> tuple[list[str], str]:
-    """Return what is broken, a line each, and the counts in one line."""
+    """Return the violations, one line each, and the counts in one line."""
     known = modules()
     problems: list[str] = []
     graph: dict[str, set[str]] = {}
@@ -160,7 +160,7 @@ def breaches() -> tuple[list[str], str]:
         where = path.relative_to(ROOT).as_posix()
         if where.split("/")[1].removesuffix(".py") in ABOVE:
             problems += [f"{where}:{line}: {said!r} tells families apart" for line, said in compared(tree, text)]
-        # The package itself imports its two public functions when they are first asked for.
+        # The package itself imports its two public functions lazily.
         graph[name] = {other for other, _ in imported(tree, known) if other in known} - {name, "llmrec"}
     graph["llmrec"] = set()
     problems += [

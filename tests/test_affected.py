@@ -57,18 +57,18 @@ def checkout(tmp_path: Path) -> Path:
     ("changed", "tests"),
     [
         ([], []),
-        # Imports, of helpers and inside functions; of fixtures where they are named; of tables by their names.
+        # Imports in helpers and functions; fixtures by their names; entries of tables by their keys.
         (["llmrec/baselines/ease.py"], ["ease"]),
         (["llmrec/baselines/base.py"], ["ease", "fixture", "python"]),
         (["llmrec/baselines/markov.py"], ["python"]),
         (["llmrec/registry.py"], ["python"]),
-        # In a process, and not where only types are checked.
+        # An import in a separate process counts, one for type checking does not.
         (["llmrec/sheets.py"], ["process"]),
         (["tests/helper.py"], ["ease"]),
-        # Modules that are found by a pattern, and what their tables name.
+        # Modules that match a pattern, and entries of their tables.
         (["llmrec/chat/command.py"], ["chat"]),
         (["tests/test_docs.py", "tests/test_ease.py"], ["docs", "ease"]),
-        # What the package reads; what its messages only recommend.
+        # Files that the package reads; files that only its messages recommend.
         (["docs/guide.md"], ["docs"]),
         (["docs/gone.md"], ["docs"]),
     ],

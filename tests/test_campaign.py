@@ -1,4 +1,4 @@
-"""Malformed inputs follow from their seed, and the committed campaign has found no defect left."""
+"""Malformed inputs are determined by their seed, and the committed campaign has no open defect."""
 
 from __future__ import annotations
 

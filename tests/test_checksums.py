@@ -1,4 +1,4 @@
-"""Checksums of stored files: a changed byte is a damaged file, and never another result."""
+"""Checksums of stored files: a changed byte is reported as damage, and never changes a result."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_changed_byte_of_a_stage_is_detected(tmp_path: Path) -> None:
                 result = checked(bytes(spoilt))
             except ValueError:
                 continue
-            # The mark of the checksum itself is damaged: nothing else is.
+            # Only the marker of the checksum is damaged, and nothing else.
             assert STORED.items() <= result.items()
     path = tmp_path / "stage.json"
     path.write_text(json.dumps(STORED, indent=1) + "\n", encoding="utf-8")

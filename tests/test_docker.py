@@ -37,7 +37,7 @@ class Instruction:
 
 @cache
 def instructions(file: Path) -> list[Instruction]:
-    """Split a Dockerfile into instructions; comments go, continued lines are joined."""
+    """Split a Dockerfile into instructions; comments are dropped, continued lines are joined."""
     lines = [line for line in file.read_text(encoding="utf-8").splitlines() if not line.lstrip().startswith("#")]
     text = "\n".join(lines).replace("\\\n", " ")
     return [Instruction(*line.split(None, 1)) for line in text.splitlines() if line.strip()]
@@ -58,7 +58,7 @@ def compose() -> dict[str, Any]:
 
 
 def allowed(path: str) -> bool:
-    """Whether .dockerignore lets a path of the repository into the build; the last line that fits decides."""
+    """Whether .dockerignore admits a path of the repository to the build; the last matching line decides."""
     result = True
     parts = Path(path).parts
     parents = ["/".join(parts[: n + 1]) for n in range(len(parts))]
@@ -115,7 +115,7 @@ def test_private_or_large_files_are_ignored(path: str) -> None:
 
 
 def test_images_differ_only_in_base_and_engine() -> None:
-    """The image refuses drivers that are too old for its CUDA, so its CUDA must be the one that torch asks for."""
+    """The image rejects drivers that are too old for its CUDA version, which must be the one that torch requires."""
     (base,) = rests(DOCKER / "Dockerfile.cuda", "FROM")
     major = int(base.partition(":")[2].partition(".")[0])
     assert major == max(_DRIVERS)
@@ -223,11 +223,11 @@ def test_services(compose: dict[str, Any]) -> None:
     (device,) = services["gpu"]["deploy"]["resources"]["reservations"]["devices"]
     assert device["capabilities"] == ["gpu"]
     assert device["driver"] == "nvidia"
-    # A tmpfs may not be executed from unless it says so, and kernels' launchers are compiled and loaded.
+    # A tmpfs is noexec by default, but the launchers of kernels are compiled and loaded.
     caches = services["gpu"]["environment"]
     assert {"TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"} <= set(caches)
     assert all(folder.startswith("/cache/") for folder in caches.values())
-    # What runs write lies in volumes of the places that the images declare.
+    # Runs write to volumes at the paths that the images declare.
     for name in ("cpu", "gpu"):
         assert [entry.split(":")[1] for entry in services[name]["volumes"]] == ["/app/runs", "/cache"]
     named = {entry.split(":")[0] for name in ("cpu", "gpu") for entry in services[name]["volumes"]}

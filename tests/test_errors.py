@@ -54,7 +54,7 @@ def test_facts_survive_pickling_and_raising() -> None:
 
 
 def test_structure_finds_errors_without_kind_and_circles() -> None:
-    """Under its name, another name, as a class that is derived from it, and raised as a class."""
+    """Errors appear under their name, under an alias, as a subclass, and raised as a class."""
     sources = {
         "llmrec.errors": "class LlmrecError(Exception): ...\nclass DataError(LlmrecError): ...",
         "llmrec.a": "from llmrec.errors import DataError as Wrong\nclass Mine(Wrong): ...\nraise Wrong('x')",

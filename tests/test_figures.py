@@ -1,4 +1,4 @@
-"""Figures of README.md, docs/ and the generated pages are what the committed results say."""
+"""Figures in README.md, docs/ and the generated pages equal the committed results."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def copied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def checkout(copied: Path) -> Iterator[Path]:
-    """A copy of what is checked, to plant edits in; put right again afterwards."""
+    """Yield a copy of the checked files, which tests may edit; edits are undone afterwards."""
     before = {path: path.read_bytes() for path in copied.rglob("*") if path.suffix in {".md", ".json", ".yaml", ".svg"}}
     yield copied
     for path, content in before.items():
@@ -297,7 +297,7 @@ def test_rejects_comments_that_do_not_match(text: str, says: str) -> None:
 def test_records_a_run_only_with_its_recipe(tmp_path: Path) -> None:
     page = ROOT / "recipes" / "quickstart.yaml"
     kept = json.loads((ROOT / "eval" / "results" / "quickstart.json").read_text())
-    # A run of this page today, whatever the defaults were when the kept one was made.
+    # A run of this recipe with the current defaults, which may differ from those of the stored run.
     today = {"recipe": load_recipe(str(page)).model_dump(mode="json")}
     output = today | {"machine": {**kept["machine"], "gpu": "a card"}, "notes": ["made: a note of the run"]}
     (tmp_path / "results.json").write_text(json.dumps({**kept, **output}))

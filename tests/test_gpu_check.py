@@ -32,7 +32,7 @@ def machine(tmp_path: Path, llama_folder: Path) -> Machine:
 
 
 def inside(check: Check) -> Facts:
-    """Return a measurement that passes, one level deep as some checks nest them."""
+    """Return a measurement that passes, nested by one level as in some checks."""
     return {"way": {name: low if math.isfinite(low) else high for name, (low, high) in check.limits.items()}}
 
 
@@ -152,7 +152,7 @@ def test_runs_commands_and_keeps_their_output(machine: Machine) -> None:
 
 
 def nan_under_masks(patch: pytest.MonkeyPatch) -> None:
-    """Have attention return NaN gradients in bfloat16 with a mask, as cuDNN 9.20 does on some GPUs."""
+    """Make attention return NaN gradients in bfloat16 with a mask, as cuDNN 9.20 does on some GPUs."""
     import torch
 
     attention = torch.nn.functional.scaled_dot_product_attention
@@ -167,7 +167,7 @@ def nan_under_masks(patch: pytest.MonkeyPatch) -> None:
 
 
 def mask_that_is_causal(patch: pytest.MonkeyPatch) -> None:
-    """Have rows see what other rows of their masked row hold."""
+    """Let rows see the other rows that are packed into the same masked row."""
     import torch
 
     from llmrec.train import loss

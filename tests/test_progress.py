@@ -17,7 +17,7 @@ from llmrec.progress import Bar, BatchBar, count_answers, span
 
 
 class Clock:
-    """A clock that advances when it is waited for, until its work ends."""
+    """A clock that advances only when code waits, until its work ends."""
 
     def __init__(self, ends: float) -> None:
         self.now, self._ends = 0.0, ends
@@ -42,7 +42,7 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Clock:
-    """Work of a hundred seconds."""
+    """The clock of work that takes a hundred seconds."""
     caplog.set_level(logging.INFO, logger="llmrec.progress")
     clock = Clock(100.0)
     monkeypatch.setattr(progress, "time", clock)
@@ -50,13 +50,13 @@ def clock(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> 
 
 
 def timed(bar: Bar, clock: Clock) -> Bar:
-    """Return a bar that goes by a clock."""
+    """Return a bar that uses a clock."""
     bar._ended = clock  # type: ignore[assignment]
     return bar
 
 
 def waited(bar: Bar) -> None:
-    """Let a piece of work take its time."""
+    """Run a bar until its work ends."""
     with bar:
         assert bar._ticker is not None
         bar._ticker.join()
@@ -73,7 +73,7 @@ def test_lines_have_progress_and_remaining_time(clock: Clock, caplog: pytest.Log
     lines = messages(caplog)
     assert lines[0] == "sasrec: 5 of 100 epochs, loss 6.100; 10 s so far, 3 min left at most"
     assert lines[-1] == "sasrec: done 5 of 100 epochs, 2 min"
-    # Growing intervals: as much again as half of the time so far.
+    # Intervals grow: half of the elapsed time, but at least 10 s.
     times = [line.partition("; ")[2].partition(" so far")[0] for line in lines[:-1]]
     assert times == ["10 s", "20 s", "30 s", "45 s", "68 s"]
 
@@ -151,7 +151,7 @@ def test_bar_advances_within_a_batch() -> None:
         count_answers(1)
         bar.advance(2)
         count_answers(1)
-        # More than was expected, and the rest of a batch that is not full.
+        # More answers than expected, and a last batch that is not full.
         for _ in range(2):
             count_answers(2)
         bar.advance(2)
@@ -175,7 +175,7 @@ def test_several_prompts_of_a_question_count_once() -> None:
 
 
 def test_transformers_backend_reports_progress(llama_folder: Path) -> None:
-    """One call scores a whole batch of requests, which took nine minutes without a sign of life."""
+    """One call scores a whole batch of requests, which took nine minutes without any progress output."""
     pytest.importorskip("torch", reason="the train extra is not installed")
     from llmrec.backends.encode import Encoder
     from llmrec.backends.hf.backend import HFBackend

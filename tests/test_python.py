@@ -123,7 +123,7 @@ def test_auto_accepts_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     def first(search: Any) -> None:
         search.tried = {part.label: autos.Tried(part) for part in search.parts}
 
-    # The search itself has tests of its own: here every recommender has one trial.
+    # The search itself has separate tests: here every recommender has one trial.
     trial = Done(parameters={}, value=0.5, seconds=0.1)
     parts = [Part(name, name) for name in ("popularity", "markov")]
     monkeypatch.setattr(autos, "parts_for", lambda dataset, encoder, **more: parts)

@@ -1,4 +1,4 @@
-"""What pip would install for a GPU, and whether the lowest allowed versions go together, from the package index.
+"""Checks with the package index what pip would install for a GPU, and that the lowest allowed versions are compatible.
 
 ``LLMREC_NETWORK=1 pytest tests/test_resolution.py`` starts it.
 
@@ -27,12 +27,12 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).resolve().parent.parent
-# Found together by a dry run.
+# Versions that a dry run resolved together.
 FOUND = {"torch": "2.14.0", "transformers": "5.20.2", "vllm": "0.33.0", "trl": "1.16.0", "peft": "0.21.2"}
 
 
 def _plain_index() -> dict[str, str]:
-    """Return an environment in which pip asks the configured index, without this machine's constraints and folders."""
+    """Return an environment in which pip uses the configured index, without this machine's constraints and folders."""
     pip = [sys.executable, "-m", "pip", "config", "get"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
     for key in ("index-url", "cert", "proxy"):
@@ -44,18 +44,18 @@ def _plain_index() -> dict[str, str]:
     return {**environment, "PIP_CONFIG_FILE": os.devnull}
 
 
-# Those that need no engine, which pins its own versions; the first is the core.
-EXTRAS = ("", "train", "text", "openai", "serve", "mcp", "reviews", "tables")
+# Extras without an engine, which would pin versions; the first one is the core.
+EXTRAS = ("", "train", "text", "openai", "serve", "mcp", "tables")
 
 
 @pytest.mark.parametrize("extra", EXTRAS)
 def test_the_lowest_versions_resolve(extra: str, tmp_path: Path) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    # What an extra brings may need more than the core's own lowest versions, so that each is held to its own bounds.
+    # An extra may need higher versions than the core, so each is checked with its own lowest versions.
     texts = project["optional-dependencies"][extra] if extra else project["dependencies"]
     requirements = [Requirement(each) for each in texts]
     bounds = {want.name: bound.version for want in requirements for bound in want.specifier if bound.operator == ">="}
-    # Of a bound such as 5.16 any 5.16.x will do: the first of them may never have been published.
+    # For a bound such as 5.16, any 5.16.x is accepted: the first of them may never have been published.
     lines = [f"{name}=={version}{'.*' if version.count('.') < 2 else ''}" for name, version in bounds.items()]
     (tmp_path / "lowest.txt").write_text("\n".join(lines), encoding="utf-8")
     venv.create(tmp_path / "venv", with_pip=True)

@@ -1,4 +1,4 @@
-"""The documentation site, as far as it goes without its generator: navigation, links, the example, the checker."""
+"""The documentation site, as far as testable without its generator: navigation, links, the example, the checker."""
 
 from __future__ import annotations
 

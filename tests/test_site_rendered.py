@@ -1,4 +1,4 @@
-"""The check of rendered pages, on pages that are made to be wrong in one way each."""
+"""The check of rendered pages, on pages with one planted error each."""
 
 from __future__ import annotations
 

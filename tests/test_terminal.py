@@ -60,7 +60,7 @@ main(app_of({"one": one, "serve": serve}))
 
 
 def ended(*args: str, command: str = "one") -> subprocess.CompletedProcess[str]:
-    # Other tests run commands with -q in this process, which leaves PYTHONWARNINGS behind.
+    # Other tests run commands with -q in this process, which leaves PYTHONWARNINGS set.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
     line = [sys.executable, "-c", PROGRAM, command, *args]
     return subprocess.run(line, capture_output=True, text=True, timeout=60, check=False, env=environment)
@@ -184,6 +184,6 @@ def test_warning_is_printed_once_in_a_command(
                 assert messages() == ["done"]
             known = noted()
         assert len(messages()) == 5
-        # As in another process that the command started.
+        # As in a process that the command starts.
         with once(known):
             assert messages() == ["done"]

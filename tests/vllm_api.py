@@ -72,7 +72,7 @@ ATTRIBUTES = (
 )
 """Attributes and methods that the code reads from vLLM's objects, by the class that has them."""
 
-# Calls by the name of the called, and the class whose fields or parameters their keywords are.
+# Calls by name, and the classes whose fields or parameters their keywords are.
 CALLS: Mapping[str, tuple[tuple[str, str], ...]] = {
     "LLM": ((LLM, "LLM"), ("vllm/engine/arg_utils.py", "EngineArgs")),
     "SamplingParams": (("vllm/sampling_params.py", "SamplingParams"),),
@@ -81,7 +81,7 @@ CALLS: Mapping[str, tuple[tuple[str, str], ...]] = {
 # A class of llmrec whose fields are keywords of `LLM`.
 OPTIONS = "_Options"
 VARIABLE = re.compile(r"VLLM_[A-Z0-9_]+")
-# The key of a server, which vLLM's command reads.
+# Folders with environment variables; docker/ has the server's key, which vLLM's command reads.
 FOLDERS = ("llmrec", "docker")
 
 

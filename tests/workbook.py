@@ -22,7 +22,7 @@ def sheet(rows: list[tuple[object, ...]]) -> str:
 
 
 def workbook(path: Path, sheets: dict[str, list[tuple[object, ...]]]) -> Path:
-    """Write a workbook, its sheets in this order; the first row of each is its header."""
+    """Write a workbook with its sheets in this order; the first row of each is the header."""
     kind = "http://schemas.openxmlformats.org/officeDocument/2006/relationships"
     package = "http://schemas.openxmlformats.org/package/2006"
     main = "application/vnd.openxmlformats-officedocument.spreadsheetml"

@@ -1,4 +1,4 @@
-"""Requests and options for the ranking tests; run as a script it ranks, and kills itself after some parts."""
+"""Requests and options for the ranking tests; as a script, ranks requests and kills itself after some parts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TITLES = {str(n): f"{WORDS[n % 12]} {WORDS[(n // 12 + n) % 12]} ({1950 + n})" fo
 
 
 def options(model: Path | str, requests: Path, out: Path, **changes: Any) -> RankOptions:
-    """Return options as the command line gives them, on hf and in float32."""
+    """Return the options of the command line, with the hf backend and float32."""
     values: dict[str, Any] = {"backend": "hf", "dtype": "float32", "batch": 3}
     return RankOptions(model=str(model), requests=requests, out=out, **values | changes)
 
@@ -45,7 +45,7 @@ def items_csv(folder: Path) -> Path:
 
 
 def records(count: int, *, candidates: int = 5, history: int = 4) -> list[dict[str, Any]]:
-    """Return requests by id, all different."""
+    """Return distinct requests with ids."""
     ids = list(TITLES)
     return [
         {
@@ -65,7 +65,7 @@ def jsonl(path: Path, requests: list[Any]) -> Path:
 
 
 def make_run(model: Path, folder: Path) -> Path:
-    """Make a run folder as training leaves it, without its adapter."""
+    """Create a run folder as after training, but without the adapter."""
     changes = ["data={source: made-reviews, noun: products}", "reviews=null", "eval.candidates.count=5"]
     recipe = load_recipe("recipes/movielens-100k/four-tasks.yaml", [*changes, "tasks.direct.templates=[shortlist]"])
     (folder / "merged").mkdir()
@@ -110,7 +110,7 @@ class Killed(BaseException):
 
 
 def dying(parts: int) -> Callable[[Path, Sequence[Ranked]], None]:
-    """Return a `write_part` that writes so many parts and then dies."""
+    """Return a `write_part` that writes this many parts and then raises `Killed`."""
     done: list[Path] = []
 
     def write(path: Path, results: Sequence[Ranked]) -> None:
@@ -123,7 +123,7 @@ def dying(parts: int) -> Callable[[Path, Sequence[Ranked]], None]:
 
 
 def toy_run(model: Path, folder: Path) -> Path:
-    """Make a run whose model answers every verb."""
+    """Create a run whose model supports every kind of request."""
     folder.mkdir()
     run = make_run(model, folder)
     recipe = load_recipe(str(run / "recipe.yaml"), ["tasks.ctr={}"])

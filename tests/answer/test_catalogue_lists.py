@@ -1,4 +1,4 @@
-"""The best items of the catalogue: excluded items, and the order of ties, alone and in a batch."""
+"""The best items of the catalogue: excluded items, and the order of ties, for one request and in a batch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COLUMNS = {name: column for column, name in enumerate(NAMES)}
 
 
 def names(least: int = 0) -> st.SearchStrategy[frozenset[str]]:
-    # One of them is no item of the recommender.
+    # "new" is not an item of the recommender.
     return st.frozensets(st.sampled_from([*NAMES, "new"]), min_size=least)
 
 

@@ -26,7 +26,7 @@ ROWS = [
     for step in range(6)
 ]
 ITEMS = [{"article": f"i{n}", "title": f"Tale {n}", "genre": "odd" if n % 2 else "even"} for n in range(12)]
-# Each user's next item, and for u0 the one after it; a pair that is repeated counts once.
+# Each user's next item, and for u0 also the one after it; a repeated pair counts once.
 TEST = [{"buyer": f"u{user}", "article": f"i{(user + 6) % 12}"} for user in range(40)]
 TEST += [{"buyer": "u0", "article": "i7"}, {"buyer": "u0", "article": "i7"}]
 COLUMNS: dict[str, Any] = {"user": "buyer", "item": "article", "time": "day"}
@@ -34,7 +34,7 @@ KINDS = [pd.DataFrame, pl.DataFrame, pa.Table.from_pylist]
 
 
 class Rare(ScoredBaseline[NoParameters, Any]):
-    """Ranks items by how few have chosen them."""
+    """Ranks the least popular items first."""
 
     name = "rare"
     Config = NoParameters
@@ -110,7 +110,7 @@ def test_text_models_rank_new_items(tmp_path: Path) -> None:
     rec.save(tmp_path / "saved")
     with llmrec.load(tmp_path / "saved") as again:
         assert again.rank(history=["i3"], k=1)[0].item_id == "new"
-    # A model of interactions has nothing to say about it.
+    # Collaborative filtering cannot rank an item without interactions.
     assert "new" not in llmrec.fit(pl.DataFrame(ROWS), items, "item-knn", **COLUMNS).items
 
 
@@ -172,7 +172,7 @@ def test_saved_recommender_gives_same_results(model: str, tmp_path: Path) -> Non
             assert again.rate("i3", user="u1") == pytest.approx(recommender.rate("i3", user="u1"))
             return
         assert again.rank(user="u1") == recommender.rank(user="u1") and again.items == recommender.items
-        # A saved recommender is saved again, over itself too.
+        # A loaded recommender can be saved again, also over itself.
         assert again.save(folder) == folder
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").write_text("mine")

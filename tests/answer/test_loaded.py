@@ -254,7 +254,7 @@ def test_predict_file(rec: Loaded, run: Path, tmp_path: Path) -> None:
     assert first["value"] == rec.rate("k03", history=[{"item_id": "k01", "rating": 5}], user="u01")
     assert (first["item_id"], first["error"], first["request_id"]) == ("k03", None, "a")
     assert "'item' is missing" in none["error"] and "nowhere" in strange["error"]
-    # A known user without a history in the file has the stored one.
+    # A known user without a history in the file gets the stored history.
     assert known["value"] == rec.rate("k03", user="u01") != first["value"]
     assert not list(tmp_path.glob("*.sqlite*"))
 
@@ -365,7 +365,7 @@ def test_refresh_adds_events_and_items(rec: Loaded, run: Path, tmp_path: Path) -
     assert again["new interactions"] == 0
     with llmrec.load(str(tmp_path / "out"), backend="hf", dtype="float32") as new:
         assert [event.item_id for event in new.known.histories.of_user("fresh")] == ["k01", "n1"]
-        # Held-out interactions of the run are learned from as well: nothing is measured with this folder.
+        # Held-out interactions of the run are training data too, because this folder is not evaluated.
         assert (
             new.rank(history=["k02"], k=1, model="popularity")[0].score
             >= rec.rank(history=["k02"], k=1, model="popularity")[0].score
@@ -383,7 +383,7 @@ def test_refresh_of_classic_run_ranks_new_items(tmp_path: Path, monkeypatch: pyt
     page = load_recipe(str(resource("recipes", "made") / "classic.yaml"))
     (classic / "recipe.yaml").write_text(dump(page), encoding="utf-8")
     items = _csv(tmp_path / "items.csv", "item_id,title\nn1,A new kettle\nn2,A kettle for tea\n")
-    # Files of the working folder do not matter.
+    # Files in the working folder have no effect.
     monkeypatch.chdir(tmp_path)
     result = refresh(RefreshOptions(model=str(classic), items=items, out=tmp_path / "live"))
     assert result["new items"] == 2
@@ -395,7 +395,7 @@ def test_refresh_of_classic_run_ranks_new_items(tmp_path: Path, monkeypatch: pyt
         user = new.users[0]
         texts, counts = ([each.item_id for each in new.rank(user=user, k=60, model=name)] for name in new.models)
         assert {"n1", "n2", "n3"} <= set(texts)
-        # They have no interactions.
+        # The new items have no interactions.
         assert {"n1", "n2", "n3"}.isdisjoint(counts[:10])
 
 
@@ -455,7 +455,7 @@ def test_refresh_keeps_validation_interactions_of_networks(tmp_path: Path) -> No
     choosing = halves(data, load_stored(run).eval.fusion.reserved)[0].valid
     kept = rows.filter(pl.col("part") == "valid").select("user_id", "item_id")
     assert set(kept.iter_rows()) == set(choosing.select("user_id", "item_id").iter_rows()) and kept.height
-    # The full log with an earlier event of a held-out pair, which is in neither part.
+    # The full log plus an earlier event of a held-out pair; the event is in neither part.
     user, item = next(iter(kept.iter_rows()))
     log = data.dataset.interactions.select(pl.col("user_id", "item_id").cast(pl.String), "timestamp").write_csv()
     events = _csv(tmp_path / "log.csv", f"{log}{user},{item},1\n")
@@ -517,7 +517,7 @@ def test_histories_have_the_order_of_the_split(rec: Loaded) -> None:
 
 def test_refresh_adds_repeated_event_once(rec: Loaded, run: Path, tmp_path: Path) -> None:
     before = len(rec.known.histories.items)
-    # The new event is the oldest of all.
+    # The new event is older than all others.
     events = _csv(tmp_path / "new.csv", "user_id,item_id,timestamp\nu01,k40,1\nu01,k40,1\n")
     result = refresh(RefreshOptions(model=str(run), events=str(events), out=tmp_path / "out"))
     assert result["new interactions"] == 1 and result["interactions"] == before + 1

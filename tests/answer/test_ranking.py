@@ -1,4 +1,4 @@
-"""`llmrec rank` on files: formats, bad lines, resume after kills, and no influence between lines."""
+"""`llmrec rank` on files: formats, bad lines, resume after kills, and independence of lines."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_bad_lines_fail_alone(llama_folder: Path, tmp_path: Path) -> None:
     assert "'nowhere'" in by_id["gap"]["notes"][0]
     assert "cut to 300" in by_id["huge"]["notes"][0]
     assert len(by_id["one"]["items"]) == 1 and by_id["one"]["scores"][0] < 0
-    # A bad neighbour changes nothing: the last line is the first one under another name.
+    # A bad line does not affect others: the last line is the first one with another id.
     for name in ("last", "gap"):
         assert by_id[name]["items"] == by_id["good"]["items"]
         assert by_id[name]["scores"] == pytest.approx(by_id["good"]["scores"], abs=1e-3)
@@ -183,7 +183,7 @@ def test_long_prompts_fail_alone(llama_folder: Path, tmp_path: Path) -> None:
 
 @given(st.permutations(list(TITLES.values())[:6]), st.sampled_from([CONTINUE, LABEL]))
 def test_ties_follow_the_seed(tools: tuple[bundle.Bundle, HFBackend, Encoder], pool: list[str], way: Asking) -> None:
-    """A model that prefers first labels, or nothing, ranks by the hash of the request id."""
+    """A model that prefers the first labels, or has no preference, ranks by the hash of the request id."""
     opened, _, encoder = tools
     blind = FakeBackend(prefer=lambda text, label: -float("ABCDEF".find(label)) if len(label) == 1 else -1.0)
     ranked = []
@@ -223,7 +223,7 @@ def test_many_candidates_are_scored_in_slices(
     some = requests_of({"id": "r", "history": ["Heat"], "candidates": list(answer.items[:30])})
     (few,) = rank_requests(opened, some, way=CONTINUE, backend=backend, encoder=encoder, batch=8)
     assert isinstance(few, Ranking) and few.scores == pytest.approx(answer.scores[:30], abs=1e-3)
-    # Each slice reads the prompt again.
+    # Each slice of the candidates processes the prompt again.
     assert answer.cost.forwards > 5 and few.cost.forwards == 1
     assert answer.cost.prompt_tokens == answer.cost.forwards * few.cost.prompt_tokens
 
@@ -304,7 +304,7 @@ def test_run_has_its_items_and_templates(tuned: Path, tmp_path: Path) -> None:
     assert (summary["ranked"], summary["failed"]) == (1, 1)
     first = lines(tmp_path / "out.jsonl")[0]
     assert first["request_id"] == "1" and first["titles"] == [known[item].title for item in first["items"]]
-    # The folder by itself knows no items, unless a table lies in it.
+    # The model folder alone has no catalogue, unless it contains a table of items.
     merged = tmp_path / "merged"
     merged.mkdir()
     for file in (tuned / "merged").iterdir():
@@ -319,7 +319,7 @@ COUNT = 11
 
 
 def uninterrupted(model: Path, folder: Path, name: str, **changes: Any) -> bytes:
-    """Rank requests with a broken one and a repeated id, which a later part must still know of."""
+    """Rank requests with a malformed one and a repeated id, which must be detected in a later part."""
     requests: list[Any] = records(COUNT)
     requests[4], requests[9]["id"] = "{", "r1"
     path = jsonl(folder / "in.jsonl", requests)
@@ -337,7 +337,7 @@ def test_resume_after_kill_makes_damaged_part_again(
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(run, "write_part", dying(3))
         rank_file(chosen)
-    # A damaged part is made again.
+    # A damaged part is computed again.
     (chosen.parts / "part-00000000.jsonl").write_text("{}\n", encoding="utf-8")
     rank_file(chosen)
     assert chosen.out.read_bytes() == clean
@@ -409,7 +409,7 @@ def test_complete_output_is_kept(llama_folder: Path, tmp_path: Path, monkeypatch
 def test_too_long_pointwise_question_fails_alone(llama_folder: Path, tmp_path: Path) -> None:
     titles = {
         "plain": ["Heat 2", "Casino"],
-        # Fewer letters than another title, and far more tokens.
+        # Fewer characters than the other title, but far more tokens.
         "long": [
             "The user chose and ranked the candidates in order",
             "千と千尋の神隠しと風の谷のナウシカ、となりのトトロ",
@@ -505,10 +505,10 @@ def test_pretrained_model_ranks_real_titles(tmp_path: Path) -> None:
     assert rank_file(chosen)["failed"] == 0
     saga, cold, too, new = (dict(zip(row["items"], row["scores"], strict=True)) for row in lines(chosen.out))
     assert next(iter(saga)) == "m0"
-    # The history speaks for its sequel, and for that more than for anything else.
+    # The history raises the score of its sequel more than that of any other item.
     assert max(ids, key=lambda item: saga[item] - cold[item]) == "m0"
     assert next(iter(new)) == "new"
-    # Every cold user gets one and the same ranking, whoever asks and in whatever order.
+    # Users without a known history get the same ranking, regardless of user id and order of candidates.
     assert too == cold and list(too) == list(cold)
     assert "no history" in lines(chosen.out)[2]["notes"]
 

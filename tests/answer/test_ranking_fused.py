@@ -1,4 +1,4 @@
-"""`llmrec rank --fuse`: the lists of a fusion are those that its run evaluated, to the last digit."""
+"""`llmrec rank --fuse`: the lists of an ensemble equal those that its run evaluated, to the last digit."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_export_with_interactions_gives_same_lists(run: Path, tmp_path: Path) ->
         rank_file(options(tmp_path / "bare", requests, tmp_path / "o.jsonl", fuse="baselines"))
     export(run, tmp_path / "whole", with_interactions=True, **bare)
     carried = pl.read_parquet(tmp_path / "whole" / "interactions.parquet")
-    # Users are exported as numbers; which users choose an epoch depends on their original ids.
+    # Users are exported as numbers, although their original ids decide which users select the epoch.
     recipe = load_stored(run)
     choosing = halves(build_study(recipe).data, recipe.eval.fusion.reserved)[0]
     kept = ranking_cases(choosing, 9)
@@ -83,7 +83,7 @@ def test_export_with_interactions_gives_same_lists(run: Path, tmp_path: Path) ->
     assert cases == [(case.request.user_id, case.truth) for case in kept]
     assert all(name.removeprefix(NUMBERED).isdigit() for name in carried["user_id"])
     assert set(carried["part"]) == {"train", "valid"}
-    # No hash goes along, by which a guess could be tried.
+    # No hash is exported, because it would allow guessed user ids to be verified.
     assert sorted(carried["drawn"].drop_nulls()) == list(range(choosing.valid.height))
     for fuse, row in (("baselines", CONTROLS), ("model", JOINED)):
         rank_file(options(tmp_path / "whole", requests, tmp_path / f"{fuse}.jsonl", fuse=fuse, batch=64))
@@ -101,7 +101,7 @@ def test_results_list_members_of_ensembles(run: Path) -> None:
     assert [part["name"] for part in joined["fusion"]["parts"]] == [*names, "likelihood"]
     assert (alone["reads"], joined["reads"]) == ("texts", "language model")
     if events["fusion"]["form"] == "ranker":
-        # A model that says little is added to the ranker by a weight, or not at all.
+        # A model with little information is added to the ranker with a weight, or not at all.
         assert alone["fusion"]["form"] == "ranker" and alone["fusion"]["trees"]
         assert joined["fusion"]["form"] == "ranker" or joined["fusion"]["base"]["trees"]
     compared = {(each["a"], each["b"]) for each in results_of(run)["comparisons"] if "verdict" in each}
@@ -146,7 +146,7 @@ def test_fuses_two_runs_without_a_model(run: Path, tmp_path: Path, monkeypatch: 
     assert sum(row["arm"] == "baseline" for row in rows.values()) == 8
     assert {row["arm"] for row in rows.values()} == {"baseline", "tuned", "zero-shot"}
     alone = rows["sequential/baseline/fusion with texts"]
-    # The ensembles of the baselines are those of the run.
+    # The ensembles of the baselines equal those of the run.
     known = {row["id"]: row["fusion"] for row in results_of(run)["rows"] if row.get("fusion")}
     for name in ("sequential/baseline/fusion", alone["id"]):
         assert rows[name]["fusion"] == known[name]

@@ -43,7 +43,7 @@ assistant: """
 def written(
     plain: bundle.Bundle, encoder: Encoder, answer: str, *records: dict[str, Any], way: Asking = LABEL, **more: Any
 ) -> tuple[list[Reasons], list[str]]:
-    """Write rationales for rankings in the order of the candidates."""
+    """Return rationales for rankings in the order of the candidates, and their prompts."""
     prompts: list[str] = []
 
     def complete(text: str) -> str:
@@ -135,7 +135,7 @@ def test_rationales_do_not_change_the_ranking(llama_folder: Path, tmp_path: Path
     assert total["forwards"] == sum(row["rationale_forwards"] for row in lines(explained.out)) > 0
     assert total["per_request"]["forwards"] == pytest.approx(total["forwards"] / 3, abs=0.01)
     assert (summary["forwards"], summary["prompt_tokens"]) == (first["forwards"], first["prompt_tokens"])
-    # No more than are kept.
+    # At most the kept number of items.
     rank_file(replace(explained, out=tmp_path / "top.jsonl", top=1))
     assert [row["rationale"] for row in lines(tmp_path / "top.jsonl")] == [
         row["rationale"][:1] for row in lines(explained.out)

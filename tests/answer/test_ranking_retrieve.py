@@ -1,4 +1,4 @@
-"""`llmrec rank --retrieve`: retrieved candidates, their random order, and refused options."""
+"""`llmrec rank --retrieve`: retrieved candidates, their random order, and rejected options."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def histories(data: SplitDataset, count: int) -> list[list[str]]:
 
 
 def best_of(model: Any, data: SplitDataset, history: list[str]) -> dict[str, float]:
-    """Return the scores of all items that a history does not hold."""
+    """Return the scores of all items that are not in a history."""
     model.fit(data)
     asking = Request(id="x", user_id="nobody", history=tuple(Event(item_id=item) for item in history))
     (row,) = model.scores([asking])
@@ -91,7 +91,7 @@ def test_unknown_history_gets_popular_items(data: SplitDataset, retriever: Retri
     known = sorted(data.dataset.items)[0]
     (mixed,) = retriever.fill(requests_of(data, {"history": [known, {"title": "nor this"}]}))
     assert mixed.notes == ("retrieval: ignored items missing in the run's data: 'nor this'",)
-    # An id that is given as a title is no id.
+    # An id passed as a title is not treated as an id.
     (request,) = retriever.fill(requests_of(data, {"history": [{"title": known}]}))
     assert "missing in the run's data" in request.notes[0]
 
@@ -139,7 +139,7 @@ def test_ranks_file_with_retrieved_candidates(
     assert summary["retriever"] == {"retriever": "item-knn", "k": 4, "data": data.fingerprint, "seed": 0}
     assert (summary["with_retrieved"], summary["failed"]) == (4, 1) and "retrieving" in summary["seconds"]
 
-    # Killed and run again it is the same to the byte, and another k or recommender is another job.
+    # A killed run that is resumed gives the same bytes; a different k or recommender is a different job.
     killed = options(tuned, path, tmp_path / "out.jsonl", retrieve="item-knn", k=4, task="direct")
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(rank_files, "write_part", dying(1))
@@ -159,5 +159,5 @@ def test_unsupported_retrieval_is_refused(llama_folder: Path, tuned: Path, tmp_p
     with raises(RecipeError, Facts("contradiction", column="--retrieve")):
         rank_file(options(tuned, path, tmp_path / "o.jsonl", retrieve="item-knn", candidates="all"))
     assert not (tmp_path / "o.jsonl").exists()
-    # Without the option, a request without candidates fails as it always did.
+    # Without the option, a request without candidates still fails.
     assert rank_file(options(tuned, path, tmp_path / "p.jsonl"))["failed"] == 1

@@ -1,4 +1,4 @@
-"""Shards of a file give the bytes of one process; incomplete shards are not merged."""
+"""Shards of a file give the same bytes as one process; incomplete shards are not merged."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def rank_options(model: Path, folder: Path, **more: Any) -> RankOptions:
-    """Return options over requests of which one has the id and one the history of another, parts away."""
+    """Return options for requests with one repeated id and one repeated history, several parts apart."""
     requests = records(COUNT, candidates=3, history=2)
     requests[7]["id"] = requests[0]["id"]
     requests[6]["history"] = requests[1]["history"]
@@ -51,7 +51,7 @@ def test_shards_equal_one_process(llama_folder: Path, tmp_path: Path, more: dict
     chosen = rank_options(llama_folder, tmp_path, **more)
     complete = rank_file(replace(chosen, out=tmp_path / "whole.jsonl"))
     last = rank_shard(chosen, Shard(3, 3))
-    # Several shards by one model, as a worker ranks them.
+    # Several shards with one model, as in a worker.
     with open_ranker(chosen, store=tmp_path / "answers.sqlite", budget=Budget()) as ranker:
         folders = [*(rank_shard(chosen, Shard(index, 3), ranker=ranker) for index in (2, 1)), last]
     merged = merge_rank(chosen.target)
@@ -59,7 +59,7 @@ def test_shards_equal_one_process(llama_folder: Path, tmp_path: Path, more: dict
     same = ("key", "lines", "ranked", "failed", "failures", "notes", "prompt_tokens", "completion_tokens", "forwards")
     assert {name: merged[name] for name in same} == {name: complete[name] for name in same}
     assert complete["failed"] == 1 and len(merged["shards"]) == 3
-    # Merged again, or put together from folders elsewhere, nothing is other than before.
+    # Merging again, or merging copies of the folders, gives the same result.
     stamp = chosen.target.stat().st_mtime_ns
     assert merge_rank(chosen.target)["sha256"] == complete["sha256"]
     assert chosen.target.stat().st_mtime_ns == stamp
@@ -94,7 +94,7 @@ def test_killed_shard_resumes_before_merge(llama_folder: Path, tmp_path: Path, m
     assert (summary["lines"], summary["fresh"]) == (5, 3)
     assert merge_rank(chosen.target)["sha256"] == complete["sha256"]
 
-    # A changed part is refused; the command of its shard makes it again.
+    # A changed part is rejected; the command of its shard creates it again.
     part = sorted(folder.glob("part-*"))[0]
     part.write_text(part.read_text("utf-8").replace("r", "s", 1), encoding="utf-8")
     chosen.target.unlink()
@@ -110,7 +110,7 @@ def test_shards_of_other_options_are_not_merged(llama_folder: Path, tmp_path: Pa
     rank_shard(replace(chosen, top=1), Shard(2, 2))
     with raises(LlmrecError, Facts("mismatch", "2-of-2", says="inputs or options")):
         merge_rank(chosen.target)
-    # In another form a row names the user alone: two lists of one user are refused, as one process refuses them.
+    # Rows of the long format contain only the user: two lists of one user are rejected, as in one process.
     long = replace(chosen, form="long")
     rank_shard(long, Shard(1, 2))
     rank_shard(long, Shard(2, 2))

@@ -94,7 +94,7 @@ def test_two_step_needs_profile_template(plain: bundle.Bundle, llama_folder: Pat
     tuned = bundle.read(str(make_run(llama_folder, tmp_path)))
     assert choose_way(tuned, strategy="label").template == "shortlist"
     assert choose_way(tuned, strategy="two-step").template == "with-profile"
-    # A model that was evaluated with a template that shows a profile keeps it.
+    # A model evaluated with a template that shows a profile keeps this template.
     section = tuned.tasks.direct
     assert section is not None
     shown = section.model_copy(update={"templates": (), "eval_templates": ("profile-only",)})
@@ -121,7 +121,7 @@ def test_too_long_profile_fails_alone(plain: bundle.Bundle, encoder: Encoder) ->
     tight = Encoder(encoder.tokenizer, max_length=700)
 
     class Strict(FakeBackend):
-        """Refuses what an engine refuses."""
+        """Rejects prompts that an engine would reject."""
 
         def score(self, prompts: Any, candidates: Any, *, closed: bool = True) -> Any:
             for prompt in prompts:

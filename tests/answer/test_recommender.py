@@ -170,7 +170,7 @@ def test_vllm_options(llama_folder: Path, tmp_path: Path) -> None:
     for value in (0.0, 2.0):
         with raises(RecipeError, Facts("bad-value", column="--gpu-memory", says="--gpu-memory")):
             LanguageModel.open(plain(llama_folder, tmp_path, backend="auto", gpu_memory=value))
-    # There is no second GPU, and the CPU is not taken without a word.
+    # There is no second GPU, and no silent fallback to the CPU.
     with raises(RecipeError, Facts("unsupported", column="eval.tensor_parallel", says=("--tensor-parallel", "0 GPUs"))):
         LanguageModel.open(plain(llama_folder, tmp_path, backend="auto", tensor_parallel=2))
 
@@ -190,7 +190,7 @@ def test_two_language_models_share_a_gpu(tuned: Path, tmp_path: Path, monkeypatc
     assert shares(("tuned",)) == [None]
     assert shares(("tuned", "untuned"), replace(plain, gpu_memory=0.3)) == [0.3, 0.3]
     assert shares(("tuned", "untuned"), replace(plain, backend="hf")) == [None, None]
-    # One engine for both takes all that is free.
+    # One engine for both uses all free memory.
     monkeypatch.setattr(engines.Engines, "is_shared", lambda self, engine, weights: engine == "vllm")
     assert shares(("tuned", "untuned")) == [None, None]
 

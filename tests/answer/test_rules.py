@@ -41,13 +41,13 @@ def ids(chosen: Sequence[tuple[str, float]]) -> list[str]:
 
 
 def values(text: str) -> set[str]:
-    """What a text lists, written plainly."""
+    """Return the values in a comma-separated text, with a plain parser."""
     return {part.strip().lower() for part in text.split(",") if part.strip()}
 
 
 @st.composite
 def field_texts(draw: st.DrawFn) -> str:
-    """A list of values as people write it: in any case, with space, with gaps."""
+    """A comma-separated list with mixed case, spaces and empty entries."""
     parts = draw(st.lists(st.sampled_from((*VALUES, "")), max_size=3))
     shapes = (str, str.upper, str.title, lambda part: f"  {part} ")
     return ",".join(draw(st.sampled_from(shapes))(part) for part in parts)
@@ -80,7 +80,7 @@ QUOTAS = st.lists(st.builds(Quota, st.sampled_from(FIELDS), st.integers(1, 3)), 
 
 
 def passes(rules: Rules, key: str, fields: Mapping[str, str]) -> bool:
-    """Whether rules allow an item, word by word."""
+    """Return whether rules allow an item, with a plain implementation."""
 
     def has(name: str, expected: frozenset[str]) -> bool:
         text = fields.get(name, "")
@@ -177,12 +177,12 @@ def fits(chosen: Sequence[str], items: Mapping[str, Item], quotas: Sequence[Quot
 def test_quota_by_hand() -> None:
     items = catalogue("Comedy, Drama", "comedy", "drama", "", "COMEDY", "war, comedy")
     assert ids(Rules(quotas=(Quota("genre", 2),)).arrange(ranked(items), items, 6)) == ["0", "1", "2", "3"]
-    # The first item takes the room of the next two, and the list is shorter than it could be.
+    # The first item uses the quotas of the next two, so the list is shorter than possible.
     assert ids(Rules(quotas=(Quota("genre", 1),)).arrange(ranked(items), items, 3)) == ["0", "3"]
 
 
 def telling(items: Sequence[Item]) -> dict[str, set[tuple[str, str]]]:
-    """The (field, value) pairs of each item that count, by its id."""
+    """Return the relevant (field, value) pairs of each item, by id."""
     pairs: dict[str, set[tuple[str, str]]] = {each.item_id: set() for each in items}
     for name in {name for each in items for name in each.fields}:
         times = Counter(value for each in items for value in values(each.fields.get(name, "")))
@@ -194,7 +194,7 @@ def telling(items: Sequence[Item]) -> dict[str, set[tuple[str, str]]]:
 
 
 def plainly(rules: Rules, order: Ranked, items: Mapping[str, Item], k: int) -> list[str]:
-    """Maximal marginal relevance as it is written, one item at a time."""
+    """Compute maximal marginal relevance by its definition, one item at a time."""
     pairs = telling([items[key] for key in ids(order)])
     chosen: list[str] = []
     for _ in range(k):
@@ -248,7 +248,7 @@ def test_score_scale_does_not_matter(items: dict[str, Item], rules: Rules, k: in
 
 @given(items=catalogues(), rules=all_rules(), k=st.integers(0, 8), seed=st.integers(0, 99))
 def test_uninformative_fields_do_not_matter(items: dict[str, Item], rules: Rules, k: int, seed: int) -> None:
-    """The order of fields and of the catalogue, how values are written, what one item has or all items share."""
+    """The order of fields and items, the spelling of values, and values of one item or of all items."""
     draw = random.Random(seed)
     shuffled = draw.sample(sorted(items), len(items))
     changed: dict[str, Item] = {}
@@ -263,7 +263,7 @@ def test_uninformative_fields_do_not_matter(items: dict[str, Item], rules: Rules
 @pytest.mark.parametrize(("distinct", "counts"), [(MOST_VALUES, True), (MOST_VALUES + 1, False)])
 def test_field_with_many_values_is_ignored(distinct: int, counts: bool) -> None:
     items = catalogue("v0", *(f"v{n}" for n in range(distinct)))
-    # The second item is the first one's like, if the field counts.
+    # The second item is similar to the first one if the field counts.
     assert ids(Rules(diversity=0.9).arrange(ranked(items), items, 2)) == (["0", "2"] if counts else ["0", "1"])
 
 
@@ -364,7 +364,7 @@ def test_unknown_item_cannot_be_arranged() -> None:
 
 
 def test_allowed_items_follow_catalogue_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thread may be in the middle of it when items change: what it finds belongs to the items that it read."""
+    """Items may change while a thread computes: its result matches the items that it read."""
     shop, rules = Catalogue(catalogue("comedy", "drama")), Rules.read({"without": {"genre": ["war"]}})
     plain, late = Rules.allowed, [item("1", genre="war"), item("2", genre="noir")]
 

@@ -1,4 +1,4 @@
-"""Models served under the name of a row of the report give the lists of that row."""
+"""Models served by the name of a report row return the lists of that row."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ CLASSIC = (
 
 @pytest.fixture(scope="module")
 def linear(tmp_path_factory: pytest.TempPathFactory) -> pipeline.Run:
-    """A run of classic recommenders alone, with linear ensembles."""
+    """A run with only classic recommenders and linear ensembles."""
     recipe = load_recipe("recipes/movielens-100k/four-tasks.yaml", CLASSIC)
     return pipeline.run(recipe, tmp_path_factory.mktemp("rows") / "r", quiet=True)
 
 
 @pytest.fixture(scope="module")
 def ranked(tmp_path_factory: pytest.TempPathFactory) -> pipeline.Run:
-    """A run of classic recommenders alone, whose ensembles are learned rankers."""
+    """A run with only classic recommenders, whose ensembles are learned rankers."""
     pytest.importorskip("lightgbm", reason="the ranker extra is not installed")
     folder = tmp_path_factory.mktemp("ranked")
     overrides = [*CLASSIC, *planted.changes(folder / "data")]
@@ -123,10 +123,10 @@ def test_served_lists_equal_the_evaluation(run: pipeline.Run, rec: Loaded, reque
             ranking = rec.rank(**request, model=name, k=100)
             expected = known[request["id"]]
             assert [each.score for each in ranking] == pytest.approx([score for _, score in expected]), name
-            # Of texts that are equal but for a number, the last digit of a score may order items otherwise.
+            # If texts differ only in a number, rounding of the scores may change the order.
             assert {each.item_id: each.score for each in ranking} == pytest.approx(dict(expected)), name
         lists[name] = known
-    # Two fusions that differ in nothing would prove nothing.
+    # Otherwise the test could not tell the two ensembles apart.
     assert lists["fusion"] != lists["fusion with texts"]
 
 
@@ -157,7 +157,7 @@ def test_ensemble_explains_by_members(
         name, _, value = text.split(", ")[0].rpartition(" ")
         assert name in {part["name"] for part in members} and float(value) > 0
         assert rec.explain(item, history=request["history"], model="fusion with texts") == text
-    # An item of the history, which the list cannot have, is explained among the others.
+    # An item of the history, which the list excludes, is explained too.
     assert rec.explain(request["history"][-1]["item_id"], history=request["history"], model="fusion with texts")
     with monkeypatch.context() as patch:
         patch.setattr(rankers, "TOP", 3)
@@ -204,7 +204,7 @@ def test_test_users_do_not_change_the_default(linear: pipeline.Run, tmp_path: Pa
 
 
 def test_network_is_served_as_evaluated(tmp_path: Path) -> None:
-    """What stops by validation users does so without those that weigh the fusions, when it is served too."""
+    """Early stopping excludes the validation users that weight the ensembles, also in a served model."""
     pytest.importorskip("torch", reason="the train extra is not installed")
     network = "{name: gru4rec, dim: 4, epochs: 12, patience: 1, quiet: true}"
     tasks = f"tasks={{sequential: {{baselines: [random, popularity, item-knn, markov-1, {network}]}}}}"
@@ -291,7 +291,7 @@ def test_ranker_ranks_the_catalogue(ranked: pipeline.Run) -> None:
     lamps = [f"i{n:02d}" for n in range(ITEMS) if WORDS[n % len(WORDS)] == "lamp"]
     with llmrec.load(str(ranked.folder), models=["fusion with texts", "popularity"]) as rec:
         complete = rec.rank(history=lamps[:2], k=ITEMS)
-        # A short history: what comes next is of the same topic.
+        # After a short history, the best items have the same topic.
         assert {item.item_id for item in complete[:4]} == set(lamps[2:]) and len(complete) == ITEMS - 2
         assert [item.score for item in complete] == sorted((item.score for item in complete), reverse=True)
         again = rec.rank(history=lamps[:2], k=ITEMS, exclude_seen=False)
@@ -299,14 +299,14 @@ def test_ranker_ranks_the_catalogue(ranked: pipeline.Run) -> None:
         few = rec.rank(history=lamps[:2], k=ITEMS, where={"only": {"price": ["2"]}})
         kept = {f"i{n:02d}" for n in range(ITEMS) if n % 7 == 1} - set(lamps[:2])
         assert {item.item_id for item in few} == kept
-        # The rules apply before candidates are chosen, and the order is that of the same items as candidates.
+        # Rules apply before candidates are chosen; the order equals that of a request with these candidates.
         expected = rec.rank(history=lamps[:2], k=ITEMS, candidates=sorted(kept))
         assert [(item.item_id, item.score) for item in few] == [(item.item_id, item.score) for item in expected]
         # An item is explained by the contributions of members and features.
         assert "content" in rec.explain(lamps[2], history=lamps[:2])
         strange = rec.rank(history=lamps[:2], candidates=[*sorted(kept), {"title": "A thing of tomorrow"}])
         assert strange[-1].title == "A thing of tomorrow"
-        # No data about the user: the most popular items, as with any model.
+        # Without data about the user, the most popular items are returned, as with any model.
         cold = [item.item_id for item in rec.rank(history=[], k=5)]
         assert cold == [item.item_id for item in rec.rank(history=[], k=5, model="popularity")]
         assert {item.item_id for item in rec.rank(history=[], candidates=lamps)} == set(lamps)

@@ -1,4 +1,4 @@
-"""Generated texts of a recipe: prompts and the data they have seen, resume after a kill, and the use of texts."""
+"""Generated texts of a recipe: prompts and the data in them, resume after a kill, and the use of texts."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_corrections_and_deletions_are_kept(llama_folder: Path, written: Any, tm
 
 
 def test_other_titles_change_the_texts(llama_folder: Path, tmp_path: Path) -> None:
-    """Ids and interactions are the same, and what the texts were written from is not."""
+    """Ids and interactions are the same, but the titles in the prompts differ."""
     columns = {"user": "u", "item": "i", "rating": "r", "time": "t", "title": "name"}
     events = [(f"u{user}", f"i{(user + step) % 11}", 1 + step % 5, step) for user in range(6) for step in range(9)]
 
@@ -144,7 +144,7 @@ def test_resume_after_kill_generates_nothing_twice(
     one, other = FeatureStore.open(written.folder), FeatureStore.open(again.folder)
     for kind in one.kinds:
         assert one.texts(kind, one.ids(kind)) == other.texts(kind, other.ids(kind))
-    # With every answer known no engine is started.
+    # If all answers are stored, no engine is started.
     shutil.rmtree(llama_folder / "none", ignore_errors=True)
     monkeypatch.setattr("llmrec.pipeline.engines.load_model", lambda *_, **__: pytest.fail("an engine was started"))
     assert augmenting.augment(result, tmp_path / "killed", quiet=True).texts == again.texts
@@ -168,7 +168,7 @@ def test_control_without_a_model(llama_folder: Path, tmp_path: Path) -> None:
     assert store.kinds == ("user", "item") and not store.texts("user", store.ids("user"))
     assert store.ids("item") == sorted(each.id for each in request["item"])
     assert len(store.ids("item")) < len(data.dataset.items)
-    # Each taste is of all events that the question shows, those of items that no question is about among them.
+    # Each taste vector covers all events in the prompt, including those of items without a prompt.
     whole = augmenting.without_model(augmenting_recipe(llama_folder, limit=None), tmp_path / "whole").folder
     every = FeatureStore.open(whole)
     assert every.ids("item") == sorted(data.dataset.items)
@@ -183,7 +183,7 @@ def test_control_without_a_model(llama_folder: Path, tmp_path: Path) -> None:
         mixed += bool(liked.any() and not liked.all())
     assert mixed
     assert store.provenance("user").split == data.readable and store.provenance("user").generator == {}
-    # Without ratings it is the mean of all.
+    # Without ratings, the taste vector is the mean of all item vectors.
     two = Features("item", ["a", "b"], np.array([[1.0, 3.0], [3.0, 5.0]]), Provenance(system="x"))
     unrated = [Event(item_id="a"), Event(item_id="b")]
     assert augmenting._taste(data, unrated, two, {"a": 0, "b": 1}, None).tolist() == [2.0, 4.0]
@@ -259,7 +259,7 @@ def test_run_writes_features_and_reuses_them(llama_folder: Path, tmp_path: Path)
     version = (folder / "features" / "current").read_text()
     assert any(row["predictor"].startswith("deepfm(") for row in first.results["rows"])
     assert any(check["name"].startswith("generated texts") for check in _audit(folder))
-    # What the texts say of a few requests, and what the host answers with and without them.
+    # The texts for a few requests, and the recommender's answers with and without them.
     store, shown = FeatureStore.open(folder / "features"), first.results["gallery"]
     for each in shown:
         assert each["profile"] == store.texts("user", [each["user"]["id"]]).get(each["user"]["id"], "")
@@ -284,7 +284,7 @@ def test_prompts_show_generated_texts(llama_folder: Path, complete: Path, tmp_pa
     shown = as_recipe(result.model_dump(), {"data.texts.path": str(store), "tasks": {"sequential": {}}})
     study = build_study(shown)
     assert {each: item.fields["about"] for each, item in study.data.dataset.items.items()} == items
-    # The prompts are the same: no text is generated from another.
+    # The prompts are the same: no text is generated from another generated text.
     _, before = augmenting.questions(result)
     _, after = augmenting.questions(shown)
     assert before == after
@@ -310,7 +310,7 @@ def test_answering_shows_generated_texts(llama_folder: Path, complete: Path, tmp
     assert with_history({**request, "profile": ""}, stored, known.items, profiles) == (answer, True)
     for other_request in ({**request, "profile": "mine"}, {**request, "user_id": "unknown"}, {"history": []}):
         assert with_history(other_request, stored, known.items, profiles) == (other_request, False)
-    # Who is erased is so at once, for what is open too.
+    # An erased user disappears at once, also from stores that are open.
     stores.forget(store, user)
     assert known.profile(user) is None and known.profile(other) and known.profile(None) is None
 
@@ -319,7 +319,7 @@ def test_rejects_another_store_in_prompts(llama_folder: Path, tmp_path: Path) ->
     result = as_recipe(augmenting_recipe(llama_folder).model_dump(), {"data.texts.path": str(tmp_path / "elsewhere")})
     with raises(RecipeError, Facts("contradiction", column="data.texts.path", says=str(tmp_path / "run" / "features"))):
         pipeline.run(result, tmp_path / "run", quiet=True)
-    # What a run writes before it reads it is no fault of a recipe that is checked.
+    # The preflight check accepts a store that the run itself writes before reading it.
     later = as_recipe(result.model_dump(), {"data.texts.path": "runs/toy/features", "name": "toy"})
     assert preflight._writable(later).data.texts is None
     with raises(RecipeError, Facts("contradiction", column="data.texts.path")):

@@ -1,4 +1,4 @@
-"""GENRE's pieces: topics of a closed list, synthetic items of users with few events, and the chain of both."""
+"""Parts of GENRE: topics from a closed list, synthetic items for users with few events, and both in sequence."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_chain_of_texts_makes_no_interaction(
     assert len(request) == len(cold) and all("The person likes: price." in text for text in request)
     assert store.provenance("synthetic").generator["synthetic"] is True
     assert store.provenance("synthetic").split == before.readable
-    # No item, no event and no candidate came of it, and nothing held out was seen.
+    # No item, event or candidate was added, and no held-out data was used.
     assert after.fingerprint == before.fingerprint
     assert not any("Invented" in item.title for item in after.dataset.items.values())
     assert not store.seen("synthetic") & after.held_out
@@ -119,7 +119,7 @@ def test_synthetic_item_precedes_few_events(tmp_path: Path) -> None:
 
     assert int(np.argmax(scores(cold, user))) == 3
     one = items[5:6]
-    # As if the item that it copies stood before the event.
+    # Equal to a history in which the copied item precedes the event.
     assert np.allclose(scores(cold, user, *one), scores(plain, user, items[3], *one), atol=1e-5)
     many = items[5:8]
     assert np.array_equal(scores(cold, user, *many), scores(plain, user, *many))

@@ -1,4 +1,4 @@
-"""Stores of features are made of texts, shown, compared, corrected and emptied of a person."""
+"""Feature stores: created from texts, shown, compared, corrected, and with the data of a user deleted."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_interactions_of_unknown_ids(texts: Path, tmp_path: Path, caplog: pytest
         stores.from_table(str(texts), "user", seen=str(seen), encoder="chance")
     seen.write_text("user_id,item_id\nu1,i1\nU2,i1\n", encoding="utf-8")
     result = stores.from_table(str(texts), "user", seen=str(seen), encoder=tiny_encoder())
-    # u3 has no text, and so nothing to have seen.
+    # u3 has no text, so no interactions are recorded as seen.
     assert result.seen == {"u1": {("u1", "i1")}} and "1 of the 2 users" in caplog.text and "'u2'" in caplog.text
 
 
@@ -93,7 +93,7 @@ def test_forget_removes_a_user(tmp_path: Path) -> None:
     assert store.ids("user") == ["u2"] and store.seen() == {("u2", "i1")}
     assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1
     assert not any(b"u1" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
-    # Of a person whose answer was blank the store knows nothing; nor does it after a call that was killed at its end.
+    # The store lacks users with a blank answer, or whose deletion was killed at its end; leftovers are deleted.
     (tmp_path / "answers.sqlite").write_text("u1 said so")
     (tmp_path / ("0" * 16)).mkdir()
     with raises(DataError, Facts("unknown-name", says="'u1'")):

@@ -1,7 +1,7 @@
-"""A device that is not there: tensors that say ``cuda:0``, hold CPU data, and refuse to meet CPU tensors.
+"""A fake CUDA device: tensors that report ``cuda:0``, hold CPU data, and cannot be mixed with CPU tensors.
 
-Eager CUDA raises where tensors of two devices meet in one operation, and where a CUDA tensor is read by numpy. So do
-these, which finds such mistakes on machines without a GPU. Kernels, memory and speed are not simulated.
+Eager CUDA raises an error if an operation mixes tensors of two devices, or if numpy reads a CUDA tensor. These tensors
+do the same, which reveals such bugs on machines without a GPU. Kernels, memory and speed are not simulated.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 CUDA, CPU = torch.device("cuda:0"), torch.device("cpu")
-# What may meet tensors of another device: an index, the source of a copy, and what only looks at a tensor.
+# Operations that may mix devices: indexing, the source of a copy, and functions that only inspect a tensor.
 _MEETS = {"__getitem__", "__setitem__", "index_put_", "copy_", "to", "type_as", "is_tensor"}
 
 
 class FakeCuda(torch.Tensor):
-    """A tensor on the device that is not there."""
+    """A tensor on the fake device."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -50,7 +50,7 @@ def fake_cuda() -> Iterator[Callable[[Any], Any]]:
 
 
 def on_cuda(value: Any) -> Any:
-    """Move a model, itself, or a tensor to the device."""
+    """Move a model (in place) or a tensor to the fake device."""
     if isinstance(value, torch.Tensor):
         return _wrapped(value)
     with torch._C.DisableTorchFunction():
@@ -117,7 +117,7 @@ def _call(func: Any, args: Any, kwargs: Any) -> Any:
         if name == "__get__" and func.__self__ is torch.Tensor.is_cuda:
             return bool(fakes)
         if name in ("__get__", "__set__"):
-            # Attributes such as the gradient are those of the tensor itself, and not of another view of its data.
+            # Attributes such as the gradient belong to the tensor itself, not to another view of its data.
             return _mapped(func(*args, **kwargs), _wrapped if fakes else lambda leaf: leaf)
         if name == "requires_grad_":
             return func(*args, **kwargs)
@@ -147,14 +147,14 @@ def _call(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _refuse_mixed(name: str, leaves: list[Any]) -> None:
-    """Refuse operations on two devices; single numbers of the CPU are welcome everywhere."""
+    """Reject operations on two devices; CPU scalars are allowed everywhere."""
     strangers = [leaf for leaf in leaves if not isinstance(leaf, FakeCuda) and leaf.dim()]
     if strangers:
         raise RuntimeError(f"Expected all tensors to be on the same device, but {name} got cuda:0 and cpu")
 
 
 def _placed(name: str, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any], bool | None]:
-    """Return arguments without the device that is not there, and whether the result is on it, where they say so."""
+    """Return arguments without the fake device, and whether they place the result on it (None: unspecified)."""
     on_gpu: bool | None = None
     if kwargs.get("device") is not None:
         on_gpu = _is_cuda(kwargs["device"])

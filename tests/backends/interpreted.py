@@ -1,4 +1,4 @@
-"""vLLM's V2 model runner on a CPU with interpreted Triton kernels: the route of GPUs without a GPU.
+"""vLLM's V2 model runner on a CPU with interpreted Triton kernels: the code path of GPUs, without a GPU.
 
 ``python -m tests.backends.interpreted IN OUT`` answers the requests of a JSON file, and writes the results. It is a
 separate process, since Triton reads its mode when it is imported. On a CPU vLLM uses this runner only if Triton has a
@@ -62,7 +62,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     result: dict[str, Any] = {"v2": backend._llm().llm_engine.vllm_config.use_v2_model_runner}
     for name in ("first", "again"):
         result[name] = [list(scores.logprobs) for scores in backend.score(prompts, request["candidates"])]
-        # Dropped rows are read again within the first call, which ends last.
+        # Dropped rows are requested again within the first call, which ends last.
         result[f"{name}_counted"] = counts[-1]
     # An adapted backend is a copy, and must not use this wrapper.
     del backend._read

@@ -256,7 +256,7 @@ def test_route_depends_on_the_model_runner(on_cpu: bool, v2: bool, route: str, m
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (2**36, 2**36))
     options = _start(monkeypatch, on_cpu, v2=v2)
     assert options["route"] == route
-    # The V2 runner refuses this processor.
+    # The V2 runner rejects this logits processor.
     assert ("logits_processors" in options) == (route == "forced") and "enable_lora" not in options
 
 
@@ -294,7 +294,7 @@ def test_recipe_options_are_passed_to_vllm(monkeypatch: pytest.MonkeyPatch, llam
     assert options["workload"] == Workload(tokens=640, token_bytes=2 * 2 * 64 * itemsize, weights=weights)
     assert sharing.identity("vllm", "w")["shared"] == [4, 2] and "shared" not in sharing.identity("hf", "w")
     assert "shared" not in engines_of(EvalSection()).identity("vllm", "w")
-    # Other weights under the same path are another engine.
+    # Other weights under the same path need another engine.
     monkeypatch.setattr(engines, "CachedBackend", lambda *_: SimpleNamespace(close=lambda: None))
     first = sharing.get("vllm", folder, "w")
     assert sharing.get("vllm", folder, "w") is first is not sharing.get("vllm", folder, "v")

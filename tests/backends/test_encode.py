@@ -43,7 +43,7 @@ def test_prompt_cache(encoder: Encoder) -> None:
     first, second = prompt("Heat", "Se7en\n"), prompt("Alien", "Se7en\n")
     ids = [encoder.prompt(each) for each in (first, first, second, first)]
     assert ids[0] == ids[1] == ids[3] != ids[2]
-    # Changing the result does not change the cache.
+    # Changing the returned list does not change the cache.
     encoder.chat(first.messages).append(0)
     assert encoder.prompt(first) == ids[0]
 
@@ -102,7 +102,7 @@ def test_labels_that_differ_in_one_token() -> None:
         assert single_token_labels([(1, 2), (3, 2)], closed=closed) is None
         assert single_token_labels([(1,), (1,)], closed=closed) is None
         assert single_token_labels([(1,)], closed=closed) is None
-    # Shared tokens belong to the scores of closed texts.
+    # The scores of closed texts include shared tokens.
     assert single_token_labels([(7, 1), (7, 2)], closed=True) is None
     assert single_token_labels([(1,), (2,)], closed=True) is not None
 

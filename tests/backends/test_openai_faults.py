@@ -53,7 +53,7 @@ def test_killed_client_resumes(faulty: FaultyServer, tmp_path: Path) -> None:
     outcome = killing.kill(faulty, store, 60, 1, settings={"timeout": 0.5, "concurrency": 8})
     assert outcome.last["different"] == outcome.last["stored"] == 60
     assert outcome.last["wrong"] == [] and outcome.last["recalled"] > 0
-    # At most the concurrent requests are lost.
+    # At most the answers of the concurrent requests are lost.
     assert 0 <= outcome.unstored[0] <= outcome.under_way[0] <= 8
 
 

@@ -140,7 +140,7 @@ def test_no_answer_is_lost_when_a_server_dies_and_returns(
     (client,) = started
     with running(again) as returned:
         for server in client.wire._fleet._servers:
-            server.until = min(server.until, 1e-9)  # its rest is over
+            server.until = min(server.until, 1e-9)  # its pause is over
         more = client.generate(questions(2 * COUNT)[COUNT : COUNT + 60], max_tokens=ROOM)
         assert len({answer.text for answer in more}) == 60
         assert sum(returned.answered.values()) > 10

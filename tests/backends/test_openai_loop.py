@@ -66,7 +66,7 @@ def test_new_jobs_start_when_results_are_taken(loop: Loop) -> None:
     for taken in range(1, 6):
         next(results)
         loop.run(asyncio.sleep(0.02))
-        # The results taken, and those that run concurrently.
+        # The jobs of the results taken, and the concurrent ones.
         assert len(work.begun) == taken + 3
     results.close()  # type: ignore[attr-defined]
 

@@ -153,7 +153,7 @@ def test_run_with_a_server(
     assert rows["likelihood"]["engine"] == "openai:echo"
     assert rows["parsed"]["parse_rate"] == 1.0
     assert done.results["model"] == {"name": "films", "folder": server.url, "dtype": "as served"}
-    # No file of the run has the key: answers, recipe, results, report.
+    # No file of the run contains the key: answers, recipe, results, report.
     files = [file for file in done.folder.rglob("*") if file.is_file()]
     assert len(files) > 8 and all(SECRET.encode() not in file.read_bytes() for file in files)
     usage = sqlite3.connect(done.folder / "answers.sqlite").execute("SELECT * FROM spent").fetchall()

@@ -23,7 +23,7 @@ def model(qwen_folder: Path) -> Any:
 
 
 def prompts(count: int = 24) -> list[list[int]]:
-    """Return prompts with a common history, with lengths around the ends of blocks."""
+    """Return prompts with a common history and with lengths near block boundaries."""
     rng = random.Random(0)
     history = [rng.randrange(3, 250) for _ in range(3 * BLOCK)]
     rows = [

@@ -32,7 +32,7 @@ CELL = "import sys, types; m = sys.modules['__main__'] = types.ModuleType('__mai
 
 
 def run_script(way: str, script: str, folder: Path, seconds: float) -> subprocess.CompletedProcess[str]:
-    """Run a script in one of the three ways."""
+    """Run a script as a file, from stdin or in a notebook."""
     file = folder / "exact.py"
     file.write_text(script)
     arguments = {"file": [str(file)], "stdin": ["-"], "notebook": ["-c", CELL, script]}[way]

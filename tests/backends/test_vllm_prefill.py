@@ -165,7 +165,7 @@ def test_parameters_are_valid_for_vllm() -> None:
     ask = Ask((1, 2, 3), (4, 5), ((4, 6), (5,), (7, 8, 9)))
     options = parameters(vllm, ask, prefill=True)
     options._validate_logprobs(model)
-    # Text and forced tokens are the prompt: rows for its tokens 3 and 4, as vLLM's input processor counts.
+    # Text and forced tokens form the prompt: rows for its tokens 3 and 4, as vLLM's input processor counts.
     assert len(options.prompt_logprob_token_ids) == len(ask.text + ask.forced) - 1 - options.prompt_logprob_start == 2
     assert options.prompt_logprob_token_ids.tolist() == [[4, 6], [5, -1]]
     assert not options.skip_reading_prefix_cache

@@ -17,7 +17,7 @@ from tests.facts import Facts, raises
 
 GIB, MIB = 2**30, 2**20
 LONGEST = 1024
-# SmolLM2-135M in bfloat16: 30 layers, 3 heads of 64 keys and as many values each.
+# SmolLM2-135M in bfloat16: 30 layers, 3 heads, each with 64 keys and 64 values.
 TOKEN, WEIGHTS = 2 * 30 * 3 * 64 * 2, 270 * 10**6
 LEAST = TOKEN * 32 * 34
 

@@ -79,14 +79,14 @@ def test_slow_engine_is_no_trouble(used: list[float], second_process_idle: bool)
 
 @given(st.lists(st.integers(0, 1), min_size=25, max_size=120).filter(lambda s: "0" * 20 not in "".join(map(str, s))))
 def test_steps_count_as_work(stepped: list[int]) -> None:
-    # No twenty observations in a row are without a step.
+    # Every window of twenty observations contains a step.
     steps = [sum(stepped[: n + 1]) for n in range(len(stepped))]
     assert set(judged([(NO_TROUBLE, count) for count in steps])) == {None}
 
 
 @pytest.mark.parametrize("state", ["running", "disk-sleep"])
 def test_engine_that_waits_for_cpu_or_disk_is_no_trouble(state: str) -> None:
-    # Every third observation sees it asleep.
+    # In every third observation, the engine is asleep.
     looks = [([core(0.0, "sleeping" if n % 3 == 0 else state)], 0) for n in range(200)]
     assert set(judged(looks)) == {None}
 
@@ -220,7 +220,7 @@ def test_idle_engine_with_steps_is_kept(sleeper: tuple[Watch, Child], monkeypatc
 
 def test_ctrl_c_reaches_the_caller_and_kills_the_engine(sleeper: tuple[Watch, Child]) -> None:
     watch, child = sleeper
-    # A background shell makes its processes ignore the signal.
+    # Processes of a background shell ignore the signal.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
@@ -266,7 +266,7 @@ def test_close_does_not_wait_for_vllm(monkeypatch: pytest.MonkeyPatch, state: st
         os.kill(child.pid, signal.SIGSTOP)
     begin = time.monotonic()
     watch.close(lambda: threading.Event().wait(600) and None, lambda: None)
-    # It does not wait for vLLM, which here would take ten minutes.
+    # Closing does not wait for vLLM, which would take ten minutes here.
     assert time.monotonic() - begin < 300
     assert child.exitcode == -signal.SIGKILL
     assert guard.poll() is not None
@@ -440,7 +440,7 @@ class Run:
         return not [p for p in self.all if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
     def ended(self) -> str:
-        """Wait for the end after a dead engine, and return the line of the error."""
+        """Wait for the exit after the engine died, and return the error line."""
         assert self.popen.wait(30) == 2, self.errors.read_text()
         assert self.nothing_left()
         (line,) = [line for line in self.errors.read_text().splitlines() if line.startswith("error: ")]
@@ -465,7 +465,7 @@ def test_real_engine_killed_in_mid_generate(run: Run) -> None:
     time.sleep(1)
     run.called("EngineCore").kill()
     line = run.ended()
-    # The kernel keeps 15 letters of the name of a dead process.
+    # The kernel truncates the name of a dead process to 15 characters.
     assert "the vLLM engine died: VLLM::EngineCor" in line
     assert "run the same command again to continue" in line
 

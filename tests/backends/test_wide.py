@@ -30,7 +30,7 @@ KINDS = ("llama_folder", "window", "soft cap", "t5")
 
 
 def windowed(kind: str) -> Any:
-    """Return a random model whose layers see 16 tokens, or whose logits are capped."""
+    """Return a random model whose layers attend to 16 tokens, or whose logits are capped."""
     tokenizer = make_tokenizer()
     shape: dict[str, Any] = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "head_dim": 16}
     shape |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0}
@@ -79,7 +79,7 @@ def test_score_of_a_text_does_not_depend_on_the_others(loaded: tuple[Any, Encode
     model, encoder = loaded
     prompt = Prompt(messages=PROMPTS[0].messages, stop="")
     ids, similar = encoder.prompt(prompt), ("Toy Story 2", "Toy Story 3")
-    # They differ in their last token alone.
+    # They differ only in the last token.
     assert single_token_labels(encoder.continuations(prompt, ids, similar, closed=True), closed=False)
     for wide in (False, True):
         backend = HFBackend(model, encoder, wide=wide)

@@ -20,7 +20,7 @@ from tests.baselines.trained import make_dataset
 
 
 def _data(users: int = 200, items: int = 30) -> SplitDataset:
-    """Users and items of different levels: a like is likelier where both are high."""
+    """Users and items with different levels: a like is more likely if both are high."""
     rng = np.random.default_rng(0)
     of_user, of_item = rng.normal(0, 1, users), rng.normal(0, 1.5, items)
     rows = []
@@ -71,7 +71,7 @@ def test_training_features_exclude_the_row_itself() -> None:
     tables = []
     for each in (data, other):
         known = ratings(each, "logistic")
-        # Share and mean of all ratings are the prior, which each rating changes: they are fixed here.
+        # Share and mean of all ratings form the prior, which depends on every rating, so they are fixed here.
         counts = replace(liked.Counts.of(known, None), share=0.5, mean=3.0)
         past = liked._Past.of(each, known, counts)
         tables.append((known, np.column_stack([liked._others(known, counts, past), liked._before(past, 0.7)])))
@@ -81,7 +81,7 @@ def test_training_features_exclude_the_row_itself() -> None:
     assert row_itself.sum() == 1
     np.testing.assert_allclose(before[row_itself], after[row_itself], atol=1e-12)
     near = (known.users == known.user_index[user]) & ~row_itself
-    # Every feature of the user but the decayed one of earlier ratings.
+    # The user's features change, except the decayed feature of earlier ratings.
     assert np.abs(before[near] - after[near]).max(axis=0)[[0, 5]].min() > 1e-3
     earlier = near & (known.order < known.order[row_itself])
     assert earlier.any() and np.array_equal(before[earlier, 6], after[earlier, 6])

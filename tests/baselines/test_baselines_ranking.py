@@ -138,7 +138,7 @@ def test_recent_popularity_halves_with_age() -> None:
     rows = [("u1", "a", 1.0), ("u2", "a", 1.0), ("u1", "b", 2.0), ("u2", "c", 3.0), ("u3", "d", 3.0)]
     model = RecentPopularity(RecentPopularity.Config(half_life=half_life))
     model.fit(all_trained(make_dataset(sorted(rows), "timestamp", "abcdz")))
-    # Later than a are 3 of 5 interactions, later than b 2, later than c and d none.
+    # 3 of 5 interactions are later than a, 2 are later than b, and none is later than c and d.
     expected = {"a": 2 * 0.5 ** (0.6 / half_life), "b": 0.5 ** (0.4 / half_life), "c": 1.0, "d": 1.0, "z": 0.0}
     assert _scores(_ask(model, "", "abcdz")) == pytest.approx(expected, abs=1e-6)
 
@@ -148,7 +148,7 @@ def test_recent_popularity_without_timestamps_uses_positions() -> None:
     data = replace(data, train=data.train.with_columns(pl.lit(None, dtype=pl.Float64).alias("timestamp")))
     model = RecentPopularity(RecentPopularity.Config(half_life=0.5))
     model.fit(data)
-    # The three last ones are of age 0; one before the last has three later ones of six, a has five.
+    # The last event of each user has age 0; the one before it has three of six later events, and a has five.
     scores = _scores(_ask(model, "", "abcd"))
     expected = {"a": 0.5 ** (5 / 6 / 0.5), "b": 2 * 0.5 ** (3 / 6 / 0.5), "c": 2.0, "d": 1.0}
     assert scores == pytest.approx(expected, abs=1e-6)
@@ -283,7 +283,7 @@ def test_cooccurrence_equals_counting_by_hand(
     counts=st.lists(st.integers(0, 10**8), min_size=2, max_size=6),
 )
 def test_filler_keeps_the_order_up_to_1e8_interactions(least: float, more: float, counts: list[int]) -> None:
-    # Two scored items without any interaction, and unscored ones from none to 1e8, with neighbours one apart.
+    # Two scored items without interactions, and unscored ones with up to 1e8, two of which differ by one.
     popular = np.array([0.0, 0.0, *sorted({*counts, 10**8 - 1, 10**8})])
     scores = np.zeros((2, len(popular)))
     scores[0, :2] = least, least * more
@@ -295,7 +295,7 @@ def test_filler_keeps_the_order_up_to_1e8_interactions(least: float, more: float
 
 @pytest.mark.parametrize(("dtype", "close"), [("float64", 1e-10), ("float32", 1e-4)])
 def test_ease_equals_the_closed_form(dtype: Literal["float32", "float64"], close: float) -> None:
-    # More items than one tile of the inverse has.
+    # More items than fit into one tile of the inverse.
     rng = np.random.default_rng(0)
     names = [f"i{n:04d}" for n in range(1100)]
     sequences = {f"u{n}": [names[k] for k in rng.choice(1100, 20, replace=False)] for n in range(400)}

@@ -55,7 +55,7 @@ def test_unknown_user_is_rated_by_the_request_history() -> None:
     past = (Event(item_id="a", rating=2.0), Event(item_id="b", rating=1.0), Event(item_id="c"))
     assert _value(user, "u9", "b", *past) == 1.5
     assert _value(bias, "u9", "b", *past) < _value(bias, "u9", "b") - 0.5
-    # A known user's level is learned in training, and without recency it does not move with the request.
+    # A known user's level is learned in training; without recency, the request does not change it.
     assert _value(user, "u1", "b", *past) == 4.0
     assert _value(bias, "u1", "b", *past) == _value(bias, "u1", "b")
 
@@ -90,14 +90,14 @@ def test_predictions_stay_on_the_scale() -> None:
     narrow = GlobalMean()
     narrow.fit(_trained(rows, scale=(1.0, 2.0)))
     assert _value(narrow, "u0", "good") == 2.0
-    # Without a stated scale, the training ratings span it.
+    # Without a given scale, the training ratings define it.
     seen = UserMean()
     seen.fit(_trained(ROWS, scale=None))
     assert _value(seen, "u9", "a", Event(item_id="a", rating=99.0)) == 5.0
 
 
 def _low_rank(seed: int = 0) -> tuple[Rows, Rows]:
-    """Ratings of 70 users for 50 items from levels and two tastes; half of them for training."""
+    """Ratings of 70 users for 50 items from levels and two latent factors; half of them for training."""
     rng = np.random.default_rng(seed)
     user_level, item_level = rng.normal(0, 0.4, 70), rng.normal(0, 0.4, 50)
     tastes, kinds = rng.normal(0, 1, (70, 2)), rng.normal(0, 0.7, (50, 2))
@@ -191,12 +191,12 @@ def test_recent_errors_are_added_and_fade(model_class: Any) -> None:
     model = flat.with_config(model_class.Config(recency=0.5, decay=0.6))
     past = [Event(item_id="i03", rating=2.0), Event(item_id="i07"), Event(item_id="new", rating=4.0)]
     for user in ("u05", "unknown"):
-        # The level of an unknown user comes from the same history, so the plain model gets it too.
+        # The level of an unknown user comes from the same history, so the plain model gets the history too.
         plain = [_value(flat, user, item, *past) for item in ("i03", "new", "i11")]
         errors = [2.0 - plain[0], 4.0 - plain[1]]
         expected = plain[2] + 0.5 * (0.6 * errors[0] + errors[1]) / (0.6 + 1 + 2)
         assert min(plain) > 1.0 and max(plain) < 5.0 and 1.0 < expected < 5.0
         assert _value(model, user, "i11", *past) == pytest.approx(expected)
         assert _value(model, user, "i11") == _value(flat, user, "i11")
-        # In reverse order the other rating is the recent one.
+        # In reverse order, the other rating is the most recent one.
         assert _value(model, user, "i11", *past[::-1]) < _value(model, user, "i11", *past)

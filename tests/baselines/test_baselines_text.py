@@ -66,7 +66,7 @@ def test_nearest_text_falls_back_to_the_user_and_then_to_the_most_frequent() -> 
     model.fit(_trained(ROWS))
     assert _write(model, "ann", "bulb") == "The light is warm and steady."
     assert _write(model, "ann", "rug") == "So comfortable to sit on."
-    # Without texts of the user either, the most frequent text.
+    # If the user has no texts either, the most frequent text.
     assert _write(model, "dan", "bulb") == _write(model, "dan", "unknown item") == "Good value."
 
 

@@ -26,7 +26,7 @@ from tests.facts import Facts, raises
 
 
 def _data(kind: str = "leave_one_out", seed: int = 0) -> SplitDataset:
-    """80 users, 25 items, rating levels of users and items; what is popular changes with time."""
+    """Return 80 users and 25 items with latent factors; popularity changes over time."""
     rng = np.random.default_rng(seed)
     likes, level = rng.normal(0, 0.7, (80, 2)), rng.normal(0, 0.7, (25, 2))
     rows = []
@@ -41,7 +41,7 @@ def _data(kind: str = "leave_one_out", seed: int = 0) -> SplitDataset:
     return split(dataset, Split(kind=kind, valid=0.2, test=0.2), seed=1)  # type: ignore[arg-type]
 
 
-# A few grid points of each.
+# A few grid points for each model.
 TUNED: dict[str, dict[str, tuple[Any, ...]]] = {
     "item-knn": {"history": (5, 20), "decay": (0.5, 1.0)},
     "ease": {"penalty": (10.0, 100.0)},

@@ -1,4 +1,4 @@
-"""Transitions with a tuned text encoder: pairs and loss by hand, and what it learns about new items."""
+"""Item-to-item transitions with a fine-tuned text encoder: pairs and loss by hand, and results for new items."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_tuning_moves_texts_of_successive_items_together() -> None:
     before, after = (_vectors(_fitted(learning_rate=rate, apart=1, temperature=0.2)) for rate in (1e-12, 5e-3))
 
     def nearer(vectors: dict[str, Any], item: int) -> float:
-        """How much nearer the topic after one is than the one opposite it."""
+        """Return how much more similar an item is to the next topic than to the opposite topic."""
         return float(
             np.mean(
                 [

@@ -27,7 +27,7 @@ QUICK: dict[str, Any] = {"dim": 16, "dropout": 0.0, "learning_rate": 0.01, "batc
 
 
 def _data() -> SplitDataset:
-    """Users with a random item, and then A or B, which only their features predict."""
+    """Users with a random item, followed by A or B, which only the users' features predict."""
     rng = np.random.default_rng(0)
     rows = []
     for user in range(USERS):
@@ -36,7 +36,7 @@ def _data() -> SplitDataset:
 
 
 def _store(folder: Path, *, split: str = "", seen: Mapping[str, frozenset[Pair]] | None = None) -> str:
-    """Features of the users of `_data` and of as many others."""
+    """Features of the users of `_data` and of the same number of other users."""
     names = [*(f"u{n:03d}" for n in range(USERS)), *(f"v{n:03d}" for n in range(USERS))]
     kinds = np.array([n % 2 for n in range(USERS)] * 2)
     vectors = np.stack([kinds * 2.0 - 1, np.random.default_rng(1).normal(size=len(names))], axis=1)

@@ -175,7 +175,7 @@ FUSED_SECTION = CandidateSection(kind="retrieved", retriever="fusion", count=8)
 def test_fusion_retrieves_its_best_items() -> None:
     ((model, users),) = FUSION.fitted(MANY, "test")
     assert isinstance(model, CatalogueEnsemble) and users is None
-    # Neither the random baseline nor one with early stopping is a part of it.
+    # Neither the random baseline nor one with early stopping is a member.
     assert model.names == ("popularity", "item-knn", "markov-1", "transitions")
     sets = retrieve(MANY, "test", FUSED_SECTION, seed=0, finder=FUSION)
     assert sets.kind == "retrieved-fusion"

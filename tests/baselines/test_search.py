@@ -1,4 +1,4 @@
-"""Grid search: small grids completely, large ones one parameter at a time, and the ends of each grid."""
+"""Grid search: small grids exhaustively, large grids one parameter at a time, and the bounds of each grid."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LADDER = tuple(range(12))
 
 
 class _Objective:
-    """Values of points by a function for each table; records the evaluated points."""
+    """Evaluates points with one function per table; records the evaluated points."""
 
     def __init__(self, most: int | None = None, **tables: Callable[[Mapping[str, Any]], float]) -> None:
         self.seen: dict[str, dict[str, float]] = {}
@@ -62,7 +62,7 @@ def test_each_table_has_its_search() -> None:
 
 
 def test_hill_climbing() -> None:
-    # One worse value does not end the search.
+    # One worse value does not stop the search.
     bumpy = {5: 1.0, 6: 0.9, 7: 2.0}
     objective = _Objective(t=lambda p: bumpy.get(p["a"], 0.0))
     explore({"a": LADDER, "b": (0, 1)}, {"a": 5, "b": 0}, ["t"], objective)

@@ -1,4 +1,4 @@
-"""Normalised transitions, what resembles items in text, and both together."""
+"""Normalised item-to-item transitions, text similarity, and both combined."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.baselines.trained import all_trained, make_dataset, request
 from tests.facts import Facts, raises
 
 SEQUENCES = {"u1": "abcd", "u2": "abd", "u3": "bca", "u4": "ad"}
-# Item e is in no sequence, and reads like item a.
+# Item e is in no sequence, and its text is similar to that of item a.
 TITLES = {
     "a": "red garden hose",
     "b": "wooden toy train",
@@ -44,7 +44,7 @@ def _fitted(model_class: Any, **parameters: Any) -> Any:
 
 
 def _by_hand(history: str, config: Any) -> NDArray[np.float64]:
-    """The formula of the docstring, event by event."""
+    """Evaluate the formula of the docstring, event by event."""
     index = {item: number for number, item in enumerate(ORDER)}
     steps = np.zeros((len(ORDER), len(ORDER)))
     popular = np.zeros(len(ORDER))
@@ -74,7 +74,7 @@ def test_scores_equal_the_formula(parameters: dict[str, Any]) -> None:
     for history in ("d", "ab", "bcad"):
         scores, expected = _scores(model, history)[0], _by_hand(history, model.config)
         assert np.allclose(scores[expected > 0], expected[expected > 0], rtol=1e-5)
-        # Popularity orders items without votes, below all items with votes.
+        # Items without votes are ordered by popularity, below all items with votes.
         assert scores[expected == 0].max(initial=0.0) < scores[expected > 0].min(initial=np.inf)
 
 
@@ -92,7 +92,7 @@ def test_zero_text_weights_equal_transitions() -> None:
 
 
 def test_onward_weight_raises_similar_next_items() -> None:
-    # From b the steps lead to c, d and a; e resembles a.
+    # Transitions from b lead to c, d and a; e is similar to a.
     without, onward = (_scores(_fitted(TransitionsText, text=0.0, onward=weight), "b")[0] for weight in (0.0, 1.0))
     assert onward[ORDER.index("e")] > without[ORDER.index("e")] + 0.01
 

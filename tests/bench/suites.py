@@ -27,7 +27,7 @@ def _figures(level: float, seen: str) -> dict[str, Any]:
 
 
 def sample_suite() -> dict[str, Any]:
-    """Return the content of a suite's results file: four baselines, both treatments of the history."""
+    """Return the content of a suite's results file: four baselines, with seen items excluded and included."""
     seen = ("excluded", "included")
     return {
         "kind": "suite", "benchmark": "films", "description": "Films, five tie rules.", "command": "llmrec eval films",
@@ -74,7 +74,7 @@ def sample_suite() -> dict[str, Any]:
 
 
 def sample_reference(texts: Sequence[str] = ("P5", "a paper", "as printed")) -> Reference:
-    """Return published figures, one row for each treatment of the history and one whose treatment is not known."""
+    """Return published values with seen items excluded, included, and unknown."""
     stream = itertools.cycle(texts)
     rows = [
         {"system": next(stream), "source": next(stream), "note": next(stream), "seen": seen, "values": values}
@@ -90,7 +90,7 @@ def sample_reference(texts: Sequence[str] = ("P5", "a paper", "as printed")) -> 
 
 
 def hostile_suite(texts: Sequence[str]) -> dict[str, Any]:
-    """Put texts into all fields of a suite that users write."""
+    """Put texts into all fields of a suite whose content users define."""
     result, stream = sample_suite(), itertools.cycle(texts)
     names = {name: f"{number} {next(stream)}" for number, name in enumerate(LEVELS)}
     metrics = {name: f"{next(stream)} {number}" for number, name in enumerate(METRICS)}

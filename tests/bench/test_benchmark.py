@@ -90,7 +90,7 @@ def test_table_has_every_run_with_its_cost(folder: Path, ran: tuple[list[str], R
     table, rating = (next(each for each in results["tables"] if each["name"] == name) for name in ("direct", "rating"))
     rows = [row for row in results["rows"] if "direct" in row["tables"]]
     names = [row["name"] for row in rows]
-    assert len(set(names)) == len(names) == 6 + 2 * 3  # each baseline and their fusion once, each strategy in each run
+    assert len(set(names)) == len(names) == 6 + 2 * 3  # each baseline and their ensemble once, each strategy per run
     few = {row["name"]: row["tables"]["direct"] for row in rows}
     one, two = (few[f"label · after-history · few-shot, k={k}"] for k in (1, 2))
     assert (
@@ -108,7 +108,7 @@ def test_table_has_every_run_with_its_cost(folder: Path, ran: tuple[list[str], R
     )
     assert not any({"p", "verdict"} & set(entry) for entry in against)
     tested = results["pairs"]
-    assert [one["p"] for one in tested] == holm([one["p_raw"] for one in tested])  # one family over both tables
+    assert [one["p"] for one in tested] == holm([one["p_raw"] for one in tested])  # one family across both tables
     assert all((one["low"] <= 0 <= one["high"]) == (one["p"] > 0.05) for one in tested)
     assert all("2 planned comparisons" in each["detectable"] for each in (table, rating))
     text = files["page"].read_text(encoding="utf-8")

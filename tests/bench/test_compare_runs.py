@@ -1,4 +1,4 @@
-"""`llmrec compare`: differences of two finished runs, and the rejection of runs on other cases."""
+"""`llmrec compare`: differences between two finished runs, and rejection of runs with different cases."""
 
 from __future__ import annotations
 

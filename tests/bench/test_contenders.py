@@ -124,7 +124,7 @@ def test_planned_pairs_and_cold_targets(page: dict[str, Any], ran: tuple[Path, d
         figures = [rows[pair[side]]["tables"][pair["table"]]["metrics"][pair["metric"]]["value"] for side in "ab"]
         assert pair["value"] == pytest.approx(figures[0] - figures[1])
     raw = [pair["p_raw"] for pair in results["pairs"]]
-    assert [pair["p"] for pair in results["pairs"]] == holm(raw)  # one family over both tables
+    assert [pair["p"] for pair in results["pairs"]] == holm(raw)  # one family of comparisons across both tables
     assert all((pair["low"] <= 0 <= pair["high"]) == (pair["p"] > 0.05) for pair in results["pairs"])
     assert all("2 planned comparisons" in line for line in (table["detectable"] for table in results["tables"]))
     assert "both − markov-1" in page_of(results)

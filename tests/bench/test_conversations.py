@@ -144,7 +144,7 @@ def test_metrics_by_hand() -> None:
     history = [talk(0, "a", None, 3), talk(1, "a", None, 3), talk(1, "d", 1, 1)]
     rows = [added, finished_row(page, page.rows[1], history)]
     (pair,) = compared(page, Finished(tables_of(page, rows), rows))["pairs"]
-    # Only user a has both seeds: one hit against none.
+    # Only user a has both seeds: one hit compared with none.
     assert (pair.value, pair.n, pair.users) == (0.5, 2, 1)
 
 
@@ -175,12 +175,12 @@ def test_users_mention_only_known_attributes() -> None:
     }
     facts = Known(known)
     assert facts.years == "year" and facts.numeric == {"year", "price"}
-    # A price is not a decade, so users do not mention it.
+    # Years are the only numbers that users mention (as decades), so they do not mention prices.
     assert all("price" not in simulator.knowledge_of(facts, name, (), 0).attributes for name in known)
     talk = Conversation(Tools(facts, MadeLists(known)), RuleManager(), Reader(facts))
     every = [DataUser("u", name, State(), ()) for name in known]
     lines = [line for _, held in talks(talk, every, 0, 5, ("genres",)) for line in held.lines]
-    # Neither years nor directors.
+    # Users mention neither years nor directors.
     assert not re.search(r"\d|Vale|Quist|Marsh|Okoro", " ".join(lines)) and sum("Sci-Fi" in line for line in lines) > 2
 
 
@@ -225,7 +225,7 @@ def test_language_model_as_manager(llama_folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("torch", reason="the train extra is not installed")
     model = shutil.copytree(llama_folder, tmp_path / "model")
     rows = [{"manager": "rules"}, {"manager": str(model), "name": "model", "users": 1}]
-    # Without a history, so that prompts fit a tokenizer of letters.
+    # Without a history, so that prompts fit: the test tokenizer splits most words into letters.
     page = ChatSuite(**{**PAGE, "seeds": [0], "turns": 1, "past": 0, "rows": rows, "pairs": [["model", "rules"]]})
     files = run_benchmark(page, out=tmp_path / "out", results=tmp_path / "results").files
     result = json.loads(files["results"].read_text(encoding="utf-8"))

@@ -123,7 +123,7 @@ def test_published_rows_of_the_same_protocol() -> None:
     text = _page()
     assert text.count("Published under the same protocol") == 2 and "without a statement on seen items" in text
     published = _tables(text)[1]
-    # Best first by the last metric that they print; a row without it comes after those with it.
+    # Best first by the last published metric; rows without it come last.
     assert [re.findall(r"0\.\d{4}", line) for line in published[2:]] == [["0.0600"], ["0.0500", "0.0400"], ["0.9000"]]
     other = sample_suite()
     other["protocol"]["candidates"] = "uniform-100"
@@ -134,7 +134,7 @@ def test_published_rows_on_other_interactions_are_separate() -> None:
     counts = {"users": 943, "items": 1682}
     other = sample_reference().model_copy(update={"counts": counts, "data": "all films"})
     text = page_of(sample_suite(), {"papers": sample_reference(), "all": other})
-    assert text == _page()  # a suite prints the pages that it names
+    assert text == _page()  # a suite shows only the references that it names
     suite = sample_suite() | {"references": ["papers", "all"]}
     text = page_of(suite, {"papers": sample_reference(), "all": other})
     apart = "on a different set of interactions (all films: 943 users, 1,682 items)"
@@ -256,7 +256,7 @@ def test_leaderboard_has_rows_of_models_and_columns_of_data_sets(tmp_path: Path)
     assert [line[0] for line in cells[:3]] == ["SASRec", "Item-kNN", "Random"]
     assert [line[4] for line in cells[:3]] == ["language model", "text", "control"]
     assert cells[0][1:4] == ["**0.1560**", "**0.1560**", "1.0"] and cells[0][5] == "none \\| at all"
-    # Films: the best row is better by an interval without 0. Books: no significant difference.
+    # Films: the interval of the best row excludes 0. Books: no significant difference.
     assert cells[1][1:4] == ["0.1170", "–", "–"] and cells[2][1:4] == ["0.0130", "**0.0130**", "–"]
     assert [column["title"] for column in table["columns"]] == ["Films", "Books"] and not table["lower"]
     assert table["rows"][1]["cells"][1] is None and table["rows"][0]["cells"][0]["best"]
@@ -315,11 +315,11 @@ def test_column_with_models_of_further_suites(tmp_path: Path) -> None:
     text, (table,) = _board(tmp_path, settings, films, later)
     lines = {row["model"]: (row["type"], row["cells"][0]["best"]) for row in table["rows"]}
     assert lines["Item-kNN"] == ("language model", False) and "| [0.1170](later.md) |" in text
-    assert "[0.0130](later.md)" in text  # instead of the result of the suite of the column
-    assert "| **0.1560** |" in text  # not in a further suite that has results
+    assert "[0.0130](later.md)" in text  # replaces the result of the column's own suite
+    assert "| **0.1560** |" in text  # in no further suite with results
     board = leaderboard.load_board(tmp_path)
     assert board is not None and leaderboard.missing(board, read_results(tmp_path / "results")) == []
-    later["rows"] = [row for row in later["rows"] if row["name"] == "item-knn"]  # a run that is not finished
+    later["rows"] = [row for row in later["rows"] if row["name"] == "item-knn"]  # an unfinished run
     _, (table,) = _board(tmp_path, settings, films, later)
     assert [row["cells"][0]["best"] for row in table["rows"] if row["model"] == "Item-kNN"] == [False]
     later["data"]["items"] = 5

@@ -171,7 +171,7 @@ def test_resume_keeps_finished_grid_points(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(Markov, "fit", lambda self, data: (fits.append(self.config.order), genuine(self, data))[1])
     row = run_benchmark(Suite(**page), out=tmp_path / "out", results=tmp_path / "r").results.rows[0]
     assert [trial.parameters["order"] for trial in row.trials] == [1, 2, 3, 5]
-    # The points 1 and 2 are stored; if one of them is the best, it is fitted once more for the test.
+    # The points 1 and 2 are stored; if one of them is the best, it is fitted once more for the test split.
     assert fits[:2] == [3, 5] and fits.count(1) + fits.count(2) <= 2
 
 
@@ -209,7 +209,7 @@ def test_fusion_weights_use_other_users_than_tuning(tmp_path: Path, monkeypatch:
         assert weights is not None and [part.name for part in weights.parts] == rows[-1]["fuse"]
         assert (weights.repeat is None) == (seen == "excluded")
         assert ("all uses a single member" if weights.form == "alone" else "the weights of all (") in board
-    # Without a fusion no users are reserved, so the rows are tuned again.
+    # Without an ensemble, no users are reserved, so the rows are tuned again.
     tuned.clear()
     run_benchmark(Suite(**page | {"rows": rows[1:2], "pairs": []}), out=tmp_path / "out", results=tmp_path / "r")
     data = load_split(Suite(**PAGE).data, 0)
@@ -287,7 +287,7 @@ def test_planned_comparisons_of_cold_and_warm_items(tmp_path: Path) -> None:
     table = tmp_path / "events.csv"
     steps = [(user, step, (user + step) % 9) for user in range(40) for step in range(4)]
     lines = [f"u{user},i{item},{step},word{item}" for user, step, item in steps]
-    # The last event of a quarter of the users is of one of two new items.
+    # For a quarter of the users, the last event is on one of two new items.
     lines += [f"u{user},new{user % 2},9,word{3 + user % 2}" for user in range(10)]
     table.write_text("\n".join(["user,item,time,title", *lines]) + "\n")
     columns = {"user": "user", "item": "item", "time": "time", "title": "title"}
@@ -322,7 +322,7 @@ def test_planned_comparisons_of_cold_and_warm_items(tmp_path: Path) -> None:
     assert again.explored[0].value == cold.value and "Exploratory comparisons, added after the test split" in page_of(
         again
     )
-    # Without cold items there is no value.
+    # Without cold-start items there is no value.
     table.write_text("\n".join(["user,item,time,title", *lines[:160]]) + "\n")
     none = run_benchmark(Suite(**page), out=tmp_path / "n", results=tmp_path / "r").results
     assert [(pair.items, pair.n) for pair in none.pairs] == [(None, None), ("cold", 0), ("warm", 40)]

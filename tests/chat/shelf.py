@@ -1,4 +1,4 @@
-"""A small catalogue, and a recommender that orders by shared genres."""
+"""A small catalogue, and a recommender that ranks by shared genres."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def items() -> dict[str, Item]:
 
 
 class MadeLists:
-    """Orders by shared genres, then by id."""
+    """Ranks by shared genres, then by id."""
 
     def __init__(self, known: dict[str, Item], rules: Rules | None = None) -> None:
         self._items, self.rules = known, rules or Rules()

@@ -1,4 +1,4 @@
-"""Calls of tools: a constrained decoder writes only legal ones, for any text of users and items."""
+"""Tool calls: a constrained decoder writes only valid ones, for any text of users and items."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LINES = (
 
 
 def states() -> list[State]:
-    """Moments of conversations: with and without a list, likes and constraints."""
+    """Return conversation states with and without a list, likes and constraints."""
     result = []
     for number, text in enumerate(LINES):
         likes = (Wish(field=ITEM, op="is", value="f05", hard=False),) if number % 2 else ()
@@ -41,7 +41,7 @@ def states() -> list[State]:
 
 
 class RandomEngine:
-    """A tree engine whose model says anything: every token is as likely as a draw has it."""
+    """A tree engine whose model has random token probabilities."""
 
     def __init__(self, seed: int) -> None:
         self._dice = np.random.default_rng(seed)
@@ -104,7 +104,7 @@ def test_arguments_come_from_closed_lists() -> None:
         for call in legal(state, facts):
             arguments = call.model_dump()
             if call.tool == "search":
-                # Words of the user, in their order, and nothing else.
+                # Only words of the user, in their order.
                 assert all(word in text for word in arguments["text"].split()) and arguments["k"] in COUNTS
             elif call.tool == "filter":
                 assert arguments["value"] in facts.values[arguments["field"]]
@@ -132,7 +132,7 @@ _SHAPES = (
 
 
 def injections() -> list[str]:
-    """Texts that try to be more than data."""
+    """Return texts that attempt prompt injection."""
     return [_SHAPES[n % 5].format(f"{_TELLS[n % 3]} no. {n}") for n in range(90)]
 
 
@@ -158,7 +158,7 @@ def test_injections_add_no_tool_and_leak_nothing(backend: Any) -> None:
         assert {call.tool for call in calls} <= tools
         assert all(read_call(written(call)) == call for call in (*reply.calls, *calls[:: 1 + len(calls) // 20]))
         if number % 20 == 0:
-            # A model reads it as data.
+            # The model treats it as data.
             answer = conversation(manager, known).answer(state, text)
             assert not any(line in answer.text for line in secret) and set(answer.items) <= set(known)
             assert all(call.tool in tools for call in answer.calls)

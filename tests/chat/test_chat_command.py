@@ -89,7 +89,7 @@ def test_tunes_a_manager(
     assert last < first - 0.2
     monkeypatch.setattr("sys.stdin", io.StringIO("something for the kitchen\n"))
     assert chat(replace(options, manager="runs/tuned")) == 0 and leading.tuning.leading("runs/tuned")[1]
-    # A transcript is learned from too; this one is too short.
+    # Tuning also accepts a transcript, but this one is too short.
     transcripts.write(file, transcripts.read(file)[:9])
     with raises(DataError, Facts("too-few", column="--tune")):
         chat(replace(options, replay=file, tune=page))

@@ -1,4 +1,4 @@
-"""Conversations: constraints until they are revoked, the profile, items of the catalogue alone, transcripts."""
+"""Conversations: constraints that hold until revoked, the profile, catalogue items only, and transcripts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.facts import raises
 
 
 def replies_to(talk: Conversation, *lines: str, state: State | None = None) -> list[Reply]:
-    """Say some lines and return the answers."""
+    """Send some lines and return the replies."""
     state, replies = state or State(), []
     for line in lines:
         replies.append(talk.answer(state, line))
@@ -71,7 +71,7 @@ def test_ban_narrows_a_search() -> None:
         "nothing by Cy Marsh",
     )  # fmt: skip
     assert {"f03", "f08"} <= set(first.items) and first.state.query == "station"
-    # What was shown is not shown again, and nothing else has the word: the list goes on without it.
+    # Shown items are not repeated, and no other item contains the word: the list continues without it.
     assert [each.calls[0] for each in (narrowed, more)] == [Search(text="station", k=50)] * 2
     assert other.state.query == "" and not any(isinstance(call, Search) for call in banned.calls)
     assert replies_to(talk, "forget everything", state=first.state)[0].state.query == ""
@@ -138,7 +138,7 @@ def test_fixed_rules_always_hold() -> None:
 
 
 class Failing(MadeLists):
-    """A recommender that knows no item, or whose engine fails."""
+    """A recommender that returns no items, or whose engine fails."""
 
     kind: ErrorKind = "empty"
 
@@ -161,7 +161,7 @@ def test_alternatives_stay_together() -> None:
     replies = replies_to(talk, "comedies or thrillers", "a thriller or comedy please")
     kept = talk.tools.facts.rules(replies[-1].state.profile)
     assert kept.only == {"genres": frozenset({"comedy", "thriller"})} and not kept.more
-    # One of them replaces both, and all are eased together.
+    # One of them replaces both, and all are relaxed together.
     (reply,) = replies_to(talk, "a comedy please", state=replies[0].state)
     assert all("Comedy" in each for each in genres(reply)) and len(reply.state.profile) == 1
     profile, out = eased(replies[0].state.profile)
@@ -196,7 +196,7 @@ def test_wishes_combine_and_ease() -> None:
     replies = replies_to(talk, "a western please", "by Cy Marsh")
     assert replies[1].items and "only a preference now" in replies[1].text
     assert {items()[name].fields["director"] for name in replies[1].items} == {"Cy Marsh"}
-    # A ban never eases.
+    # A ban is never relaxed.
     bans = "no western, no comedy, no horror, no drama, no thriller, no sci-fi, no romance, no musical"
     (reply,) = replies_to(talk, bans)
     assert not reply.items and "No more items" in reply.text
@@ -211,7 +211,7 @@ def test_stated_wishes_override_inferred_ones() -> None:
     assert learned([guess], [stated]) == (stated,)
     edited = stated.model_copy(update={"source": "edited", "op": "is"})
     assert learned([edited], [guess]) == (edited,)
-    # A filter of a language model is a conclusion.
+    # A filter set by a language model counts as inferred.
     talk = conversation()
     state, _ = talk.tools.apply(Filter(field="genres", op="is", value="Horror"), State(profile=(stated,)))
     assert state.profile == (stated,)
@@ -241,7 +241,7 @@ def test_profile_can_be_read_edited_and_deleted() -> None:
     left = reply.state
     assert not (left.profile or left.buffer or left.past or left.asked)
     assert [each.role for each in left.lines] == ["assistant"]
-    # A title asks for nothing.
+    # A title is not a request.
     known = items()
     known["f02"] = replace(known["f02"], title="Forget Me Not (1936)")
     replies = replies_to(conversation(known=known), "no horror please", "I loved Forget Me Not (1936)")
@@ -285,7 +285,7 @@ def test_long_values_and_control_characters() -> None:
 
 def test_only_catalogue_items_are_shown() -> None:
     class Inventing:
-        """A recommender that returns what the catalogue lacks."""
+        """A recommender that returns items missing in the catalogue."""
 
         def __init__(self, inner: object) -> None:
             self._inner = inner
@@ -360,7 +360,7 @@ def test_simulated_users_never_say_the_title() -> None:
         assert not any(near(line, facts.titles[target].split(" (")[0]) for line in held.lines), held.lines
         assert len(held.lines) <= 5 and (held.hit is None or held.hit == len(held.lines))
         hits += held.hit is not None
-    # Attributes find it in most cases: 18 items and lists of five.
+    # Attributes lead to the item in most cases: there are 18 items and lists of five.
     assert hits > 38, hits
     assert any(isinstance(call, Show) for call in replies_to(talk, "a comedy")[0].calls)
 

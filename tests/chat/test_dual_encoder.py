@@ -47,7 +47,7 @@ def test_false_negatives_are_masked() -> None:
 
 
 def planted(seed: int) -> tuple[Asked, NDArray[np.float32]]:
-    """Return moments whose vectors are those of their items, turned, with noise."""
+    """Return contexts whose vectors are the rotated vectors of their items with noise."""
     rng = np.random.default_rng(seed)
     table = rng.normal(size=(60, 16)).astype(np.float32)
     table /= np.linalg.norm(table, axis=1, keepdims=True)
@@ -137,7 +137,7 @@ def test_folds_are_scored_by_models_fitted_without_them(monkeypatch: pytest.Monk
         before = len(lessons)
         others.scores(judged)
         assert all(not seen & set(np.flatnonzero(folds == judged).tolist()) for seen in lessons[before:])
-    # One for each fold, and one for each pair.
+    # One fit for each fold, and one for each pair of folds.
     assert len(lessons) == 15
     for judged, fold in ((0, 0), (0, 1)):
         changed = np.where(np.isin(folds, [judged, fold]), (cases.targets + 1) % 9, cases.targets)
@@ -157,7 +157,7 @@ def test_titles_named_before_are_excluded(llama_folder: Path, monkeypatch: pytes
     titles = ["Cold Trail", "Cold Trail", "Dry River", "Orbit", "Signal", "Lena"]
     cases = Cases(np.array([0]), np.array([4]), ["d"], ["a western"], [[2, 0]])
     scores = redial_learned.named(cases, titles, np.array([0]))[0]
-    # Of five titles one was named before, and of another only one of two items.
+    # Of five titles, one was mentioned before; of the duplicated title, only one of two items was.
     assert scores[2] < -1e8 and scores[0] == scores[1] and (np.delete(scores, 2) > -1e8).all()
 
 

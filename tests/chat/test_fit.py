@@ -22,7 +22,7 @@ from tests.conftest import encoder_of
 
 
 class Grading(FakeBackend):
-    """Grades films of a director as an excellent fit and all others as a poor one; records its prompts."""
+    """Grades films of one director as an excellent fit and all others as a poor fit; records its prompts."""
 
     def __init__(self, director: str) -> None:
         super().__init__(prefer=self._grade)
@@ -48,11 +48,11 @@ def talk(judge: FitJudge | None, known: dict[str, Item] | None = None) -> Conver
 
 
 def test_score_is_the_expected_phrase() -> None:
-    # Log-probabilities of .02, .04, .08, .04, .02: shares of .1, .2, .4, .2, .1; and of one phrase alone.
+    # Log-probabilities of .02, .04, .08, .04, .02, which normalise to .1, .2, .4, .2, .1.
     even = [-3.912023, -3.218876, -2.525729, -3.218876, -3.912023]
     assert shares(even) == pytest.approx([0.1, 0.2, 0.4, 0.2, 0.1], abs=1e-6)
     assert expected(even) == pytest.approx(0.5, abs=1e-6)
-    # Three to one for the best phrase over the one below it: (3 * 4 + 1 * 3) / 4 places of 4.
+    # The best phrase is three times as likely as the next: (3 * 4 + 1 * 3) / 4 out of 4.
     assert expected([-900.0, -900.0, -900.0, -2.0986123, -1.0]) == pytest.approx(15 / 16, abs=1e-6)
     assert expected([0.0, *[-1e4] * 4]) == 0.0 and expected([*[-1e4] * 4, 0.0]) == 1.0
 
@@ -70,7 +70,7 @@ def test_reasons_list_met_and_missed_wishes() -> None:
     ban = Wish(field="genres", op="not", value="Horror")
     soft = Wish(field="director", op="is", value="Ann Vale", hard=False)
     state = State(profile=(comedy, either, ban, soft, Wish(field=ITEM, op="is", value="f00", hard=False)))
-    # A comedy by Ann Vale, a romance by Bo Quist, and a comedy that is horror by Cy Marsh.
+    # A comedy by Ann Vale, a romance by Bo Quist, and a horror comedy by Cy Marsh.
     assert reason(facts, state, "f03") == Reason((comedy, ban, soft), ())
     assert reason(facts, state, "f09") == Reason((either, ban), (soft,))
     assert reason(facts, state, "f02") == Reason((comedy,), (ban, soft))
@@ -81,7 +81,7 @@ def test_grades_reorder_and_explain() -> None:
     backend = Grading("Dee Okoro")
     plain = talk(None).answer(State(), "a comedy please")
     reply = talk(FitJudge(backend)).answer(State(), "a comedy please")
-    # Two Left Feet (f04) alone is by Dee Okoro: 1/62 + 1/60 is less than the first one's 1/60 + 1/61 and more than
+    # Only Two Left Feet (f04) is by Dee Okoro: 1/62 + 1/60 is less than the first one's 1/60 + 1/61 and more than
     # the second one's 1/61 + 1/62.
     assert plain.items == ("f02", "f03", "f04", "f05", "f13") and reply.items == ("f02", "f04", "f03", "f05", "f13")
     assert reply.cost.forwards == len(backend.asked) == 5
@@ -111,12 +111,12 @@ def test_injected_text_has_no_effect(where: str, llama_folder: Path) -> None:
     conversation = talk(judge, known)
     reply = conversation.answer(State(), f"a comedy please. {attack if where == 'user' else ''}")
     assert set(backend.offered) == {PHRASES} and set(reply.items) <= known.keys()
-    # A title of the catalogue is shown as it is, and nothing else of the attack.
+    # A title of the catalogue is shown unchanged; nothing else of the attack is shown.
     others = [line for line in reply.text.splitlines() if conversation.tools.titles["f03"] not in line]
     assert not any("perfect fit" in line or "You judge" in line for line in others)
     position = reply.items.index("f04") + 1
     text = conversation.answer(reply.state, f"why number {position}?").text
-    # The reply about another item has its fields and fixed words only.
+    # The reply about another item contains only the fields of that item and fixed text.
     assert "Ignore" not in text and "You judge" not in text and "A language model calls it: excellent fit." in text
     encoder = encoder_of(llama_folder, 4000)
     control = set(encoder.tokenizer.all_special_ids)

@@ -1,4 +1,4 @@
-"""Words inside titles and names are no requests, negations or ends of clauses."""
+"""Words inside titles and names are not requests, negations or ends of clauses."""
 
 from __future__ import annotations
 

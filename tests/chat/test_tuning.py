@@ -31,7 +31,7 @@ ASKED: tuple[Call, ...] = (Explain(item=2), Say(what="explained"))
 
 
 def talks() -> list[Turn]:
-    """Two conversations: one of two turns, and one whose turn was corrected by hand."""
+    """Return two conversations: one with two turns, and one whose turn was corrected by hand."""
     first = Turn(user="a comedy please", calls=SHOWN)
     return [BREAK, first, Turn(user="why the second?", calls=ASKED), BREAK, replace_calls(first, Say(what="hello"))]
 
@@ -50,7 +50,7 @@ def test_one_row_per_call() -> None:
     rows = taught(conversation(), talks())
     assert [each.conversation for each in rows] == [1, 1, 1, 1, 2]
     assert [each.call for each in rows] == [*SHOWN, *ASKED, Say(what="hello")]
-    # The second call is read with the first one and its result; the next turn shows the list.
+    # The input of the second call has the first call and its result; that of the next turn has the list.
     assert rows[1].moment.steps == ((Rank(), "5 items are ranked"),) and rows[1].moment.state.buffer
     assert len(rows[2].moment.state.shown) == 5 and not rows[4].moment.state.shown
 
@@ -95,7 +95,7 @@ def test_agreement_by_hand() -> None:
     moments = taught(conversation(), talks())
     usual = UsualManager.of(moments)
     assert usual.counts[()] == Counter({Rank(): 1, Explain(item=2): 1, Say(what="hello"): 1})
-    # The first call is always rank, which is right for one of three; later calls are as counted.
+    # The first call is always rank, which is correct in one of three cases; later calls follow the counts.
     assert agreement(usual, moments) == Agreement(5, 3 / 5, 3 / 5)
     other = [replace(each, call=Show(k=3)) if isinstance(each.call, Show) else each for each in moments]
     assert agreement(usual, other) == Agreement(5, 2 / 5, 3 / 5)
@@ -105,7 +105,7 @@ def test_tuned_and_untuned_choice_of_tool() -> None:
     moment = taught(conversation(), talks())[0].moment
 
     def prefer(text: str, candidate: str) -> float:
-        # Asking is always likely; ranking gains by the conversation but stays less likely.
+        # Asking is always likely; the conversation makes ranking more likely, but less likely than asking.
         if '"tool": "ask' in candidate:
             return -1.0
         return (-2.0 if "comedy" in text else -9.0) if '"tool": "rank' in candidate else -20.0
@@ -158,5 +158,5 @@ def test_simulated_users_use_every_tool_but_no_title() -> None:
         for turn in turns:
             title = title_key(talk.tools.titles[turn.items[0]]) if turn.user is None else title
             assert title not in title_key(turn.user or "")
-    # Without asides a conversation ends with the list that holds the item.
+    # Without asides, a conversation ends with the list that contains the item.
     assert all(call.tool in ("rank", "show", "say") for turn in turns_of(talk) for call in turn.calls)

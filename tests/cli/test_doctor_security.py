@@ -1,4 +1,4 @@
-"""`llmrec doctor --security`: each fault with its fix, from invented facts and from a folder that has them all."""
+"""`llmrec doctor --security`: each problem with its fix, from fake system data and from a folder with all problems."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_public_services(command: str, level: str) -> None:
 
 @pytest.fixture
 def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with every fault."""
+    """A folder with every security problem."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     run = tmp_path / "runs" / "shop"
     (run / "merged").mkdir(parents=True)

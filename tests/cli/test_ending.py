@@ -41,13 +41,13 @@ def caused(error: BaseException, cause: BaseException) -> BaseException:
         (LlmrecError("no such thing", kind="missing-file"), "no such thing"),
         (OSError(errno.ENOSPC, "No space", "/disk/file"), "No space left on device (/disk/file)"),
         (OSError(errno.EROFS, "read-only"), "Read-only file system"),
-        # As tokenizers, safetensors, polars and torch say it.
+        # Error messages of tokenizers, safetensors, polars and torch.
         (Exception("No space left on device (os error 28)"), "No space left on device"),
         (Exception("Error while serializing: IoError(Os { code: 28 }): (os error 28)"), "No space left on device"),
         (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 3776 vs 3668"), "No space left"),
         (caused(ValueError("could not save"), OSError(errno.ENOSPC, "No space")), "No space left on device"),
         (sqlite3.OperationalError("database or disk is full"), "No space left on device"),
-        # As numpy says it of an array.
+        # The error message of numpy for an array.
         (OSError("12800 requested and 0 written"), "No space left on device"),
     ],
 )
@@ -74,7 +74,7 @@ def test_defect_keeps_its_traceback(error: BaseException) -> None:
 
 @contextmanager
 def limited(size: int) -> Iterator[None]:
-    """Let no file grow beyond some bytes: each write that would is refused, as on a full disk."""
+    """Limit the size of files in bytes: larger writes fail, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -148,7 +148,7 @@ def test_signal_prints_progress_kept_files_and_resume_command(
     for file in ("checkpoints/checkpoint-25/x", "checkpoints/checkpoint-5/x", "rows/a.json", "rows/b.json"):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).touch()
-    # A shell that starts tests in the background has them ignore SIGINT, and children inherit that.
+    # Tests that a shell starts in the background ignore SIGINT, and child processes inherit that.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Estimates: what is counted, and what a probe of this machine says."""
+"""Estimates: the counted work, and the measurements on this machine."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_seconds_are_work_times_speed(shop: Path, llama_folder: Path, monkeypatc
     assert result.eval_seconds["tuned"] == pytest.approx(expected)
     assert result.memory_gb > 0 and result.cost is None
     assert result.stages["evaluation"] == pytest.approx(sum(result.eval_seconds.values()))
-    # The same question again is read again in part.
+    # Only part of a repeated prompt is processed again.
     twice = eval_work(build_study(load("tasks.rating.strategies=[expected, parsed]")), encoder)["tuned"]
     assert work.asked * 1.9 < twice.asked and work.read < twice.read < 1.5 * work.read
 

@@ -24,7 +24,7 @@ SMALL = {"collaborative": ("index.collaborative.clusters=3", "index.collaborativ
 
 @pytest.fixture
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A table of 25 items of five kinds, two with the same title, and its recipe; the working folder is theirs."""
+    """A table of 25 items of five kinds, two with the same title, and its recipe, in the working folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LLMREC_CACHE", str(tmp_path / "cache"))
     rows = [(user, (user * 5 + k * (1 + user % 3)) % 25, 100 * user + k) for user in range(20) for k in range(6)]

@@ -1,4 +1,4 @@
-"""`llmrec train --launch`: one answer, one error, and a word where a process is killed; with real processes."""
+"""`llmrec train --launch` with real processes: one result, one error, and a message if a process is killed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 
 def started(model: str, out: Path, *more: str) -> subprocess.Popen[str]:
-    """Begin a training in two processes."""
+    """Start training in two processes."""
     words = ["train", "recipes/movielens-100k/four-tasks.yaml", *SMALL, f"model.name={model}", *more, "--launch", "2"]
     return llmrec(*words, "--out", str(out))
 

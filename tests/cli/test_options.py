@@ -1,4 +1,4 @@
-"""A command's options are the fields of its record: names, defaults and bounds."""
+"""A command's options are the fields of its dataclass: names, defaults and bounds."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FILES = {"model": "m", "requests": Path("a.jsonl"), "out": Path("b.csv")}
 
 
 def handed(*arguments: str) -> RankOptions | str:
-    """Return the record that a command is handed, or what the command line says instead."""
+    """Return the options that a command receives, or the output of the command line if it receives none."""
     result: list[RankOptions] = []
 
     def rank(options: RankOptions) -> None:
@@ -77,7 +77,7 @@ def test_every_option_reaches_its_field() -> None:
 @pytest.mark.parametrize("record", [RankOptions, PredictOptions, ServeOptions, ChatOptions])
 def test_model_options_are_the_same_in_all_commands(record: type[ModelOptions]) -> None:
     expected, result = (get_type_hints(kind, include_extras=True) for kind in (ModelOptions, record))
-    # A service and a conversation name the model without an option.
+    # The commands for a service and a conversation take the model as a positional argument.
     assert {name: result[name] for name in expected if name != "model"} == {
         name: hint for name, hint in expected.items() if name != "model"
     }

@@ -1,4 +1,4 @@
-"""The schemas by which editors read recipes and suites: current, true of every shipped page, and strict."""
+"""The JSON schemas of recipes and suites for editors: up to date, valid for every shipped file, and strict."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_schema_describes_keys() -> None:
     assert result["properties"]["train"]["description"] == "Fine-tuning."
     keys = result["$defs"]["TrainSection"]["properties"]
     assert "lora8" in keys["method"]["description"] and "lora8" in keys["method"]["enum"]
-    # A page with a base needs no other key; names of plug-ins are valid.
+    # A recipe with a base needs no other key; names of plug-ins are valid.
     reads, plugin = Draft7Validator(result), {**yaml.safe_load(GOOD), "data": {"source": "mine:load"}}
     for page in ({"base": "shop.yaml", "train": {"steps": 3}}, plugin):
         assert list(reads.iter_errors(page)) == []

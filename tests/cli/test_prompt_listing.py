@@ -107,7 +107,7 @@ def test_rows_of_templates(study: Study, encoder: Encoder) -> None:
     assert coded.startswith("[sequential/next-code, not trained on here] cannot be used here: it shows item\n")
     assert "«" not in coded
     assert labelled.startswith("[direct/m6-choose, not trained on here]\n") and "On offer:" in labelled
-    # Only training uses it.
+    # Only training uses this template.
     assert learned.startswith("[rating/whether-name-title, not trained on here]\n") and "«" in learned
     trained = islice(study.training_tasks["rating"].examples("train"), 20)
     assert list(islice(rows(study, find(study, "rate-next")), 20)) == list(trained)
@@ -153,7 +153,7 @@ def test_diff_with_the_template_of_a_run(study: Study, encoder: Encoder, tmp_pat
     assert output[:2] == [f"- rating/rate-next, as trained in {tmp_path}", "+ rating/rate-next, as it is now"]
     assert "version: 7 -> 1" in output and "  - Rate {{ item.title }}." in output
     assert any(line.startswith("  - Rate ") and "{" not in line for line in output)
-    # What a run folder does not record is no difference.
+    # Keys that the run folder does not store are not reported as differences.
     assert not any(line.startswith(("set:", "leak:")) for line in output)
     file = tmp_path / "merged" / bundle.FILE
     stored = json.loads(file.read_text("utf-8"))

@@ -1,4 +1,4 @@
-"""A file of requests ranked by a classic recommender: the lists of the evaluation and of a service, in every form."""
+"""A request file ranked by a classic recommender: the lists of evaluation and service, in every format."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def ranked(rows: list[dict[str, Any]]) -> list[list[tuple[str, float]]]:
 
 
 def records_of(cases: Sequence[Case]) -> list[dict[str, Any]]:
-    """Return the requests of an evaluation as a file of requests has them."""
+    """Return the requests of an evaluation in the format of a request file."""
     return [
         {
             "id": case.request.id,
@@ -195,7 +195,7 @@ def test_forms_have_the_same_lists(recipe: Path, tmp_path: Path) -> None:
         rank_file(options_of(recipe, file, tmp_path / name, top=3, form="long"))
         frame = read(tmp_path / name)
         assert frame.columns == ["user", "item", "rank", "score"] and frame.rows() == expected
-    # A finished file is written again in another form.
+    # A finished file can be written again in another format.
     rank_file(options_of(recipe, file, tmp_path / "long.csv", top=3, form="rectools"))
     tools = pl.read_csv(tmp_path / "long.csv")
     assert tools.columns == ["user_id", "item_id", "rank", "score"] and tools.rows() == expected

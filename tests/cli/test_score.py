@@ -82,7 +82,7 @@ def test_column_options(tmp_path: Path, truth: Path) -> None:
     odd.write_csv(tmp_path / "odd.csv")
     with raises(DataError, Facts("missing-column", says="Name it with")):
         score(odd, truth)
-    # The truth has other names, which are known.
+    # The ground truth has different column names, which are recognised.
     assert values(score(odd, truth, user="who", item="what")) == values(plain)
     arguments = [
         "score",

@@ -156,7 +156,7 @@ def recipe(model: Path, *more: str) -> Recipe:
 
 
 def figures(folder: Path) -> dict[str, Any]:
-    """Return the results of a run: rows, intervals and comparisons, without seconds."""
+    """Return the results of a run: rows, intervals and comparisons, without timings."""
     results: dict[str, Any] = json.loads((folder / "results.json").read_text("utf-8"))
     for row in results["rows"]:
         del row["cost"]["seconds"]
@@ -186,7 +186,7 @@ def test_evaluation_in_shards_equals_one_process(
     predictions = [(folder_ / "predictions.parquet").read_bytes() for folder_ in (sharded, single)]
     assert predictions[0] == predictions[1]
 
-    # A shard of another recipe is refused.
+    # A shard of another recipe is rejected.
     evaluate_shard(recipe(llama_folder, "eval.users=6"), sharded, Shard(1, 2), quiet=True)
     with raises(LlmrecError, Facts("mismatch", says="inputs or options")):
         merge_run(sharded, quiet=True)

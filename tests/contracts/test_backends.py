@@ -65,7 +65,7 @@ def vllm_backend(llama_folder: Path) -> Iterator[Backend]:
 
 @pytest.fixture(scope="module")
 def openai_backend() -> Iterator[Backend]:
-    """A client of a server that answers from hashes; tests/backends/test_openai_vllm.py asks a real one."""
+    """A client of a server that answers from hashes; tests/backends/test_openai_vllm.py uses a real one."""
     encoder = Encoder(make_tokenizer(), max_length=512)
     with running(Behaviour(latency=0.01, count=lambda text: len(encoder.tokenizer.encode(text)))) as server:
         backend = OpenAIBackend(section(server.url), encoder)
@@ -202,7 +202,7 @@ def test_vllm_greedy_text_equals_transformers_in_float32(vllm_backend: Backend, 
 @pytest.mark.slow
 @pytest.mark.vllm
 def test_vllm_in_bfloat16_reads_labels_from_a_float32_head(tmp_path: Path) -> None:
-    """Of 40 rating prompts 23 had tied labels: logits of a bfloat16 head lie 1/8 apart from 16 on."""
+    """Logits of a bfloat16 head have steps of 1/8 from 16 on, so 23 of 40 rating prompts had tied labels."""
     pytest.importorskip("vllm", reason="vLLM is not installed")
     import torch
     from transformers import AutoModelForCausalLM
@@ -215,7 +215,7 @@ def test_vllm_in_bfloat16_reads_labels_from_a_float32_head(tmp_path: Path) -> No
     folder = make_model(tmp_path / "m")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     with torch.no_grad():
-        # Logits as large as those of trained models; the tied embeddings are divided again by the first norm.
+        # Logits as large as those of trained models; the first norm undoes the scaling of the tied embeddings.
         model.get_output_embeddings().weight.mul_(60)
     model.save_pretrained(folder)
     section = ModelSection(name=str(folder))

@@ -44,24 +44,24 @@ from tests.encoders import tiny_encoder
 from tests.facts import Facts, raises
 
 HOSTS = ("din", "deepfm", "dcn", "autoint")
-# CTR hosts differ in one function (tests/systems); what they share is tested of one.
+# CTR hosts differ in one function (see tests/systems); their shared code is tested with one of them.
 ALIKE = {"din", "dcn", "autoint"}
-# They read tokens by a model: tests/systems.
+# Baselines that read tokens with a model are tested in tests/systems.
 ELSEWHERE = ALIKE | {"late-interaction", "llm-sequence", "ubert", "state-tower"}
-# What needs a package of the extra `baselines` is left out where that is not installed.
+# Baselines that need a missing package of the extra `baselines` are left out.
 ALL = tuple(
     name for name, entry in BASELINES.items() if find_spec(entry.needs or "numpy") is not None and name not in ELSEWHERE
 )
 RANKING = tuple(name for name in family_of("sequential").baselines if name in ALL)
-# What reads the review that a request shows.
+# Baselines that read the review in a request.
 REVIEWED = ("text-ridge", "first-sentence")
 RATERS = dict.fromkeys([*family_of("rating").baselines, *family_of("stars").baselines])
 RATING = tuple(name for name in RATERS if name in ALL)
 TEXT = tuple(dict.fromkeys([*family_of("explanation").baselines, *family_of("review").baselines]))
 JUDGING = tuple(name for name in family_of("ctr").baselines if name in ALL)
-# Their validation split chooses when to stop.
+# Baselines with early stopping on the validation split.
 STOPPING = {"sasrec", "gru4rec", "transitions-tuned", "unisrec", *HOSTS}
-# Small and short, so that the suite stays quick; everything else runs with its defaults.
+# Small settings for a fast suite; all other baselines use their defaults.
 SETTINGS: dict[str, dict[str, Any]] = {
     "als": {"factors": 8, "iterations": 4},
     "bpr": {"factors": 8, "iterations": 5},
@@ -80,7 +80,7 @@ READING = {
     "transitions-text",
     "transitions-tuned",
     "unisrec",
-}  # they know items by their texts
+}  # they represent items by their texts
 # They tune a text encoder.
 TUNING = {"transitions-tuned"}
 STOCHASTIC = {name for name in ALL if lookup(BASELINES, name, "baseline").stochastic}
@@ -89,7 +89,7 @@ WORDS = ("fine", "dull", "long", "warm", "odd", "quick")
 
 
 def _dataset(order_seed: int | None = None) -> Dataset:
-    """40 users, 30 items of falling popularity, ties in time, ratings, texts on two rows of three."""
+    """Return 40 users, 30 items of decreasing popularity, tied times, ratings, and texts on two of three rows."""
     rng = np.random.default_rng(7)
     rows = []
     for user in range(40):
@@ -118,7 +118,7 @@ def data(request: pytest.FixtureRequest) -> SplitDataset:
     return _split(getattr(request, "param", "leave_one_out"))
 
 
-# For what concerns held-out interactions.
+# For tests about held-out interactions.
 all_splits = pytest.mark.parametrize("data", KINDS, indirect=True)
 
 
@@ -140,7 +140,7 @@ def _shared(name: str, kind: str = "leave_one_out", *, blind: bool = False) -> A
 
 
 def _same(name: str, answers: list[Answer], expected: list[Answer]) -> bool:
-    """Whether two lists of answers are equal; up to the last bits for products of dense matrices."""
+    """Whether two lists of answers are equal, for products of dense matrices up to rounding."""
     if name not in DENSE:
         return answers == expected
     assert len(answers) == len(expected)
@@ -253,7 +253,7 @@ def test_config_and_grid(name: str) -> None:
 
 
 def _others(name: str) -> list[dict[str, Any]]:
-    """Two configs whose parameters of the answers all differ from the defaults of the suite."""
+    """Return two configs in which all parameters of `AT_ANSWER` differ from the defaults of the suite."""
     grid = lookup(BASELINES, name, "baseline").GRID
     answering = lookup(BASELINES, name, "baseline").AT_ANSWER
     return [{key: grid[key][end] for key in grid if key in answering} for end in (0, -1)]
@@ -447,7 +447,7 @@ def test_early_stopping_does_not_use_the_test_split(name: str, data: SplitDatase
 
 
 class _Sealed:
-    """Has some attributes of an object, and fails the test on any other."""
+    """Has only some attributes of an object; access to any other fails the test."""
 
     def __init__(self, **allowed: object) -> None:
         self.__dict__.update(allowed)

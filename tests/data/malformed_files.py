@@ -24,7 +24,7 @@ CANARY = "canary"
 
 
 class _Runs:
-    """Its pickle makes a file when it is loaded."""
+    """Creates a file when it is unpickled."""
 
     def __reduce__(self) -> Any:
         return os.system, (f"touch {CANARY}",)
@@ -193,7 +193,7 @@ def _tables(columns: Mapping[str, Any]) -> dict[str, tuple[Any, dict[str, Any]]]
     rows = len(arrays[0])
     nested = pa.array([{"a": [{"b": 1}]}] * rows)
     many = pa.array(np.zeros(12_000_000, dtype=np.int8))
-    # One text of 200,000 letters, once in the file and in every row of the table.
+    # One text of 200,000 characters, stored once in the file and used in every row of the table.
     long = pa.DictionaryArray.from_arrays(np.zeros(4000, dtype=np.int32), pa.array(["x" * 200_000]))
     return {
         "without rows": (pa.table(columns).slice(0, 0), {}),

@@ -27,7 +27,7 @@ TITLES = {f"i{item}": f"Film {item} (199{item})" for item in range(ITEMS)}
 
 @dataclass(frozen=True)
 class Grid:
-    """Rows of delimited text; without a header, the file lacks the names."""
+    """Rows of delimited text; without a header, the file does not contain the column names."""
 
     names: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -161,7 +161,7 @@ class Case:
     reader: Reader
     fault: str
     files: Mapping[str, bytes]
-    make: Callable[[Path], None] | None = None  # Makes a link or a folder instead of a file.
+    make: Callable[[Path], None] | None = None  # Creates a link or a folder instead of a file.
     rows: tuple[int, ...] = ()
     column: str = ""
 

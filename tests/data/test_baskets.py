@@ -1,4 +1,4 @@
-"""Baskets: interactions at one time are reported, and can be held out together."""
+"""Baskets: interactions with the same timestamp are reported, and can be held out together."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def cut(kind: str, frame: pl.DataFrame) -> SplitDataset:
 
 def test_leave_one_out_splits_baskets_and_reports_it() -> None:
     data = cut("leave_one_out", bought())
-    # Of the last basket one is for test and one for validation: both have the third in their history.
+    # One item of the last basket is for test and one for validation; both have the third in their history.
     assert moments_shared(data) == 1.0 == statistics(data)["tied_with_history"]
     assert "100% of the held-out interactions of shop" in baskets(data) and "last_basket" in baskets(data)
 

@@ -1,4 +1,4 @@
-"""The split cold_items: training, histories and counts use nothing of a cold item but its text."""
+"""The split cold_items: training, histories and counts use no data of a cold-start item except its text."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def cut(rows: list[Row], seed: int = 0, *, timed: bool = True, **keys: Any) -> S
 
 
 def drawn(rows: list[Row], seed: int, **keys: Any) -> SplitDataset:
-    """Split as `cut`; reject seeds without cold items to ask about."""
+    """Split like `cut`; reject seeds with too few held-out cold-start items."""
     try:
         return cut(rows, seed, **keys)
     except DataError as error:
@@ -115,7 +115,7 @@ def test_example_by_hand() -> None:
     for user in ("late", "middle"):
         assert {item for name, item in held if name == user} == {one, warm[2]}
         assert [event.item_id for event in data.train_events(user)] == warm[:2]
-    # Two warm events come after it, so a question about it would reveal later events.
+    # Two warm events come after it, so evaluating it would leak later events.
     assert not [item for name, item in held if name == "early"]
     assert [event.item_id for event in data.train_events("early")] == warm
 
@@ -129,7 +129,7 @@ def test_items_first_seen_after_a_date() -> None:
     rows += [(f"u{n}", f"new{n % 3}", 1.0, 20 * day) for n in range(20)]
     data = cut(rows, after="1970-01-21")
     assert {held.item_id for held in data.holdouts("test")} & data.cold == {"new0", "new1", "new2"}
-    # Those of validation are drawn among the others.
+    # The items for validation are drawn from the others.
     assert data.valid.height and len(data.cold) > 3
     assert data.readable == cut(rows, after=20 * day).readable
     assert Split.model_validate({"kind": "cold_items", "after": date(1970, 1, 21)}).since == 20 * day

@@ -25,7 +25,7 @@ def cut(rows: list[Row], seed: int = 0) -> SplitDataset:
 
 
 def many(users: int, items: int = 30) -> SplitDataset:
-    """Each user has three of the items; item 0 is the favourite of training."""
+    """Each user has three items; item 0 is the most popular item in training."""
     rows = []
     for user in range(users):
         for step, item in enumerate((0, 1 + user % (items - 2), items - 1)):
@@ -87,7 +87,7 @@ def test_uniform_negatives_are_uniform() -> None:
     drawn = draw(data, "test", CandidateSection(count=4), seed=0)
     counts = Counter(item for chosen in drawn.sets.values() for item in chosen if item != "i11")
     middle = Counter(f"i{1 + user % 10:02d}" for user in range(2000))
-    # Every user leaves 9 of the 10 middle items, so item i is drawn 3/9 of the times it is free.
+    # Each user lacks 9 of the 10 middle items, and 3 are drawn: an item that a user lacks is drawn with p = 3/9.
     expected = {item: (2000 - middle[item]) / 3 for item in middle}
     assert sum((counts[item] - expected[item]) ** 2 / expected[item] for item in middle) < 27.9
     assert counts["i00"] == 0

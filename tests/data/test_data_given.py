@@ -90,7 +90,7 @@ def test_column_named_split_is_found(tmp_path: Path) -> None:
     path = tmp_path / "all.csv"
     pl.DataFrame(ROWS, schema=[*COLUMNS[:-1], "split"], orient="row").write_csv(path)
     assert cut(DataSection(source="table", path=str(path), split=GIVEN)).test.height == 2
-    # Other splits ignore it.
+    # Other splits ignore the column.
     assert cut(DataSection(source="table", path=str(path))).kind == "leave_one_out"
 
 
@@ -119,7 +119,7 @@ def test_cold_users_and_items_stay_in_the_test_part(tmp_path: Path) -> None:
     assert {("new", "x"), ("b", "unknown")} <= set(pairs(data.test))
     assert data.history("new", "test") == () and "unknown" in data.dataset.items
     counts = statistics(data)
-    # w and z are in no training row either.
+    # w and z are not in any training row either.
     assert (counts["cold_users_test"], counts["cold_items_test"]) == (1, 3)
 
 
@@ -183,7 +183,7 @@ def test_errors_name_the_file_and_the_row_in_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("written", [one, several])
 def test_pair_in_training_and_test(tmp_path: Path, written: Any) -> None:
-    # The training row is later: that must not take the pair out of the test part.
+    # The training row is later; it must not remove the pair from the test part.
     rows = [*ROWS, ("a", "w", 5, 99, "again", "train")]
     file, row = ("all.csv", 7) if written is one else ("test.csv", 1)
     facts = Facts("duplicate", file, row=row, says=("train", "test", "data.duplicates=keep_last"))

@@ -198,7 +198,7 @@ def test_steam(tmp_path: Path) -> None:
 
 
 def test_games_without_id_are_skipped_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    # So are rows 75 and 30,962 of the published file.
+    # The published file has two such rows: 75 and 30,962.
     blank = dicts({"app_name": "Lost", "genres": ["Action"]}, {"id": "", "title": "", "url": "http://a.b/app/"})
     data = read("steam", folder(tmp_path, {**STEAM, "steam_games.json": blank + STEAM["steam_games.json"]}))
     assert titles(data) == {"725280": "Lost & Found", "328100": "Reversion"}
@@ -228,7 +228,7 @@ def test_goodreads_reviews(tmp_path: Path) -> None:
 
 def test_goodreads_csv_joins_books_through_the_map(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = read("goodreads", folder(tmp_path, GOODREADS_CSV))
-    assert titles(data) == {"1": "Cats", "2": "2"}  # book 1 of the other file is another one
+    assert titles(data) == {"1": "Cats", "2": "2"}  # book 1 of the other file is a different book
     assert "1 of 2 items have no title" in data.provenance["notes"] and "1 of 2 items" in caplog.text
     assert data.interactions["rating"].to_list() == [5.0, None, 3.0]
     assert "a seeded hash orders the items of a user" in data.provenance["notes"]

@@ -58,11 +58,11 @@ def chosen(reader: Reader) -> Iterator[Case]:
 
 
 class _Hang(BaseException):
-    """Nothing in the package catches it."""
+    """Raised on a timeout; the package does not catch it."""
 
 
 class _Watch:
-    """Limits the CPU time of reading a file, and the time of waiting, as for a pipe that has no writer."""
+    """Limits the CPU time of reading a file, and the waiting time, e.g. for a pipe without a writer."""
 
     def __init__(self) -> None:
         self.worked = self.waited = 0.0
@@ -84,7 +84,7 @@ WATCH = _Watch()
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Run in an empty folder, in which a canary is found; with a lower limit of Parquet, for fast bombs."""
+    """Run in an empty folder and check that no canary is created; lower the Parquet limit, for fast bombs."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(parquet, "FREE_BYTES", 2**27)
     logging.disable(logging.WARNING)
@@ -115,7 +115,7 @@ def problem_of(case: Case, folder: Path) -> str:
         return _fault_of(case, error)
     except _Hang:
         return f"it takes more than {SECONDS} seconds"
-    except BaseException as error:  # a panic of a library in Rust is no Exception
+    except BaseException as error:  # a panic of a Rust library is not an Exception
         return "".join(traceback.format_exception(error)[-2:])
     finally:
         WATCH.stop()
@@ -157,7 +157,7 @@ def test_rejects_malformed_files(reader: Reader, tmp_path: Path) -> None:
 
 
 def test_rejects_pickles_with_any_file_ending(tmp_path: Path) -> None:
-    """The fixture looks for the file that each of them would make."""
+    """The fixture checks that none of them creates its file."""
     pickles = {name: raw for name, raw in strangers().items() if "pickle" in name}
     assert len(pickles) == 3
     endings = (".csv", ".txt", ".jsonl", ".parquet", ".inter", ".pkl", ".npy", "")

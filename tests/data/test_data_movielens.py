@@ -84,7 +84,7 @@ def small(path: Path | None = None) -> Dataset:
 
 @pytest.fixture
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """No wheel, no network, an empty cache; returns the cache's data folder."""
+    """Remove the wheel and the network, and use an empty cache; return the cache's data folder."""
 
     def unreachable(*args: object, **keys: object) -> object:
         raise URLError("unreachable")
@@ -168,7 +168,7 @@ def test_wheel_is_used_without_import(tmp_path: Path, empty_cache: Path, monkeyp
     before = sys.modules.get("recbole")
     data = hundred()
     assert data.provenance["path"].startswith(str(package))
-    assert data.interactions["rating"][0] == 5.0  # the wheel goes before the cache
+    assert data.interactions["rating"][0] == 5.0  # the wheel takes precedence over the cache
     assert sys.modules.get("recbole") is before
 
 

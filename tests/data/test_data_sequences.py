@@ -203,7 +203,7 @@ def test_unconnected_rows_of_a_user(tmp_path: Path) -> None:
         held.user_id: ([event.item_id for event in parts.history(held.user_id, "valid")], held.item_id)
         for held in parts.holdouts("valid")
     }
-    # Each row has its own history; items held out of a user are in no training row of the user, others once.
+    # Each row has its own history; a user's held-out items are in none of the user's training rows, others once.
     assert shown == {"x/valid-1": (["a", "b"], "e"), "x/valid-2": (["c", "f"], "d")}
     assert [event.item_id for event in parts.train_events("x")] == ["c", "a", "b", "f"]
     # Rows without a user ID are different users.

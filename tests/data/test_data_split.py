@@ -246,7 +246,7 @@ def test_empty_training_part() -> None:
 
 
 def test_first_holdouts_are_an_unbiased_sample() -> None:
-    # Half of the users have ties, which are resolved by a hash: they must not gather at one end of the sample.
+    # Half of the users have ties, which a hash resolves: these users must not cluster at one end of the sample.
     rows = [(f"t{user}", f"i{item}", 3.0, 1.0) for user in range(500) for item in range(8)]
     rows += [(f"s{user}", f"i{item}", 3.0, float(item)) for user in range(500) for item in range(8)]
     first = cut(rows).holdouts("test")[:300]

@@ -395,7 +395,7 @@ def test_errors_name_line_and_row(tmp_path: Path) -> None:
 
 
 def test_undecodable_bytes(tmp_path: Path) -> None:
-    # Windows-1252 and UTF-16 with its mark are read: tests/data/test_file_kinds.py.
+    # Windows-1252 and UTF-16 with a byte order mark are read: tests/data/test_file_kinds.py.
     raw = GOOD.encode().replace(b"a,y", b"\xe4\xe4\x81,y")
     fails(write(tmp_path, raw), Facts("encoding", row=2, line=3, says=("0xe4", "UTF-8")))
     fails(write(tmp_path, GOOD.encode("utf-16-le")), Facts("encoding", says="NUL"))
@@ -413,7 +413,7 @@ def test_empty_files(tmp_path: Path) -> None:
 
 
 def test_program_exits_cleanly_after_rejected_table(tmp_path: Path) -> None:
-    """Threads of Arrow may still read the file then; on two cores every third program was aborted."""
+    """Arrow threads may still read the file at exit; on two cores, this aborted every third program."""
     path = write(tmp_path, HEAD)
     lines = f"from pathlib import Path; from llmrec.data.read.table import read_table; read_table(Path({str(path)!r}))"
     programs = [subprocess.Popen([sys.executable, "-c", lines], stderr=subprocess.PIPE) for _ in range(2)]
@@ -474,7 +474,7 @@ def test_rejects_dates_beyond_the_calendar(tmp_path: Path, caplog: pytest.LogCap
     number = pl.Int32 if kind == pl.Date else pl.Int64
     days = pl.Series("day", [1, 2**31 - 1 if kind == pl.Date else 2**62], dtype=number).cast(kind)
     pl.DataFrame({"user_id": ["a", "a"], "item_id": ["x", "y"], "day": days}).write_parquet(tmp_path / "data.parquet")
-    # Both readers: of the needed columns, and of all columns.
+    # Both readers: the one for the needed columns, and the one for all columns.
     fails(tmp_path / "data.parquet", Facts("bad-value", row=2, column="day"), columns=Columns(time="day"))
     fails(tmp_path / "data.parquet", Facts("bad-value", row=2, column="day"), columns=Columns(fields=("day",)))
     all_rows = Filter(where="user_id == 'a'")

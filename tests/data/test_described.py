@@ -1,4 +1,4 @@
-"""Stored texts in prompts: they are data, and texts that depend on held-out interactions are rejected."""
+"""Stored texts in prompts: they are treated as data, and texts that depend on held-out interactions are rejected."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _store(folder: Path, data: SplitDataset, *, split: str | None = None, seen: 
 
 @pytest.fixture
 def data(tmp_path: Path) -> SplitDataset:
-    """Return a split by prefix, whose known events are not for training."""
+    """Return a prefix split, whose known events are not training data."""
     return _split(tmp_path / "data")
 
 
@@ -66,11 +66,11 @@ def test_texts_are_in_profiles_and_items(tmp_path: Path, data: SplitDataset, sto
     assert view.user("u5", {})["profile"] == []
     assert view.about("i2")["fields"] == [{"name": ITEM_FIELD, "value": "about i2"}]
     assert view.about("i7")["fields"] == []
-    # It replaces the fields of the data, as the profile of a request does.
+    # The text replaces the user's fields, as the profile of a request does.
     users = {**described.dataset.users, "u1": {**described.dataset.users["u1"], "age": "30"}}
     older = View(replace(described, dataset=replace(described.dataset, users=users)))
     assert older.user("u1", {})["profile"] == view.user("u1", {})["profile"]
-    # The profile of a request comes first.
+    # The profile of a request takes precedence.
     assert view.user("u1", {"profile": "mine"})["profile"] == [{"name": "profile", "value": "mine"}]
     assert described.fingerprint != data.fingerprint and described.readable == data.readable
     assert described.dataset.provenance["have texts"] == "5 of 6 users, 3 of 8 items"
@@ -130,7 +130,7 @@ def test_rejects_texts_of_pairs_held_out_elsewhere(data: SplitDataset, store: Pa
     [
         ("loved Toy Story (1995) most", "Toy Story (1995)", True),
         ("Title 10", "Title 1", False),
-        # Common words need the year.
+        # A title of common words needs the year.
         ("the heat of summer", "Heat (1995)", False),
         ("saw heat (1995)", "Heat (1995)", True),
         ("C++ (again)", "C++ (again)", True),
@@ -150,7 +150,7 @@ def test_skips_texts_that_name_the_target(tmp_path: Path, data: SplitDataset, sh
     described = with_stored_texts(data, TextsSection(path=str(tmp_path / "store"), shuffled=shuffled)).dataset
     assert USER_FIELD not in described.users.get("u2", {})
     assert "1 more users excluded" in described.provenance["have texts"]
-    # The user is still evaluated, so that all arms have the same users.
+    # The user is still evaluated, so that all variants have the same users.
     assert not any(each.user_id == "u2" for each in set_aside(replace(data, dataset=described)))
 
 

@@ -47,7 +47,7 @@ def test_round_trip(tmp_path: Path) -> None:
 
 
 def test_documented_numpy_lines_read_it(tmp_path: Path) -> None:
-    """The lines of docs/text-features-and-cold-start.md."""
+    """Run the example in docs/text-features-and-cold-start.md."""
     users = some(9)
     publish(tmp_path / "store", [users])
     page = Path("docs/text-features-and-cold-start.md").read_text(encoding="utf-8")

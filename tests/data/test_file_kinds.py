@@ -132,7 +132,7 @@ def test_lines_above_the_header_are_skipped(
     "text",
     [
         "user_id,item_id\nu,i\nu,j\nv,i\nv,j\n",
-        "user_id\nu,i\nu,j\nv,i\nv,j\n",  # maybe a header without one of the names
+        "user_id\nu,i\nu,j\nv,i\nv,j\n",  # possibly a header that lacks one name
         "a\nb,c\nd,e\nf\n",
     ],
 )
@@ -256,7 +256,7 @@ def test_recbole_files_of_a_data_set(tmp_path: Path) -> None:
 
 
 def test_default_column_can_be_ignored(tmp_path: Path) -> None:
-    """`--time none` with a column ``timestamp`` means the order of the rows, also in the recipe."""
+    """`--time none` with a column ``timestamp`` selects the order of the rows, also in the recipe."""
     rows = [(f"u{user}", f"i{(user + step) % 12}", 3, 9 - step, "so") for user in range(8) for step in range(5)]
     frame = pl.DataFrame(rows, schema=["user_id", "item_id", "rating", "timestamp", "text"], orient="row")
     frame.write_csv(tmp_path / "rows.csv")
@@ -267,7 +267,7 @@ def test_default_column_can_be_ignored(tmp_path: Path) -> None:
     assert not data.dataset.has_time
     assert set(data.test.select("user_id", "item_id").iter_rows()) == {(f"u{n}", f"i{(n + 4) % 12}") for n in range(8)}
     assert all(data.dataset.interactions[name].null_count() == 40 for name in ("rating", "text"))
-    # By default they are read.
+    # By default, these columns are read.
     data = load_split(recipe.data.model_copy(update={"columns": Columns()}), recipe.seed)
     assert data.dataset.has_time
     assert set(data.test.select("user_id", "item_id").iter_rows()) == {(f"u{n}", f"i{n}") for n in range(8)}

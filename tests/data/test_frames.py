@@ -99,9 +99,9 @@ def test_run_over_frames_equals_run_over_files(kind: str, tmp_path: Path, monkey
     assert any("last_basket" in note for note in result["notes"])
     assert result["data"]["main"]["fingerprint"] == expected["data"]["main"]["fingerprint"]
     assert sorted(path.name for path in Path("frames", "data").iterdir()) == ["interactions.parquet", "items.parquet"]
-    # The run folder suffices to run it again.
+    # The run folder is sufficient to repeat the run.
     assert llmrec.run("frames/recipe.yaml", "frames", quiet=True).results["rows"] == result["rows"]
-    # Another frame in the same folder is evaluated again.
+    # A different frame in the same folder is evaluated anew.
     other = llmrec.run(recipe, "frames", data=ROWS[:-40], items=ITEMS, quiet=True).results
     assert other["data"]["main"]["fingerprint"] != expected["data"]["main"]["fingerprint"]
     assert other["rows"] != expected["rows"]
@@ -111,7 +111,7 @@ def test_check_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(tmp_path)
     result = llmrec.check(RECIPE, data=ROWS, items=ITEMS)
     assert result.cases == {"sequential": 10, "rating": 10}
-    # Two events share a moment in this data.
+    # Two events have the same time in this data.
     assert len(result.warnings) == 1 and "last_basket" in result.warnings[0]
     assert result.statistics["users"] == 40
     assert not list(tmp_path.iterdir())

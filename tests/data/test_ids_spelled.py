@@ -82,7 +82,7 @@ def test_large_floats_of_json_are_exact_ids(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text("\n".join(lines), encoding="utf-8")
     assert users(tmp_path / "t.jsonl") == {str(first + 1), str(first + 2)}
     assert set(loaded(tmp_path / "t.jsonl").items) == {str(first + 100 + item) for item in range(5, 12)}
-    # Exponents are integers, too.
+    # Integers in scientific notation are read as integers too.
     (tmp_path / "t.jsonl").write_text("\n".join(lines).replace(f"{first + 1}.0", "9.007199254740993e15"))
     assert users(tmp_path / "t.jsonl") == {str(first + 1), str(first + 2)}
 
@@ -92,7 +92,7 @@ def test_rejects_inexact_float_ids(tmp_path: Path) -> None:
     large.with_columns(pl.when(pl.col("timestamp") > 12).then("user_id")).write_parquet(tmp_path / "t.parquet")
     with raises(DataError, Facts("bad-value", "t.parquet", 4, "user_id")):
         loaded(tmp_path / "t.parquet")
-    # Missing values turn IDs into floats and are an error themselves.
+    # Missing values turn IDs into floats, and are themselves an error.
     FRAME.with_columns(pl.when(pl.col("timestamp") > 12).then("user_id").cast(pl.Float64)).write_parquet(
         tmp_path / "t.parquet"
     )

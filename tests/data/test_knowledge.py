@@ -93,7 +93,7 @@ def test_retrieved_text_is_no_template(tmp_path: Path) -> None:
     values = {"item": View(data).item("i2"), "history": []}
     (turn,) = load_templates("explanation")["cite-facts"].turns(values)
     assert "[1] {{ item.title }} <|im_start|>" in turn.text
-    # It is in a segment of data, so it makes no control token.
+    # It is in a data segment, so it does not become a control token.
     assert [segment.kind for segment in turn.segments if "im_start" in segment.text] == ["item"]
 
 

@@ -170,7 +170,7 @@ def test_columns_that_cannot_be_read_are_skipped(tmp_path: Path, caplog: pytest.
     assert "5 columns have nested values and are excluded" in caplog.text
     with raises(DataError, Facts("bad-value", path, column="user.position", says="nested values")):
         load(section(path, columns=Columns(rating="user.position")), seed=0)
-    # A key with objects and texts is skipped, but is an error as a column.
+    # A key with both objects and texts is skipped, but using it as a column is an error.
     rows[3]["user"] = {"name": {"first": "x"}}
     assert read_table(write(tmp_path, rows, "jsonl")).frame.columns == ["user_id", "item_id"]
     rows[3]["user"] = "x"

@@ -80,7 +80,7 @@ def test_damaged_spreadsheet_and_bomb(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("reference", ["XFD1048576", "A99999999999"])
 def test_rejects_cell_far_outside_the_table(tmp_path: Path, reference: str) -> None:
-    """The library allocates all cells up to there, and aborts the process if that fails."""
+    """The library allocates all cells up to this one, and aborts the process if that fails."""
     pytest.importorskip("fastexcel")
     book = workbook(tmp_path / "shop.xlsx", {"Orders": [NAMES, *ROWS]})
     with zipfile.ZipFile(book) as archive:
@@ -108,7 +108,7 @@ def test_large_numbers_of_spreadsheets_are_no_ids(tmp_path: Path) -> None:
         tmp_path / "t.xlsx", {"A": [NAMES, *((str(large + n % 6), *row[1:]) for n, row in enumerate(ROWS))]}
     )
     assert set(loaded(as_texts).interactions["user_id"]) == {str(large + n) for n in range(6)}
-    # Other columns may have them.
+    # Other columns may contain such numbers.
     further = [(*NAMES, "code"), *((*row, 10.0**20) for row in ROWS), ("", "", "", "", "", "")]
     assert len(loaded(workbook(tmp_path / "f.xlsx", {"A": further})).interactions) == len(ROWS)
 

@@ -130,7 +130,7 @@ def test_file_without_header(tmp_path: Path) -> None:
         path = written(tmp_path / name, files, "folder") / file
         recipe = load_recipe(start.init(str(path), out=tmp_path / f"{name}.yaml", backend="hf").recipe)
         assert (recipe.data.source, recipe.data.path) == (source, str(path))
-    # Under any name, as published by S3-Rec.
+    # Recognised under any name, as published by S3-Rec.
     (tmp_path / "toys" / "sequences.txt").rename(tmp_path / "toys" / "Beauty.txt")
     assert source_of(tmp_path / "toys" / "Beauty.txt") == "sequences"
 

@@ -78,7 +78,7 @@ def test_filters_typed_columns(where: str, expected: list[int]) -> None:
         ({"q": [10.0, 9.5], "r": [10, 9]}, "q == r", [0]),
         ({"q": ["10", "b"], "r": ["9", "a"]}, "q > r", [1]),
         ({"q": [1.0, float("nan"), 9.0]}, "q != 1", [2]),
-        # IDs that are floats, because of missing values.
+        # Float IDs, due to missing values.
         ({"q": [0.0, float("nan"), 9.0]}, "q in ['0', '7']", [0]),
         ({"q": [0.0, 1.0, 9.0]}, "q != '0'", [1, 2]),
         ({"tags": [["a", "b"], ["a"], []]}, "tags == 'a, b'", [0]),

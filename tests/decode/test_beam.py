@@ -155,7 +155,7 @@ def test_full_width_finds_the_best(paths: list[tuple[int, ...]], seed: int) -> N
 def test_forward_passes_are_bounded_by_branches(paths: list[tuple[int, ...]], seed: int, width: int) -> None:
     tree, engine = Catalogue.of(paths), FakeEngine(seed)
     beam(engine, tree, [(1,)], k=1, width=width)
-    # A prefix that all paths share is one more forward pass.
+    # A prefix shared by all paths takes one more forward pass.
     alike = len({path[0] for path in paths}) == 1
     assert engine.forwards <= branching(tree) + 1 + alike
     assert engine.fed < len(tree.marks)
@@ -163,7 +163,7 @@ def test_forward_passes_are_bounded_by_branches(paths: list[tuple[int, ...]], se
 
 @pytest.mark.parametrize("width", [1, 5, 20])
 def test_work_for_codes_of_equal_length(width: int) -> None:
-    """Prompts, and at each depth but the last as many tokens as are kept."""
+    """One pass for the prompts, and one for the kept tokens at each depth except the last."""
     codes = np.array([(a, b, c) for a in range(6) for b in range(6) for c in range(6)])
     tree, engine = Catalogue.of(codes), FakeEngine(1)
     beam(engine, tree, [(1,), (2, 3)], k=1, width=width)

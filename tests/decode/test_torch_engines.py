@@ -25,7 +25,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 PAD, END = 0, 70
-# All below the smallest vocabulary here, and none of them a token that ends a text.
+# All are below the smallest vocabulary size here, and none is an end-of-text token.
 FULL = [(10 + a, 20 + b, 30 + c) for a, b, c in itertools.product(range(6), range(5), range(4))]
 SHAPE = {
     "vocab_size": 96,
@@ -74,7 +74,7 @@ def untied() -> Any:
 
 @pytest.fixture(scope="module")
 def sliding() -> Any:
-    """Every layer sees eight tokens only."""
+    """Return a model whose layers attend to eight tokens only."""
     torch.manual_seed(3)
     config = transformers.MistralConfig(**SHAPE, sliding_window=8, tie_word_embeddings=False)
     return sharp(transformers.MistralForCausalLM(config))
@@ -176,7 +176,7 @@ def test_equals_the_beam_search_of_transformers(name: str, width: int, request: 
 
 
 def constrained(model: Any, prompt: Sequence[int], width: int) -> dict[tuple[int, ...], float]:
-    """Return what ``generate`` finds under a prefix function."""
+    """Return the results of ``generate`` with a ``prefix_allowed_tokens_fn``."""
     after: dict[tuple[int, ...], list[int]] = {}
     for path in FULL:
         for n, token in enumerate(path):
@@ -202,7 +202,7 @@ def constrained(model: Any, prompt: Sequence[int], width: int) -> dict[tuple[int
 
 @pytest.mark.parametrize("width", [3, 10, 200])
 def test_each_token_is_computed_once(untied: Any, width: int) -> None:
-    """Prompts, and at each depth but the last as many tokens as the beam; one row of logits after each."""
+    """Computed once: the prompts, and the beam's tokens at each depth except the last; each has one row of logits."""
     engine, prompts = MaskedTree(untied, PAD), [(5, 6, 7), (40,), (1,) * 9]
     beam(engine, Catalogue.of(FULL), prompts, k=1, width=width)
     read = len(prompts) * (min(width, 6) + min(width, 30))

@@ -63,7 +63,7 @@ def test_more_than_eight_numbers_are_cut_at_quartiles() -> None:
     }
     few = sliced({"u0": "10", "u1": "2", "u2": "10"}, ["u1"], "level")
     assert list(few) == ["user:level=2", "user:level=10", "user:level:none"]
-    # A postcode is no number, whatever its digits are.
+    # A postcode is not a number, even if it consists of digits.
     assert "user:zip:other" in sliced({f"u{n}": f"0{n}" for n in range(20)}, [], "zip")
     # Most users have the same value, so equal edges are merged.
     shared = {f"u{n}": "0" for n in range(90)} | {f"v{n}": f"{n}.5" for n in range(10)}

@@ -33,7 +33,7 @@ from tests.facts import Facts, raises
 
 
 class Scored:
-    """Scores that the test chooses, by request id."""
+    """Returns the scores that a test sets, by request id."""
 
     name = "scored"
 
@@ -61,7 +61,7 @@ def protocol(items: int, cutoffs: tuple[int, ...] = (1, 2)) -> EvalProtocol:
 
 
 def test_ranks_by_hand() -> None:
-    # Above the target b: a and d; tied with it: c. The user had a, c and twice d; z is not in the catalogue.
+    # Ranked above the target b: a and d; tied with it: c. The user had a, c and twice d; z is not in the catalogue.
     result = rank_catalogue(Scored("abcde", {"r0": [4, 2, 2, 3, 1]}), [case(0, "b", "acddz")], cutoffs=(3,))
     assert (result["included"].greater[0], result["included"].tied[0], result["included"].pool[0]) == (2, 2, 5)
     assert (result["excluded"].greater[0], result["excluded"].tied[0], result["excluded"].pool[0]) == (0, 1, 2)
@@ -128,7 +128,7 @@ def test_lists_do_not_depend_on_batches_or_order() -> None:
 
 def test_tied_items_are_shown_equally_often() -> None:
     items = [f"i{n}" for n in range(20)]
-    for fill in (0.0, -1.0):  # all items tie; half of them tie, which is another branch
+    for fill in (0.0, -1.0):  # all items tie; half of them tie, which is another code branch
         row = np.where(np.arange(20) < 10, 0.0, fill)
         scorer = Scored(items, {f"r{k}": row for k in range(3000)})
         result = rank_catalogue(scorer, [case(k, "i0") for k in range(3000)], cutoffs=(2,), seen=("included",))
@@ -251,7 +251,7 @@ def test_precision_map_and_auc_equal_other_libraries(data: SplitDataset) -> None
         assert figures["RankAUC"].value == pytest.approx(np.mean(areas), abs=1e-12)
         assert 0 < figures["RankAUC"].low < figures["RankAUC"].value < figures["RankAUC"].high < 1
         assert parse_signature(figures["RankAUC"].signature).seen == seen
-        # They follow from others, so nothing is compared by them, and there is no cut-off of 1.
+        # They follow from other metrics, so they are not used in comparisons, and there is no cut-off of 1.
         assert not {"RankAUC", "Precision@5", "MAP@5"} & row.values.keys() and "Precision@1" not in figures
 
 
@@ -313,7 +313,7 @@ def test_list_metrics(data: SplitDataset) -> None:
     # The catalogue is so small that histories contain the popular items.
     lifts = [row["included"].figures.metrics["PopularityLift@10"] for row in rows.values()]
     assert lifts[0].low > 0 > lifts[1].high
-    assert popular["Serendipity@10"].value == pytest.approx(0.0, abs=0.01)  # ties may be broken otherwise
+    assert popular["Serendipity@10"].value == pytest.approx(0.0, abs=0.01)  # ties may be broken differently
     assert 0 < random["ILD@10"].value <= 1
     assert random["ILD@10"].signature.split("|")[:2] == ["ILD@10", "ties:seeded"]
     assert "how:jaccard-genres" in random["ILD@10"].signature

@@ -132,7 +132,7 @@ def test_yes_no_answers() -> None:
     answers.append(Unparsed(request_id="r4", reason="x"))
     result = measured(answers, cases, "ctr")
     metrics = result.figures.metrics
-    # Yes .9 .4 .5 against no .2 .4: only .4 against .4 is a tie.
+    # Positives: .9 .4 .5; negatives: .2 .4; only .4 and .4 are tied.
     assert metrics["AUC"].value == pytest.approx(5.5 / 6)
     assert metrics["GAUC"].value == pytest.approx((1 + 0.5) / 2)
     assert metrics["GAUC"].signature.startswith("GAUC|how:users-alike|")
@@ -190,7 +190,7 @@ def test_areas_of_two_rows_are_compared(metric: str) -> None:
     flipped = np.copysign(stored[1], -stored[1])
     with raises(LlmrecError, Facts("mismatch", says="AUC")):
         compare(metric, stored[0], flipped, users, resamples=10, seed=0)
-    # With two seeds the mean of their metrics is compared, not the metric of their mean answer.
+    # With two seeds, the mean of the metrics is compared, not the metric of the mean answer.
     both = compare(metric, np.stack(stored), stored[1], users, resamples=300, seed=0)
     assert both.value == pytest.approx(result.value / 2)
 

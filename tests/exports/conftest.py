@@ -1,4 +1,4 @@
-"""What tests of exports share with those of the report: the content of a finished run."""
+"""Fixtures that export tests share with report tests: the content of a finished run."""
 
 from tests.report.conftest import hostile, payloads, results, run_dir, save, several
 

@@ -48,7 +48,7 @@ def serving() -> Iterator[Hub]:
 
 class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *args: Any) -> None:
-        """Say nothing."""
+        """Suppress log output."""
 
     @property
     def hub(self) -> Hub:

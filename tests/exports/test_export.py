@@ -48,7 +48,7 @@ SMALL = (
     "data={source: made-reviews, noun: products}",
     "reviews=null",
     "model.dtype=float32",
-    # Enough for the adapter to matter after two steps.
+    # A learning rate with which the adapter has an effect after two steps.
     "train={steps: 2, batch_tokens: 512, valid_rows: 0, learning_rate: 0.03, warmup: 0, lora: {rank: 4, alpha: 8}}",
     "tasks.sequential={templates: [continue-list]}",
     "tasks.rating={templates: [list-ratings]}",
@@ -483,7 +483,7 @@ def test_temporary_folders_of_running_processes_stay(tmp_path: Path) -> None:
         placing.placing(tmp_path / "out", force=False),
     ):
         pass
-    # A folder that a dead process had moved aside is restored.
+    # A folder that a dead process moved aside is restored.
     assert (tmp_path / "out" / "file").read_text(encoding="utf-8") == "complete"
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"out", f"out.llmrec-tmp-{alive}", f"output.llmrec-tmp-{gone}"}
@@ -583,7 +583,7 @@ def test_vllm_answers_the_request_of_the_card(tmp_path: Path) -> None:
     body = json.loads(words[words.index("-d") + 1])
     path = next(word for word in words if word.startswith("http")).partition("8000")[2]
     assert path == "/v1/chat/completions"
-    # The command names the folder relative to the one above.
+    # The command names the folder relative to its parent folder.
     with started([*shlex.split(serve)[1:], "--dtype", "float32"], tmp_path, cwd=tmp_path) as address:
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(address + path, json.dumps(body).encode(), headers)

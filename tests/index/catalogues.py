@@ -80,7 +80,7 @@ def check_codes(index: ItemIndex) -> None:
 
 
 def embed(texts: Sequence[str]) -> NDArray[np.float32]:
-    """Vectors of the letters of texts: similar texts are near each other."""
+    """Return vectors of character bigrams: similar texts have similar vectors."""
     vectors = np.zeros((len(texts), 64), dtype=np.float32)
     for row, text in enumerate(texts):
         for first, second in pairwise(text):

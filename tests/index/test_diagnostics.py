@@ -19,7 +19,7 @@ TOKENS = (*(token(0, n) for n in range(3)), *(token(1, n) for n in range(4)))
 
 
 def index_of(*codes: tuple[int, ...], **more: object) -> ItemIndex:
-    """Return an index of items i0, i1, ...; numbers are tokens of their level."""
+    """Return an index of items i0, i1, ...; each number is a token of its level."""
     pieces = {f"i{n}": tuple(token(level, n) for level, n in enumerate(code)) for n, code in enumerate(codes)}
     tokens = sorted({*TOKENS, *(piece for code in pieces.values() for piece in code)})
     return ItemIndex("semantic", pieces, tokens=tuple(tokens), **more)  # type: ignore[arg-type]

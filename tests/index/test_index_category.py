@@ -51,7 +51,8 @@ def paths(index: ItemIndex) -> dict[str, str]:
 
 def test_a_token_is_the_rank_of_a_category_at_its_level() -> None:
     index = build_index(filed_catalogue())
-    # Home holds four items and Sport one; Light three and Seats one. No category is the last token of the first level.
+    # Home holds four items and Sport one; Light three and Seats one. Items without a category get the last
+    # token of the first level.
     assert paths(index) == {
         "lamp": "<a_0><b_0><c_0>",
         "torch": "<a_0><b_0>",
@@ -154,7 +155,7 @@ def test_new_items_get_the_known_part_of_their_path() -> None:
 
 def test_full_path_falls_back_to_a_shorter_one() -> None:
     index = build_index(filed_catalogue())
-    # Both codes of "Home > Light" are used, none of "Home" and of the empty path.
+    # Both codes of "Home > Light" are in use, but none of "Home" or of the empty path.
     new = {f"n{n}": item(f"n{n}", categories="Home > Light") for n in range(6)}
     more = index.extend(new)
     check_codes(more)

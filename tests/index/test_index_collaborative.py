@@ -118,7 +118,7 @@ def test_spectrum_equals_dense_eigenvectors(size: int, monkeypatch: pytest.Monke
     monkeypatch.setattr(collaborative, "eigsh", fails)
     spectra.append(collaborative._spectrum(users, 3))
     for vectors in spectra:
-        # The same space, and in it the same order.
+        # The vectors span the same subspace, in the same order.
         np.testing.assert_allclose(np.abs(np.linalg.svd(expected.T @ vectors)[1]), 1, atol=1e-6)
         values = np.diag(vectors.T @ normal @ vectors)
         assert values[0] == pytest.approx(1) and (np.diff(values) <= 1e-9).all()
@@ -155,7 +155,7 @@ def test_catalogue_without_interactions() -> None:
     index = build_index(chosen({}, [f"i{n}" for n in range(30)]), clusters=3, leaf=4)
     assert index.figures["leaves"] == 0 and index.figures["inside"] == 0
     assert {pieces[0] for pieces in index.codes.values()} == {token(0, 3)}
-    # One path of length 1, three of length 2, then longer ones, each for four items.
+    # One path of length 1, three of length 2, then longer ones; four items per path.
     assert Counter(len(pieces) - 1 for pieces in index.codes.values()) == {1: 4, 2: 12, 3: 14}
 
 
@@ -166,7 +166,7 @@ def test_isolated_items_are_distributed_evenly() -> None:
 
 
 def test_too_large_last_level_is_cut_in_spectral_order() -> None:
-    # A chain: its two ends must not meet in one leaf.
+    # The two ends of a chain must not share a leaf.
     data = chosen({f"u{n:03d}": [f"i{n:03d}", f"i{n + 1:03d}"] for n in range(59)})
     index = build_index(data, clusters=6, leaf=10, depth=1)
     assert index.figures["leaves"] == 6 and index.figures["largest_leaf"] == 10

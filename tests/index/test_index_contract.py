@@ -100,7 +100,7 @@ def test_extension_keeps_known_codes(name: str) -> None:
     assert all(more.decode(more.encode(item)) == item for item in NEW)
     assert more.tokens[: len(index.tokens)] == index.tokens
     if not (name.endswith("-token") or name == "token"):
-        # A trained model has no further tokens.
+        # A trained model has no tokens for new items.
         assert more.tokens == index.tokens
     again = more.extend({**NEW, "i001": Item(item_id="i001", title="another title")}, embed=embed)
     assert again is more or again.digest == more.digest

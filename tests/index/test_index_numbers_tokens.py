@@ -31,7 +31,7 @@ def test_numbers_are_split_into_tokens_of_digits() -> None:
         assert cut.decode(cut.encode(item)) == item
     assert len(cut.tokens) == 200
     thirds = build(IndexSection(scheme="random", digits=3, first=998), data, seed=0)
-    # Numbers from 998 to 1005: the longest has four digits, so each has two tokens, the first with zeros in front.
+    # Numbers from 998 to 1005: the longest has four digits, so each has two tokens, the first with leading zeros.
     assert {pieces[0] for pieces in thirds.codes.values()} == {"<a_0>", "<a_1>"}
     assert {len(pieces) for pieces in thirds.codes.values()} == {2}
 

@@ -72,7 +72,7 @@ def numbered(data: SplitDataset, **section: object) -> str:
 
 def test_numbers_follow_training_histories() -> None:
     data = histories("cabxy", "dazbc", "eabcdexz")
-    # Training: cab, daz, eabcde; x and y are held out everywhere, z is trained on by the second user.
+    # Training: cab, daz, eabcde; x and y are always held out, z is in the second user's training part.
     assert numbered(data)[:6] == "cabdze" and set(numbered(data)[6:]) == {"x", "y"}
     assert numbered(data, order="longest")[:6] == "eabcdz"
     assert numbered(data, order="shortest")[:6] == "cabdze"

@@ -203,7 +203,7 @@ def test_extension_takes_the_next_count_and_then_the_nearest_code_with_room() ->
     new = {f"n{n}": Item(item_id=f"n{n}", title="b") for n in range(3)}
     more = index.extend(new, embed=hashed)
     assert [more.codes[f"n{n}"] for n in range(2)] == [(*prefix, token(2, n)) for n in (1, 2)]
-    # The counts of this code are used up; the first piece is kept.
+    # All counter tokens of this code are in use; the first token is kept.
     assert more.codes["n2"][0] == prefix[0] and more.codes["n2"][1] != prefix[1]
     x = hashed(["b"])
     x /= np.linalg.norm(x)

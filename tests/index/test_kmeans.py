@@ -17,7 +17,7 @@ from llmrec.index.semantic import Floats, bounded, kmeans, nearest, perplexity, 
 def mixture(
     groups: int, size: int, parts: int = 1, dim: int = 16, seed: int = 0
 ) -> tuple[Floats, NDArray[np.int64], NDArray[np.int64]]:
-    """Vectors of far groups with nearer parts inside each, with their group and part; the same parts in all groups."""
+    """Return vectors in distant groups, split into closer subgroups (the same in all groups), and both labels."""
     rng = np.random.default_rng(seed)
     axes = np.linalg.qr(rng.normal(size=(dim, dim)))[0]
     far, near = 10 * axes[:groups], 1.25 * axes[groups : groups + parts] * (parts > 1)
@@ -75,7 +75,7 @@ def test_codes_are_the_nearest_centroids() -> None:
 
 @pytest.mark.parametrize("balance", [1.0, 2.0, 7.5])
 def test_no_code_has_more_items_than_the_bound(balance: float) -> None:
-    # Half of the vectors are close to each other, so without a bound one code takes them.
+    # Half of the vectors are close to each other, so without a bound one code would get them all.
     rng = np.random.default_rng(3)
     x = np.concatenate([rng.normal(scale=s, size=(300, 6)) for s in (0.01, 1.0)]).astype(np.float32)
     codes = residual_kmeans(x, 3, 20, balance=balance).codes
@@ -86,7 +86,7 @@ def test_no_code_has_more_items_than_the_bound(balance: float) -> None:
 
 
 def test_opening_is_kept_if_it_ends_better(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Most vectors are near the centre, in few directions; one in ten is an outlier and becomes a first centroid.
+    # Most vectors are near the centre, in few directions; one in ten is an outlier and becomes an initial centroid.
     rng = np.random.default_rng(4)
     x = rng.normal(size=(2000, 4)) @ rng.normal(size=(4, 128))
     x *= 0.5 * rng.random((2000, 1)) / np.linalg.norm(x, axis=1, keepdims=True)
@@ -113,7 +113,7 @@ def test_codes_depend_on_the_seed() -> None:
 @pytest.mark.parametrize("balance", [0.0, 1.0])
 @pytest.mark.parametrize(("n", "k"), [(1, 5), (50, 8), (50, 1)])
 def test_equal_vectors_and_few_vectors(n: int, k: int, balance: float) -> None:
-    # Products of these values are rounded: distances of equal vectors are slightly above or below zero.
+    # Rounded products of these values make distances of equal vectors slightly positive or negative.
     x = np.tile(np.random.default_rng(n).normal(size=40), (n, 1)).astype(np.float32)
     result = residual_kmeans(x, 3, k, balance=balance)
     np.testing.assert_allclose(reconstructed(result.codes, result.codebooks), x, atol=1e-6)
@@ -139,7 +139,7 @@ def test_perplexity_by_hand() -> None:
 
 
 def least(costs: Floats, most: int) -> float:
-    """The least total cost, by repeating each column."""
+    """Return the minimum total cost, computed by repeating each column."""
     repeated = np.repeat(costs, most, axis=1).astype(np.float64)
     rows, columns = linear_sum_assignment(repeated)
     return float(repeated[rows, columns].sum())
@@ -163,7 +163,7 @@ def test_bounded_assignment_by_hand() -> None:
 
 @pytest.mark.parametrize("bid", [-1e-3, 1e-30])
 def test_bounded_assignment_ends_with_tiny_bids(bid: float) -> None:
-    # Errors near zero are such: each is a difference of products.
+    # Rounding errors give such bids: each is a difference of products near zero.
     codes = bounded(np.array([[0, 0, 1]] * 6, np.float32), 2, bid=bid)
     assert np.bincount(codes).tolist() == [2, 2, 2]
 

@@ -134,7 +134,7 @@ def test_reconstruction_gradient_is_straight_through() -> None:
     def decoded() -> Any:
         return torch.from_numpy(relu_net(net.decoder, total.detach().numpy()))
 
-    # The gradient at the decoder's input, by differences, is what the encoder's last bias collects.
+    # The numerical gradient at the decoder's input, summed over rows, equals that of the encoder's last bias.
     slope = np.array(
         [
             [difference(lambda: (x - decoded()).square().sum(1).mean(), total, (row, j)) for j in range(4)]

@@ -91,7 +91,7 @@ def _small_forms(text: str) -> str:
 
 
 def _healing(token: str) -> str:
-    """Hide a token inside itself, so that taking the inner one out would leave the outer one."""
+    """Nest a token inside itself, so that removing the inner one would restore the outer one."""
     return token[: len(token) // 2] + token + token[len(token) // 2 :]
 
 
@@ -140,7 +140,7 @@ DISGUISES: dict[str, Callable[[str], str]] = {
 
 @cache
 def payloads(count: int = COUNT, seed: int = 0) -> tuple[str, ...]:
-    """Return different texts: every token alone, then every disguise in turn, each of a random token."""
+    """Return distinct texts: every token alone, then every disguise in turn, each with a random token."""
     tokens, dice = all_tokens(), random.Random(seed)
     texts = dict.fromkeys(tokens)
     names = list(DISGUISES)
@@ -199,7 +199,7 @@ def harmless(number: int) -> str:
 
 @dataclass(frozen=True)
 class Fill:
-    """The texts of the fields of the data."""
+    """The texts in the data fields."""
 
     title: Callable[[int], str]
     field: Callable[[int], str]
@@ -244,7 +244,7 @@ def _shown(text: str) -> str:
 
 @cache
 def dataset(fill_name: str, items: int = COUNT, users: int = USERS) -> SplitDataset:
-    """Return data with the texts of one fill: every item is in a history, a candidate, and the item of a question."""
+    """Return data with the texts of one fill: every item is in a history, a candidate, and the item of a prompt."""
     fill, dice = FILLS[fill_name](), random.Random(5)
     order = list(range(items))
     rows = []
@@ -298,7 +298,7 @@ def templates(family: str) -> dict[str, Template]:
 
 
 def asking(family: str) -> dict[str, Template]:
-    """Return the templates for questions; some templates of ratings are only for training."""
+    """Return the templates for evaluation; some rating templates are only for training."""
     return {name: t for name, t in templates(family).items() if family != "rating" or not learned_only(t)}
 
 
@@ -307,7 +307,7 @@ def task(family: str, fill_name: str) -> Any:
     kind, section = FAMILIES[family]
     data = dataset(fill_name)
     stored = draw(data, "test", CandidateSection(count=20), seed=0) if family in ("direct", "sequential") else None
-    # Codes that are titles are data too.
+    # Titles used as codes are data too.
     index = build(IndexSection(), data, seed=0)
     seen = tuple(name for name, template in templates(family).items() if template.use != "unseen")
     changed = section.model_copy(update={"templates": seen})
@@ -338,7 +338,7 @@ def rows(family: str, fill_name: str, count: int) -> list[Example]:
 
 
 def shown(family: str, template: str, fill_name: str) -> set[int]:
-    """Return the items whose titles are in the prompts of a template, without spaces: broken tokens get one."""
+    """Return the items whose titles are in the prompts of a template, ignoring spaces: broken tokens contain one."""
     items = dataset(fill_name).dataset.items
     titles = {int(item[1:]): _squeezed(clean(entry.title)) for item, entry in items.items()}
     text = "\n".join(_squeezed(_flat(prompt(family, template, fill_name, 0, user)[0])) for user in range(USERS))

@@ -1,4 +1,4 @@
-"""Only codes write item tokens: no title, field, review or profile can."""
+"""Only codes produce item tokens; titles, fields, reviews and profiles cannot."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_code_is_written_as_its_tokens(encoder: Encoder) -> None:
     ids = rendered(encoder, template, {"a": "<a_1>", "item": {"code": Code("<a_1><b_2>"), "title": "<c_3>"}})
     expected = encoder.tokenizer.convert_tokens_to_ids(["<a_1>", "<b_2>"])
     assert [i for i in ids if i in ids_of(encoder)] == expected
-    # Plain data with the same text is no code.
+    # Plain data with the same text is not a code.
     plain = rendered(encoder, template, {"a": "x", "item": {"code": "<a_1><b_2>", "title": ""}})
     assert not ids_of(encoder) & set(plain)
 
@@ -90,7 +90,7 @@ def test_ordinary_titles_are_unchanged() -> None:
 
 @pytest.mark.parametrize("name", ["continue-codes", "next-code", "profile-list"])
 def test_task_writes_only_its_codes(name: str, encoder: Encoder) -> None:
-    """Titles, fields and profiles contain tokens, and the same prompt has real codes."""
+    """Titles, fields and profiles contain tokens as text, and the same prompt has real codes."""
     items = {f"i{n}": Item(item_id=f"i{n}", title=f"{SPELT[n]} {n}", fields={"kind": SPELT[-n]}) for n in range(8)}
     rows = [(f"u{u}", f"i{(u + n) % 8}", float(n)) for u in range(4) for n in range(6)]
     frame = pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row")

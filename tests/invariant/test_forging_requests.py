@@ -97,7 +97,7 @@ def _records(texts: list[str], mark: str) -> list[dict[str, Any]]:
                     {"title": f"h{n} {text}", "rating": 4, "text": f"t {texts[(start + 7 + n) % len(texts)]}"}
                     for n, text in enumerate(part)
                 ],
-                # The number separates payloads with the same cleaned text, so both fills have as many candidates.
+                # The number separates payloads with the same cleaned text, so both fills have equally many candidates.
                 "candidates": [
                     {"item_id": f"{mark}{n}", "title": f"{text} c{n}", "genres": f"g {text}"}
                     for n, text in enumerate(part)
@@ -162,7 +162,7 @@ def test_requests_have_the_control_tokens_of_harmless_ones(encoder: Encoder, nam
         plain = _recorded("harmless", folder, way)
         for fill in ("full",) if way.strategy == "list" else ("full", "split"):
             hostile = _recorded(fill, folder, way)
-            # Lists use the prompts of labels; a few are enough.
+            # The list strategy uses the same prompts as the label strategy; a few are enough.
             few = slice(None, None, 5 if way.strategy == "list" else 1)
             for prompt, other in zip(hostile.prompts[few], plain.prompts[few], strict=True):
                 _same(encoder, prompt, other)

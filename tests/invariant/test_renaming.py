@@ -1,4 +1,4 @@
-"""Other ids of users and items do not change prompts and continuations."""
+"""Renaming users and items does not change prompts and continuations."""
 
 from __future__ import annotations
 

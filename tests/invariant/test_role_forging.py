@@ -70,7 +70,7 @@ def _tokenizer(name: str, request: pytest.FixtureRequest) -> Any:
 
 
 def control_ids(tokenizer: Any) -> frozenset[int]:
-    """Return all added tokens except white space, words, symbols and the unknown token, without the Encoder."""
+    """Return all added tokens except white space, words, symbols and the unknown token, without using Encoder."""
     unknown = tokenizer.unk_token
     if unknown in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token):
         unknown = None
@@ -230,7 +230,7 @@ def test_white_space_tokens_are_kept() -> None:
 
 @pytest.mark.parametrize("name", ["bert", "t5", "llama-2", "odd"])
 def test_unknown_letters_are_accepted(name: str) -> None:
-    """Their id is that of a special token."""
+    """They are encoded as a special token."""
     encoder = Encoder(tokenizer_of(name), max_length=999)
     for title in ("千と千尋の神隠し", "Amélie 👍", "Сталкер"):
         assert encoder.piece(title)
@@ -249,7 +249,7 @@ def test_rejects_control_token_that_is_a_word() -> None:
 
 
 def test_ordinary_titles_are_unchanged() -> None:
-    """At least 99.9 %, with the control tokens of all families at once."""
+    """At least 99.9 % of titles, with the control tokens of all families at once."""
     control = tuple(
         dict.fromkeys(t for family in TOKENIZERS for t in Encoder(tokenizer_of(family.name), max_length=9).control)
     )
@@ -292,7 +292,7 @@ def test_neutralising_takes_few_rounds(part: str, monkeypatch: pytest.MonkeyPatc
 
 # --------------------------------------------------------------------------- all text passes the guard
 
-# The others write the example of a model card, read words for vectors and for rows of new tokens, or make a tokenizer.
+# The others write the example of a model card, encode words for embeddings or new tokens, or create a tokenizer.
 TOKENISING = {
     *("backends/encode.py", "exports/card.py", "exports/card_facts.py"),
     *("models/text_encoder.py", "models/item_tokens.py", "models/load.py"),

@@ -1,4 +1,4 @@
-"""Templates cannot leave their values or fill the memory, and data values are never read as templates."""
+"""Templates cannot escape the sandbox or exhaust memory, and data values are never evaluated as templates."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_grammar_rejects(source: str) -> None:
 _EVENTS = [{"title": "x" * 1000, "text": "y" * 1000, "long": "z" * 50_000, "rating": "5"}] * 4000
 _ALL = "{{ e.title }}{{ e.text }}{{ e.rating }}"
 BOMBS = {
-    # Rejected when read: too deep, too long, or more than one loop.
+    # Rejected when parsed: too deep, too long, or more than one loop.
     "two loops": "{% for a in history %}{% for b in history %}x{% endfor %}{% endfor %}",
     "a power": "{{ 9 ** 9 ** 9 }}",
     "joined": "{{ " + " ~ ".join(["noun"] * 2000) + " }}",
@@ -77,7 +77,7 @@ BOMBS = {
     "an open comment": "{#" * 8000,
     "open braces": "{{" * 8000,
     "recursive": "{% for a in history recursive %}{{ loop(history) }}{% endfor %}",
-    # Rejected when filled in: larger than any prompt.
+    # Rejected when rendered: larger than any prompt.
     "long values": "{% for e in history %}" + _ALL + "{% endfor %}",
     "wide steps": "{% for e in history %}" + "y" * 15_000 + "{% endfor %}",
     "one value often": "{% for e in history %}" + "{{ noun }}" * 1500 + "{% endfor %}",

@@ -48,7 +48,7 @@ def plain(*texts: str, **options: bool) -> tuple[Added, ...]:
 
 
 def turns(user: str, answer: str, opening: str, *, start: str = "", system: str | None = None) -> str:
-    """Write a chat template: the texts of each turn, with X for the content."""
+    """Return a chat template from the text of each turn, in which X stands for the content."""
     first = user if system is None else system
 
     def filled(words: str) -> str:
@@ -317,7 +317,7 @@ def _bytes_nfc() -> Any:
 
 
 def _pieces() -> Any:
-    """As SentencePiece BPE: spaces are ▁, and what is no letter of the vocabulary is written in bytes."""
+    """Like SentencePiece BPE: spaces are ▁, and characters outside the vocabulary become bytes."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     names = ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256)), "▁", *LETTERS]

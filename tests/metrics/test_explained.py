@@ -252,7 +252,7 @@ def test_evaluation_compares_texts_with_training() -> None:
     )
     assert result["rates"] == {
         **{"truth_copy_rate": 1 / 4, "features_asked": 2, "features_named": 2},
-        # Of the true texts, one names a feature, of an item without reviews.
+        # One of the true texts names a feature; its item has no reviews.
         "truth_hallucination_rate": 1.0,
     }
     assert str(result["FMR"]["signature"]).startswith("FMR|text:words-lower|how:features-3|")
@@ -291,7 +291,7 @@ def test_background_of_a_split_has_no_held_out_texts() -> None:
     train, test = data.train["text"].to_list(), data.test["text"].to_list()
     assert copied(train, training.texts).all() and not copied(test, training.texts).any()
     assert training.features is None
-    # Held-out features are annotations of requests, and not in the vocabulary.
+    # Held-out features annotate requests, but are not in the vocabulary.
     parts = {
         name: getattr(data, name).with_columns(feature=pl.lit(f"{name} word")) for name in ("train", "valid", "test")
     }

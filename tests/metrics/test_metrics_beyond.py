@@ -65,7 +65,7 @@ def test_diversity_by_vectors() -> None:
     vectors = [[1, 0], [0, 2], [3, 3], [0, 0]]
     result = beyond.diversity_by_vectors(LISTS, 3, vectors)
     half = 1 - 1 / math.sqrt(2)
-    # Pairs of [0, 1, 2]: orthogonal, half, half; of [0, 1]: orthogonal; of [0, 3, 1], where 3 is like none: all 1.
+    # Pairs of [0, 1, 2]: orthogonal, half, half; of [0, 1]: orthogonal; of [0, 3, 1], where 3 is a zero vector: all 1.
     assert result.tolist() == pytest.approx([(1 + half + half) / 3, 1.0, 1.0])
     assert beyond.diversity_by_vectors(LISTS, 1, vectors).tolist() == [0.0] * 3
     assert beyond.diversity_by_vectors([[0, 1]], 2, [[1, 0], [-1, 0]]).tolist() == pytest.approx([2.0])

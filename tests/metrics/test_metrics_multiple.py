@@ -1,4 +1,4 @@
-"""Families of tests: levels of Holm, and intervals that agree with the adjusted p."""
+"""Families of tests: Holm levels, and intervals that agree with the adjusted p-values."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_number_of_resamples() -> None:
 
 
 def _family(rng: np.random.Generator) -> list[Sampled]:
-    """Return a family of up to seven comparisons of few or many users, with effects about as large as is found."""
+    """Return a family of up to seven comparisons of few or many users, with effects near the limit of significance."""
     result = []
     for _ in range(int(rng.integers(1, 8))):
         n, effect = int(rng.integers(2, 60)), rng.normal(0, 3)
@@ -60,7 +60,7 @@ def _family(rng: np.random.Generator) -> list[Sampled]:
 
 
 def test_verdict_and_interval_agree() -> None:
-    """200 families with too few resamples, so that intervals and counted p sometimes disagree at the border."""
+    """Use too few resamples, so that intervals and counted p-values sometimes disagree at the threshold."""
     rng = np.random.default_rng(5)
     significant, moved, number = 0, 0, 0
     for _ in range(200):

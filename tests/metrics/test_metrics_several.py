@@ -124,7 +124,7 @@ _GAINS = st.lists(st.sampled_from([0.0, 0.0, 1.0, 2.0]), min_size=1, max_size=6)
 
 
 def _by_hand(order: Sequence[int], gains: dict[int, float], k: int) -> dict[str, float]:
-    """Take every metric of one order without ties, as the definitions say."""
+    """Compute every metric of one order without ties from its definition."""
     relevant = [item in gains for item in order]
     ranks = [rank for rank, hit in enumerate(relevant, start=1) if hit and rank <= k]
     ideal = sorted(gains.values(), reverse=True)[:k]

@@ -38,7 +38,7 @@ def _every_sign(differences: list[float]) -> float:
 def test_p_by_hand() -> None:
     # Of 16 patterns of 1, 2, 3, 4 only all plus and all minus reach a sum of 10.
     assert flip_p([1, 2, 3, 4], resamples=10, seed=0) == pytest.approx(2 / 16)
-    # A sum of 8 is reached with 1 against the others too.
+    # A sum of 8 is also reached if only 1 has the opposite sign.
     assert flip_p([-1, 2, 3, 4], resamples=10, seed=0) == pytest.approx(4 / 16)
     assert flip_p([0, 0, 0], resamples=10, seed=0) == 1.0
     assert flip_p([5.0, 0, 0], resamples=10, seed=0) == 1.0
@@ -113,7 +113,7 @@ def test_pairing_removes_the_shared_part(compare: Callable[..., Difference]) -> 
     result = compare(user + 0.3 + rng.normal(0, 0.5, 300), user + rng.normal(0, 0.5, 300), resamples=2000, seed=0)
     assert result.value == pytest.approx(0.3, abs=0.1)
     assert 0 < result.low < result.value < result.high < 0.5
-    # The bootstrap counts both sides.
+    # The bootstrap counts both tails.
     assert result.p == pytest.approx((2 if compare is paired else 1) / 2001)
     assert verdict(result) == "shown"
 
@@ -176,17 +176,17 @@ def test_rejects_arms_that_cannot_be_paired(compare: Callable[..., Difference]) 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_false_positive_rate_of_equal_arms(kind: str) -> None:
-    """300 A/A comparisons of 30 users; ``python -m eval.benchmarks.calibration`` makes 1,000, and of 1,000 users."""
+    """Make 300 A/A comparisons of 30 users; ``eval.benchmarks.calibration`` makes 1,000, also with 1,000 users."""
     row = calibrate(kind, 30, comparisons=300, resamples=400, bootstraps=kind == "ndcg")
     assert keeps(row, slack=3 * math.sqrt(0.05 * 0.95 / 300)), row
     assert row["verdict"] <= min(row["flip_p"], row["flip_interval"])
-    if kind == "ndcg":  # a method that does not keep its level is noticed
+    if kind == "ndcg":  # the check detects a method that exceeds its level
         assert row["bca_interval"] > 0.1
         assert not keeps({**row, "flip_interval": row["bca_interval"]}, slack=0.038)
 
 
 def test_false_positive_rate_of_families() -> None:
-    """150 families of six; the committed results are of 1,000, also of more users and of real rows."""
+    """Use 150 families of six; the committed results use 1,000, also with more users and real rows."""
     row = familywise(partial(run_like, 30, 1), repetitions=150, resamples=400)
     assert row["comparisons"] == 6 and 0.03 < row["attainable"] <= 0.05
     assert row["any"] <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 150)
@@ -250,17 +250,17 @@ def test_variance_over_seeds_keeps_the_level() -> None:
         alone += result.p <= 0.05
         wrong += both.p <= 0.05
     assert alone > 100 and wrong < 30
-    # One seed has no variance, and neither have equal figures.
+    # One seed has no variance, and neither have equal values.
     assert over_users_and_seeds(result, [0.1], [0.2], seed=0) is result
     assert over_users_and_seeds(result, [0.1, 0.1], [0.2], seed=0) is result
-    # Rows with as many seeds are paired, so that what a seed does to both does not count.
+    # Rows with equal numbers of seeds are paired, so that the effect of a seed on both cancels out.
     shared = over_users_and_seeds(result, [0.1, 0.2, 0.3], [0.0, 0.1, 0.2], seed=0)
     assert np.allclose(shared.draws, result.draws)
     wide = over_users_and_seeds(result, [0.1, 0.2, 0.3], [0.0, 0.1], seed=0)
     assert np.ptp(wide.draws) > np.ptp(result.draws)
 
 
-# ------------------------------------------------------------------ what could have been shown
+# ------------------------------------------------------------------ detectable differences
 
 
 def test_detectable_difference_by_formula() -> None:

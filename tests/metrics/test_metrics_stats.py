@@ -123,7 +123,7 @@ def test_bca_of_a_difference() -> None:
 
 @pytest.mark.parametrize("statistic", ["mean", "root_mean"])
 def test_false_positive_rate_is_five_percent(statistic: Literal["mean", "root_mean"]) -> None:
-    """600 pairs of arms with equal distributions: 200 users, with a shared part and a part of each arm."""
+    """Compare 600 pairs of equal distributions: 200 users, with a shared value per user and separate noise."""
     rng = np.random.default_rng(11)
     wrong = 0
     for trial in range(600):
@@ -143,14 +143,14 @@ def test_coverage_is_ninety_five_percent() -> None:
     assert 0.92 <= covered / 500 <= 0.97
 
 
-# ------------------------------------------------------------------ several requests a user
+# ------------------------------------------------------------------ several requests per user
 
 
 def test_requests_of_a_user_are_resampled_together() -> None:
     rng = np.random.default_rng(0)
     level = rng.random(50)
     users = [f"u{n}" for n in range(50) for _ in range(20)]
-    values = np.repeat(level, 20)  # 1,000 requests, but no more than 50 independent ones
+    values = np.repeat(level, 20)  # 1,000 requests, but only 50 independent values
     alone, together = (interval(values, resamples=2000, seed=0, users=each) for each in (None, users))
     once = interval(level, resamples=2000, seed=0)
     assert alone.value == pytest.approx(together.value) == pytest.approx(once.value)
@@ -206,7 +206,7 @@ def test_mean_ranks_equal_scipy(values: list[float]) -> None:
 
 
 def test_wilson_by_hand() -> None:
-    # Wilson 1927 for 2 of 10, as in every table of it.
+    # Wilson (1927) for 2 of 10, as in published tables.
     assert wilson(0.2, 10) == (pytest.approx(0.0567, abs=1e-4), pytest.approx(0.5098, abs=1e-4))
     assert wilson(0.0, 20) == (0.0, pytest.approx(0.1611, abs=1e-4))
     low, high = wilson(1.0, 20)

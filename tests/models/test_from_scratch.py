@@ -33,7 +33,7 @@ def test_weights_depend_on_the_seed_only(kind: str, tmp_path: Path) -> None:
         expected = torch.rand(3)
         torch.manual_seed(ord(name))
         write(SHAPES[kind], tmp_path / name, seed=seed)
-        # The caller's random numbers do not change.
+        # The caller's random state does not change.
         assert torch.equal(torch.rand(3), expected)
     one, same, other = (load_file(tmp_path / name / "model.safetensors") for name in "abc")
     assert one.keys() == same.keys() == other.keys()
@@ -52,7 +52,7 @@ def test_model_is_created_once_and_loads(kind: str, tmp_path: Path, monkeypatch:
     model = load_model(folder, section)
     assert is_paired(load_config(folder, section)) == (kind == "encoder-decoder")
     assert "Seq2Seq" in type(model).__name__ or "ConditionalGeneration" in type(model).__name__ or kind == "decoder"
-    # The head reads the rows of the embeddings.
+    # The head is tied to the embeddings.
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert "random weights" in available(section)
 

@@ -1,4 +1,4 @@
-"""Models of the hub: an error for each kind of failure, and never other weights instead."""
+"""Models of the hub: an error for each kind of failure, and never a fallback to other weights."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ COMMIT = "1" * 40
 
 @dataclass
 class Hub:
-    """Its models (name -> folder), requested paths, and a status with which it refuses all requests or files."""
+    """A fake hub: its models (name -> folder), requested paths, and a status to reject all requests or files."""
 
     address: str
     models: dict[str, Path] = field(default_factory=dict)
@@ -55,7 +55,7 @@ def serving() -> Iterator[Hub]:
 
 class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *args: Any) -> None:
-        """Say nothing."""
+        """Suppress log output."""
 
     def do_HEAD(self) -> None:
         self._respond(body=False)
@@ -187,7 +187,7 @@ def _proxy(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_PROXY", "")
     monkeypatch.setenv("no_proxy", "")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://hub.invalid")
-    # Its client reads the environment when it is made.
+    # The hub's client reads the environment when it is created.
     huggingface_hub.close_session()
     assert hub is not None
 

@@ -175,7 +175,7 @@ def test_item_tokens_keep_the_model_and_learn_in_every_table(kind: str, tmp_path
 
 
 def lineless() -> Any:
-    """A tokenizer that reads words and drops all blanks, as T5's own does with line breaks."""
+    """Return a tokenizer that drops all whitespace, as T5's tokenizer drops line breaks."""
     from tokenizers import pre_tokenizers
 
     tokenizer = make_tokenizer()
@@ -209,12 +209,12 @@ def coarse(folder: Path, factor: float = 60) -> Any:
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_no_log_probability_is_above_0(packed: bool, tmp_path: Path) -> None:
-    """A search relies on this bound; near-certain tokens of a bfloat16 head had up to .125."""
+    """A search relies on this bound; a bfloat16 head gave near-certain tokens up to .125."""
     model, encoder = coarse(make_model(tmp_path / "m"), 200), Encoder(make_tokenizer(), max_length=512)
     backend, questions = HFBackend(model, encoder, packed=packed), [prompt(f"Which one, {n}?") for n in range(12)]
     texts = tuple(done.text.strip() or "x" for done in backend.generate(questions, max_tokens=3))
     assert all(value <= 0 for s in backend.score(questions, [texts] * 12, closed=False) for value in s.logprobs)
-    # Titles do not tie.
+    # No two titles tie.
     assert all(len(set(s.logprobs)) == len(CANDIDATES) for s in backend.score(questions, [CANDIDATES] * 12))
 
 

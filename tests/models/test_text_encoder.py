@@ -25,7 +25,7 @@ TEXTS = ["a long garden hose", "toy", "the wooden toy train with rails", "a knif
 def test_untrained_vectors_equal_those_of_the_encoder(kind: str, blocks: int) -> None:
     folder = tiny_encoder(kind)
     expected, encoder = encode_texts(folder, TEXTS), TunedEncoder(folder, TEXTS, blocks=blocks)
-    # States below are kept in half precision.
+    # The states below the trained blocks are kept in half precision.
     assert np.abs(encoder.every().numpy() - expected).max() < 0.02
     assert np.abs(encoder([2, 0]).detach().numpy() - expected[[2, 0]]).max() < 0.02
 
@@ -42,7 +42,7 @@ def test_training_changes_vectors_through_last_blocks_only() -> None:
         optimiser.step()
     after = encoder.every()
     assert ((after - before)[[0, 4]] @ towards > 0.01).all()
-    # The encoder on disk is as it was.
+    # The encoder on disk is unchanged.
     assert torch.equal(TunedEncoder(tiny_encoder(), TEXTS, blocks=1).every(), before)
 
 

@@ -68,7 +68,7 @@ def rows(encoder: Encoder, count: int = 6) -> list[TokenRow]:
 
 
 def sentencepiece() -> Any:
-    """A tokenizer in the manner of T5's: pieces begin words with a mark, and numbers are cut."""
+    """A tokenizer like T5's: the first piece of a word has a mark, and numbers are split."""
     import tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -84,7 +84,7 @@ def sentencepiece() -> Any:
 def indices(tokenizer: Any, text: str, *, end: bool = False) -> list[tuple[str, int]]:
     ids = [*tokenizer.encode(text, add_special_tokens=False), *([tokenizer.eos_token_id] if end else [])]
     control = control_tokens(tokenizer.all_special_tokens, tokenizer.added_tokens_decoder.values())
-    # A model may have more rows than its tokenizer.
+    # A model may have more embeddings than its tokenizer has tokens.
     kinds = torch.tensor(kinds_of(tokenizer, control, len(tokenizer) + 3))
     words = numbers(kinds[torch.tensor([ids])])[0].tolist()
     return list(zip(tokenizer.convert_ids_to_tokens(ids), words, strict=True))
@@ -200,7 +200,7 @@ def test_table_is_saved_and_loaded(base: Path, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "m")
     without = weights_stamp(str(tmp_path / "m"))
     save_words(model, tmp_path / "m")
-    # The model's own file is that of any T5, and what may change answers is in its stamp.
+    # The model's own file is that of a plain T5; the stamp covers the table, which changes answers.
     assert not any(_word(name) for name in load_file(tmp_path / "m" / "model.safetensors"))
     assert weights_stamp(str(tmp_path / "m")) != without
     again = load_model(str(tmp_path / "m"), section(base)).eval()
@@ -272,7 +272,7 @@ def test_training_changes_rows_of_occurring_words(base: Path, tmp_path: Path) ->
     done, model, start = trained(base, tmp_path)
     table = words_of(model).weight.detach()
     moved = [bool((table[n] != start[n]).any()) for n in range(len(table))]
-    # The question has 8 words and up to two more; number 0 is of the marks of the chat.
+    # The question has 8 words and up to two more; index 0 is that of the chat's control tokens.
     assert moved[:11] == [True] * 11 and not any(moved[11:])
     assert done.trainable_parameters == sum(each.numel() for each in model.parameters())
     saved = load_file(tmp_path / "adapter" / WEIGHTS)["table"]

@@ -87,7 +87,7 @@ def within(row: Columns) -> list[float | None]:
 
 
 def bins(row: Columns) -> list[tuple[int, float, float]]:
-    """Return size, mean P(yes) and share of yes of ten bins of about as many answers; equal ones share a bin."""
+    """Return size, mean P(yes) and share of yes of ten bins of about equal size; equal answers share a bin."""
     guess, yes = np.array(row["value"]), np.array(row["truth"], dtype=float)
     borders = np.sort(guess)[(np.arange(1, 10) * len(guess)) // 10]
     bin_of = np.array([int((borders <= value).sum()) for value in guess])

@@ -309,7 +309,7 @@ def without_target(items: Sequence[str], target: Any) -> tuple[str, ...]:
 
 def test_order_of_equally_popular_candidates_is_clean(study: Study) -> None:
     items, rng = sorted(study.data.dataset.items), random.Random(0)
-    # Two items are popular and all others alike, as in a sparse catalogue.
+    # Two items are popular and all others equally rare, as in a sparse catalogue.
     train = pl.DataFrame({"item_id": [*items, *items[:2] * 9]})
     data: Any = SimpleNamespace(train=train, dataset=study.data.dataset)
     sets = {str(n): tuple(rng.sample(items, 20)) for n in range(400)}
@@ -391,7 +391,7 @@ def rebuilt(*changes: str) -> Study:
 
 
 def test_negatives_avoid_held_out_items(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No row shows a held-out item, which reveals them."""
+    """Rows that never show a held-out item reveal the held-out items."""
     monkeypatch.setattr("llmrec.tasks.direct.Negatives", Knowing)
     knowing = rebuilt("eval.arms=[zero-shot, few-shot]", "eval.debias=measured")
     checks = examine(knowing)

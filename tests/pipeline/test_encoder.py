@@ -1,4 +1,4 @@
-"""Tuned encoders: their folder, and refusal where they could know held-out interactions."""
+"""Tuned encoders: their folder, and their rejection if they could know held-out interactions."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_rows_that_use_it_are_language_models(tuned: Path) -> None:
         reads_of("dcn", {"align": {"encoder": "lsa"}}) == reads_of("dcn", {"align": {"encoder": "chance"}}) == "texts"
     )
     assert reads_of("dcn", {"align": {"encoder": str(tuned)}}) == "language model"
-    # Its joint layers are pretrained ones, and tuned.
+    # Its joint layers are pretrained and then tuned.
     assert (reads_of("late-interaction", {}), reads_of("late-interaction", {"joint": 0})) == ("language model", "texts")
 
 

@@ -1,4 +1,4 @@
-"""Each setting declares its stages: a change gives these, and no others, another fingerprint."""
+"""Each setting declares its stages: a change gives these, and no others, a new fingerprint."""
 
 from __future__ import annotations
 
@@ -218,7 +218,7 @@ def other(key: str, kind: Any, value: Any) -> Any:
 
 
 def left_out(key: str) -> set[str]:
-    """Return the families that have no part in a setting, for speed."""
+    """Return the families that a setting does not concern, which are left out for speed."""
     section, family, name, *_ = *key.split("."), "", ""
     if section != "tasks":
         return set(BASE["tasks"]) - {"rating", "sequential", "direct"}

@@ -67,7 +67,7 @@ STEPS = ("train.steps=2", "train.batch_tokens=4096", "train.valid_rows=3", "trai
 
 
 def films(folder: Path) -> Path:
-    """Write ml-1m.zip in the form of GroupLens."""
+    """Write ml-1m.zip in the format of GroupLens."""
     dice = random.Random(5)
     seen = [(user, film) for user in range(1, PEOPLE + 1) for film in dice.sample(range(1, FILMS + 1), 18)]
     ratings = [f"{user}::{film}::{dice.randint(1, 5)}::{978_300_000 + 60 * n}" for n, (user, film) in enumerate(seen)]
@@ -80,7 +80,7 @@ def films(folder: Path) -> Path:
 
 
 def films_100k(folder: Path) -> Path:
-    """Write u.data, u.item and u.user in the form of GroupLens."""
+    """Write u.data, u.item and u.user in the format of GroupLens."""
     dice = random.Random(6)
     pairs = [(user, film) for user in range(1, PEOPLE + 1) for film in dice.sample(range(1, FILMS + 1), 18)]
     rated = [f"{u}\t{i}\t{dice.randint(1, 5)}\t{880_000_000 + 60 * n}\n" for n, (u, i) in enumerate(pairs)]
@@ -94,7 +94,7 @@ def films_100k(folder: Path) -> Path:
 
 
 def products(folder: Path) -> Path:
-    """Write sequences and titles in the form of S3-Rec."""
+    """Write sequences and titles in the format of S3-Rec."""
     dice = random.Random(7)
     lines = [f"u{n} {' '.join(f'i{i}' for i in dice.sample(range(FILMS), 9))}\n" for n in range(PEOPLE)]
     titles = [f"i{n}\tCream {n}\tSkin|Face {n % 3}\n" for n in range(FILMS)]
@@ -194,12 +194,12 @@ def test_recipe_is_planned_and_estimated_without_weights(
     monkeypatch.setattr("llmrec.models.load.load_model", lambda *_, **__: pytest.fail("weights were loaded"))
     monkeypatch.chdir(tmp_path)
     page, keys = str(FOLDER / f"{name}.yaml"), overrides(name, sources, models)
-    # Recipes with written texts are estimated by augment.
+    # `augment` estimates recipes with generated texts.
     command = "augment" if load_recipe(page).augment else "check"
     done = llmrec(command, page, "--dry-run", *keys)
     assert done.returncode == 0, done.stderr
     if name == "lc-rec":
-        # The chat template of Qwen3 ends its thinking before the answer.
+        # Qwen3's chat template closes the thinking block before the answer.
         assert "<think>\n\n</think>" in done.stdout
     assert re.search(r"memory +[\d.]+ GiB" if command == "check" else r"tokens", done.stdout), done.stdout
 

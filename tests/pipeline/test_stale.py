@@ -154,7 +154,7 @@ class Question:
 
 
 class Sampling(Engines):
-    """Engines that could decode in another way."""
+    """Engines whose decoding a test can change."""
 
     decoding = "greedy"
 
@@ -172,7 +172,7 @@ def study_of(candidates: int) -> Study:
 
 
 def ask(store: AnswerStore, question: Question) -> tuple[int, int]:
-    """Ask with a strategy and for free text; return the number of stored answers that were used for each."""
+    """Query with a strategy and for free text; return how many stored answers each reused."""
     section = ModelSection(name=str(question.folder), dtype=question.dtype)  # type: ignore[arg-type]
     tokenizer = load_tokenizer(str(question.folder), section)
     tokenizer.chat_template = question.chat_template or tokenizer.chat_template
@@ -209,7 +209,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "max tokens": {"max_tokens": 5},
     "dtype": {"dtype": "bfloat16"},
 }
-# These change only one kind of answer: a stop is no part of a score, and a strategy no part of a text.
+# These change only one kind of answer: a stop does not affect scores, and a strategy does not affect texts.
 OF_ONE_QUESTION = {"strategy": (0, 3), "stop": (3, 0), "max tokens": (3, 0)}
 
 

@@ -1,4 +1,4 @@
-"""Languages of prompts: their pages of words, templates that name them, and answers that are read in them."""
+"""Languages of prompts: their word files, templates that select them, and parsing of answers."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_words_are_stored_and_hashed() -> None:
     other = Template.of_stored(template.stored() | {"words": GERMAN.model_dump() | {"says_yes": "Jawohl"}})
     assert other.answer({"answer": other.words.answer_word(yes=True)}) == "Jawohl" and other.sha != template.sha
     assert Template.of_stored(template.stored()).sha == template.sha
-    # What was stored before there were languages is English.
+    # Templates that were stored before languages existed are English.
     old = {
         key: value for key, value in TEMPLATES["ctr"]["judge-fit"].stored().items() if key not in ("words", "language")
     }

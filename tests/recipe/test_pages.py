@@ -1,4 +1,4 @@
-"""Hostile and malformed YAML is one error with its line, at once."""
+"""Hostile or malformed YAML gives one error with its line, without delay."""
 
 from __future__ import annotations
 

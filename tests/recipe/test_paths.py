@@ -94,7 +94,7 @@ def test_override_is_relative_to_the_working_folder(shop: Path) -> None:
 
 
 def test_names_are_no_paths(shop: Path) -> None:
-    """A folder beside a page may be called as a data set or a model is."""
+    """A folder next to a recipe may have the name of a data set or a model."""
     (shop / "table").mkdir()
     (shop / "some").mkdir()
     recipe = load_recipe(page(shop, "orders.csv", model="{name: some}"))

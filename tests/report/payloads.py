@@ -1,6 +1,6 @@
-"""Texts that try to be more than text: a hundred and twenty scripts, twenty formulas, and some LaTeX.
+"""Injection payloads: 120 scripts, 20 formulas, and some LaTeX.
 
-The scripts set ``window.__pwned``, which no page of ours has: a browser that runs one of them shows it.
+The scripts set ``window.__pwned``, which no page of llmrec sets, so a test can detect that a browser ran one of them.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ _ALONE = (
 )
 SCRIPTS = tuple(f"{start}{tag}" for start in _BREAKS for tag in _TAGS) + _ALONE
 
-# Live in Markdown only, where HTML alone would show them as they are.
+# Payloads that are active in Markdown.
 MARKDOWN = (
-    # In quotation marks, for an attribute without them may hold no = in Markdown.
+    # Quoted, because an unquoted attribute must not contain = in Markdown.
     f'<svg onload="{_EFFECT}"></svg>',
     f"<img src='x' onerror='{_EFFECT}'>",
     f'text <b onmouseover="{_EFFECT}">b</b>',
@@ -87,7 +87,7 @@ FORMULAS = (
     "－1",
     "＠SUM(A1)",
 )
-# Behind what a spreadsheet may trim on import.
+# After characters that a spreadsheet may trim on import.
 HIDDEN_FORMULAS = (
     " =1+1",
     "\u00a0=1+1",

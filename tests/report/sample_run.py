@@ -277,7 +277,7 @@ def sample_audit(*extra: dict[str, Any]) -> dict[str, Any]:
 def templated(seed: int = 0) -> dict[str, Any]:
     """Return a run with several templates per task, and its planned comparisons.
 
-    Pick from candidates has three seen and two unseen templates in every arm, explanations have one template alone.
+    The task pick from candidates has three seen and two unseen templates in every arm, explanations have one.
     """
     result = sample_results(seed)
     rng = np.random.default_rng([seed, 1])

@@ -77,7 +77,7 @@ ACTIVE = {
     "link": "[x](javascript:window.__pwned=1)",
 }
 POLICY = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')
-# Differences, forests, positions, training, costs and the budget of the made run.
+# Differences, forests, positions, training, costs and the budget of the sample run.
 PLOTS = 1 + 4 + 2 + 2 + 4 + 1
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")

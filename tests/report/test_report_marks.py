@@ -165,7 +165,7 @@ def test_spreads_in_page_and_markdown(several: dict[str, Any], several_pages: di
 
 def test_results_with_a_single_template_are_marked(several_pages: dict[str, Path]) -> None:
     html, text = (several_pages[kind].read_text("utf-8") for kind in ("html", "markdown"))
-    # All of explanations, none of pick from candidates, and of ratings all but the tuned rows.
+    # All rows of explanations, no row of pick from candidates, and all but the tuned rows of ratings.
     assert html.split('id="task-4"')[1].split("</table>")[0].count("single template") == 3
     assert "All results of this task use a single template" in html.split('id="task-4"')[1]
     assert "single template" not in html.split('id="task-3"')[1].split("</section>")[0]

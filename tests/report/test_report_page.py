@@ -88,7 +88,7 @@ def test_sections_in_order(pages: dict[str, Path]) -> None:
 
 
 def check_accessible(tree: Tree) -> None:
-    """Check captions, headings and what names refer to."""
+    """Check captions, headings, and that references to ids have a target."""
     names = [tag for tag, _ in tree.tags]
     assert names.count("h1") == 1 and names.count("table") == names.count("caption") > 1
     assert all("scope" in attributes for tag, attributes in tree.tags if tag == "th")

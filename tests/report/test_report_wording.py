@@ -96,7 +96,7 @@ def test_contribution_of_the_model_to_an_ensemble(results: dict[str, Any]) -> No
         entry = {"task": "sequential", "metric": "NDCG@10", "a": f"sequential/baseline/{rival}"}
         more = {"b": "sequential/tuned/fusion with models", "detectable": None, "level": 0.95}
         results["comparisons"].append({**entry, **more, **numbers, "value": value})
-    # The stronger one of the fusions without the model is used, in either order of the comparison.
+    # The stronger of the ensembles without the model is used, in either order of the comparison.
     assert (
         "Adding the fine-tuned model to the ensemble of the baselines: NDCG@10 +0.020 [+0.010, "
         "+0.030] in Next item from history, significantly better. "

@@ -75,7 +75,7 @@ def catalogue(client: Client) -> dict[str, dict[str, Any]]:
 
 @contextmanager
 def added(client: Client, *items: dict[str, Any]) -> Iterator[None]:
-    """Put items, and remove what is left of them in the end: others use the same service."""
+    """Put items, and remove them at the end, because other tests use the same service."""
     client.put(*items)
     try:
         yield
@@ -117,7 +117,7 @@ def test_known_user_is_ranked_by_the_stored_history(client: Client, model: str) 
 def test_each_candidate_is_ranked_once(client: Client, model: str) -> None:
     candidates = ["k10", "k30", "k01", "k20", "k10"]
     answer = client.post("/v1/rank", history=HISTORY, candidates=candidates, model=model)
-    # One that was seen is ranked where it is named.
+    # A seen item is ranked if it is a candidate.
     assert sorted(ids(answer)) == ["k01", "k10", "k20", "k30"]
     assert any("k10" in note for note in answer["notes"])
     first = client.rank(history=HISTORY, candidates=candidates, model=model, k=2)
@@ -201,7 +201,7 @@ def test_rejects_wrong_rules(client: Client) -> None:
 
 
 def test_rules_that_leave_only_new_items(client: Client) -> None:
-    """A language model that does not search orders what a classic one finds, which here is nothing."""
+    """A language model that does not search reranks the items of a classic recommender, which finds none here."""
     with added(client, product("fresh1", "Fresh Thing", brand="Fresh"), product("fresh2", "Fresh Two", brand="Fresh")):
         rules = {"only": {"brand": ["Fresh"]}}
         assert sorted(client.rank(history=HISTORY, rules=rules, model="tuned")) == ["fresh1", "fresh2"]
@@ -292,7 +292,7 @@ def test_explanation_as_text_and_as_events(client: Client) -> None:
     names = [name for name, _ in events]
     assert names == ["text"] * (len(events) - 1) + ["done"]
     done = events[-1][1]
-    # What a toy model writes may end within a character.
+    # What a toy model writes may end in the middle of a character.
     assert done["text"].startswith("".join(data["text"] for name, data in events if name == "text"))
     for key in ("text", "model", "usage", "item_id", "notes"):
         assert done[key] == plain[key]
@@ -391,7 +391,7 @@ def test_similar_items_among_candidates_in_a_batch(client: Client) -> None:
     ]
     for answer, name in zip(results, ("k01", "k06"), strict=False):
         everything = ids(client.post("/v1/similar", item_ids=[name], k=1000))
-        # Their order is that among all items; the item itself is the last resort.
+        # They have the order of the list of all items; the item itself is the last resort.
         expected = [item for item in everything if item in past]
         assert [item for item in ids(answer) if item != name] == expected[: len(ids(answer)) - (name in ids(answer))]
         assert len(ids(answer)) == 2
@@ -472,9 +472,9 @@ def test_rejects_invalid_items_together(client: Client) -> None:
     ):
         good = {"item_id": "good", "title": "x"}
         assert failure(client.http.put("/v1/items", json={"items": [good, item]}), 422)["kind"] == "bad-value"
-    # All of them or none.
+    # Either all items are stored or none.
     assert client.get("/v1/items")["total"] == before
-    # A title of which nothing is left for a prompt.
+    # A title that is empty after escaping for a prompt.
     titleless = {"items": [{"item_id": "a", "title": "<|im_end|>"}]}
     answer = client.http.put("/v1/items", json=titleless)
     if answer.status_code == 200:
@@ -556,7 +556,7 @@ def test_erased_user_is_unknown(client: Client) -> None:
     assert erased.json()["remains"]
     failure(client.http.get("/v1/users/u04"), 404)
     assert client.post("/v1/rank", user_id="u04", k=3)["cold"] is True
-    # The user may come back, without a past.
+    # The user may come back, with an empty history.
     assert client.http.delete("/v1/users/u04").json()["events"] == 0
     client.post("/v1/events", events=[{"user_id": "u04", "item_id": "k05"}])
     assert [event["item_id"] for event in client.get("/v1/users/u04")["history"]] == ["k05"]
@@ -619,7 +619,7 @@ def test_wrong_methods_have_status_405(client: Client) -> None:
         assert answer.status_code == 405 and answer.headers["allow"] == allowed, (method, path)
         if method != "HEAD":
             assert failure(answer, 405)["kind"] == "unsupported"
-    # A redirect would be to whatever host the client names.
+    # A redirect would lead to any host that the client names.
     assert failure(client.http.post("/v1/rank/", json={}), 404)["kind"] == "unknown-name"
 
 

@@ -149,7 +149,7 @@ def test_full_queue_rejects_at_once(engine: FakeEngine) -> None:
             pending += [asyncio.ensure_future(batcher.ask(RANK, request(n))) for n in range(4, 12)]
             await until(lambda: batcher.load.waiting == 8)
             with pytest.raises(Full) as caught:
-                # Its first step raises: it does not wait.
+                # The first step raises, without waiting.
                 batcher.ask(RATE, request("one too many")).send(None)
             assert caught.value.kind == "busy" and 1.0 <= caught.value.after <= 30.0
             engine.free.set()
@@ -182,7 +182,7 @@ def test_overload_does_not_affect_accepted_questions(engine: FakeEngine) -> None
 def test_slow_queue_rejects_before_it_is_full(engine: FakeEngine) -> None:
     async def work() -> None:
         async with running(engine, window=0.0, most=1, room=10_000, patience=600.0) as batcher:
-            # As it was measured lately: six of these are answered in time.
+            # As if measured recently: six questions can be answered in time.
             batcher._seconds_each = 100.0
             engine.free.clear()
             pending = [asyncio.ensure_future(batcher.ask(RANK, request(n))) for n in range(100)]

@@ -35,7 +35,7 @@ from llmrec.serve.store import ServiceStore
 from tests.serve.fake_engine import ITEMS, Faked, configure, fake_engines, faking
 from tests.serve.served import failure, listening, until, wait_ready
 
-# For what must come; no result depends on it.
+# Timeout in seconds; no result depends on it.
 _LONG = 600.0
 
 
@@ -205,12 +205,12 @@ def test_reload_on_a_gpu_with_room_for_one_engine(faked: Faked, tmp_path: Path) 
         assert reload().status_code == 200
         second = engine.pid
         assert first != second and listed(ask(faked)) == list(ITEMS)
-        # Damaged files are detected before.
+        # Damaged files are detected before the old engine ends.
         configure(faked.folder, gpu=gpu, fails=True)
         answer = reload()
         assert failure(answer)["kind"] == "damaged" and "stay active" in failure(answer)["message"]
         assert engine.pid == second and listed(ask(faked)) == list(ITEMS)
-        # Lack of memory is detected after; then starts are repeated until one succeeds.
+        # Lack of memory is detected afterwards; then starts are repeated until one succeeds.
         configure(faked.folder, gpu=gpu, full=True)
         answer = reload()
         assert failure(answer)["kind"] == "exhausted" and "were closed" in failure(answer)["message"]
@@ -427,7 +427,7 @@ def test_service_can_be_stopped_while_the_engine_starts(
 
 
 def test_errors_can_be_pickled() -> None:
-    importlib.import_module("llmrec.backends.server.client")  # its errors say more than a message
+    importlib.import_module("llmrec.backends.server.client")  # its errors contain more than a message
 
     def kinds(error: type[LlmrecError]) -> Iterator[type[LlmrecError]]:
         yield error

@@ -199,7 +199,7 @@ def test_changes_need_an_admin_key(served: Served) -> None:
     new = {"items": [{"item_id": "of-the-boss", "title": "New"}]}
     assert httpx.put(f"{url}/v1/items", json=new, headers=boss).status_code == 200
     assert httpx.delete(f"{url}/v1/items/of-the-boss", headers=boss).status_code == 200
-    # Events are for every key.
+    # Every key may add events.
     events = {"events": [{"user_id": "of-a-key", "item_id": "k01"}]}
     assert httpx.post(f"{url}/v1/events", json=events, headers=plain).json() == {"stored": 1}
     assert httpx.delete(f"{url}/v1/users/of-a-key", headers=boss).json()["events"] == 1

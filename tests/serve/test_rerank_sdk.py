@@ -41,7 +41,7 @@ def jina(served: Served, **body: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", [cohere.ClientV2, cohere.Client], ids=["v2", "v1"])
 def test_documents_are_sorted(served: Served, expected: list[int], kind: Any) -> None:
     cohere_client = client(served, kind)
-    # Names of other services stand for the default model.
+    # Model names of other services select the default model.
     response = cohere_client.rerank(model="rerank-v3.5", query=QUERY, documents=DOCUMENTS)
     assert [each.index for each in response.results] == expected
     scores = [each.relevance_score for each in response.results]

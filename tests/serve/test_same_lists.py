@@ -116,7 +116,7 @@ def agree_nearly(first: list[List], *results: list[List]) -> None:
     """Check that items and order are equal, and scores up to the rounding of float32 in batches."""
     for n, other in enumerate(results):
         for expected, actual in zip(first, other, strict=True):
-            # Differences of likelihoods keep the rounding of these, which are far from 0.
+            # A difference of likelihoods keeps their rounding errors, and they are far from 0.
             assert dict(actual) == pytest.approx(dict(expected), rel=1e-5, abs=1e-5), n
             scores = [score for _, score in actual]
             assert scores == sorted(scores, reverse=True), n
@@ -186,7 +186,7 @@ def test_lists_of_a_learned_ranker(ranker_run: Path, tmp_path: Path, model: str,
     )
     with llmrec.load(str(run), backend="hf", dtype="float32") as rec, listening(make_app(service, Auth())) as (url,):
         wait_ready(url)
-        # A language model orders what the ranker retrieves, whose lists the other case compares.
+        # A language model reranks the ranker's items; the other case compares the ranker's lists.
         for more in ({}, {"k": 5}, {"exclude_seen": False})[: 1 if fuse == "model" else 3]:
             questions = requests if more else listed
             first = in_python(rec, questions, model=model, **more)

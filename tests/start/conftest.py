@@ -1,4 +1,4 @@
-"""What tests of `llmrec init` share."""
+"""Fixtures of the tests of `llmrec init`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests import shop
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder to work in, with the shop's tables."""
+    """A working folder that contains only the shop's tables."""
     shop.write_all(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -32,7 +32,7 @@ from llmrec.start.auto import Part, Plan, data_page, has_texts, judged, parts_fo
 from llmrec.start.auto_trial import Done, TrialJob, search
 from llmrec.start.options import AutoOptions, budget_seconds
 
-# Grids that are searched through in a moment, so that no test depends on a budget.
+# Grids that are searched completely in a short time, so that no test depends on a budget.
 PLAIN: dict[str, Json] = {"weighting": "none", "shrinkage": 0.0, "asymmetry": 0.5}
 FEW = [
     Part("popularity", "popularity"),
@@ -41,7 +41,7 @@ FEW = [
     Part("item-knn, whole history", "item-knn", {**PLAIN, "history": 200, "decay": 1.0}),
 ]
 ENDLESS = 1e9
-"""Seconds of a budget that is never spent."""
+"""A budget in seconds that is never used up."""
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def complete(tmp_path_factory: pytest.TempPathFactory) -> Call:
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tune in this process, which saves the start of another."""
+    """Tune in this process, which saves starting another one."""
 
     @contextmanager
     def child(job: TrialJob, log: Path) -> Iterator[SimpleNamespace]:
@@ -124,7 +124,7 @@ def test_builds_a_recommender_and_a_second_call_reuses_trials(
     options, made, lines = complete.options, complete.made, complete.lines
     best = {tried.part.label: tried.best for tried in made.tried}
     assert all(best.values()) and best["markov"].value > best["popularity"].value  # type: ignore[union-attr]
-    # Every grid was searched through.
+    # Every grid was searched completely.
     assert [tried.note for tried in made.tried] == [""] * len(FEW)
     assert len(next(tried for tried in made.tried if tried.part.label == "item-knn").trials) > 3
     rows = {row["predictor"]: row for row in made.run.results["rows"]}
@@ -163,7 +163,7 @@ def test_builds_a_recommender_and_a_second_call_reuses_trials(
 def test_serves_and_reports_the_best_on_validation(complete: Call) -> None:
     result = complete.made
     choice, rows = result.run.results["choice"], {row["id"]: row for row in result.run.results["rows"]}
-    # A fusion that is one part alone is that part.
+    # An ensemble of only one member is that member.
     alone = {name for name, row in rows.items() if (row.get("fusion") or {}).get("form") == "alone"}
     assert set(choice["figures"]) == rows.keys() - alone - {"sequential/baseline/random"}
     assert 20 <= choice["users"] < 60
@@ -186,7 +186,7 @@ def test_serves_and_reports_the_best_on_validation(complete: Call) -> None:
     card = page[page.index('<article class="card">') :]
     assert f'<span class="figure">{figure:.3f}</span>' in card[: card.index("</article>")]
     assert "no significant difference" in page or "ahead" in page or "behind" in page
-    # Of several rows of one method the sentence names one parameter that tells them apart.
+    # For several rows of one method, the sentence names one parameter that distinguishes them.
     assert "weighting=none" not in result.sentence
 
 
@@ -202,7 +202,7 @@ def test_serves_the_best_trial_for_few_users(tmp_path: Path, few: None, in_proce
 
 
 def search_of(table: Path, tmp_path: Path, parts: list[Part], seconds: float, lines: list[str]) -> autos._Search:
-    """Return a search over a table's recommenders, which has not begun."""
+    """Return a search over a table's recommenders that has not started."""
     recipe = data_page(AutoOptions(table=str(table)), "walks-auto", tmp_path, lambda line: None)
     folder = tmp_path / "auto"
     folder.mkdir(parents=True)
@@ -256,7 +256,7 @@ def test_skips_a_network_with_slow_epochs(table: Path, tmp_path: Path, few: None
     slow.write_text(json.dumps({"key": state._key(state.parts[0]), "seconds": ENDLESS}), encoding="utf-8")
     state.first()
     assert state.tried["sasrec"].note == autos._SLOW and autos._SLOW in lines[-1]
-    # One epoch is measured once.
+    # One epoch is measured again for other data.
     slow.write_text(json.dumps({"key": "of other data", "seconds": ENDLESS}), encoding="utf-8")
     state.first()
     assert state.tried["sasrec"].trials and 0 < json.loads(slow.read_text())["seconds"] < ENDLESS
@@ -282,7 +282,7 @@ def test_reserves_time_for_learned_rankers(monkeypatch: pytest.MonkeyPatch) -> N
         state = autos._Search(recipe, "", Path(), [], 290.0, 1.0, print, clock=lambda: 100.0, cases=cases)
         state.tried = {name: autos.Tried(Part(name, "markov"), [Done({}, 0.1, 20.0)]) for name in "abcd"}
         left[cases] = state._left()
-    # Without enough cases for a ranker only the fits of four members are to come, twice.
+    # With too few cases for a ranker, only the four members remain to be fitted, twice each.
     assert left[0] == left[199] == pytest.approx(190.0 - 2 * 4 * 20)
     assert left[5000] == pytest.approx(left[0] - 5000 * 16 * 3e-4)
 

@@ -41,7 +41,7 @@ PAGE = Path(__file__).parent.parent.parent / "docs" / "your-data.md"
 
 
 def llmrec(*arguments: str) -> str:
-    """Run a command in this process; what it would print, errors included."""
+    """Run a command in this process, and return its output, errors included."""
     done = CliRunner().invoke(app, list(arguments))
     if done.exception is not None and not isinstance(done.exception, SystemExit):
         if not isinstance(done.exception, LlmrecError):
@@ -62,7 +62,7 @@ def squeezed(line: str) -> str:
 
 
 def assert_in_order(shown: str, real: str) -> None:
-    """Every line of the page is printed, in this order; `...` means omitted lines."""
+    """Assert that every line of the page is printed, in this order; `...` means omitted lines."""
     lines = iter([squeezed(line) for line in real.splitlines()])
     for line in shown.splitlines():
         if line.strip() not in ("...", ""):
@@ -258,7 +258,7 @@ def test_column_of_parts_becomes_the_split(folder: Path) -> None:
     assert recipe.data.split.kind == "given" and recipe.data.columns.split == "part"
     data = build_study(recipe).data
     assert (data.train.height, data.valid.height, data.test.height) == (612, 88, 174)
-    # With none a new split is drawn, and the column is no field of products.
+    # With `--split none`, a new split is drawn, and the column is not a field of products.
     assert "leave_one_out" not in llmrec("init", "published.csv", "--name", "drawn", "--split", "none")
     drawn = load_recipe("drawn.yaml")
     assert drawn.data.split.kind == "leave_one_out" and drawn.data.columns.split is None
@@ -285,7 +285,7 @@ def test_other_words_are_no_split(folder: Path) -> None:
 
 
 def test_headline_is_not_a_title(folder: Path) -> None:
-    """A column called title that differs within an item must not be read as one, which an unset title would do."""
+    """A column named title that differs within an item must not become the title, as it would if no title were set."""
     frame = pl.read_csv("orders.csv").rename({"comment": "title"}).drop("product_name")
     frame.write_csv("t.csv")
     init("t.csv")
@@ -371,7 +371,7 @@ def test_holds_out_orders_of_several_items(folder: Path) -> None:
 
 @pytest.mark.parametrize("form", ["%d.%m.%Y", "%s"])
 def test_last_order_in_all_date_formats(form: str) -> None:
-    """The last of three orders has one item, the first ones three: by their texts another would be the last."""
+    """The last of three orders has one item, the others three; sorted as text, another order would be the last."""
     days = [datetime(2023, 12, 30, tzinfo=UTC), datetime(2024, 1, 16, tzinfo=UTC), datetime(2024, 11, 2, tzinfo=UTC)]
     written = [str(int(day.timestamp())) if form == "%s" else day.strftime(form) for day in days]
     rows = [
@@ -463,7 +463,7 @@ def test_reasons_are_escaped() -> None:
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 2**32 - 1))
 def test_random_tables_give_a_valid_recipe_or_one_error(folder: Path, seed: int) -> None:
-    """On tables of all sorts: no traceback, one paragraph, and no recipe that does not load."""
+    """A random table gives either an error of one paragraph or a recipe that loads."""
     dice = random.Random(seed)
     size = dice.choice((4, 40, 150))
     kinds = (
@@ -495,7 +495,7 @@ def test_random_tables_give_a_valid_recipe_or_one_error(folder: Path, seed: int)
 
 
 def _ratings(dice: random.Random) -> list[Callable[[int], float]]:
-    """Ways to rate the n-th row; rare users, whom a core filter drops, rate outside of what the others do."""
+    """Return functions from user to rating; rare users, whom a core filter drops, rate outside the usual range."""
     return [
         lambda user: dice.randint(1, 5) if user < 30 else dice.choice((0, 7)),
         lambda user: round(dice.paretovariate(0.7) - 0.9, 1),
@@ -510,9 +510,9 @@ def _ratings(dice: random.Random) -> list[Callable[[int], float]]:
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 2**32 - 1), st.integers(0, 6), st.booleans())
 def test_filtered_tables_give_a_valid_recipe(folder: Path, seed: int, kind: int, named: bool) -> None:
-    """On tables without a fault, of which a core filter drops rows with the lowest and the highest ratings.
+    """Tables are valid, but a core filter drops the rows with the lowest and the highest ratings.
 
-    The page is written unseen, as for a table that is too large to be checked on the way.
+    The recipe is written without a check, as for a table that is too large for one.
     """
     dice = random.Random(seed)
     rate = _ratings(dice)[kind]
@@ -553,7 +553,7 @@ def test_suggested_line_filters_events(folder: Path) -> None:
 
 
 def test_repeated_words_of_a_customer_are_no_leak(folder: Path) -> None:
-    """The shop's customers repeat themselves, as people do: the audit must not stop the walk's run for that."""
+    """The shop's customers repeat their own texts, as people do; the audit must not report a leak for that."""
     llmrec("init", "orders.csv", "--name", "shop")
     study = build_study(load_recipe("shop.yaml"))
     assert questions(study, "explanation").verdict == "clean"

@@ -90,7 +90,7 @@ def test_suggested_query_joins_titles(folder: Path) -> None:
     result, plain = load_recipe("shop.yaml"), load_recipe("clicks.yaml")
     assert result.data.columns.title == "name"
     assert load(result.data, seed=0).fingerprint == load(plain.data, seed=0).fingerprint
-    # The file alone, and the table of items as a database, lead to the same query.
+    # A path to the database file, or the database as the table of items, gives the same suggestion.
     for table, items in (("shop.db", None), (url, url)):
         with raises(DataError, Facts("wrong-format", says=query)):
             init(table, items=items, force=True)

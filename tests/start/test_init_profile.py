@@ -141,7 +141,7 @@ def test_times(cells: list[str], form: str, first: str | None) -> None:
 
 @given(st.lists(st.sampled_from(["4", "4,5", "x", "", "1.5", "1,234", "nan", "2024-01-05", "05.01.2024"]), min_size=1))
 def test_readable_form_is_read_by_the_data_layer(cells: list[str]) -> None:
-    """Where a form is readable and every cell has a value, the column's own reader takes it, and the same values."""
+    """If a format is readable and every cell has a value, the data layer accepts the column, with the same numbers."""
     series = pl.Series(cells)
     complete = Table("t.csv", pl.DataFrame({"c": cells}), header=1)
     read = numbers(series)
@@ -244,7 +244,7 @@ def test_text_is_a_review_only_with_evidence(name: str) -> None:
     assert answer.text is None and f"--text {name}" in answer.why[name]
     assert roles(orders, text=name).text == name
     assert roles({"user": USERS, "item": ITEMS, "Rezension": TEXTS}).text == "Rezension"
-    # A rating in the same row is evidence, but not for what its name says is about the order.
+    # A rating in the same row is evidence, but not for a column whose name says that it is about the order.
     assert roles({**orders, "Sterne": STARS}).text == (None if name == "delivery_note" else name)
 
 
@@ -381,7 +381,7 @@ def test_parquet_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert peek(tmp_path / "t.parquet", whole=True).table.frame.height == 5000
 
 
-# --------------------------------------------------------------------------- faults and their mend
+# --------------------------------------------------------------------------- faults and their repair
 
 SPOILERS: dict[str, tuple[str, Callable[[list[str]], list[str]], str]] = {
     "decimal commas": ("stars", lambda cells: [f"{cell},5" for cell in cells], "decimal comma"),
@@ -398,7 +398,7 @@ def test_unreadable_values_are_reported_and_repaired(spoiler: str, tmp_path: Pat
     name, spoil, output = SPOILERS[spoiler]
     columns[name] = spoil(columns.get(name, DAYS))
     if name == "timestamp":
-        del columns["day"]  # a column of llmrec's own name is read where no other one is named
+        del columns["day"]  # a column with a default name is read if no other one is set
     pl.DataFrame(columns).write_csv(tmp_path / "t.csv")
     part = peek(tmp_path / "t.csv")
     answer = guess(part.table, requested_roles(InitOptions(table="t", title="title")))

@@ -55,7 +55,7 @@ def json_lines() -> None:
 
 
 def json_orders() -> None:
-    """One order per line, with its products in a list; the orders of a customer in a quarter are one."""
+    """One order per line, with its products in a list; the orders of a customer in a quarter are merged."""
     orders = sorted(ORDERS, key=lambda o: (o.customer_id, o.at))
     rows = []
     for (customer, quarter), group in groupby(orders, key=lambda o: (o.customer_id, (o.at.month - 1) // 3)):

@@ -17,7 +17,7 @@ from llmrec.start.tune import Space, grid, spaces
 
 @pytest.fixture
 def page(tmp_path: Path) -> Path:
-    """Write a recipe of classic recommenders on a small table, whose item-knn has a parameter to find."""
+    """Write a recipe of classic recommenders on a small table, whose item-knn has a parameter to tune."""
     rows = ["user,item,time"]
     rows += [f"u{user},i{(user + step) % 12},{10 * user + step}" for user in range(40) for step in range(6)]
     (tmp_path / "walks.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")

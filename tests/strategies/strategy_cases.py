@@ -63,7 +63,7 @@ def listed(text: str) -> dict[str, str]:
 
 
 def pick_first() -> FakeBackend:
-    """Prefers the first label, whatever it stands for, and answers every question with yes."""
+    """Prefers the first label, whatever it stands for, and answers yes to every yes/no question."""
 
     def prefer(text: str, candidate: str) -> float:
         word = candidate.strip()

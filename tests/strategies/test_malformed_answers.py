@@ -58,7 +58,7 @@ def texts(family: str) -> list[str]:
 
 
 def scripted(family: str) -> FakeBackend:
-    """Returns one answer after the other, uncut: `FakeBackend` would cut at spaces."""
+    """Return a backend that gives the answers in order and in full; `FakeBackend` would cut them at spaces."""
     answers = iter(texts(family))
 
     class Uncut(FakeBackend):
@@ -125,7 +125,7 @@ def test_malformed_ratings_and_texts_count_as_failures(family: str) -> None:
         ('```json\n["{2}", "Another Film", "{0}"]\n```', [2, 0]),
         ("1. **{1}**\n2. *{0}*\n3. Not a Candidate At All", [1, 0]),
         ("Sure! Here they are:\n\n- {2} (a classic)\n- {2}\n- {1}", [2, 1]),
-        # Nine letters of ten are enough, as long as the numbers agree.
+        # Nine of ten letters must match, and all numbers.
         ("1. The Shawshenk Redemption\n2. Terminator 2: Judgement Day", [0, 1]),
         ("1. Terminator 3: Judgment Day\n2. The Redemption", []),
     ],

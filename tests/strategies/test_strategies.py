@@ -370,7 +370,7 @@ def test_questions_are_scored_in_large_batches() -> None:
     assert backend.calls == [16] * 4
 
 
-# Twenty candidates under the recipe's defaults, or under the keys that follow.
+# Twenty candidates with the recipe's defaults, or with the given keys.
 FORWARDS: tuple[tuple[str, dict[str, Any], int], ...] = (
     ("likelihood", {}, 1),
     ("label", {"permutations": 3}, 3),
@@ -417,7 +417,7 @@ def test_setwise_forwards_are_within_bounds(size: int, set_size: int, depth: int
     (answer,) = strategy("setwise", backend, set_size=set_size, depth=depth).answer([case.request])
     count = questions_of("setwise", size, EvalSection(set_size=set_size, depth=depth))
     parents = -(-(size - 1) // (set_size - 1))
-    # The last item is alone in the heap and takes no question.
+    # The last item is alone in the heap and needs no prompt.
     assert count is not None
     assert parents + max(0, min(depth, size - 1) - 1) <= answer.cost.forwards <= count.prompts
     assert answer.cost.forwards == sum(backend.calls)
@@ -443,7 +443,7 @@ def test_shared_prompts_are_counted_once() -> None:
     backend = Counting()
     answers = strategy("likelihood-prior", backend, batch=3).answer(requests)
     titles = [len({i for r in part for i in r.candidates or ()}) for part in (requests[:3], requests)]
-    # One slice of at most 64 titles for what is new in each batch.
+    # One slice of at most 64 titles for the new titles of each batch.
     assert [answer.cost.forwards for answer in answers] == [2, 1, 1, 2 if titles[1] > titles[0] else 1, 1, 1]
     assert sum(answer.cost.prompt_tokens for answer in answers) == backend.read
     backend = Counting()

@@ -133,7 +133,7 @@ def test_first_order_term_of_deepfm() -> None:
     before = log_odds(*items)
     with torch.no_grad():
         network["item"].weight[fields.warm[fields.items[items[0]]], -1] += 0.5
-    # It is added for this item alone.
+    # It is added only for this item.
     assert log_odds(*items) == pytest.approx([before[0] + 0.5, before[1]], abs=1e-9)
 
 

@@ -80,7 +80,7 @@ def test_states_of_a_segment_do_not_depend_on_others(folder: Path) -> None:
     assert lower.read == read
 
 
-# Models with several kinds of layers: without positions, with another base of them, with a sliding window.
+# Models with several kinds of layers: without RoPE, with another RoPE base, with a sliding window, without experts.
 LAYERED: dict[str, dict[str, Any]] = {
     "SmolLM3": {"num_hidden_layers": 4, "no_rope_layer_interval": 4},
     "Gemma3": {"num_hidden_layers": 6, "sliding_window": 8},
@@ -136,7 +136,7 @@ def test_joint_layers_keep_their_kind(name: str, layered: dict[str, Path]) -> No
 
 
 def test_rejects_models_that_cannot_be_cut(layered: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    # The last layer has no experts, by its number.
+    # The last layer has no experts, which depends on its index.
     section = ModelSection(name=str(layered["Qwen3Moe"]), dtype="float32")
     with raises(ModelError, Facts("unsupported", column="joint", says="qwen3_moe")):
         Lower(str(layered["Qwen3Moe"]), section, joint=1)

@@ -87,7 +87,7 @@ def test_one_pass_has_the_states_of_every_prefix(model: StateTower) -> None:
         for at, state in enumerate(states, start=1):
             (expected,) = model.reader.last("Things:", [row[:at]], most=32)
             assert np.abs(state - expected).max() < 1e-4 * np.abs(expected).max()
-    # The second time they are from the cache.
+    # The second call reads them from the cache.
     before = model.reader.read
     again = model.reader.after("Things:", rows, most=32)
     assert model.reader.read == before

@@ -253,7 +253,7 @@ def test_pretraining_transfers_without_users(encoder: str, tmp_path: Path) -> No
         # Pretraining knows no items.
         assert torch.equal(weight, pretrained.network.state_dict()[name]) == (name != "user.own.weight"), name
     assert not plain["user"]["own"].weight.any() and not started["user"]["own"].weight.any()
-    # Users learned, and the item encoder begins as the user encoder.
+    # The embeddings of users were trained, and the item encoder is initialised from the user encoder.
     assert pretrained.network["user"]["own"].weight.any()
     assert torch.equal(started["item"]["query"].weight, started["user"]["query"].weight)
     with raises(ModelError, Facts("mismatch", column="dim")):

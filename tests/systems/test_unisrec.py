@@ -128,7 +128,7 @@ def test_gates_are_noisy_only_in_training() -> None:
 def test_contrastive_loss() -> None:
     nothing, numbers = torch.zeros(32, 5), torch.arange(32)
     assert float(contrastive(nothing, nothing, numbers, 0.07)) == pytest.approx(math.log(32))
-    # Rows of the same target are no negatives of each other: of 32 rows 16 are left.
+    # Rows with the same target are not negatives of each other: of 32 rows, 16 or 18 are left.
     assert float(contrastive(nothing, nothing, numbers // 17 * 100, 0.07)) == pytest.approx(
         (17 * math.log(16) + 15 * math.log(18)) / 32
     )

@@ -64,16 +64,16 @@ HOSTILE = {
 
 @cache
 def load_templates(family: str) -> dict[str, Template]:
-    """The templates that need no item index, or all of alignment; other codes are in golden files and tests/index."""
+    """Return the templates that write no codes, or all of alignment; golden files and tests/index have the others."""
     templates = read_templates(family)
     return {name: t for name, t in templates.items() if not t.writes_codes or family == "alignment"}
 
 
 def asking(family: str) -> dict[str, Template]:
-    """The templates of `load_templates` that suit any request.
+    """Return the templates of `load_templates` that suit any request.
 
-    Some of ratings are only learned from, and a yes or no of the direct family takes a request of one candidate:
-    tests of P5's templates have both.
+    Some rating templates are only for training, and the yes/no templates of the direct family need a request with one
+    candidate; the tests of P5's templates cover both.
     """
     templates = load_templates(family)
     if family == "rating":
@@ -83,7 +83,7 @@ def asking(family: str) -> dict[str, Template]:
 
 @cache
 def make_dataset(*, shuffled: int | None = None, users: int = 40, items: int = 60, hostile: bool = True) -> Dataset:
-    """Return a dataset whose item titles are unique words, so that a shown title tells the item."""
+    """Return a dataset whose item titles are unique words, so that a shown title identifies its item."""
     rng = random.Random(7)
     rows = []
     for user in range(users):
@@ -158,7 +158,7 @@ def make_task(
 
 
 def make_index(data: SplitDataset) -> ItemIndex:
-    """Return codes of two tokens a piece."""
+    """Return an index with codes of two tokens."""
     codes = {item: (token(0, n % 8), token(1, n // 8)) for n, item in enumerate(sorted(data.dataset.items))}
     tokens = dict.fromkeys(piece for pieces in codes.values() for piece in pieces)
     return ItemIndex("made", codes, tokens=tuple(tokens))

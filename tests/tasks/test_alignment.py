@@ -1,4 +1,4 @@
-"""Item text and item code: what is held out, what rows and questions show, and what a request gives away."""
+"""The alignment task: held-out items, content of rows and prompts, and no leak through requests."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ TITLE = {item: entry.title for item, entry in DATA.dataset.items.items()}
 
 
 def pairs_in(text: str) -> set[str]:
-    """Items of which a text shows title and code."""
+    """Return the items whose title and code are in a text."""
     return {item for item, title in TITLE.items() if title in text and INDEX.encode(item) in text}
 
 
 def items_in(text: str) -> set[str]:
-    """Items of which a text shows title or code."""
+    """Return the items whose title or code is in a text."""
     return {item for item, title in TITLE.items() if title in text or INDEX.encode(item) in text}
 
 
@@ -185,7 +185,7 @@ def test_shots_show_training_items_only(task: AlignmentTask) -> None:
         prompt = task.prompt(case.request, template="text-to-code", shots=3)
         assert [message.role for message in prompt.messages] == ["user", "assistant"] * 3 + ["user"]
         assert pairs_in(prompt_text(prompt)) == set(shown)
-    # A training item is no example of its own question.
+    # A training item is never a few-shot example of its own question.
     request = Request(id="own", user_id="", item=shown[0])
     everything = len(TITLE) - len(task.held.items) - 1
     assert shown[0] not in [w.events[0].item_id for w in task.draw_shots(request, everything).windows]

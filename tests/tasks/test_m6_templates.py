@@ -1,4 +1,4 @@
-"""M6-Rec's manner: statistics as text, which count training interactions alone and never those of the question."""
+"""Templates like M6-Rec's: statistics as text, which count only training interactions and never the one in question."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ def times(ratings: list[float]) -> str:
 
 
 def mean(ratings: list[float]) -> str:
-    """In half points, a tie to the even number of halves."""
+    """Return the mean, rounded to half points; a tie goes to the even number of halves."""
     return f"{round(2 * sum(ratings) / len(ratings)) / 2:.1f}"
 
 
 def ratings_of(data: SplitDataset, user: str, item: str) -> list[float]:
-    """Ratings of an item in training, without the user's: counted from the table, not by the code under test."""
+    """Return the training ratings of an item without the user's, from the table and not by the code under test."""
     rows = data.train.select("user_id", "item_id", "rating").iter_rows()
     return [rating for each, one, rating in rows if one == item and each != user]
 
 
 def ratings_by(data: SplitDataset, user: str, item: str) -> list[float]:
-    """Ratings by a user in training, without those of an item."""
+    """Return the training ratings of a user, without those of an item."""
     rows = data.train.select("user_id", "item_id", "rating").iter_rows()
     return [rating for each, one, rating in rows if each == user and one != item]
 
@@ -69,7 +69,7 @@ def test_set_trains_its_named_templates_and_shows_no_ids_or_held_out_pairs() -> 
 
 @pytest.mark.parametrize(("family", "name"), [each for each in NAMED if each[0] in ("rating", "ctr", "stars")])
 def test_row_text_does_not_depend_on_its_rating(family: str, name: str) -> None:
-    """With another rating in the training data the question stays the same and the answer changes."""
+    """A different rating in the training data changes the answer of a row, but not its prompt."""
     user, moved_at_all = "u03", 0
     for event in DATA.train_events(user)[:2]:
         this = (pl.col("user_id") == user) & (pl.col("item_id") == event.item_id)
@@ -92,7 +92,7 @@ def test_row_text_does_not_depend_on_its_rating(family: str, name: str) -> None:
 
 
 def about(row: Example, item: str) -> bool:
-    """Whether a row's rating of an item is learned: in a chat that of the last one."""
+    """Whether a row trains on the rating of an item; a chat row trains only on its last one."""
     learned = row.pairs[-1:] if row.ends_turn else row.pairs
     return item in {each for _, each in learned}
 
@@ -131,12 +131,12 @@ def test_candidate_statistics_leave_out_the_user() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_statistics_leave_out_held_out_interactions(family: str) -> None:
-    """Rows and questions stay as they are when every held-out rating is another and half of them are gone."""
+    """Rows and prompts do not depend on ratings of the validation split and on interactions of the test split."""
     data, less = DATA, replace(DATA, valid=DATA.valid.with_columns(rating=pl.lit(1.0)), test=DATA.test[::2])
     tasks = [make_task(family, used, stored=False) for used in (data, less)]
     for name in [name for each, name in (*NAMED, *UNSEEN) if each == family]:
         for held in data.holdouts("test")[:4]:
-            # Not the history of the test split, which shows a validation event and its rating.
+            # Not the history of the test split, which contains a validation event and its rating.
             request = Request(
                 id="r",
                 user_id=held.user_id,
@@ -153,7 +153,7 @@ def test_statistics_leave_out_held_out_interactions(family: str) -> None:
 
 
 def test_list_cannot_show_user_statistics() -> None:
-    """From line to line they would differ by the ratings of the lines."""
+    """They would differ between lines, and so reveal the ratings of the lines."""
     for part in ("user", "lead"):
         words = {"user": "Rate.", "lead": "{{ item.title }}: ", part: "{{ user_stats.mean }}: "}
         listed = Template(

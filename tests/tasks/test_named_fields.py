@@ -78,7 +78,7 @@ def test_prompts_command_takes_template_path(
     )
     monkeypatch.chdir(tmp_path / "words")
     named = "tasks.sequential.templates=[words/basket.yaml]"
-    # In the working folder, and next to the recipe, which names it already.
+    # A path from the working folder, and one from a recipe that names the template already.
     for arguments in (["basket.yaml"], ["words/basket.yaml", named]):
         done = CliRunner().invoke(app, ["prompts", str(page), *arguments[1:], "-t", arguments[0]])
         assert done.exception is None, done.exception

@@ -47,7 +47,7 @@ AMAZON = """
 5-5 name candidates -> item_id; 5-6 name candidates -> item_id; 5-7 user_id candidates -> item_id
 5-8 user_id candidates -> item_id
 """
-# Brand and price are fields here, as are whatever else the data say of an item.
+# Brand and price are item fields here, like all other data of an item.
 CROSS_DOMAIN = """
 Z-1 user_id title fields -> like/dislike; Z-2 title fields name -> star; Z-3 user_id title fields -> star
 Z-4 name title fields -> like/dislike; Z-5 name title fields -> text; Z-6 feature user_id star title fields -> text
@@ -86,7 +86,7 @@ def template_set(name: str) -> dict[str, Template]:
 
 
 def shown(template: Template) -> frozenset[str]:
-    """What a question shows, in the words of the tables; an item's code is its id of a number."""
+    """Return what a prompt shows, in the terms of the tables; the code of an item counts as its id."""
     names = set()
     for name in template.names("system", "user") - _OURS:
         fields = re.findall(r"\bitem\.(\w+)", template.user) if name == "item" else [_SAME.get(name, name)]
@@ -133,7 +133,7 @@ def test_one_template_of_each_family_is_held_out(name: str) -> None:
 def test_leaking_templates_are_marked() -> None:
     for number, template in template_set("p5").items():
         leaking = shown(template) & {"headline", "feature", "star"}
-        # A question whether a rating is so many stars is about these stars.
+        # A yes/no question about a number of stars has to show these stars.
         assert bool(template.leak) == (bool(leaking) and "yes/no" not in wrote(template)), number
 
 
@@ -152,7 +152,7 @@ def data() -> SplitDataset:
         pair: replace(review, feature=f"feature {' '.join(pair)}", sentence=f"sentence {' '.join(pair)}")
         for pair, review in dataset.reviews.items()
     }
-    # Features are set and not derived from phrases, which a split does.
+    # Features are set here, not derived from phrases as by a split.
     result = make_split(replace(dataset, users=users))
     return replace(result, dataset=replace(result.dataset, reviews=reviews))
 
@@ -163,7 +163,7 @@ def used(family: str) -> SplitDataset:
 
 
 def task_of(family: str, templates: tuple[str, ...] = ("p5",), **section: Any) -> Any:
-    """A task that trains on templates, and evaluates with those that it has strategies for."""
+    """Return a task that trains on templates, and evaluates with those that its strategies support."""
     task, kind = CLASSES[family]
     split = used(family)
     if family == "direct":
@@ -205,7 +205,7 @@ def test_set_trains_only_if_named() -> None:
 
 
 def test_templates_with_missing_data_are_left_out() -> None:
-    """Without an index what shows codes is left out; without reviews what shows parts of them."""
+    """Templates with codes need an index, and templates with parts of reviews need reviews."""
     task, kind = CLASSES["direct"]
     section = kind(templates=("p5",), eval_templates=("name-title",), strategies=("pointwise-yes",))
     made = make(task, data(), section, load_templates("direct"), seed=0)
@@ -237,7 +237,7 @@ def test_no_training_row_shows_a_held_out_pair(family: str) -> None:
         trained = {event.item_id for event in split.train_events(row.user_id)}
         assert {user for user, _ in row.pairs} <= {row.user_id} and {item for _, item in row.pairs} <= trained
         count += bool(items)
-    # Questions about a review show no item, but the text of the review names it here.
+    # Prompts about a review show no item, but the text of the review names it here.
     assert count == len(rows)
 
 
@@ -413,7 +413,7 @@ def test_training_only_template_is_not_evaluated() -> None:
     ],
 )
 def test_direct_template_cannot_show_its_answer(changes: dict[str, str], facts: Facts) -> None:
-    """A question about one item lists none, and one that the item answers does not name it."""
+    """A prompt about one item lists no items, and a prompt whose answer is the item does not name it."""
     template = replace(load_templates("direct")["name-title"], name="own", **changes)
     task, kind = CLASSES["direct"]
     with raises(RecipeError, facts):

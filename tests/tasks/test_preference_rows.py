@@ -1,4 +1,4 @@
-"""Rows that are learned from preference: what is rejected, in every family, and that it knows of no held-out event."""
+"""Rows of preference training: the rejected answers of every family, which do not depend on held-out events."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_every_family_has_rejected_answers(family: str, rejected: str, negatives
     rows = rows_of(task)
     for row in rows:
         preferred, *others = (targets(each) for each in against(row))
-        # One target alone, which no rejected answer repeats.
+        # Only one target, which no rejected answer repeats.
         assert len(preferred) == 1 and len({*map(tuple, others), tuple(preferred)}) == 1 + negatives
         assert all(each.messages == row.messages and each.answer[:-1] == row.answer[:-1] for each in against(row))
     assert rows_of(task_of(family, rejected, negatives, OTHER)) == rows

@@ -1,4 +1,4 @@
-"""What of a long history a prompt shows, and few-shot examples chosen by text, by time and by answer."""
+"""Events of a long history that a prompt shows, and few-shot examples selected by text, time and answer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ITEMS = DATA.dataset.items
 
 
 def circle(items: Sequence[Item]) -> np.ndarray:
-    """A direction for each item, so that items of neighbouring numbers lie near each other."""
+    """Return a vector for each item; items with adjacent numbers have similar vectors."""
     angles = np.array([int(item.item_id[1:]) for item in items]) / 60 * np.pi
     return np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
@@ -56,9 +56,9 @@ def test_latest_shows_the_last_events() -> None:
 def test_relevant_shows_nearest_and_latest_events() -> None:
     history = past("relevant").show(events(30, 9, 50, 11, 40, 20, 55), about=["i10"])
     assert shown(history) == ["i09", "i11", "i55"]
-    # Without an item in the question, what is near the latest event.
+    # Without an item in the question, events similar to the latest one are shown.
     assert shown(past("relevant").show(events(30, 9, 50, 11, 40, 20, 12))) == ["i09", "i11", "i12"]
-    # Near any of several items.
+    # Similar to any of several items.
     assert shown(past("relevant").show(events(30, 9, 50, 20, 55), about=["i10", "i49"])) == ["i09", "i50", "i55"]
 
 

@@ -85,7 +85,7 @@ def test_validation_rows_do_not_depend_on_test_interactions(family: str) -> None
 
 
 def test_leaking_negatives_change_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the tests above compare can differ."""
+    """The comparisons of the tests above can fail."""
     monkeypatch.setattr("llmrec.tasks.direct.Negatives", Knowing)
     data = data_of("leave_one_out")
     task, other = make_task("direct", data), make_task("direct", other_holdouts(data, 0))
@@ -114,7 +114,7 @@ def test_negatives_are_recorded_and_not_in_training(kind: str) -> None:
 
 @pytest.mark.parametrize("popular", [False, True])
 def test_held_out_items_are_drawn_like_others(popular: bool) -> None:
-    """By popularity, as often as training alone says."""
+    """Held-out items are drawn uniformly, or by their popularity in the training data."""
     data = data_of("leave_one_out")
     negatives = Negatives(data, "popularity" if popular else "uniform")
     counts = Counter(data.train["item_id"].to_list())
@@ -143,7 +143,7 @@ def test_all_remaining_items_can_be_drawn() -> None:
 
 
 def test_counting_negatives_does_not_reveal_the_answer() -> None:
-    """With 20 candidates and 25 rows per user of MovieLens-100K; `eval.benchmarks.negatives` has all users."""
+    """Use 20 candidates, and 25 rows per user of MovieLens-100K; `eval.benchmarks.negatives` uses all users."""
     pytest.importorskip("recbole", reason="the wheel with MovieLens-100K is not installed")
     dataset = load(DataSection(source="movielens-100k"), seed=0)
     users = sorted(dataset.interactions["user_id"].unique())[:80]

@@ -100,7 +100,7 @@ def test_shares_of_sizes_by_hand() -> None:
     # Cube roots are 20, 10 and 5.
     result = shares(ones, size_of, section(mixture="temperature", temperature=3))
     assert result == pytest.approx({"rating": 20 / 35, "sequential": 10 / 35, "direct": 5 / 35})
-    # What is above the limit counts as the limit, before the root is taken.
+    # Sizes above the limit count as the limit, before the root is taken.
     result = shares(ones, size_of, section(mixture="proportional", mixture_limit=1000))
     assert result == pytest.approx({"rating": 1000 / 2125, "sequential": 1000 / 2125, "direct": 125 / 2125})
     result = shares(ones, size_of, section(mixture="temperature", temperature=3, mixture_limit=1000))
@@ -160,7 +160,7 @@ def test_pools_are_balanced_and_nested(count: int) -> None:
 
 
 class Lopsided:
-    """A finite stock of rows, few of them of the class yes."""
+    """A task with a finite number of rows, few of them with the class yes."""
 
     family = "ctr"
     kinds = ("yes", "no")

@@ -78,7 +78,7 @@ def test_rankings_in_other_scripts(text: str, read: str) -> None:
 @given(st.permutations(range(len(TITLES))), st.sampled_from([", ", "\n", " > ", "; ", " "]), st.booleans())
 def test_reads_labels_and_titles_in_any_order(order: list[int], between: str, as_title: bool) -> None:
     if as_title:
-        # "M" alone is taken for a label, and where titles run together without marks a neighbour may join them.
+        # "M" alone is read as a label, and titles that only a space separates may be joined with a neighbour.
         order = [index for index in order if TITLES[index] != "M"]
         between = "\n" if between == " " else between
     text = between.join(TITLES[index] if as_title else LABELS[index] for index in order)

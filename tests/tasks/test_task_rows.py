@@ -52,7 +52,7 @@ def test_no_training_row_shows_a_held_out_pair(family: str, kind: str) -> None:
     for row in islice(task.examples("train"), 600 if kind == "leave_one_out" else 200):
         text = example_text(row)
         forbidden = {item for user, item in data.held_out if user == row.user_id}
-        # Only as a negative, which is drawn without knowing that it is held out.
+        # A held-out item may only be a negative, whose draw does not depend on the held-out items.
         assert shown_items(text) & forbidden <= set(row.negatives)
         assert not shown_items("".join(segment.text for segment in row.answer)) & forbidden
         assert row.pairs and not set(row.pairs) & data.held_out
@@ -215,7 +215,7 @@ def test_cases_and_prompts_show_the_known_history(family: str) -> None:
     ("family", "name"), [("sequential", "continue-list"), ("rating", "list-ratings"), ("ctr", "list-likes")]
 )
 def test_list_validation_rows_begin_with_prompt_tokens(family: str, name: str) -> None:
-    """Their loss is that of evaluation's answers: 4.309 was .454 on the tokens that evaluation asks with."""
+    """They use the prompt tokens of evaluation, with which a validation loss of 4.309 was .454."""
     task = make_task(family, PLAIN, templates=(name,))
     encoder = Encoder(make_tokenizer(), max_length=4096)
     requests = {
@@ -236,7 +236,7 @@ def test_list_validation_rows_begin_with_prompt_tokens(family: str, name: str) -
 
 
 def test_list_training_rows_begin_with_the_prompt() -> None:
-    """Both are cut into the same pieces, what is learned in the row and what is not, so that their tokens agree."""
+    """Both are split into the same segments, targets and others, so that their tokens agree."""
     for family, name in (("sequential", "continue-list"), ("rating", "list-ratings")):
         task = make_task(family, PLAIN, templates=(name,), **({"window": 50} if family == "sequential" else {}))
         for row in islice(task.examples("train"), 40):

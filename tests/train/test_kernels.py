@@ -52,7 +52,7 @@ def test_recomputed_layers_have_equal_losses_and_gradients(
 
 
 def counted(model: Any) -> list[int]:
-    """Have a model count the forward passes of its layers."""
+    """Make a model count the forward passes of its layers."""
     counts = [0] * len(model.get_decoder().layers)
 
     def count(n: int) -> Any:
@@ -115,7 +115,7 @@ def test_compiled_layers_have_equal_losses(
 def test_compiled_layers_train_in_two_processes(
     llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Compiling takes minutes where others use the cores.
+    # Compiling takes minutes if other programs use the cores.
     monkeypatch.setattr("tests.train.together._PATIENCE", 600.0)
     _, _, _, losses = training(llama_folder, tmp_path / "one")()
 

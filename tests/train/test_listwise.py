@@ -82,7 +82,7 @@ def test_list_loss_equals_softmax_over_plain_rows(
         total, count = list_loss(model, inputs, len(FILMS), "softmax", temperature)
         assert count == len(step.bins)
         assert float(total.detach()) == pytest.approx(expected, abs=1e-4)
-        # Without weights of rows, the losses of targets sum to the loss of packed rows.
+        # Without row weights, the losses of targets sum to the loss of packed rows.
         inputs |= {"weights": torch.ones(len(inputs["targets"]))}
         (plain, targets), losses = packed_loss(model, inputs), target_losses(model, inputs)
         assert losses.shape == (targets,)

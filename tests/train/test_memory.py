@@ -155,7 +155,7 @@ LLAMA = hub.LlamaConfig(
 @pytest.mark.parametrize(
     ("config", "train", "expected"),
     [
-        # Weights and what is kept for backward, by hand; adapters of rank 16 beside them.
+        # Weights and what is kept for backward, by hand; plus adapters of rank 16.
         (QWEN, {"batch_tokens": 1536}, 3.2 + 4.1 + 0.3),
         (QWEN, {"batch_tokens": 8192, "gradient_checkpointing": True}, 3.2 + 0.9 + 0.8 + 0.3),
         (QWEN, {"batch_tokens": 8192, "micro_tokens": 1536}, 3.2 + 4.1 + 0.3),

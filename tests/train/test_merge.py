@@ -35,9 +35,9 @@ DECODERS: dict[str, Any] = {
         hub.LlamaConfig(**shape(**SMALL, intermediate_size=64, tie_word_embeddings=True))
     ),
     "gemma3": lambda: hub.Gemma3ForCausalLM(hub.Gemma3TextConfig(**shape(**SMALL, intermediate_size=64))),
-    # Matrices of (in, out), and a tied head.
+    # Matrices of shape (in, out), and a tied head.
     "gpt2": lambda: hub.GPT2LMHeadModel(hub.GPT2Config(**shape(n_embd=32, n_layer=2, n_head=2))),
-    # A checkpoint has a tensor for each expert, and the module one for all.
+    # A checkpoint has one tensor per expert, and the module one tensor for all.
     "qwen3-moe": lambda: hub.Qwen3MoeForCausalLM(hub.Qwen3MoeConfig(**shape(**SMALL, intermediate_size=64, **EXPERTS))),
     "mixtral": lambda: hub.MixtralForCausalLM(
         hub.MixtralConfig(**shape(**SMALL, intermediate_size=64, num_local_experts=4))
@@ -192,7 +192,7 @@ lora.merge(base, section, Path(adapter), Path(target) / "second")
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the memory of a process as Linux counts it")
 def test_merge_fits_in_the_memory_of_a_few_blocks(tmp_path: Path) -> None:
-    """A model whose weights take 150 MB in float32 is merged in 24 MB beside its file, which is mapped."""
+    """A model whose weights take 150 MB in float32 is merged in 24 MB plus its memory-mapped file."""
     torch.manual_seed(0)
     config = hub.LlamaConfig(**shape(**{**SMALL, "num_hidden_layers": 48, "hidden_size": 256}, intermediate_size=1024))
     hub.LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path / "base")

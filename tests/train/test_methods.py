@@ -115,7 +115,7 @@ def test_a_single_step_trains(method: str, folders: dict[str, Path], tmp_path: P
     head = case.head.linear.bias.detach().clone() if case.head else None
     case.run(tmp_path)
     moved = [name for name, p in case.model.named_parameters() if name in before and not torch.equal(p, before[name])]
-    # A new head's weights are 0, so that its first step reaches nothing below it.
+    # A new head's weights are 0, so its first step changes nothing below it.
     assert moved if head is None else not torch.equal(case.head.linear.bias, head)
 
 

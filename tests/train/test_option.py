@@ -185,7 +185,7 @@ def test_run_and_export(llama_folder: Path, tmp_path: Path) -> None:
     from tests.pipeline.test_ctr_run import SMALL
 
     soft = [each for each in SMALL if "lora" not in each and not each.startswith("tasks=")]
-    # The tiny tokenizer writes no word as one token, and digits.
+    # The tiny tokenizer writes a digit as one token, but no word.
     only = "tasks={rating: {strategies: [expected], history: 5}}"
     more = ["train.lora={}", "train.method=option-adapter", "train.soft={prompts: 6, rank: 2}", "eval.arms=[tuned]"]
     chosen = load_recipe(
@@ -226,7 +226,7 @@ def test_validation_rows_of_untrained_tasks_define_no_labels(llama_folder: Path)
             planned = plan_training(study, rating_head.soft_encoder(plain, study.recipe.train))
             assert planned.soft is not None and len(planned.soft.labels) == 5
             prompts[method, tasks] = planned.soft
-            # A loss over labels is the trained family's; tokens have one in every family.
+            # A loss over labels exists only for the trained family, a loss over tokens for every family.
             assert set(planned.valid) == ({"rating"} if method == "option" or not more else {"rating", "sequential"})
         assert prompts[method, RATED] == prompts[method, f"{RATED}, {LISTED}"]
 

@@ -1,4 +1,4 @@
-"""Packed rows have the loss and gradients of plain rows, and see nothing of each other."""
+"""Packed rows have the loss and gradients of plain rows, and do not attend to each other."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_bins_contain_every_row_within_their_width(lengths: list[int], width: in
     filled = bins(rows, width)
     assert sorted(each.ids for part in filled for each in part.rows) == sorted(each.ids for each in rows)
     assert all(part.columns <= width or len(part.rows) == 1 for part in filled)
-    # First fit leaves no two neighbours that would fit into one row.
+    # First fit leaves no two adjacent bins that would fit into one row.
     assert all(a.columns + b.columns > width for a, b in pairwise(filled))
 
 

@@ -91,7 +91,7 @@ def test_scaled_float16_trains_like_float32(
     turing(2.0**10)
     scaled, two = trained(monkeypatch, llama_folder, tmp_path / "two", steps=3, dtype="float16", **settings)
     assert scaled == pytest.approx(losses, rel=5e-3)
-    # What is trained is unscaled when it is clipped, and in float32.
+    # The gradients of trained weights are unscaled before clipping, and in float32.
     assert_equal(one[:1], two[:1], 0.1)
     assert [line["scaler/skipped"] for line in figures(tmp_path / "two")] == [0.0] * 3
     assert not figures(tmp_path / "one")

@@ -38,7 +38,7 @@ def test_schedule_equals_equation_1() -> None:
     by_hand = {0: 0, 9: 0, 10: 0, 19: 0, 20: 0.4625, 29: 0.4625, 30: 0.7, 40: 0.7875, 49: 0.7875, 50: 0.8, 100: 0.8}
     for step, value in by_hand.items():
         assert magnitude.sparsity_at(cubic, 100, step) == pytest.approx(value)
-    # Where the last stretch is shorter than `every`, the end is reached nonetheless.
+    # The schedule reaches its end even if the last interval is shorter than `every`.
     assert magnitude.sparsity_at(PruneSection(begin=0.1, end=0.45), 100, 45) == 0.8
     once = PruneSection(sparsity=0.5, schedule="one-shot", end=0.25)
     assert [magnitude.sparsity_at(once, 8, step) for step in range(4)] == [0, 0, 0.5, 0.5]
@@ -49,7 +49,7 @@ def test_smallest_weights_are_pruned() -> None:
     assert magnitude.kept(weight, 1 / 3).tolist() == [[True, False, False], [True, True, True]]
     assert magnitude.kept(weight, 2 / 3).tolist() == [[True, False, False], [False, True, False]]
     assert magnitude.kept(weight, 0).all()
-    # What was pruned before is chosen again.
+    # Weights that were pruned before are chosen again.
     pruned = torch.where(magnitude.kept(weight, 0.5), weight, 0)
     assert torch.equal(magnitude.kept(pruned, 0.5), pruned != 0)
 
@@ -95,7 +95,7 @@ def test_sparsity_of_0_changes_nothing(llama_folder: Path, tmp_path: Path) -> No
     none, _ = run(llama_folder, tmp_path / "none", steps=4, prune={"sparsity": 0})
     assert none.adapter_sha256 == plain.adapter_sha256
     assert none.sparsity is None
-    # All weights, under masks that hide nothing.
+    # All weights, with masks that hide nothing.
     train = TrainSection(method="full", prune=PruneSection())
     model = lora.load_trainable(str(llama_folder), section(llama_folder), train)
     ids = torch.tensor([[5, 9, 30]])

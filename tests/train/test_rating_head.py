@@ -74,7 +74,7 @@ def test_classes_are_at_the_first_token_of_ratings(encoder: Encoder) -> None:
     indices = [n for n, label in enumerate(result.labels) if label != IGNORED]
     assert [result.labels[n] for n in indices] == [3, 0, 4]
     assert [encoder.tokenizer.decode([row.ids[n]]) for n in indices] == ["4", "1", "5"]
-    # The state of the token before is read, where a prompt for this rating ends.
+    # The head reads the state of the token before, where a prompt for this rating ends.
     for n, number in zip(indices, ("7", "8", "9"), strict=True):
         assert encoder.tokenizer.decode(list(row.ids[:n])).endswith(f"Heat {number}: ")
     chat = Classes(encoder, TEN).row(encoder.row(rated(0, "10", chat=True)))
@@ -286,7 +286,7 @@ def test_head_rates_for_the_tuned_model_only(ran: pipeline.Run) -> None:
     }
     head = rows["tuned", "head"]
     assert (head["engine"], head["parse_rate"], head["fallbacks"]) == ("hf:head", 1.0, 0)
-    # Random weights write no numbers: the user's mean is used, and the table shows how often.
+    # A random model writes no numbers, so the user's mean is used, and the table shows how often.
     parsed = rows["zero-shot", "parsed"]
     assert parsed["fallbacks"] == round((1 - parsed["parse_rate"]) * parsed["n"])
     assert any("base model has no head" in note for note in ran.results["notes"])

@@ -14,7 +14,7 @@ import pytest
 import llmrec
 from tests.train.test_trackers import FIGURE, ROWS, recipe
 
-# The packages' own, such as deprecations of libraries that they use.
+# Warnings of the packages, such as deprecations of libraries that they use.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -31,7 +31,7 @@ def done(model: Path, folder: Path, name: str) -> float:
 
 
 def check(logged: dict[str, list[float]], value: float, loss: str, valid: str) -> None:
-    """Compare what a tracker has with the run: two losses of training and of validation, and each metric once."""
+    """Compare the records of a tracker with the run: two losses of training and of validation, and each metric once."""
     assert len(logged[loss]) == 2 and len(logged[valid]) == 2
     (name,) = (name for name in logged if name.startswith(FIGURE) and name.endswith("RMSE"))
     assert logged[name] == [pytest.approx(value)]

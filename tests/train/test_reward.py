@@ -117,7 +117,7 @@ def prompt_of(toy: Toy, number: int = 0) -> tuple[int, ...]:
 
 
 def rewards_of(kind: Any, *indices: int, truth: int = 1) -> list[float]:
-    """Rewards of a group of four codes of two tokens: 0 and 1 share a first token, and 2 and 3 do."""
+    """Rewards of a group of four codes of two tokens: 0 and 1 share a first token, and so do 2 and 3."""
     catalogue = Catalogue.of([(5, 1, 9), (5, 2, 9), (6, 1, 9), (6, 2, 9)])
     task: Any = Task()
 

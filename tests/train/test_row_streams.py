@@ -228,7 +228,7 @@ def test_rows_of_a_user_share_their_history(encoder: Encoder) -> None:
     rows = drawn(encoder, {"sequential": 1.0, "rating": 1.0}, 200)
     pairs = [(a[1], b[1]) for a, b in pairwise(rows) if a[0] != b[0]]
     shares = sorted((alike(one, two) for one, two in pairs if one and two), reverse=True)
-    # Every second pair is of one user; those of two users share the opening words.
+    # Every second pair belongs to one user; pairs of two users share only the opening words.
     assert shares[len(shares) // 2 - 10] > 0.5
     assert shares[-1] < 0.4
 
@@ -258,7 +258,7 @@ def test_rows_contain_only_training_pairs() -> None:
             assert set(row.pairs) <= known
             assert len(row.pairs) <= 13
             assert row.answer[-1].kind == "target"
-        # Passes end histories elsewhere.
+        # Each pass ends the histories at other events.
         assert len({row.messages for row in rows}) > 0.5 * len(rows)
 
 

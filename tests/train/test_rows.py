@@ -164,7 +164,7 @@ def families(steps: Steps) -> list[str]:
 
 
 def part_of_chat(steps: Sequence[Step]) -> float:
-    """The mean over steps of the chat rows' part in what a step's targets count."""
+    """Return the share of chat rows in the weight of a step's targets, as a mean over steps."""
     parts = []
     for step in steps:
         mass = [(family_of(each), each.weight * each.targets) for each in step.rows]

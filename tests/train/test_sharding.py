@@ -1,4 +1,4 @@
-"""Weights that are divided among processes by FSDP2, on the CPU, which accelerate takes for a GPU."""
+"""Weights that FSDP2 shards across processes, on the CPU, which accelerate treats as a GPU."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.train.test_item_tokens import untied
 from tests.train.test_world import LOSS, STEPS, assert_alike, training, weights
 from tests.train.together import together
 
-# What docs/scaling.md has in accelerate's configuration, as accelerate launch hands it on.
+# The accelerate configuration of docs/scaling.md, as accelerate launch passes it on.
 SETTINGS = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
@@ -37,7 +37,7 @@ SETTINGS = {
 
 
 def as_on_gpus() -> None:
-    """Let accelerate divide weights on the CPU, in this process."""
+    """Let accelerate shard weights on the CPU, in this process."""
     warnings.simplefilter("ignore")
     os.environ.update(SETTINGS)
     original = PartialState.__init__
@@ -106,7 +106,7 @@ def test_untied_heads_and_half_precision_are_sharded(
     untied_folder: Path,
     tmp_path: Path,
 ) -> None:
-    """A base in bfloat16 beside adapters in float32, and a head whose weight is read outside its module."""
+    """A base in bfloat16 with adapters in float32, and a head whose weight is read outside its module."""
     folder = llama_folder if tied else untied_folder
     _, _, _, losses = training(folder, tmp_path / "one", dtype=dtype, **settings)()
 

@@ -51,7 +51,7 @@ class Calls:
 
 @pytest.fixture
 def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
-    """Put fake packages of four trackers where Python finds them."""
+    """Install fake packages of four trackers in this process."""
     record = Calls()
     for name in ("tensorboard", "wandb", "mlflow", "trackio"):
         (tmp_path / "packages" / name).mkdir(parents=True)
@@ -62,7 +62,7 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
     modules |= {"torch.utils.tensorboard": tensorboard(record)}
     modules |= {name: types.ModuleType(name) for name in ("wandb.sdk", "wandb.sdk.lib", "wandb.sdk.lib.config_util")}
     modules["wandb.sdk.lib.config_util"].ConfigError = ValueError  # type: ignore[attr-defined]
-    # TRL looks for it when it is imported, which was before.
+    # TRL looks for it at import time, which is over.
     monkeypatch.setattr("trl.trainer.base_trainer.wandb", modules["wandb"], raising=False)
     for name, module in modules.items():
         if "." not in name:

@@ -18,10 +18,10 @@ _PATIENCE = 120.0
 
 
 def together(count: int, work: Callable[[], Any], folder: Path) -> list[Any]:
-    """Return what the function returned in each of so many processes.
+    """Run a function in several processes, and return its results.
 
     Args:
-        count: How many.
+        count: The number of processes.
         work: Its result must be JSON. For a killed process, or an error, which is printed, the result is None.
         folder: An empty folder, for results and tracebacks.
     """

@@ -1,11 +1,11 @@
-"""Drive the page of a running service through its whole use, in a real Chromium, and look at what it shows.
+"""Test all functions of a running service's page in a real Chromium.
 
     python tests/serve/page/drive.py http://127.0.0.1:8000/ SHOTS [CHROMIUM] [--user ID]... [--seconds 60] [--key KEY]
 
-It needs ``pip install playwright`` and an installed Chromium, and asserts after every step. Failures of the service
-(401, 429, 503, no network) are played by this script, so that any service will do. `HOSTILE` are texts that would run,
-load or break something where they were taken for markup: plant them as titles of items before, and the script puts
-all of them on show; it plays them itself as notes, prompts, rationales, fields, errors and explanations.
+It needs ``pip install playwright`` and an installed Chromium, and asserts after every step. The script simulates
+failures of the service (401, 429, 503, no network), so any service will do. `HOSTILE` has texts that would run, load or
+break something if the page treated them as markup. If items of the service have them as titles, the script shows all
+of these; it injects them itself as notes, prompts, rationales, fields, errors and explanations.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ HOSTILE: tuple[str, ...] = (
 """At least 100 titles."""
 
 IMAGES = "https://images.example.com"
-"""Where the images of items are, which this script plays."""
+"""The address of the images of items, which this script serves."""
 _PICTURE = (
     '<svg xmlns="http://www.w3.org/2000/svg" width="80" height="80"><rect width="80" height="80" fill="#7a9"/>'
     '<circle cx="40" cy="40" r="24" fill="#fff"/></svg>'
@@ -104,7 +104,7 @@ _NAMELESS = """() => [...document.querySelectorAll("button, input, select, texta
 
 @dataclass
 class Drive:
-    """A browser at a service, and all that must not happen in it."""
+    """A browser for a service's pages, and the errors that occurred in it."""
 
     browser: Any
     base: str
@@ -112,18 +112,18 @@ class Drive:
     seconds: float
     key: str | None
     ready: str = "#welcome:visible, #columns:visible"
-    """What is there once the page can be used."""
+    """What is visible once the page can be used."""
     bad: list[str] = field(default_factory=list)
     failing: bool = False
-    """Whether this script fails requests now, of which the browser writes errors."""
+    """Whether this script fails requests now, for which the browser logs errors."""
 
     @property
     def headers(self) -> dict[str, str]:
-        """What a request needs beside the page."""
+        """Headers of requests that the page does not send."""
         return {"Authorization": f"Bearer {self.key}"} if self.key else {}
 
     def open(self, where: str = "", *, width: int = 1280, height: int = 800, dark: bool = False) -> Any:
-        """Open a page of the service in a browser of its own."""
+        """Open a page of the service in a new browser context."""
         phone = width < 700
         context = self.browser.new_context(
             viewport={"width": width, "height": height},
@@ -163,7 +163,7 @@ class Drive:
         route.fulfill(content_type="image/svg+xml", body=_PICTURE)
 
     def check(self, page: Any, name: str, *, whole: bool = True) -> None:
-        """Assert that nothing bad happened, that the page fits, and can be read; keep a picture."""
+        """Assert that no error occurred, and that the page fits and is readable; save a screenshot."""
         page.screenshot(path=self.shots / f"{name}.png", full_page=whole)
         assert page.evaluate("window.__hit") is None, f"{name}: a payload ran"
         assert page.evaluate("window.__violations") == [], (name, page.evaluate("window.__violations"))
@@ -177,7 +177,7 @@ class Drive:
 
 
 def _settle(page: Any) -> None:
-    """Wait until both lists stand."""
+    """Wait until both lists are complete."""
     page.wait_for_timeout(450)
     page.wait_for_selector(".ranked[aria-busy]", state="detached")
     page.wait_for_timeout(350)
@@ -192,7 +192,7 @@ def _events(page: Any) -> list[str]:
 
 
 def _body(page: Any, act: Callable[[], Any], side: int = 0) -> Any:
-    """Return the body of the request for one list that an act leads to."""
+    """Return the body of the request for one list that an action triggers."""
     model = page.locator(f"#model-{side}").input_value()
     _settle(page)  # a request for an earlier change
     with page.expect_request(lambda r: r.url.endswith("/v1/rank") and r.post_data_json["model"] == model) as asked:
@@ -284,7 +284,7 @@ def _controls(drive: Drive, page: Any) -> None:
     page.keyboard.press("Tab")
     _settle(page)
     assert page.locator("#rules-count").inner_text() == "(1)"
-    # A service refuses rules on fields that no item has, which the console notes.
+    # A service rejects rules on fields that no item has, and the console logs this.
     drive.bad = [each for each in drive.bad if "status of 422" not in each]
     drive.check(page, "4-controls")
 
@@ -317,7 +317,7 @@ def _one_item(drive: Drive, page: Any, cards: dict[str, Any]) -> None:
 
 
 def _shows(drive: Drive, items: list[dict[str, Any]]) -> None:
-    """Images, prices, categories, scores and similar items of the history; nothing moves when they arrive."""
+    """Check images, prices, categories, scores and similar items of the history; rows do not move as they load."""
     pictured = [item for item in items if item["fields"].get("image_url", "").startswith(f"{IMAGES}/")]
     past = [item["item_id"] for item in (pictured or items)[:3]]
     link = "#" + "&".join(f"h={quote(each, safe='')}" for each in past) + "&b="
@@ -381,7 +381,7 @@ def _unmoved(drive: Drive, link: str, width: int, height: int) -> Any:
 
 
 def _explains(drive: Drive, link: str) -> None:
-    """Without interactions, texts explain; without a similar item, or an answer, the page says so or nothing."""
+    """Check explanations by texts, without a similar item, and after an error of the service."""
     page = drive.open()
     other: list[str] = []
 
@@ -411,7 +411,7 @@ def _explains(drive: Drive, link: str) -> None:
 
 
 def _foreign(drive: Drive, link: str) -> None:
-    """No image is loaded from a host that the catalogue does not name, or that is no address of the web."""
+    """No image is loaded from a host that the catalogue does not name, or from anything but a web address."""
     page = drive.open()
     urls = [
         "https://evil.example.org/x.png",
@@ -435,7 +435,7 @@ def _foreign(drive: Drive, link: str) -> None:
     page.goto(drive.base + link)
     page.wait_for_selector("#list-0 > li")
     _settle(page)
-    # The policy stops the first kind, whose image is then removed, and the page the others.
+    # The content security policy blocks the first image, which is then removed; the page rejects the others.
     assert page.locator("#list-0 img").count() == 0
     violations = page.evaluate("window.__violations")
     assert violations and all(each.startswith("img-srchttps://evil.example.org/") for each in violations), violations
@@ -446,13 +446,13 @@ def _foreign(drive: Drive, link: str) -> None:
     page.context.close()
 
 
-# The lists of another user are there, who is not judged yet.
+# The page shows the lists of the next user, without a vote yet.
 _NEXT = "() => !document.querySelector('#ballot [aria-pressed=true], #ballot [aria-disabled=true]')"
 _VOTE = {0: "left", 1: "right", None: "none"}
 
 
 def _blind(drive: Drive, items: list[dict[str, Any]], users: list[str]) -> None:
-    """A blind test of the first and the last model: always vote for the first, and look at the tally."""
+    """Test the first and the last model blindly: always vote for the first, and check the tally."""
     page = drive.open()
     names = page.locator("#model-0 option").all_text_contents()
     if len(names) < 2:
@@ -468,7 +468,7 @@ def _blind(drive: Drive, items: list[dict[str, Any]], users: list[str]) -> None:
         for past in pasts
     ]
     page = drive.open(links[0])
-    # Every second user has the models the other way round.
+    # The models swap sides for every second user.
     page.evaluate("() => { let n = 0; crypto.getRandomValues = (array) => array.fill(n++); }")
     _settle(page)
     page.locator("#blind-start").focus()
@@ -519,7 +519,7 @@ def _blind(drive: Drive, items: list[dict[str, Any]], users: list[str]) -> None:
 
 
 def _blind_again(drive: Drive, page: Any, links: list[str], users: list[str]) -> None:
-    """Votes of a tab outlive a reload, and can be replaced and deleted; names are shown on request."""
+    """Votes of a tab survive a reload, and can be replaced and deleted; names are shown on request."""
     page.reload()
     page.wait_for_selector(drive.ready)
     _settle(page)
@@ -531,7 +531,7 @@ def _blind_again(drive: Drive, page: Any, links: list[str], users: list[str]) ->
     page.click("#votes-clear")
     assert page.locator("#tally").inner_text().startswith("0 votes")
     assert page.evaluate("document.activeElement.id") == "blind-title"
-    # The lists appear together, and no vote counts before.
+    # The lists appear together, and no vote counts before that.
     held: list[Any] = []
     page.route("**/v1/rank", lambda route: held.append(route))
     page.evaluate("(link) => { location.hash = link }", links[10])
@@ -692,7 +692,7 @@ def _aborts(drive: Drive) -> None:
 
 
 def _hostile(drive: Drive, items: list[dict[str, Any]]) -> None:
-    """Put every item of the catalogue on show, and hostile texts wherever the service writes."""
+    """Show every item of the catalogue, and hostile texts in all fields that the service writes."""
     page = drive.open()
     for start in range(0, min(len(items), 300), 150):
         ids = [item["item_id"] for item in items[start : start + 150]]
@@ -771,7 +771,7 @@ def catalogue(drive: Drive, page: Any) -> list[dict[str, Any]]:
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
-    """Return what a script that drives a page is told on its command line."""
+    """Return the command-line parser of a script that drives a page."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("base", help="address of the service, such as http://127.0.0.1:8000/")
     parser.add_argument("shots", type=Path, help="folder for screenshots")
@@ -783,7 +783,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
 
 @contextmanager
 def driving(given: argparse.Namespace) -> Iterator[Drive]:
-    """Hand out a browser at the service, and assert at the end that nothing bad happened."""
+    """Yield a browser for the service, and assert at the end that no error occurred."""
     from playwright.sync_api import sync_playwright
 
     given.shots.mkdir(parents=True, exist_ok=True)
@@ -796,7 +796,7 @@ def driving(given: argparse.Namespace) -> Iterator[Drive]:
 
 
 def main() -> None:
-    """Drive it."""
+    """Run all steps."""
     parser = arguments("Drive the page of a running service.")
     parser.add_argument("--user", action="append", default=[], help="id of a known user with at least two events")
     given = parser.parse_args()

@@ -1,10 +1,10 @@
-"""Drive the page of a conversation through its whole use, in a real Chromium, and look at what it shows.
+"""Test all functions of a running service's chat page in a real Chromium.
 
     python -m tests.serve.page.drive_chat http://127.0.0.1:8000/ SHOTS [CHROMIUM] [--seconds 60] [--key KEY]
 
 It needs ``pip install playwright``, an installed Chromium and a service whose items have two fields with values that
-items share, such as one over ``recipes/made/classic.yaml``. It asserts after every step. Failures of the service and
-hostile answers are played by this script; titles of the service's own may be hostile too.
+items share, such as one over ``recipes/made/classic.yaml``. It asserts after every step. The script simulates
+failures of the service and hostile answers; the titles of the service's items may be hostile too.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ def _turn(page: Any) -> Any:
 
 
 def _say(page: Any, text: str) -> dict[str, Any]:
-    """Say a line as a person does, and return what the service answered."""
+    """Type a message as a user does, and return the response of the service."""
     page.fill("#text", text)
     return _answered(page, lambda: page.keyboard.press("Enter"))
 
 
 def _answered(page: Any, act: Callable[[], Any]) -> dict[str, Any]:
-    """Return what the service answered to an act."""
+    """Return the response of the service to an action."""
     with page.expect_response(lambda answer: answer.url.endswith("/v1/chat")) as told:
         act()
     said = told.value
@@ -49,7 +49,7 @@ def _answered(page: Any, act: Callable[[], Any]) -> dict[str, Any]:
 
 
 def _shared(items: list[dict[str, Any]]) -> tuple[str, str, str, str]:
-    """Return a field and a value of it that many items share, and one of another field that some of these have."""
+    """Return a field and a value that many items share, and another field with a value that some of these have."""
     counts = Counter((name, value) for item in items for name, value in item["fields"].items() if value.isalpha())
     for (field, value), _ in counts.most_common():
         having = [item for item in items if item["fields"].get(field) == value]
@@ -118,7 +118,7 @@ def _forgets(drive: Drive, page: Any) -> None:
         page.keyboard.press("Enter")
     assert "state" not in asked.value.post_data_json
     page.wait_for_selector(_READY)
-    # An answer that comes after everything was forgotten brings nothing back.
+    # A response that arrives after the conversation was cleared restores nothing.
     held: list[Any] = []
     page.route("**/v1/chat", lambda route: held.append(route))
     page.fill("#text", "something nice")
@@ -162,7 +162,7 @@ def _failures(drive: Drive, page: Any) -> None:
         page.unroute("**/v1/chat")
         drive.failing = False
     _answered(page, lambda: page.keyboard.press("Enter"))
-    # Without a key where one is asked for.
+    # Without an API key where one is required.
     drive.failing = True
     page.route("**/v1/chat", lambda route: route.fulfill(status=401, json={"error": {"message": "Name an API key."}}))
     page.fill("#text", "and again")
@@ -211,7 +211,7 @@ def _looks(drive: Drive, value: str) -> None:
             other = drive.open("chat", width=width, height=height, dark=dark)
             for line in (f"I'd like {value}", "why the first one?", "more"):
                 _say(other, line)
-            # The line to say stays in sight.
+            # The text input stays in view.
             box = other.locator("#text").bounding_box()
             assert box is not None and box["y"] >= 0 and box["y"] + box["height"] <= height, (name, box)
             drive.check(other, f"10-{name}-{'dark' if dark else 'light'}")
@@ -219,7 +219,7 @@ def _looks(drive: Drive, value: str) -> None:
 
 
 def main() -> None:
-    """Drive it."""
+    """Run all steps."""
     with driving(arguments("Drive the page of a conversation.").parse_args()) as drive:
         drive.ready = _READY
         page = drive.open("chat")

@@ -2,8 +2,8 @@
 
     python -m tests.serve.page.drive_docs http://127.0.0.1:8000/ SHOTS [CHROMIUM] [--seconds 60] [--key KEY]
 
-It needs ``pip install playwright`` and an installed Chromium. The page is Swagger UI, whose colours and labels are not
-ours: only errors, breaches of the content security policy and requests to other hosts are looked for.
+It needs ``pip install playwright`` and an installed Chromium. The page is Swagger UI, so the script does not
+check colours and labels, only errors, violations of the content security policy and requests to other hosts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tests.serve.page.drive import arguments, driving
 
 
 def main() -> None:
-    """Drive it."""
+    """Run all steps."""
     given = arguments("Drive the page of a service's HTTP interface.").parse_args()
     with driving(given) as drive:
         drive.ready = ".opblock"

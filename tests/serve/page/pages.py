@@ -1,7 +1,7 @@
-"""Serve a made shop with hostile titles, and drive the pages of the service through it.
+"""Serve a synthetic shop with hostile titles, and test the pages of the service in a browser.
 
 ``python -m tests.serve.page.pages SHOTS`` needs ``pip install playwright`` and an installed
-Chromium; it takes two minutes. Pictures of every step are in SHOTS.
+Chromium; it takes two minutes. It saves a screenshot of every step in SHOTS.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _table(run: Path, path: Path) -> None:
 
 
 def main(shots: Path) -> None:
-    """Make the run, serve it, and drive its pages."""
+    """Make the run, serve it, and test its pages."""
     port = free_port()
     base = f"http://127.0.0.1:{port}/"
     with tempfile.TemporaryDirectory() as folder:
