@@ -81,9 +81,9 @@ PLANTED = [
     ),
     (
         "docs/should-you-use-an-llm.md",
-        "is significantly better than SASRec alone, by",
-        "is significantly better than SASRec, the best single model, by",
-        "which on validation is transitions and not sasrec",
+        "is not significantly better than `transitions`, ",
+        "is not significantly better than `transitions`, the best single model, ",
+        "which on validation is gru4rec and not transitions",
     ),
     (EXCEPTIONS, "page: docs/baselines-and-ensembles.md", "page: docs/install.md", "docs/install.md has no figure in"),
     ("recipes/quickstart.yaml", "steps: 240", "steps: 250", "train.steps was 240, is 250"),
