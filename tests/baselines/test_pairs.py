@@ -80,7 +80,8 @@ def test_tuning_moves_texts_of_successive_items_together() -> None:
 
 def test_encoder_is_restored_without_improvement() -> None:
     model = _fitted(learning_rate=0.5, patience=1)
-    fixed = TransitionsText(TransitionsText.Config(encoder=tiny_encoder()))
+    same = {"text": model.config.text, "sharpness": model.config.sharpness}
+    fixed = TransitionsText(TransitionsText.Config(encoder=tiny_encoder(), **same))
     fixed.fit(ring())
     requests = [request(["01"])]
     assert model.scores(requests) == pytest.approx(fixed.scores(requests), abs=0.02)
