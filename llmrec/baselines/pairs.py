@@ -150,8 +150,8 @@ class TransitionsTuned(TransitionsText):
     The encoder's last layers are trained with a contrastive loss over a batch of pairs (InfoNCE: van den Oord et al.,
     arXiv 1807.03748, eq. 4). Later items that also follow the earlier item in training are not negatives, and a share
     of an item's log target frequency is subtracted from its similarity. The best epoch by validation NDCG@10 of
-    similarity alone is kept; if it is epoch 0, the model equals `TransitionsText` with the same parameters. There are no
-    item embeddings: cold-start items get their vectors from the fine-tuned encoder too.
+    similarity alone is kept; if it is epoch 0, the model equals `TransitionsText` with the same parameters. There are
+    no item embeddings: cold-start items get their vectors from the fine-tuned encoder too.
     """
 
     name = "transitions-tuned"
