@@ -99,7 +99,7 @@ def main(target: Path, names: Sequence[str]) -> None:
         for library in LIBRARIES:
             if library not in entry["libraries"]:
                 entry["libraries"][library] = {**measured(library, data, folder, seconds, dropout), **provenance()}
-            if library != LIBRARIES[0]:
+            if library != LIBRARIES[0] and library not in entry["differences"]:
                 pair = llmrec.score(
                     folder / f"{LIBRARIES[0]}.csv", folder / "truth.csv", against=folder / f"{library}.csv", k=(K,)
                 )
