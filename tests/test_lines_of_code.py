@@ -32,7 +32,7 @@ def test_script_of_llmrec_does_its_task(task: dict[str, Any]) -> None:
     if task["name"] == "serve":
         pytest.importorskip("llmrec.serve", reason="the extension is not there")
     if not all(find_spec(wheel.package) for wheel in WHEELS.values()):
-        pytest.skip("the models of the set-up are not installed")
+        pytest.skip("the models of the setup are not installed")
     result = code.outcome(code.scripts(ROOT, code.LIBRARY, task["name"]), task, sys.executable)
     assert result.get("served", 10) == 10 and result.get("NDCG@10", 1.0) > 0.05
 

@@ -55,7 +55,7 @@ def test_outputs_links_and_metadata_of_a_notebook(page: Path) -> None:
 
 
 def test_demo_needs_no_download() -> None:
-    """The demo uses no language model, and a text encoder that a wheel of the set-up contains."""
+    """The demo uses no language model, and a text encoder that a wheel of the setup contains."""
     recipe = load_recipe("recipes/demo.yaml")
     assert recipe.eval.arms == ()
     assert recipe.tasks.sequential is not None

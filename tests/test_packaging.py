@@ -1,4 +1,4 @@
-"""Packaging: metadata, wheel, set-up, and documents that agree with the code."""
+"""Packaging: metadata, wheel, setup, and documents that agree with the code."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_model_libraries_have_upper_bounds_that_fit(project: dict[str, Any], ext
             assert not checks.misfit(importlib.metadata.version(want.name), want.specifier), requirement
 
 
-# --------------------------------------------------------------------------- set-up
+# --------------------------------------------------------------------------- setup
 
 
 def test_setup_imports_only_the_standard_library() -> None:
