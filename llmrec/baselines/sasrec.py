@@ -24,7 +24,7 @@ class AttentionConfig(SequenceConfig):
     heads: Width = Field(2, description="Number of attention heads.")
 
     @model_validator(mode="after")
-    def _heads_divide(self) -> AttentionConfig:
+    def _check_heads(self) -> AttentionConfig:
         if self.dim % self.heads:
             raise ValueError(f"dim must be a multiple of heads, not {self.dim} and {self.heads}")
         return self

@@ -101,7 +101,7 @@ def open_requests(path: Path, *, bare: bool = False) -> RequestFile:
     require_file(path, "check --in", "the file of requests")
     if suffix in PARQUET:
         with parquet_file(str(path), path) as file:
-            _has_columns(str(path), file.schema_arrow.names, bare)
+            _check_columns(str(path), file.schema_arrow.names, bare)
             rows, blank = file.metadata.num_rows, 0
         sha256 = sha256_of(path)
     else:
@@ -223,11 +223,11 @@ def _header(name: str, first: str, separator: str, bare: bool) -> tuple[list[str
         columns = column_names(name, next((cells for _, cells in fields(first, separator, newline="\n")), []))
     except BrokenRow as broken:
         raise DataError.at(Location(name, 0, 1), "syntax", f": {broken.problem}") from broken
-    _has_columns(name, columns, bare)
+    _check_columns(name, columns, bare)
     return columns, separator
 
 
-def _has_columns(name: str, columns: list[str], bare: bool) -> None:
+def _check_columns(name: str, columns: list[str], bare: bool) -> None:
     if bare and not {"history", "user_id"}.isdisjoint(columns):
         return
     if "candidates" not in columns and "item" not in columns:

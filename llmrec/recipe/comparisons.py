@@ -39,7 +39,7 @@ class SuiteRow(Section):
     )
 
     @model_validator(mode="after")
-    def _one_kind(self) -> SuiteRow:
+    def _check_kind(self) -> SuiteRow:
         kinds = [name for name in ("baseline", "recipe", "fuse") if getattr(self, name)]
         if len(kinds) != 1:
             raise ValueError(f"rows: each row needs one of baseline, recipe and fuse; this one has {kinds or 'none'}")
@@ -65,7 +65,7 @@ class DiversitySection(Section):
     encoder: str | None = Field(None, description="Text encoder of titles and fields, such as `all-MiniLM-L6-v2`.")
 
     @model_validator(mode="after")
-    def _one_of_both(self) -> DiversitySection:
+    def _check_source(self) -> DiversitySection:
         if (self.field is None) == (self.encoder is None):
             raise ValueError("diversity: set either field or encoder")
         return self
@@ -153,7 +153,7 @@ class Suite(Section):
         return self.seeds[: min((many for many in counts if many is not None), default=None)]
 
     @model_validator(mode="after")
-    def _rows_agree(self) -> Suite:
+    def _check_rows(self) -> Suite:
         known: set[str] = set()
         for row in self.rows:
             if self.task != "ranking" and row.recipe:
@@ -218,7 +218,7 @@ class Benchmark(Section):
     )
 
     @model_validator(mode="after")
-    def _runs_agree(self) -> Benchmark:
+    def _check_runs(self) -> Benchmark:
         names = [run.name for run in self.runs]
         for name in names:
             if names.count(name) > 1:
@@ -304,7 +304,7 @@ class ChatSuite(Section):
     )
 
     @model_validator(mode="after")
-    def _rows_agree(self) -> ChatSuite:
+    def _check_rows(self) -> ChatSuite:
         names = [row.label for row in self.rows]
         if repeated := next((name for name in names if names.count(name) > 1), None):
             raise ValueError(f"rows: two rows are called {repeated!r}; rename one")

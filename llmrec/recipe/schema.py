@@ -94,15 +94,15 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_truth_is_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+    def _reject_booleans(cls, value: Any, info: ValidationInfo) -> Any:
         entries = value if isinstance(value, list | tuple) else (value,)
-        if any(isinstance(item, bool) for item in entries) and not _takes_truth(cls, str(info.field_name)):
+        if any(isinstance(item, bool) for item in entries) and not _accepts_booleans(cls, str(info.field_name)):
             raise PydanticCustomError("number", "write a number; on, off, yes, no, true and false are booleans in YAML")
         return value
 
 
 @cache
-def _takes_truth(section: type[BaseModel], name: str) -> bool:
+def _accepts_booleans(section: type[BaseModel], name: str) -> bool:
     """Whether a boolean is allowed as the value of a field."""
     parts, known = [section.model_fields[name].annotation], set[object]()
     while parts:
@@ -204,7 +204,7 @@ class Split(Section):
         return value.isoformat() if isinstance(value, date) else value
 
     @model_validator(mode="after")
-    def _after_belongs(self) -> Split:
+    def _check_after(self) -> Split:
         if self.after is not None and self.kind != "cold_items":
             raise ValueError(f"after: this key requires kind: cold_items, not {self.kind}; drop the key")
         self.since  # noqa: B018  a date that is none is refused where it is written
@@ -298,7 +298,7 @@ class DataSection(Section):
     )
 
     @model_validator(mode="after")
-    def _parts_agree(self) -> DataSection:
+    def _check_tables(self) -> DataSection:
         of_tables = {
             "data.filter.where": self.filter.where,
             "data.query": self.query,
@@ -448,7 +448,7 @@ class IndexSection(Section):
     )
 
     @model_validator(mode="after")
-    def _keys_agree(self) -> IndexSection:
+    def _check_keys(self) -> IndexSection:
         if self.scheme == "external" and self.path is None:
             raise ValueError("index.path: the scheme 'external' requires a file of codes; set the key")
         if self.scheme != "external" and self.path is not None:
@@ -581,7 +581,7 @@ class RatingSection(TaskSection):
     )
 
     @model_validator(mode="after")
-    def _head_and_strategy_agree(self) -> RatingSection:
+    def _check_head_strategy(self) -> RatingSection:
         if (self.head is not None) != ("head" in self.strategies):
             raise ValueError(
                 "tasks.rating.head: this section and the strategy 'head' require each other; set both, such as "
@@ -725,7 +725,7 @@ class TasksSection(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _of_further_families(cls, tasks: Any) -> Any:
+    def _parse_plugin_families(cls, tasks: Any) -> Any:
         if not isinstance(tasks, dict):
             return tasks
         known = {name: section for name, section in tasks.items() if name in cls.model_fields or not _is_further(name)}
@@ -733,7 +733,7 @@ class TasksSection(Section):
         return known | {family.name: family.section.model_validate(section or {}) for family, section in further}
 
     @model_validator(mode="after")
-    def _no_unknown_family(self) -> TasksSection:
+    def _check_families(self) -> TasksSection:
         for name, section in (self.model_extra or {}).items():
             if not isinstance(section, TaskSection):
                 raise PydanticCustomError(UNKNOWN_KEY, "unknown family {key}", {"key": name})
@@ -766,7 +766,7 @@ class ShapeSection(Section):
     dropout: float = Field(0.2, ge=0, lt=1, description="Dropout rate.")
 
     @model_validator(mode="after")
-    def _widths_agree(self) -> ShapeSection:
+    def _check_widths(self) -> ShapeSection:
         if self.kind == "decoder" and self.head_width is not None:
             raise ValueError("model.shape.head_width: only for an encoder-decoder; drop the key")
         if self.head_width is None and self.width % self.heads:
@@ -802,7 +802,7 @@ class ModelSection(Section):
     )
 
     @model_validator(mode="after")
-    def _keys_agree(self) -> Self:
+    def _check_keys(self) -> Self:
         if self.whole_words and self.shape is not None and self.shape.kind != "encoder-decoder":
             raise ValueError(
                 "model.whole_words: a decoder has no encoder input; set model.shape.kind=encoder-decoder, or "
@@ -859,7 +859,7 @@ class TeacherSection(Section):
     )
 
     @model_validator(mode="after")
-    def _teaches_something(self) -> TeacherSection:
+    def _check_losses(self) -> TeacherSection:
         if not self.share and not self.relations:
             raise ValueError(
                 "train.teacher: with share 0 and relations 0, distillation has no effect; drop the section"
@@ -879,7 +879,7 @@ class PruneSection(Section):
     every: Positive = Field(10, description="`cubic`: training steps between updates of the zero weights.")
 
     @model_validator(mode="after")
-    def _it_begins_before_it_ends(self) -> PruneSection:
+    def _check_range(self) -> PruneSection:
         if self.begin > self.end:
             raise ValueError(f"train.prune.begin: {self.begin:g} is after train.prune.end, {self.end:g}; decrease it")
         return self
@@ -927,7 +927,7 @@ class PreferenceSection(Section):
         return self.loss != "simpo" and not self.reference_free
 
     @model_validator(mode="after")
-    def _keys_fit_the_loss(self) -> PreferenceSection:
+    def _check_loss(self) -> PreferenceSection:
         if self.label_smoothing and self.loss not in ("dpo", "simpo"):
             raise ValueError(
                 f"train.preference.label_smoothing: the loss {self.loss} does not support label smoothing; set "
@@ -977,7 +977,7 @@ class RewardSection(Section):
     )
 
     @model_validator(mode="after")
-    def _a_percentile_is_of_a_baseline(self) -> RewardSection:
+    def _check_percentile(self) -> RewardSection:
         if ("percentile" in self.kind) != (self.baseline is not None):
             raise ValueError(
                 "train.reward.baseline: this key and train.reward.kind=percentile require each other; set both, or "
@@ -1104,7 +1104,7 @@ class TrainSection(Section):
     )
 
     @model_validator(mode="after")
-    def _keys_agree(self) -> Self:
+    def _check_keys(self) -> Self:
         if self.distill and not self.exits:
             raise ValueError(
                 "train.distill: distillation requires losses at earlier layers; set train.exits=true, or drop "
@@ -1194,7 +1194,7 @@ class CandidateSection(Section):
     )
 
     @model_validator(mode="after")
-    def _retrieved_by_something(self) -> CandidateSection:
+    def _check_retriever(self) -> CandidateSection:
         if (self.kind == "retrieved") != (self.retriever is not None):
             raise ValueError(
                 "eval.candidates.retriever: this key and eval.candidates.kind=retrieved require each other; set "
@@ -1263,7 +1263,7 @@ class ServerSection(Section):
     )
 
     @model_validator(mode="after")
-    def _holds_no_secret(self) -> ServerSection:
+    def _check_urls(self) -> ServerSection:
         # Messages never contain a value, which may be an API key.
         if not self.urls or not all(map(_is_address, self.urls)):
             raise ValueError(
@@ -1455,7 +1455,7 @@ class EvalSection(Section):
     )
 
     @model_validator(mode="after")
-    def _keys_agree(self) -> Self:
+    def _check_keys(self) -> Self:
         if self.window_step >= self.window:
             raise ValueError(
                 f"eval.window_step: windows of {self.window} that move by {self.window_step} do not overlap; set a "
@@ -1504,7 +1504,7 @@ class AugmentSection(Section):
     dtype: Literal["float32", "float16"] = Field("float32", description="Data type of the stored embeddings.")
 
     @model_validator(mode="after")
-    def _something_is_written(self) -> AugmentSection:
+    def _check_outputs(self) -> AugmentSection:
         if self.topics and self.users is None:
             raise ValueError("augment.topics: topics require texts about users; set augment.users")
         if self.users is None and self.items is None and self.synthetic is None:
@@ -1591,7 +1591,7 @@ class Recipe(Displayed, Section):
         return self
 
     @model_validator(mode="after")
-    def _sections_agree(self) -> Recipe:
+    def _check_sections(self) -> Recipe:
         if not self.tasks.present():
             raise ValueError(f"tasks: name at least one of {', '.join(TasksSection.model_fields)}")
         tuned = [task for task in self.tasks.present().values() if task.arms is None or "tuned" in task.arms]

@@ -222,7 +222,7 @@ class ItemBody(_About):
     context: Fields = Field({}, description="Further task inputs: review, feature, headline, rating.")
 
     @model_validator(mode="after")
-    def _about_one(self) -> Self:
+    def _check_item(self) -> Self:
         if (self.item_id is None) is (self.item is None):
             raise PydanticCustomError("one-item", "give either item_id or item")
         return self

@@ -49,7 +49,7 @@ class Form(Section):
 
     @field_validator("encodings")
     @classmethod
-    def _are_known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+    def _check_encodings(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for name in value:
             try:
                 codecs.lookup(name)

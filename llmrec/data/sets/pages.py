@@ -83,14 +83,14 @@ class Attribute(Section):
         return self.flags or (self.column,)
 
     @model_validator(mode="after")
-    def _has_columns(self) -> Self:
+    def _check_columns(self) -> Self:
         if bool(self.column) == bool(self.flags):
             raise ValueError("name a column, or flags")
         return self
 
     @field_validator("keep")
     @classmethod
-    def _compiles(cls, value: str | None) -> str | None:
+    def _check_pattern(cls, value: str | None) -> str | None:
         try:
             re.compile(value or "")
         except re.error as error:

@@ -136,7 +136,7 @@ class AutoIntConfig(HostConfig):
     heads: Width = Field(2, description="Number of attention heads; must divide `dim`.")
 
     @model_validator(mode="after")
-    def _heads_divide(self) -> AutoIntConfig:
+    def _check_heads(self) -> AutoIntConfig:
         if self.dim % self.heads:
             raise ValueError(f"dim must be a multiple of heads, not {self.dim} and {self.heads}")
         return self

@@ -56,7 +56,7 @@ class UBertConfig(TextsConfig):
     quiet: bool = Field(False, description="Hide the progress bar.")
 
     @model_validator(mode="after")
-    def _reads_tokens(self) -> UBertConfig:
+    def _check_tokens(self) -> UBertConfig:
         if self.encoder == LSA or self.encoder.startswith(STORE):
             raise ValueError(f"encoder: {self.encoder} has no token embeddings; name a text encoder")
         return self

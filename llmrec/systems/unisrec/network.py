@@ -59,7 +59,7 @@ class UniSRecConfig(TextsConfig, AttentionConfig):
     )
 
     @model_validator(mode="after")
-    def _vectors_are_the_same(self) -> UniSRecConfig:
+    def _check_encoder(self) -> UniSRecConfig:
         if self.start is not None and not self.named:
             raise ValueError(
                 f"start needs the encoder of its pretrained weights, and vectors of {self.encoder} are specific to a "
