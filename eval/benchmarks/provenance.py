@@ -15,12 +15,14 @@ from llmrec.machine import commit, machine, versions
 
 EXCEPTIONS = "eval/provenance.yaml"
 """The committed results that lack a part, by reason."""
+# At the start of the process, because a script that writes its results step by step changes the checkout itself.
+_COMMIT = commit()
 
 
 def provenance() -> dict[str, Any]:
-    """Return the machine, package versions, commit, and the seconds since the process started."""
+    """Return the machine, package versions, the commit at the start, and the seconds since the process started."""
     duration = round(time.time() - psutil.Process().create_time(), 1)
-    return {"machine": machine(), "versions": versions(), "commit": commit(), "duration": duration}
+    return {"machine": machine(), "versions": versions(), "commit": _COMMIT, "duration": duration}
 
 
 _PARTS: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
