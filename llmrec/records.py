@@ -283,7 +283,7 @@ class Sample(Record):
     request_id: str
     user: User
     item: Product
-    # Results of earlier runs name them `told`.
+    # Stored results of earlier development versions use the key `told`.
     inputs: tuple[PromptContents, ...] = Field((), validation_alias=AliasChoices("inputs", "told"))
     truth: str
     answers: dict[str, Written]

@@ -91,7 +91,7 @@ class Counting:
 log = logging.getLogger(__name__)
 
 # Advice in the error if GPU memory is insufficient.
-_told_if_full = reporting_full_memory("asking the model", ASKING, "eval.batch_tokens")
+_reports_full_memory = reporting_full_memory("asking the model", ASKING, "eval.batch_tokens")
 # Number of rows of logits converted to float32 at a time.
 _ROWS = 256
 # Tokens per forward pass on a CPU and on a GPU, where even a small pass takes tens of milliseconds.
@@ -153,7 +153,7 @@ class HFBackend:
         self.exits = None if exit is None else Exits(self.model, exit)
         self.listener: Callable[[str], None] | None = None
 
-    @_told_if_full
+    @_reports_full_memory
     def generate(self, prompts: Sequence[Prompt], *, max_tokens: int) -> list[Completion]:
         """Decode greedily, in batches of similar length; see `Backend.generate`."""
         encoded = [self.encoder.prompt(prompt) for prompt in prompts]
@@ -166,7 +166,7 @@ class HFBackend:
                     answers[i] = completion
         return [answer for answer in answers if answer is not None]
 
-    @_told_if_full
+    @_reports_full_memory
     def score(
         self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]], *, closed: bool = True
     ) -> list[Scores]:
@@ -221,7 +221,7 @@ class HFBackend:
             count_answers(len(batch))
         return [item for item in result if item is not None]
 
-    @_told_if_full
+    @_reports_full_memory
     def search(
         self,
         prompts: Sequence[Prompt],
@@ -250,7 +250,7 @@ class HFBackend:
             batch_tokens=self.batch_tokens,
         )
 
-    @_told_if_full
+    @_reports_full_memory
     def rate(self, prompts: Sequence[Prompt]) -> list[Read]:
         """Predict ratings in batches of similar length, with one forward pass each; see `HeadBackend.rate`."""
         if self._head is None:

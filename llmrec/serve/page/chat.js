@@ -45,8 +45,8 @@ async function answerTo(text, called) {
   const answer = await fetch("v1/chat", { method: "POST", headers, body });
   if (!answer.ok) {
     if (answer.status === 401) $("key").hidden = false;
-    const told = await answer.json().catch(() => null);
-    throw new Error(told?.error?.message ?? `The service returned status ${answer.status}.`);
+    const failure = await answer.json().catch(() => null);
+    throw new Error(failure?.error?.message ?? `The service returned status ${answer.status}.`);
   }
   for await (const { name, data } of events(answer)) {
     if (data.error) throw new Error(data.error.message);
@@ -62,13 +62,13 @@ function listOf(items) {
   items.forEach((item, at) => {
     const row = el("li", "");
     const what = el("div", "");
-    const told = Object.entries(item.fields ?? {}).map(([name, value]) => `${name}: ${value}`);
+    const values = Object.entries(item.fields ?? {}).map(([name, value]) => `${name}: ${value}`);
     const title = el("div", "", "title");
     title.append(el("bdi", item.title));
     what.append(title);
-    if (told.length) {
+    if (values.length) {
       const fields = el("div", "", "title small muted");
-      fields.append(el("bdi", told.join("; ")));
+      fields.append(el("bdi", values.join("; ")));
       what.append(fields);
     }
     const verbs = el("div", "", "verbs");
@@ -101,10 +101,10 @@ function drawAnswer(turn, found) {
   });
 }
 
-/** Show the profile, a wish a line, each of which can be deleted. @param {string[]} told */
-function drawProfile(told) {
+/** Show the profile, one wish per line with a button that deletes it. @param {string[]} wishes */
+function drawProfile(wishes) {
   $("profile").replaceChildren(
-    ...told.map((line, at) => {
+    ...wishes.map((line, at) => {
       const row = el("li", "");
       const wish = el("bdi", line.replace(/^\d+\. /, ""));
       const gone = el("button", "×", "tool");
@@ -114,8 +114,8 @@ function drawProfile(told) {
       gone.addEventListener("click", () => {
         const kept = (each, place) => place !== at;
         state = { ...state, profile: state.profile.filter(kept), buffer: [] };
-        drawProfile(told.filter(kept));
-        ($("profile").querySelectorAll("button")[Math.min(at, told.length - 2)] ?? $("text")).focus();
+        drawProfile(wishes.filter(kept));
+        ($("profile").querySelectorAll("button")[Math.min(at, wishes.length - 2)] ?? $("text")).focus();
       });
       row.append(wish, gone);
       return row;
