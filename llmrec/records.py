@@ -283,7 +283,7 @@ class Sample(Record):
     request_id: str
     user: User
     item: Product
-    # Stored results of earlier development versions use the key `told`.
+    # Results that were written before this key was renamed call it `told`.
     inputs: tuple[PromptContents, ...] = Field((), validation_alias=AliasChoices("inputs", "told"))
     truth: str
     answers: dict[str, Written]

@@ -468,7 +468,7 @@ def _cold(result: BenchmarkResult, table: BenchmarkTable) -> list[str]:
         return []
     few = max((figures.cold or {}).get("n", 0.0) for _, figures in entries)
     note = (
-        f"The table shows {few:.0f} requests for items without training interactions. Models that are not listed find "
+        f"The table shows {few:,.0f} requests for items without training interactions. Models that are not listed find "
         "none of these items:"
     )
     ordered = [cells for _, cells in sorted(rows, key=lambda entry: -entry[0])]
