@@ -162,6 +162,7 @@ BASELINES = extended(
         "gru4rec": BaselineEntry("llmrec.baselines.gru4rec:GRU4Rec", _RANKED, needs="torch"),
         "llm-sequence": BaselineEntry("llmrec.baselines.llm_sequence:LLMSequence", _RANKED, needs="torch"),
         "sasrec": BaselineEntry("llmrec.baselines.sasrec:SASRec", _RANKED, needs="torch"),
+        "sasrec-text": BaselineEntry("llmrec.baselines.sasrec_text:SASRecText", _RANKED, needs="torch"),
         "transitions-tuned": BaselineEntry("llmrec.baselines.pairs:TransitionsTuned", _RANKED, needs="torch"),
         "global-mean": BaselineEntry("llmrec.baselines.rating:GlobalMean", _RATED),
         "user-mean": BaselineEntry("llmrec.baselines.rating:UserMean", _RATED),

@@ -1,8 +1,8 @@
 """Shared code of neural sequence models: batches of sequences, losses over all items, early stopping.
 
-Networks are plain ``torch.nn`` containers with the item embeddings under ``table`` and a function that maps item
-indices to one vector per position. The table is input and output, so a score is a dot product with it. It contains
-only the items with training interactions.
+Networks are plain ``torch.nn`` containers with the item embeddings under ``table``, a function that maps item indices
+to one vector per position, and a function that returns the vectors of all items. Item vectors are input and output, so
+a score is a dot product with them. They contain only the items with training interactions.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ from llmrec.types import Case, CatalogueScorer, Request
 if TYPE_CHECKING:
     import torch
 
+    # From a network and item indices, shape (b, t), to one vector per position, shape (b, t, dim).
     Encode = Callable[[Any, Any], Any]
+    # From a network to the vectors of all its items, shape (items, dim).
+    ItemVectors = Callable[[Any], Any]
     from numpy.typing import NDArray
 
     from llmrec.data.split import SplitDataset
@@ -296,6 +299,7 @@ class Trained:
     warm: Warm
     network: Any
     encode: Encode
+    item_vectors: ItemVectors
     max_len: int
     epochs: int
     looked_at: frozenset[str] = frozenset()
@@ -311,12 +315,13 @@ class Trained:
         """Return the scores of all items after each history, shape (n, items)."""
         torch = require("torch", "baselines")
         histories = [history[-self.max_len :] for history in self.warm.histories(requests)]
-        table = self.network["table"].weight
+        count = len(self.warm.indices)
         if self.profiles is not None:
-            histories = self.profiles.before(histories, [request.user_id for request in requests], len(table))
-        result = np.zeros((len(requests), len(table)), dtype=np.float32)
+            histories = self.profiles.before(histories, [request.user_id for request in requests], count)
+        result = np.zeros((len(requests), count), dtype=np.float32)
         self.network.eval()
         with torch.no_grad():
+            table = self.item_vectors(self.network)
             for rows in of_one_length(histories, _ROWS):
                 items = torch.from_numpy(np.stack([histories[row] for row in rows])).to(table.device)
                 result[rows] = (self.encode(self.network, items)[:, -1] @ table.T).cpu().numpy()
@@ -327,7 +332,10 @@ N = TypeVar("N", bound=SequenceConfig)
 
 
 class SequenceNetwork(ScoredBaseline[N, Trained]):
-    """Base class of neural sequence models; subclasses define ``_build`` and ``_encode``."""
+    """Base class of neural sequence models; subclasses define ``_build`` and ``_encode``.
+
+    A model whose item vectors are not a plain table of embeddings also defines ``_embedded`` and ``_item_vectors``.
+    """
 
     stochastic = True
     SCORES = "logits"
@@ -345,6 +353,7 @@ class SequenceNetwork(ScoredBaseline[N, Trained]):
             data,
             self._build_all,
             self._encode,
+            self._item_vectors,
             self._config,
             self._seed,
             name=self.name,
@@ -372,8 +381,9 @@ class SequenceNetwork(ScoredBaseline[N, Trained]):
         network.to(self._config.torch_device)
         epochs, looked_at = int(state["epochs"][0]), stopped_by(stop_cases(data, self._config, _STOP_CASES))
         most = self._config.max_len
+        vectors = self._item_vectors
         self._model = Trained(
-            catalogue, warm, network, self._encode, most, epochs, looked_at, self.name, self._profiles
+            catalogue, warm, network, self._encode, vectors, most, epochs, looked_at, self.name, self._profiles
         )
         self.looked_at = looked_at
 
@@ -395,6 +405,10 @@ class SequenceNetwork(ScoredBaseline[N, Trained]):
         """Return the item vectors, preceded by the user vector if there are user features."""
         return network["table"](items) if self._profiles is None else self._profiles.embedded(network, items)
 
+    def _item_vectors(self, network: torch.nn.Module) -> Any:
+        """Return the vectors of all items with training interactions, shape (items, dim)."""
+        return network["table"].weight
+
     def _build(self, items: int) -> Any:
         raise NotImplementedError
 
@@ -410,6 +424,7 @@ def train(
     data: SplitDataset,
     build: Callable[[int], Any],
     encode: Encode,
+    item_vectors: ItemVectors,
     config: SequenceConfig,
     seed: int,
     *,
@@ -423,6 +438,7 @@ def train(
         data: The split. If ``config.patience`` is set, its validation interactions are used for early stopping only.
         build: Creates the network for a number of items.
         encode: The forward function of the network.
+        item_vectors: Returns the vectors of all items.
         config: The training parameters.
         seed: Seeds weights, dropout, order and negatives.
         name: The name in the progress display.
@@ -440,7 +456,7 @@ def train(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = build(len(warm.indices)).to(config.torch_device)
-        model = Trained(catalogue, warm, network, encode, config.max_len, 0, name=name, profiles=profiles)
+        model = Trained(catalogue, warm, network, encode, item_vectors, config.max_len, 0, name=name, profiles=profiles)
         full_loss = partial(over_all, half=config.half)
         loss = full_loss if config.negatives is None else _Sampled(warm, config.negatives, seed)
         rng = np.random.default_rng(seed)
@@ -449,7 +465,7 @@ def train(
             model,
             cases,
             config,
-            lambda optimiser: _epoch(network, encode, batches(), optimiser, loss),
+            lambda optimiser: _epoch(model, batches(), optimiser, loss),
             rates=rates(network),
         )
     return replace(model, epochs=epoch, looked_at=stopped_by(cases))
@@ -512,22 +528,19 @@ def until_best(
     return until_least(model, judge, config, learn, measure="NDCG@10", sign=-1, rates=rates, learned=learned)
 
 
-def _epoch(
-    network: torch.nn.Module, encode: Encode, batches: Iterator[Batch], optimiser: torch.optim.Optimizer, loss: Any
-) -> float:
-    torch = require("torch", "baselines")
+def _epoch(model: Trained, batches: Iterator[Batch], optimiser: torch.optim.Optimizer, loss: Any) -> float:
+    torch, network = require("torch", "baselines"), model.network
     network.train()
     total, count = 0.0, 0
-    table = network["table"].weight
     for batch in batches:
         optimiser.zero_grad(set_to_none=True)
+        table = model.item_vectors(network)
         targets, items = (torch.from_numpy(item).to(table.device) for item in (batch.targets, batch.items))
         rows = targets >= 0
-        vectors = encode(network, items)[rows]
+        vectors = model.encode(network, items)[rows]
         with torch.no_grad():
             value, vector_grad, table_grad = loss(vectors.detach(), table.detach(), targets[rows])
-        vectors.backward(vector_grad)
-        table.grad += table_grad
+        torch.autograd.backward([vectors, table], [vector_grad, table_grad])
         optimiser.step()
         total, count = total + value * len(vectors), count + len(vectors)
     return total / max(1, count)

@@ -58,18 +58,22 @@ class SASRec(SequenceNetwork[SASRecConfig]):
     FITS: ClassVar[int] = 12
 
     def _build(self, items: int) -> Any:
-        nn, dim = require("torch", "baselines").nn, self._config.dim
-        blocks = blocks_of(dim, self._config.layers)
-        parts = {"table": nn.Embedding(items, dim), "places": nn.Embedding(self._config.steps, dim)}
-        return start_small(nn.ModuleDict({**parts, "blocks": blocks, "last_norm": nn.LayerNorm(dim)}))
+        table = require("torch", "baselines").nn.Embedding(items, self._config.dim)
+        return attention_network(self._config, self._config.steps, table=table)
 
     def _encode(self, network: torch.nn.Module, items: Any) -> Any:
         return attended(network, self._embedded(network, items), self._config.heads, self._config.dropout)
 
 
-def blocks_of(dim: int, layers: int) -> Any:
-    """Return attention and feed-forward blocks, to be used by `attended`."""
-    nn = require("torch", "baselines").nn
+def attention_network(config: AttentionConfig, steps: int, **parts: Any) -> Any:
+    """Return an untrained network for `attended`.
+
+    Args:
+        config: Its shape.
+        steps: Maximum number of positions.
+        parts: Further modules of the network.
+    """
+    nn, dim = require("torch", "baselines").nn, config.dim
     blocks = [
         {
             "attend_norm": nn.LayerNorm(dim),
@@ -79,9 +83,14 @@ def blocks_of(dim: int, layers: int) -> Any:
             "feed_in": nn.Linear(dim, 4 * dim),
             "feed_out": nn.Linear(4 * dim, dim),
         }
-        for _ in range(layers)
+        for _ in range(config.layers)
     ]
-    return nn.ModuleList([nn.ModuleDict(block) for block in blocks])
+    parts |= {
+        "places": nn.Embedding(steps, dim),
+        "blocks": nn.ModuleList([nn.ModuleDict(block) for block in blocks]),
+        "last_norm": nn.LayerNorm(dim),
+    }
+    return start_small(nn.ModuleDict(parts))
 
 
 def start_small(network: torch.nn.Module) -> Any:

@@ -29,6 +29,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "als": {"factors": 8},
     "bpr": {"factors": 8, "iterations": 5},
     "sasrec": NEURAL,
+    "sasrec-text": NEURAL,
     "gru4rec": {**NEURAL, "patience": None},
     "unisrec": {**NEURAL, "ids": True},
 }

@@ -60,12 +60,13 @@ RATING = tuple(name for name in RATERS if name in ALL)
 TEXT = tuple(dict.fromkeys([*family_of("explanation").baselines, *family_of("review").baselines]))
 JUDGING = tuple(name for name in family_of("ctr").baselines if name in ALL)
 # Baselines with early stopping on the validation split.
-STOPPING = {"sasrec", "gru4rec", "transitions-tuned", "unisrec", *HOSTS}
+STOPPING = {"sasrec", "sasrec-text", "gru4rec", "transitions-tuned", "unisrec", *HOSTS}
 # Small settings for a fast suite; all other baselines use their defaults.
 SETTINGS: dict[str, dict[str, Any]] = {
     "als": {"factors": 8, "iterations": 4},
     "bpr": {"factors": 8, "iterations": 5},
     "sasrec": {"dim": 8, "epochs": 2, "patience": 1, "quiet": True},
+    "sasrec-text": {"dim": 8, "epochs": 2, "patience": 1, "quiet": True},
     "gru4rec": {"dim": 8, "epochs": 2, "patience": 1, "quiet": True},
     "transitions-tuned": {"steps": 5, "batch": 16, "epochs": 2, "patience": 1, "learning_rate": 1e-2, "quiet": True},
     "unisrec": {"dim": 8, "experts": 2, "layers": 1, "epochs": 2, "patience": 1, "quiet": True},
@@ -74,12 +75,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "svd": {"epochs": 5},
 }
 # Their last step is a dense product in single precision, whose last bits depend on how many rows it has.
-DENSE = {"als", "bpr", "content", "sasrec", "gru4rec", "unisrec"}
+DENSE = {"als", "bpr", "content", "sasrec", "sasrec-text", "gru4rec", "unisrec"}
 READING = {
     "content",
     "transitions-text",
     "transitions-tuned",
     "unisrec",
+    "sasrec-text",
 }  # they represent items by their texts
 # They tune a text encoder.
 TUNING = {"transitions-tuned"}

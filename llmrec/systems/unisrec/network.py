@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from llmrec.baselines.base import LSA, AboveZero, Catalogue
 from llmrec.baselines.item_texts import STORE, TextsConfig
 from llmrec.baselines.neural import Batch, batches_of, info_nce, of_one_length
-from llmrec.baselines.sasrec import AttentionConfig, attended, blocks_of, start_small
+from llmrec.baselines.sasrec import AttentionConfig, attended, attention_network
 from llmrec.errors import require
 from llmrec.recipe.schema import Positive
 from llmrec.types import Request
@@ -174,17 +174,14 @@ def network_of(width: int, items: int, config: UniSRecConfig) -> Any:
     """Build the network of adaptor, sequence encoder and item embeddings, with equal gates."""
     torch = require("torch", "baselines")
     nn, dim, experts = torch.nn, config.dim, config.experts
-    blocks = blocks_of(dim, config.layers)
     adaptor = {
         "maps": nn.Parameter(torch.empty(experts, width, dim)),
         "shifts": nn.Parameter(torch.empty(experts, width)),
         "gate": nn.Parameter(torch.empty(width, experts)),
         "noise": nn.Parameter(torch.empty(width, experts)),
     }
-    parts = {"adaptor": nn.ParameterDict(adaptor), "places": nn.Embedding(config.max_len, dim)}
-    if items:
-        parts["table"] = nn.Embedding(items, dim)
-    network = start_small(nn.ModuleDict({**parts, "blocks": blocks, "last_norm": nn.LayerNorm(dim)}))
+    table = {"table": nn.Embedding(items, dim)} if items else {}
+    network = attention_network(config, config.max_len, adaptor=nn.ParameterDict(adaptor), **table)
     for name in ("shifts", "gate", "noise"):
         nn.init.zeros_(network["adaptor"][name])
     return network

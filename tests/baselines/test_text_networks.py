@@ -1,4 +1,4 @@
-"""Layers of a language model as a sequence model."""
+"""Sequence models whose item vectors read texts: SASRec, and layers of a language model."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from llmrec.baselines.llm_sequence import LLMSequence
+from llmrec.baselines.sasrec_text import SASRecText
 from llmrec.data.split import SplitDataset
 from llmrec.errors import ModelError
 from llmrec.models.first_layers import first_layers
@@ -22,19 +23,36 @@ from tests.facts import Facts, raises
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers", reason="the train extra is not installed")
+ATTENTION = {"dim": 16, "epochs": 2, "patience": 1, "quiet": True}
 SHORT = {"encoder": tiny_encoder(), "layers": 1, "epochs": 2, "patience": 1, "quiet": True}
 
 
 @pytest.fixture(scope="module")
 def data() -> SplitDataset:
     ring = _ring()
-    items = {name: replace(item, title=f"number {name}") for name, item in ring.dataset.items.items()}
+    items = {
+        name: replace(item, title=f"number {int(name[1:]) % 7} {name}") for name, item in ring.dataset.items.items()
+    }
     return replace(ring, dataset=replace(ring.dataset, items=items))
 
 
-def test_learns_a_planted_sequence(data: SplitDataset, llama_folder: Path) -> None:
-    rates = {"learning_rate": 0.01, "layer_learning_rate": 0.003, "batch": 64}
-    model = LLMSequence(**SHORT | rates | {"epochs": 20, "patience": None, "dropout": 0.1}, model=str(llama_folder))
+def test_item_vectors_are_an_embedding_and_a_mapped_text(data: SplitDataset) -> None:
+    model = SASRecText(**ATTENTION)
+    model.fit(data)
+    network = model._model.network
+    expected = network["table"].weight + network.texts @ network["project"].weight.T
+    items = torch.tensor([[3, 0, 7]])
+    assert torch.allclose(model._item_vectors(network), expected, atol=1e-6)
+    assert torch.allclose(model._embedded(network, items), expected[items], atol=1e-6)
+    assert network.texts.any(), "texts without words in common would be zero"
+
+
+@pytest.mark.parametrize("kind", [SASRecText, LLMSequence])
+def test_learns_a_planted_sequence(kind: Any, data: SplitDataset, llama_folder: Path) -> None:
+    settings = {"learning_rate": 0.01, "batch": 64, "epochs": 20, "patience": None, "dropout": 0.1, "quiet": True}
+    if kind is LLMSequence:
+        settings |= {"encoder": tiny_encoder(), "layers": 1, "layer_learning_rate": 0.003, "model": str(llama_folder)}
+    model = kind(**settings)
     model.fit(data)
     requests, targets = _tests(data)
     requests = [replace(request, history=request.history[-5:]) for request in requests]
