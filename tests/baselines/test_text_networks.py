@@ -51,7 +51,7 @@ def test_item_vectors_are_an_embedding_and_a_mapped_text(data: SplitDataset) -> 
 def test_learns_a_planted_sequence(kind: Any, data: SplitDataset, llama_folder: Path) -> None:
     settings = {"learning_rate": 0.01, "batch": 64, "epochs": 20, "patience": None, "dropout": 0.1, "quiet": True}
     if kind is LLMSequence:
-        settings |= {"encoder": tiny_encoder(), "layers": 1, "layer_learning_rate": 0.003, "model": str(llama_folder)}
+        settings |= {"encoder": tiny_encoder(), "layers": 1, "layer_learning_rate": 0.001, "model": str(llama_folder)}
     model = kind(**settings)
     model.fit(data)
     requests, targets = _tests(data)
