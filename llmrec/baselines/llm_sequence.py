@@ -65,14 +65,15 @@ class LLMSequence(TextNetwork[LLMSequenceConfig]):
     FITS: ClassVar[int] = 5
 
     def _build(self, items: int) -> Any:
-        nn, config = require("torch", "baselines").nn, self._config
+        torch, config = require("torch", "baselines"), self._config
+        nn = torch.nn
         layers, _ = first_layers(config.model, config.layers, column="model")
         tokens, start = layers.get_input_embeddings().weight.detach(), layers.config.bos_token_id
         lead = tokens.mean(dim=0, keepdim=True) if start is None else tokens[start : start + 1].clone()
         length = float(tokens.norm(dim=1).mean())
         if not config.pretrained:
             layers = type(layers)(layers.config)
-            lead = nn.functional.normalize(require("torch", "baselines").randn_like(lead)) * length
+            lead = nn.functional.normalize(torch.randn_like(lead)) * length
         layers.requires_grad_(True)
         # The network embeds items itself.
         layers.set_input_embeddings(nn.Identity())
@@ -85,12 +86,13 @@ class LLMSequence(TextNetwork[LLMSequenceConfig]):
                 "out": nn.Linear(hidden, config.dim),
             }
         )
-        # Inputs have the length of token embeddings, which is what the layers were trained on. The output starts as the
-        # inverse map, because hidden states of the first layers are close to their inputs.
-        turn = nn.init.orthogonal_(network["into"].weight.detach().clone())
-        network["into"].weight.data = turn * length
-        network["out"].weight.data = turn.T * hidden**-0.5
+        nn.init.orthogonal_(network["into"].weight)
         nn.init.zeros_(network["out"].bias)
+        with torch.no_grad():
+            # The output starts as the inverse map, because residual connections carry the input to the last state.
+            network["out"].weight.copy_(network["into"].weight.T * hidden**-0.5)
+            # Inputs have the length of token embeddings, which is what the layers were trained on.
+            network["into"].weight.mul_(length)
         return network
 
     def _encode(self, network: torch.nn.Module, items: Any) -> Any:
@@ -104,6 +106,6 @@ class LLMSequence(TextNetwork[LLMSequenceConfig]):
         return network["out"](functional.dropout(state.float(), share, network.training))
 
     def _rates(self, network: torch.nn.Module) -> Sequence[Mapping[str, Any]]:
-        layers = list(network["layers"].parameters())
-        others = [part for name in ("table", "project", "into", "lead", "out") for part in network[name].parameters()]
-        return [{"params": others}, {"params": layers, "lr": self._config.layer_learning_rate}]
+        layers = network["layers"]
+        others = [weight for part in network.children() if part is not layers for weight in part.parameters()]
+        return [{"params": others}, {"params": list(layers.parameters()), "lr": self._config.layer_learning_rate}]

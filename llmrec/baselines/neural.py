@@ -293,7 +293,7 @@ class ProfiledConfig(SequenceConfig):
 
 @dataclass
 class Trained:
-    """A trained network with the data that scoring needs."""
+    """A network with the data that scoring needs; ``table`` has its item vectors once it is trained."""
 
     catalogue: Catalogue
     warm: Warm
@@ -305,6 +305,7 @@ class Trained:
     looked_at: frozenset[str] = frozenset()
     name: str = "network"
     profiles: Profiles | None = None
+    table: Any = None
 
     @property
     def items(self) -> tuple[str, ...]:
@@ -321,11 +322,16 @@ class Trained:
         result = np.zeros((len(requests), count), dtype=np.float32)
         self.network.eval()
         with torch.no_grad():
-            table = self.item_vectors(self.network)
+            table = self.item_vectors(self.network) if self.table is None else self.table
             for rows in of_one_length(histories, _ROWS):
                 items = torch.from_numpy(np.stack([histories[row] for row in rows])).to(table.device)
                 result[rows] = (self.encode(self.network, items)[:, -1] @ table.T).cpu().numpy()
         return self.warm.spread(result, histories)
+
+    def finished(self) -> Trained:
+        """Return the model with its final item vectors, so that a request does not compute them again."""
+        with require("torch", "baselines").no_grad():
+            return replace(self, table=self.item_vectors(self.network.eval()))
 
 
 N = TypeVar("N", bound=SequenceConfig)
@@ -381,10 +387,10 @@ class SequenceNetwork(ScoredBaseline[N, Trained]):
         network.to(self._config.torch_device)
         epochs, looked_at = int(state["epochs"][0]), stopped_by(stop_cases(data, self._config, _STOP_CASES))
         most = self._config.max_len
-        vectors = self._item_vectors
+        encode, vectors = self._encode, self._item_vectors
         self._model = Trained(
-            catalogue, warm, network, self._encode, vectors, most, epochs, looked_at, self.name, self._profiles
-        )
+            catalogue, warm, network, encode, vectors, most, epochs, looked_at, self.name, self._profiles
+        ).finished()
         self.looked_at = looked_at
 
     def _open(self, data: SplitDataset) -> None:
@@ -468,7 +474,7 @@ def train(
             lambda optimiser: _epoch(model, batches(), optimiser, loss),
             rates=rates(network),
         )
-    return replace(model, epochs=epoch, looked_at=stopped_by(cases))
+    return replace(model, epochs=epoch, looked_at=stopped_by(cases)).finished()
 
 
 def stop_cases(data: SplitDataset, config: Epochs, most: int) -> Sequence[Case]:
