@@ -424,7 +424,10 @@ class Predictor(Protocol):
 class CatalogueScorer(Protocol):
     """A ranking model that scores all items of the catalogue at once."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Its name."""
+        ...
 
     @property
     def items(self) -> tuple[str, ...]:

@@ -1,8 +1,7 @@
 """Shared code of neural sequence models: batches of sequences, losses over all items, early stopping.
 
-Networks are plain ``torch.nn`` containers with the item embeddings under ``table``, a function that maps item indices
-to one vector per position, and a function that returns the vectors of all items. Item vectors are input and output, so
-a score is a dot product with them. They contain only the items with training interactions.
+`SequenceNetwork` trains and applies a plain ``torch.nn`` container. Its item vectors are input and output, so a score
+is a dot product with them. They contain only the items with training interactions.
 """
 
 from __future__ import annotations
@@ -29,24 +28,15 @@ from llmrec.types import Case, CatalogueScorer, Request
 
 if TYPE_CHECKING:
     import torch
-
-    # From a network and item indices, shape (b, t), to one vector per position, shape (b, t, dim).
-    Encode = Callable[[Any, Any], Any]
-    # From a network to the vectors of all its items, shape (items, dim).
-    ItemVectors = Callable[[Any], Any]
     from numpy.typing import NDArray
+    from torch.optim import Optimizer
 
     from llmrec.data.split import SplitDataset
 
+log = logging.getLogger(__name__)
+
 
 # --------------------------------------------------------------------------- epochs
-
-
-class Learner(Protocol):
-    """A model with a trainable torch network."""
-
-    network: Any
-    name: str
 
 
 class Epochs(Protocol):
@@ -79,11 +69,12 @@ class Epochs(Protocol):
 
 
 def until_least(
-    model: Learner,
+    network: torch.nn.Module,
     judge: Callable[[], float] | None,
     config: Epochs,
     learn: Callable[[Any], float],
     *,
+    name: str,
     measure: str,
     sign: int = 1,
     rates: Sequence[Mapping[str, Any]] | None = None,
@@ -92,11 +83,12 @@ def until_least(
     """Train until the validation value has not improved for ``patience`` epochs, and keep the best weights.
 
     Args:
-        model: The model whose network is trained.
+        network: The network to train.
         judge: Evaluates the current network on the validation split, lower is better; None: train all epochs and keep
             the last one.
         config: The training parameters.
         learn: Trains for one epoch with an optimiser, and returns the mean loss.
+        name: The name in the progress display.
         measure: The name of the validation metric.
         sign: The factor for displaying it.
         rates: Groups of parameters with separate learning rates; None: one rate for all.
@@ -105,13 +97,13 @@ def until_least(
     Returns:
         The best epoch, from 1; 0: the unchanged network.
     """
-    torch, network = require("torch", "baselines"), model.network
+    torch = require("torch", "baselines")
     optimiser = torch.optim.AdamW(
         rates or network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
     )
     best, kept, since = math.inf, None, 0
     early = config.patience is not None
-    with Bar(model.name, config.epochs, unit="epochs", quiet=config.quiet, early=early, passing=True) as bar:
+    with Bar(name, config.epochs, unit="epochs", quiet=config.quiet, early=early, passing=True) as bar:
         for epoch in range(0 if learned and judge else 1, config.epochs + 1):
             mean = learn(optimiser) if epoch else math.nan
             bar.reach(epoch, f"loss {mean:.3f}")
@@ -195,8 +187,6 @@ def of_one_length(histories: Sequence[NDArray[np.int64]], most: int) -> Iterator
         indices = np.flatnonzero(lengths == length)
         yield from (indices[start : start + most] for start in range(0, len(indices), most))
 
-
-log = logging.getLogger(__name__)
 
 # Number of logits per block: 2 MB in single precision on a CPU, which fits in the cache of a core; and on a GPU.
 _CELLS, _GPU_CELLS = 1 << 19, 1 << 26
@@ -291,21 +281,33 @@ class ProfiledConfig(SequenceConfig):
         return self.max_len + bool(self.features)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Trained:
-    """A network with the data that scoring needs; ``table`` has its item vectors once it is trained."""
+    """A network with the items that it scores.
 
-    catalogue: Catalogue
+    Attributes:
+        model: The model, which defines the forward pass.
+        warm: The items with training interactions.
+        network: The network.
+        epochs: The number of epochs of training.
+        table: The final item vectors, shape (items, dim), so that a request does not compute them; None in training.
+    """
+
+    model: SequenceNetwork[Any]
     warm: Warm
     network: Any
-    encode: Encode
-    item_vectors: ItemVectors
-    max_len: int
-    epochs: int
-    looked_at: frozenset[str] = frozenset()
-    name: str = "network"
-    profiles: Profiles | None = None
+    epochs: int = 0
     table: Any = None
+
+    @property
+    def name(self) -> str:
+        """The name in the progress display."""
+        return self.model.name
+
+    @property
+    def catalogue(self) -> Catalogue:
+        """All items."""
+        return self.warm.catalogue
 
     @property
     def items(self) -> tuple[str, ...]:
@@ -314,24 +316,24 @@ class Trained:
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
         """Return the scores of all items after each history, shape (n, items)."""
-        torch = require("torch", "baselines")
-        histories = [history[-self.max_len :] for history in self.warm.histories(requests)]
+        torch, model = require("torch", "baselines"), self.model
+        histories = [history[-model.config.max_len :] for history in self.warm.histories(requests)]
         count = len(self.warm.indices)
-        if self.profiles is not None:
-            histories = self.profiles.before(histories, [request.user_id for request in requests], count)
+        if model._profiles is not None:
+            histories = model._profiles.before(histories, [request.user_id for request in requests], count)
         result = np.zeros((len(requests), count), dtype=np.float32)
         self.network.eval()
         with torch.no_grad():
-            table = self.item_vectors(self.network) if self.table is None else self.table
+            table = model._item_vectors(self.network) if self.table is None else self.table
             for rows in of_one_length(histories, _ROWS):
                 items = torch.from_numpy(np.stack([histories[row] for row in rows])).to(table.device)
-                result[rows] = (self.encode(self.network, items)[:, -1] @ table.T).cpu().numpy()
+                result[rows] = (model._encode(self.network, items)[:, -1] @ table.T).cpu().numpy()
         return self.warm.spread(result, histories)
 
-    def finished(self) -> Trained:
-        """Return the model with its final item vectors, so that a request does not compute them again."""
+    def finished(self, epochs: int) -> Trained:
+        """Return the model with its final item vectors after training."""
         with require("torch", "baselines").no_grad():
-            return replace(self, table=self.item_vectors(self.network.eval()))
+            return replace(self, epochs=epochs, table=self.model._item_vectors(self.network.eval()))
 
 
 N = TypeVar("N", bound=SequenceConfig)
@@ -348,25 +350,37 @@ class SequenceNetwork(ScoredBaseline[N, Trained]):
     _profiles: Profiles | None = None
 
     def learn(self, data: SplitDataset) -> None:
-        """Train the network.
+        """Train the network on the training sequences, and keep the weights of the best epoch.
+
+        If ``patience`` is set, the validation interactions of the split are used for early stopping only.
 
         Raises:
             DataError: If features cannot be read, or were written from training targets or held-out interactions.
             MissingExtra: If torch is not installed.
         """
-        self._open(data)
-        self._model = train(
-            data,
-            self._build_all,
-            self._encode,
-            self._item_vectors,
-            self._config,
-            self._seed,
-            name=self.name,
-            profiles=self._profiles,
-            rates=self._rates,
-        )
-        self.looked_at = self._model.looked_at
+        torch, config, seed = require("torch", "baselines"), self._config, self._seed
+        catalogue = Catalogue.of(data)
+        events = Log.of(data, catalogue)
+        warm = Warm.of(events, catalogue)
+        self._open(data, warm)
+        count = len(warm.indices)
+        leads = None if self._profiles is None else self._profiles.numbers(list(data.train_counts()), count)
+        sequences = pieces_of(warm.log(events), config.max_len, leads)
+        cases = stop_cases(data, config, _STOP_CASES)
+        # Seeds torch only for this fit; the random state of the caller is unchanged.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = self._built(count).to(config.torch_device)
+            model = Trained(self, warm, network)
+            full_loss = partial(over_all, half=config.half)
+            loss = full_loss if config.negatives is None else _Sampled(warm, config.negatives, seed)
+            rng = np.random.default_rng(seed)
+
+            def learn(optimiser: Optimizer) -> float:
+                return self._epoch(network, batches_of(sequences, config.batch, rng), optimiser, loss)
+
+            epochs = until_best(model, cases, config, learn, rates=self._rates(network))
+        self._model, self.looked_at = model.finished(epochs), stopped_by(cases)
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
         """Return the logits of all items after each history, shape (n, items)."""
@@ -380,20 +394,15 @@ class SequenceNetwork(ScoredBaseline[N, Trained]):
         """Restore the fitted network from `state`."""
         catalogue = Catalogue.of(data)
         warm = Warm.of(Log.of(data, catalogue), catalogue)
-        self._open(data)
+        self._open(data, warm)
         with require("torch", "baselines").random.fork_rng(devices=[]):
-            network = self._build_all(len(warm.indices))
+            network = self._built(len(warm.indices))
         put_back(network, state)
-        network.to(self._config.torch_device)
-        epochs, looked_at = int(state["epochs"][0]), stopped_by(stop_cases(data, self._config, _STOP_CASES))
-        most = self._config.max_len
-        encode, vectors = self._encode, self._item_vectors
-        self._model = Trained(
-            catalogue, warm, network, encode, vectors, most, epochs, looked_at, self.name, self._profiles
-        ).finished()
-        self.looked_at = looked_at
+        self._model = Trained(self, warm, network.to(self._config.torch_device)).finished(int(state["epochs"][0]))
+        self.looked_at = stopped_by(stop_cases(data, self._config, _STOP_CASES))
 
-    def _open(self, data: SplitDataset) -> None:
+    def _open(self, data: SplitDataset, warm: Warm) -> None:
+        """Read the inputs other than interactions."""
         config = self._config
         self._profiles = None
         if isinstance(config, ProfiledConfig) and config.features:
@@ -401,11 +410,13 @@ class SequenceNetwork(ScoredBaseline[N, Trained]):
                 config.features, data, config.whitening, shuffle=config.shuffled, experts=config.experts
             )
 
-    def _build_all(self, items: int) -> Any:
-        network = self._build(items)
-        if self._profiles is not None:
-            network["profiles"] = self._profiles.build(network["table"].embedding_dim)
-        return network
+    def _build(self, items: int) -> Any:
+        """Return an untrained network for a number of items."""
+        raise NotImplementedError
+
+    def _encode(self, network: torch.nn.Module, items: Any) -> Any:
+        """Map item indices, shape (b, t), to one vector per position, shape (b, t, dim)."""
+        raise NotImplementedError
 
     def _embedded(self, network: torch.nn.Module, items: Any) -> Any:
         """Return the item vectors, preceded by the user vector if there are user features."""
@@ -415,66 +426,32 @@ class SequenceNetwork(ScoredBaseline[N, Trained]):
         """Return the vectors of all items with training interactions, shape (items, dim)."""
         return network["table"].weight
 
-    def _build(self, items: int) -> Any:
-        raise NotImplementedError
-
-    def _encode(self, network: torch.nn.Module, items: Any) -> Any:
-        raise NotImplementedError
-
     def _rates(self, network: torch.nn.Module) -> Sequence[Mapping[str, Any]] | None:
         """Return groups of parameters with separate learning rates; None: one rate for all."""
         return None
 
+    def _built(self, items: int) -> Any:
+        network = self._build(items)
+        if self._profiles is not None:
+            network["profiles"] = self._profiles.build(network["table"].embedding_dim)
+        return network
 
-def train(
-    data: SplitDataset,
-    build: Callable[[int], Any],
-    encode: Encode,
-    item_vectors: ItemVectors,
-    config: SequenceConfig,
-    seed: int,
-    *,
-    name: str = "network",
-    profiles: Profiles | None = None,
-    rates: Callable[[Any], Sequence[Mapping[str, Any]] | None],
-) -> Trained:
-    """Train a network on the training sequences, and keep the weights of the best epoch.
-
-    Args:
-        data: The split. If ``config.patience`` is set, its validation interactions are used for early stopping only.
-        build: Creates the network for a number of items.
-        encode: The forward function of the network.
-        item_vectors: Returns the vectors of all items.
-        config: The training parameters.
-        seed: Seeds weights, dropout, order and negatives.
-        name: The name in the progress display.
-        profiles: The user vectors that precede the sequences.
-        rates: Returns groups of parameters with separate learning rates; None: one rate for all.
-    """
-    torch = require("torch", "baselines")
-    catalogue = Catalogue.of(data)
-    events = Log.of(data, catalogue)
-    warm = Warm.of(events, catalogue)
-    leads = None if profiles is None else profiles.numbers(list(data.train_counts()), len(warm.indices))
-    sequences = pieces_of(warm.log(events), config.max_len, leads)
-    cases = stop_cases(data, config, _STOP_CASES)
-    # Seeds torch only for this fit; the random state of the caller is unchanged.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = build(len(warm.indices)).to(config.torch_device)
-        model = Trained(catalogue, warm, network, encode, item_vectors, config.max_len, 0, name=name, profiles=profiles)
-        full_loss = partial(over_all, half=config.half)
-        loss = full_loss if config.negatives is None else _Sampled(warm, config.negatives, seed)
-        rng = np.random.default_rng(seed)
-        batches = partial(batches_of, sequences, config.batch, rng)
-        epoch = until_best(
-            model,
-            cases,
-            config,
-            lambda optimiser: _epoch(model, batches(), optimiser, loss),
-            rates=rates(network),
-        )
-    return replace(model, epochs=epoch, looked_at=stopped_by(cases)).finished()
+    def _epoch(self, network: torch.nn.Module, batches: Iterator[Batch], optimiser: Optimizer, loss: Any) -> float:
+        torch = require("torch", "baselines")
+        network.train()
+        total, count = 0.0, 0
+        for batch in batches:
+            optimiser.zero_grad(set_to_none=True)
+            table = self._item_vectors(network)
+            targets, items = (torch.from_numpy(item).to(table.device) for item in (batch.targets, batch.items))
+            rows = targets >= 0
+            vectors = self._encode(network, items)[rows]
+            with torch.no_grad():
+                value, vector_grad, table_grad = loss(vectors.detach(), table.detach(), targets[rows])
+            torch.autograd.backward([vectors, table], [vector_grad, table_grad])
+            optimiser.step()
+            total, count = total + value * len(vectors), count + len(vectors)
+        return total / max(1, count)
 
 
 def stop_cases(data: SplitDataset, config: Epochs, most: int) -> Sequence[Case]:
@@ -500,8 +477,13 @@ def put_back(network: torch.nn.Module, state: Mapping[str, NDArray[Any]]) -> Non
     network.eval()
 
 
-class Scorer(Learner, CatalogueScorer, Protocol):
-    """A trainable model that scores all items."""
+class Scorer(CatalogueScorer, Protocol):
+    """A model that scores all items with a trainable network."""
+
+    @property
+    def network(self) -> Any:
+        """The torch network."""
+        ...
 
 
 def until_best(
@@ -530,26 +512,17 @@ def until_best(
     def missing() -> float:
         return -mean_ndcgs(model, cases)["excluded"]
 
-    judge = missing if cases else None
-    return until_least(model, judge, config, learn, measure="NDCG@10", sign=-1, rates=rates, learned=learned)
-
-
-def _epoch(model: Trained, batches: Iterator[Batch], optimiser: torch.optim.Optimizer, loss: Any) -> float:
-    torch, network = require("torch", "baselines"), model.network
-    network.train()
-    total, count = 0.0, 0
-    for batch in batches:
-        optimiser.zero_grad(set_to_none=True)
-        table = model.item_vectors(network)
-        targets, items = (torch.from_numpy(item).to(table.device) for item in (batch.targets, batch.items))
-        rows = targets >= 0
-        vectors = model.encode(network, items)[rows]
-        with torch.no_grad():
-            value, vector_grad, table_grad = loss(vectors.detach(), table.detach(), targets[rows])
-        torch.autograd.backward([vectors, table], [vector_grad, table_grad])
-        optimiser.step()
-        total, count = total + value * len(vectors), count + len(vectors)
-    return total / max(1, count)
+    return until_least(
+        model.network,
+        missing if cases else None,
+        config,
+        learn,
+        name=model.name,
+        measure="NDCG@10",
+        sign=-1,
+        rates=rates,
+        learned=learned,
+    )
 
 
 # --------------------------------------------------------------------------- losses

@@ -115,14 +115,6 @@ class Pairs:
 
 
 @dataclass
-class _Learner:
-    """The trainable layers of the text encoder."""
-
-    network: Any
-    name: str
-
-
-@dataclass
 class SimilarToLatest:
     """Scores items by vector similarity to the latest history items."""
 
@@ -194,10 +186,11 @@ class TransitionsTuned(TransitionsText):
             torch.manual_seed(self._seed)
             learn = PairEpoch(encoder, pairs, config, np.random.default_rng(self._seed))
             until_least(
-                _Learner(torch.nn.ModuleDict({"encoder": encoder.blocks}), self.name),
+                torch.nn.ModuleDict({"encoder": encoder.blocks}),
                 evaluate if cases else None,
                 config,
                 learn,
+                name=self.name,
                 measure="NDCG@10 of similarity",
                 sign=-1,
                 learned=True,

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import Field
 
-from llmrec.baselines.base import Catalogue, Log, Warm
 from llmrec.baselines.item_texts import PrincipalAxes, WhitenedConfig, text_vectors
 from llmrec.baselines.neural import SequenceConfig, SequenceNetwork
 from llmrec.errors import require
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
+    from llmrec.baselines.base import Warm
     from llmrec.data.split import SplitDataset
 
 # Initial standard deviation of embeddings, and of the map of text vectors, which have length 1. With a smaller one the
@@ -45,14 +45,14 @@ class TextNetwork(SequenceNetwork[C]):
 
     _texts: NDArray[np.float32]
 
-    def _open(self, data: SplitDataset) -> None:
-        super()._open(data)
-        catalogue = Catalogue.of(data)
-        texts = PrincipalAxes.of(text_vectors(data, catalogue.ids, self._config)).whitened(self._config.whitening)
-        self._texts = texts[Warm.of(Log.of(data, catalogue), catalogue).indices].astype("float32")
+    def _open(self, data: SplitDataset, warm: Warm) -> None:
+        """Read the texts."""
+        super()._open(data, warm)
+        axes = PrincipalAxes.of(text_vectors(data, warm.catalogue.ids, self._config))
+        self._texts = axes.whitened(self._config.whitening)[warm.indices].astype("float32")
 
-    def _build_all(self, items: int) -> Any:
-        torch, network, dim = require("torch", "baselines"), super()._build_all(items), self._config.dim
+    def _built(self, items: int) -> Any:
+        torch, network, dim = require("torch", "baselines"), super()._built(items), self._config.dim
         network["table"] = torch.nn.Embedding(items, dim)
         network["project"] = torch.nn.Linear(self._texts.shape[1], dim, bias=False)
         torch.nn.init.normal_(network["table"].weight, std=_EMBEDDING)

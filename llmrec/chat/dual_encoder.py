@@ -219,18 +219,10 @@ def learn(encoder: str, data: Asked, items: NDArray[np.float32], seed: int = 0) 
 
         # Advance the random generator as in the first epoch, which does not train.
         rng.permutation(rows)
-        until_least(_Maps(network), judge, _Epochs(), learn_once, measure="loss", learned=True)
+        until_least(network, judge, _Epochs(), learn_once, name="dual encoder", measure="loss", learned=True)
     kept = network.state_dict()
     eye = np.eye(items.shape[1], dtype=np.float32)
     return DualEncoder(encoder, *(eye + kept[f"{name}.weight"].numpy() for name in ("context", "item")))
-
-
-@dataclass
-class _Maps:
-    """The network to train, and its name."""
-
-    network: Any
-    name: str = "dual encoder"
 
 
 @dataclass(frozen=True)

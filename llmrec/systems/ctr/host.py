@@ -138,14 +138,6 @@ class Fitted:
     epochs: int
 
 
-@dataclass
-class _Learner:
-    """The trainable model."""
-
-    network: Any
-    name: str
-
-
 H = TypeVar("H", bound=HostConfig)
 
 
@@ -363,8 +355,8 @@ class Host(Baseline[H, Fitted]):
             odds = self._judge(network, fields, *judged)
             return float(np.logaddexp(0, -(2 * judged[0].truth - 1) * odds).mean())
 
-        model = _Learner(network, self.name)
-        return until_least(model, judge if len(judged[0]) else None, config, learn, measure="log-loss")
+        judged_by = judge if len(judged[0]) else None
+        return until_least(network, judged_by, config, learn, name=self.name, measure="log-loss")
 
     def _judge(
         self, network: torch.nn.Module, fields: Fields, rows: Rows, columns: Sequence[Columns]

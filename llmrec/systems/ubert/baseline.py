@@ -96,7 +96,7 @@ class UBert(Baseline[UBertConfig, Reviewed]):
             def learn(optimiser: Optimizer) -> float:
                 return _epoch(model, optimiser, rng)
 
-            until_least(model, judge if cases else None, config, learn, measure="RMSE")
+            until_least(model.network, judge if cases else None, config, learn, name=self.name, measure="RMSE")
         self.looked_at = stopped_by(cases)
         self._pretrained, self._model = None, _finished(model)
 
