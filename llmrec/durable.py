@@ -117,7 +117,7 @@ def write_checked(path: Path, value: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-class Changed(ValueError):
+class ChecksumMismatch(ValueError):
     """Raised if a file does not match its checksum."""
 
 
@@ -130,7 +130,7 @@ def checked(content: bytes, parse: Callable[[bytes], Any] = loads) -> Any:
     """
     end = _END.search(content)
     if end is not None and checksum(content[: end.start()]) != end[1].decode():
-        raise Changed("the file does not match its checksum")
+        raise ChecksumMismatch("the file does not match its checksum")
     result = parse(content)
     return {key: item for key, item in result.items() if key != CHECKSUM} if end is not None else result
 
@@ -156,7 +156,7 @@ def read_json(path: Path, fix: str, parse: Callable[[bytes], Any] = loads) -> di
     except OSError as error:
         kind: ErrorKind = "missing-file" if isinstance(error, FileNotFoundError) else "unreadable"
         raise DataError(f"{path} cannot be read ({error.strerror}); {fix}", kind=kind, at=path) from None
-    except Changed as error:
+    except ChecksumMismatch as error:
         raise DataError(f"{path} cannot be read ({error}); {fix}", kind="damaged", at=path) from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not valid JSON ({error}); {fix}", kind="syntax", at=path) from None

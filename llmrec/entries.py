@@ -63,7 +63,7 @@ class MetricEntry:
     - text: ``texts``, ``references``, ``rouge``, ``background``, ``named``, ``owners``;
 
     and ``k``, the cut-off. It returns an array with a value per request, whose mean is the figure; a number, which gets
-    no interval; a `llmrec.metrics.stats.Statistic` over users; or a `llmrec.metrics.stats.Taken`.
+    no interval; a `llmrec.metrics.stats.Statistic` over users; or a `llmrec.metrics.stats.MetricValues`.
 
     Attributes:
         kind: The kind of its input.

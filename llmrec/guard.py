@@ -59,7 +59,7 @@ _ITEM_TOKEN = re.compile(r"<(?:[a-z]|item|user)_[0-9]+>")
 _SPELT_ITEM = re.compile(r"<(?=(?:[a-z]|item|user)_[0-9]+>|\Z|(?:[a-z]|it|ite|item|us|use|user)(?:_[0-9]*)?\s*\Z)")
 
 
-class Added(Protocol):
+class AddedToken(Protocol):
     """A token that a tokenizer adds to the vocabulary of its model."""
 
     content: str
@@ -118,7 +118,7 @@ def _stays(character: str) -> bool:
 # --------------------------------------------------------------------------- control tokens
 
 
-def control_tokens(special: Iterable[str], added: Iterable[Added]) -> tuple[str, ...]:
+def control_tokens(special: Iterable[str], added: Iterable[AddedToken]) -> tuple[str, ...]:
     """Return the tokens of a tokenizer that data texts must not contain.
 
     These are the special tokens and further added tokens in brackets, such as ``<think>`` or ``<tool_call>``, which

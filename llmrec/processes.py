@@ -118,7 +118,7 @@ def threads(count: int, cores: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // count))}
 
 
-class Ended(NamedTuple):
+class FailedProcess(NamedTuple):
     """A failed process: its index, from 0, and its exit status, which is negative for a signal."""
 
     process: int
@@ -136,12 +136,12 @@ class Ended(NamedTuple):
 class ProcessEnded(Exception):
     """Raised if at least one of several processes failed."""
 
-    def __init__(self, failed: Sequence[Ended]) -> None:
+    def __init__(self, failed: Sequence[FailedProcess]) -> None:
         super().__init__(str(failed))
         self.failed = failed
 
     @property
-    def first(self) -> Ended:
+    def first(self) -> FailedProcess:
         """The failure that caused the others: of a killed process, or else of the process with the lowest rank."""
         killed = [item for item in self.failed if item.status < 0 and item.status != -signal.SIGTERM]
         return (killed or list(self.failed))[0]
@@ -198,7 +198,7 @@ def _lines(children: Sequence[subprocess.Popen[str]], lines: queue.SimpleQueue[s
     reading = len(children)
     while True:
         statuses = [child.poll() for child in children]
-        if failed := [Ended(index, status) for index, status in enumerate(statuses) if status]:
+        if failed := [FailedProcess(index, status) for index, status in enumerate(statuses) if status]:
             raise ProcessEnded(failed)
         if not reading and None not in statuses:
             return

@@ -27,7 +27,7 @@ FIRST, MOST, SHARE = 10.0, 600.0, 0.5
 """Seconds before the first line, the most seconds between lines, and their interval as a share of the time so far."""
 
 # The running tasks, innermost last; only the innermost task is shown.
-_open: list[Bar] = []
+_open: list[Progress] = []
 
 # Width of the name and of the bar, in characters.
 _NAME, _BAR = 34, 8
@@ -101,12 +101,12 @@ def say(text: str, stream: TextIO) -> None:
     _screen.say(text, stream)
 
 
-def under_way() -> list[Bar]:
+def under_way() -> list[Progress]:
     """Return the running tasks, innermost last."""
     return list(_open)
 
 
-class Bar:
+class Progress:
     """The progress of a task; use it as a context manager, or call start and stop.
 
     Args:
@@ -238,7 +238,7 @@ class Bar:
         return f", {left} left at most" if self._early else f", about {left} left"
 
 
-class BatchBar(Bar):
+class BatchProgress(Progress):
     """The progress of batches of requests, updated within each batch.
 
     Args:
@@ -282,7 +282,7 @@ class BatchBar(Bar):
 def count_answers(prompts: float) -> None:
     """Count answered prompts, or fractions of a prompt; called by engines, from any thread."""
     for bar in reversed(_open):
-        if isinstance(bar, BatchBar):
+        if isinstance(bar, BatchProgress):
             bar.answer(prompts)
             return
 

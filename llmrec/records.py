@@ -216,7 +216,7 @@ class Stage(Record):
     seconds: float
 
 
-class Shown(Record):
+class ExamplePrompt(Record):
     """An example prompt with its answer."""
 
     task: str
@@ -268,7 +268,7 @@ class PromptContents(Record):
     by: tuple[str, ...] = ()
 
 
-class Written(Record):
+class GeneratedText(Record):
     """A generated text; None if it could not be parsed, with the reason."""
 
     text: str | None
@@ -286,10 +286,10 @@ class Sample(Record):
     # Results that were written before this key was renamed call it `told`.
     inputs: tuple[PromptContents, ...] = Field((), validation_alias=AliasChoices("inputs", "told"))
     truth: str
-    answers: dict[str, Written]
+    answers: dict[str, GeneratedText]
 
 
-class Exhibit(Record):
+class TextExample(Record):
     """A request whose user or item has a generated text, and the answers with and without that text.
 
     Attributes:
@@ -315,7 +315,7 @@ class Exhibit(Record):
     answers: dict[str, str] = Field(default_factory=dict)
 
 
-class Nearby(Record):
+class NearestText(Record):
     """A training item with a similar text, and the cosine similarity."""
 
     title: str
@@ -350,7 +350,7 @@ class ExampleUser(Record):
     pool: int | None = None
 
 
-class Visit(Record):
+class ListAppearance(Record):
     """A ranked list that contains an item: its user, the user's latest items, and the item's rank, from 1."""
 
     user: User
@@ -359,7 +359,7 @@ class Visit(Record):
     wanted: bool = False
 
 
-class Newcomer(Record):
+class ColdStartItem(Record):
     """A cold-start item and the users to whom it is recommended.
 
     Attributes:
@@ -371,13 +371,13 @@ class Newcomer(Record):
 
     task: str
     item: Product
-    neighbours: tuple[Nearby, ...] = ()
+    neighbours: tuple[NearestText, ...] = ()
     wanted: int = 0
     lists: dict[str, int] = Field(default_factory=dict)
-    visits: dict[str, tuple[Visit, ...]] = Field(default_factory=dict)
+    visits: dict[str, tuple[ListAppearance, ...]] = Field(default_factory=dict)
 
 
-class SetAside(Record):
+class ExcludedUsers(Record):
     """Users who are excluded from evaluation, and why."""
 
     data: str

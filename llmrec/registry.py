@@ -131,7 +131,7 @@ STRATEGIES = extended(
         "expected": StrategyEntry("llmrec.strategies.raters:ExpectedRater", ("rating", "stars")),
         "parsed": StrategyEntry("llmrec.strategies.raters:ParsedRater", ("rating", "stars")),
         "head": StrategyEntry("llmrec.strategies.raters:HeadRater", ("rating",)),
-        "text": StrategyEntry("llmrec.strategies.raters:Writer", ("explanation", "review")),
+        "text": StrategyEntry("llmrec.strategies.raters:TextGenerator", ("explanation", "review")),
         "yes-no": StrategyEntry("llmrec.strategies.raters:YesNoJudge", ("ctr",)),
         "parsed-yes-no": StrategyEntry("llmrec.strategies.raters:ParsedYesNoJudge", ("ctr",)),
     },

@@ -13,17 +13,17 @@ from llmrec.display import Displayed, Summary, listed
 from llmrec.records import (
     Calibration,
     Candidates,
+    ColdStartItem,
     DataInfo,
+    ExamplePrompt,
     ExampleUser,
-    Exhibit,
-    Newcomer,
+    ExcludedUsers,
     Number,
     Record,
     Reliability,
     Sample,
-    SetAside,
-    Shown,
     Stage,
+    TextExample,
     Training,
 )
 from llmrec.registry import lower
@@ -110,7 +110,7 @@ class SliceOfRow(Record):
     metrics: dict[str, Metric] = Field(default_factory=dict)
 
 
-class AtPosition(Record):
+class PositionResult(Record):
     """Results of the requests whose target is at the same position of the candidate list.
 
     Attributes:
@@ -222,7 +222,7 @@ class Unevaluated(Setting):
     reason: str
 
 
-class Asked(Setting):
+class QuerySettings(Setting):
     """How a model was queried: its predictor, prompt and candidates.
 
     Attributes:
@@ -239,7 +239,7 @@ class PartWeight(Record):
 
     Attributes:
         loss: Loss of the cross-fitted validation figure without the member; see
-            `llmrec.ensembles.weights.Without`. None if the ensemble has a single member.
+            `llmrec.ensembles.weights.MemberAblation`. None if the ensemble has a single member.
         loss_low: Lower 95 % limit over users.
         loss_high: Upper 95 % limit over users.
     """
@@ -306,7 +306,7 @@ class Choice(Record):
     figures: dict[str, float] = Field(default_factory=dict)
 
 
-class Row(Measured, Asked):
+class Row(Measured, QuerySettings):
     """A model evaluated on one task.
 
     Attributes:
@@ -319,7 +319,7 @@ class Row(Measured, Asked):
     reads: Reads | None = None
     fusion: FusionWeights | None = None
     slices: tuple[SliceOfRow, ...] = ()
-    by_position: tuple[AtPosition, ...] = ()
+    by_position: tuple[PositionResult, ...] = ()
     position_bias: PositionBias | None = None
 
     @property
@@ -423,14 +423,14 @@ class Pair(Record):
     detectable: Number = None
 
 
-class Compared(Record):
+class ComparedMetric(Record):
     """The task and metric of a model comparison."""
 
     task: str
     metric: str
 
 
-class Comparison(Pair, Compared):
+class Comparison(Pair, ComparedMetric):
     """The difference a - b between two models in one metric of a task."""
 
 
@@ -458,12 +458,12 @@ class Results(Displayed, Record):
     detectable: dict[str, str] = Field(default_factory=dict)
     budget: tuple[Stage, ...] = ()
     seconds: Number = None
-    examples: tuple[Shown, ...] = ()
+    examples: tuple[ExamplePrompt, ...] = ()
     texts: tuple[Sample, ...] = ()
-    gallery: tuple[Exhibit, ...] = ()
-    newcomers: tuple[Newcomer, ...] = ()
+    gallery: tuple[TextExample, ...] = ()
+    newcomers: tuple[ColdStartItem, ...] = ()
     example: ExampleUser | None = None
-    set_aside: tuple[SetAside, ...] = ()
+    set_aside: tuple[ExcludedUsers, ...] = ()
     notes: tuple[str, ...] = ()
     files: dict[str, str] = Field(default_factory=dict)
 

@@ -25,7 +25,7 @@ _ERROR = re.compile(r"\b[A-Z]\w*(?:Error|Exception): (.+)")
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[^\x20-\x7e\xa0-\U0010ffff]")
 
 
-class _Apart:
+class _SeparatedStreams:
     """The streams of a command whose library output goes only to the log."""
 
     def __init__(self, out: TextIO, err: TextIO, log: BinaryIO) -> None:
@@ -43,7 +43,7 @@ class _Apart:
         return os.pread(self.log.fileno(), _BYTES, max(0, size - _BYTES)).decode("utf-8", "replace")
 
 
-_now: _Apart | None = None
+_now: _SeparatedStreams | None = None
 _folder: Path | None = None
 _last: list[str] = []
 
@@ -168,7 +168,7 @@ def apart() -> Iterator[None]:
         for stream in (words, notes):
             closing.callback(_shut, stream)
         log = tempfile.TemporaryFile("w+b", buffering=0)  # noqa: SIM115  (it may give way to the one of a folder)
-        _now = _Apart(words, notes, cast(BinaryIO, log))
+        _now = _SeparatedStreams(words, notes, cast(BinaryIO, log))
         _now.turn()
         try:
             yield
@@ -210,7 +210,7 @@ def _flush() -> None:
             stream.flush()
 
 
-def _close(apart: _Apart) -> None:
+def _close(apart: _SeparatedStreams) -> None:
     """Close a log; remove it if it is empty."""
     empty = os.fstat(apart.log.fileno()).st_size == 0
     apart.log.close()
@@ -218,13 +218,13 @@ def _close(apart: _Apart) -> None:
         apart.path.unlink(missing_ok=True)
 
 
-def _lines(apart: _Apart) -> list[str]:
+def _lines(apart: _SeparatedStreams) -> list[str]:
     """Return the last lines of the log, without control characters."""
     lines = [_CONTROL.sub("", line)[:_CHARACTERS].rstrip() for line in re.split(r"[\r\n]+", apart.text())]
     return [line for line in lines if line]
 
 
-def _printed_lines(apart: _Apart) -> list[str]:
+def _printed_lines(apart: _SeparatedStreams) -> list[str]:
     result = _lines(apart)
     if not result:
         return []

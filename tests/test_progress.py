@@ -13,7 +13,7 @@ import pytest
 
 from llmrec import progress
 from llmrec.pipeline.resume import Budget
-from llmrec.progress import Bar, BatchBar, count_answers, span
+from llmrec.progress import BatchProgress, Progress, count_answers, span
 
 
 class Clock:
@@ -49,13 +49,13 @@ def clock(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> 
     return clock
 
 
-def timed(bar: Bar, clock: Clock) -> Bar:
+def timed(bar: Progress, clock: Clock) -> Progress:
     """Return a bar that uses a clock."""
     bar._ended = clock  # type: ignore[assignment]
     return bar
 
 
-def waited(bar: Bar) -> None:
+def waited(bar: Progress) -> None:
     """Run a bar until its work ends."""
     with bar:
         assert bar._ticker is not None
@@ -67,7 +67,7 @@ def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def test_lines_have_progress_and_remaining_time(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
-    bar = timed(Bar("sasrec", 100, unit="epochs", early=True), clock)
+    bar = timed(Progress("sasrec", 100, unit="epochs", early=True), clock)
     bar.advance(5, "loss 6.100")
     waited(bar)
     lines = messages(caplog)
@@ -79,7 +79,7 @@ def test_lines_have_progress_and_remaining_time(clock: Clock, caplog: pytest.Log
 
 
 def test_remaining_time_ignores_skipped_steps() -> None:
-    bar = Bar("train", 240, unit="steps")
+    bar = Progress("train", 240, unit="steps")
     bar.skip(180)
     assert bar._left(20.0) == ""
     bar.reach(182)
@@ -90,22 +90,22 @@ def test_remaining_time_ignores_skipped_steps() -> None:
 
 
 def test_silent_work_has_lines(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
-    waited(timed(Bar("fitting ease", None), clock))
+    waited(timed(Progress("fitting ease", None), clock))
     assert messages(caplog)[0] == "fitting ease: 10 s so far"
 
 
 def test_short_or_quiet_work_has_no_lines(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     caplog.set_level(logging.INFO, logger="llmrec.progress")
-    with Bar("short", 3) as bar:
+    with Progress("short", 3) as bar:
         bar.advance()
     monkeypatch.setattr(progress, "FIRST", 0.001)
-    with Bar("quiet", 3, quiet=True), Budget(quiet=True).stage("stage"):
+    with Progress("quiet", 3, quiet=True), Budget(quiet=True).stage("stage"):
         time.sleep(0.02)
     assert messages(caplog) == []
 
 
 def test_only_the_innermost_bar_writes(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
-    outside, inside = (timed(Bar(name, 2), clock) for name in ("outside", "inside"))
+    outside, inside = (timed(Progress(name, 2), clock) for name in ("outside", "inside"))
     with pytest.raises(RuntimeError), inside:
         progress._open.insert(0, outside)
         assert inside._ticker is not None
@@ -136,7 +136,7 @@ def test_log_file_has_lines_before_the_end(tmp_path: Path) -> None:
     assert re.match(r"train: 2 of 8 steps, loss 1.0; \d+ s so far, about", lines[0]) and len(lines) >= 3
 
 
-class Watched(BatchBar):
+class Watched(BatchProgress):
     """Records the counts that it reached."""
 
     def reach(self, done: int, note: str | None = None) -> None:
@@ -162,7 +162,7 @@ def test_bar_advances_within_a_batch() -> None:
 
 
 def test_several_prompts_of_a_question_count_once() -> None:
-    with Bar("reading", 3) as plain:
+    with Progress("reading", 3) as plain:
         count_answers(1)
     assert plain.reached() == "0 of 3"
     with Watched("pairwise", [3] * 4, batch=4, prompts=6) as bar:

@@ -22,7 +22,7 @@ from llmrec.results import Results
 pytest.importorskip("llmrec.start", reason="the extension is not there")
 
 from llmrec.start import auto as autos
-from llmrec.start.auto import Part
+from llmrec.start.auto import CandidateMember
 from llmrec.start.auto_trial import Done
 
 FRAME = pl.DataFrame(
@@ -125,7 +125,7 @@ def test_auto_accepts_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     # The search itself has separate tests: here every recommender has one trial.
     trial = Done(parameters={}, value=0.5, seconds=0.1)
-    parts = [Part(name, name) for name in ("popularity", "markov")]
+    parts = [CandidateMember(name, name) for name in ("popularity", "markov")]
     monkeypatch.setattr(autos, "parts_for", lambda dataset, encoder, **more: parts)
     monkeypatch.setattr(autos, "done", lambda file, key: [trial])
     monkeypatch.setattr(autos._Search, "first", first)

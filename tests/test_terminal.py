@@ -21,15 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 from llmrec import terminal
-from llmrec.answer.options import About
+from llmrec.answer.options import OptionHelp
 from llmrec.cli.console import say, store_facts
 from llmrec.cli.main import app_of, main
 from llmrec.errors import EngineFailure, LlmrecError
 @dataclass
 class Options:
-    folder: Annotated[str, About(help="")] = ""
-    kind: Annotated[str, About(help="")] = ""
-    silent: Annotated[bool, About(help="")] = False
+    folder: Annotated[str, OptionHelp(help="")] = ""
+    kind: Annotated[str, OptionHelp(help="")] = ""
+    silent: Annotated[bool, OptionHelp(help="")] = False
 def one(options: Options) -> None:
     folder, kind = options.folder, options.kind
     if not options.silent:

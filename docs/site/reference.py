@@ -205,7 +205,7 @@ def _baselines() -> Iterator[str]:
 _RESULTS = (
     "llmrec.pipeline.run:Run",
     "llmrec.pipeline.run:Checked",
-    "llmrec.start.functions:Begun",
+    "llmrec.start.functions:InitOutcome",
     "llmrec.start.auto:Auto",
     "llmrec.start.tune:TuneResult",
     "llmrec.exports.export:Exported",

@@ -27,7 +27,7 @@ from llmrec.baselines.parameters import make
 from llmrec.data.split import request_of
 from llmrec.durable import write_json
 from llmrec.evaluate.catalogue import evaluate_catalogue
-from llmrec.evaluate.compare import Contrast, Standing
+from llmrec.evaluate.compare import Contrast, ModelValues
 from llmrec.evaluate.figures import EvalProtocol
 from llmrec.metrics.significance import attainable, enough, flip_p, holm, signflip
 from llmrec.metrics.stats import ALPHA, Difference, StatisticName, paired, verdict
@@ -152,7 +152,9 @@ def run_like(n: int, controls: int, rng: np.random.Generator) -> list[Contrast]:
         tuned, untuned, *others = KINDS[kind][0](n, rng, 2 + controls)
         best = (min if metric == "RMSE" else max)(others, key=lambda arm: float(arm.mean()))
         users = [str(user) for user in range(n)]
-        a, b, c = (Standing(name, 0.0, arm) for name, arm in (("tuned", tuned), ("untuned", untuned), ("best", best)))
+        a, b, c = (
+            ModelValues(name, 0.0, arm) for name, arm in (("tuned", tuned), ("untuned", untuned), ("best", best))
+        )
         contrasts += [Contrast(metric, a, b, users), Contrast(metric, a, c, users)]
     return contrasts
 
@@ -197,7 +199,7 @@ def swapped(values: Values, metric: str, rng: np.random.Generator) -> list[Contr
     for (name, seen), (one, two) in values.items():
         first = np.where(coins[name], one[drawn], two[drawn])
         second = np.where(coins[name], two[drawn], one[drawn])
-        a, b = Standing(f"{name} {seen} a", 0.0, first), Standing(f"{name} {seen} b", 0.0, second)
+        a, b = ModelValues(f"{name} {seen} a", 0.0, first), ModelValues(f"{name} {seen} b", 0.0, second)
         contrasts.append(Contrast(metric, a, b, users))
     return contrasts
 

@@ -30,7 +30,7 @@ from llmrec.pipeline.study import build_study, encoder_of
 from llmrec.recipe.load import load_recipe
 from llmrec.systems.m6.compress.compress import opened
 from llmrec.systems.m6.late import Late, LateInteraction
-from llmrec.systems.m6.segments import Lower
+from llmrec.systems.m6.segments import LowerLayers
 from llmrec.types import Request
 
 RECIPE = "recipes/movielens-100k/yes-no.yaml"
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tokens[f"exit {depth}"] = sum(len(encoder.prompt(prompt)) for prompt in prompts)
     for joint in JOINT:
         baseline = LateInteraction(LateInteraction.Config(joint=joint), seed=0)
-        late = baseline._late(Lower(base, recipe.model, joint), study.data)
+        late = baseline._late(LowerLayers(base, recipe.model, joint), study.data)
         cold, warm = partial(_late, late, requests, cold=True), partial(_late, late, requests, cold=False)
         cold()
         before = late.lower.read

@@ -35,7 +35,7 @@ from llmrec.baselines.pairs import (
     TransitionsTuned,
     TransitionsTunedConfig,
 )
-from llmrec.baselines.transitions import Steps, counted, normalised
+from llmrec.baselines.transitions import TransitionCounts, counted, normalised
 from llmrec.baselines.validation import mean_ndcgs, ranking_cases
 from llmrec.durable import write_json
 from llmrec.models.text_encoder import TunedEncoder, find_encoder
@@ -133,7 +133,9 @@ class Judge:
 class Trainer(PairEpoch):
     """Fine-tunes an encoder on pairs of items with the settings of a variant."""
 
-    def __init__(self, variant: Variant, encoder: TunedEncoder, steps: Steps, config: TransitionsTunedConfig) -> None:
+    def __init__(
+        self, variant: Variant, encoder: TunedEncoder, steps: TransitionCounts, config: TransitionsTunedConfig
+    ) -> None:
         super().__init__(encoder, Pairs.of(steps, config.apart, config.nearby), config, np.random.default_rng(0))
         self._variant = variant
         self._weights = normalised(steps, config) if variant.distilled else None

@@ -44,7 +44,7 @@ from llmrec.data.hashing import hash64
 from llmrec.data.sets.table import load
 from llmrec.data.split import SplitDataset, request_id
 from llmrec.durable import replacing, write_json
-from llmrec.evaluate.compare import Contrast, Standing, planned
+from llmrec.evaluate.compare import Contrast, ModelValues, planned
 from llmrec.fingerprint import digest_of, fingerprint
 from llmrec.metrics.probability import auc, gauc, log_loss
 from llmrec.recipe.schema import DataSection
@@ -386,8 +386,8 @@ def _pairs(
     # `compare` expects a negative sign, also of 0, if the truth is no.
     signed = {key: np.stack(values) * np.where(truth > 0, 1.0, -1.0) for key, values in by_arm.items()}
 
-    def standing(host: str, arm: str) -> Standing:
-        return Standing(arm, 0.0, signed[host, arm])
+    def standing(host: str, arm: str) -> ModelValues:
+        return ModelValues(arm, 0.0, signed[host, arm])
 
     family = [(host, *pair) for host in hosts for pair in PAIRS if all((host, arm) in by_arm for arm in pair)]
     contrasts = [Contrast("GAUC", standing(host, one), standing(host, other), users) for host, one, other in family]

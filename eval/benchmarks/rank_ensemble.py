@@ -28,7 +28,7 @@ from llmrec.ensembles.context import Context
 from llmrec.ensembles.members import weights_of
 from llmrec.ensembles.rankers import CatalogueEnsemble, Member
 from llmrec.ensembles.stored import Fused, FusedPart
-from llmrec.ensembles.weights import Tried
+from llmrec.ensembles.weights import EnsembleTrial
 from llmrec.pipeline.study import load_split
 from llmrec.recipe.load import load_suite
 from llmrec.types import Request
@@ -63,7 +63,7 @@ def measured(count: int) -> dict[str, Any]:
         Member(part.name, fitted(str(part.baseline), part.parameters, choose, seed=0), part.kind) for part in parts
     ]
     learned = CatalogueEnsemble(ENSEMBLE, members, filtered=True, context=Context(data))
-    learned.fit(ranking_cases(weigh, FITTING), only=Tried("ranker", form, 0.0))
+    learned.fit(ranking_cases(weigh, FITTING), only=EnsembleTrial("ranker", form, 0.0))
     weights = weights_of(learned)
     assert weights is not None
     fused = Fused(

@@ -29,7 +29,7 @@ from llmrec.ensembles.base import Ensemble
 from llmrec.ensembles.cells import TOP, Cells, best, gathered, joined
 from llmrec.ensembles.context import Context
 from llmrec.ensembles.rankers import Member
-from llmrec.ensembles.weights import Tried, feature_names, matrix
+from llmrec.ensembles.weights import EnsembleTrial, feature_names, matrix
 from llmrec.metrics.ranking import ndcg
 from llmrec.metrics.significance import signflip
 from llmrec.metrics.stats import interval
@@ -79,7 +79,7 @@ class SecondStage(Ensemble):
     def names(self) -> tuple[str, ...]:
         return self.members
 
-    def measured(self, train: Cells, users: Sequence[str], test: Cells, only: Tried | None = None) -> Measured:
+    def measured(self, train: Cells, users: Sequence[str], test: Cells, only: EnsembleTrial | None = None) -> Measured:
         """Fit and evaluate the second stage; a target that is not a candidate ranks below all candidates."""
         begin = time.process_time()
         self._choose(train, users, repeats=False, dissect=False, only=only)

@@ -15,7 +15,7 @@ from llmrec.answer.language_model import LanguageModel
 from llmrec.answer.options import RecommenderOptions
 from llmrec.answer.rules import Rules
 from llmrec.chat.conversation import Conversation
-from llmrec.chat.dual_encoder import ENCODER, Asked, DualEncoder, learn, mapped, of_transcript
+from llmrec.chat.dual_encoder import ENCODER, DialogueTurns, DualEncoder, learn, mapped, of_transcript
 from llmrec.chat.facts import Facts
 from llmrec.chat.managers import RuleManager
 from llmrec.chat.reading import Reader
@@ -59,7 +59,7 @@ class OtherDialogues:
             for dialogue, row, target in zip(cases.clusters, cases.rows, cases.targets, strict=True)
         ]
         numbers = np.unique(cases.clusters, return_inverse=True)[1]
-        self._asked = Asked(turns[cases.rows], cases.targets, apart, numbers)
+        self._asked = DialogueTurns(turns[cases.rows], cases.targets, apart, numbers)
         self._known: dict[frozenset[int], DualEncoder] = {}
 
     def learns(self, without: frozenset[int]) -> NDArray[np.int64]:

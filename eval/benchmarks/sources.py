@@ -14,13 +14,13 @@ from time import perf_counter
 
 from llmrec.data.read.files import plain_name
 from llmrec.data.sets.locate import captured, fits
-from llmrec.data.sets.pages import Known, published
+from llmrec.data.sets.pages import KnownFormat, published
 from llmrec.data.sets.table import load
 from llmrec.errors import LlmrecError
 from llmrec.recipe.schema import DataSection
 
 
-def copies(folder: Path) -> Iterator[tuple[Known, Path]]:
+def copies(folder: Path) -> Iterator[tuple[KnownFormat, Path]]:
     """Yield the published data sets with the interaction files that a folder and its subfolders seem to contain.
 
     The longest matching pattern of a name wins, and then data sets whose folder has their name.
@@ -36,7 +36,7 @@ def copies(folder: Path) -> Iterator[tuple[Known, Path]]:
                 yield page, path
 
 
-def _fit(page: Known, name: str) -> int:
+def _fit(page: KnownFormat, name: str) -> int:
     """Return the number of literal characters in the best matching pattern of a data set; 0 if none matches."""
     patterns = [pattern for layout in page.layouts if fits(layout, name) is not None for pattern in layout.events.files]
     return max((len(pattern) for pattern in patterns if captured(pattern, name) is not None), default=0)

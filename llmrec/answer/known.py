@@ -215,7 +215,7 @@ class Items(Displayed, dict[str, Item]):
 
 
 @dataclass(frozen=True, repr=False)
-class Known(Displayed):
+class KnownEntities(Displayed):
     """The items and users of a run or an exported folder.
 
     Attributes:
@@ -282,7 +282,7 @@ def _data_of_run(bundle: Bundle, recipe: Recipe) -> Dataset:
         ) from None
 
 
-def known_of(folder: str, items: Path | None) -> Known:
+def known_of(folder: str, items: Path | None) -> KnownEntities:
     """Read the items and interactions of a run or an exported folder.
 
     Args:
@@ -297,7 +297,7 @@ def known_of(folder: str, items: Path | None) -> Known:
     return known_from(bundle, catalogue or {}, data)
 
 
-def known_from(bundle: Bundle, items: Mapping[str, Item], data: Dataset | None = None) -> Known:
+def known_from(bundle: Bundle, items: Mapping[str, Item], data: Dataset | None = None) -> KnownEntities:
     """Return the items and users of an open model.
 
     Args:
@@ -311,11 +311,13 @@ def known_from(bundle: Bundle, items: Mapping[str, Item], data: Dataset | None =
     if bundle.run is None:
         exported = carried(Path(bundle.folder), seed=bundle.seed)
         past = Histories.none() if exported is None else Histories.of(_of_named(exported.dataset), bundle.seed)
-        return Known(items, past)
+        return KnownEntities(items, past)
     recipe = load_stored(bundle.run)
     dataset = _data_of_run(bundle, recipe) if data is None else data
     profiles = profiles_of(str(bundle.run), lambda: dataset.users)
-    return Known(items, Histories.of(dataset, recipe.seed), _stores(bundle.run, recipe), profiles, dataset.users)
+    return KnownEntities(
+        items, Histories.of(dataset, recipe.seed), _stores(bundle.run, recipe), profiles, dataset.users
+    )
 
 
 def _of_named(dataset: Dataset) -> Dataset:

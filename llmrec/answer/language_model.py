@@ -21,7 +21,7 @@ from typing import Any
 from llmrec.answer.checks import bundle_of, check_choices, engine_section, on_gpu, strategy_of, window_of
 from llmrec.answer.classic import MOST_ORDERED, NOTHING_LEFT, Retriever, retrieved, training_data
 from llmrec.answer.ensemble import Ensemble, fusion_of
-from llmrec.answer.known import Known, Profile, catalogue_of, known_from, profiles_of, read_known
+from llmrec.answer.known import KnownEntities, Profile, catalogue_of, known_from, profiles_of, read_known
 from llmrec.answer.options import RecommenderOptions
 from llmrec.answer.prompting import (
     CatalogueRanking,
@@ -31,7 +31,7 @@ from llmrec.answer.prompting import (
     prompt_about,
     rank_requests,
 )
-from llmrec.answer.rationales import TOKENS, Reasoner, rationale_template
+from llmrec.answer.rationales import TOKENS, Explainer, rationale_template
 from llmrec.answer.recommender import RANK, Answered, Kind, Question, Reasons, Recommender
 from llmrec.answer.strategy import (
     TWO_STEP,
@@ -70,7 +70,7 @@ _TOGETHER = ("list", TWO_STEP, "search")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Way:
+class RankingSteps:
     """The steps of a ranking: prompts, scoring strategy, and what happens before and after.
 
     Attributes:
@@ -85,7 +85,7 @@ class Way:
     asking: Asking
     search: CatalogueRanking | None = None
     ensemble: Ensemble | None = None
-    reasoner: Reasoner | None = None
+    reasoner: Explainer | None = None
 
 
 @dataclass
@@ -113,18 +113,18 @@ class LanguageModel:
     options: RecommenderOptions
     bundle: Bundle
     items: Mapping[str, Item] | None
-    known: Callable[[], Known]
+    known: Callable[[], KnownEntities]
     retriever: Retriever | None
     encoder: Encoder
     engines: Engines
     weights: str
     store: AnswerStore | None
     budget: Budget
-    default: Way = field(init=False)
+    default: RankingSteps = field(init=False)
     name: str = ""
     finder: Recommender | None = None
     kind: Kind = "language model"
-    _ways: dict[tuple[object, ...], Way] = field(default_factory=dict)
+    _ways: dict[tuple[object, ...], RankingSteps] = field(default_factory=dict)
     _lock: Lock = field(default_factory=Lock)
     _closed: bool = False
 
@@ -410,7 +410,9 @@ class LanguageModel:
         self, requests: Sequence[RankRequest], lists: Sequence[Answered], question: Question, first: int
     ) -> list[Reasons]:
         """Generate a sentence about each of the first items of every list; failed lists get none."""
-        reasoner = Reasoner(self.bundle, self.default.asking, rationale_template(), self.encoder, first=first, batch=16)
+        reasoner = Explainer(
+            self.bundle, self.default.asking, rationale_template(), self.encoder, first=first, batch=16
+        )
         pools = [
             replace(request, candidates=self._items_of(answer)) for request, answer in zip(requests, lists, strict=True)
         ]
@@ -453,7 +455,7 @@ class LanguageModel:
 
     # ------------------------------------------------------------------- ranking
 
-    def _way(self, **changes: Any) -> Way:
+    def _way(self, **changes: Any) -> RankingSteps:
         """Return the ranking configuration for changed options."""
         key = tuple(sorted(changes.items()))
         if key not in self._ways:
@@ -462,7 +464,7 @@ class LanguageModel:
             self._ways[key] = self._build_way(options)
         return self._ways[key]
 
-    def _build_way(self, options: RecommenderOptions, asking: Asking | None = None) -> Way:
+    def _build_way(self, options: RecommenderOptions, asking: Asking | None = None) -> RankingSteps:
         bundle, encoder = self.bundle, self.encoder
         asking = asking or choose_way(
             bundle,
@@ -477,14 +479,14 @@ class LanguageModel:
             ensemble = Ensemble(fused, training_data(bundle, "--fuse"), self.items or {})
         if options.rationale:
             first = options.rationale if options.top is None else min(options.rationale, options.top)
-            reasoner = Reasoner(bundle, asking, rationale_template(), encoder, first=first, batch=options.batch)
+            reasoner = Explainer(bundle, asking, rationale_template(), encoder, first=first, batch=options.batch)
         if options.ranks_catalogue and self.items:
             search = CatalogueRanking(
                 bundle, self.items, asking, encoder, beams=max(options.beams, options.top or 1), exact=options.exact
             )
-        return Way(options=options, asking=asking, search=search, ensemble=ensemble, reasoner=reasoner)
+        return RankingSteps(options=options, asking=asking, search=search, ensemble=ensemble, reasoner=reasoner)
 
-    def _engine(self, way: Way) -> str:
+    def _engine(self, way: RankingSteps) -> str:
         """Return the name of the engine; after a failure, the name of the next engine."""
         return self.engines.engine_for(way.asking.strategy, self.bundle.folder)
 
@@ -499,7 +501,7 @@ class LanguageModel:
             return False
         return True
 
-    def _searching(self, depth: int) -> Way | None:
+    def _searching(self, depth: int) -> RankingSteps | None:
         """Return the configuration for beam search over the catalogue; None if the model was not trained for it."""
         if not self.items or not self._searches:
             return None
@@ -534,7 +536,7 @@ class LanguageModel:
 
     def _ranked(
         self,
-        way: Way,
+        way: RankingSteps,
         requests: Sequence[RankRequest | Unparsed],
         advance: Callable[[int], None] = lambda done: None,
         part: int | None = None,
@@ -557,7 +559,9 @@ class LanguageModel:
             for item in ready
         ]
 
-    def _retrieved(self, way: Way, requests: Sequence[RankRequest | Unparsed]) -> Sequence[RankRequest | Unparsed]:
+    def _retrieved(
+        self, way: RankingSteps, requests: Sequence[RankRequest | Unparsed]
+    ) -> Sequence[RankRequest | Unparsed]:
         """Retrieve candidates for requests that have none."""
         if self.retriever is None or way is not self.default:
             return requests
@@ -565,7 +569,7 @@ class LanguageModel:
             filled = iter(self.retriever.fill([request for request in requests if isinstance(request, RankRequest)]))
         return [next(filled) if isinstance(request, RankRequest) else request for request in requests]
 
-    def _ready(self, way: Way, request: RankRequest | Unparsed) -> RankRequest | Unparsed:
+    def _ready(self, way: RankingSteps, request: RankRequest | Unparsed) -> RankRequest | Unparsed:
         """Return a request that is ready to be ranked, or the reason why it cannot be ranked."""
         if isinstance(request, Unparsed):
             return request
@@ -579,7 +583,7 @@ class LanguageModel:
         return Unparsed(request_id=request.id, reason=reason)
 
     def _with_model(
-        self, way: Way, requests: Sequence[RankRequest], advance: Callable[[int], None], part: int | None
+        self, way: RankingSteps, requests: Sequence[RankRequest], advance: Callable[[int], None], part: int | None
     ) -> list[tuple[Ranking | Unparsed, Reasons]]:
         engine, options = self._engine(way), way.options
         backend = self.engines.get(engine, self.bundle.folder, self.weights)
@@ -607,7 +611,11 @@ class LanguageModel:
         return list(zip(ranked, self._reasons(way, requests, ranked, backend), strict=True))
 
     def _reasons(
-        self, way: Way, requests: Sequence[RankRequest], ranked: Sequence[Ranking | Unparsed], backend: CachedBackend
+        self,
+        way: RankingSteps,
+        requests: Sequence[RankRequest],
+        ranked: Sequence[Ranking | Unparsed],
+        backend: CachedBackend,
     ) -> list[Reasons]:
         if way.reasoner is None:
             return [Reasons() for _ in requests]
@@ -617,7 +625,9 @@ class LanguageModel:
         self.budget.add("rationales", backend.recalled_seconds - before)
         return reasons
 
-    def _answered(self, way: Way, request: RankRequest, answer: Ranking | Unparsed, reasons: Reasons) -> Answered:
+    def _answered(
+        self, way: RankingSteps, request: RankRequest, answer: Ranking | Unparsed, reasons: Reasons
+    ) -> Answered:
         notes = (*request.notes, *notes_of(way.asking, request, answer), *reasons.notes)
         common = Answered(
             answer=answer,

@@ -23,7 +23,7 @@ import polars as pl
 import pyarrow as pa
 
 from llmrec.answer.checks import decided
-from llmrec.answer.known import Catalogue, Known, Profile, known_of, profiles_of, read_known
+from llmrec.answer.known import Catalogue, KnownEntities, Profile, known_of, profiles_of, read_known
 from llmrec.answer.language_model import LanguageModel
 from llmrec.answer.listing import ListSpec, listing
 from llmrec.answer.opening import Models, open_models, reserved_by
@@ -44,7 +44,7 @@ from llmrec.errors import DataError, LlmrecError, did_you_mean
 from llmrec.evaluate.scoring import Scores, judging, score_lists
 from llmrec.keywords import speaks_python
 from llmrec.pipeline import bundle as bundles
-from llmrec.progress import Bar
+from llmrec.progress import Progress
 from llmrec.recipe.load import STORED, dump, load_stored
 from llmrec.recipe.schema import Recipe
 from llmrec.recipe.shared import RESAMPLES
@@ -136,7 +136,7 @@ class Loaded(Displayed):
         self,
         options: RecommenderOptions,
         models: Models,
-        known: Known | None = None,
+        known: KnownEntities | None = None,
         *,
         recipe: tuple[Recipe, Choice | None] | None = None,
         frame: Any = None,
@@ -200,7 +200,7 @@ class Loaded(Displayed):
             {"id": str(n), "history": list(entry)} if histories else {"id": str(entry), "user_id": entry}
             for n, entry in enumerate(sequence)
         ]
-        with Bar("recommending", len(rows), unit="lists", passing=True) as bar:
+        with Progress("recommending", len(rows), unit="lists", passing=True) as bar:
             table = self._table(rows, spec, bar) if rows else _SCHEMA.empty_table()
         return like(self._like(users), table.select(["id" if histories else "user_id", *_SCHEMA.names[2:6]]))
 
@@ -448,7 +448,7 @@ class Loaded(Displayed):
     # ------------------------------------------------------------------- internals
 
     @cached_property
-    def known(self) -> Known:
+    def known(self) -> KnownEntities:
         """The catalogue and the histories of users."""
         return self._given or known_of(self._options.model, self._options.items)
 
@@ -482,7 +482,7 @@ class Loaded(Displayed):
         known = {key: value for key, value in record.items() if value is not None}
         return self.read(known, row, whole="candidates" not in known)
 
-    def _table(self, rows: Sequence[Mapping[str, Any]], spec: ListSpec, bar: Bar | None = None) -> pa.Table:
+    def _table(self, rows: Sequence[Mapping[str, Any]], spec: ListSpec, bar: Progress | None = None) -> pa.Table:
         """Rank requests and return a table with one row per item or failed request."""
         columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
         rows = _read(rows)

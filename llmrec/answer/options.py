@@ -19,7 +19,7 @@ Baselines and ensembles have their names in the report."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class About:
+class OptionHelp:
     """The help of an option, and which values are allowed.
 
     Attributes:
@@ -41,9 +41,9 @@ class About:
     argument: bool = False
 
 
-BatchSize = Annotated[int, About(least=1, help="Number of requests sent to the model at a time.")]
+BatchSize = Annotated[int, OptionHelp(least=1, help="Number of requests sent to the model at a time.")]
 Template = Annotated[
-    str | None, About(metavar="NAME", help="Prompt template. Default: the template used in the evaluation.")
+    str | None, OptionHelp(metavar="NAME", help="Prompt template. Default: the template used in the evaluation.")
 ]
 
 
@@ -51,14 +51,17 @@ Template = Annotated[
 class ModelOptions:
     """Options of every command that opens a model: the model, the items, and the engine."""
 
-    model: Annotated[str, About(help="Run folder, exported folder, model folder or Hugging Face model name.")]
+    model: Annotated[str, OptionHelp(help="Run folder, exported folder, model folder or Hugging Face model name.")]
     items: Annotated[
-        Path | None, About(help="Table of items with item_id, title and further fields. Default: the items of the run.")
+        Path | None,
+        OptionHelp(help="Table of items with item_id, title and further fields. Default: the items of the run."),
     ] = None
-    noun: Annotated[str | None, About(metavar="PLURAL", help="Plural noun for items in prompts, such as films.")] = None
+    noun: Annotated[
+        str | None, OptionHelp(metavar="PLURAL", help="Plural noun for items in prompts, such as films.")
+    ] = None
     backend: Annotated[
         str,
-        About(
+        OptionHelp(
             choices=("auto", "vllm", "hf", "openai"),
             help="Inference engine. auto: the faster engine on this machine; openai: a server with an "
             "OpenAI-compatible API.",
@@ -66,7 +69,7 @@ class ModelOptions:
     ] = "auto"
     server_url: Annotated[
         tuple[str, ...],
-        About(
+        OptionHelp(
             names=("--server-url",),
             metavar="URL",
             help="With --backend openai: base URL of the server, ending in /v1. Repeat the option for several servers "
@@ -74,23 +77,23 @@ class ModelOptions:
         ),
     ] = ()
     server_model: Annotated[
-        str | None, About(metavar="NAME", help="With --backend openai: the model name on the server.")
+        str | None, OptionHelp(metavar="NAME", help="With --backend openai: the model name on the server.")
     ] = None
     server_key_env: Annotated[
         str | None,
-        About(metavar="VARIABLE", help="With --backend openai: environment variable that holds the API key."),
+        OptionHelp(metavar="VARIABLE", help="With --backend openai: environment variable that holds the API key."),
     ] = None
     gpu_memory: Annotated[
         float | None,
-        About(metavar="SHARE", help="vLLM: fraction of GPU memory to use, such as 0.5. Default: the free memory."),
+        OptionHelp(metavar="SHARE", help="vLLM: fraction of GPU memory to use, such as 0.5. Default: the free memory."),
     ] = None
     tensor_parallel: Annotated[
-        int, About(least=1, metavar="N", help="vLLM: number of GPUs for tensor parallelism.")
+        int, OptionHelp(least=1, metavar="N", help="vLLM: number of GPUs for tensor parallelism.")
     ] = 1
     enforce_eager: Annotated[
-        bool, About(help="vLLM on a GPU: disable CUDA graphs and compilation. Starts sooner, answers more slowly.")
+        bool, OptionHelp(help="vLLM on a GPU: disable CUDA graphs and compilation. Starts sooner, answers more slowly.")
     ] = False
-    dtype: Annotated[str, About(choices=get_args(Dtype), help="Data type of the model weights.")] = DTYPE
+    dtype: Annotated[str, OptionHelp(choices=get_args(Dtype), help="Data type of the model weights.")] = DTYPE
 
     def recommender(self, **changes: Any) -> RecommenderOptions:
         """Return these options as `RecommenderOptions`, with the given changes."""
@@ -106,52 +109,58 @@ class ModelOptions:
 class RecommenderOptions(ModelOptions):
     """Options that define a model and how it ranks, without input and output files."""
 
-    task: Annotated[str, About(metavar="auto|sequential|direct", help="Task whose prompts are used for ranking.")] = (
-        "auto"
-    )
+    task: Annotated[
+        str, OptionHelp(metavar="auto|sequential|direct", help="Task whose prompts are used for ranking.")
+    ] = "auto"
     template: Template = None
     candidates: Annotated[
         str,
-        About(
+        OptionHelp(
             choices=("file", "all"),
             help="Items to rank. file: the candidates of each request; all: the whole catalogue, except items in the "
             "history.",
         ),
     ] = "file"
-    strategy: Annotated[str, About(metavar="auto|NAME", help="Ranking method, see docs/ranking-methods.md.")] = "auto"
-    beams: Annotated[int, About(least=1, help="With --candidates all: beam width and number of returned items.")] = (
-        BEAMS
+    strategy: Annotated[str, OptionHelp(metavar="auto|NAME", help="Ranking method, see docs/ranking-methods.md.")] = (
+        "auto"
     )
-    exact: Annotated[bool, About(help="With --candidates all: continue the search until the result is exact.")] = EXACT
+    beams: Annotated[
+        int, OptionHelp(least=1, help="With --candidates all: beam width and number of returned items.")
+    ] = BEAMS
+    exact: Annotated[bool, OptionHelp(help="With --candidates all: continue the search until the result is exact.")] = (
+        EXACT
+    )
     settings: Annotated[
         tuple[str, ...],
-        About(
+        OptionHelp(
             names=("--set",),
             metavar="KEY=VALUE",
             help="Setting of the ranking method as KEY=VALUE, such as eval.permutations=3. Repeatable.",
         ),
     ] = ()
     retrieve: Annotated[
-        str | None, About(metavar="NAME", help="Baseline that retrieves candidates for requests without candidates.")
+        str | None,
+        OptionHelp(metavar="NAME", help="Baseline that retrieves candidates for requests without candidates."),
     ] = None
-    k: Annotated[int, About(least=1, help="With --retrieve: number of candidates per request.")] = 20
+    k: Annotated[int, OptionHelp(least=1, help="With --retrieve: number of candidates per request.")] = 20
     fuse: Annotated[
         str,
-        About(
+        OptionHelp(
             choices=("none", "model", "baselines"),
             help="Rank with an ensemble. model: the model and the run's baselines; baselines: the run's baselines "
             "only.",
         ),
     ] = "none"
     rationale: Annotated[
-        int, About(metavar="N", least=0, help="Also generate explanations for the first N items of each list.")
+        int, OptionHelp(metavar="N", least=0, help="Also generate explanations for the first N items of each list.")
     ] = 0
-    top: Annotated[int | None, About(least=1, help="Number of ranked items to return per request. Default: all.")] = (
-        None
-    )
+    top: Annotated[
+        int | None, OptionHelp(least=1, help="Number of ranked items to return per request. Default: all.")
+    ] = None
     batch: BatchSize = BATCH
     max_length: Annotated[
-        int | None, About(least=16, help="Maximum length of prompt and answer, in tokens. Default: as in training.")
+        int | None,
+        OptionHelp(least=16, help="Maximum length of prompt and answer, in tokens. Default: as in training."),
     ] = None
 
     @property

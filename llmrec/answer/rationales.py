@@ -42,7 +42,7 @@ def rationale_template() -> Template:
     return template
 
 
-class Reasoner:
+class Explainer:
     """Generates explanations.
 
     Args:

@@ -226,7 +226,7 @@ class Rules:
             results = [items[key].fields for key, _ in ranked]
         except KeyError as error:
             raise DataError(f"item {error} is ranked, but its fields are missing", kind="unknown-name") from None
-        room = _Room(self.quotas)
+        room = _QuotaCapacity(self.quotas)
         rows = _diverse(results, room, self.diversity, k) if self.diversity else _in_order(results, room, k)
         return [ranked[row] for row in rows]
 
@@ -286,7 +286,7 @@ def _simplest(conditions: Iterable[OneOf]) -> tuple[dict[str, frozenset[str]], t
 # --------------------------------------------------------------------------- selection
 
 
-class _Room:
+class _QuotaCapacity:
     """The remaining capacity of quotas while a list is built."""
 
     def __init__(self, quotas: Sequence[Quota]) -> None:
@@ -311,7 +311,7 @@ class _Room:
         return full
 
 
-def _in_order(items: Sequence[_Fields], room: _Room, k: int) -> list[int]:
+def _in_order(items: Sequence[_Fields], room: _QuotaCapacity, k: int) -> list[int]:
     """Return the indices of the first k items that satisfy the quotas."""
     rows: list[int] = []
     for row, fields in enumerate(items):
@@ -323,7 +323,7 @@ def _in_order(items: Sequence[_Fields], room: _Room, k: int) -> list[int]:
     return rows
 
 
-def _diverse(items: Sequence[_Fields], room: _Room, diversity: float, k: int) -> list[int]:
+def _diverse(items: Sequence[_Fields], room: _QuotaCapacity, diversity: float, k: int) -> list[int]:
     """Return the indices of k items selected by maximal marginal relevance."""
     similarity = _Similarity(items)
     holders = cache(lambda name: similarity.fields.get(name) or _holders(items, name))

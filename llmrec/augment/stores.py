@@ -154,7 +154,7 @@ def all_features(store: FeatureStore, kind: FeatureKind) -> Features:
 
 
 @dataclass(frozen=True)
-class Forgotten:
+class DeletionResult:
     """The result of deleting a user's data.
 
     Attributes:
@@ -168,7 +168,7 @@ class Forgotten:
     others: tuple[str, ...]
 
 
-def forget(folder: Path, user: str) -> Forgotten:
+def forget(folder: Path, user: str) -> DeletionResult:
     """Delete a user's text, vector, interactions and cached answers, and remove earlier versions of the store.
 
     Answers and older versions are removed first and for all users, since they do not record whom they are about: a user
@@ -197,7 +197,7 @@ def forget(folder: Path, user: str) -> Forgotten:
                 folder, "unknown-name", f" has no data on user {user!r}; cached model answers were removed"
             )
         write_version(root, [_without(table, user, pairs) for table in tables], dtype=store.dtype, keep=1)
-    return Forgotten(had_text, len(pairs), tuple(others))
+    return DeletionResult(had_text, len(pairs), tuple(others))
 
 
 def _without(table: Features, user: str, pairs: set[Pair]) -> Features:

@@ -31,7 +31,7 @@ _ITEMS = frozenset({"item", "item_id", "fields", "factors", "noun"})
 
 
 @dataclass(frozen=True)
-class Asked:
+class TextPrompt:
     """A prompt about one user or item.
 
     Attributes:
@@ -85,7 +85,7 @@ def about_users(
     *,
     kind: FeatureKind = "user",
     interests: Mapping[str, str] = MappingProxyType({}),
-) -> list[Asked]:
+) -> list[TextPrompt]:
     """Return prompts about users who have interactions that may be shown.
 
     Args:
@@ -107,11 +107,13 @@ def about_users(
         events = readable(data, user)[-section.history :]
         values = view.user(user, {}) | fields | {"history": view.events(events, _stars)}
         values["interests"] = interests.get(user, "")
-        results.append(Asked(user, Prompt(messages=template.turns(values)), events))
+        results.append(TextPrompt(user, Prompt(messages=template.turns(values)), events))
     return results
 
 
-def about_items(data: SplitDataset, section: AugmentSection, seed: int, prompts: Sequence[str] = ()) -> list[Asked]:
+def about_items(
+    data: SplitDataset, section: AugmentSection, seed: int, prompts: Sequence[str] = ()
+) -> list[TextPrompt]:
     """Return prompts about all items, without interactions."""
     assert section.items is not None
     template, view = template_of("item", section.items, prompts), View(data)
@@ -119,7 +121,7 @@ def about_items(data: SplitDataset, section: AugmentSection, seed: int, prompts:
     for item in _sample(sorted(data.dataset.items), section.limit, seed):
         values = view.about(item) | {"factors": list(section.factors), "noun": data.dataset.noun}
         values.pop("item_stats", None)
-        results.append(Asked(item, Prompt(messages=template.turns(values))))
+        results.append(TextPrompt(item, Prompt(messages=template.turns(values))))
     return results
 
 

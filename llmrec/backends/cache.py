@@ -303,7 +303,7 @@ class StoredLedger:
 
 
 @runtime_checkable
-class OneByOne(Protocol):
+class AnswerStream(Protocol):
     """A backend that yields answers as they arrive, with the index of the prompt."""
 
     def generate_each(self, prompts: Sequence[Prompt], *, max_tokens: int) -> Iterator[tuple[int, Completion]]:
@@ -318,13 +318,13 @@ class OneByOne(Protocol):
 
 
 @runtime_checkable
-class Streaming(Protocol):
+class StreamingEngine(Protocol):
     """An engine that streams text while it is generated."""
 
     listener: Callable[[str], None] | None
 
 
-class Offer(NamedTuple):
+class LazyEngine(NamedTuple):
     """An engine that can be started when it is needed.
 
     Attributes:
@@ -344,8 +344,8 @@ class CachedBackend:
 
     Args:
         store: The stored answers; None disables the cache.
-        identity: See `Offer`.
-        kind: See `Offer`.
+        identity: See `LazyEngine`.
+        kind: See `LazyEngine`.
         start: Starts the engine; called at most once, and never if every answer is cached.
         instead: Returns a replacement for an engine that failed, or None if there is none.
     """
@@ -356,12 +356,12 @@ class CachedBackend:
         identity: Mapping[str, Any],
         kind: type[Backend],
         start: Callable[[], Backend],
-        instead: Callable[[EngineFailure], Offer | None] | None = None,
+        instead: Callable[[EngineFailure], LazyEngine | None] | None = None,
     ) -> None:
         self.store, self._instead = store, instead
         self.replaced = 0
         """Number of times that a failed engine was replaced; later answers are from the replacement."""
-        self._take(Offer(identity, kind, start))
+        self._take(LazyEngine(identity, kind, start))
         self.part: int | None = None
         """The part of a job that questions belong to; None: answers may be shared by all parts.
 
@@ -376,11 +376,11 @@ class CachedBackend:
         self.start_seconds = 0.0
         """The cost of starting the engine, which is part of the first call that needs it."""
 
-    def _take(self, offer: Offer) -> None:
+    def _take(self, offer: LazyEngine) -> None:
         self.identity, kind, self._begin = offer
         self.name = kind.name
         self.capabilities: frozenset[Capability] = kind.capabilities
-        self._together = not issubclass(kind, OneByOne)
+        self._together = not issubclass(kind, AnswerStream)
 
     def generate(self, prompts: Sequence[Prompt], *, max_tokens: int) -> list[Completion]:
         """Continue each prompt, using cached answers; see `Backend.generate`."""
@@ -390,7 +390,7 @@ class CachedBackend:
         while indices := questions.missing():
             engine, part = self.start(), [prompts[i] for i in indices]
             with questions.replaced_on_failure():
-                if isinstance(engine, OneByOne):
+                if isinstance(engine, AnswerStream):
                     for n, completion in engine.generate_each(part, max_tokens=max_tokens):
                         questions.keep([indices[n]], [completion])
                 else:
@@ -411,7 +411,7 @@ class CachedBackend:
         while indices := questions.missing():
             engine, part, texts = self.start(), [prompts[i] for i in indices], [candidates[i] for i in indices]
             with questions.replaced_on_failure():
-                if isinstance(engine, OneByOne):
+                if isinstance(engine, AnswerStream):
                     for n, scores in engine.score_each(part, texts, closed=closed):
                         questions.keep([indices[n]], [scores])
                 else:
@@ -480,7 +480,7 @@ class CachedBackend:
     def streaming(self, listener: Callable[[str], None]) -> Iterator[None]:
         """Stream the text for a single prompt as it is generated, if the engine supports it."""
         engine = self.start()
-        if not isinstance(engine, Streaming):
+        if not isinstance(engine, StreamingEngine):
             yield
             return
         engine.listener = listener

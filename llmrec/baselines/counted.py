@@ -31,7 +31,7 @@ _ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
-class Counts:
+class RatingCounts:
     """Likes, number and sum of ratings per item in training, and the overall share of likes and mean rating."""
 
     liked: float
@@ -43,12 +43,12 @@ class Counts:
     sums: NDArray[np.float64]
 
     @staticmethod
-    def of(known: Ratings, liked: float | None) -> Counts:
+    def of(known: Ratings, liked: float | None) -> RatingCounts:
         """Count training ratings; ``liked`` is the lowest rating of a like, by default three quarters of the scale."""
         level = threshold(known.scale, liked)
         yes = (known.values >= level).astype(np.float64)
         size = len(known.item_index)
-        return Counts(
+        return RatingCounts(
             liked=level,
             share=float(yes.mean()),
             mean=known.mean,
@@ -93,7 +93,7 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class Counted:
+class RequestFeatures:
     """Standardised features of the user and item of a request.
 
     There are six: the user's and the item's share of likes and number of ratings, the item's mean rating, and the mean
@@ -108,7 +108,7 @@ class Counted:
         decay: Factor from one rating of the user to the previous one; None: no seventh feature.
     """
 
-    counts: Counts
+    counts: RatingCounts
     mean: NDArray[np.float64]
     scale: NDArray[np.float64]
     decay: float | None
@@ -116,7 +116,7 @@ class Counted:
     @staticmethod
     def of(
         data: SplitDataset, name: str, liked: float | None, decay: float | None, *, before: bool = False
-    ) -> tuple[Counted, Ratings, Rows]:
+    ) -> tuple[RequestFeatures, Ratings, Rows]:
         """Return the features, the training ratings, and the leave-one-out features of each rating.
 
         User features include ratings that occur only in histories, as in a request's history; item features use
@@ -133,15 +133,15 @@ class Counted:
             DataError: If the training interactions carry no ratings.
         """
         known = ratings(data, name)
-        counts = Counts.of(known, liked)
-        past = _Past.of(data, known, counts)
+        counts = RatingCounts.of(known, liked)
+        past = _RatingHistory.of(data, known, counts)
         rows = _others(known, counts, past, before=before)
         if decay is not None:
             rows = np.column_stack([rows, _before(past, decay)])
         mean, scale = rows.mean(axis=0), rows.std(axis=0)
         # The standard deviation of a constant feature is a rounding error, which must not be scaled to 1.
         scale[scale <= _ROUNDING * np.maximum(np.abs(mean), 1.0)] = 1.0
-        return Counted(counts, mean, scale, decay), known, (rows - mean) / scale
+        return RequestFeatures(counts, mean, scale, decay), known, (rows - mean) / scale
 
     def row(self, request: Request) -> NDArray[np.float64]:
         """Return the features of a request, shape (k,)."""
@@ -166,7 +166,7 @@ def _odds(share: float) -> float:
 
 
 @dataclass(frozen=True)
-class _Past:
+class _RatingHistory:
     """All ratings of training users in time order, including ratings that are only history.
 
     Attributes:
@@ -191,7 +191,7 @@ class _Past:
         return np.asarray((running - running[first])[self.train_rows])
 
     @staticmethod
-    def of(data: SplitDataset, known: Ratings, counts: Counts) -> _Past:
+    def of(data: SplitDataset, known: Ratings, counts: RatingCounts) -> _RatingHistory:
         train = data.train.drop_nulls("rating").select("user_id", "item_id", "rating", "timestamp")
         early = data.known.drop_nulls("rating").select("user_id", "item_id", "rating", "timestamp")
         frames = [entry.with_columns(pl.col("user_id", "item_id").cast(pl.String)) for entry in (early, train)]
@@ -207,7 +207,7 @@ class _Past:
         rows = combined["_row"].to_numpy().astype(np.int64) - early.height
         train_rows = np.empty(train.height, dtype=np.int64)
         train_rows[rows[rows >= 0]] = np.flatnonzero(rows >= 0)
-        return _Past(
+        return _RatingHistory(
             users=combined["_user"].to_numpy().astype(np.int64),
             likes=(values >= counts.liked).astype(np.float64),
             residuals=values - counts.mean - levels[items],
@@ -215,7 +215,7 @@ class _Past:
         )
 
 
-def _others(known: Ratings, counts: Counts, past: _Past, *, before: bool = False) -> Rows:
+def _others(known: Ratings, counts: RatingCounts, past: _RatingHistory, *, before: bool = False) -> Rows:
     """Return the leave-one-out features of all training ratings, shape (n, 6).
 
     With ``before``, user features use only previous ratings.
@@ -234,7 +234,7 @@ def _others(known: Ratings, counts: Counts, past: _Past, *, before: bool = False
     return np.stack(columns, axis=1)
 
 
-def _before(past: _Past, decay: float) -> NDArray[np.float64]:
+def _before(past: _RatingHistory, decay: float) -> NDArray[np.float64]:
     """Return the decayed mean of the user's residuals before each training rating, shape (n,)."""
     sizes = np.bincount(past.users)
     starts, means = np.cumsum(sizes) - sizes, np.zeros(len(past.residuals))

@@ -21,7 +21,7 @@ from llmrec.baselines.parameters import hashes_of, make
 from llmrec.errors import RecipeError
 from llmrec.fingerprint import fingerprint
 from llmrec.machine import cpu_has_bf16, has_cuda, version_of, versions
-from llmrec.progress import Bar
+from llmrec.progress import Progress
 from llmrec.resources import cache_dir
 
 if TYPE_CHECKING:
@@ -233,7 +233,7 @@ def fit_stored(model: Any, data: SplitDataset, *, seed: int) -> Any:
         model.recalled = seconds
         return model
     begin = time.monotonic()
-    with Bar(f"fitting {model.name}", None, quiet=bool(getattr(getattr(model, "config", None), "quiet", False))):
+    with Progress(f"fitting {model.name}", None, quiet=bool(getattr(getattr(model, "config", None), "quiet", False))):
         model.fit(data)
     if key is not None:
         keep(model, key, time.monotonic() - begin)

@@ -22,7 +22,7 @@ from llmrec.baselines.profiles import Profiles
 from llmrec.baselines.validation import mean_ndcgs, ranking_cases
 from llmrec.errors import RecipeError, require
 from llmrec.machine import cpu_has_bf16, gpu_has_bf16, has_cuda
-from llmrec.progress import Bar
+from llmrec.progress import Progress
 from llmrec.recipe.schema import Positive, Section
 from llmrec.types import Case, CatalogueScorer, Request
 
@@ -103,7 +103,7 @@ def until_least(
     )
     best, kept, since = math.inf, None, 0
     early = config.patience is not None
-    with Bar(name, config.epochs, unit="epochs", quiet=config.quiet, early=early, passing=True) as bar:
+    with Progress(name, config.epochs, unit="epochs", quiet=config.quiet, early=early, passing=True) as bar:
         for epoch in range(0 if learned and judge else 1, config.epochs + 1):
             mean = learn(optimiser) if epoch else math.nan
             bar.reach(epoch, f"loss {mean:.3f}")

@@ -15,7 +15,7 @@ from llmrec.baselines.item_texts import refuse_unpretrained, texts_of
 from llmrec.baselines.neural import info_nce, stop_cases, stopped_by, until_least
 from llmrec.baselines.transitions import (
     NEIGHBOURS,
-    Steps,
+    TransitionCounts,
     TransitionsText,
     TransitionsTextConfig,
     counted,
@@ -91,7 +91,7 @@ class Pairs:
     seen: Any
 
     @staticmethod
-    def of(steps: Steps, apart: int, nearby: float) -> Pairs:
+    def of(steps: TransitionCounts, apart: int, nearby: float) -> Pairs:
         """Return pairs up to a given distance; the weight is multiplied by ``nearby`` for each position."""
         total = steps.gaps[0].astype(np.float64)
         for gap in range(1, apart):
@@ -118,7 +118,7 @@ class Pairs:
 class SimilarToLatest:
     """Scores items by vector similarity to the latest history items."""
 
-    steps: Steps
+    steps: TransitionCounts
     vectors: NDArray[np.float32]
     name: str = "alike"
 
@@ -166,7 +166,7 @@ class TransitionsTuned(TransitionsText):
         """Fine-tune the text encoder, and return it after its best epoch; raises the same errors as `learn`."""
         return self._tuned(data, counted(data))
 
-    def _tuned(self, data: SplitDataset, steps: Steps) -> TunedEncoder:
+    def _tuned(self, data: SplitDataset, steps: TransitionCounts) -> TunedEncoder:
         torch, config = require("torch", "train"), self._config
         refuse_unpretrained(self.name, config.encoder, "transitions-text")
         refuse_other_split(config.encoder, data)
@@ -207,8 +207,10 @@ class TransitionsTuned(TransitionsText):
         self._put(counted(data), state["vectors"])
         self.looked_at = stopped_by(stop_cases(data, self._config, _STOP_CASES))
 
-    def _put(self, steps: Steps, vectors: NDArray[Any]) -> None:
-        self._model = Steps(steps.catalogue, steps.gaps, steps.popular, nearest(vectors, NEIGHBOURS), vectors)
+    def _put(self, steps: TransitionCounts, vectors: NDArray[Any]) -> None:
+        self._model = TransitionCounts(
+            steps.catalogue, steps.gaps, steps.popular, nearest(vectors, NEIGHBOURS), vectors
+        )
 
 
 class PairEpoch:

@@ -43,7 +43,7 @@ class _Weights:
     weights: NDArray[np.float64]
 
 
-class _SameForAll(ScoredBaseline[C, _Weights]):
+class _ConstantScores(ScoredBaseline[C, _Weights]):
     """Scores items by weights that are equal for all users."""
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
@@ -51,7 +51,7 @@ class _SameForAll(ScoredBaseline[C, _Weights]):
         return np.repeat(self._fitted.weights[None, :], len(requests), axis=0)
 
 
-class Random(_SameForAll[NoParameters]):
+class Random(_ConstantScores[NoParameters]):
     """Ranks at random: all items have the same score, so metrics are averages over all orders.
 
     A truncated list is a sample by a hash of the request's id.
@@ -81,7 +81,7 @@ class Random(_SameForAll[NoParameters]):
         return replace(result, unlisted=len(indices) - len(drawn))
 
 
-class Popularity(_SameForAll[NoParameters]):
+class Popularity(_ConstantScores[NoParameters]):
     """Ranks by the number of training interactions, which is also the score."""
 
     name = "popularity"
@@ -102,7 +102,7 @@ class RecentPopularityConfig(Section):
     )
 
 
-class RecentPopularity(_SameForAll[RecentPopularityConfig]):
+class RecentPopularity(_ConstantScores[RecentPopularityConfig]):
     """Ranks by training interactions with weights that decay with age (Ji et al., SIGIR 2020).
 
     The age of an interaction is the share of later training interactions; an interaction of age a has the weight

@@ -60,7 +60,7 @@ class Finder(Protocol):
 
 
 @dataclass(frozen=True)
-class Single:
+class SingleRetriever:
     """Retrieves candidates with a single baseline.
 
     Attributes:
@@ -93,7 +93,7 @@ class Single:
         return model
 
 
-def finder_of(section: CandidateSection, seed: int) -> Single:
+def finder_of(section: CandidateSection, seed: int) -> SingleRetriever:
     """Return the retriever for the baseline that a recipe names.
 
     Raises:
@@ -101,7 +101,7 @@ def finder_of(section: CandidateSection, seed: int) -> Single:
     """
     name = str(section.retriever)
     check_retriever(name, "eval.candidates.retriever", FUSED)
-    return Single(name, seed)
+    return SingleRetriever(name, seed)
 
 
 def retrieve(
@@ -159,7 +159,7 @@ def retrieve(
 
 
 @dataclass(frozen=True)
-class Lists:
+class RetrievedCandidates:
     """Retrieved candidates for training interactions, on which a reranker is trained.
 
     A retriever that was fitted on an interaction would nearly always rank its item first. So users are divided into

@@ -92,7 +92,7 @@ class _Texts:
 
 
 @dataclass(frozen=True)
-class _Library:
+class _TextIndex:
     """Training texts with their vectors, indices by item and user, and titles."""
 
     known: _Texts
@@ -127,7 +127,7 @@ class FrequentText(Baseline[NoParameters, str]):
         return [_write(request, text) for request in requests]
 
 
-class NearestText(Baseline[NoParameters, _Library]):
+class NearestText(Baseline[NoParameters, _TextIndex]):
     """Returns the training text about the same item that is most similar to the request.
 
     The request text is: the item's title, the texts in the user's history and the request's context. If there is no
@@ -149,7 +149,7 @@ class NearestText(Baseline[NoParameters, _Library]):
         titles = {item_id: item.title for item_id, item in data.dataset.items.items()}
         model = TfIdf.of([*known.texts, *(titles[item] for item in sorted(titles))])
         vectors = model.vectors(known.texts)
-        self._model = _Library(
+        self._model = _TextIndex(
             known=known,
             model=model,
             vectors=vectors,
@@ -198,7 +198,7 @@ class TextRidgeConfig(Section):
 
 
 @dataclass(frozen=True)
-class _Read:
+class _RidgeModel:
     """A fitted ridge regression: vocabulary, word weights, means and rating scale."""
 
     model: TfIdf
@@ -208,7 +208,7 @@ class _Read:
     scale: tuple[float, float]
 
 
-class TextRidge(Baseline[TextRidgeConfig, _Read]):
+class TextRidge(Baseline[TextRidgeConfig, _RidgeModel]):
     """Predicts ratings from reviews by ridge regression on TF-IDF vectors of words and n-grams.
 
     ``rating = mean + w . (x - average x)`` with ``w`` the minimum of the squared error over the training reviews plus
@@ -257,7 +257,7 @@ class TextRidge(Baseline[TextRidgeConfig, _Read]):
         )
         result = lsqr(centred, values - mean, damp=float(np.sqrt(config.penalty)), atol=1e-8, btol=1e-8, iter_lim=1000)
         weights = np.asarray(result[0], dtype=np.float64)
-        self._model = _Read(model, weights, float(centre @ weights), mean, known.scale)
+        self._model = _RidgeModel(model, weights, float(centre @ weights), mean, known.scale)
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Predict the rating of the review in each request."""
@@ -310,7 +310,7 @@ def _most_frequent(texts: Sequence[str], vectors: Any) -> str:
     return text
 
 
-def _nearest(request: Request, library: _Library) -> str:
+def _nearest(request: Request, library: _TextIndex) -> str:
     item = request.item or ""
     title = library.titles.get(item, "")
     if item in library.of_item:

@@ -32,7 +32,7 @@ _SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 @dataclass(frozen=True)
-class Steps:
+class TransitionCounts:
     """Transition counts of the training sequences, by distance.
 
     Attributes:
@@ -73,7 +73,7 @@ class TransitionsConfig(Section):
     decay: Decay = Field(0.6, description="Decay of older interactions: weight relative to the next newer one.")
 
 
-class Transitions(ScoredBaseline[TransitionsConfig, Steps]):
+class Transitions(ScoredBaseline[TransitionsConfig, TransitionCounts]):
     """Scores items by normalised transitions in both directions from the latest history items.
 
     With ``F_d`` the number of times that an item followed another at distance ``d`` in a training sequence, transitions
@@ -125,7 +125,7 @@ class TransitionsTextConfig(TransitionsConfig, TextsConfig):
     onward: float = Field(0.5, ge=0, description="Weight of text similarity to the targets of transitions.")
 
 
-class TransitionsText(ScoredBaseline[TransitionsTextConfig, Steps]):
+class TransitionsText(ScoredBaseline[TransitionsTextConfig, TransitionCounts]):
     """`Transitions` with text similarity to the history items and to the items that follow them.
 
     With T the text similarities, ``max(cos, 0)**sharpness`` of the 100 most similar items, rows scaled to sum 1, an
@@ -157,7 +157,7 @@ class TransitionsText(ScoredBaseline[TransitionsTextConfig, Steps]):
         """
         steps = counted(data)
         vectors = text_vectors(data, steps.catalogue.ids, self._config)
-        self._model = Steps(steps.catalogue, steps.gaps, steps.popular, nearest(vectors, NEIGHBOURS))
+        self._model = TransitionCounts(steps.catalogue, steps.gaps, steps.popular, nearest(vectors, NEIGHBOURS))
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
         """Return the weighted transitions and similarities for every request, shape (n, items)."""
@@ -190,15 +190,15 @@ def nearest(vectors: NDArray[np.floating[Any]], count: int) -> Any:
     return result if result.shape[0] == items else sparse.csr_array((items, items))
 
 
-def counted(data: SplitDataset) -> Steps:
+def counted(data: SplitDataset) -> TransitionCounts:
     """Return the training transition counts for each distance."""
     catalogue = Catalogue.of(data)
     log, size = Log.of(data, catalogue), len(catalogue.ids)
     gaps = tuple(log.steps(gap, size) for gap in range(1, _FURTHEST + 1))
-    return Steps(catalogue, gaps, counts(log, catalogue))
+    return TransitionCounts(catalogue, gaps, counts(log, catalogue))
 
 
-def normalised(model: Steps, config: TransitionsConfig) -> Any:
+def normalised(model: TransitionCounts, config: TransitionsConfig) -> Any:
     """Return the normalised transitions in both directions, sparse, shape (items, items)."""
     shape = config.reach, config.fade, config.backward
 

@@ -15,7 +15,7 @@ from pydantic import Field
 from scipy import sparse
 
 from llmrec.baselines.base import AboveZero, Baseline, Decay
-from llmrec.baselines.counted import Counted, Counts
+from llmrec.baselines.counted import RatingCounts, RequestFeatures
 from llmrec.baselines.rated import ratings
 from llmrec.recipe.schema import Section
 from llmrec.types import Answer, Probability, Request, Unparsed
@@ -35,7 +35,7 @@ class LikeRatioConfig(Section):
     )
 
 
-class LikeRatio(Baseline[LikeRatioConfig, Counts]):
+class LikeRatio(Baseline[LikeRatioConfig, RatingCounts]):
     """Predicts the share of liked items in the user's history, regardless of the item.
 
     On the released prompts of TALLRec (Bao et al., RecSys 2023) this rule reaches the AUC that is reported for the
@@ -52,7 +52,7 @@ class LikeRatio(Baseline[LikeRatioConfig, Counts]):
         Raises:
             DataError: If the training interactions carry no ratings.
         """
-        self._model = Counts.of(ratings(data, self.name), self._config.liked)
+        self._model = RatingCounts.of(ratings(data, self.name), self._config.liked)
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Predict the share of likes in each history; without ratings, the share in training."""
@@ -64,7 +64,7 @@ class LikeRatio(Baseline[LikeRatioConfig, Counts]):
 class _Linear:
     """A linear model: weighted features, plus user weight, item weight and intercept."""
 
-    counted: Counted
+    counted: RequestFeatures
     weights: NDArray[np.float64]
     bias: float
     of_users: Mapping[str, float]
@@ -87,7 +87,7 @@ class LogisticConfig(LikeRatioConfig):
 
 
 class Logistic(Baseline[LogisticConfig, _Linear]):
-    """Logistic regression on counts of user and item; see `llmrec.baselines.counted.Counted`.
+    """Logistic regression on counts of user and item; see `llmrec.baselines.counted.RequestFeatures`.
 
     ``features=recent`` adds the user's recent ratings, weighted by ``decay``, and ``features=ids`` a one-hot encoding
     of training users and items. Weights minimise the mean log-loss plus
@@ -112,7 +112,7 @@ class Logistic(Baseline[LogisticConfig, _Linear]):
         """
         config = self._config
         decay = config.decay if config.features == "recent" else None
-        counted, known, rows = Counted.of(data, self.name, config.liked, decay)
+        counted, known, rows = RequestFeatures.of(data, self.name, config.liked, decay)
         truth = (known.values >= counted.counts.liked).astype(np.float64)
         size = rows.shape[1]
         penalties = np.full(size, config.penalty)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from llmrec.answer.options import About
+from llmrec.answer.options import OptionHelp
 from llmrec.cli.console import console, say, store_facts, written
 from llmrec.recipe.shared import RESAMPLES
 
@@ -15,10 +15,10 @@ from llmrec.recipe.shared import RESAMPLES
 class CompareOptions:
     """Options of `llmrec compare`."""
 
-    a: Annotated[Path, About(argument=True, metavar="RUN_A", help="Finished run folder.")]
+    a: Annotated[Path, OptionHelp(argument=True, metavar="RUN_A", help="Finished run folder.")]
     b: Annotated[
         Path,
-        About(
+        OptionHelp(
             argument=True,
             metavar="RUN_B",
             help="Folder of a finished run to compare with, evaluated on the same test cases.",
@@ -26,12 +26,12 @@ class CompareOptions:
     ]
     to: Annotated[
         Path | None,
-        About(metavar="FILE", help="Output file for all differences (.csv, .tsv, .jsonl or .parquet)."),
+        OptionHelp(metavar="FILE", help="Output file for all differences (.csv, .tsv, .jsonl or .parquet)."),
     ] = None
-    resamples: Annotated[int, About(least=1, help="Number of bootstrap resamples for the confidence intervals.")] = (
-        RESAMPLES
-    )
-    seed: Annotated[int, About(help="Random seed of the bootstrap.")] = 0
+    resamples: Annotated[
+        int, OptionHelp(least=1, help="Number of bootstrap resamples for the confidence intervals.")
+    ] = RESAMPLES
+    seed: Annotated[int, OptionHelp(help="Random seed of the bootstrap.")] = 0
 
 
 def compare(options: CompareOptions) -> None:

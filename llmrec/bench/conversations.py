@@ -26,7 +26,7 @@ from llmrec.chat.conversation import Conversation
 from llmrec.chat.facts import Facts
 from llmrec.chat.opening import CONTROLS, MANAGERS, grader, opened
 from llmrec.chat.reading import Reader, title_of
-from llmrec.chat.simulator import Held, near
+from llmrec.chat.simulator import SimulatedConversation, near
 from llmrec.chat.tools import ModelLists, Tools, asking
 from llmrec.data.assemble import digest_items
 from llmrec.data.split import SplitDataset
@@ -35,7 +35,7 @@ from llmrec.fingerprint import fingerprint
 from llmrec.metrics.stats import interval
 from llmrec.pipeline.results import describe
 from llmrec.pipeline.resume import SUITE, locked
-from llmrec.progress import Bar
+from llmrec.progress import Progress
 from llmrec.recipe.comparisons import ChatRow, ChatSuite
 from llmrec.recipe.load import load_recipe, recipe_hash
 from llmrec.records import Record
@@ -47,7 +47,7 @@ _SILENT = {"chat", "description", "rows", "pairs", "bootstrap"}
 TABLE = "conversations"
 
 
-class Talk(Record):
+class ConversationData(Record):
     """The data of a conversation from which results are computed.
 
     Attributes:
@@ -99,7 +99,7 @@ class Setting:
         )
         return {seed: draw(seed) for seed in page.seeds}
 
-    def held(self, row: ChatRow, out: Callable[[int], None]) -> Iterator[Talk]:
+    def held(self, row: ChatRow, out: Callable[[int], None]) -> Iterator[ConversationData]:
         """Run the conversations of a dialogue system, and report each to ``out``."""
         page, facts = self.page, self.tools.facts
         reader = None if row.manager in CONTROLS else self.reader
@@ -167,16 +167,16 @@ def _check_fields(page: ChatSuite, facts: Facts) -> None:
                 )
 
 
-def _stored(setting: Setting, row: ChatRow, path: Path, shared: Mapping[str, Any]) -> list[Talk]:
+def _stored(setting: Setting, row: ChatRow, path: Path, shared: Mapping[str, Any]) -> list[ConversationData]:
     """Return stored conversations with the same cache key, or run and store them."""
     config = row.model_dump(mode="json", exclude={"name"})
     key = fingerprint("chat", row=config, models=[_model(name) for name in (row.manager, row.ranker)], **shared)
 
     def make() -> Mapping[str, Any]:
-        with Bar(row.label, (row.users or setting.page.users) * len(setting.page.seeds)) as bar:
+        with Progress(row.label, (row.users or setting.page.users) * len(setting.page.seeds)) as bar:
             return {"talks": [talk.as_json() for talk in setting.held(row, bar.advance)]}
 
-    return cached(path, key, lambda stored: [Talk.model_validate(talk) for talk in stored["talks"]], make)
+    return cached(path, key, lambda stored: [ConversationData.model_validate(talk) for talk in stored["talks"]], make)
 
 
 def _model(name: str | None) -> list[tuple[str, int, int]]:
@@ -186,9 +186,9 @@ def _model(name: str | None) -> list[tuple[str, int, int]]:
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.iterdir())]
 
 
-def _talk(facts: Facts, seed: int, user: str, target: str, held: Held) -> Talk:
+def _talk(facts: Facts, seed: int, user: str, target: str, held: SimulatedConversation) -> ConversationData:
     title = title_of(facts.titles[target])
-    return Talk(
+    return ConversationData(
         seed=seed,
         user=user,
         hit=held.hit,
@@ -217,12 +217,12 @@ def metric_of(page: ChatSuite, turns: int) -> str:
     return f"Hit@{page.k}-in-{turns}"
 
 
-def _within(talks: Sequence[Talk], turns: int) -> NDArray[np.float64]:
+def _within(talks: Sequence[ConversationData], turns: int) -> NDArray[np.float64]:
     """Return 1 for each conversation with a hit within a number of turns, else 0, shape (n,)."""
     return np.array([float(talk.hit is not None and talk.hit <= turns) for talk in talks])
 
 
-def row_of(page: ChatSuite, row: ChatRow, talks: Sequence[Talk]) -> BenchmarkRow:
+def row_of(page: ChatSuite, row: ChatRow, talks: Sequence[ConversationData]) -> BenchmarkRow:
     """Return the results of a dialogue system, with intervals over users."""
     users, turns = [talk.user for talk in talks], sum(talk.turns for talk in talks)
     hits = [talk.hit for talk in talks if talk.hit is not None]
@@ -256,7 +256,7 @@ def row_of(page: ChatSuite, row: ChatRow, talks: Sequence[Talk]) -> BenchmarkRow
     )
 
 
-def finished_row(page: ChatSuite, row: ChatRow, talks: Sequence[Talk]) -> FinishedRow:
+def finished_row(page: ChatSuite, row: ChatRow, talks: Sequence[ConversationData]) -> FinishedRow:
     """Return the values of a dialogue system, one per conversation."""
     requests = [(talk.seed, talk.user) for talk in talks]
     return FinishedRow(

@@ -21,7 +21,7 @@ from llmrec.bench.pages import benchmark_pages
 from llmrec.bench.records import BenchmarkPair, BenchmarkResult, BenchmarkRow, BenchmarkTable, PairSlice
 from llmrec.bench.references import all_references
 from llmrec.durable import write_checked, write_json, write_text
-from llmrec.evaluate.compare import Contrast, Plan, Standing, compare_tables, exploratory
+from llmrec.evaluate.compare import Contrast, ModelValues, Plan, compare_tables, exploratory
 from llmrec.evaluate.slices import FEW
 from llmrec.machine import command_line, commit, machine, versions
 from llmrec.pipeline.resume import read_stage
@@ -94,7 +94,7 @@ class Finished:
 
 
 @dataclass(frozen=True)
-class Ran:
+class FinishedBenchmark:
     """A finished benchmark: its result, and the written files by type."""
 
     results: BenchmarkResult
@@ -106,7 +106,7 @@ def name_of(page: Page) -> str:
     return page.suite if isinstance(page, Suite) else page.benchmark if isinstance(page, Benchmark) else page.chat
 
 
-def write(page: Page, done: Finished, results: Path, seconds: float) -> Ran:
+def write(page: Page, done: Finished, results: Path, seconds: float) -> FinishedBenchmark:
     """Compare the finished models, and write the result with its pages.
 
     Args:
@@ -139,7 +139,9 @@ def write(page: Page, done: Finished, results: Path, seconds: float) -> Ran:
     for name, text in pages.items():
         write_text(results.parent / name, text)
     titles = {leaderboard.PAGE: "leaderboard", f"{result.benchmark}.md": "page"}
-    return Ran(result, {"results": file} | {titles[name]: results.parent / name for name in pages if name in titles})
+    return FinishedBenchmark(
+        result, {"results": file} | {titles[name]: results.parent / name for name in pages if name in titles}
+    )
 
 
 def cached(path: Path, key: str, read: Callable[[Mapping[str, Any]], T], make: Callable[[], Mapping[str, Any]]) -> T:
@@ -217,18 +219,18 @@ def _unrun(page: Page, done: Finished) -> int:
     return len(absent) if done.missing else 0
 
 
-def _standings(table: BenchmarkTable, done: Finished) -> dict[str, tuple[Standing, Sample]]:
+def _standings(table: BenchmarkTable, done: Finished) -> dict[str, tuple[ModelValues, Sample]]:
     """Return the models in a table that have a value, by name."""
     standings = {}
     for entry in done.rows:
         if (sample := entry.samples.get(table.name)) is not None:
             value = entry.row.tables[table.name].value(table.metric)
             if value is not None:
-                standings[entry.row.name] = Standing(entry.row.name, value, sample.values), sample
+                standings[entry.row.name] = ModelValues(entry.row.name, value, sample.values), sample
     return standings
 
 
-def _contrast(metric: str, a: tuple[Standing, Sample], b: tuple[Standing, Sample]) -> Contrast:
+def _contrast(metric: str, a: tuple[ModelValues, Sample], b: tuple[ModelValues, Sample]) -> Contrast:
     """Pair two models on the requests that both have answered."""
     (one, first), (other, second) = a, b
     if first.requests == second.requests:

@@ -75,7 +75,7 @@ class Model(Page):
     type: Type | Literal[""] = ""
 
 
-class Board(Page):
+class LeaderboardConfig(Page):
     """Settings of the leaderboard.
 
     Attributes:
@@ -114,7 +114,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Line:
+class LeaderboardRow:
     """A model with its results, None where it was not run."""
 
     name: str
@@ -133,11 +133,11 @@ class Matrix:
     title: str
     metric: str
     columns: tuple[Column, ...]
-    lines: tuple[Line, ...]
+    lines: tuple[LeaderboardRow, ...]
     published: tuple[tuple[str, str, tuple[float | None, ...]], ...]
 
 
-def load_board(folder: Path) -> Board | None:
+def load_board(folder: Path) -> LeaderboardConfig | None:
     """Read the settings of the leaderboard from a folder; None if there are none.
 
     Raises:
@@ -147,10 +147,11 @@ def load_board(folder: Path) -> Board | None:
     if not path.is_file():
         return None
     try:
-        return Board.model_validate(parsed(path.read_text(encoding="utf-8"), path)[0])
+        return LeaderboardConfig.model_validate(parsed(path.read_text(encoding="utf-8"), path)[0])
     except (OSError, RecipeError, ValidationError, ValueError) as error:
         raise DataError(
-            f"{path}: invalid leaderboard settings ({flat(str(error))}); see llmrec.bench.leaderboard.Board",
+            f"{path}: invalid leaderboard settings ({flat(str(error))}); see "
+            "llmrec.bench.leaderboard.LeaderboardConfig",
             kind="wrong-format",
             at=path,
         ) from error
@@ -194,7 +195,9 @@ def rewrite(folder: Path) -> list[Path]:
     return [folder.parent / name for name in pages_by_name]
 
 
-def matrices(board: Board, results: Sequence[BenchmarkResult], references: Mapping[str, Reference]) -> Iterator[Matrix]:
+def matrices(
+    board: LeaderboardConfig, results: Sequence[BenchmarkResult], references: Mapping[str, Reference]
+) -> Iterator[Matrix]:
     """Yield the tables of the leaderboard; data sets without results are left out."""
     known = {result.benchmark: result for result in results}
     for group in board.groups:
@@ -209,14 +212,16 @@ def matrices(board: Board, results: Sequence[BenchmarkResult], references: Mappi
         yield Matrix(group.title, metric, columns, tuple(lines), published)
 
 
-def missing(board: Board, results: Sequence[BenchmarkResult]) -> list[str]:
+def missing(board: LeaderboardConfig, results: Sequence[BenchmarkResult]) -> list[str]:
     """Return the models that have results but are not mentioned in the leaderboard settings."""
     suites = {name for group in board.groups for column in group.columns for name in (column.suite, *column.further)}
     rows = {row.name for result in results if result.benchmark in suites for row in result.rows}
     return sorted(rows - set(board.models) - set(board.left_out))
 
 
-def pages(board: Board, results: Sequence[BenchmarkResult], references: Mapping[str, Reference]) -> dict[str, str]:
+def pages(
+    board: LeaderboardConfig, results: Sequence[BenchmarkResult], references: Mapping[str, Reference]
+) -> dict[str, str]:
     """Return the page of the leaderboard and its data for the site, by file name."""
     tables = list(matrices(board, results, references))
     views = [{"matrix": matrix, "grid": Markup(_grid(matrix))} for matrix in tables]
@@ -224,7 +229,7 @@ def pages(board: Board, results: Sequence[BenchmarkResult], references: Mapping[
     return {PAGE: text, DATA: json.dumps([_as_json(matrix) for matrix in tables], indent=1) + "\n"}
 
 
-def featured(board: Board, matrix: Matrix) -> Matrix:
+def featured(board: LeaderboardConfig, matrix: Matrix) -> Matrix:
     """Return a table of the leaderboard with only its featured models, in the same order."""
     lines = tuple(line for line in matrix.lines if line.name in board.featured)
     return replace(matrix, lines=lines, published=())
@@ -271,7 +276,7 @@ def _column(column: Column, known: Mapping[str, BenchmarkResult]) -> _Source:
     return _Source(result, table, pages)
 
 
-def _lines(board: Board, columns: Sequence[_Source]) -> Iterator[Line]:
+def _lines(board: LeaderboardConfig, columns: Sequence[_Source]) -> Iterator[LeaderboardRow]:
     standings = [_cells(board, column) for column in columns]
     controls = {row.name for column in columns for row in column.result.rows if _type(row) == "control"}
     complete = {name for name in standings[0] if all(name in cells for cells in standings)} - controls
@@ -279,7 +284,7 @@ def _lines(board: Board, columns: Sequence[_Source]) -> Iterator[Line]:
         rows = [(column.result, row) for column in columns for row in column.result.rows if row.name == name]
         cells = tuple(standing.get(name) for standing in standings)
         ranks = [_rank_among(standing, complete, name) for standing in standings] if name in complete else []
-        yield Line(
+        yield LeaderboardRow(
             name,
             board.models[name],
             board.models[name].type or _type(rows[0][1]),
@@ -290,7 +295,7 @@ def _lines(board: Board, columns: Sequence[_Source]) -> Iterator[Line]:
         )
 
 
-def _cells(board: Board, column: _Source) -> dict[str, Cell]:
+def _cells(board: LeaderboardConfig, column: _Source) -> dict[str, Cell]:
     """Return the results on a data set by model, best first."""
     table = column.table
     # The best model is compared with all others; models to which it is not significantly superior count as equal. With
@@ -356,14 +361,14 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return float(np.mean(known)) if known else None
 
 
-def _order(line: Line, metric: str) -> tuple[bool, float, bool, float]:
+def _order(line: LeaderboardRow, metric: str) -> tuple[bool, float, bool, float]:
     """Return the sort key of a model, by mean rank and then by a metric."""
     known = [cell for cell in line.cells if cell is not None]
     return line.type == "control", float(np.mean([cell.rank for cell in known])), *sort_key(known[0].value, metric)
 
 
 def _published(
-    board: Board, columns: Sequence[_Source], references: Mapping[str, Reference], metric: str
+    board: LeaderboardConfig, columns: Sequence[_Source], references: Mapping[str, Reference], metric: str
 ) -> tuple[tuple[str, str, tuple[float | None, ...]], ...]:
     """Return the best published systems on each data set, with sources and results.
 

@@ -20,7 +20,7 @@ from llmrec.ensembles.cells import Kind
 from llmrec.ensembles.context import Context
 from llmrec.ensembles.members import kind_of, reads_of, widest
 from llmrec.ensembles.rankers import CatalogueEnsemble, Member
-from llmrec.ensembles.weights import Tried
+from llmrec.ensembles.weights import EnsembleTrial
 from llmrec.errors import RecipeError
 from llmrec.evaluate.lists import Background
 from llmrec.index.semantic import item_fields, item_vectors
@@ -60,7 +60,7 @@ def _read_by(recipe: Recipe) -> Mapping[str, Any]:
     }
 
 
-def _form(tried: Tried | None) -> dict[str, Any]:
+def _form(tried: EnsembleTrial | None) -> dict[str, Any]:
     """Return the type of an ensemble as parameters for its record."""
     assert tried is not None
     return {"form": tried.form, "of": tried.name}
@@ -101,7 +101,7 @@ class Models:
             parameters: The chosen parameters; for an ensemble the keys ``form`` and ``of``.
         """
         if row.fuse:
-            form = Tried(parameters["form"], parameters["of"], 0.0)
+            form = EnsembleTrial(parameters["form"], parameters["of"], 0.0)
             return self._fused(row, data, seed, table, only=form)
         known = self._fitted.get((row.label, data.fingerprint, seed), [])
         if row.baseline is None:
@@ -211,7 +211,7 @@ class Models:
         table: str,
         *,
         dissect: bool = False,
-        only: Tried | None = None,
+        only: EnsembleTrial | None = None,
     ) -> CatalogueEnsemble | Blend:
         """Return a fitted ensemble of models.
 

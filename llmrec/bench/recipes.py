@@ -35,7 +35,7 @@ _SHOWN = 3
 
 
 @dataclass(frozen=True)
-class Point:
+class RunVariant:
     """A run: a recipe with its changes.
 
     Attributes:
@@ -66,7 +66,7 @@ def _folder(label: str, seed: int | None) -> str:
 
 
 @dataclass
-class Line:
+class VariantRow:
     """A model in a table, over all its seeds.
 
     Attributes:
@@ -106,7 +106,7 @@ def recipe_rows(benchmark: Benchmark, out: Path, say: Callable[[str], None]) -> 
         RecipeError: If a recipe, a grid or a pair cannot be used.
     """
     todo = planned_runs(benchmark, out)
-    lines: dict[tuple[Shared, str], Line] = {}
+    lines: dict[tuple[Shared, str], VariantRow] = {}
     spent = 0.0
     for number, (point, recipe) in enumerate(todo, start=1):
         done = pipeline.run(recipe, out / point.folder)
@@ -129,7 +129,7 @@ def recipe_rows(benchmark: Benchmark, out: Path, say: Callable[[str], None]) -> 
         )
 
 
-def planned_runs(benchmark: Benchmark, out: Path) -> list[tuple[Point, Recipe]]:
+def planned_runs(benchmark: Benchmark, out: Path) -> list[tuple[RunVariant, Recipe]]:
     """Return the runs of a benchmark with their recipes, and check everything that can be checked without data.
 
     Args:
@@ -154,7 +154,7 @@ def planned_runs(benchmark: Benchmark, out: Path) -> list[tuple[Point, Recipe]]:
     return runs
 
 
-def _possible(point: Point, recipe: Recipe) -> Iterator[str]:
+def _possible(point: RunVariant, recipe: Recipe) -> Iterator[str]:
     """Yield the names that models of a run can have; the data determine which of them occur."""
     for family, section in recipe.tasks.present().items():
         for name in (*(baseline.label for baseline in section.baselines), BY_TEXT, *FUSIONS.values()):
@@ -167,7 +167,7 @@ def _possible(point: Point, recipe: Recipe) -> Iterator[str]:
             yield _model_name(*parts, point.label, several=_several(recipe))
 
 
-def points(benchmark: Benchmark) -> Iterator[Point]:
+def points(benchmark: Benchmark) -> Iterator[RunVariant]:
     """Yield the runs seed by seed, so that an interrupted benchmark has complete tables."""
     seeds = sorted({seed for run in benchmark.runs for seed in run.seeds})
     for now in (None, *seeds):
@@ -175,12 +175,12 @@ def points(benchmark: Benchmark) -> Iterator[Point]:
             for values in itertools.product(*run.grid.values()):
                 for seed in run.seeds or (None,):
                     if seed == now:
-                        yield Point(run, dict(zip(run.grid, values, strict=True)), seed)
+                        yield RunVariant(run, dict(zip(run.grid, values, strict=True)), seed)
 
 
-def _refuse_shared_folders(benchmark: Benchmark, todo: Sequence[Point]) -> None:
+def _refuse_shared_folders(benchmark: Benchmark, todo: Sequence[RunVariant]) -> None:
     """Reject runs whose names differ only in characters that a folder name cannot contain."""
-    known: dict[str, Point] = {}
+    known: dict[str, RunVariant] = {}
     for point in todo:
         other = known.setdefault(point.folder, point)
         if other is not point:
@@ -192,7 +192,7 @@ def _refuse_shared_folders(benchmark: Benchmark, todo: Sequence[Point]) -> None:
             )
 
 
-def recipe_of(benchmark: Benchmark, point: Point, out: Path) -> Recipe:
+def recipe_of(benchmark: Benchmark, point: RunVariant, out: Path) -> Recipe:
     """Return the recipe of a run; ``out`` contains the run folders.
 
     Raises:
@@ -212,7 +212,7 @@ def recipe_of(benchmark: Benchmark, point: Point, out: Path) -> Recipe:
         raise error.reworded(f"benchmark {benchmark.benchmark}, run {point.label!r}: {error}") from None
 
 
-def _above(benchmark: Benchmark, name: str, point: Point, out: Path) -> Path:
+def _above(benchmark: Benchmark, name: str, point: RunVariant, out: Path) -> Path:
     """Return the folder of the earlier run that a run continues."""
     first = next(run for run in benchmark.runs if run.name == name)
     return out / _folder(first.name, point.seed if first.seeds else None)
@@ -226,7 +226,7 @@ def _several(recipe: Recipe) -> bool:
     return len(recipe.eval.arms) > 1
 
 
-def _lines(point: Point, done: pipeline.Run, *, several: bool) -> Iterator[Line]:
+def _lines(point: RunVariant, done: pipeline.Run, *, several: bool) -> Iterator[VariantRow]:
     results = Results.model_validate(done.results)
     for row, evaluated in zip(results.rows, done.rows, strict=True):
         headline = results.headline[row.task]
@@ -234,7 +234,7 @@ def _lines(point: Point, done: pipeline.Run, *, several: bool) -> Iterator[Line]
             continue
         baseline = row.arm == "baseline"
         label = "" if baseline else point.label
-        yield Line(
+        yield VariantRow(
             # The signature of the metric includes split, candidates and everything else that results must share.
             table=(row.task, headline, row.metrics[headline].signature, row.candidates),
             name=_name(row, point.label, several=several),
@@ -260,7 +260,7 @@ def _model_name(method: str, template: str, arm: str, label: str, *, several: bo
     return " · ".join([method, template, label, *([arm_name(arm)] if several else [])])
 
 
-def _add(lines: dict[tuple[Shared, str], Line], line: Line) -> None:
+def _add(lines: dict[tuple[Shared, str], VariantRow], line: VariantRow) -> None:
     """Add a result: another seed of a known model, a shared baseline, or a new model."""
     known = lines.setdefault((line.table, line.name), line)
     if known is line:
@@ -275,19 +275,19 @@ def _add(lines: dict[tuple[Shared, str], Line], line: Line) -> None:
         _add(lines, replace(line, name=f"{line.name} · {line.run}"))
 
 
-def _alike(one: Line, other: Line) -> bool:
+def _alike(one: VariantRow, other: VariantRow) -> bool:
     """Whether a baseline has the same values in two runs, up to rounding."""
     metric = one.table[1]
     return np.allclose(_values(one, metric), _values(other, metric), rtol=0, atol=1e-6, equal_nan=True)
 
 
-def combined(lines: Iterable[Line], resamples: int, *, seconds: float = 0.0, missing: int = 0) -> Finished:
+def combined(lines: Iterable[VariantRow], resamples: int, *, seconds: float = 0.0, missing: int = 0) -> Finished:
     """Return tables and models; a model in several tables has the same name in all of them.
 
     Raises:
         RecipeError: If the runs of one table have different users or items.
     """
-    by_table: dict[Shared, list[Line]] = {}
+    by_table: dict[Shared, list[VariantRow]] = {}
     for line in lines:
         by_table.setdefault(line.table, []).append(line)
     tables, rows = list[BenchmarkTable](), dict[str, FinishedRow]()
@@ -309,7 +309,7 @@ def combined(lines: Iterable[Line], resamples: int, *, seconds: float = 0.0, mis
     return Finished(tables, list(rows.values()), missing=missing, seconds=seconds)
 
 
-def _table(name: str, shared: Shared, lines: Sequence[Line], figures: Mapping[str, RowFigures]) -> BenchmarkTable:
+def _table(name: str, shared: Shared, lines: Sequence[VariantRow], figures: Mapping[str, RowFigures]) -> BenchmarkTable:
     family, metric, signature, candidates = shared
     ordered = sorted(lines, key=lambda line: sort_key(figures[line.name].value(metric), metric))
     others = [entry for entry in figures[ordered[0].name].metrics if entry != metric]
@@ -327,7 +327,7 @@ def _table(name: str, shared: Shared, lines: Sequence[Line], figures: Mapping[st
     )
 
 
-def _row(line: Line) -> BenchmarkRow:
+def _row(line: VariantRow) -> BenchmarkRow:
     first = line.figures[0]
     return BenchmarkRow(
         name=line.name,
@@ -342,7 +342,7 @@ def _row(line: Line) -> BenchmarkRow:
     )
 
 
-def _figures(line: Line, resamples: int) -> RowFigures:
+def _figures(line: VariantRow, resamples: int) -> RowFigures:
     first = line.figures[0]
     metrics = {
         name: over_runs(
@@ -377,7 +377,7 @@ def _bare(figure: Figure) -> Figure:
     return Figure.model_validate(figure.model_dump(include={"value", "low", "high", "undefined"}, exclude_unset=True))
 
 
-def _values(line: Line, metric: str) -> NDArray[np.float64]:
+def _values(line: VariantRow, metric: str) -> NDArray[np.float64]:
     """Return the per-request values of a model, shape (seeds, n)."""
     return np.array([values[metric] for values in line.values], dtype=np.float64)
 

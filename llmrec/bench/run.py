@@ -10,7 +10,7 @@ from typing import Literal
 
 from llmrec.baselines.retrieve import check_retriever
 from llmrec.bench.conversations import conversation_rows
-from llmrec.bench.engine import Finished, Page, Ran, name_of, write
+from llmrec.bench.engine import Finished, FinishedBenchmark, Page, name_of, write
 from llmrec.bench.recipes import planned_runs, recipe_rows
 from llmrec.bench.suite import check_rows, suite_rows
 from llmrec.cli.console import say, store_facts, written
@@ -21,7 +21,7 @@ from llmrec.recipe.load import load_benchmark, load_chat, load_recipe, load_suit
 log = logging.getLogger(__name__)
 
 
-def run_benchmark(page: Page, *, out: Path, results: Path, say: Callable[[str], None] = log.info) -> Ran:
+def run_benchmark(page: Page, *, out: Path, results: Path, say: Callable[[str], None] = log.info) -> FinishedBenchmark:
     """Run everything that is missing, compare the models, and write the result with its pages.
 
     Args:

@@ -15,7 +15,7 @@ from llmrec.answer.rank.outputs import check_out, write_summary
 from llmrec.data.ranked import write_records
 from llmrec.display import Displayed, Summary
 from llmrec.errors import DataError
-from llmrec.evaluate.compare import Contrast, Standing, exploratory
+from llmrec.evaluate.compare import Contrast, ModelValues, exploratory
 from llmrec.evaluate.scoring import Scores
 from llmrec.metrics.signature import parse_signature
 from llmrec.pipeline.evaluation import ResultRow
@@ -25,7 +25,7 @@ from llmrec.records import Record
 from llmrec.registry import lower
 from llmrec.report.summary import headline
 from llmrec.report.wording import difference, listed, number, title
-from llmrec.results import Compared, Pair, Results, Row
+from llmrec.results import ComparedMetric, Pair, Results, Row
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 NOTE = "95 % intervals of A − B, paired by user and not corrected for the number of comparisons"
 
 
-class RunPair(Pair, Compared):
+class RunPair(Pair, ComparedMetric):
     """The difference between a model of run A and one of run B in a metric; ``a`` and ``b`` are row ids.
 
     Attributes:
@@ -173,7 +173,7 @@ def _differences(
     users = [record.user_id for record in one.records]
     # the main metric first
     for name in sorted(set(one.values) & set(other.values), key=lambda name: (name != first, name)):
-        a, b = (Standing(row.figures.id, _value(row, name), np.asarray(row.values[name])) for row in rows)
+        a, b = (ModelValues(row.figures.id, _value(row, name), np.asarray(row.values[name])) for row in rows)
         if a.value is None or b.value is None:
             continue
         (pair,) = exploratory([Contrast(name, a, b, users)], resamples=resamples, seed=seed)

@@ -44,7 +44,7 @@ from llmrec.models.text_encoder import text_embedder
 from llmrec.pipeline.results import describe
 from llmrec.pipeline.resume import SUITE, locked, read_stage
 from llmrec.pipeline.study import load_split
-from llmrec.progress import Bar
+from llmrec.progress import Progress
 from llmrec.recipe.comparisons import Suite, SuiteRow
 from llmrec.registry import BASELINES, compared_metrics, lookup
 from llmrec.results import Figure, FusionWeights
@@ -65,7 +65,7 @@ Values: TypeAlias = list[float] | list[list[float]]
 
 
 @dataclass(frozen=True)
-class Done:
+class FinishedModel:
     """A finished model, with its values by table and metric."""
 
     row: BenchmarkRow
@@ -73,7 +73,7 @@ class Done:
 
 
 @dataclass(frozen=True)
-class Once:
+class SeedResult:
     """The results of a model in one table with one seed."""
 
     evaluated: Evaluated
@@ -124,7 +124,7 @@ def suite_rows(suite: Suite, out: Path, say: Callable[[str], None]) -> Iterator[
             fewest = min(len(data.dataset.items) for data in splits.values())
             if wide := wide_cutoffs(suite.cutoffs, fewest):
                 say(wide)
-        rows: list[Done] = []
+        rows: list[FinishedModel] = []
         models = Models(suite, out)
         for number, row in enumerate(suite.rows):
             if row.label in suite.skipped:
@@ -162,7 +162,7 @@ def check_rows(suite: Suite) -> None:
                 )
 
 
-def _finished(suite: Suite, rows: Sequence[Done], data: SplitDataset) -> Finished:
+def _finished(suite: Suite, rows: Sequence[FinishedModel], data: SplitDataset) -> Finished:
     cases, metric = cases_of(suite, data), headline_of(suite)
     users, requests = [case.request.user_id for case in cases], range(len(cases))
     tables = [
@@ -213,7 +213,9 @@ def _shown(figure: Figure) -> str:
 # --------------------------------------------------------------------------- one model
 
 
-def _stored(suite: Suite, row: SuiteRow, number: int, splits: Mapping[int, SplitDataset], models: Models) -> Done:
+def _stored(
+    suite: Suite, row: SuiteRow, number: int, splits: Mapping[int, SplitDataset], models: Models
+) -> FinishedModel:
     """Return the stored result of a model with the same key, or compute and store it."""
     path = models.folder / "rows" / f"{number:02d}-{row.label}.json"
     key = fingerprint(
@@ -237,10 +239,14 @@ def _stored(suite: Suite, row: SuiteRow, number: int, splits: Mapping[int, Split
         done = make_row(suite, row, splits, models, Trials(path.with_name(f"{path.stem}.trials.json"), key))
         return {"row": done.row.as_json(), "values": done.values}
 
-    return cached(path, key, lambda stored: Done(BenchmarkRow.model_validate(stored["row"]), stored["values"]), make)
+    return cached(
+        path, key, lambda stored: FinishedModel(BenchmarkRow.model_validate(stored["row"]), stored["values"]), make
+    )
 
 
-def make_row(suite: Suite, row: SuiteRow, splits: Mapping[int, SplitDataset], models: Models, tried: Trials) -> Done:
+def make_row(
+    suite: Suite, row: SuiteRow, splits: Mapping[int, SplitDataset], models: Models, tried: Trials
+) -> FinishedModel:
     """Tune a model on the first split, fit it with every seed on every split, and evaluate it.
 
     Args:
@@ -285,7 +291,7 @@ def make_row(suite: Suite, row: SuiteRow, splits: Mapping[int, SplitDataset], mo
         seconds={name: round(value, 2) for name, value in seconds.items()},
         memory_gb=round(memory[0] / 2**30, 2),
     )
-    return Done(result, {name: _values([run[name] for run in runs]) for name in tables})
+    return FinishedModel(result, {name: _values([run[name] for run in runs]) for name in tables})
 
 
 def _without_trees(weights: FusionWeights | None) -> FusionWeights | None:
@@ -349,9 +355,9 @@ def _measured(
     data: SplitDataset,
     seed: int,
     first: bool,
-) -> dict[str, Once]:
+) -> dict[str, SeedResult]:
     """Fit and evaluate the selected hyperparameters of a model."""
-    results: dict[str, Once] = {}
+    results: dict[str, SeedResult] = {}
     together: dict[str, list[str]] = {}
     # An ensemble has separate members for each table, whatever its form is.
     for table, choice in tuned.choices.items():
@@ -376,7 +382,7 @@ def _measure(
     seconds: dict[str, float],
     predictor: Any,
     tables: Sequence[str],
-) -> dict[str, Once]:
+) -> dict[str, SeedResult]:
     suite = models.suite
     protocol = EvalProtocol(
         split=f"{data.kind}/{suite.split}",
@@ -388,19 +394,19 @@ def _measure(
     )
     begin = time.monotonic()
     cases = cases_of(suite, data)
-    results: dict[str, Once] = {}
+    results: dict[str, SeedResult] = {}
     if suite.task == "ranking":
         background = models.background(data)
-        with Bar(row.label, len(cases)) as bar:
+        with Progress(row.label, len(cases)) as bar:
             ranked = evaluate_catalogue(
                 predictor, cases, protocol, seen=conventions(tables), background=background, progress=bar.advance
             )
         for table, evaluated in ranked.items():
-            results[table] = Once(evaluated, cold_figures(cases, background, evaluated.values, metrics_of(suite)))
+            results[table] = SeedResult(evaluated, cold_figures(cases, background, evaluated.values, metrics_of(suite)))
     else:
         (table,) = tables
         measured = evaluate(predictor, cases, name=suite.task, kind=family(suite).answer, protocol=protocol)
-        results[table] = Once(measured)
+        results[table] = SeedResult(measured)
     seconds["answer"] = seconds.get("answer", 0.0) + time.monotonic() - begin
     return results
 
@@ -438,7 +444,7 @@ def _truth(suite: Suite, data: SplitDataset, held: Interaction) -> str | float |
     return float(held.rating >= threshold(scale_of(data), suite.liked))
 
 
-def _figures(runs: Sequence[Once], splits: Sequence[Once], resamples: int) -> RowFigures:
+def _figures(runs: Sequence[SeedResult], splits: Sequence[SeedResult], resamples: int) -> RowFigures:
     """Return results averaged over seeds, with their range over different orders of tied interactions."""
     first = runs[0].evaluated.figures
     users = [record.user_id for record in runs[0].evaluated.records]
@@ -465,7 +471,7 @@ def _figures(runs: Sequence[Once], splits: Sequence[Once], resamples: int) -> Ro
     return table.model_copy(update={"cold": _mean_of(colds)}) if colds else table
 
 
-def _values(runs: Sequence[Once]) -> dict[str, Values]:
+def _values(runs: Sequence[SeedResult]) -> dict[str, Values]:
     """Return the values by request, and by seed if there are several seeds."""
     values: dict[str, Values] = {}
     for name in runs[0].evaluated.figures.metrics:

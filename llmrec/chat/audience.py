@@ -14,8 +14,8 @@ import numpy as np
 
 from llmrec.chat.conversation import Conversation
 from llmrec.chat.facts import Facts
-from llmrec.chat.simulator import Held, SimulatedUser, hold, knowledge_of
-from llmrec.chat.state import ITEM, MOST_SHOWN, State, Wish
+from llmrec.chat.simulator import SimulatedConversation, SimulatedUser, hold, knowledge_of
+from llmrec.chat.state import ITEM, MOST_SHOWN, State, UserPreference
 from llmrec.data.hashing import hash64
 from llmrec.data.split import SplitDataset, scale_of, threshold
 from llmrec.errors import DataError
@@ -91,7 +91,9 @@ def data_users(
 
 def _data_user(user: str, target: str, known: Sequence[tuple[str, bool]], past: int) -> DataUser:
     at = max(0, len(known) - past)
-    wishes = [Wish(field=ITEM, op="is" if likes else "seen", value=item, hard=False) for item, likes in known[at:]]
+    wishes = [
+        UserPreference(field=ITEM, op="is" if likes else "seen", value=item, hard=False) for item, likes in known[at:]
+    ]
     earlier = tuple(item for item, _ in known[:at])[-_EARLIER:]
     liked = tuple(item for item, likes in known[at:] if likes)
     return DataUser(user, target, State(profile=tuple(wishes), past=earlier), liked)
@@ -99,7 +101,7 @@ def _data_user(user: str, target: str, known: Sequence[tuple[str, bool]], past: 
 
 def talks(
     conversation: Conversation, every: Sequence[DataUser], seed: int, turns: int, knows: Sequence[str] = ()
-) -> Iterator[tuple[DataUser, Held]]:
+) -> Iterator[tuple[DataUser, SimulatedConversation]]:
     """Yield each user with a simulated conversation; their messages depend only on the questions of the manager.
 
     ``knows`` limits the fields that users know; empty: all.

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from llmrec.chat.calls import Call, Say, ShowProfile, ends
-from llmrec.chat.managers import Manager, Moment
+from llmrec.chat.managers import Manager, ManagerInput
 from llmrec.chat.reading import ParsedMessage, Reader
 from llmrec.chat.state import ITEM, MOST_TURNS, State, fresh, learned, revoked
 from llmrec.chat.tools import Outcome, Tools
@@ -88,7 +88,7 @@ class Conversation:
         steps: list[tuple[Call, str]] = []
         cost, outcome = Cost(), Outcome()
         while not steps or not ends(steps[-1][0]):
-            call, took = self.manager.choose(Moment(state, start, parsed, tuple(steps), self.tools))
+            call, took = self.manager.choose(ManagerInput(state, start, parsed, tuple(steps), self.tools))
             cost += took
             state, outcome = self.tools.apply(call, state)
             cost += outcome.cost

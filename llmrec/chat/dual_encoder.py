@@ -41,7 +41,7 @@ _SCALE = 3.0
 
 
 @dataclass(frozen=True)
-class Asked:
+class DialogueTurns:
     """Turns of dialogues, each with its target item.
 
     Attributes:
@@ -56,9 +56,11 @@ class Asked:
     apart: Sequence[frozenset[int]]
     dialogues: NDArray[np.int64]
 
-    def part(self, rows: NDArray[np.int64]) -> Asked:
+    def part(self, rows: NDArray[np.int64]) -> DialogueTurns:
         """Return the selected turns."""
-        return Asked(self.vectors[rows], self.targets[rows], [self.apart[row] for row in rows], self.dialogues[rows])
+        return DialogueTurns(
+            self.vectors[rows], self.targets[rows], [self.apart[row] for row in rows], self.dialogues[rows]
+        )
 
     def false(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Return a mask of the false negatives in a batch, shape (n, n).
@@ -127,7 +129,7 @@ def contexts_of(turns: Sequence[Turn]) -> list[str]:
     return results
 
 
-def of_transcript(turns: Sequence[Turn], items: Sequence[str], encoder: str) -> Asked:
+def of_transcript(turns: Sequence[Turn], items: Sequence[str], encoder: str) -> DialogueTurns:
     """Return training data from simulated conversations: each user message is a request for the target item.
 
     Args:
@@ -144,7 +146,9 @@ def of_transcript(turns: Sequence[Turn], items: Sequence[str], encoder: str) -> 
         targets += [row_of[turns[start].items[0]]] * len(lines)
         dialogues += [number] * len(lines)
     nothing: frozenset[int] = frozenset()
-    return Asked(text_embedder(encoder)(contexts), np.array(targets), [nothing] * len(contexts), np.array(dialogues))
+    return DialogueTurns(
+        text_embedder(encoder)(contexts), np.array(targets), [nothing] * len(contexts), np.array(dialogues)
+    )
 
 
 def embedders(name: str) -> tuple[Embed, Embed]:
@@ -162,7 +166,7 @@ def mapped(vectors: NDArray[np.float32], weights: NDArray[np.float32]) -> NDArra
     return unit
 
 
-def learn(encoder: str, data: Asked, items: NDArray[np.float32], seed: int = 0) -> DualEncoder:
+def learn(encoder: str, data: DialogueTurns, items: NDArray[np.float32], seed: int = 0) -> DualEncoder:
     """Train the maps, starting from the identity.
 
     The loss is contrastive in both directions, with in-batch negatives and without correction for the frequency of

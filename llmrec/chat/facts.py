@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from llmrec.answer.rules import OneOf, Rules
-from llmrec.chat.state import ITEM, Wish, alternatives
+from llmrec.chat.state import ITEM, UserPreference, alternatives
 from llmrec.data.knowledge import BM25, FIELD
 from llmrec.guard import clean
 from llmrec.types import Item
@@ -60,7 +60,7 @@ class Facts:
         """Return a value as spelled in the catalogue; None if no item has it."""
         return self._spelt.get(field, {}).get(value.casefold().strip())
 
-    def legal(self, wish: Wish) -> bool:
+    def legal(self, wish: UserPreference) -> bool:
         """Whether the catalogue has the item, or the field and value, that a preference names."""
         if wish.field == ITEM:
             return wish.value in self.items and wish.op in ("is", "not", "seen")
@@ -68,7 +68,7 @@ class Facts:
             return wish.field in self.numeric and bool(_NUMBER.fullmatch(wish.value))
         return wish.op != "seen" and self.value(wish.field, wish.value) is not None
 
-    def rules(self, profile: Iterable[Wish]) -> Rules:
+    def rules(self, profile: Iterable[UserPreference]) -> Rules:
         """Return the hard preferences of a profile as rules for lists."""
         wishes = tuple(profile)
         without: dict[str, set[str]] = defaultdict(set)
@@ -84,7 +84,7 @@ class Facts:
             block=frozenset(wish.value for wish in wishes if wish.field == ITEM),
         )
 
-    def matches(self, item: str, wish: Wish) -> bool:
+    def matches(self, item: str, wish: UserPreference) -> bool:
         """Whether an item has the value that a preference names, or is within its limit."""
         values = self._held[item].get(wish.field, ())
         if wish.op in ("from", "until"):
@@ -123,7 +123,7 @@ class Facts:
         numbers = [int(value) for value in self.values[field] if _NUMBER.fullmatch(value)]
         return min(numbers), max(numbers)
 
-    def _meeting(self, wish: Wish) -> list[str]:
+    def _meeting(self, wish: UserPreference) -> list[str]:
         if wish.op not in ("from", "until"):
             return [wish.value]
         return [value for value in self.values.get(wish.field, ()) if _inside(value, wish)]
@@ -206,7 +206,7 @@ def _are_years(low: int, high: int) -> bool:
     return low >= 1800 and high <= 2100
 
 
-def _inside(value: str, wish: Wish) -> bool:
+def _inside(value: str, wish: UserPreference) -> bool:
     if not _NUMBER.fullmatch(value):
         return False
     return int(value) >= int(wish.value) if wish.op == "from" else int(value) <= int(wish.value)

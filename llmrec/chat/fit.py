@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from llmrec.chat.facts import Facts, fused
-from llmrec.chat.state import ITEM, State, Wish, alternatives
+from llmrec.chat.state import ITEM, State, UserPreference, alternatives
 from llmrec.guard import cut
 from llmrec.prompts.template import Template, load_templates
 from llmrec.types import Backend, Cost, Prompt
@@ -30,12 +30,12 @@ _LINES, _WISHES, _FIELDS, _LETTERS = 3, 12, 8, 160
 class Reason:
     """The preferences that an item meets and does not meet, according to the catalogue."""
 
-    met: tuple[Wish, ...]
-    missed: tuple[Wish, ...]
+    met: tuple[UserPreference, ...]
+    missed: tuple[UserPreference, ...]
 
 
 @dataclass(frozen=True)
-class Judged:
+class Grade:
     """A model's grade of an item.
 
     Attributes:
@@ -108,7 +108,7 @@ class FitJudge:
         judged, cost = self.judge(facts, state, first)
         return [*joined(first, [item.score for item in judged]), *items[self.most :]], cost
 
-    def judge(self, facts: Facts, state: State, items: Sequence[str]) -> tuple[list[Judged], Cost]:
+    def judge(self, facts: Facts, state: State, items: Sequence[str]) -> tuple[list[Grade], Cost]:
         """Return the grades of items, each scored with a separate prompt.
 
         Raises:
@@ -120,7 +120,7 @@ class FitJudge:
         prompts = [self.prompt(facts, state, name, why) for name, why in zip(items, reasons, strict=True)]
         result = self.backend.score(prompts, [PHRASES] * len(prompts))
         judged = [
-            Judged(expected(item.logprobs), PHRASES[max(range(len(PHRASES)), key=item.logprobs.__getitem__)], why)
+            Grade(expected(item.logprobs), PHRASES[max(range(len(PHRASES)), key=item.logprobs.__getitem__)], why)
             for item, why in zip(result, reasons, strict=True)
         ]
         cost = Cost(
@@ -134,7 +134,7 @@ class FitJudge:
         """Return the prompt about an item; texts of users and catalogue are treated as data."""
         titles = facts.titles
 
-        def described(wishes: Sequence[Wish]) -> list[dict[str, str]]:
+        def described(wishes: Sequence[UserPreference]) -> list[dict[str, str]]:
             return [{"value": cut(wish.describe(titles), _LETTERS)} for wish in wishes[-_WISHES:]]
 
         messages = [line.text for line in state.lines if line.role == "user"][-_LINES:]

@@ -9,9 +9,9 @@ from llmrec.chat.conversation import Conversation
 from llmrec.chat.managers import Manager
 from llmrec.chat.opening import opened
 from llmrec.chat.options import ChatOptions
-from llmrec.chat.simulator import OTHER, USUAL, Wordings, dialogues, transcript
+from llmrec.chat.simulator import OTHER, USUAL, MessageTemplates, dialogues, transcript
 from llmrec.chat.transcripts import Turn
-from llmrec.chat.tuning import Agreement, Taught, UsualManager, agreement, known, parted, taught
+from llmrec.chat.tuning import Agreement, MostFrequentManager, TrainingDecision, agreement, known, parted, taught
 from llmrec.cli.console import say, store_facts
 from llmrec.models.load import resolve
 from llmrec.pipeline.study import folder_of
@@ -47,7 +47,7 @@ def tuned(
     names = sorted({moment.conversation for moment in moments})
     left_out = len(moments) - len(allowed)
     say(f"{len(trained)} examples from {len(names)} conversations; {left_out} invalid calls are excluded")
-    result: dict[str, dict[str, Agreement]] = {"usual": _agreements(UsualManager.of(trained), samples)}
+    result: dict[str, dict[str, Agreement]] = {"usual": _agreements(MostFrequentManager.of(trained), samples)}
     with opened(resolve(page.model, seed=page.seed), k=options.k, dtype=options.dtype) as new_manager:
         result["untrained"] = _agreements(new_manager(options.seed), samples)
     folder = folder_of(page, None)
@@ -76,14 +76,14 @@ def tuned(
     return () if past is not None else turns
 
 
-def _simulated(conversation: Conversation, count: int, seed: int, words: Wordings) -> list[Turn]:
+def _simulated(conversation: Conversation, count: int, seed: int, words: MessageTemplates) -> list[Turn]:
     return transcript(dialogues(conversation, count, seed, _TURNS, _ASIDES, words))
 
 
-def _drawn(moments: Sequence[Taught], seed: int) -> list[Taught]:
+def _drawn(moments: Sequence[TrainingDecision], seed: int) -> list[TrainingDecision]:
     """Return a random sample of calls for the evaluation."""
     return keyed("chat", seed, "asked").sample(list(moments), min(_EVALUATED, len(moments)))
 
 
-def _agreements(manager: Manager, samples: dict[str, list[Taught]]) -> dict[str, Agreement]:
+def _agreements(manager: Manager, samples: dict[str, list[TrainingDecision]]) -> dict[str, Agreement]:
     return {part: agreement(manager, item) for part, item in samples.items()}

@@ -41,7 +41,7 @@ _READS = ("profile", "shown", "lines", "made")
 
 
 @dataclass(frozen=True)
-class Moment:
+class ManagerInput:
     """The input on which a manager decides.
 
     Attributes:
@@ -64,7 +64,7 @@ class Moment:
         return len(self.steps) >= MOST_CALLS - 1
 
 
-def choices(moment: Moment, most: int) -> list[Call]:
+def choices(moment: ManagerInput, most: int) -> list[Call]:
     """Return the tool calls that a model may choose from: the last ``most`` of the allowed calls.
 
     Each tool is available once per turn: greedy models would repeat it.
@@ -82,7 +82,7 @@ class Manager(Protocol):
         """Name in tables and transcripts."""
         ...
 
-    def choose(self, moment: Moment) -> tuple[Call, Cost]:
+    def choose(self, moment: ManagerInput) -> tuple[Call, Cost]:
         """Return the next call, with the cost of the choice."""
         ...
 
@@ -100,11 +100,11 @@ class RuleManager:
     asks: bool = True
     name: str = "rules"
 
-    def choose(self, moment: Moment) -> tuple[Call, Cost]:
+    def choose(self, moment: ManagerInput) -> tuple[Call, Cost]:
         """See `Manager`."""
         return self.plan(moment)[len(moment.steps)], Cost()
 
-    def plan(self, moment: Moment) -> Sequence[Call]:
+    def plan(self, moment: ManagerInput) -> Sequence[Call]:
         """Return the calls of a turn."""
         parsed, state, facts = moment.parsed, moment.begun, moment.tools.facts
         wants = parsed.intents
@@ -165,7 +165,7 @@ class ModelManager:
     # Scores of the beginnings of calls after an empty conversation, by tools.
     _empty: dict[tuple[str, ...], Scores] = field(default_factory=dict, init=False, repr=False)
 
-    def choose(self, moment: Moment) -> tuple[Call, Cost]:
+    def choose(self, moment: ManagerInput) -> tuple[Call, Cost]:
         """See `Manager`.
 
         Raises:
@@ -193,7 +193,7 @@ class ModelManager:
         return tools[max(range(len(tools)), key=gains.__getitem__)], cost
 
 
-def model_input(moment: Moment, template: Template) -> Prompt:
+def model_input(moment: ManagerInput, template: Template) -> Prompt:
     """Return the prompt for a decision; texts of users and catalogue are treated as data."""
     titles = moment.tools.titles
     values: Mapping[str, object] = {
@@ -212,7 +212,7 @@ class HistoryManager:
     k: int = 5
     name: str = "history"
 
-    def choose(self, moment: Moment) -> tuple[Call, Cost]:
+    def choose(self, moment: ManagerInput) -> tuple[Call, Cost]:
         """See `Manager`."""
         return (Show(k=self.k), Cost()) if moment.steps else (Rank(), Cost())
 
@@ -227,7 +227,7 @@ class RandomManager:
     def __post_init__(self) -> None:
         self._random = random.Random(self.seed)
 
-    def choose(self, moment: Moment) -> tuple[Call, Cost]:
+    def choose(self, moment: ManagerInput) -> tuple[Call, Cost]:
         """See `Manager`."""
         calls = legal(moment.state, moment.tools.facts, moment.parsed.intents, ending=moment.last)
         # Draw the tool first and then its arguments, since most allowed calls are searches.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from llmrec.answer.options import About, ModelOptions
+from llmrec.answer.options import ModelOptions, OptionHelp
 
 RULES = "rules"
 """The manager without a model."""
@@ -19,53 +19,54 @@ class ChatOptions(ModelOptions):
     """Options of `llmrec chat`."""
 
     model: Annotated[
-        str, About(argument=True, metavar="RUN", help="Run folder, or an exported folder that includes interactions.")
+        str,
+        OptionHelp(argument=True, metavar="RUN", help="Run folder, or an exported folder that includes interactions."),
     ]
     models: Annotated[
         tuple[str, ...],
-        About(
+        OptionHelp(
             names=("--models",),
             metavar="NAME",
             help="Model that ranks: tuned, fusion, a baseline or another run. Default: the default model of the run.",
         ),
     ] = ()
     manager: Annotated[
-        str, About(metavar="rules|MODEL", help="Dialogue manager: rules, or a language model (name or folder).")
+        str, OptionHelp(metavar="rules|MODEL", help="Dialogue manager: rules, or a language model (name or folder).")
     ] = RULES
     encoder: Annotated[
         str | None,
-        About(metavar="NAME", help="Text encoder (name, or folder written by --learn) for semantic search."),
+        OptionHelp(metavar="NAME", help="Text encoder (name, or folder written by --learn) for semantic search."),
     ] = None
     ranker: Annotated[
-        str | None, About(metavar="MODEL", help="Language model (name or folder) that reranks and explains items.")
+        str | None, OptionHelp(metavar="MODEL", help="Language model (name or folder) that reranks and explains items.")
     ] = None
-    k: Annotated[int, About(least=1, most=MOST, help="Number of items in a list.")] = 5
-    save: Annotated[Path | None, About(metavar="FILE", help="Write a transcript as JSON lines.")] = None
+    k: Annotated[int, OptionHelp(least=1, most=MOST, help="Number of items in a list.")] = 5
+    save: Annotated[Path | None, OptionHelp(metavar="FILE", help="Write a transcript as JSON lines.")] = None
     replay: Annotated[
         Path | None,
-        About(metavar="FILE", help="Replay the conversations of a transcript. Exit code 1 if an answer differs."),
+        OptionHelp(metavar="FILE", help="Replay the conversations of a transcript. Exit code 1 if an answer differs."),
     ] = None
     simulate: Annotated[
         int | None,
-        About(
+        OptionHelp(
             least=1,
             metavar="N",
             help="Run N conversations with simulated users, who describe items without naming titles.",
         ),
     ] = None
-    seed: Annotated[int, About(least=0, help="Random seed of the simulated users.")] = 0
+    seed: Annotated[int, OptionHelp(least=0, help="Random seed of the simulated users.")] = 0
     learn: Annotated[
         Path | None,
-        About(
+        OptionHelp(
             metavar="FOLDER",
             help="Train a dual encoder on the simulated conversations, starting from --encoder. Output folder.",
         ),
     ] = None
     tune: Annotated[
         Path | None,
-        About(
+        OptionHelp(
             metavar="RECIPE",
             help="Fine-tune the recipe's model to select tools, on the conversations from --simulate or --replay.",
         ),
     ] = None
-    calls: Annotated[bool, About(help="Also print tool calls and the latency of each answer.")] = False
+    calls: Annotated[bool, OptionHelp(help="Also print tool calls and the latency of each answer.")] = False

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from llmrec.chat import english
 from llmrec.chat.english import singular
 from llmrec.chat.facts import Facts
-from llmrec.chat.state import ITEM, Op, State, Wish
+from llmrec.chat.state import ITEM, Op, State, UserPreference
 from llmrec.index.titles import title_key
 
 _BRACKET = re.compile(r"\s*\([^()]*\)\s*$")
@@ -39,7 +39,7 @@ class ParsedMessage:
         rest: The other words that occur in any item's text: the search query.
     """
 
-    wishes: tuple[Wish, ...] = ()
+    wishes: tuple[UserPreference, ...] = ()
     revoked: tuple[tuple[str, str], ...] = ()
     intents: frozenset[str] = frozenset()
     positions: tuple[int, ...] = ()
@@ -81,7 +81,7 @@ class Reader:
 
     def read(self, text: str, state: State) -> ParsedMessage:
         """Parse a user message, given the state before it; its turn is that of the wishes."""
-        wishes: list[Wish] = []
+        wishes: list[UserPreference] = []
         revoked: list[tuple[str, str]] = []
         rest: list[str] = []
         mentions = list(self._mentions(text))
@@ -107,7 +107,9 @@ class Reader:
 
     # ------------------------------------------------------------------- wishes
 
-    def _wishes(self, bare: str, start: int, inside: Sequence[_Mention], state: State) -> Iterator[tuple[Wish, bool]]:
+    def _wishes(
+        self, bare: str, start: int, inside: Sequence[_Mention], state: State
+    ) -> Iterator[tuple[UserPreference, bool]]:
         """Yield a preference for each mention in a clause, and whether it revokes an exclusion."""
         banned = {(wish.field, wish.value) for wish in state.profile if wish.op == "not"}
         requested = bool(english.WANT.search(bare)) or len(english.WORD.findall(bare)) <= _BARE
@@ -118,7 +120,12 @@ class Reader:
             unwanted = _negated(before, after, item.field == ITEM)
             if item.field == ITEM:
                 if not _unseen(before):
-                    yield Wish(field=ITEM, op=_op(bare, unwanted), value=item.value, hard=False, turn=state.turn), False
+                    yield (
+                        UserPreference(
+                            field=ITEM, op=_op(bare, unwanted), value=item.value, hard=False, turn=state.turn
+                        ),
+                        False,
+                    )
                 continue
             revokes = bool(english.AGAIN.search(bare)) and (
                 ((item.field, item.value) in banned and not unwanted) or bool(english.LIFTED.search(bare))
@@ -129,16 +136,16 @@ class Reader:
             between = "" if last is None else bare[last.end - start : item.start - start]
             op: Op = "not" if unwanted else "or" if joined and english.OR.fullmatch(between) else "is"
             hard = unwanted or (requested and not (english.LIKE.search(before) and not english.WOULD.search(before)))
-            yield Wish(field=item.field, op=op, value=item.value, hard=hard, turn=state.turn), revokes
+            yield UserPreference(field=item.field, op=op, value=item.value, hard=hard, turn=state.turn), revokes
             last = None if unwanted else item
 
-    def _times(self, bare: str, state: State) -> Iterator[Wish]:
+    def _times(self, bare: str, state: State) -> Iterator[UserPreference]:
         """Yield limits on the year: *after 1990*, *the nineties*, *80s*."""
         if not self._years:
             return
 
-        def bound(op: Op, year: int | str, ban: bool = False) -> Wish:
-            return Wish(field=self._years, op=op, value=str(year), turn=state.turn, ban=ban)
+        def bound(op: Op, year: int | str, ban: bool = False) -> UserPreference:
+            return UserPreference(field=self._years, op=op, value=str(year), turn=state.turn, ban=ban)
 
         for pattern, newer in english.BOUNDS:
             for result in pattern.finditer(bare):
@@ -309,7 +316,7 @@ def _positions(text: str, count: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(position for position in positions if 1 <= position <= count))
 
 
-def _about_list(text: str, state: State, positions: Sequence[int], intents: frozenset[str]) -> Iterator[Wish]:
+def _about_list(text: str, state: State, positions: Sequence[int], intents: frozenset[str]) -> Iterator[UserPreference]:
     """Yield preferences about items of the list to which the user refers."""
     everything = range(1, len(state.shown) + 1) if english.THESE.search(text) else ()
     seen, liked, unwanted = (bool(item.search(text)) for item in (english.SEEN, english.LIKE, english.NO))
@@ -319,4 +326,4 @@ def _about_list(text: str, state: State, positions: Sequence[int], intents: froz
     if english.DISLIKED.search(text):
         op = "not"
     for position in positions or everything:
-        yield Wish(field=ITEM, op=op, value=state.shown[position - 1], hard=False, turn=state.turn)
+        yield UserPreference(field=ITEM, op=op, value=state.shown[position - 1], hard=False, turn=state.turn)

@@ -25,7 +25,7 @@ NEAR = 0.9
 
 
 @dataclass(frozen=True)
-class Wordings:
+class MessageTemplates:
     """Templates of user messages, several for each purpose.
 
     Attributes:
@@ -43,7 +43,7 @@ class Wordings:
     asides: Mapping[str, tuple[str, ...]]
 
 
-USUAL = Wordings(
+USUAL = MessageTemplates(
     begin=(
         "Hi, I'm looking for something to watch.",
         "Hello! Can you recommend something?",
@@ -65,7 +65,7 @@ USUAL = Wordings(
         "forget": ("Forget everything.", "Please reset."),
     },
 )
-OTHER = Wordings(
+OTHER = MessageTemplates(
     begin=("Hey, what do you suggest?", "Good evening, surprise me.", "Please find me something nice."),
     likes=("I loved {title}.", "{title} was great."),
     wants=("I'm looking for {value}.", "Please show me {value}.", "I want {value}."),
@@ -118,7 +118,7 @@ class SimulatedUser:
     numeric: frozenset[str]
     seed: int
     asides: float = 0.0
-    words: Wordings = USUAL
+    words: MessageTemplates = USUAL
     _left: list[tuple[str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -175,7 +175,7 @@ class SimulatedUser:
 
 
 @dataclass(frozen=True)
-class Held:
+class SimulatedConversation:
     """A finished conversation with a simulated user.
 
     Attributes:
@@ -206,7 +206,9 @@ class Held:
         return [item for turn in self.turns for item in turn.items]
 
 
-def hold(conversation: Conversation, user: SimulatedUser, target: str, turns: int, begun: State | None = None) -> Held:
+def hold(
+    conversation: Conversation, user: SimulatedUser, target: str, turns: int, begun: State | None = None
+) -> SimulatedConversation:
     """Run a conversation until a list contains the target, or up to a maximum number of turns.
 
     The simulated user never sees the target's title: hits are judged here. ``begun`` is the initial state, such as a
@@ -227,7 +229,7 @@ def hold(conversation: Conversation, user: SimulatedUser, target: str, turns: in
         line = user.says(question, shown=len(state.shown)) if hit is None else user.parts()
         if not line:
             break
-    return Held(tuple(done), hit, seconds, cost)
+    return SimulatedConversation(tuple(done), hit, seconds, cost)
 
 
 def dialogues(
@@ -236,8 +238,8 @@ def dialogues(
     seed: int,
     turns: int = 5,
     asides: float = 0.0,
-    words: Wordings = USUAL,
-) -> Iterator[tuple[str, Held]]:
+    words: MessageTemplates = USUAL,
+) -> Iterator[tuple[str, SimulatedConversation]]:
     """Yield random targets from the catalogue, each with the conversation of a simulated user; see `SimulatedUser`."""
     facts, rng = conversation.tools.facts, random.Random(seed)
     names = [name for name in facts.items if facts.fields_of(name)]
@@ -253,7 +255,7 @@ def dialogues(
         yield target, hold(conversation, user, target, turns)
 
 
-def transcript(held: Iterable[tuple[str, Held]]) -> list[Turn]:
+def transcript(held: Iterable[tuple[str, SimulatedConversation]]) -> list[Turn]:
     """Return conversations as a transcript."""
     return [turn for target, one in held for turn in (Turn(user=None, items=(target,)), *one.turns)]
 

@@ -30,7 +30,7 @@ _WORDS = {"is": "is", "or": "or is", "not": "is not", "from": "is at least", "un
 _ABOUT_ITEMS = {"is": "likes", "not": "does not want", "seen": "knows already"}
 
 
-class Wish(BaseModel):
+class UserPreference(BaseModel):
     """A preference of the user.
 
     Attributes:
@@ -72,7 +72,7 @@ class Wish(BaseModel):
         return clean(text, TEXT_LIMIT)
 
 
-class Line(BaseModel):
+class ChatMessage(BaseModel):
     """A message of the user or the assistant."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -98,13 +98,13 @@ class State(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     turn: int = Field(0, ge=0, le=MOST_TURNS)
-    profile: tuple[Wish, ...] = Field((), max_length=MOST_WISHES)
+    profile: tuple[UserPreference, ...] = Field((), max_length=MOST_WISHES)
     buffer: tuple[str, ...] = Field((), max_length=MOST_BUFFER)
     query: str = Field("", max_length=LONGEST)
     shown: tuple[str, ...] = Field((), max_length=MOST_SHOWN)
     past: tuple[str, ...] = Field((), max_length=MOST_SHOWN)
     asked: tuple[str, ...] = Field((), max_length=MOST_WISHES)
-    lines: tuple[Line, ...] = Field((), max_length=MOST_LINES)
+    lines: tuple[ChatMessage, ...] = Field((), max_length=MOST_LINES)
 
     @property
     def liked(self) -> tuple[str, ...]:
@@ -122,13 +122,13 @@ class State(BaseModel):
 
     def saying(self, role: Literal["user", "assistant"], text: str) -> State:
         """Return the state with an additional message."""
-        return self.with_(lines=(*self.lines, Line(role=role, text=text[:4000]))[-MOST_LINES:])
+        return self.with_(lines=(*self.lines, ChatMessage(role=role, text=text[:4000]))[-MOST_LINES:])
 
 
 # --------------------------------------------------------------------------- the profile
 
 
-def learned(profile: Iterable[Wish], new: Iterable[Wish]) -> tuple[Wish, ...]:
+def learned(profile: Iterable[UserPreference], new: Iterable[UserPreference]) -> tuple[UserPreference, ...]:
     """Merge new preferences into a profile.
 
     A wish replaces the one on the same value, or the bound on the same side; repeating one of several alternatives
@@ -153,10 +153,10 @@ def learned(profile: Iterable[Wish], new: Iterable[Wish]) -> tuple[Wish, ...]:
     return _most(tuple(known.values()))
 
 
-def _most(profile: tuple[Wish, ...]) -> tuple[Wish, ...]:
+def _most(profile: tuple[UserPreference, ...]) -> tuple[UserPreference, ...]:
     """Limit the size of a profile: drop inferred preferences first, then soft, then the oldest; exclusions last."""
 
-    def priority(wish: Wish) -> int:
+    def priority(wish: UserPreference) -> int:
         if wish.source == "inferred":
             return 0
         return 3 if wish.op in ("not", "seen") or wish.ban else 2 if wish.hard else 1
@@ -165,12 +165,12 @@ def _most(profile: tuple[Wish, ...]) -> tuple[Wish, ...]:
     return tuple(profile[index] for index in sorted(order[max(0, len(profile) - MOST_WISHES) :]))
 
 
-def alternatives(profile: Iterable[Wish]) -> list[list[Wish]]:
+def alternatives(profile: Iterable[UserPreference]) -> list[list[UserPreference]]:
     """Return the constraints that an item must meet, each as a list of alternative preferences.
 
     ``or`` adds to the last constraint on its field of the same turn; otherwise it starts a new constraint.
     """
-    results: list[list[Wish]] = []
+    results: list[list[UserPreference]] = []
     for wish in (wish for wish in profile if wish.hard and wish.field != ITEM and wish.op != "not"):
         same = (group for group in reversed(results) if (group[0].field, group[0].turn) == (wish.field, wish.turn))
         last = next(same, None) if wish.op == "or" else None
@@ -181,17 +181,17 @@ def alternatives(profile: Iterable[Wish]) -> list[list[Wish]]:
     return results
 
 
-def revoked(profile: Iterable[Wish], field: str, value: str) -> tuple[Wish, ...]:
+def revoked(profile: Iterable[UserPreference], field: str, value: str) -> tuple[UserPreference, ...]:
     """Return a profile without the preferences about a value."""
     return tuple(wish for wish in profile if (wish.field, wish.value) != (field, value))
 
 
-def fresh(profile: Iterable[Wish], turn: int) -> tuple[Wish, ...]:
+def fresh(profile: Iterable[UserPreference], turn: int) -> tuple[UserPreference, ...]:
     """Return a profile without preferences inferred more than `KEPT` turns ago."""
     return tuple(wish for wish in profile if wish.source != "inferred" or turn - wish.turn <= KEPT)
 
 
-def eased(profile: tuple[Wish, ...]) -> tuple[tuple[Wish, ...], Wish | None]:
+def eased(profile: tuple[UserPreference, ...]) -> tuple[tuple[UserPreference, ...], UserPreference | None]:
     """Remove the oldest constraint from a profile, and return both.
 
     Inferred constraints go before stated ones. Alternatives are removed together.

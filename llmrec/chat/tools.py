@@ -25,7 +25,7 @@ from llmrec.chat.calls import (
 )
 from llmrec.chat.facts import Facts, fused
 from llmrec.chat.fit import FitJudge, reason
-from llmrec.chat.state import ITEM, MOST_BUFFER, MOST_SHOWN, MOST_WISHES, State, Wish, eased, learned, revoked
+from llmrec.chat.state import ITEM, MOST_BUFFER, MOST_SHOWN, MOST_WISHES, State, UserPreference, eased, learned, revoked
 from llmrec.data.requests import PastEvent, RankRequest
 from llmrec.errors import DataError
 from llmrec.guard import TEXT_LIMIT, clean
@@ -196,7 +196,7 @@ class Tools:
             profile = learned(
                 profile,
                 [
-                    Wish(field=fact, op=op, value=value, hard=False, source="inferred", turn=state.turn)
+                    UserPreference(field=fact, op=op, value=value, hard=False, source="inferred", turn=state.turn)
                     for (fact, value), times in counts.items()
                     if times >= _SHARED and 2 * times > len(named)
                 ],
@@ -207,7 +207,7 @@ class Tools:
 
     def _filter(self, call: Filter, state: State) -> tuple[State, Outcome]:
         value = call.value if call.op in ("from", "until") else self.facts.value(call.field, call.value) or ""
-        wish = Wish(field=call.field, op=call.op, value=value, source="inferred", turn=state.turn)
+        wish = UserPreference(field=call.field, op=call.op, value=value, source="inferred", turn=state.turn)
         if not self.facts.legal(wish):
             return state, Outcome(note="this value does not exist")
         state = state.with_(profile=learned(state.profile, [wish]))

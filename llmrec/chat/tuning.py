@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from llmrec.backends.encode import Encoder, TokenRow
 from llmrec.chat.calls import Call, ends, written
 from llmrec.chat.conversation import Conversation
-from llmrec.chat.managers import Manager, Moment, choices, model_input
+from llmrec.chat.managers import Manager, ManagerInput, choices, model_input
 from llmrec.chat.state import State
 from llmrec.chat.transcripts import Turn
 from llmrec.durable import read_json, replacing, write_checked
@@ -54,7 +54,7 @@ _NEVER = ("preference", "judge", "reward", "examples", "start", "teacher")
 
 
 @dataclass(frozen=True)
-class Taught:
+class TrainingDecision:
     """A decision in a transcript: the input and the call that was made.
 
     Attributes:
@@ -62,7 +62,7 @@ class Taught:
     """
 
     conversation: int
-    moment: Moment
+    moment: ManagerInput
     call: Call
 
     @property
@@ -79,9 +79,9 @@ class _Follower:
     conversation: int = 0
     line: int = 0
     left: list[Call] = field(default_factory=list)
-    decisions: list[Taught] = field(default_factory=list)
+    decisions: list[TrainingDecision] = field(default_factory=list)
 
-    def choose(self, moment: Moment) -> tuple[Call, Cost]:
+    def choose(self, moment: ManagerInput) -> tuple[Call, Cost]:
         """See `Manager`."""
         if not self.left:
             raise DataError(
@@ -91,11 +91,11 @@ class _Follower:
                 column="calls",
             )
         call = self.left.pop(0)
-        self.decisions.append(Taught(self.conversation, moment, call))
+        self.decisions.append(TrainingDecision(self.conversation, moment, call))
         return call, Cost()
 
 
-def taught(conversation: Conversation, turns: Sequence[Turn]) -> list[Taught]:
+def taught(conversation: Conversation, turns: Sequence[Turn]) -> list[TrainingDecision]:
     """Return all decisions in a transcript with their calls, in order.
 
     Calls are those of the transcript, so manual corrections of it are learned.
@@ -119,7 +119,7 @@ def taught(conversation: Conversation, turns: Sequence[Turn]) -> list[Taught]:
     return follower.decisions
 
 
-def parted(moments: Sequence[Taught], seed: int) -> tuple[list[Taught], list[Taught]]:
+def parted(moments: Sequence[TrainingDecision], seed: int) -> tuple[list[TrainingDecision], list[TrainingDecision]]:
     """Divide decisions into training and held-out decisions; 10 % of the conversations are held out."""
     names = sorted({moment.conversation for moment in moments})
     if len(names) < FEWEST:
@@ -137,7 +137,7 @@ def parted(moments: Sequence[Taught], seed: int) -> tuple[list[Taught], list[Tau
     )
 
 
-def example(choice: Taught, number: int, template: Template) -> Example:
+def example(choice: TrainingDecision, number: int, template: Template) -> Example:
     """Return a decision as a training example: the prompt, with the call as answer."""
     _, answer = template.step({"text": written(choice.call)})
     return Example(
@@ -169,7 +169,7 @@ class Agreement:
     tool: float
 
 
-def agreement(manager: Manager, moments: Sequence[Taught]) -> Agreement:
+def agreement(manager: Manager, moments: Sequence[TrainingDecision]) -> Agreement:
     """Return the agreement of a manager with the decisions in a transcript.
 
     Raises:
@@ -185,32 +185,32 @@ def agreement(manager: Manager, moments: Sequence[Taught]) -> Agreement:
 
 
 @dataclass
-class UsualManager:
+class MostFrequentManager:
     """A baseline: the most frequent allowed call after the same earlier calls of the turn."""
 
     counts: Mapping[tuple[str, ...], Counter[Call]]
     name: str = "usual"
 
     @staticmethod
-    def of(moments: Sequence[Taught]) -> UsualManager:
+    def of(moments: Sequence[TrainingDecision]) -> MostFrequentManager:
         """Count the training calls, and return the manager."""
         counts: dict[tuple[str, ...], Counter[Call]] = {}
         for moment in moments:
             counts.setdefault(_tools_so_far(moment.moment), Counter())[moment.call] += 1
-        return UsualManager(counts)
+        return MostFrequentManager(counts)
 
-    def choose(self, moment: Moment) -> tuple[Call, Cost]:
+    def choose(self, moment: ManagerInput) -> tuple[Call, Cost]:
         """See `Manager`."""
         allowed = choices(moment, MOST)
         usual = [call for call, _ in self.counts.get(_tools_so_far(moment), Counter()).most_common() if call in allowed]
         return (usual or [call for call in allowed if ends(call)])[0], Cost()
 
 
-def _tools_so_far(moment: Moment) -> tuple[str, ...]:
+def _tools_so_far(moment: ManagerInput) -> tuple[str, ...]:
     return tuple(call.tool for call, _ in moment.steps)
 
 
-def known(moments: Sequence[Taught], trained: Sequence[Taught]) -> float:
+def known(moments: Sequence[TrainingDecision], trained: Sequence[TrainingDecision]) -> float:
     """Return the share of decisions whose prompt is also in the training examples."""
     template = load_templates(_FAMILY)["manage"]
     seen = {_text(model_input(item.moment, template)) for item in trained}
@@ -242,7 +242,9 @@ def refuse(page: Recipe) -> None:
             )
 
 
-def tune(page: Recipe, trained: Sequence[Taught], held: Sequence[Taught], folder: Path, *, quiet: bool) -> Training:
+def tune(
+    page: Recipe, trained: Sequence[TrainingDecision], held: Sequence[TrainingDecision], folder: Path, *, quiet: bool
+) -> Training:
     """Fine-tune the model of a recipe on decisions; the merged model is stored in ``merged``.
 
     Only the sections ``model`` and ``train`` of the recipe, and its seed, are used; see `parted` for the decisions.

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from llmrec.answer.options import About
+from llmrec.answer.options import OptionHelp
 from llmrec.cli.console import say, store_facts
 
 _MARKS = {"clean": "✓", "notice": "·", "leak": "✗"}
@@ -18,9 +18,9 @@ _MARKS = {"clean": "✓", "notice": "·", "leak": "✗"}
 class AuditOptions:
     """Options of `llmrec audit`."""
 
-    folder: Annotated[Path, About(argument=True, metavar="RUN", help="Run folder, such as runs/quickstart.")]
+    folder: Annotated[Path, OptionHelp(argument=True, metavar="RUN", help="Run folder, such as runs/quickstart.")]
     memory: Annotated[
-        bool, About(help="Also test whether the untuned model has memorised the catalogue. Loads the model.")
+        bool, OptionHelp(help="Also test whether the untuned model has memorised the catalogue. Loads the model.")
     ] = False
 
 

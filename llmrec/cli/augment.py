@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from llmrec.answer.options import About
+from llmrec.answer.options import OptionHelp
 from llmrec.cli.console import say, show, show_shard, store_facts
 from llmrec.cli.options import Ray, RecipeOptions, Shard, refuse_several
 from llmrec.errors import RecipeError
@@ -23,11 +23,15 @@ _SHOWN = 3
 class AugmentOptions(RecipeOptions):
     """Options of `llmrec augment`."""
 
-    out: Annotated[Path | None, About(help="Folder of the feature store. Default: features/ in the run folder.")] = None
-    dry_run: Annotated[bool, About(help="Print the estimated cost and an example prompt; generate nothing.")] = False
+    out: Annotated[
+        Path | None, OptionHelp(help="Folder of the feature store. Default: features/ in the run folder.")
+    ] = None
+    dry_run: Annotated[bool, OptionHelp(help="Print the estimated cost and an example prompt; generate nothing.")] = (
+        False
+    )
     without_model: Annotated[
         bool,
-        About(
+        OptionHelp(
             help="Write a reference feature store without a language model. Default folder: control/ in the run folder."
         ),
     ] = False

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-from llmrec.answer.options import About
+from llmrec.answer.options import OptionHelp
 from llmrec.cli.console import detail, say, store_facts
 from llmrec.cli.options import RecipeOptions
 from llmrec.errors import RecipeError
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 class CheckOptions(RecipeOptions):
     """Options of `llmrec check`."""
 
-    recipe: Annotated[str, About(argument=True, metavar="PAGE", help="Recipe, suite or benchmark file.")]
+    recipe: Annotated[str, OptionHelp(argument=True, metavar="PAGE", help="Recipe, suite or benchmark file.")]
     dry_run: Annotated[
-        bool, About(help="Also count training examples and tokens, render prompts, and estimate time and memory.")
+        bool, OptionHelp(help="Also count training examples and tokens, render prompts, and estimate time and memory.")
     ] = False
 
 

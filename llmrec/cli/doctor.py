@@ -28,7 +28,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
 from llmrec import __version__, plugins
-from llmrec.answer.options import About
+from llmrec.answer.options import OptionHelp
 from llmrec.cli import security
 from llmrec.cli.console import say, store_facts
 from llmrec.cli.security import Finding
@@ -46,7 +46,8 @@ class DoctorOptions:
     """Options of `llmrec doctor`."""
 
     security: Annotated[
-        bool, About(help="Run a security check instead: weight formats, file permissions, API keys, recipes, services.")
+        bool,
+        OptionHelp(help="Run a security check instead: weight formats, file permissions, API keys, recipes, services."),
     ] = False
 
 

@@ -222,7 +222,7 @@ _ANSWER_TOKENS = {
 
 
 @dataclass(frozen=True)
-class Work:
+class TokenWork:
     """Number of tokens to process for requests.
 
     Attributes:
@@ -237,15 +237,15 @@ class Work:
     scored: float = 0.0
     written: float = 0.0
 
-    def __add__(self, other: Work) -> Work:
+    def __add__(self, other: TokenWork) -> TokenWork:
         """Return the sum of two token counts."""
-        return Work(
+        return TokenWork(
             self.asked + other.asked, self.read + other.read, self.scored + other.scored, self.written + other.written
         )
 
-    def times(self, count: float) -> Work:
+    def times(self, count: float) -> TokenWork:
         """Return the token counts multiplied by ``count``."""
-        return Work(self.asked * count, self.read * count, self.scored * count, self.written * count)
+        return TokenWork(self.asked * count, self.read * count, self.scored * count, self.written * count)
 
     @property
     def tokens(self) -> int:
@@ -253,7 +253,7 @@ class Work:
         return round(self.asked + self.written)
 
 
-class Seen:
+class ReadPrefixes:
     """The prefixes of prompts that were already read, in blocks."""
 
     def __init__(self) -> None:
@@ -269,12 +269,12 @@ class Seen:
         return max(fresh * _BLOCK + len(ids) % _BLOCK, 1)
 
 
-def eval_work(study: Study, encoder: Encoder) -> dict[str, Work]:
+def eval_work(study: Study, encoder: Encoder) -> dict[str, TokenWork]:
     """Estimate the number of tokens for zero-shot, few-shot and tuned evaluation from a sample of prompts."""
-    totals: dict[str, Work] = {}
+    totals: dict[str, TokenWork] = {}
     for arm in study.recipe.eval.arms:
         shots = study.recipe.eval.shots.k if arm == "few-shot" else 0
-        seen, total = Seen(), Work()
+        seen, total = ReadPrefixes(), TokenWork()
         for family in (family for family in study.tasks if asks(study.recipe, family, arm)):
             cases = study.cases(family)
             sample = cases[:_SAMPLE]
@@ -283,7 +283,7 @@ def eval_work(study: Study, encoder: Encoder) -> dict[str, Work]:
                 for strategy in study.tasks[family].asked_by(template, strategies, tuned=arm == "tuned"):
                     used = sum(
                         (_of(study, family, encoder, c.request, template.name, shots, strategy, seen) for c in sample),
-                        Work(),
+                        TokenWork(),
                     )
                     total += used.times(len(cases) / max(len(sample), 1))
         totals[arm] = total
@@ -291,8 +291,15 @@ def eval_work(study: Study, encoder: Encoder) -> dict[str, Work]:
 
 
 def _of(
-    study: Study, family: str, encoder: Encoder, request: Request, template: str, shots: int, strategy: str, seen: Seen
-) -> Work:
+    study: Study,
+    family: str,
+    encoder: Encoder,
+    request: Request,
+    template: str,
+    shots: int,
+    strategy: str,
+    seen: ReadPrefixes,
+) -> TokenWork:
     """Return the token counts of one request."""
     task, section = study.tasks[family], study.recipe.eval
     plan = questions_of(strategy, len(request.candidates or ()), section) if request.candidates else None
@@ -302,20 +309,22 @@ def _of(
         first, turned = (encoder.prompt(task.prompt(p, template=template, shots=shots, want=plan.want)) for p in parts)
         again = max(len(first) - _shared(first, turned), 1)
         read = seen.new(first) + (plan.prompts - 1) * again
-        return Work(plan.prompts * len(first), read, plan.prompts)
+        return TokenWork(plan.prompts * len(first), read, plan.prompts)
     ids = encoder.prompt(task.prompt(request, template=template, shots=shots))
     if strategy == "two-step":
         # The second prompt contains the answer to the first, of at most its maximum length.
         second = section.permutations * (len(ids) + task.profile_tokens)
         first_step = encoder.prompt(task.profile_prompt(request))
-        return Work(len(first_step) + second, seen.new(first_step) + second, section.permutations, task.profile_tokens)
+        return TokenWork(
+            len(first_step) + second, seen.new(first_step) + second, section.permutations, task.profile_tokens
+        )
     continued = 0
     if strategy in ("likelihood", "likelihood-prior"):
         continued = sum(len(encoder.piece(text)) + 1 for text in task.continuations(request, template=template))
     if strategy == "search":
         continued = section.beams * len(encoder.piece(task.continuations(request, template=template)[0]))
     written = _ANSWER_TOKENS.get(strategy, _ONE_TOKEN)
-    return Work(len(ids) + continued, seen.new(ids) + continued, continued, written)
+    return TokenWork(len(ids) + continued, seen.new(ids) + continued, continued, written)
 
 
 def _shared(one: Sequence[int], other: Sequence[int]) -> int:
@@ -363,7 +372,7 @@ class Estimate:
 
     parameters: int
     train_tokens: int
-    eval_work: dict[str, Work]
+    eval_work: dict[str, TokenWork]
     train_seconds: float
     eval_seconds: dict[str, float]
     memory_gb: float
@@ -422,7 +431,7 @@ def _used() -> float:
     return round(float(psutil.Process().memory_info().rss) / 2**30, 1)
 
 
-def _cost(study: Study, work: Mapping[str, Work]) -> float | None:
+def _cost(study: Study, work: Mapping[str, TokenWork]) -> float | None:
     """Return the cost of the tokens on a server, if the recipe has prices."""
     server = study.recipe.eval.server
     if study.recipe.eval.backend != "openai" or server is None or not (server.price_in or server.price_out):

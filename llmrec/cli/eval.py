@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from llmrec.answer.options import About
+from llmrec.answer.options import OptionHelp
 from llmrec.cli.console import finish
 from llmrec.cli.run import RunOptions
 from llmrec.registry import hook
@@ -18,11 +18,13 @@ class EvalOptions(RunOptions):
 
     recipe: Annotated[
         str,
-        About(argument=True, metavar="PAGE", help="Recipe, or a suite or benchmark such as eval/suites/toys.yaml."),
+        OptionHelp(
+            argument=True, metavar="PAGE", help="Recipe, or a suite or benchmark such as eval/suites/toys.yaml."
+        ),
     ]
     results: Annotated[
         Path,
-        About(
+        OptionHelp(
             help="With a suite or benchmark: folder for the results. The Markdown page is written next to this folder."
         ),
     ] = Path("eval/results")

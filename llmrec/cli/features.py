@@ -10,14 +10,16 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from llmrec.answer.options import About
+from llmrec.answer.options import OptionHelp
 from llmrec.cli.console import say, short, show, store_facts
 
 Store = Annotated[
     Path,
-    About(argument=True, metavar="STORE", help="Folder of a feature store, see docs/text-features-and-cold-start.md."),
+    OptionHelp(
+        argument=True, metavar="STORE", help="Folder of a feature store, see docs/text-features-and-cold-start.md."
+    ),
 ]
-Kind = Annotated[Literal["user", "item", "synthetic"], About(help="Kind of entity.")]
+Kind = Annotated[Literal["user", "item", "synthetic"], OptionHelp(help="Kind of entity.")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,15 +34,15 @@ class ImportOptions:
     """Options of `llmrec features import`."""
 
     texts: Annotated[
-        str, About(argument=True, metavar="TEXTS", help="Table with user_id or item_id, and a text column.")
+        str, OptionHelp(argument=True, metavar="TEXTS", help="Table with user_id or item_id, and a text column.")
     ]
-    out: Annotated[Path, About(help="Feature store to write. An existing store gets a new version.")]
+    out: Annotated[Path, OptionHelp(help="Feature store to write. An existing store gets a new version.")]
     kind: Kind = "item"
-    text: Annotated[str, About(help="Name of the text column.")] = "text"
+    text: Annotated[str, OptionHelp(help="Name of the text column.")] = "text"
     seen: Annotated[
-        str | None, About(help="Table of the interactions on which the texts are based, with user_id and item_id.")
+        str | None, OptionHelp(help="Table of the interactions on which the texts are based, with user_id and item_id.")
     ] = None
-    encoder: Annotated[str, About(help="Text encoder: name or folder.")] = "all-MiniLM-L6-v2"
+    encoder: Annotated[str, OptionHelp(help="Text encoder: name or folder.")] = "all-MiniLM-L6-v2"
 
 
 def import_texts(options: ImportOptions) -> None:
@@ -69,7 +71,7 @@ class ShowOptions(StoreOptions):
 
     ids: Annotated[
         tuple[str, ...],
-        About(
+        OptionHelp(
             argument=True,
             metavar="[ID]...",
             help="IDs of the users or items whose texts to print. Default: print a summary.",
@@ -103,7 +105,7 @@ class DiffOptions:
     """Options of `llmrec features diff`."""
 
     old: Store
-    new: Annotated[Path, About(argument=True, metavar="STORE", help="Folder of the newer feature store.")]
+    new: Annotated[Path, OptionHelp(argument=True, metavar="STORE", help="Folder of the newer feature store.")]
 
 
 def diff(options: DiffOptions) -> None:
@@ -132,8 +134,8 @@ def diff(options: DiffOptions) -> None:
 class EditOptions(StoreOptions):
     """Options of `llmrec features edit`."""
 
-    name: Annotated[str, About(argument=True, metavar="ID", help="ID of the user or item whose text to change.")]
-    text: Annotated[str, About(help="New text.")]
+    name: Annotated[str, OptionHelp(argument=True, metavar="ID", help="ID of the user or item whose text to change.")]
+    text: Annotated[str, OptionHelp(help="New text.")]
     kind: Kind = "user"
 
 
@@ -161,7 +163,7 @@ def edit(options: EditOptions) -> None:
 class ForgetOptions(StoreOptions):
     """Options of `llmrec features forget`."""
 
-    user: Annotated[str, About(argument=True, metavar="USER", help="User to erase.")]
+    user: Annotated[str, OptionHelp(argument=True, metavar="USER", help="User to erase.")]
 
 
 def forget(options: ForgetOptions) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from llmrec.answer.options import About
+from llmrec.answer.options import OptionHelp
 from llmrec.cli.console import finish
 
 
@@ -16,9 +16,9 @@ class FuseOptions:
 
     runs: Annotated[
         tuple[Path, ...],
-        About(argument=True, metavar="RUN...", help="Folders of finished runs, evaluated on the same test cases."),
+        OptionHelp(argument=True, metavar="RUN...", help="Folders of finished runs, evaluated on the same test cases."),
     ]
-    out: Annotated[Path, About(metavar="FOLDER", help="Output folder.")]
+    out: Annotated[Path, OptionHelp(metavar="FOLDER", help="Output folder.")]
 
 
 def fuse(options: FuseOptions) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from llmrec.answer.options import About
+from llmrec.answer.options import OptionHelp
 from llmrec.cli.console import show, store_facts
 from llmrec.cli.options import RecipeOptions
 
@@ -15,9 +15,9 @@ from llmrec.cli.options import RecipeOptions
 class IndexOptions(RecipeOptions):
     """Options of `llmrec index`."""
 
-    out: Annotated[Path | None, About(help="Output folder. Default: runs/NAME/index.")] = None
+    out: Annotated[Path | None, OptionHelp(help="Output folder. Default: runs/NAME/index.")] = None
     items: Annotated[
-        str, About(metavar="ID,ID", help="Comma-separated item IDs to show, with their nearest neighbours.")
+        str, OptionHelp(metavar="ID,ID", help="Comma-separated item IDs to show, with their nearest neighbours.")
     ] = ""
 
 

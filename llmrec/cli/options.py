@@ -11,16 +11,16 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
-from llmrec.answer.options import About
+from llmrec.answer.options import OptionHelp
 from llmrec.errors import RecipeError
 
-Out = Annotated[Path | None, About(help="Run folder. Default: runs/NAME.")]
+Out = Annotated[Path | None, OptionHelp(help="Run folder. Default: runs/NAME.")]
 Shard = Annotated[
-    str | None, About(metavar="I/N", help="Process only shard I of N; combine the shards with llmrec merge.")
+    str | None, OptionHelp(metavar="I/N", help="Process only shard I of N; combine the shards with llmrec merge.")
 ]
 Ray = Annotated[
     str | None,
-    About(
+    OptionHelp(
         metavar="local|HOST:PORT",
         help="Process all shards on a Ray cluster, then merge them. Configured by the recipe's section ray.",
     ),
@@ -28,7 +28,7 @@ Ray = Annotated[
 
 Launch = Annotated[
     int | None,
-    About(
+    OptionHelp(
         least=1, metavar="N", help="Use N processes on this machine, each with one GPU or its share of the CPU cores."
     ),
 ]
@@ -38,10 +38,12 @@ Launch = Annotated[
 class RecipeOptions:
     """Options with a recipe and overrides of its keys."""
 
-    recipe: Annotated[str, About(argument=True, metavar="RECIPE", help="Recipe file, such as recipes/quickstart.yaml.")]
+    recipe: Annotated[
+        str, OptionHelp(argument=True, metavar="RECIPE", help="Recipe file, such as recipes/quickstart.yaml.")
+    ]
     overrides: Annotated[
         tuple[str, ...],
-        About(
+        OptionHelp(
             argument=True,
             metavar="[KEY=VALUE]...",
             help="Recipe keys to override, such as train.steps=20 eval.users=100.",
@@ -67,8 +69,8 @@ def takes(function: Callable[[Any], None]) -> Callable[..., None]:
     Its docstring is the help text, without the section ``Example:``.
 
     Args:
-        function: A function with one parameter, annotated with a dataclass whose fields are `Annotated` with an `About`
-            each.
+        function: A function with one parameter, annotated with a dataclass whose fields are `Annotated` with an
+            `OptionHelp` each.
     """
     record = next(iter(get_type_hints(function).values()))
     hints = get_type_hints(record, include_extras=True)
@@ -96,7 +98,7 @@ def _docstring(function: Callable[[Any], None]) -> tuple[str, str]:
 
 def _parameter(field: Field[Any], hint: Any) -> Parameter:
     kind, about = get_args(hint)
-    assert isinstance(about, About)
+    assert isinstance(about, OptionHelp)
     default: Any = Parameter.empty if field.default is MISSING else field.default
     if get_origin(kind) is tuple and get_args(kind)[-1] is Ellipsis:
         # the option may be repeated

@@ -13,7 +13,7 @@ from typing import Annotated
 
 from jinja2 import Environment, nodes
 
-from llmrec.answer.options import About
+from llmrec.answer.options import OptionHelp
 from llmrec.backends.encode import Encoder
 from llmrec.cli.console import say, show_prompts, store_facts
 from llmrec.cli.options import RecipeOptions
@@ -28,7 +28,7 @@ from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe
 from llmrec.strategies.counting import questions_of
 from llmrec.tasks.task import Want
-from llmrec.tasks.templates import Chosen, choose
+from llmrec.tasks.templates import TemplateSelection, choose
 from llmrec.types import Example
 
 WIDTH = 80
@@ -46,7 +46,7 @@ class PromptsOptions(RecipeOptions):
 
     template: Annotated[
         tuple[str, ...],
-        About(
+        OptionHelp(
             names=("--template", "-t"),
             metavar="NAME|FILE",
             help="Show only this template, even if the recipe does not use it. Repeatable.",
@@ -54,26 +54,30 @@ class PromptsOptions(RecipeOptions):
     ] = ()
     sets: Annotated[
         tuple[str, ...],
-        About(names=("--set",), metavar="NAME", help="Show only the templates in this set, such as m6. Repeatable."),
+        OptionHelp(
+            names=("--set",), metavar="NAME", help="Show only the templates in this set, such as m6. Repeatable."
+        ),
     ] = ()
     every: Annotated[
         bool,
-        About(names=("--all",), help="Describe every template and print three prompts per task."),
+        OptionHelp(names=("--all",), help="Describe every template and print three prompts per task."),
     ] = False
     evaluation: Annotated[
         bool,
-        About(names=("--eval",), help="Show evaluation prompts (with few-shot examples) instead of training prompts."),
+        OptionHelp(
+            names=("--eval",), help="Show evaluation prompts (with few-shot examples) instead of training prompts."
+        ),
     ] = False
     user: Annotated[
-        str | None, About(metavar="ID", help="With --eval: the evaluated user (default: the first one).")
+        str | None, OptionHelp(metavar="ID", help="With --eval: the evaluated user (default: the first one).")
     ] = None
     diff: Annotated[
         tuple[str, str] | None,
-        About(metavar="A B", help="Compare two templates, or template A with its version in run folder B."),
+        OptionHelp(metavar="A B", help="Compare two templates, or template A with its version in run folder B."),
     ] = None
     chat: Annotated[
         Path | None,
-        About(
+        OptionHelp(
             metavar="FILE",
             help="Write the training examples as chat messages (JSONL) for TRL, axolotl or LLaMA-Factory.",
         ),
@@ -264,18 +268,18 @@ def names(study: Study) -> Iterator[str]:
         yield ""
 
 
-def _roles(template: Template, chosen: Chosen) -> list[str]:
+def _roles(template: Template, chosen: TemplateSelection) -> list[str]:
     roles = ["trained on"] if template in chosen.train else []
     return [*roles, "evaluated with"] if template.name in chosen.evaluate else roles
 
 
-def chosen_of(study: Study, family: str) -> Chosen:
+def chosen_of(study: Study, family: str) -> TemplateSelection:
     """Return the templates with which a recipe trains and evaluates a task."""
     templates, reviews = study.templates[family], bool(study.task_data(family).dataset.reviews)
     return choose(study.tasks[family].family, study.section(family), templates, study.codes(family), reviews=reviews)
 
 
-def _about(template: Template, chosen: Chosen) -> Iterator[str]:
+def _about(template: Template, chosen: TemplateSelection) -> Iterator[str]:
     facts = [
         f"version {template.version}",
         template.use,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from llmrec.answer.options import About
+from llmrec.answer.options import OptionHelp
 from llmrec.cli.console import say, show_tables, store_facts, written
 from llmrec.registry import HOOKS, hook
 
@@ -17,13 +17,13 @@ class ReportOptions:
 
     folder: Annotated[
         Path,
-        About(
+        OptionHelp(
             argument=True,
             metavar="RUN",
             help="Run folder such as runs/quickstart, or a folder of suite results such as eval/results.",
         ),
     ]
-    table: Annotated[bool, About(help="With a run folder: also print the tables.")] = False
+    table: Annotated[bool, OptionHelp(help="With a run folder: also print the tables.")] = False
 
 
 def report(options: ReportOptions) -> None:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel
 
-from llmrec.answer.options import About
+from llmrec.answer.options import OptionHelp
 from llmrec.cli.console import say, store_facts, written
 from llmrec.durable import write_text
 from llmrec.prompts.template import load_templates
@@ -35,10 +35,10 @@ _OWN = {"type": "string", "pattern": r"[:/.\\]"}
 class SchemaOptions:
     """Options of `llmrec schema`."""
 
-    kind: Annotated[PageKind, About(argument=True, help="File type of the schema; suite also covers benchmarks.")] = (
-        "recipe"
-    )
-    out: Annotated[Path | None, About(metavar="FILE", help="Output file. Default: print the schema.")] = None
+    kind: Annotated[
+        PageKind, OptionHelp(argument=True, help="File type of the schema; suite also covers benchmarks.")
+    ] = "recipe"
+    out: Annotated[Path | None, OptionHelp(metavar="FILE", help="Output file. Default: print the schema.")] = None
 
 
 def schema(options: SchemaOptions) -> None:

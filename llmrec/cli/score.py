@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from llmrec.answer.options import About
+from llmrec.answer.options import OptionHelp
 from llmrec.cli.console import say, store_facts
 from llmrec.errors import RecipeError
 from llmrec.evaluate.scoring import ScoredLists, Scores, score
@@ -27,27 +27,29 @@ class ScoreOptions:
 
     ranked: Annotated[
         tuple[Path, ...],
-        About(
+        OptionHelp(
             argument=True,
             metavar="RANKED [OTHER]",
             help="File of ranked lists. A second file is compared with the first file.",
         ),
     ] = ()
-    truth: Annotated[Path, About(help="Relevant items: a table with a user and an item in each row, or TREC qrels.")]
-    user: Annotated[str | None, About(metavar="COLUMN", help="Name of the user column. Default: detected.")] = None
-    item: Annotated[str | None, About(metavar="COLUMN", help="Name of the item column. Default: detected.")] = None
-    k: Annotated[str, About(metavar="K,K", help="Comma-separated cut-offs of the metrics.")] = ",".join(
+    truth: Annotated[
+        Path, OptionHelp(help="Relevant items: a table with a user and an item in each row, or TREC qrels.")
+    ]
+    user: Annotated[str | None, OptionHelp(metavar="COLUMN", help="Name of the user column. Default: detected.")] = None
+    item: Annotated[str | None, OptionHelp(metavar="COLUMN", help="Name of the item column. Default: detected.")] = None
+    k: Annotated[str, OptionHelp(metavar="K,K", help="Comma-separated cut-offs of the metrics.")] = ",".join(
         map(str, CUTOFFS)
     )
-    graded: Annotated[bool, About(help="Compute NDCG with graded relevance and linear gain, as trec_eval does.")] = (
-        False
-    )
+    graded: Annotated[
+        bool, OptionHelp(help="Compute NDCG with graded relevance and linear gain, as trec_eval does.")
+    ] = False
     planned: Annotated[
         str | None,
-        About(metavar="METRIC", help="With two files: metric for the comparison with a significance test."),
+        OptionHelp(metavar="METRIC", help="With two files: metric for the comparison with a significance test."),
     ] = None
-    resamples: Annotated[int, About(least=1, help="Number of bootstrap resamples over users.")] = RESAMPLES
-    seed: Annotated[int, About(help="Random seed of the bootstrap.")] = 0
+    resamples: Annotated[int, OptionHelp(least=1, help="Number of bootstrap resamples over users.")] = RESAMPLES
+    seed: Annotated[int, OptionHelp(help="Random seed of the bootstrap.")] = 0
 
 
 def score_files(options: ScoreOptions) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from llmrec.answer.options import About
+from llmrec.answer.options import OptionHelp
 from llmrec.cli.console import say, store_facts
 from llmrec.cli.options import RecipeOptions
 
@@ -15,8 +15,8 @@ from llmrec.cli.options import RecipeOptions
 class TuneEncoderOptions(RecipeOptions):
     """Options of `llmrec tune-encoder`."""
 
-    out: Annotated[Path, About(metavar="FOLDER", help="Output folder.")]
-    encoder: Annotated[str, About(metavar="NAME", help="Text encoder to start from: name or folder.")] = (
+    out: Annotated[Path, OptionHelp(metavar="FOLDER", help="Output folder.")]
+    encoder: Annotated[str, OptionHelp(metavar="NAME", help="Text encoder to start from: name or folder.")] = (
         "all-MiniLM-L6-v2"
     )
 

@@ -29,7 +29,7 @@ from llmrec.cli.console import finish, show, show_shard
 from llmrec.cli.run import RunOptions
 from llmrec.cluster.command import merge_shards
 from llmrec.cluster.evaluation import evaluate_shard, merge_run
-from llmrec.cluster.jobs import EACH, Job, Worked, Worker, count_of, facts_of, published, read_job, work_all
+from llmrec.cluster.jobs import EACH, Job, ShardResult, Worker, count_of, facts_of, published, read_job, work_all
 from llmrec.cluster.local import evaluate_here, run_here
 from llmrec.data.request_file import open_requests
 from llmrec.durable import read_json
@@ -179,7 +179,9 @@ def _node_id() -> str:
     return str(require("ray", _EXTRA).get_runtime_context().get_node_id())
 
 
-def spread(ray: Any, arguments: Mapping[str, Any], section: RaySection, numbers: Sequence[int]) -> Iterator[Worked]:
+def spread(
+    ray: Any, arguments: Mapping[str, Any], section: RaySection, numbers: Sequence[int]
+) -> Iterator[ShardResult]:
     """Run shards on actors; see `llmrec.cluster.jobs.Spread`.
 
     Args:
@@ -201,7 +203,7 @@ def spread(ray: Any, arguments: Mapping[str, Any], section: RaySection, numbers:
     result = rows.map(Actor, fn_constructor_kwargs=dict(arguments), compute=pool, **lasting)
     try:
         for row in result.iter_rows():
-            yield Worked.parse(row["worked"])
+            yield ShardResult.parse(row["worked"])
     except ray.exceptions.RayError as error:
         log.warning("a pass over the shards was interrupted: %s", str(error).splitlines()[0])
 

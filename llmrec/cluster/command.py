@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from llmrec.answer.options import About
+from llmrec.answer.options import OptionHelp
 from llmrec.cli.console import finish, show
 
 
@@ -19,7 +19,7 @@ class MergeOptions:
 
     target: Annotated[
         Path,
-        About(
+        OptionHelp(
             argument=True,
             metavar="TARGET",
             help="Output of the job: an output file of llmrec rank, a run folder or a feature store.",
@@ -27,7 +27,7 @@ class MergeOptions:
     ]
     shards: Annotated[
         tuple[Path, ...],
-        About(argument=True, metavar="[SHARD]...", help="Folders of the shards. Default: TARGET.shards/*."),
+        OptionHelp(argument=True, metavar="[SHARD]...", help="Folders of the shards. Default: TARGET.shards/*."),
     ] = ()
 
 

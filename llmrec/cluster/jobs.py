@@ -1,8 +1,8 @@
 """Jobs whose shards are run by worker processes: the job file, results of workers, and lost shards.
 
 This module is independent of the scheduler that distributes shards over machines. The scheduler gets shard numbers and
-yields a `Worked` for each, in any order; a shard without one was lost with a process or a machine, and is repeated. Its
-finished parts are stored in its folder (`llmrec.pipeline.shards`) and not computed twice.
+yields a `ShardResult` for each, in any order; a shard without one was lost with a process or a machine, and is
+repeated. Its finished parts are stored in its folder (`llmrec.pipeline.shards`) and not computed twice.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from llmrec.pipeline.augmenting import augment_shard
 from llmrec.pipeline.engines import keep_engine
 from llmrec.pipeline.resume import Budget, locked
 from llmrec.pipeline.shards import Command, read, shard_folder, shards_of
-from llmrec.progress import Bar
+from llmrec.progress import Progress
 from llmrec.recipe.load import as_recipe
 from llmrec.recipe.schema import Recipe
 from llmrec.records import Shard
@@ -130,7 +130,7 @@ def read_job(folder: Path, token: str) -> Job:
 
 
 @dataclass(frozen=True)
-class Worked:
+class ShardResult:
     """The result of running a shard.
 
     Attributes:
@@ -154,13 +154,13 @@ class Worked:
         return json.dumps(asdict(self))
 
     @classmethod
-    def parse(cls, text: str) -> Worked:
+    def parse(cls, text: str) -> ShardResult:
         """Parse a result from JSON written by `as_json`."""
         return cls(**json.loads(text))
 
 
 @dataclass(frozen=True)
-class Advanced:
+class ShardProgress:
     """The progress of a shard: its number and the finished fraction."""
 
     shard: int
@@ -186,14 +186,14 @@ class Worker:
         count: int,
         node: str,
         process: int,
-        report: Callable[[Advanced], None] = lambda _: None,
+        report: Callable[[ShardProgress], None] = lambda _: None,
     ) -> None:
         self._folder, self._token, self._count = folder, token, count
         self._node, self._process, self._report = node, process, report
         self._work: Callable[[Shard], Path] | None = None
         self._number = 0
 
-    def work(self, number: int) -> Worked:
+    def work(self, number: int) -> ShardResult:
         """Run one shard; errors are returned instead of raised, since they would occur in other processes too."""
         begin = time.monotonic()
         shard = Shard(number, self._count)
@@ -204,13 +204,13 @@ class Worker:
         except Exception as error:
             wrong = fix_of(error)
             text = str(wrong) if wrong else "".join(traceback.format_exception(error))
-            return Worked(number, self._node, self._process, time.monotonic() - begin, error=text)
+            return ShardResult(number, self._node, self._process, time.monotonic() - begin, error=text)
         cost = facts.get("cost") or {}
         tokens = facts.get("fresh_tokens") or sum(cost.get(f"{name}_tokens", 0) for name in ("prompt", "completion"))
-        return Worked(number, self._node, self._process, time.monotonic() - begin, tokens)
+        return ShardResult(number, self._node, self._process, time.monotonic() - begin, tokens)
 
     def _advance(self, fraction: float) -> None:
-        self._report(Advanced(self._number, fraction))
+        self._report(ShardProgress(self._number, fraction))
 
 
 def _patiently(work: Callable[[Shard], Path], shard: Shard) -> Path:
@@ -271,11 +271,11 @@ def published(job: Job) -> Iterator[str]:
             (folder / JOB).unlink(missing_ok=True)
 
 
-Spread = Callable[[Sequence[int]], Iterator[Worked | Advanced]]
+Spread = Callable[[Sequence[int]], Iterator[ShardResult | ShardProgress]]
 """Runs the shards with these numbers on workers, and yields the result of each, except for lost ones."""
 
 
-def work_all(job: Job, count: int, spread: Spread) -> list[Worked]:
+def work_all(job: Job, count: int, spread: Spread) -> list[ShardResult]:
     """Run all shards of a job, run lost shards again, and show the progress.
 
     Args:
@@ -289,14 +289,14 @@ def work_all(job: Job, count: int, spread: Spread) -> list[Worked]:
     Raises:
         LlmrecError: If a shard fails, or some are lost repeatedly.
     """
-    done: dict[int, Worked] = {}
+    done: dict[int, ShardResult] = {}
     fractions: dict[int, float] = {}
     fruitless = 0
-    with Bar(job.command, count, unit="shards") as bar:
+    with Progress(job.command, count, unit="shards") as bar:
         while left := [number for number in range(1, count + 1) if number not in done]:
             before = len(done)
             for entry in spread(left):
-                if isinstance(entry, Advanced):
+                if isinstance(entry, ShardProgress):
                     fractions[entry.shard] = entry.fraction
                     bar.reach(sum(fractions.values()))
                     continue
@@ -325,7 +325,7 @@ def _summary(done: Any) -> str:
     return f"{processes} processes{where}{f', {tokens:,} tokens' if tokens else ''}"
 
 
-def facts_of(done: Sequence[Worked]) -> tuple[int, int, int]:
+def facts_of(done: Sequence[ShardResult]) -> tuple[int, int, int]:
     """Return the number of machines and processes that ran shards, and the total number of tokens."""
     processes = {(entry.node, entry.process) for entry in done}
     return len({node for node, _ in processes}), len(processes), sum(entry.tokens for entry in done)

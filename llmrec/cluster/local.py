@@ -18,7 +18,7 @@ from llmrec import machine, processes
 from llmrec.cli.run import RunOptions
 from llmrec.cli.train import train_together
 from llmrec.cluster.evaluation import merge_run, refuse_without_model
-from llmrec.cluster.jobs import Advanced, Job, Worked, Worker, published, shard_counts, work_all
+from llmrec.cluster.jobs import Job, ShardProgress, ShardResult, Worker, published, shard_counts, work_all
 from llmrec.errors import LlmrecError, RecipeError, require
 from llmrec.pipeline.augmenting import FEATURES, merge_augment, refuse_other_store
 from llmrec.pipeline.engines import gpus_of_engine
@@ -150,10 +150,10 @@ def _cores(index: int, count: int) -> str:
     return ",".join(map(str, cores[index::count])) if len(cores) >= count else ""
 
 
-def _parsed(lines: Iterator[str]) -> Iterator[Worked | Advanced]:
+def _parsed(lines: Iterator[str]) -> Iterator[ShardResult | ShardProgress]:
     for line in lines:
         fields = json.loads(line)
-        yield Advanced(**fields) if "fraction" in fields else Worked(**fields)
+        yield ShardProgress(**fields) if "fraction" in fields else ShardResult(**fields)
 
 
 def _last_lines(log: Path) -> str:
@@ -171,7 +171,7 @@ def work(folder: Path, token: str, count: int, node: str, numbers: Sequence[int]
         os.dup2(2, 1)
         logging.basicConfig(format="%(asctime)s %(message)s")
 
-        def report(progress: Advanced) -> None:
+        def report(progress: ShardProgress) -> None:
             out.write(json.dumps(asdict(progress)) + "\n")
 
         worker = Worker(folder, token, count, node, os.getpid(), report)

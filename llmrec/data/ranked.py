@@ -37,7 +37,7 @@ class Ranked:
     Attributes:
         request_id: None if it could not be read.
         user_id: As in the request.
-        line: Position of the request in its file; see `llmrec.data.request_file.Raw`.
+        line: Position of the request in its file; see `llmrec.data.request_file.RequestRow`.
         items: Best first.
         scores: One per item.
         titles: One per item, as the model read it.

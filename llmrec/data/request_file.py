@@ -1,6 +1,6 @@
 """Reads files of ranking requests row by row, so that only one row or Parquet batch is in memory.
 
-A row that cannot be read becomes a `Raw` with an error; only a file that cannot be read at all raises.
+A row that cannot be read becomes a `RequestRow` with an error; only a file that cannot be read at all raises.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 
 from llmrec.data.read import text
 from llmrec.data.read.delimited import BrokenRow, fields
-from llmrec.data.read.files import Stored
+from llmrec.data.read.files import HashedFile
 from llmrec.data.read.limits import enumerated, reason, require_file
 from llmrec.data.read.objects import json_object
 from llmrec.data.read.parquet import FAULTS, parquet_file
 from llmrec.data.read.tables import column_names
-from llmrec.data.read.text import Pieces, TooLong
+from llmrec.data.read.text import LineBlocks, LineTooLong
 from llmrec.data.requests import KEYS
 from llmrec.durable import sha256_of
 from llmrec.errors import DataError, Location, did_you_mean
@@ -37,7 +37,7 @@ _MAYBE_JSON_LIST = re.compile(r"\[\s*[-\d\]].*\]$|\[\s*\]$", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
-class Raw:
+class RequestRow:
     """One row of a request file.
 
     Attributes:
@@ -71,7 +71,7 @@ class RequestFile:
     blank: int
     bare: bool = False
 
-    def __iter__(self) -> Iterator[Raw]:
+    def __iter__(self) -> Iterator[RequestRow]:
         """Yield all rows in order.
 
         Raises:
@@ -140,15 +140,15 @@ def kind_of(path: Path) -> str:
 # --------------------------------------------------------------------------- lines
 
 
-def _source(path: Path) -> Stored:
-    return Stored(path, ".gz" if path.suffix.lower() == ".gz" else "", fix="check --in")
+def _source(path: Path) -> HashedFile:
+    return HashedFile(path, ".gz" if path.suffix.lower() == ".gz" else "", fix="check --in")
 
 
-def _pieces(source: Stored, stream: Any) -> Pieces:
-    return Pieces(source, stream, head=Location(source.name, line=1), block=_BLOCK)
+def _pieces(source: HashedFile, stream: Any) -> LineBlocks:
+    return LineBlocks(source, stream, head=Location(source.name, line=1), block=_BLOCK)
 
 
-def _lines(source: Stored) -> Iterator[tuple[int, bytes | None]]:
+def _lines(source: HashedFile) -> Iterator[tuple[int, bytes | None]]:
     """Yield lines with their numbers and without line ends; None for a line that is too long."""
     with source.open() as stream:
         pieces = _pieces(source, stream)
@@ -157,30 +157,30 @@ def _lines(source: Stored) -> Iterator[tuple[int, bytes | None]]:
                 piece = next(pieces)
             except StopIteration:
                 return
-            except TooLong:
+            except LineTooLong:
                 yield pieces.line, None
                 continue
             for number, raw in enumerate(piece.raw.removesuffix(b"\n").split(b"\n"), start=piece.line + 1):
                 yield number, None if len(raw) > text.LONGEST else raw
 
 
-def _json(line: int, raw: bytes | None) -> Raw:
+def _json(line: int, raw: bytes | None) -> RequestRow:
     if raw is None:
-        return Raw(line, None, f"the line is longer than {text.LONGEST} bytes")
+        return RequestRow(line, None, f"the line is longer than {text.LONGEST} bytes")
     if b"\0" in raw:
-        return Raw(line, None, "the line contains NUL bytes, so it is binary or UTF-16; save the file as UTF-8")
+        return RequestRow(line, None, "the line contains NUL bytes, so it is binary or UTF-16; save the file as UTF-8")
     try:
-        return Raw(line, json_object("this line", raw.decode("utf-8")))
+        return RequestRow(line, json_object("this line", raw.decode("utf-8")))
     except UnicodeDecodeError as error:
-        return Raw(line, None, f"byte 0x{raw[error.start]:02x} is not UTF-8; save the file as UTF-8")
+        return RequestRow(line, None, f"byte 0x{raw[error.start]:02x} is not UTF-8; save the file as UTF-8")
     except DataError as error:
-        return Raw(line, None, str(error))
+        return RequestRow(line, None, str(error))
 
 
 # --------------------------------------------------------------------------- delimited text
 
 
-def _delimited(source: Stored, separator: str, bare: bool) -> Iterator[Raw | None]:
+def _delimited(source: HashedFile, separator: str, bare: bool) -> Iterator[RequestRow | None]:
     """Yield the rows after the header; None for a blank line."""
     columns: list[str] = []
     with source.open() as stream:
@@ -205,9 +205,11 @@ def _delimited(source: Stored, separator: str, bare: bool) -> Iterator[Raw | Non
                             pieces.keep(rest.encode("utf-8", "surrogateescape"))
                             break
                         # A stray quote affects only its own line.
-                        yield Raw(piece.line + broken.line + 1, None, f"not a row of this table: {broken.problem}")
+                        yield RequestRow(
+                            piece.line + broken.line + 1, None, f"not a row of this table: {broken.problem}"
+                        )
                         start, line = rows.find("\n", broken.start) + 1 or len(rows), broken.line + 1
-        except TooLong as error:
+        except LineTooLong as error:
             raise DataError.at(
                 Location(source.name, line=pieces.line),
                 "too-large",
@@ -240,28 +242,28 @@ def _check_columns(name: str, columns: list[str], bare: bool) -> None:
         )
 
 
-def _row(line: int, columns: list[str], cells: list[str], separator: str) -> Raw:
+def _row(line: int, columns: list[str], cells: list[str], separator: str) -> RequestRow:
     if len(cells) != len(columns):
-        return Raw(
+        return RequestRow(
             line,
             None,
             f"the line has {len(cells)} fields, but the header has {len(columns)}; put double quotes around fields "
             f"that contain {separator!r} or a double quote",
         )
     if cells == columns:
-        return Raw(line, None, "the line repeats the header; remove it")
+        return RequestRow(line, None, "the line repeats the header; remove it")
     if any(_NO_UTF8.search(cell) for cell in cells):
-        return Raw(line, None, "the line is not UTF-8; save the file as UTF-8")
+        return RequestRow(line, None, "the line is not UTF-8; save the file as UTF-8")
     return _unpacked(line, {name: cell for name, cell in zip(columns, cells, strict=True) if cell.strip()})
 
 
-def _unpacked(line: int, record: dict[str, object]) -> Raw:
+def _unpacked(line: int, record: dict[str, object]) -> RequestRow:
     """Parse cells that contain lists: a JSON list, or ids separated by ``|``."""
     try:
         lists = {key: _list(key, cell) for key in _LISTS if isinstance(cell := record.get(key), str)}
     except DataError as error:
-        return Raw(line, {key: value for key, value in record.items() if key not in _LISTS}, str(error))
-    return Raw(line, record | lists)
+        return RequestRow(line, {key: value for key, value in record.items() if key not in _LISTS}, str(error))
+    return RequestRow(line, record | lists)
 
 
 def _list(key: str, cell: str) -> list[Any]:
@@ -282,7 +284,7 @@ def _list(key: str, cell: str) -> list[Any]:
 # --------------------------------------------------------------------------- Parquet
 
 
-def _parquet(path: Path) -> Iterator[Raw]:
+def _parquet(path: Path) -> Iterator[RequestRow]:
     with parquet_file(str(path), path) as file:
         columns = file.schema_arrow.names
         wanted = [name for name in columns if name in KEYS]
@@ -292,7 +294,7 @@ def _parquet(path: Path) -> Iterator[Raw]:
         for batch in file.iter_batches(batch_size=_BATCH, columns=wanted):
             for record in _values(batch):
                 row += 1
-                yield Raw(row, None, record) if isinstance(record, str) else _unpacked(row, {**record, **others})
+                yield RequestRow(row, None, record) if isinstance(record, str) else _unpacked(row, {**record, **others})
 
 
 def _values(batch: Any) -> Iterator[dict[str, object] | str]:

@@ -82,7 +82,7 @@ class RankRequest:
 
 
 @dataclass
-class _Remarks:
+class _RequestNotes:
     """Lists of changed or ignored items, from which the notes about a request are written."""
 
     skipped: list[str] = field(default_factory=list)
@@ -131,7 +131,7 @@ def read_request(
     """
     request_id = _optional_id("id", record.get("id")) or str(row)
     user_id = _optional_id("user_id", record.get("user_id"))
-    remarks = _Remarks()
+    remarks = _RequestNotes()
     lacks = retrieves and record.get("candidates") in (None, [], ())
     candidates = () if whole or lacks else _candidates(record, catalogue, remarks)
     history = _history(record, catalogue, remarks)
@@ -192,7 +192,7 @@ def identity(record: Mapping[str, object] | None, row: int) -> tuple[str | None,
 
 
 def _candidates(
-    record: Mapping[str, object], catalogue: Mapping[str, Item] | None, remarks: _Remarks
+    record: Mapping[str, object], catalogue: Mapping[str, Item] | None, remarks: _RequestNotes
 ) -> tuple[Item, ...]:
     if record.get("candidates") is None:
         others = [key for key in record if key not in KEYS]
@@ -229,7 +229,7 @@ def _candidates(
 
 
 def _history(
-    record: Mapping[str, object], catalogue: Mapping[str, Item] | None, remarks: _Remarks
+    record: Mapping[str, object], catalogue: Mapping[str, Item] | None, remarks: _RequestNotes
 ) -> tuple[PastEvent, ...]:
     if record.get("history") is None:
         return ()
@@ -256,7 +256,7 @@ def _history(
     return tuple(events)
 
 
-def _item(where: str, entry: object, catalogue: Mapping[str, Item] | None, remarks: _Remarks) -> Item:
+def _item(where: str, entry: object, catalogue: Mapping[str, Item] | None, remarks: _RequestNotes) -> Item:
     """Return an item with its text, from the request or else from the catalogue."""
     if isinstance(entry, Mapping):
         item_id = _optional_id(f"{where}: item_id", entry.get("item_id"))

@@ -148,7 +148,7 @@ _STEP = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class Tally:
+class RatingSummary:
     """Number and mean rating of a set of interactions.
 
     Attributes:
@@ -161,13 +161,13 @@ class Tally:
     rated: int = 0
     total: float = 0.0
 
-    def __add__(self, other: Tally) -> Tally:
+    def __add__(self, other: RatingSummary) -> RatingSummary:
         """Return the counts of both sets."""
-        return Tally(self.count + other.count, self.rated + other.rated, self.total + other.total)
+        return RatingSummary(self.count + other.count, self.rated + other.rated, self.total + other.total)
 
-    def __sub__(self, other: Tally) -> Tally:
+    def __sub__(self, other: RatingSummary) -> RatingSummary:
         """Return the counts without a subset of the interactions."""
-        return Tally(self.count - other.count, self.rated - other.rated, self.total - other.total)
+        return RatingSummary(self.count - other.count, self.rated - other.rated, self.total - other.total)
 
     @property
     def shown(self) -> dict[str, object] | None:
@@ -180,37 +180,37 @@ class Tally:
         return {"count": self.count, "mean": f"{halves * _STEP:.1f}"}
 
 
-class Tallies:
+class RatingSummaries:
     """Number and mean rating of the training interactions of every user and item."""
 
     def __init__(self, data: SplitDataset) -> None:
         self._data = data
-        self._latest: tuple[str, Mapping[str, Tally]] | None = None
+        self._latest: tuple[str, Mapping[str, RatingSummary]] | None = None
 
-    def user(self, user_id: str, without: Collection[str]) -> Tally:
+    def user(self, user_id: str, without: Collection[str]) -> RatingSummary:
         """Return the number and mean rating of a user's training interactions, except with given items."""
-        return sum((tally for item, tally in self._of(user_id).items() if item not in without), Tally())
+        return sum((tally for item, tally in self._of(user_id).items() if item not in without), RatingSummary())
 
-    def item(self, item_id: str, without: str) -> Tally:
+    def item(self, item_id: str, without: str) -> RatingSummary:
         """Return the number and mean rating of an item's training interactions, except by one user."""
-        return self._items.get(item_id, Tally()) - self._of(without).get(item_id, Tally())
+        return self._items.get(item_id, RatingSummary()) - self._of(without).get(item_id, RatingSummary())
 
     @cached_property
-    def _items(self) -> Mapping[str, Tally]:
+    def _items(self) -> Mapping[str, RatingSummary]:
         rating = pl.col("rating")
         counted = self._data.train.group_by("item_id").agg(pl.len(), rating.count().alias("rated"), rating.sum())
-        return {item: Tally(count, rated, total) for item, count, rated, total in counted.iter_rows()}
+        return {item: RatingSummary(count, rated, total) for item, count, rated, total in counted.iter_rows()}
 
-    def _of(self, user_id: str) -> Mapping[str, Tally]:
+    def _of(self, user_id: str) -> Mapping[str, RatingSummary]:
         """Return the counts of a user by item; cached."""
         if self._latest is None or self._latest[0] != user_id:
             self._latest = user_id, _by_item(self._data.train_events(user_id))
         return self._latest[1]
 
 
-def _by_item(events: Iterable[Event]) -> dict[str, Tally]:
-    result: dict[str, Tally] = {}
+def _by_item(events: Iterable[Event]) -> dict[str, RatingSummary]:
+    result: dict[str, RatingSummary] = {}
     for event in events:
-        tally = Tally(1, 0, 0.0) if event.rating is None else Tally(1, 1, event.rating)
-        result[event.item_id] = result.get(event.item_id, Tally()) + tally
+        tally = RatingSummary(1, 0, 0.0) if event.rating is None else RatingSummary(1, 1, event.rating)
+        result[event.item_id] = result.get(event.item_id, RatingSummary()) + tally
     return result

@@ -74,13 +74,13 @@ def rollouts(
     # One more item is drawn than requested: it sets the threshold for the inclusion probabilities of the others.
     draws = count if way == "sampled" else count + 1
     first = np.array([float(count) if way == "sampled" else generator.gumbel() for generator in generators])
-    beams = _Drawn(**roots, logq=np.zeros(len(prompts)), marks=first)
+    beams = _SampledPrefixes(**roots, logq=np.zeros(len(prompts)), marks=first)
     beams = descend(engine, catalogue, prompts, beams, partial(keep, temperature, draws, generators))
     return [finish(catalogue, beams.take(np.flatnonzero(beams.users == user)), count) for user in range(len(prompts))]
 
 
 @dataclass
-class _Drawn(Beams):
+class _SampledPrefixes(Beams):
     """Sampled prefixes.
 
     Attributes:
@@ -92,7 +92,9 @@ class _Drawn(Beams):
     marks: Floats
 
 
-def _renormalised(temperature: float, beams: _Drawn, branches: Branches, logprobs: Floats) -> _Drawn:
+def _renormalised(
+    temperature: float, beams: _SampledPrefixes, branches: Branches, logprobs: Floats
+) -> _SampledPrefixes:
     """Extend prefixes by one token, and update their log-probability ``logq`` under the sampling distribution."""
     if not len(logprobs):
         return opened(beams, branches, logprobs)
@@ -109,10 +111,10 @@ def _split(
     temperature: float,
     _: int,
     generators: Sequence[np.random.Generator],
-    beams: _Drawn,
+    beams: _SampledPrefixes,
     branches: Branches,
     logprobs: Floats,
-) -> _Drawn:
+) -> _SampledPrefixes:
     """Distribute the draws of each prefix among its branches, by a multinomial distribution."""
     result = _renormalised(temperature, beams, branches, logprobs)
     heads, sizes = _runs(branches.parents)
@@ -120,17 +122,19 @@ def _split(
         shares = np.exp(result.logq[begin:end] - beams.logq[branches.parents[begin]])
         generator = generators[result.users[begin]]
         result.marks[begin:end] = generator.multinomial(int(result.marks[begin]), shares / shares.sum())
-    return _in_order(_Drawn.join(beams.take(np.flatnonzero(beams.complete)), result.take(np.flatnonzero(result.marks))))
+    return _in_order(
+        _SampledPrefixes.join(beams.take(np.flatnonzero(beams.complete)), result.take(np.flatnonzero(result.marks)))
+    )
 
 
 def _highest(
     temperature: float,
     count: int,
     generators: Sequence[np.random.Generator],
-    beams: _Drawn,
+    beams: _SampledPrefixes,
     branches: Branches,
     logprobs: Floats,
-) -> _Drawn:
+) -> _SampledPrefixes:
     """Keep the highest Gumbel-perturbed log-probabilities of each prompt (sampling without replacement)."""
     result = _renormalised(temperature, beams, branches, logprobs)
     if len(logprobs):
@@ -140,12 +144,12 @@ def _highest(
         noise = np.concatenate([generators[user].gumbel(size=n) for user, n in draws])
         free = result.logq + noise
         result.marks = _below(result.marks, free, np.repeat(np.maximum.reduceat(free, heads), sizes))
-    pool = _Drawn.join(beams.take(np.flatnonzero(beams.complete)), result)
+    pool = _SampledPrefixes.join(beams.take(np.flatnonzero(beams.complete)), result)
     order, rank = ranked(pool, pool.marks)
     return _in_order(pool.take(order[rank < count]))
 
 
-def _in_order(pool: _Drawn) -> _Drawn:
+def _in_order(pool: _SampledPrefixes) -> _SampledPrefixes:
     """Sort prefixes by prompt and path, which fixes the order of random draws."""
     return pool.take(np.lexsort((pool.lows, pool.users)))
 
@@ -164,11 +168,11 @@ def _below(parents: Floats, free: Floats, highest: Floats) -> Floats:
     return bounded
 
 
-def _counted(catalogue: Catalogue, drawn: _Drawn, _: int) -> Group:
+def _counted(catalogue: Catalogue, drawn: _SampledPrefixes, _: int) -> Group:
     return _group(catalogue.order[drawn.lows].astype(np.int64), drawn.marks, drawn.scores)
 
 
-def _weighed(catalogue: Catalogue, drawn: _Drawn, count: int) -> Group:
+def _weighed(catalogue: Catalogue, drawn: _SampledPrefixes, count: int) -> Group:
     """Weight each item by its probability divided by its inclusion probability."""
     order = np.argsort(-drawn.marks, kind="stable")
     kept = drawn.take(order[:count])

@@ -97,7 +97,7 @@ class Catalogue:
         first = self.firsts[np.minimum(nodes, last)].astype(np.int64)
         return first, self.firsts[np.minimum(nodes + 1, last)] - first
 
-    def below(self, nodes: Index, lows: Index, highs: Index) -> Below:
+    def below(self, nodes: Index, lows: Index, highs: Index) -> Children:
         """Return the children of nodes.
 
         Args:
@@ -121,7 +121,7 @@ class Catalogue:
         # The items of the last sibling end where those of its parent end.
         ends = np.append(begins[1:], 0)
         ends[(heads + counts - 1)[counts > 0]] = highs[counts > 0]
-        return Below(parents, children, begins, ends)
+        return Children(parents, children, begins, ends)
 
     def path(self, rank: int) -> tuple[int, ...]:
         """Return the tokens of a path, given its rank in sorted order."""
@@ -164,7 +164,7 @@ class Catalogue:
 
 
 @dataclass(frozen=True)
-class Below:
+class Children:
     """The children of several nodes, concatenated.
 
     Attributes:

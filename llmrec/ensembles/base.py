@@ -12,11 +12,11 @@ import numpy as np
 from llmrec.ensembles.cells import Cells
 from llmrec.ensembles.trees import Setting
 from llmrec.ensembles.weights import (
+    EnsembleTrial,
     Fit,
     Form,
-    Tried,
+    MemberAblation,
     Weights,
-    Without,
     alone,
     crossed,
     folds_of,
@@ -61,9 +61,9 @@ class Ensemble:
         """
         self.name, self._learns = name, learns
         self.weights: Weights | None = None
-        self.tried: tuple[Tried, ...] = ()
-        self.chosen: Tried | None = None
-        self.without: tuple[Without, ...] = ()
+        self.tried: tuple[EnsembleTrial, ...] = ()
+        self.chosen: EnsembleTrial | None = None
+        self.without: tuple[MemberAblation, ...] = ()
         self.crossed: NDArray[np.float64] | None = None
         # Users and form of the last fit, and cached results of `fitted_without`, by the users left out.
         # An ensemble that is created with weights was fitted to no users.
@@ -120,7 +120,7 @@ class Ensemble:
         *,
         repeats: bool,
         dissect: bool,
-        only: Tried | None = None,
+        only: EnsembleTrial | None = None,
         onto: Sequence[Ensemble] = (),
     ) -> None:
         """Fit all types of ensemble on all cases, and keep the one with the best cross-fitted NDCG@10; see `preferred`.
@@ -140,7 +140,7 @@ class Ensemble:
                 fit = options[key].on(cells, None)
                 values[key] = crossed(cells, fit, fit(every, None), folds)
             values = {key: values[key] for key in options}
-            self.tried = tuple(Tried(form, name, float(item.mean())) for (form, name), item in values.items())
+            self.tried = tuple(EnsembleTrial(form, name, float(item.mean())) for (form, name), item in values.items())
             # A smaller ensemble may be a ranker too: only the trees that are learned here need the margin.
             best = options[preferred(values, trees, users)]
             self.chosen = next(entry for entry in self.tried if (entry.form, entry.name) == best.key)

@@ -15,7 +15,7 @@ import numpy as np
 from scipy.special import expit, logit
 
 from llmrec.ensembles.base import Ensemble, free_of, settled
-from llmrec.ensembles.weights import FOLDS, Form, Tried, Weights, folds_of, left_out, limits_of
+from llmrec.ensembles.weights import FOLDS, EnsembleTrial, Form, Weights, folds_of, left_out, limits_of
 from llmrec.errors import LlmrecError
 from llmrec.metrics.stats import StatisticName
 from llmrec.types import Answer, Case, Predictor, Probability, Rating, Request
@@ -76,7 +76,7 @@ class Blend(Ensemble):
         cases: Sequence[Case],
         *,
         dissect: bool = False,
-        only: Tried | None = None,
+        only: EnsembleTrial | None = None,
         onto: Sequence[Ensemble] = (),
     ) -> None:
         """Fit all types of ensemble, and keep the type with the lowest cross-fitted error.
@@ -114,10 +114,10 @@ class Blend(Ensemble):
         errors = {item: float(result.mean()) for item, result in crossed.items()}
         # RMSE for ratings, log loss for probabilities.
         reported = {item: error if self._judges else error**0.5 for item, error in errors.items()}
-        self.tried = tuple(Tried(form, name, -error) for (form, name), error in reported.items())
+        self.tried = tuple(EnsembleTrial(form, name, -error) for (form, name), error in reported.items())
         best = min(errors, key=lambda key: errors[key])
         form, name = best
-        self.chosen = Tried(form, name, -reported[best])
+        self.chosen = EnsembleTrial(form, name, -reported[best])
         self._line = fits[best](every, features)
         self._fits_without = {frozenset(): self._line}
         self._fitted_to = tuple(users), lambda rows, start: fits[best](rows, features)

@@ -18,7 +18,7 @@ from llmrec.ensembles.cells import Kind
 from llmrec.ensembles.context import Context
 from llmrec.ensembles.rankers import CatalogueEnsemble, ListEnsemble, ListMember
 from llmrec.ensembles.trees import Trees
-from llmrec.ensembles.weights import Form, Weights, Without
+from llmrec.ensembles.weights import Form, MemberAblation, Weights
 from llmrec.errors import ModelError
 from llmrec.models.text_encoder import learned_from
 from llmrec.registry import BASELINES, lookup
@@ -116,7 +116,7 @@ def weights_of(model: Any) -> FusionWeights | None:
     return record_of(model.fitted, model.names, model.without)
 
 
-def record_of(weights: Weights, names: Sequence[str], without: Sequence[Without] = ()) -> FusionWeights:
+def record_of(weights: Weights, names: Sequence[str], without: Sequence[MemberAblation] = ()) -> FusionWeights:
     """Convert weights to their stored form.
 
     Args:

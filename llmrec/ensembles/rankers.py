@@ -24,7 +24,7 @@ import numpy as np
 from llmrec.ensembles.base import Ensemble
 from llmrec.ensembles.cells import TOP, Cells, Kind, best, gathered, joined
 from llmrec.ensembles.context import Context
-from llmrec.ensembles.weights import Tried, Weights
+from llmrec.ensembles.weights import EnsembleTrial, Weights
 from llmrec.errors import LlmrecError
 from llmrec.types import Answer, Case, CatalogueScorer, Predictor, Ranking, Request, Unparsed
 
@@ -94,7 +94,7 @@ class CatalogueEnsemble(Ensemble):
         """Names of the members."""
         return tuple(part.name for part in self.parts)
 
-    def fit(self, cases: Sequence[Case], *, dissect: bool = False, only: Tried | None = None) -> None:
+    def fit(self, cases: Sequence[Case], *, dissect: bool = False, only: EnsembleTrial | None = None) -> None:
         """Fit all types of ensemble, and keep the preferred type by cross-fitted NDCG@10.
 
         Args:

@@ -101,7 +101,7 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class Tried:
+class EnsembleTrial:
     """A type of ensemble with its cross-fitted result; higher is better."""
 
     form: Form
@@ -110,7 +110,7 @@ class Tried:
 
 
 @dataclass(frozen=True)
-class Without:
+class MemberAblation:
     """The loss of an ensemble if one member is left out and the weights are fitted again.
 
     Attributes:
@@ -166,10 +166,10 @@ def left_out(
     second: NDArray[np.float64],
     users: Sequence[str],
     statistic: StatisticName = "mean",
-) -> Without:
+) -> MemberAblation:
     """Return the loss from leaving a member out, computed from the results with and without it."""
     result = paired(first, second, resamples=_RESAMPLES, seed=0, users=users, statistic=statistic)
-    return Without(name, result.value, result.low, result.high)
+    return MemberAblation(name, result.value, result.low, result.high)
 
 
 def preferred(values: Mapping[Any, NDArray[np.float64]], learned: Any | None, users: Sequence[str]) -> Any:
@@ -448,7 +448,7 @@ def learned(cells: Cells, folds: NDArray[np.int64]) -> tuple[Setting, NDArray[np
     return trees.cross_fitted(("lambdarank", "binary"), fit_to, features, cells.rows, folds, cells.ndcg)
 
 
-def setting_of(form: Tried | None) -> Setting | None:
+def setting_of(form: EnsembleTrial | None) -> Setting | None:
     """Return the hyperparameters of trees from their stored name; None for other types of ensemble."""
     if form is None or form.form != "ranker":
         return None

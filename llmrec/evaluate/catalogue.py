@@ -51,7 +51,7 @@ _CACHED = 1 << 17
 
 
 @dataclass(frozen=True, slots=True)
-class Standings:
+class CatalogueRanks:
     """The rank of each request's target in the ranking of all items.
 
     Attributes:
@@ -78,7 +78,7 @@ def rank_catalogue(
     batch: int | None = None,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
-) -> Mapping[str, Standings]:
+) -> Mapping[str, CatalogueRanks]:
     """Rank all items for every case; candidates of requests are ignored.
 
     With ``excluded``, items of the history are not ranked, except the target, which may be a repeated item. With
@@ -107,7 +107,7 @@ def rank_catalogue(
         raise LlmrecError(f"{scorer.name}: its catalogue is empty or has duplicate items; fix the model", kind="defect")
     length = min(max(cutoffs, default=0), len(items))
     item_hash = hash64("list ties", seed, items) if length else np.zeros(0, dtype=np.uint64)
-    parts: dict[str, list[Standings]] = {convention: [] for convention in seen}
+    parts: dict[str, list[CatalogueRanks]] = {convention: [] for convention in seen}
     step = batch if batch is not None else max(1, _CELLS // len(items))
     for start in range(0, len(cases), step):
         part = cases[start : start + step]
@@ -215,7 +215,7 @@ def _standings(
     length: int,
     row_hash: NDArray[np.uint64],
     item_hash: NDArray[np.uint64],
-) -> dict[str, Standings]:
+) -> dict[str, CatalogueRanks]:
     n, items = scores.shape
     known = targets >= 0
     target_scores = scores[np.arange(n), np.maximum(targets, 0)]
@@ -234,7 +234,7 @@ def _standings(
                 shown = scores.copy()
                 shown[rows, columns] = -np.inf
         lists, kept = _top(shown, length, row_hash, item_hash)
-        result[str(convention)] = Standings(
+        result[str(convention)] = CatalogueRanks(
             greater=np.where(known, above, pool), tied=np.where(known, block, 0), pool=pool, lists=lists, scores=kept
         )
     return result
@@ -284,9 +284,9 @@ def _unit(hashed: NDArray[np.uint64]) -> NDArray[np.float64]:
     return np.asarray((mixed >> np.uint64(11)) * 2.0**-53, dtype=np.float64)
 
 
-def _joined(parts: Sequence[Standings]) -> Standings:
-    names = [field.name for field in fields(Standings)]
-    return Standings(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
+def _joined(parts: Sequence[CatalogueRanks]) -> CatalogueRanks:
+    names = [field.name for field in fields(CatalogueRanks)]
+    return CatalogueRanks(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
 
 
 def _evaluated(
@@ -294,7 +294,7 @@ def _evaluated(
     cases: Sequence[Case],
     protocol: EvalProtocol,
     seen: str,
-    standings: Standings,
+    standings: CatalogueRanks,
     seconds: float,
     background: Background | None,
 ) -> Evaluated:
@@ -321,7 +321,7 @@ def _evaluated(
     return Evaluated(figures, values, _records(items, cases, standings))
 
 
-def _records(items: Sequence[str], cases: Sequence[Case], standings: Standings) -> list[Prediction]:
+def _records(items: Sequence[str], cases: Sequence[Case], standings: CatalogueRanks) -> list[Prediction]:
     columns = standing_columns(standings.greater, standings.tied, standings.pool)
     records = []
     rows = zip(cases, standings.lists.tolist(), standings.scores.tolist(), strict=True)

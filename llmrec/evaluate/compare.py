@@ -23,8 +23,8 @@ from llmrec.metrics.significance import (
 from llmrec.metrics.stats import (
     Difference,
     Interval,
+    MetricValues,
     Sampled,
-    Taken,
     at_all,
     interval_of,
     mean_of,
@@ -43,7 +43,7 @@ _DUST = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class ModelValues:
     """The values of a model for comparisons.
 
     Attributes:
@@ -62,8 +62,8 @@ class Contrast:
     """Two models to compare, a − b, in one metric on the same requests of ``users``."""
 
     metric: str
-    a: Standing
-    b: Standing
+    a: ModelValues
+    b: ModelValues
     users: Sequence[str]
 
     def sampled(self, *, resamples: int, seed: int) -> Sampled:
@@ -286,7 +286,9 @@ def _means(
     return first, second, None
 
 
-def _recompute(metric: str, values: NDArray[np.float64], truth: NDArray[np.bool_], users: Sequence[str]) -> Taken:
+def _recompute(
+    metric: str, values: NDArray[np.float64], truth: NDArray[np.bool_], users: Sequence[str]
+) -> MetricValues:
     """Recompute a metric of probabilities from the stored values of a model."""
     entry = metric_of(metric)
     assert entry is not None

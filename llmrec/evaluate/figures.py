@@ -13,7 +13,7 @@ from llmrec import __version__
 from llmrec.entries import Kind, MetricEntry
 from llmrec.errors import LlmrecError
 from llmrec.metrics.signature import signature
-from llmrec.metrics.stats import Interval, StatisticName, Taken, interval, interval_of
+from llmrec.metrics.stats import Interval, MetricValues, StatisticName, interval, interval_of
 from llmrec.registry import METRICS, attribute, metric_of
 from llmrec.results import Metric, Rates
 
@@ -120,7 +120,7 @@ def measure(
     return measurements
 
 
-def taken(name: str, entry: MetricEntry, inputs: Mapping[str, object]) -> Taken | None:
+def taken(name: str, entry: MetricEntry, inputs: Mapping[str, object]) -> MetricValues | None:
     """Return the result of a metric; None if an input is missing or it needs several relevant items."""
     if not entry.function:
         return None
@@ -138,7 +138,7 @@ def taken(name: str, entry: MetricEntry, inputs: Mapping[str, object]) -> Taken 
     if any(argument is None for argument in arguments.values()):
         return None
     result = function(**arguments, **entry.fixed)
-    return result if isinstance(result, Taken) else Taken(result=result)
+    return result if isinstance(result, MetricValues) else MetricValues(result=result)
 
 
 def statistic_of(metric: str) -> StatisticName:

@@ -38,7 +38,7 @@ Fallback = Callable[[Request], float] | None
 Measure = Callable[[Sequence[Case], Sequence[Answer], EvalProtocol, Fallback], Measurements]
 
 
-def measure_of(kind: type[Answer], background: explained.Background | None) -> Measure:
+def measure_of(kind: type[Answer], background: explained.ExplanationReference | None) -> Measure:
     """Return the function that computes the metrics for a type of answer."""
     texts: Measure = partial(_texts, background=background)
     kinds: Mapping[type[Answer], Measure] = {Rating: _ratings, Text: texts, Probability: _probabilities}
@@ -101,7 +101,7 @@ def _texts(
     answers: Sequence[Answer],
     protocol: EvalProtocol,
     fallback: object,
-    background: explained.Background | None = None,
+    background: explained.ExplanationReference | None = None,
 ) -> Measurements:
     written = [answer.text if isinstance(answer, Text) else "" for answer in answers]
     truth = [str(case.truth) for case in cases]
@@ -140,7 +140,9 @@ def _texts(
     return replace(taken, rates=rates, columns=columns)
 
 
-def _feature_columns(named: explained.Named, expected: Sequence[tuple[str, ...] | None]) -> dict[str, Sequence[object]]:
+def _feature_columns(
+    named: explained.MentionedFeatures, expected: Sequence[tuple[str, ...] | None]
+) -> dict[str, Sequence[object]]:
     match = dict(zip(named.known.tolist(), named.match.tolist(), strict=True))
     return {
         "feature": [" ".join(words) if words else None for words in expected],
@@ -173,7 +175,7 @@ def _probabilities(
     return replace(taken, values=values, rates=rates, tie_rate=ties, columns={"value": probabilities.tolist()})
 
 
-def background_of(data: SplitDataset) -> explained.Background:
+def background_of(data: SplitDataset) -> explained.ExplanationReference:
     """Return the training texts of a split, and the features of (user, item) pairs."""
     columns = ["user_id", "item_id", "feature"]
     features: dict[tuple[str, str], str] | None = None
@@ -216,7 +218,7 @@ def evaluate(
     kind: type[Answer],
     protocol: EvalProtocol,
     fallback: Callable[[Request], float] | None = None,
-    background: explained.Background | None = None,
+    background: explained.ExplanationReference | None = None,
 ) -> Evaluated:
     """Evaluate a model on cases.
 

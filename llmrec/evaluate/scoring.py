@@ -17,7 +17,7 @@ from llmrec.data.requests import some
 from llmrec.display import Displayed, Summary, listed
 from llmrec.entries import MetricEntry
 from llmrec.errors import DataError, RecipeError, did_you_mean
-from llmrec.evaluate.compare import Contrast, Standing, exploratory, planned
+from llmrec.evaluate.compare import Contrast, ModelValues, exploratory, planned
 from llmrec.evaluate.figures import mean_figure
 from llmrec.metrics.functions import matched
 from llmrec.metrics.multi_target import Judged
@@ -103,7 +103,7 @@ def _with_interval(figure: Metric | Pair, sign: str = "") -> str:
 
 
 @dataclass(frozen=True)
-class Judging:
+class ListEvaluation:
     """Settings for evaluating ranked lists.
 
     Attributes:
@@ -137,7 +137,7 @@ def judging(
     planned: str | None = None,
     whole: bool = True,
     several: bool = True,
-) -> Judging:
+) -> ListEvaluation:
     """Validate the settings for evaluating ranked lists, and return them.
 
     Raises:
@@ -145,7 +145,7 @@ def judging(
     """
     if not k or any(isinstance(entry, bool) or not isinstance(entry, int) or entry < 1 for entry in k):
         raise RecipeError("k: give cut-offs of at least 1, such as 5,10", kind="bad-value", column="--k")
-    how = Judging(tuple(dict.fromkeys(k)), resamples, seed, graded, planned, whole)
+    how = ListEvaluation(tuple(dict.fromkeys(k)), resamples, seed, graded, planned, whole)
     if planned is not None and not (several and planned in how.names):
         what = (
             f"choose from {', '.join(how.names)}"
@@ -211,7 +211,7 @@ def score(
     return score_lists(lists, relevant, how)
 
 
-def score_lists(lists: Sequence[Lists], truth: Truth, how: Judging) -> Scores:
+def score_lists(lists: Sequence[Lists], truth: Truth, how: ListEvaluation) -> Scores:
     """Evaluate lists, and compare two files of lists if both are given.
 
     Metrics are expectations over all orders of tied scores; see `llmrec.metrics.multi_target`.
@@ -232,7 +232,8 @@ def score_lists(lists: Sequence[Lists], truth: Truth, how: Judging) -> Scores:
     if len(lists) > 1:
         for name in how.names:
             a, b = (
-                Standing(one.name, one.metrics[name].value, row[name]) for one, row in zip(scored, values, strict=True)
+                ModelValues(one.name, one.metrics[name].value, row[name])
+                for one, row in zip(scored, values, strict=True)
             )
             contrast = [Contrast(name, a, b, owners)]
             tested = planned if name == how.planned else exploratory
@@ -248,7 +249,7 @@ def score_lists(lists: Sequence[Lists], truth: Truth, how: Judging) -> Scores:
     )
 
 
-def _judged(lists: Lists, truth: Truth, keys: pl.Series, how: Judging) -> tuple[Judged, dict[str, int | float]]:
+def _judged(lists: Lists, truth: Truth, keys: pl.Series, how: ListEvaluation) -> tuple[Judged, dict[str, int | float]]:
     """Match ranked lists with relevant items, and count lists and items without a match."""
     known = set(keys.to_list())
     listed = set(lists.frame["key"].unique().to_list())
@@ -273,7 +274,7 @@ def _judged(lists: Lists, truth: Truth, keys: pl.Series, how: Judging) -> tuple[
     return judged, about
 
 
-def _several(how: Judging) -> list[tuple[str, MetricEntry, int | None]]:
+def _several(how: ListEvaluation) -> list[tuple[str, MetricEntry, int | None]]:
     """Return the metrics for several relevant items, with their cut-offs."""
     several = [(name, entry) for name, entry in METRICS.items() if entry.several]
     cut = [(f"{name}@{k}", entry, k) for k in how.cutoffs for name, entry in several if entry.cut or entry.both]
@@ -281,11 +282,11 @@ def _several(how: Judging) -> list[tuple[str, MetricEntry, int | None]]:
     return [*cut, *uncut]
 
 
-def _values(judged: Judged, how: Judging) -> dict[str, NDArray[np.float64]]:
+def _values(judged: Judged, how: ListEvaluation) -> dict[str, NDArray[np.float64]]:
     return {name: attribute(entry.several)(judged, k) for name, entry, k in _several(how)}
 
 
-def _figure(name: str, values: NDArray[np.float64], owners: Sequence[str], how: Judging) -> Metric:
+def _figure(name: str, values: NDArray[np.float64], owners: Sequence[str], how: ListEvaluation) -> Metric:
     # For external lists, candidates and the treatment of history items are unknown.
     gain = "graded" if how.graded and name.startswith("NDCG") else "binary"
     signed = signature(

@@ -97,7 +97,7 @@ class DataFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class TaskSettings:
     """The inference settings of a task: strategies and template used in evaluation."""
 
     family: str
@@ -186,7 +186,7 @@ class Card:
     seed: int
     training: Mapping[str, Any]
     data: tuple[DataFacts, ...]
-    asked: tuple[Asked, ...]
+    asked: tuple[TaskSettings, ...]
     example: Example
     results: Results | None
     measured_dtype: str | None
@@ -196,7 +196,7 @@ class Card:
     notes: tuple[str, ...] = ()
 
 
-class Raw(str):
+class RawMarkdown(str):
     """Text that is already Markdown; all other text is escaped."""
 
     __slots__ = ()
@@ -220,14 +220,14 @@ def render(card: Card) -> str:
         code=code,
         unknown=UNKNOWN,
         families=listed([title(entry.family).lower() for entry in card.asked]),
-        rank=Raw(rank_snippet(card)),
-        python=Raw(python_snippet(card)),
-        shell=Raw(serve_snippet(card)),
-        request=Raw(request_snippet(card)),
-        training=Raw(_training(card)),
+        rank=RawMarkdown(rank_snippet(card)),
+        python=RawMarkdown(python_snippet(card)),
+        shell=RawMarkdown(serve_snippet(card)),
+        request=RawMarkdown(request_snippet(card)),
+        training=RawMarkdown(_training(card)),
         scores=[] if card.results is None else _scores(card.results),
         results=card.results,
-        agreement=Raw(_agreement(card.agreement)) if card.agreement else None,
+        agreement=RawMarkdown(_agreement(card.agreement)) if card.agreement else None,
         rounded=card.method in ("qlora", "lora8"),
     )
     header = yaml.safe_dump(metadata(card), sort_keys=False, allow_unicode=True, width=_LONGEST_LINE)
@@ -260,13 +260,13 @@ def metadata(card: Card) -> dict[str, Json]:
     return result
 
 
-def code(text: object) -> Raw:
+def code(text: object) -> RawMarkdown:
     """Return text as a code span, or as escaped text if a code span is not possible."""
-    return Raw(escape.code(str(text)))
+    return RawMarkdown(escape.code(str(text)))
 
 
 def _escaped(value: object) -> str:
-    return value if isinstance(value, Raw) else cell(str(value))
+    return value if isinstance(value, RawMarkdown) else cell(str(value))
 
 
 # --------------------------------------------------------------------------- tables
@@ -302,7 +302,7 @@ class _Score:
     task: str
     first: str
     tuning: str
-    table: Raw
+    table: RawMarkdown
     signature: str
 
 
@@ -312,7 +312,9 @@ def _scores(results: Results) -> list[_Score]:
         judged = verdict(results, task)
         signature = next(row.metrics[judged.metric].signature for row in results.rows if judged.metric in row.metrics)
         sentence = tuning_sentence(judged, results.rows)
-        result.append(_Score(task, winner_sentence(judged), sentence, Raw(_score_table(results, task)), signature))
+        result.append(
+            _Score(task, winner_sentence(judged), sentence, RawMarkdown(_score_table(results, task)), signature)
+        )
     return result
 
 

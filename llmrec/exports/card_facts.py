@@ -17,7 +17,7 @@ from llmrec.data.dataset import Dataset, Review
 from llmrec.data.split import SplitDataset, split
 from llmrec.durable import Json, loads, write_text
 from llmrec.errors import RecipeError
-from llmrec.exports.card import UNKNOWN, Agreement, Asked, BaseFacts, Card, DataFacts, Example
+from llmrec.exports.card import UNKNOWN, Agreement, BaseFacts, Card, DataFacts, Example, TaskSettings
 from llmrec.exports.options import ExportOptions
 from llmrec.index.table import ItemIndex
 from llmrec.models.load import weights_stamp
@@ -416,9 +416,9 @@ def _results(source: Source) -> tuple[Results | None, str | None]:
 
 def _settings(
     family: str, section: TaskSection, known: Mapping[str, Template], record: Mapping[str, Any], *, coded: bool
-) -> Asked:
+) -> TaskSettings:
     chosen = _template(section, known, coded=coded)
-    return Asked(
+    return TaskSettings(
         family=family,
         strategies=section.strategies,
         template=chosen.id,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from llmrec.answer.options import About
+from llmrec.answer.options import OptionHelp
 from llmrec.errors import LlmrecError
 from llmrec.recipe.load import STORED, load_stored
 
@@ -15,38 +15,38 @@ from llmrec.recipe.load import STORED, load_stored
 class ExportOptions:
     """Options of `llmrec export`."""
 
-    run: Annotated[Path, About(argument=True, metavar="RUN", help="Finished run folder, such as runs/quickstart.")]
-    out: Annotated[Path, About(metavar="FOLDER", help="Output folder.")]
+    run: Annotated[Path, OptionHelp(argument=True, metavar="RUN", help="Finished run folder, such as runs/quickstart.")]
+    out: Annotated[Path, OptionHelp(metavar="FOLDER", help="Output folder.")]
     dtype: Annotated[
         str,
-        About(
+        OptionHelp(
             metavar="auto|float32|bfloat16|float16",
             help="Data type of the weights. auto: as in the evaluation.",
         ),
     ] = "auto"
-    adapter_only: Annotated[bool, About(help="Export only the LoRA adapter.")] = False
+    adapter_only: Annotated[bool, OptionHelp(help="Export only the LoRA adapter.")] = False
     with_items: Annotated[
         bool,
-        About(
+        OptionHelp(
             names=("--with-items/--no-items",),
             help="Whether to include the item catalogue; check the data licence first.",
         ),
     ] = True
     with_interactions: Annotated[
-        bool, About(help="Also include the training interactions, which --fuse and chat need.")
+        bool, OptionHelp(help="Also include the training interactions, which --fuse and chat need.")
     ] = False
     check_users: Annotated[
-        int, About(least=0, help="Number of validation cases per task with which to verify the export.")
+        int, OptionHelp(least=0, help="Number of validation cases per task with which to verify the export.")
     ] = 50
-    licence: Annotated[str | None, About(help="Licence of the fine-tuned weights and the model card.")] = None
-    base_licence: Annotated[str | None, About(help="Licence of the base model, if the model does not declare it.")] = (
-        None
-    )
-    push: Annotated[str | None, About(metavar="USER/NAME", help="Upload to this Hugging Face repository.")] = None
+    licence: Annotated[str | None, OptionHelp(help="Licence of the fine-tuned weights and the model card.")] = None
+    base_licence: Annotated[
+        str | None, OptionHelp(help="Licence of the base model, if the model does not declare it.")
+    ] = None
+    push: Annotated[str | None, OptionHelp(metavar="USER/NAME", help="Upload to this Hugging Face repository.")] = None
     private: Annotated[
-        bool, About(names=("--private/--public",), help="Whether the uploaded repository is private.")
+        bool, OptionHelp(names=("--private/--public",), help="Whether the uploaded repository is private.")
     ] = True
-    force: Annotated[bool, About(help="Overwrite an earlier export.")] = False
+    force: Annotated[bool, OptionHelp(help="Overwrite an earlier export.")] = False
 
     @property
     def address(self) -> str:

@@ -44,7 +44,7 @@ class Category:
             RecipeError: If no item has a field that the recipe names.
         """
         items = data.dataset.items
-        filing = _Filing.of(section.category, items, data.dataset.name)
+        filing = _CategoryFields.of(section.category, items, data.dataset.name)
         paths = {item: filing.names(entry) for item, entry in items.items()}
         ranked = [
             _ranked(path[level] for path in paths.values() if len(path) > level) for level in range(filing.levels)
@@ -92,7 +92,7 @@ class Category:
         If the known last tokens of a path are exhausted, items move to the next shorter prefix, finally to the empty
         one. Only if that is full too, or with ``item_token``, they get new tokens, unknown to a trained model.
         """
-        filing = _Filing.read(index.settings)
+        filing = _CategoryFields.read(index.settings)
         numbers = [{name: number for number, name in enumerate(names)} for names in index.settings["names"]]
         hybrid, ends = bool(index.settings["item_token"]), int(index.settings["ends"])
         used = Counter(pieces[:-1] for pieces in index.codes.values())
@@ -107,7 +107,7 @@ class Category:
 
 
 @dataclass(frozen=True)
-class _Filing:
+class _CategoryFields:
     """The fields and separators from which category paths are read.
 
     Attributes:
@@ -121,7 +121,7 @@ class _Filing:
     levels: int
 
     @staticmethod
-    def of(section: CategoryIndex, items: Mapping[str, Item], name: str) -> _Filing:
+    def of(section: CategoryIndex, items: Mapping[str, Item], name: str) -> _CategoryFields:
         known = list(dict.fromkeys(field for item in sorted(items) for field in items[item].fields))
         if not known:
             raise DataError(
@@ -144,11 +144,11 @@ class _Filing:
             next((s for s in _SEPARATORS if any(s in item.fields.get(field, "") for item in items.values())), "")
             for field in fields
         ]
-        return _Filing(fields, tuple(section.separator or s for s in results), section.levels)
+        return _CategoryFields(fields, tuple(section.separator or s for s in results), section.levels)
 
     @staticmethod
-    def read(settings: Mapping[str, Any]) -> _Filing:
-        return _Filing(tuple(settings["fields"]), tuple(settings["separators"]), int(settings["levels"]))
+    def read(settings: Mapping[str, Any]) -> _CategoryFields:
+        return _CategoryFields(tuple(settings["fields"]), tuple(settings["separators"]), int(settings["levels"]))
 
     def settings(self) -> dict[str, Json]:
         return {"fields": list(self.fields), "separators": list(self.separators), "levels": self.levels}

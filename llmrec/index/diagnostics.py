@@ -19,7 +19,7 @@ Pieces = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Spread:
+class RangeSummary:
     """Minimum, mean and maximum of a property over all items."""
 
     least: int
@@ -116,8 +116,8 @@ class Diagnostics:
     hybrid: bool
     levels: tuple[Level, ...]
     depths: tuple[Depth, ...]
-    pieces: Spread | None
-    characters: Spread | None
+    pieces: RangeSummary | None
+    characters: RangeSummary | None
     first_words: FirstWords | None
     bucket: int | None
     duplicates: int
@@ -318,9 +318,9 @@ def _depths(codes: Sequence[Pieces]) -> tuple[Depth, ...]:
     return tuple(results)
 
 
-def _spread(numbers: Iterable[int]) -> Spread:
+def _spread(numbers: Iterable[int]) -> RangeSummary:
     results = list(numbers)
-    return Spread(least=min(results), mean=sum(results) / len(results), most=max(results))
+    return RangeSummary(least=min(results), mean=sum(results) / len(results), most=max(results))
 
 
 def _first_words(texts: Sequence[str]) -> FirstWords | None:

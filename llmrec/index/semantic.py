@@ -22,7 +22,7 @@ from llmrec.errors import DataError, RecipeError, did_you_mean, require
 from llmrec.guard import TEXT_LIMIT, clean
 from llmrec.index.table import Embed, ItemIndex, item_token, token
 from llmrec.machine import has_cuda
-from llmrec.progress import Bar
+from llmrec.progress import Progress
 from llmrec.recipe.schema import IndexSection, RQVAEIndex, SemanticIndex
 from llmrec.types import Item
 
@@ -106,7 +106,7 @@ def fit(x: Floats, section: RQVAEIndex, levels: int, k: int, *, seed: int = 0, q
     _first_codewords(network, source[rng.permutation(len(x))[: section.batch]], seed)
     optimiser = torch.optim.AdamW(network.parameters(), lr=section.learning_rate, weight_decay=_WEIGHT_DECAY)
     means = []
-    with Bar("RQ-VAE", section.epochs, unit="epochs", quiet=quiet, passing=True) as bar:
+    with Progress("RQ-VAE", section.epochs, unit="epochs", quiet=quiet, passing=True) as bar:
         for _ in range(section.epochs):
             total, used, order = 0.0, torch.zeros(levels, k, dtype=torch.bool, device=device), rng.permutation(len(x))
             for start in range(0, len(x), section.batch):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from llmrec.metrics.stats import Taken, by_user
+from llmrec.metrics.stats import MetricValues, by_user
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -176,7 +176,7 @@ def popularity_lift(
     users: int,
     histories: Sequence[NDArray[np.int64]],
     owners: Sequence[str],
-) -> Taken:
+) -> MetricValues:
     """Compute PopularityLift@k over the users with a history; see `popularity_lift_statistic`.
 
     Args:
@@ -190,20 +190,20 @@ def popularity_lift(
     share = counts / max(users, 1)
     with_history = np.array([len(history) > 0 for history in histories])
     if not with_history.any() or not sum(float(share[history].sum()) for history in histories):
-        return Taken(result=None, undefined="no history contains an item with training users")
+        return MetricValues(result=None, undefined="no history contains an item with training users")
     names = [owner for owner, kept in zip(owners, with_history, strict=True) if kept]
     before, _ = by_user(np.array([share[history].mean() for history in histories if len(history)]), names)
     after, _ = by_user(popularity(lists, k, counts, users)[with_history], names)
-    return Taken(result=popularity_lift_statistic(after, before), users=names)
+    return MetricValues(result=popularity_lift_statistic(after, before), users=names)
 
 
-def diversity(lists: ArrayLike, k: int, contents: Contents) -> Taken:
+def diversity(lists: ArrayLike, k: int, contents: Contents) -> MetricValues:
     """Compute ILD@k from words or vectors of items; see `diversity_by_fields` and `diversity_by_vectors`."""
     if contents.words is not None:
         values, how = diversity_by_fields(lists, k, contents.words), f"jaccard-{contents.field}"
     else:
         values, how = diversity_by_vectors(lists, k, contents.vectors), f"cosine-{contents.encoder}"
-    return Taken(result=values, how=re.sub(r"[|\s]+", "-", how))
+    return MetricValues(result=values, how=re.sub(r"[|\s]+", "-", how))
 
 
 def diversity_by_vectors(lists: ArrayLike, k: int, vectors: ArrayLike) -> NDArray[np.float64]:

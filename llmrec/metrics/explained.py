@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llmrec.metrics.stats import Taken, times_drawn
+from llmrec.metrics.stats import MetricValues, times_drawn
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -45,7 +45,7 @@ Words = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Library:
+class TrainingTextIndex:
     """An index of training texts and their sentences by their rarest words.
 
     A *piece* is a word with the number of its earlier occurrences in the text, so that a text is a set of pieces.
@@ -75,7 +75,7 @@ def words_of(text: str) -> Words:
     return tuple(_WORD.findall(text.lower()))
 
 
-def library(texts: Iterable[str]) -> Library:
+def library(texts: Iterable[str]) -> TrainingTextIndex:
     """Index training texts, both whole and sentence by sentence."""
     units = [words_of(unit) for text in texts for unit in _units(text)]
     known = tuple(dict.fromkeys(unit for unit in units if unit))
@@ -91,7 +91,7 @@ def library(texts: Iterable[str]) -> Library:
     rare = np.arange(len(pieces)) - starts[owner] < _prefixes(lengths)[owner]
     order = np.argsort(pieces[rare], kind="stable")
     counts = np.bincount(pieces[rare], minlength=len(number))
-    return Library(
+    return TrainingTextIndex(
         texts=known,
         same=frozenset(known),
         number=number,
@@ -102,7 +102,7 @@ def library(texts: Iterable[str]) -> Library:
     )
 
 
-def copied(texts: Sequence[str], known: Library) -> NDArray[np.bool_]:
+def copied(texts: Sequence[str], known: TrainingTextIndex) -> NDArray[np.bool_]:
     """Return whether each generated text is a near copy of a training text or sentence.
 
     A text without words is not a copy. Short texts are often copies, so the copy rate of generated texts is reported
@@ -143,7 +143,7 @@ def _prefixes(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     return prefixes
 
 
-def _is_copy(words: Words, known: Library) -> bool:
+def _is_copy(words: Words, known: TrainingTextIndex) -> bool:
     if not words or words in known.same:
         return bool(words)
     size = len(words)
@@ -167,7 +167,7 @@ def _is_copy(words: Words, known: Library) -> bool:
 
 
 def _shared(
-    numbers: NDArray[np.int64], known: Library, texts: NDArray[np.int64], lengths: NDArray[np.int64]
+    numbers: NDArray[np.int64], known: TrainingTextIndex, texts: NDArray[np.int64], lengths: NDArray[np.int64]
 ) -> NDArray[np.int64]:
     """Return the number of words that a text has in common with each of several texts, shape (texts,)."""
     ends = np.cumsum(lengths)
@@ -209,10 +209,10 @@ class Features:
 
 
 @dataclass(frozen=True, slots=True)
-class Background:
+class ExplanationReference:
     """The reference for generated explanations: training texts, and features if there are any."""
 
-    texts: Library
+    texts: TrainingTextIndex
     features: Features | None = None
 
 
@@ -221,7 +221,7 @@ def background(
     items: Sequence[str],
     texts: Sequence[str | None],
     features: Mapping[tuple[str, str], str] | None = None,
-) -> Background:
+) -> ExplanationReference:
     """Build the reference for explanations from training texts and the features of (user, item) pairs.
 
     Args:
@@ -240,12 +240,12 @@ def background(
     references = [annotated.get((user, item)) for user, item, _ in rows]
     vocabulary = frozenset(words for words in references if words)
     if not vocabulary:
-        return Background(known)
+        return ExplanationReference(known)
     of_item: dict[str, set[Words]] = {}
     mentions = features_of([text for *_, text in rows], vocabulary)
     for (_, item, _), mentioned, annotation in zip(rows, mentions, references, strict=True):
         of_item.setdefault(item, set()).update(mentioned, *([{annotation}] if annotation else []))
-    return Background(known, Features(vocabulary, {k: frozenset(v) for k, v in of_item.items()}, annotated))
+    return ExplanationReference(known, Features(vocabulary, {k: frozenset(v) for k, v in of_item.items()}, annotated))
 
 
 def features_of(texts: Iterable[str], vocabulary: frozenset[Words]) -> list[frozenset[Words]]:
@@ -362,7 +362,7 @@ def hallucination_statistic(counts: NDArray[np.float64], users: Sequence[str]) -
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Named:
+class MentionedFeatures:
     """Features mentioned by generated texts.
 
     Attributes:
@@ -395,13 +395,13 @@ class Named:
         return float(unsupported / mentioned) if mentioned else None
 
 
-def named(texts: Sequence[str], users: Sequence[str], items: Sequence[str], features: Features) -> Named:
+def named(texts: Sequence[str], users: Sequence[str], items: Sequence[str], features: Features) -> MentionedFeatures:
     """Count the features in generated texts, each about a user and an item."""
     expected = [features.annotated.get(pair) for pair in zip(users, items, strict=True)]
     known = [index for index, words in enumerate(expected) if words]
     mentions = features_of(texts, features.vocabulary)
     match = feature_match([texts[index] for index in known], [expected[index] or () for index in known])
-    return Named(
+    return MentionedFeatures(
         known=np.array(known, dtype=np.intp),
         match=match.astype(np.float64),
         coverage=feature_coverage(mentions, features.vocabulary),
@@ -412,35 +412,35 @@ def named(texts: Sequence[str], users: Sequence[str], items: Sequence[str], feat
     )
 
 
-def copy_rate(texts: Sequence[str], background: Background) -> Taken:
+def copy_rate(texts: Sequence[str], background: ExplanationReference) -> MetricValues:
     """CopyRate: see `copies`."""
-    return Taken(result=copies(texts, background), how=f"rouge-l-{COPIED:g}")
+    return MetricValues(result=copies(texts, background), how=f"rouge-l-{COPIED:g}")
 
 
-def match_rate(named: Named, owners: Sequence[str]) -> Taken:
+def match_rate(named: MentionedFeatures, owners: Sequence[str]) -> MetricValues:
     """Compute FMR over the requests whose reference has a feature; see `feature_match`."""
     if not len(named.known):
-        return Taken(result=None, how=named.how, undefined="no reference text contains a feature")
-    return Taken(result=named.match, users=[owners[index] for index in named.known], how=named.how)
+        return MetricValues(result=None, how=named.how, undefined="no reference text contains a feature")
+    return MetricValues(result=named.match, users=[owners[index] for index in named.known], how=named.how)
 
 
-def coverage_rate(named: Named) -> Taken:
+def coverage_rate(named: MentionedFeatures) -> MetricValues:
     """FCR: see `feature_coverage`."""
-    return Taken(result=named.coverage, how=named.how)
+    return MetricValues(result=named.coverage, how=named.how)
 
 
-def shared_features(named: Named) -> Taken:
+def shared_features(named: MentionedFeatures) -> MetricValues:
     """DIV: see `feature_diversity`."""
-    return Taken(result=named.diversity, how=named.how, undefined="a single text has no pairs")
+    return MetricValues(result=named.diversity, how=named.how, undefined="a single text has no pairs")
 
 
-def hallucination_rate(named: Named, owners: Sequence[str]) -> Taken:
+def hallucination_rate(named: MentionedFeatures, owners: Sequence[str]) -> MetricValues:
     """Hallucination: see `hallucination_statistic`."""
     if not named.counts[:, 0].sum():
-        return Taken(result=None, how=named.how, undefined="no text contains a feature")
-    return Taken(result=hallucination_statistic(named.counts, owners), how=named.how)
+        return MetricValues(result=None, how=named.how, undefined="no text contains a feature")
+    return MetricValues(result=hallucination_statistic(named.counts, owners), how=named.how)
 
 
-def copies(texts: Sequence[str], known: Background) -> NDArray[np.float64]:
+def copies(texts: Sequence[str], known: ExplanationReference) -> NDArray[np.float64]:
     """Return 1 for each text that copies a training text or sentence, else 0; the mean is the copy rate."""
     return copied(texts, known.texts).astype(np.float64)

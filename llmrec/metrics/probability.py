@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llmrec.metrics.stats import Taken, times_drawn
+from llmrec.metrics.stats import MetricValues, times_drawn
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -23,7 +23,7 @@ BINS = 10
 
 
 @dataclass(frozen=True, slots=True)
-class Within:
+class UserAUC:
     """The AUC of each user, and its mean over the users with both classes.
 
     Attributes:
@@ -40,7 +40,7 @@ class Within:
 
 
 @dataclass(frozen=True, slots=True)
-class Bin:
+class CalibrationBin:
     """A bin of answers with similar probabilities of yes.
 
     Attributes:
@@ -71,7 +71,7 @@ def auc(scores: ArrayLike, labels: ArrayLike) -> float:
     return float(_auc_by(np.zeros(len(guess), dtype=np.int64), guess, truth, 1)[0])
 
 
-def gauc(scores: ArrayLike, labels: ArrayLike, users: Sequence[str]) -> Within:
+def gauc(scores: ArrayLike, labels: ArrayLike, users: Sequence[str]) -> UserAUC:
     """Compute GAUC: the AUC per user, averaged over the users with both classes.
 
     Unlike pooled AUC it does not reward distinguishing users: predicting each user's share of yes scores 0.5. Zhu et
@@ -92,25 +92,25 @@ def gauc(scores: ArrayLike, labels: ArrayLike, users: Sequence[str]) -> Within:
     values = _auc_by(owner, guess, truth, len(names))
     both = np.isfinite(values)
     value = float(np.sum(values[both]) / both.sum()) if both.any() else float("nan")
-    return Within(value, tuple(names), values, int(np.sum(~both)))
+    return UserAUC(value, tuple(names), values, int(np.sum(~both)))
 
 
-def pooled_auc(probabilities: ArrayLike, labels: ArrayLike, owners: Sequence[str]) -> Taken:
+def pooled_auc(probabilities: ArrayLike, labels: ArrayLike, owners: Sequence[str]) -> MetricValues:
     """Compute AUC over all answers, for resampling over users; see `auc_statistic`."""
     truth = np.asarray(labels)
     if truth.min() == truth.max():
-        return Taken(result=None, undefined="all labels are of the same class")
-    return Taken(result=auc_statistic(probabilities, labels, owners))
+        return MetricValues(result=None, undefined="all labels are of the same class")
+    return MetricValues(result=auc_statistic(probabilities, labels, owners))
 
 
-def grouped_auc(probabilities: ArrayLike, labels: ArrayLike, owners: Sequence[str]) -> Taken:
+def grouped_auc(probabilities: ArrayLike, labels: ArrayLike, owners: Sequence[str]) -> MetricValues:
     """Compute the AUC of each user with both classes, with equal weights; see `gauc`."""
     within = gauc(probabilities, labels, owners)
     both = np.isfinite(within.values)
     if not both.any():
-        return Taken(result=None, undefined="no user has both positive and negative labels")
+        return MetricValues(result=None, undefined="no user has both positive and negative labels")
     names = [name for name, kept in zip(within.users, both, strict=True) if kept]
-    return Taken(result=within.values[both], users=names)
+    return MetricValues(result=within.values[both], users=names)
 
 
 def log_loss(probabilities: ArrayLike, labels: ArrayLike) -> NDArray[np.float64]:
@@ -147,7 +147,7 @@ def calibration_error(probabilities: ArrayLike, labels: ArrayLike) -> float:
     return float(np.abs(predicted - positive).sum() / len(np.ravel(probabilities)))
 
 
-def reliability(probabilities: ArrayLike, labels: ArrayLike) -> tuple[Bin, ...]:
+def reliability(probabilities: ArrayLike, labels: ArrayLike) -> tuple[CalibrationBin, ...]:
     """Return the reliability curve: the non-empty bins of `calibration_error`.
 
     Args:
@@ -159,7 +159,7 @@ def reliability(probabilities: ArrayLike, labels: ArrayLike) -> tuple[Bin, ...]:
     """
     sizes, predicted, positive = _binned(probabilities, labels)
     return tuple(
-        Bin(int(n), float(sum_predicted / n), float(sum_positive / n))
+        CalibrationBin(int(n), float(sum_predicted / n), float(sum_positive / n))
         for n, sum_predicted, sum_positive in zip(sizes, predicted, positive, strict=True)
         if n
     )

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class TargetRank:
     """The rank of the target in a ranking, with the number of ties.
 
     Attributes:
@@ -43,7 +43,7 @@ class Standing:
     missing: bool
 
 
-def standing(ranking: Ranking, target: str, pool: int) -> Standing:
+def standing(ranking: Ranking, target: str, pool: int) -> TargetRank:
     """Return the rank of the target by score, independently of the order of ``ranking.items``.
 
     Args:
@@ -72,11 +72,11 @@ def standing(ranking: Ranking, target: str, pool: int) -> Standing:
                 kind="bad-value",
             )
     if target not in items and not ranking.unlisted:
-        return Standing(greater=pool, tied=0, missing=True)
+        return TargetRank(greater=pool, tied=0, missing=True)
     lowest = min(scores, default=0.0)
     target_score = scores[items.index(target)] if target in items else lowest
     unlisted_ties = ranking.unlisted if target_score == lowest else 0
-    return Standing(
+    return TargetRank(
         greater=sum(score > target_score for score in scores),
         tied=sum(score == target_score for score in scores) + unlisted_ties,
         missing=False,

@@ -13,7 +13,7 @@ from llmrec.metrics.probability import pooled_auc
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
-    from llmrec.metrics.stats import Taken
+    from llmrec.metrics.stats import MetricValues
 
 
 def squared_error(predicted: ArrayLike, truth: ArrayLike) -> NDArray[np.float64]:
@@ -34,7 +34,9 @@ def absolute_error(predicted: ArrayLike, truth: ArrayLike) -> NDArray[np.float64
     return np.abs(_difference(predicted, truth))
 
 
-def liked_auc(predicted: NDArray[np.float64], truth: NDArray[np.float64], liked: float, owners: Sequence[str]) -> Taken:
+def liked_auc(
+    predicted: NDArray[np.float64], truth: NDArray[np.float64], liked: float, owners: Sequence[str]
+) -> MetricValues:
     """Compute the AUC of predicted ratings: how often an item rated ``liked`` or more is predicted above another."""
     result = pooled_auc(predicted, (truth >= liked).astype(np.float64), owners)
     return replace(result, how=f"from-{liked:g}")

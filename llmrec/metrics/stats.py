@@ -40,7 +40,7 @@ _Z = float(ndtri(0.975))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Taken:
+class MetricValues:
     """The result of a metric function.
 
     Attributes:

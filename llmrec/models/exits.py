@@ -50,7 +50,7 @@ def depths(model: torch.nn.Module, **inputs: Any) -> list[Any]:
     return [*(body.norm(states) for states in out.hidden_states[1:-1]), out.last_hidden_state]
 
 
-class _Reached(Exception):
+class _ExitReached(Exception):
     """Raised to stop a forward pass at the exit layer."""
 
     def __init__(self, state: Any, depth: int) -> None:
@@ -97,7 +97,7 @@ class Exits:
         try:
             with torch.inference_mode():
                 body(input_ids=torch.tensor([list(ids)], device=self._model.device), use_cache=False)
-        except _Reached as reached:
+        except _ExitReached as reached:
             self.taken[reached.depth] += 1
             head = self._model.get_output_embeddings()
             with torch.inference_mode():
@@ -115,4 +115,4 @@ class Exits:
             logits = state.float() @ self._model.get_output_embeddings().weight[labels].float().T
             last = bool(logits.softmax(-1).max() >= self._exit)
         if last:
-            raise _Reached(state, depth)
+            raise _ExitReached(state, depth)

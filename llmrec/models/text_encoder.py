@@ -21,7 +21,7 @@ from llmrec.errors import DataError, ModelError, require
 from llmrec.machine import cpu_has_bf16, gpu_has_bf16, has_cuda
 from llmrec.models.load import POOLING, quiet_libraries, resolve, weights_stamp
 from llmrec.models.tensors import load_checked
-from llmrec.progress import Bar
+from llmrec.progress import Progress
 from llmrec.recipe.schema import ModelSection
 from llmrec.resources import cache_dir
 
@@ -150,7 +150,7 @@ def encode_texts(folder: str, texts: Sequence[str]) -> NDArray[np.float32]:
 def states_of(encoder: OpenEncoder, encoded: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Any, Any]]:
     """Yield batches of texts: indices, last hidden states (n, tokens, d), and mask (n, tokens)."""
     torch = require("torch", "train")
-    with Bar("encoding", len(encoded), unit="texts", quiet=len(encoded) < _MANY) as bar:
+    with Progress("encoding", len(encoded), unit="texts", quiet=len(encoded) < _MANY) as bar:
         for rows in batches_of([len(ids) for ids in encoded]):
             batch = encoder.padded([encoded[row] for row in rows])
             with torch.no_grad():
@@ -397,14 +397,14 @@ class TunedEncoder:
 
         def catch(_: Any, args: tuple[Any, ...], kwargs: Any) -> None:
             caught.append(args[0] if args else kwargs["hidden_states"])
-            raise _Enough
+            raise _StopForward
 
         hook = self.blocks[0].register_forward_pre_hook(catch, with_kwargs=True)
         with torch.inference_mode():
             for rows in batches_of([len(ids) for ids in self._tokens]):
                 try:
                     encoder.model(**encoder.padded([self._tokens[row] for row in rows]))
-                except _Enough:
+                except _StopForward:
                     (states,) = caught
                     caught.clear()
                 for index, row in enumerate(rows):
@@ -413,7 +413,7 @@ class TunedEncoder:
         return result
 
 
-class _Enough(Exception):
+class _StopForward(Exception):
     """Raised to stop a forward pass whose remaining layers are not needed."""
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from llmrec import __version__
 from llmrec.augment.stores import of_texts
-from llmrec.augment.texts import Asked, about_items, about_users, kept, taste, template_of
+from llmrec.augment.texts import TextPrompt, about_items, about_users, kept, taste, template_of
 from llmrec.backends.cache import AnswerStore, CachedBackend
 from llmrec.backends.encode import Encoder
 from llmrec.baselines.item_texts import texts_of
@@ -43,7 +43,7 @@ from llmrec.pipeline.engines import Engines
 from llmrec.pipeline.resume import Budget, locked
 from llmrec.pipeline.shards import SHARD, Finished, done_before, finish, gathered, shard_folder
 from llmrec.pipeline.study import load_tables
-from llmrec.progress import Bar
+from llmrec.progress import Progress
 from llmrec.recipe.load import STORED, dump, load_stored
 from llmrec.recipe.schema import AugmentSection, Recipe
 from llmrec.records import Shard
@@ -67,7 +67,7 @@ class Plan:
     """The prompts of the recipe section ``augment``, with the model that answers them."""
 
     data: SplitDataset
-    asked: dict[FeatureKind, list[Asked]]
+    asked: dict[FeatureKind, list[TextPrompt]]
     encoder: Encoder
     base: str
 
@@ -90,7 +90,7 @@ def plan(recipe: Recipe) -> Plan:
     return Plan(data, prompts, encoder, base)
 
 
-def questions(recipe: Recipe) -> tuple[SplitDataset, dict[FeatureKind, list[Asked]]]:
+def questions(recipe: Recipe) -> tuple[SplitDataset, dict[FeatureKind, list[TextPrompt]]]:
     """Return the split data and the prompts, without loading a model; raises the errors of `plan`."""
     section = _section(recipe)
     # Load the data without generated texts, which do not exist yet.
@@ -335,7 +335,7 @@ def _template(section: AugmentSection, kind: FeatureKind) -> str | None:
     return {"user": section.users, "item": section.items, "synthetic": section.synthetic}[kind]
 
 
-def _prompts(recipe: Recipe, data: SplitDataset, kind: FeatureKind, interests: Mapping[str, str]) -> list[Asked]:
+def _prompts(recipe: Recipe, data: SplitDataset, kind: FeatureKind, interests: Mapping[str, str]) -> list[TextPrompt]:
     section = _section(recipe)
     if kind == "item":
         return about_items(data, section, recipe.seed, recipe.prompts)
@@ -354,14 +354,14 @@ def _section(recipe: Recipe) -> AugmentSection:
 
 def _write(
     backend: CachedBackend,
-    prompts: Sequence[Asked],
+    prompts: Sequence[TextPrompt],
     kind: FeatureKind,
     section: AugmentSection,
     batch: int,
     *,
     quiet: bool,
 ) -> tuple[dict[str, str], Cost]:
-    with Bar(PLURALS[kind], len(prompts), quiet=quiet) as bar:
+    with Progress(PLURALS[kind], len(prompts), quiet=quiet) as bar:
         while True:
             replaced, written, cost = backend.replaced, dict[str, str](), Cost()
             for start in range(0, len(prompts), batch):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmrec.errors import RecipeError, did_you_mean
-from llmrec.evaluate.compare import Contrast, Plan, Standing, compare_tables
+from llmrec.evaluate.compare import Contrast, ModelValues, Plan, compare_tables
 from llmrec.pipeline.evaluation import ResultRow
 from llmrec.pipeline.row_specs import specs_of
 from llmrec.pipeline.study import Study
@@ -19,7 +19,7 @@ from llmrec.tasks.family import family_of
 
 
 @dataclass(frozen=True)
-class Versus:
+class ModelComparison:
     """A comparison of models a and b on the main metric of a task."""
 
     family: str
@@ -69,7 +69,7 @@ def compare_rows(
     return entries, {name: results.detectable for name, results in zip(families, tested, strict=True)}
 
 
-def planned_of(study: Study, rows: Sequence[ResultRow]) -> Iterator[Versus]:
+def planned_of(study: Study, rows: Sequence[ResultRow]) -> Iterator[ModelComparison]:
     """Yield the planned comparisons, from ``eval.planned`` or by default.
 
     By default the tuned row of each family, under its scored strategy and first template, is compared with the untuned
@@ -88,9 +88,9 @@ def planned_of(study: Study, rows: Sequence[ResultRow]) -> Iterator[Versus]:
             continue
         untuned = [row for row in family_rows if row.figures.arm == "zero-shot" and _same_setup(study, tuned, row)]
         for row in untuned[:1]:
-            yield Versus(family, metric, tuned, row)
+            yield ModelComparison(family, metric, tuned, row)
         for rival in _rivals(family_rows, metric):
-            yield Versus(family, metric, tuned, rival)
+            yield ModelComparison(family, metric, tuned, rival)
         yield from _added(family, metric, family_rows)
 
 
@@ -105,16 +105,18 @@ def _rivals(family_rows: Sequence[ResultRow], metric: str) -> list[ResultRow]:
     return [*([] if best is None else [best]), *(row for row in controls if row.figures.fusion is not None)]
 
 
-def _added(family: str, metric: str, family_rows: Sequence[ResultRow]) -> Iterator[Versus]:
+def _added(family: str, metric: str, family_rows: Sequence[ResultRow]) -> Iterator[ModelComparison]:
     """Yield the comparison between the ensembles with and without the tuned model."""
     joined = [row for row in family_rows if row.figures.fusion is not None]
     for row in joined:
         if row.figures.arm == "tuned":
-            yield from (Versus(family, metric, row, entry) for entry in joined if entry.figures.arm == "baseline")
+            yield from (
+                ModelComparison(family, metric, row, entry) for entry in joined if entry.figures.arm == "baseline"
+            )
             return
 
 
-def exploratory_of(study: Study, rows: Sequence[ResultRow], choice: Choice | None = None) -> Iterator[Versus]:
+def exploratory_of(study: Study, rows: Sequence[ResultRow], choice: Choice | None = None) -> Iterator[ModelComparison]:
     """Yield the exploratory comparisons; some of them may also be planned.
 
     Every tuned and few-shot row is compared with its zero-shot row; a rating head with the zero-shot rows of all
@@ -128,22 +130,22 @@ def exploratory_of(study: Study, rows: Sequence[ResultRow], choice: Choice | Non
         if len(controls) == len(family_rows):
             single = best_of([row for row in controls if row.figures.fusion is None], metric)
             joined = [row for row in controls if row.figures.fusion is not None]
-            yield from (Versus(family, metric, row, single) for row in joined if single is not None)
+            yield from (ModelComparison(family, metric, row, single) for row in joined if single is not None)
             served = next((row for row in controls if choice is not None and row.figures.id == choice.row), None)
             if served is not None and served.figures.fusion is None:
                 facing = best_of([row for row in controls if row.figures.differs(served.figures)], metric)
                 # The ensemble and the best single model are already compared.
                 if facing is not None and not (facing in joined and served is single):
-                    yield Versus(family, metric, served, facing)
+                    yield ModelComparison(family, metric, served, facing)
         for row in family_rows:
             if row.figures.arm in ("tuned", "few-shot"):
                 untuned = [other for other in family_rows if other.figures.arm == "zero-shot"]
                 zero = [other for other in untuned if _same_setup(study, row, other)]
-                yield from (Versus(family, metric, row, other) for other in zero)
+                yield from (ModelComparison(family, metric, row, other) for other in zero)
             if row.figures.arm == "tuned" and row.figures.predictor in ("head", study.section(family).strategies[0]):
-                yield from (Versus(family, metric, row, control) for control in controls)
+                yield from (ModelComparison(family, metric, row, control) for control in controls)
             elif row.figures.arm != "baseline" and best is not None:
-                yield Versus(family, metric, row, best)
+                yield ModelComparison(family, metric, row, best)
 
 
 def refuse_unknown(study: Study) -> None:
@@ -175,13 +177,13 @@ def best_of(rows: Sequence[ResultRow], metric: str) -> ResultRow | None:
 # --------------------------------------------------------------------------- parts
 
 
-def _named(study: Study, rows: Sequence[ResultRow], pairs: Sequence[tuple[str, str]]) -> Iterator[Versus]:
+def _named(study: Study, rows: Sequence[ResultRow], pairs: Sequence[tuple[str, str]]) -> Iterator[ModelComparison]:
     tables = {family: (metric, family_rows) for family, metric, family_rows in _tables(study, rows)}
     for a, b in pairs:
         metric, family_rows = tables[_family(a)]
         one, other = (_row(name, family_rows, metric) for name in (a, b))
         if one is not None and other is not None and one is not other:
-            yield Versus(_family(a), metric, one, other)
+            yield ModelComparison(_family(a), metric, one, other)
 
 
 def _row(name: str, family_rows: Sequence[ResultRow], metric: str) -> ResultRow | None:
@@ -228,5 +230,5 @@ def _same_setup(study: Study, row: ResultRow, zero: ResultRow) -> bool:
     return same and row.figures.predictor in ("head", zero.figures.predictor)
 
 
-def _standing(row: ResultRow, metric: str) -> Standing:
-    return Standing(row.figures.id, row.figures.metrics[metric].value, np.asarray(row.values[metric]))
+def _standing(row: ResultRow, metric: str) -> ModelValues:
+    return ModelValues(row.figures.id, row.figures.metrics[metric].value, np.asarray(row.values[metric]))

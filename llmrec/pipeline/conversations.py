@@ -23,7 +23,7 @@ from llmrec.train.steps import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
-class Written:
+class WrittenConversations:
     """The number of conversations written, and what was left out.
 
     Attributes:
@@ -45,7 +45,7 @@ class Written:
     different: int
 
 
-def write(study: Study, file: Path) -> Written:
+def write(study: Study, file: Path) -> WrittenConversations:
     """Write training examples in training order: ``{"messages": [{"role", "content"}, ...]}``.
 
     Neither torch nor weights are loaded. A file is replaced only if it is complete.
@@ -80,7 +80,7 @@ def write(study: Study, file: Path) -> Written:
                 counts["partly"] += 1
                 learned, shown = learned + row.targets, shown + answer
             counts["different"] += encoder.whole(messages)[:tokens] != list(row.ids[:tokens])
-    return Written(steps=len(plan.steps), share=learned / max(shown, 1), **counts)
+    return WrittenConversations(steps=len(plan.steps), share=learned / max(shown, 1), **counts)
 
 
 def _refuse(study: Study, encoder: Encoder, *, paired: bool) -> None:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import cast
 
-from llmrec.backends.cache import AnswerStore, CachedBackend, Offer, StoredLedger
+from llmrec.backends.cache import AnswerStore, CachedBackend, LazyEngine, StoredLedger
 from llmrec.backends.encode import Encoder
 from llmrec.backends.vllm.adapters import Adaptable, Adapter
 from llmrec.backends.vllm.backend import Workload
@@ -164,7 +164,7 @@ class Engines:
         self._leave(shared=self.is_shared(engine, weights))
         most = tokens or (lambda: self._section.batch * self._encoder.max_length)
 
-        def instead(failure: EngineFailure) -> Offer | None:
+        def instead(failure: EngineFailure) -> LazyEngine | None:
             if engine != "vllm" or self._section.backend != AUTO or self._section.scorer == "vllm" or self._is_broken:
                 return None
             self._is_broken = True
@@ -186,9 +186,9 @@ class Engines:
         # SmolLM2-135M: 16 texts of 48 tokens took 39 and 20 s, 64 labels after 280 tokens 93 and 138 s.
         return "which takes about twice as long for generated texts, and about the same time otherwise"
 
-    def _offer(self, engine: str, folder: str, weights: str, tokens: Callable[[], int]) -> Offer:
+    def _offer(self, engine: str, folder: str, weights: str, tokens: Callable[[], int]) -> LazyEngine:
         kind = lookup(BACKENDS, engine, "backend")
-        return Offer(self.identity(engine, weights), kind, partial(self._begin, engine, folder, weights, tokens))
+        return LazyEngine(self.identity(engine, weights), kind, partial(self._begin, engine, folder, weights, tokens))
 
     def identity(self, engine: str, weights: str) -> dict[str, Json]:
         """Return everything that can change an answer, except the prompt."""

@@ -37,7 +37,7 @@ from llmrec.ensembles.stored import chosen
 from llmrec.errors import BackendError, EngineFailure, LlmrecError
 from llmrec.evaluate.predictor import Evaluated, background_of, evaluate
 from llmrec.fingerprint import fingerprint
-from llmrec.metrics.explained import Background
+from llmrec.metrics.explained import ExplanationReference
 from llmrec.pipeline.engines import TREES, Engines
 from llmrec.pipeline.objectives import judges
 from llmrec.pipeline.resume import Budget, read_stage
@@ -53,13 +53,13 @@ from llmrec.pipeline.row_specs import (
     unused_settings,
 )
 from llmrec.pipeline.study import Study
-from llmrec.pipeline.weighing import Weighing, bases_of, fusible, joins_model
-from llmrec.progress import Bar, BatchBar
+from llmrec.pipeline.weighing import EnsembleUsers, bases_of, fusible, joins_model
+from llmrec.progress import BatchProgress, Progress
 from llmrec.recipe.schema import BaselineSection
-from llmrec.records import Calibration, Shard, Shown
+from llmrec.records import Calibration, ExamplePrompt, Shard
 from llmrec.registry import METRICS, is_positional, metric_modules, options_of
 from llmrec.results import Arm, Choice, FusionWeights, Prediction, Reads, Row, Unevaluated
-from llmrec.strategies.asking import AsksFirst, Prompting, Strategy, strategy_of
+from llmrec.strategies.asking import MultiPromptStrategy, Prompting, Strategy, strategy_of
 from llmrec.strategies.counting import questions_of
 from llmrec.strategies.raters import Calibrated
 from llmrec.tasks.family import family_of
@@ -93,7 +93,7 @@ class ResultRow(Displayed):
     figures: Row
     values: Mapping[str, NDArray[np.float64]]
     records: Sequence[Prediction] = ()
-    examples: Sequence[Shown] = ()
+    examples: Sequence[ExamplePrompt] = ()
     weighing: Mapping[str, Any] = field(default_factory=dict)
     validation: Mapping[str, float] = field(default_factory=dict)
     key: str = ""
@@ -116,8 +116,8 @@ class Evaluation:
         self._cases = {family: study.cases(family) for family in study.tasks}
         self._quiet = quiet
         self._fitted: dict[tuple[int, str, str], Any] = {}
-        self._backgrounds: dict[str, Background] = {}
-        self._weighing = Weighing(study)
+        self._backgrounds: dict[str, ExplanationReference] = {}
+        self._weighing = EnsembleUsers(study)
         self.missing: dict[str, Unevaluated] = {}
         """Rows that no engine could answer, by id; see `arms`."""
         self.failures: list[EngineFailure] = []
@@ -268,7 +268,7 @@ class Evaluation:
         section, most = self._study.recipe.eval, 0
         for spec in specs:
             strategy = self._strategy(spec, backend, lambda done: None)
-            prompt = strategy.first_prompt if isinstance(strategy, AsksFirst) else strategy.asker.prompt
+            prompt = strategy.first_prompt if isinstance(strategy, MultiPromptStrategy) else strategy.asker.prompt
             cases = sorted(self._cases[spec.family], key=lambda case: -len(case.request.history))[:_SAMPLE]
             longest = max((self._tokens(prompt(case.request)) for case in cases), default=0)
             # A search reserves an eighth of the cache for prompts, and each order of candidates is a separate prompt.
@@ -364,7 +364,7 @@ class Evaluation:
             backend = engines.get(engine, folder, digest)
             with self._budget.stage(spec.arm), self._progress(spec, shares) as bar:
 
-                def advance(requests: int, bar: Bar = bar) -> None:
+                def advance(requests: int, bar: Progress = bar) -> None:
                     nonlocal done
                     bar.advance(requests)
                     done += requests
@@ -397,7 +397,7 @@ class Evaluation:
         *,
         inputs: str | None = None,
         fusion: FusionWeights | None = None,
-        examples: Sequence[Shown] = (),
+        examples: Sequence[ExamplePrompt] = (),
         weighing: Mapping[str, Any] | None = None,
         validation: Mapping[str, float] | None = None,
         looked_at: frozenset[str] = frozenset(),
@@ -499,7 +499,7 @@ class Evaluation:
             "background": self._background(family) if kind.grounded else None,
         }
 
-    def _background(self, family: str) -> Background:
+    def _background(self, family: str) -> ExplanationReference:
         """Return the training texts and features with which generated explanations are compared."""
         if family not in self._backgrounds:
             self._backgrounds[family] = background_of(self._study.task_data(family))
@@ -518,15 +518,15 @@ class Evaluation:
         means.fit(self._study.data)
         return lambda request: cast("Rating", means.answer([request])[0]).value
 
-    def _examples(self, spec: RowSpec, predictor: Strategy, result: Evaluated) -> tuple[Shown, ...]:
+    def _examples(self, spec: RowSpec, predictor: Strategy, result: Evaluated) -> tuple[ExamplePrompt, ...]:
         """Return the first prompts of a model with their answers, for the report."""
         assert spec.template is not None
-        first = predictor.first_prompt if isinstance(predictor, AsksFirst) else predictor.asker.prompt
+        first = predictor.first_prompt if isinstance(predictor, MultiPromptStrategy) else predictor.asker.prompt
         shown = []
         for case, record in zip(self._cases[spec.family][:_EXAMPLES], result.records, strict=False):
             prompt = first(case.request)
             shown.append(
-                Shown(
+                ExamplePrompt(
                     task=spec.family,
                     arm=spec.arm,
                     predictor=spec.predictor,
@@ -544,12 +544,12 @@ class Evaluation:
         parts = self._calibrating(spec.family), self._cases[spec.family], self._weighers(spec)
         return [[case.request for case in cases] for cases in parts]
 
-    def _progress(self, spec: RowSpec, parts: Sequence[Sequence[Request]]) -> BatchBar:
+    def _progress(self, spec: RowSpec, parts: Sequence[Sequence[Request]]) -> BatchProgress:
         """Return a progress bar for answering these requests, counted in candidates if they have any."""
         requests, section = [request for part in parts for request in part], self._study.recipe.eval
         sizes = [len(request.candidates or ()) for request in requests]
         counted = questions_of(spec.predictor, max(sizes, default=0), section)
-        return BatchBar(
+        return BatchProgress(
             spec.id,
             sizes if any(sizes) else [1] * len(requests),
             batch=section.batch,
@@ -579,7 +579,7 @@ def row_of(stored: Mapping[str, Any]) -> ResultRow:
         Row.model_validate(stored["figures"]),
         {metric: np.array(numbers, dtype=np.float64) for metric, numbers in stored["values"].items()},
         [Prediction.model_validate(record) for record in stored["records"]],
-        [Shown.model_validate(example) for example in stored["examples"]],
+        [ExamplePrompt.model_validate(example) for example in stored["examples"]],
         stored["weighing"],
         stored["validation"],
         stored["key"],

@@ -19,7 +19,18 @@ from llmrec.guard import clean, cut
 from llmrec.pipeline.evaluation import ResultRow
 from llmrec.pipeline.study import Study, vectors_of
 from llmrec.prompts.template import Template
-from llmrec.records import ExampleUser, Exhibit, Nearby, Newcomer, Product, PromptContents, Sample, User, Visit, Written
+from llmrec.records import (
+    ColdStartItem,
+    ExampleUser,
+    GeneratedText,
+    ListAppearance,
+    NearestText,
+    Product,
+    PromptContents,
+    Sample,
+    TextExample,
+    User,
+)
 from llmrec.registry import lower
 from llmrec.results import Prediction
 from llmrec.tasks.base import PAST, View
@@ -138,7 +149,7 @@ EXHIBITS = 8
 _READ = 6
 
 
-def exhibits(study: Study, rows: Sequence[ResultRow]) -> Iterator[Exhibit]:
+def exhibits(study: Study, rows: Sequence[ResultRow]) -> Iterator[TextExample]:
     """Yield how generated features changed the answers to a few requests, the entry ``gallery`` of results.json.
 
     It shows the first baseline with features of each family, and the other rows of the same baseline.
@@ -153,7 +164,7 @@ def exhibits(study: Study, rows: Sequence[ResultRow]) -> Iterator[Exhibit]:
             yield from _exhibits(study, family, next(iter(folders[reading[0]])), family_rows)
 
 
-def _exhibits(study: Study, family: str, folder: str, rows: Sequence[ResultRow]) -> Iterator[Exhibit]:
+def _exhibits(study: Study, family: str, folder: str, rows: Sequence[ResultRow]) -> Iterator[TextExample]:
     store, cases, data = FeatureStore.open(folder), study.cases(family), study.task_data(family).dataset
     seen = store.seen_by("user")
     indices = [index for index, case in enumerate(cases) if case.request.user_id in seen] or list(range(len(cases)))
@@ -161,7 +172,7 @@ def _exhibits(study: Study, family: str, folder: str, rows: Sequence[ResultRow])
         index, request = indices[n], cases[indices[n]].request
         user, item = request.user_id, str(request.item or cases[indices[n]].truth)
         pairs = sorted(entry for _, entry in seen.get(user, ()) if entry in data.items)
-        yield Exhibit(
+        yield TextExample(
             task=family,
             request_id=request.id,
             user=user_of(data, user),
@@ -249,12 +260,12 @@ def _pairs(fields: Mapping[str, str]) -> str:
     return "; ".join(f"{name}: {value}" for name, value in result.items() if value)
 
 
-def _answer(record: Prediction) -> Written:
+def _answer(record: Prediction) -> GeneratedText:
     """Return the parsed answer, or the reason why it is missing."""
     text = json.loads(record.parsed)
     if text is not None:
-        return Written(text=str(text))
-    return Written(text=None, error=record.error or "", raw=shortened(record.raw or "", _RAW))
+        return GeneratedText(text=str(text))
+    return GeneratedText(text=None, error=record.error or "", raw=shortened(record.raw or "", _RAW))
 
 
 # --------------------------------------------------------------------------- cold-start items
@@ -268,7 +279,7 @@ LENGTH = 10
 _ITEMS, _NEAR, _VISITS = 6, 4, 2
 
 
-def newcomers(study: Study, rows: Sequence[ResultRow]) -> Iterator[Newcomer]:
+def newcomers(study: Study, rows: Sequence[ResultRow]) -> Iterator[ColdStartItem]:
     """Yield examples of cold-start items and their users, the entry ``newcomers`` of results.json.
 
     They are drawn for each family that ranks for users, by the seed among the cold-start targets and independently of
@@ -279,7 +290,7 @@ def newcomers(study: Study, rows: Sequence[ResultRow]) -> Iterator[Newcomer]:
             yield from _newcomers(study, family, rows)
 
 
-def _newcomers(study: Study, family: str, rows: Sequence[ResultRow]) -> Iterator[Newcomer]:
+def _newcomers(study: Study, family: str, rows: Sequence[ResultRow]) -> Iterator[ColdStartItem]:
     data, cases = study.task_data(family), study.cases(family)
     targets = sorted({str(case.truth) for case in cases} & data.cold)
     if not targets:
@@ -294,7 +305,7 @@ def _newcomers(study: Study, family: str, rows: Sequence[ResultRow]) -> Iterator
             for name, row_lists in lists.items()
         }
         shown = {name: _one_a_user(hits, cases)[:_VISITS] for name, hits in ranks.items()}
-        yield Newcomer(
+        yield ColdStartItem(
             task=family,
             item=product_of(data.dataset, item),
             neighbours=near[item],
@@ -314,10 +325,10 @@ def _one_a_user(ranks: Sequence[tuple[int, int]], cases: Sequence[Case]) -> list
     return sorted(first.values())
 
 
-def _visit(study: Study, family: str, case: Case, rank: int, item: str) -> Visit:
+def _visit(study: Study, family: str, case: Case, rank: int, item: str) -> ListAppearance:
     dataset = study.task_data(family).dataset
     latest = (clean(dataset.items[event.item_id].title) for event in case.request.history[-_TITLES:])
-    return Visit(
+    return ListAppearance(
         user=user_of(dataset, case.request.user_id),
         latest=tuple(latest),
         place=rank,
@@ -325,9 +336,9 @@ def _visit(study: Study, family: str, case: Case, rank: int, item: str) -> Visit
     )
 
 
-def _neighbours(study: Study, family: str, items: Sequence[str]) -> dict[str, tuple[Nearby, ...]]:
+def _neighbours(study: Study, family: str, items: Sequence[str]) -> dict[str, tuple[NearestText, ...]]:
     """Return, for each item, the training items with the most similar texts; empty without a text encoder."""
-    data, result = study.task_data(family), dict[str, tuple[Nearby, ...]]()
+    data, result = study.task_data(family), dict[str, tuple[NearestText, ...]]()
     warm = sorted(data.train["item_id"].unique().cast(pl.String).to_list())
     shown = {item: data.dataset.items[item] for item in (*items, *warm)}
     try:
@@ -340,7 +351,7 @@ def _neighbours(study: Study, family: str, items: Sequence[str]) -> dict[str, tu
     for item, row in zip(items, similarity, strict=True):
         best = np.argsort(-row, kind="stable")[:_NEAR]
         result[item] = tuple(
-            Nearby(title=clean(data.dataset.items[warm[index]].title), cosine=float(row[index]))
+            NearestText(title=clean(data.dataset.items[warm[index]].title), cosine=float(row[index]))
             for index in best.tolist()
         )
     return result

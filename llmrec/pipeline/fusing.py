@@ -13,12 +13,12 @@ from llmrec.ensembles.members import FUSIONS, Recalled, join, weighed_by, weight
 from llmrec.errors import DataError
 from llmrec.evaluate.predictor import evaluate
 from llmrec.pipeline.evaluation import ResultRow, part_of
-from llmrec.pipeline.results import Written, write_results
+from llmrec.pipeline.results import WrittenResults, write_results
 from llmrec.pipeline.resume import RUN, Budget, locked
 from llmrec.pipeline.row_specs import protocol_of
 from llmrec.pipeline.runs import finished, stored_row
 from llmrec.pipeline.study import Study, build_study
-from llmrec.pipeline.weighing import Weighing, bases_of
+from llmrec.pipeline.weighing import EnsembleUsers, bases_of
 from llmrec.recipe.load import load_stored
 from llmrec.report.results import content_of
 from llmrec.results import Reads, Row
@@ -27,7 +27,7 @@ from llmrec.terminal import works_in
 from llmrec.types import Case
 
 
-def fuse_runs(runs: Sequence[Path], out: Path) -> Written:
+def fuse_runs(runs: Sequence[Path], out: Path) -> WrittenResults:
     """Build ensembles of the models of several runs on the same test cases, and write the results like a run.
 
     Every family gets an ensemble of its rows that read interactions only, one of those that also read texts, and one of
@@ -41,7 +41,7 @@ def fuse_runs(runs: Sequence[Path], out: Path) -> Written:
         DataError: If a run is not finished or has other data or cases, or no rows can be joined.
     """
     study = build_study(load_stored(runs[0]))
-    budget, weighing = Budget(), Weighing(study)
+    budget, weighing = Budget(), EnsembleUsers(study)
     with locked(out, RUN), budget.stage("fusing"):
         works_in(out)
         results = [_rows(run, study) for run in runs]
@@ -121,7 +121,7 @@ def _distinct(runs: Sequence[tuple[str, Sequence[ResultRow]]]) -> list[ResultRow
     return list(rows.values())
 
 
-def _fusions(study: Study, weighing: Weighing, family: str, rows: Sequence[ResultRow]) -> Iterator[ResultRow]:
+def _fusions(study: Study, weighing: EnsembleUsers, family: str, rows: Sequence[ResultRow]) -> Iterator[ResultRow]:
     able = [row for row in rows if row.weighing]
     for kind in get_args(Reads):
         parts = [row for row in able if widest([row.figures.reads, kind]) == kind]
@@ -131,7 +131,7 @@ def _fusions(study: Study, weighing: Weighing, family: str, rows: Sequence[Resul
 
 
 def _fused(
-    study: Study, weighing: Weighing, family: str, kind: Reads, parts: Sequence[ResultRow], cases: Sequence[Case]
+    study: Study, weighing: EnsembleUsers, family: str, kind: Reads, parts: Sequence[ResultRow], cases: Sequence[Case]
 ) -> ResultRow:
     task, members = family_of(family), _named(parts)
     baselines = [row for row in parts if row.figures.arm == "baseline"]

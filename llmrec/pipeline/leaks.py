@@ -43,7 +43,7 @@ from llmrec.results import Row
 from llmrec.tasks.direct import asks_for
 from llmrec.tasks.family import Family, families, family_of
 from llmrec.tasks.pool import training_examples
-from llmrec.tasks.task import Branching, Task, Want
+from llmrec.tasks.task import BranchingTask, Task, Want
 from llmrec.train.reward.rewards import question
 from llmrec.types import Case, Example, Message, Prompt, Request, Segment
 
@@ -571,11 +571,11 @@ def _drawn(study: Study, task: Task, count: int) -> Iterator[Example]:
         yield from (question(task, case, template) for case in islice(task.training_cases(), count))
         return
     yield from islice(training_examples(task, section.examples, study.training_seed), count)
-    if section.packing == "tree" and section.examples is None and isinstance(task, Branching) and task.branches:
+    if section.packing == "tree" and section.examples is None and isinstance(task, BranchingTask) and task.branches:
         yield from islice(_branching(task, sorted(study.data.users())), count)
 
 
-def _branching(task: Branching, users: Sequence[str]) -> Iterator[Example]:
+def _branching(task: BranchingTask, users: Sequence[str]) -> Iterator[Example]:
     for number in numbers():
         results = [row for user in users if (row := task.branch(number, user)) is not None]
         if not results:

@@ -22,7 +22,7 @@ from llmrec.models.soft_prompt import METHODS, TIED, SoftPrompt
 from llmrec.models.tensors import base_of
 from llmrec.pipeline.row_specs import protocol_of
 from llmrec.pipeline.study import Study, build_task, draw_sets
-from llmrec.pipeline.weighing import Weighing, bases_of, fusible
+from llmrec.pipeline.weighing import EnsembleUsers, bases_of, fusible
 from llmrec.recipe.schema import RewardSection
 from llmrec.registry import BASELINES, lookup, options_of
 from llmrec.strategies.asking import Prompting, strategy_of
@@ -347,7 +347,7 @@ class Judge:
 
     def controls(self) -> dict[str, float]:
         """Compute NDCG@10 of the task's baselines and ensembles, by name."""
-        weighing = Weighing(self.study)
+        weighing = EnsembleUsers(self.study)
         weighers = weighing.cases(self.family)
         data, result, parts = self.study.task_data(self.family), {}, []
         for section in self.study.baselines(self.family):

@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmrec.baselines.retrieve import HARD, Lists, Single, check_retriever
+from llmrec.baselines.retrieve import HARD, RetrievedCandidates, SingleRetriever, check_retriever
 from llmrec.data.split import SplitDataset
 from llmrec.errors import DataError
 from llmrec.recipe.schema import CandidateSection, ModelSection, Recipe
@@ -44,7 +44,9 @@ def hard_of(recipe: Recipe, family: str, data: SplitDataset, seed: int, plain: C
     key = "train.preference.rejected"
     check_retriever(section.rejected, key, *_DRAWN, BEAM)
     best = CandidateSection(kind="retrieved", retriever=section.rejected, count=max(HARD, section.negatives))
-    return Lists(data, best, seed, Single(section.rejected, seed, key), others=True, least=section.negatives)
+    return RetrievedCandidates(
+        data, best, seed, SingleRetriever(section.rejected, seed, key), others=True, least=section.negatives
+    )
 
 
 class Beams:

@@ -30,15 +30,15 @@ from llmrec.pipeline.resume import Budget
 from llmrec.pipeline.row_specs import asks, protocol_of
 from llmrec.pipeline.study import Study, leak_warning, leaking_users
 from llmrec.recipe.load import recipe_hash
-from llmrec.records import Candidates, DataInfo, SetAside, Stage, Training
+from llmrec.records import Candidates, DataInfo, ExcludedUsers, Stage, Training
 from llmrec.registry import mean_metric
-from llmrec.results import AtPosition, Choice, PositionBias, Results, Row, SliceOfRow, Unevaluated
+from llmrec.results import Choice, PositionBias, PositionResult, Results, Row, SliceOfRow, Unevaluated
 from llmrec.tasks.family import families, ranking_families
 from llmrec.types import Case
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenResults:
     """The written ``results.json`` with its SHA-256, the predictions, and the evaluated models."""
 
     results: dict[str, Any]
@@ -56,7 +56,7 @@ def write_results(
     folder: Path,
     missing: Sequence[Unevaluated] = (),
     choice: Choice | None = None,
-) -> Written:
+) -> WrittenResults:
     """Write ``results.json``, ``predictions.parquet`` and ``items.parquet`` to the run folder.
 
     ``missing`` are the rows that no engine could answer. ``budget`` has the cost of each stage in its last execution: a
@@ -100,7 +100,7 @@ def write_results(
         newcomers=tuple(newcomers(study, rows)),
         **({"example": shown} if (shown := example_user(study, rows, headlines)) else {}),
         set_aside=tuple(
-            SetAside(
+            ExcludedUsers(
                 data=table.dataset.name, said=f"{leak_warning(table, result)}.", users=tuple(leaking_users(result))
             )
             for table in study.tables
@@ -109,7 +109,7 @@ def write_results(
         notes=(*unevaluated(missing), *notes(study)),
         files={file.name: sha256_of(file) for file in files},
     ).as_json()
-    return Written(results, write_checked(folder / "results.json", results), predictions, rows)
+    return WrittenResults(results, write_checked(folder / "results.json", results), predictions, rows)
 
 
 def too_wide(study: Study) -> str:
@@ -390,7 +390,7 @@ _CHUNK = 1 << 19
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Placed:
+class TargetPositions:
     """The position of each target among its candidates, and its predicted rank.
 
     Attributes:
@@ -445,7 +445,7 @@ def _slices(study: Study, row: ResultRow, headline: str) -> tuple[SliceOfRow, ..
 # --------------------------------------------------------------------------- positions
 
 
-def place(row: ResultRow, cases: Sequence[Case]) -> Placed | None:
+def place(row: ResultRow, cases: Sequence[Case]) -> TargetPositions | None:
     """Return the position of each target among its candidates; None if requests have no candidates."""
     if not cases or any(case.request.candidates is None for case in cases):
         return None
@@ -456,21 +456,21 @@ def place(row: ResultRow, cases: Sequence[Case]) -> Placed | None:
         return None
     records = [row.records[n] for n in there]
     above, tied = np.array([record.above for record in records]), np.array([record.tied for record in records])
-    return Placed(
+    return TargetPositions(
         position=np.array([sets[n].index(str(cases[n].truth)) + 1 for n in there]),
         hit=ranking.hit_rate(above, tied, 1),
         rank=np.array([record.pool if record.rank is None else record.rank for record in records], dtype=np.float64),
     )
 
 
-def by_position(placed: Placed) -> tuple[AtPosition, ...]:
+def by_position(placed: TargetPositions) -> tuple[PositionResult, ...]:
     """Return HR@1 and the mean predicted rank for each candidate position with requests."""
     results = []
     for position in np.unique(placed.position):
         here = placed.position == position
         rank = placed.rank[here]
         results.append(
-            AtPosition(
+            PositionResult(
                 position=int(position),
                 n=int(here.sum()),
                 hit=float(placed.hit[here].mean()),
@@ -482,7 +482,7 @@ def by_position(placed: Placed) -> tuple[AtPosition, ...]:
 
 
 def _biases(
-    rows: Sequence[ResultRow], placed: Sequence[Placed | None], *, resamples: int, seed: int
+    rows: Sequence[ResultRow], placed: Sequence[TargetPositions | None], *, resamples: int, seed: int
 ) -> list[PositionBias | None]:
     """Test language models for position bias; p-values are Holm-adjusted over all of them."""
     tested = [row.figures.arm != "baseline" and at is not None for row, at in zip(rows, placed, strict=True)]

@@ -13,7 +13,7 @@ from typing import IO, Any
 from llmrec.durable import checked, refuse_link, writing_to
 from llmrec.errors import LlmrecError
 from llmrec.machine import NO_LINK, lock
-from llmrec.progress import Bar
+from llmrec.progress import Progress
 from llmrec.terminal import LOG
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class Budget:
         begin = time.monotonic()
         self._inner.append(0.0)
         try:
-            with Bar(name, None, quiet=self._quiet):
+            with Progress(name, None, quiet=self._quiet):
                 yield
         finally:
             spent = time.monotonic() - begin

@@ -30,13 +30,13 @@ from llmrec.pipeline.evaluation import Evaluation, ResultRow, Weights
 from llmrec.pipeline.fusing import fuse_runs
 from llmrec.pipeline.indexing import with_tokens
 from llmrec.pipeline.preflight import checked_study, refuse
-from llmrec.pipeline.results import Written, of_another, too_wide, write_results
+from llmrec.pipeline.results import WrittenResults, of_another, too_wide, write_results
 from llmrec.pipeline.resume import RUN, Budget, locked
 from llmrec.pipeline.runs import start_of, teacher_of
 from llmrec.pipeline.study import Study, build_study, folder_of, leak_warning
 from llmrec.pipeline.training import train_stage, trained
 from llmrec.pipeline.weighing import fusions_of
-from llmrec.progress import Bar, note
+from llmrec.progress import Progress, note
 from llmrec.recipe.load import Overrides, as_recipe, dump, import_stored, recipe_hash
 from llmrec.recipe.paths import naming_both_folders
 from llmrec.recipe.schema import Recipe
@@ -137,9 +137,9 @@ def run(
         if session.model is None or choice is not None:
             choice = evaluation.choice(rows) or choice
         written = session.write(rows, training, tuple(evaluation.missing.values()), choice)
-        with Bar("audit", None, quiet=quiet):
+        with Progress("audit", None, quiet=quiet):
             session.audit(written)
-        with Bar("report", None, quiet=quiet):
+        with Progress("report", None, quiet=quiet):
             done = Run(folder, StoredResults(written.results), rows, page.write(folder)["html"])
     if evaluation.failures:
         raise _incomplete(done, evaluation.failures)
@@ -350,11 +350,11 @@ class Session:
         training: Trained | None,
         missing: tuple[Unevaluated, ...],
         choice: Choice | None,
-    ) -> Written:
+    ) -> WrittenResults:
         """Write models, comparisons and ``results.json``, and send metrics to experiment trackers; see `run`."""
         fusions = fusions_of(self.study, [row.figures for row in rows])
         stored.save(self.folder, stored.Stored(fusions, choice))
-        with Bar("comparisons", None, quiet=self.quiet):
+        with Progress("comparisons", None, quiet=self.quiet):
             written = write_results(
                 self.study, rows, training, self._model_info(), self.budget, self.folder, missing, choice
             )
@@ -401,7 +401,7 @@ class Session:
             return {"name": recipe.eval.server.model, "folder": recipe.eval.server.where, "dtype": "as served"}
         return {"name": recipe.model.name, "folder": Path(self.model.base).name, "dtype": dtype_name(recipe.model)}
 
-    def audit(self, written: Written) -> None:
+    def audit(self, written: WrittenResults) -> None:
         """Check the run for test leakage; a run with a leak gets no report."""
         kept = self.folder / "audit-baselines.json"
         checks = list(audit.examine(self.study, written.results, written.predictions, kept=kept))

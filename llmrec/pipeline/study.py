@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from llmrec.backends.encode import Encoder
 from llmrec.baselines.parameters import config_of
-from llmrec.baselines.retrieve import FUSED, Lists, retrieve
+from llmrec.baselines.retrieve import FUSED, RetrievedCandidates, retrieve
 from llmrec.data.candidates import CandidateSets, draw
 from llmrec.data.described import held_titles, names, with_stored_texts
 from llmrec.data.read.limits import shown
@@ -312,7 +312,7 @@ def _check_slices(study: Study) -> None:
 
 
 def weighers(recipe: Recipe, family: str, data: SplitDataset) -> frozenset[str]:
-    """Return the validation users reserved to fit the ensemble weights of a task; see `Weighing`."""
+    """Return the validation users reserved to fit the ensemble weights of a task; see `EnsembleUsers`."""
     kind, section = family_of(family), recipe.eval.fusion
     if not section.controls or not (kind.ranks_for_users or kind.answer in (Rating, Probability)):
         return frozenset()
@@ -384,12 +384,12 @@ def build_task(study: Study, family: str, section: TaskSection, templates: Mappi
     return kind(section, replace(inputs, preference=preference, hard=hard))
 
 
-def _lists(recipe: Recipe, family: str, data: SplitDataset, seed: int) -> Lists | None:
+def _lists(recipe: Recipe, family: str, data: SplitDataset, seed: int) -> RetrievedCandidates | None:
     """Return the retrieved candidates of a task's training examples; None if candidates are drawn at random."""
     section = recipe.eval.candidates
     if not family_of(family).lists or section.kind != "retrieved":
         return None
-    return Lists(data, section, seed, fused_finder(recipe))
+    return RetrievedCandidates(data, section, seed, fused_finder(recipe))
 
 
 def vectors_of(items: Mapping[str, Item], encoder: str, data: SplitDataset) -> ItemVectors:

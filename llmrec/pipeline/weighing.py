@@ -50,7 +50,7 @@ def joins_model(study: Study, family: str, arm: str, strategy: str) -> bool:
     return strategy in first and bool(fusible(study, family))
 
 
-class Weighing:
+class EnsembleUsers:
     """The validation users on which ensemble weights are fitted, with their cases."""
 
     def __init__(self, study: Study) -> None:

@@ -22,7 +22,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llmrec.errors import ErrorKind, Location, RecipeError, did_you_mean
 from llmrec.guard import clean, neutralise
-from llmrec.prompts.values import Fields, Ledger, Record
+from llmrec.prompts.values import Fields, Placeholders, Record
 from llmrec.prompts.words import ENGLISH, FOLDER, Words, english, words_of
 from llmrec.recipe.pages import read_page
 from llmrec.resources import resource
@@ -44,7 +44,7 @@ _STATEMENTS = (nodes.Output, nodes.TemplateData, nodes.If, nodes.For)
 _EXPRESSIONS = (nodes.Name, nodes.Getattr, nodes.Const, nodes.Compare, nodes.Operand, nodes.And, nodes.Or, nodes.Not)
 
 
-class Refused(Exception):
+class ForbiddenConstruct(Exception):
     """Raised for a construct that templates must not use, with the line of the template text."""
 
     def __init__(self, line: int, construct: str) -> None:
@@ -83,7 +83,7 @@ class Compiled:
         """Yield the rendered text in parts.
 
         Args:
-            values: Values of all variables, wrapped by a `Ledger`.
+            values: Values of all variables, wrapped by a `Placeholders`.
 
         Raises:
             TemplateError, RecipeError, TypeError, ValueError: If a value is invalid.
@@ -134,24 +134,26 @@ def compiled(source: str) -> Compiled:
             _walk(node, 0, None, names)
         return Compiled(frozenset(names), source)
     except TemplateError as error:
-        raise Refused(getattr(error, "lineno", None) or 1, str(error.message)) from None
+        raise ForbiddenConstruct(getattr(error, "lineno", None) or 1, str(error.message)) from None
     except (RecursionError, ValueError, MemoryError, OverflowError, SyntaxError):
-        raise Refused(1, "an expression that is nested too deeply, or a number that is too long") from None
+        raise ForbiddenConstruct(1, "an expression that is nested too deeply, or a number that is too long") from None
 
 
 def _walk(node: nodes.Node, depth: int, bound: str | None, names: set[str]) -> None:
     """Reject syntax that is not allowed, and collect free variables; ``bound`` is the loop variable."""
     if depth > _DEPTH_LIMIT:
-        raise Refused(node.lineno, f"more than {_DEPTH_LIMIT} levels of nesting")
+        raise ForbiddenConstruct(node.lineno, f"more than {_DEPTH_LIMIT} levels of nesting")
     if not isinstance(node, _STATEMENTS + _EXPRESSIONS):
-        raise Refused(node.lineno, f"{type(node).__name__.lower()}, which is not supported")
+        raise ForbiddenConstruct(node.lineno, f"{type(node).__name__.lower()}, which is not supported")
     if isinstance(node, nodes.Const) and isinstance(node.value, str) and FORBIDDEN.search(node.value):
-        raise Refused(node.lineno, "a control or private-use character")
+        raise ForbiddenConstruct(node.lineno, "a control or private-use character")
     if isinstance(node, nodes.Getattr):
         _walk_attribute(node, bound, names)
     elif isinstance(node, nodes.Name):
         if node.name == "loop":
-            raise Refused(node.lineno, "loop without an attribute; use loop.first, loop.last or loop.index in a for")
+            raise ForbiddenConstruct(
+                node.lineno, "loop without an attribute; use loop.first, loop.last or loop.index in a for"
+            )
         if node.name != bound:
             names.add(node.name)
     elif isinstance(node, nodes.For):
@@ -164,26 +166,28 @@ def _walk(node: nodes.Node, depth: int, bound: str | None, names: set[str]) -> N
 def _walk_attribute(node: nodes.Getattr, bound: str | None, names: set[str]) -> None:
     owner = node.node
     if not isinstance(owner, nodes.Name):
-        raise Refused(node.lineno, f"attribute {node.attr!r} of an expression that is not a plain variable")
+        raise ForbiddenConstruct(node.lineno, f"attribute {node.attr!r} of an expression that is not a plain variable")
     if node.attr.startswith("_"):
-        raise Refused(node.lineno, f"attribute {node.attr!r} starts with an underscore")
+        raise ForbiddenConstruct(node.lineno, f"attribute {node.attr!r} starts with an underscore")
     if owner.name == "loop":
         if bound is None or node.attr not in _LOOP:
-            raise Refused(node.lineno, f"loop.{node.attr}; inside a for there are loop.first, loop.last and loop.index")
+            raise ForbiddenConstruct(
+                node.lineno, f"loop.{node.attr}; inside a for there are loop.first, loop.last and loop.index"
+            )
     elif owner.name != bound:
         names.add(owner.name)
 
 
 def _walk_for(node: nodes.For, depth: int, bound: str | None, names: set[str]) -> None:
     if bound is not None:
-        raise Refused(node.lineno, "a for inside a for")
+        raise ForbiddenConstruct(node.lineno, "a for inside a for")
     if node.recursive or node.test is not None:
-        raise Refused(node.lineno, "a recursive or filtered for; put an if inside the loop")
+        raise ForbiddenConstruct(node.lineno, "a recursive or filtered for; put an if inside the loop")
     if not isinstance(node.iter, nodes.Name) or not isinstance(node.target, nodes.Name):
-        raise Refused(node.lineno, "a for over an expression that is not a plain list variable")
+        raise ForbiddenConstruct(node.lineno, "a for over an expression that is not a plain list variable")
     if node.target.name == "loop":
         # Jinja rejects this only when the template is first rendered.
-        raise Refused(node.lineno, "a loop variable called loop")
+        raise ForbiddenConstruct(node.lineno, "a loop variable called loop")
     _walk(node.iter, depth + 1, None, names)
     for child in node.body:
         _walk(child, depth + 1, node.target.name, names)
@@ -392,7 +396,7 @@ class Template:
             return item.rendered[source]
         for name in parsed.names:
             self._require(part, name, values)
-        ledger = Ledger()
+        ledger = Placeholders()
         chunks: list[str] = []
         try:
             for chunk in parsed.rendered({name: ledger.wrap(values[name]) for name in parsed.names}):
@@ -480,7 +484,7 @@ def _check_source(part: str, source: str) -> None:
         )
     try:
         compiled(source)
-    except Refused as refusal:
+    except ForbiddenConstruct as refusal:
         raise _fault(
             part,
             "syntax",

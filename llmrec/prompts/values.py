@@ -34,7 +34,7 @@ class Fields(dict[str, object]):
         return None
 
 
-class Ledger:
+class Placeholders:
     """Creates placeholders for data values, and converts them back to segments."""
 
     def __init__(self) -> None:
@@ -108,7 +108,7 @@ class _Datum:
 
     __slots__ = ("_ledger", "_text")
 
-    def __init__(self, ledger: Ledger, text: str) -> None:
+    def __init__(self, ledger: Placeholders, text: str) -> None:
         self._ledger = ledger
         self._text = text
 
@@ -135,7 +135,7 @@ class Record:
 
     __slots__ = ("_known", "_ledger", "_source")
 
-    def __init__(self, ledger: Ledger, source: Mapping[str, object]) -> None:
+    def __init__(self, ledger: Placeholders, source: Mapping[str, object]) -> None:
         self._ledger = ledger
         self._source = source
         self._known: dict[str, object] = {}

@@ -413,7 +413,7 @@ _YAML = (".yaml", ".yml")
 
 
 @dataclass(frozen=True)
-class Named:
+class ComponentReference:
     """A reference to a component in a file: its kind, a name in `llmrec.registry.TABLES`; its name; and its key."""
 
     group: str
@@ -453,7 +453,7 @@ def _imported(
 
 
 @contextmanager
-def _errors_at(named: Named, where: Location | str, file: Path) -> Iterator[None]:
+def _errors_at(named: ComponentReference, where: Location | str, file: Path) -> Iterator[None]:
     """Add the file and key to an error."""
     try:
         yield
@@ -471,9 +471,9 @@ def dotted(path: Sequence[str | int]) -> str:
     return ".".join(str(part) for part in path)
 
 
-def _named(values: Mapping[str, Any]) -> Iterator[Named]:
+def _named(values: Mapping[str, Any]) -> Iterator[ComponentReference]:
     for family, section in _mapping(values.get("tasks")).items():
-        yield Named("tasks", str(family), ("tasks", family))
+        yield ComponentReference("tasks", str(family), ("tasks", family))
         for group in ("strategies", "baselines"):
             yield from _listed(group, _mapping(section).get(group), ("tasks", family, group), "name")
     yield from _listed("baselines", values.get("rows"), ("rows",), "baseline")
@@ -489,15 +489,15 @@ def _named(values: Mapping[str, Any]) -> Iterator[Named]:
         for part in key:
             result = _mapping(result).get(part)
         if isinstance(result, str):
-            yield Named(group, result, tuple(key))
+            yield ComponentReference(group, result, tuple(key))
 
 
-def _listed(group: str, values: object, key: KeyPath, called: str) -> Iterator[Named]:
+def _listed(group: str, values: object, key: KeyPath, called: str) -> Iterator[ComponentReference]:
     """Yield the names in a list, whose entries are names or mappings with a name."""
     for index, item in enumerate(values if isinstance(values, list | tuple) else ()):
         name = item.get(called) if isinstance(item, dict) else item
         if isinstance(name, str):
-            yield Named(group, name, (*key, index))
+            yield ComponentReference(group, name, (*key, index))
 
 
 def _mapping(value: object) -> Mapping[Any, Any]:

@@ -43,7 +43,7 @@ _RESOLVERS = {
 }
 
 
-class OutOfBounds(yaml.MarkedYAMLError):
+class YamlLimitExceeded(yaml.MarkedYAMLError):
     """Raised for YAML that exceeds the limits."""
 
 
@@ -59,20 +59,20 @@ class _Loader(yaml.SafeLoader):
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         mark: Any = event.start_mark
         if self._depth >= MOST_NESTED:
-            raise OutOfBounds(problem=f"nested more than {MOST_NESTED} levels deep", problem_mark=mark)
+            raise YamlLimitExceeded(problem=f"nested more than {MOST_NESTED} levels deep", problem_mark=mark)
         before = self._values
         self._depth += 1
         node = super().compose_node(parent, index)
         self._depth -= 1
         if isinstance(event, yaml.AliasEvent):
             if id(node) not in self._sizes:
-                raise OutOfBounds(problem="an alias within its own value", problem_mark=mark)
+                raise YamlLimitExceeded(problem="an alias within its own value", problem_mark=mark)
             self._values += self._sizes[id(node)]
         else:
             self._values += 1
             self._sizes[id(node)] = self._values - before
         if self._values > MOST_VALUES:
-            raise OutOfBounds(problem=f"it expands to more than {MOST_VALUES:,} values", problem_mark=mark)
+            raise YamlLimitExceeded(problem=f"it expands to more than {MOST_VALUES:,} values", problem_mark=mark)
         return node
 
     def construct_object(self, node: Any, deep: bool = False) -> Any:
@@ -128,7 +128,7 @@ def parsed(text: str, file: Path) -> tuple[Any, dict[KeyPath, Location]]:
         return _loaded(text, lambda node: _mark(node, (), locations, file)), locations
     except yaml.MarkedYAMLError as error:
         line = Location(str(file), line=error.problem_mark.line + 1 if error.problem_mark else None)
-        if isinstance(error, OutOfBounds):
+        if isinstance(error, YamlLimitExceeded):
             raise RecipeError.at(line, "too-large", f": {error.problem}; simplify it") from None
         raise RecipeError.at(
             line, "syntax", f": not valid YAML ({error.problem}); check quoting and indentation"
@@ -143,7 +143,7 @@ def value_of(text: str, key: str) -> Any:
         raise RecipeError(f"{key}: longer than {MOST_CHARACTERS:,} characters", kind="too-large", column=key)
     try:
         return _loaded(text, lambda _: None) if text else None
-    except OutOfBounds as error:
+    except YamlLimitExceeded as error:
         raise RecipeError(f"{key}: {error.problem}; simplify it", kind="too-large", column=key) from None
     except yaml.YAMLError:
         return text

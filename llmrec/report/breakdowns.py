@@ -22,7 +22,7 @@ from llmrec.metrics.stats import wilson
 from llmrec.registry import lower
 from llmrec.report.marks import best_baseline
 from llmrec.report.wording import DASH, arm_label, label, listed, p_value
-from llmrec.results import AtPosition, Metric, PositionBias, Results, Row, SliceOfRow
+from llmrec.results import Metric, PositionBias, PositionResult, Results, Row, SliceOfRow
 
 _NAMES = (
     (r"item:cold-below-(\d+)", "Rare items: fewer than {0} training interactions"),
@@ -215,11 +215,11 @@ def bands(row: Row) -> tuple[Band, ...]:
     return tuple(results)
 
 
-def _usable(entry: AtPosition) -> bool:
+def _usable(entry: PositionResult) -> bool:
     return entry.n > 0 and entry.position > 0 and entry.hit is not None and entry.rank is not None
 
 
-def _band(first: int, last: int, entries: Sequence[AtPosition]) -> Band:
+def _band(first: int, last: int, entries: Sequence[PositionResult]) -> Band:
     n = sum(entry.n for entry in entries)
     hit = sum(entry.n * (entry.hit or 0.0) for entry in entries) / n
     rank = sum(entry.n * (entry.rank or 0.0) for entry in entries) / n

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from llmrec.errors import DataError
-from llmrec.index.diagnostics import Diagnostics, Group, Level, Spread
+from llmrec.index.diagnostics import Diagnostics, Group, Level, RangeSummary
 from llmrec.report.escape import flat
 from llmrec.report.wording import count, number, rough, share
 
@@ -72,7 +72,7 @@ def level_title(level: Level) -> str:
     return f"<{level.name}_…>"
 
 
-def spread(spread_of: Spread) -> str:
+def spread(spread_of: RangeSummary) -> str:
     """Return counts as ``3`` if all are equal, else as ``2 to 5, 3.4 on average``."""
     if spread_of.least == spread_of.most:
         return count(spread_of.most)
@@ -150,7 +150,7 @@ def neighbours(run_dir: Path) -> tuple[Group, ...]:
 def _line(found: Mapping[str, Any]) -> str:
     """Return a line about an item index, from the content of its metrics file."""
     unit = "tokens" if found["pieces"] else "characters"
-    length = spread(Spread(**(found["pieces"] or found["characters"])))
+    length = spread(RangeSummary(**(found["pieces"] or found["characters"])))
     parts = [f"scheme {flat(found['scheme'])}", f"{count(found['items'])} items", f"{unit} per ID: {length}"]
     if found["tokens"]:
         parts.append(f"{count(found['tokens'])} new tokens")

@@ -96,7 +96,7 @@ SINGLE = "single template"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Over:
+class TemplateRange:
     """Mean and range of the main metric over templates."""
 
     templates: tuple[str, ...]
@@ -106,13 +106,13 @@ class Over:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Spread:
+class TemplateSpread:
     """Results of a strategy over the templates used in training, and over other templates."""
 
     arm: str
     predictor: str
-    seen: Over | None
-    unseen: Over | None
+    seen: TemplateRange | None
+    unseen: TemplateRange | None
 
     @property
     def single(self) -> bool:
@@ -125,7 +125,7 @@ class Spread:
         return arm_label(self.arm, self.predictor)
 
 
-def spreads(results: Results, task: str) -> tuple[Spread, ...]:
+def spreads(results: Results, task: str) -> tuple[TemplateSpread, ...]:
     """Return how the results of a task vary over prompt templates, for each strategy."""
     metric = results.headline[task]
     groups: dict[tuple[str, str], list[Row]] = {}
@@ -133,7 +133,7 @@ def spreads(results: Results, task: str) -> tuple[Spread, ...]:
         if row.task == task and row.template and metric in row.metrics and row.metrics[metric].value is not None:
             groups.setdefault((row.arm, row.predictor), []).append(row)
     return tuple(
-        Spread(
+        TemplateSpread(
             arm=arm,
             predictor=predictor,
             seen=_over([row for row in rows if row.template_use != "unseen"], metric),
@@ -151,9 +151,9 @@ def singles(results: Results, task: str) -> frozenset[str]:
     )
 
 
-def _over(rows: Sequence[Row], metric: str) -> Over | None:
+def _over(rows: Sequence[Row], metric: str) -> TemplateRange | None:
     values = [value for row in rows if (value := row.metrics[metric].value) is not None]
     if not values:
         return None
     names = tuple((row.template or "").rpartition("/")[2] for row in rows)
-    return Over(templates=names, mean=sum(values) / len(values), low=min(values), high=max(values))
+    return TemplateRange(templates=names, mean=sum(values) / len(values), low=min(values), high=max(values))

@@ -106,7 +106,7 @@ class Positions(TypedDict):
     control: Row | None
 
 
-class Point(RowBar):
+class CostPoint(RowBar):
     """A model with its token cost."""
 
     tokens: float
@@ -119,7 +119,7 @@ class CostPlot(TypedDict):
     kind: Literal["cost"]
     metric: str
     better: Better
-    points: list[Point]
+    points: list[CostPoint]
     levels: dict[str, float]
 
 
@@ -331,7 +331,7 @@ def by_position(results: Results, task: str) -> Positions:
 def quality_by_tokens(results: Results, task: str) -> CostPlot | None:
     """Return the main metric of language models and their tokens per user; None if no model used tokens."""
     metric = results.headline[task]
-    points: list[Point] = []
+    points: list[CostPoint] = []
     for cost in cost_by_row(results, task):
         score = cost.row.metrics.get(metric)
         if cost.row.arm == "baseline" or score is None or score.value is None or not cost.tokens_per_user:

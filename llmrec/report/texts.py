@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llmrec.records import ExampleUser, PromptContents, Sample, Written
+from llmrec.records import ExampleUser, GeneratedText, PromptContents, Sample
 from llmrec.report.wording import count, listed, rough
 from llmrec.results import Results, Row
 
@@ -22,7 +22,7 @@ def samples(results: Results, task: str) -> list[Sample]:
     return [sample for sample in results.texts if sample.task == task]
 
 
-def answered(results: Results, sample: Sample) -> list[tuple[Row, Written]]:
+def answered(results: Results, sample: Sample) -> list[tuple[Row, GeneratedText]]:
     """Return the models with their texts for a request, in the order of the result table."""
     rows = results.standings(sample.task)
     return [(row, sample.answers[row.id]) for row in rows if row.id in sample.answers]

@@ -41,7 +41,7 @@ class Full(LlmrecError):
         return error
 
 
-class TooLate(LlmrecError):
+class AnswerTimeout(LlmrecError):
     """Raised if a question was not answered within its timeout."""
 
 
@@ -192,10 +192,10 @@ class Batcher:
             self.load.refused += 1
             raise Full.for_now(max(1.0, min(ahead, self._patience)))
 
-    def late(self) -> TooLate:
+    def late(self) -> AnswerTimeout:
         """Count a question that timed out, and return the error to raise."""
         self.load.late += 1
-        return TooLate(
+        return AnswerTimeout(
             f"not answered within {self._patience:.0f} s; send fewer items, or raise --timeout", kind="exhausted"
         )
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from llmrec.answer.options import About
+from llmrec.answer.options import OptionHelp
 from llmrec.cli.console import say, short, show, store_facts
 from llmrec.serve.options import RefreshOptions, ServeOptions
 
@@ -44,11 +44,11 @@ class KeyOptions:
     """Options of `llmrec serve-key`: a key file and a key."""
 
     file: Annotated[
-        Path, About(argument=True, metavar="FILE", help="File of API keys. It is created if it does not exist.")
+        Path, OptionHelp(argument=True, metavar="FILE", help="File of API keys. It is created if it does not exist.")
     ]
-    name: Annotated[str, About(argument=True, metavar="NAME", help="Name of the key in logs and rate limits.")]
-    admin: Annotated[bool, About(help="Allow the key to change the catalogue and erase users.")] = False
-    revoke: Annotated[bool, About(help="Revoke the key of this name.")] = False
+    name: Annotated[str, OptionHelp(argument=True, metavar="NAME", help="Name of the key in logs and rate limits.")]
+    admin: Annotated[bool, OptionHelp(help="Allow the key to change the catalogue and erase users.")] = False
+    revoke: Annotated[bool, OptionHelp(help="Revoke the key of this name.")] = False
 
 
 def serve_key(options: KeyOptions) -> None:

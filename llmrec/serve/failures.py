@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from llmrec.errors import LlmrecError, did_you_mean
 from llmrec.serve import schema
-from llmrec.serve.batching import Full, TooLate
+from llmrec.serve.batching import AnswerTimeout, Full
 from llmrec.serve.databases import StoreError
 from llmrec.serve.engine import EngineLost
 
@@ -117,7 +117,7 @@ def failure(error: LlmrecError) -> tuple[int, schema.Failure, float | None]:
         status, message = 503, "the store of this service cannot be used; see the log of the service"
     elif isinstance(error, EngineLost):
         status = 503
-    elif isinstance(error, TooLate):
+    elif isinstance(error, AnswerTimeout):
         status = 504
     elif kind == "unknown-name":
         status = 404 if error.column in _THINGS else 422

@@ -50,14 +50,14 @@ def mount(app: FastAPI, service: Service) -> None:
             yield state
 
     async def mcp(request: Request) -> Response:
-        return _HandedOn(request.app.state.mcp.handle_request)
+        return _ForwardedResponse(request.app.state.mcp.handle_request)
 
     app.router.lifespan_context = lifespan
     # A GET would open a stream without messages; the protocol allows rejecting it.
     app.add_api_route(PATH, mcp, methods=["POST"], include_in_schema=False, response_model=None)
 
 
-class _HandedOn(Response):
+class _ForwardedResponse(Response):
     """A response that is written by another ASGI application, after authentication."""
 
     def __init__(self, app: ASGIApp) -> None:

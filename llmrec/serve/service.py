@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llmrec.answer.known import Catalogue, Known, Profile, known_of, merged, of_user, unknown, with_history
+from llmrec.answer.known import Catalogue, KnownEntities, Profile, known_of, merged, of_user, unknown, with_history
 from llmrec.answer.listing import ListSpec, listing
 from llmrec.answer.options import RecommenderOptions
 from llmrec.answer.recommender import RANK, SIMILAR, Answered, Question, meant
@@ -31,7 +31,7 @@ from llmrec.data.read.limits import shown
 from llmrec.data.requests import RankRequest, read_request
 from llmrec.errors import DataError, LlmrecError, did_you_mean
 from llmrec.serve import schema
-from llmrec.serve.batching import Batcher, Full, TooLate
+from llmrec.serve.batching import AnswerTimeout, Batcher, Full
 from llmrec.serve.databases import StoreError
 from llmrec.serve.engine import EngineLost, Supervisor
 from llmrec.serve.images import origins
@@ -86,7 +86,7 @@ class Service:
         store: The store of received data.
     """
 
-    def __init__(self, settings: Settings, known: Known, store: ServiceStore) -> None:
+    def __init__(self, settings: Settings, known: KnownEntities, store: ServiceStore) -> None:
         self.settings, self.store, self._known = settings, store, known
         # Changes must reach the catalogue in the order in which they are stored.
         self._changing = asyncio.Lock()
@@ -220,7 +220,7 @@ class Service:
             telling = asyncio.ensure_future(self.batcher.tell(lambda: self.engine.change_items(changed, removed)))
             await asyncio.wait({telling}, timeout=max(0.0, ends - time.monotonic()))
         if not telling.done():
-            raise TooLate("the change is stored; the models use it after the current batch", kind="exhausted")
+            raise AnswerTimeout("the change is stored; the models use it after the current batch", kind="exhausted")
         await telling
         return stored
 
@@ -258,7 +258,7 @@ class Service:
             raise StoreError("timed out while waiting for other writes to the store", kind="busy")
         await asyncio.wait({done}, timeout=max(0.0, ends - time.monotonic()))
         if not done.done():
-            raise TooLate(
+            raise AnswerTimeout(
                 "the store is slow; check whether the change was stored before you send it again", kind="failed"
             )
         return await done
@@ -474,7 +474,7 @@ class Conversations:
             return waiting.result(self._service.settings.patience + _GRACE)
         except (TimeoutError, CancelledError) as error:
             waiting.cancel()
-            raise TooLate("the service did not answer in time; try again", kind="exhausted") from error
+            raise AnswerTimeout("the service did not answer in time; try again", kind="exhausted") from error
 
     def _facts(self) -> tuple[Facts, Reader]:
         """Return the item data and the message parser for the current catalogue."""

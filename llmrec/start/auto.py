@@ -82,7 +82,7 @@ NONE = Plan(0, 0.0, "no language model: --classic")
 
 
 @dataclass(frozen=True)
-class Judged:
+class FineTuningDecision:
     """Whether the fine-tuned model is ``kept``: only if it improves the ensemble on validation users."""
 
     kept: bool
@@ -130,25 +130,25 @@ def with_model(recipe: Recipe, planned: Plan) -> Recipe:
     return as_recipe(page)
 
 
-def judged(results: Results) -> Judged:
+def judged(results: Results) -> FineTuningDecision:
     """Return whether the fine-tuned model improves the ensemble of baselines, measured on validation users only."""
     joined = [row for row in results.rows if row.arm == "tuned" and row.fusion is not None]
     models = {row.predictor for row in results.rows if row.arm == "tuned" and row.fusion is None}
     parts = [part for row in joined if row.fusion for part in row.fusion.parts if part.name in models]
     if not parts or parts[0].loss is None:
-        return Judged(False, "The fine-tuned language model is not used: its weight in the ensemble is 0.")
+        return FineTuningDecision(False, "The fine-tuned language model is not used: its weight in the ensemble is 0.")
     part = parts[0]
     figure = with_interval(part.loss, part.loss_low, part.loss_high, sign=True)
     kept = (part.loss_low or 0.0) > 0
     effect = f"it changes NDCG@10 of the ensemble by {figure} on validation users"
-    return Judged(kept, f"The fine-tuned language model is {'' if kept else 'not '}used: {effect}.")
+    return FineTuningDecision(kept, f"The fine-tuned language model is {'' if kept else 'not '}used: {effect}.")
 
 
 # --------------------------------------------------------------------------- members of the ensemble
 
 
 @dataclass(frozen=True)
-class Part:
+class CandidateMember:
     """A recommender that may become a member of the ensemble.
 
     Attributes:
@@ -162,7 +162,9 @@ class Part:
     fixed: Mapping[str, Json] = field(default_factory=dict)
 
 
-def parts_for(dataset: Dataset, encoder: str | None, *, texts: bool, torch: bool, budget: float) -> list[Part]:
+def parts_for(
+    dataset: Dataset, encoder: str | None, *, texts: bool, torch: bool, budget: float
+) -> list[CandidateMember]:
     """Return the recommenders to tune on a data set, fastest first.
 
     Recommenders that are tuned one by one come to use only the last few events, which makes them similar. Variants that
@@ -175,7 +177,7 @@ def parts_for(dataset: Dataset, encoder: str | None, *, texts: bool, torch: bool
         torch: Whether networks can be trained on this machine.
         budget: The budget of the whole search, in seconds.
     """
-    settings: list[tuple[int, Part]] = []
+    settings: list[tuple[int, CandidateMember]] = []
     for name, entry in BASELINES.items():
         if entry.needs == "torch" and not torch:
             continue
@@ -189,7 +191,9 @@ def parts_for(dataset: Dataset, encoder: str | None, *, texts: bool, torch: bool
         for setting in baseline.AUTO:
             if len(dataset.items) <= (setting.items or math.inf) and budget >= setting.seconds:
                 label = f"{name}, {setting.label}" if setting.label else name
-                settings.append((setting.cost, Part(label, name, {**with_encoder, **quiet, **setting.fixed})))
+                settings.append(
+                    (setting.cost, CandidateMember(label, name, {**with_encoder, **quiet, **setting.fixed}))
+                )
     return [part for _, part in sorted(settings, key=lambda setting: setting[0])]
 
 
@@ -271,7 +275,7 @@ class Tried:
         note: Why there are no more; empty if its whole grid was searched.
     """
 
-    part: Part
+    part: CandidateMember
     trials: list[Done] = field(default_factory=list)
     note: str = ""
     seconds: float = 0.0
@@ -465,7 +469,7 @@ class _Search:
     recipe: Recipe
     data: str  # the fingerprint of the split
     state: Path
-    parts: Sequence[Part]
+    parts: Sequence[CandidateMember]
     deadline: float
     budget: float
     say: Callable[[str], None]
@@ -601,10 +605,10 @@ class _Search:
         rankers = _RANKING * self.cases * len(able) ** 2 if self.cases >= LEAST_CASES and installed("lightgbm") else 0.0
         return max(_LEAST_FINISH, _FINISH * fits + rankers)
 
-    def _file(self, part: Part) -> Path:
+    def _file(self, part: CandidateMember) -> Path:
         return self.state / "trials" / (part.label.replace(", ", "-").replace(" ", "-") + ".json")
 
-    def _key(self, part: Part) -> str:
+    def _key(self, part: CandidateMember) -> str:
         return trial_key(self.data, part.baseline, dict(part.fixed), _RESERVED)
 
 

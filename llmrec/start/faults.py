@@ -15,13 +15,13 @@ from llmrec.data.read.typed import texts
 from llmrec.durable import replacing
 from llmrec.errors import DataError, ErrorKind, Location
 from llmrec.start.columns import Roles
-from llmrec.start.profile import READABLE, Peek, Profile, shell, shown
+from llmrec.start.profile import READABLE, Profile, TableSample, shell, shown
 
 COPY_ENDINGS = (".csv", ".parquet")
 
 
 @dataclass(frozen=True)
-class Fault:
+class TableError:
     """An error in a table, which `llmrec check` would reject.
 
     Attributes:
@@ -39,7 +39,7 @@ class Fault:
     kind: ErrorKind = "bad-value"
 
 
-def faults(peek: Peek, roles: Roles, items: Table | None, item_column: str) -> list[Fault]:
+def faults(peek: TableSample, roles: Roles, items: Table | None, item_column: str) -> list[TableError]:
     """Return the errors in a table: first in ratings, then in times, then in ids.
 
     Args:
@@ -57,10 +57,10 @@ def faults(peek: Peek, roles: Roles, items: Table | None, item_column: str) -> l
     return [fault for fault in listed if fault is not None]
 
 
-def _fault(peek: Peek, col: Profile, row: int, role: str, wrong: str, mend: str, instead: str) -> Fault:
+def _fault(peek: TableSample, col: Profile, row: int, role: str, wrong: str, mend: str, instead: str) -> TableError:
     """Return the error of a cell; ``wrong`` says what is wrong with its value."""
     cell = f"{peek.where(row)}: the {role} in column {shown(col.name)!r} is {shown(col.cells[row])!r}"
-    return Fault(col.name, peek.location(row), f"{cell}, {wrong}", mend, instead)
+    return TableError(col.name, peek.location(row), f"{cell}, {wrong}", mend, instead)
 
 
 def _bad(values: pl.Series) -> tuple[int, int]:
@@ -69,7 +69,7 @@ def _bad(values: pl.Series) -> tuple[int, int]:
     return int(missing.sum()), int(missing.arg_max() or 0)
 
 
-def _unused(peek: Peek, col: Profile | None, role: Literal["rating", "time"]) -> Fault | None:
+def _unused(peek: TableSample, col: Profile | None, role: Literal["rating", "time"]) -> TableError | None:
     """Return the error of a column that would be read by default although the user excluded it."""
     if col is None:
         return None
@@ -82,7 +82,7 @@ def _unused(peek: Peek, col: Profile | None, role: Literal["rating", "time"]) ->
     return _fault(peek, col, row, role, wrong, mend, instead)
 
 
-def _numbers(peek: Peek, roles: Roles) -> Fault | None:
+def _numbers(peek: TableSample, roles: Roles) -> TableError | None:
     if roles.rating is None:
         return _unused(peek, roles.profiles.get("rating"), "rating")
     col = roles.profiles[roles.rating]
@@ -104,7 +104,7 @@ def _numbers(peek: Peek, roles: Roles) -> Fault | None:
     return _fault(peek, col, row, "rating", wrong, mend, instead)
 
 
-def _times(peek: Peek, roles: Roles) -> Fault | None:
+def _times(peek: TableSample, roles: Roles) -> TableError | None:
     if roles.time is None:
         return _unused(peek, roles.profiles.get("timestamp"), "time")
     col = roles.profiles[roles.time]
@@ -123,14 +123,14 @@ def _times(peek: Peek, roles: Roles) -> Fault | None:
     return _fault(peek, col, row, "time", wrong, f"rows without a time in {shown(col.name)} are removed", instead)
 
 
-def _ids(peek: Peek, roles: Roles) -> list[Fault]:
+def _ids(peek: TableSample, roles: Roles) -> list[TableError]:
     listed = []
     for role in ("user", "item"):
         col = roles.profiles[getattr(roles, role)]
         if col.filled < col.rows:
             row = int((col.cells == "").arg_max() or 0)
             listed.append(
-                Fault(
+                TableError(
                     col.name,
                     peek.location(row),
                     f"{peek.where(row)}: the {role} in column {shown(col.name)!r} is missing "
@@ -142,14 +142,14 @@ def _ids(peek: Peek, roles: Roles) -> list[Fault]:
     return listed
 
 
-def _items(peek: Peek, roles: Roles, items: Table | None, column: str) -> list[Fault]:
+def _items(peek: TableSample, roles: Roles, items: Table | None, column: str) -> list[TableError]:
     listed = []
     mains = roles.profiles[roles.item].cells
     used = pl.Series(mains.filter(mains != "").unique())
     if items is not None:
         if column not in (roles.item, leaf(roles.item)):
             listed.append(
-                Fault(
+                TableError(
                     roles.item,
                     Location(peek.table.name),
                     f"the item column is {shown(column)!r} in {items.name}, but {shown(roles.item)!r} in "
@@ -162,7 +162,7 @@ def _items(peek: Peek, roles: Roles, items: Table | None, column: str) -> list[F
         if len(absent):
             first = int((mains == absent[0]).arg_max() or 0)
             listed.append(
-                Fault(
+                TableError(
                     roles.item,
                     peek.location(first),
                     f"{peek.where(first)}: item {shown(absent[0])!r} is not in {items.name} ({len(absent)} of "
@@ -174,7 +174,7 @@ def _items(peek: Peek, roles: Roles, items: Table | None, column: str) -> list[F
     return listed
 
 
-def refusal(name: str, listed: Sequence[Fault], copy: Path | None) -> str:
+def refusal(name: str, listed: Sequence[TableError], copy: Path | None) -> str:
     """Return a message with all errors and how to fix them.
 
     Args:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llmrec.answer.known import Histories, Known
+from llmrec.answer.known import Histories, KnownEntities
 from llmrec.answer.loaded import Loaded, load
 from llmrec.answer.opening import family_about, open_fitted
 from llmrec.answer.options import RecommenderOptions
@@ -22,7 +22,7 @@ from llmrec.display import Displayed, Summary, listed
 from llmrec.errors import DataError, RecipeError, did_you_mean
 from llmrec.keywords import in_python, keywords_of
 from llmrec.pipeline.run import run
-from llmrec.progress import Bar, note, silent
+from llmrec.progress import Progress, note, silent
 from llmrec.recipe.load import Overrides, as_recipe, in_words, load_recipe
 from llmrec.recipe.pages import flow
 from llmrec.recipe.schema import BaselineSection, Recipe
@@ -44,7 +44,7 @@ LANGUAGE_MODEL = "smollm2-lora"
 
 
 @dataclass(frozen=True, repr=False)
-class Begun(Displayed):
+class InitOutcome(Displayed):
     """The result of `init` for a data frame.
 
     Attributes:
@@ -74,7 +74,7 @@ def init(
     fields: str | None = None,
     dates: str | None = None,
     split: str | None = None,
-) -> Begun:
+) -> InitOutcome:
     """Return a recipe for a data frame of interactions.
 
     A role that is not given is guessed; ``"none"`` leaves it out.
@@ -101,7 +101,7 @@ def init(
         frames = {"path": frame, "items": items}
         absent = {key: None for key, table in frames.items() if not isinstance(table, str | Path)}
         data = recipe.data.model_copy(update=absent)
-        return Begun(recipe.model_copy(update={"data": data}), in_python(findings, keywords_of(init)))
+        return InitOutcome(recipe.model_copy(update={"data": data}), in_python(findings, keywords_of(init)))
 
 
 def _named_columns(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -196,7 +196,7 @@ def auto(
         **roles,
         query=query,
     )
-    with Bar("auto", None, quiet=quiet) as bar:
+    with Progress("auto", None, quiet=quiet) as bar:
 
         def say(line: str) -> None:
             # Notebooks show no log, but a progress bar.
@@ -345,7 +345,7 @@ def _fit_baseline(interactions: Any, items: Any, model: Any, columns: Mapping[st
     stops = getattr(getattr(model, "config", None), "patience", None) is not None
     data = without_test(dataset, seed=seed, ties=recipe.data.split.ties, valid=_STOPS if stops else 0.0)
     models = open_fitted(section, data, seed=seed, model=model)
-    known = Known(models.items, Histories.of(dataset, seed))
+    known = KnownEntities(models.items, Histories.of(dataset, seed))
     named = _with_baseline(recipe, section, family or "sequential", seed)
     return Loaded(RecommenderOptions(model=section.label), models, known, recipe=named, frame=frame)
 

@@ -32,7 +32,7 @@ from llmrec.start.columns import ROLES, RequestedRoles, Roles, guess, in_lists
 from llmrec.start.faults import faults, mended, refusal, write_copy
 from llmrec.start.page import SCHEMA, Page, expected, render, where_line
 from llmrec.start.plan import FAMILIES, Events, Plan, decide, events_in, events_of
-from llmrec.start.profile import Peek, Profile, kinds_of_events, peek, shown
+from llmrec.start.profile import Profile, TableSample, kinds_of_events, peek, shown
 from llmrec.start.suggestions import companion_of, no_query, suggested
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -206,13 +206,13 @@ def _is_elsewhere(text: str) -> bool:
     return is_hub(text) or is_database(text)
 
 
-def _elsewhere(text: str, query: str | None) -> Peek:
+def _elsewhere(text: str, query: str | None) -> TableSample:
     """Read a table from a database, which requires a query, or from the Hugging Face hub."""
     if is_hub(text):
-        return Peek(result := read_hub(text), True, result.frame.height)
+        return TableSample(result := read_hub(text), True, result.frame.height)
     if query is None:
         raise no_query(text)
-    return Peek(result := read_query(text, query), True, result.frame.height)
+    return TableSample(result := read_query(text, query), True, result.frame.height)
 
 
 def _file(text: str) -> Path:
@@ -291,7 +291,7 @@ def _page(
     target: Path,
     roles: Roles,
     plan: Plan,
-    used: Peek,
+    used: TableSample,
     listed: Table | None,
 ) -> Page:
     title = roles.title
@@ -384,7 +384,7 @@ def _write_schema(file: Path) -> None:
 # --------------------------------------------------------------------------- output
 
 
-def _columns(read: Peek, roles: Roles, items: Table | None) -> list[str]:
+def _columns(read: TableSample, roles: Roles, items: Table | None) -> list[str]:
     frame = read.table.frame
     size = f"{frame.height} rows, {frame.width} columns" if read.whole else f"a part of it, {frame.height} rows"
     if lists := max((lists_in(column) for column in frame.columns), key=len):
@@ -448,7 +448,7 @@ def _plan_hints(plan: Plan, cut: str) -> list[str]:
     return hints
 
 
-def _hints(path: Path | None, roles: Roles, items: Path | None, used: Peek, plan: Plan, cut: str) -> list[str]:
+def _hints(path: Path | None, roles: Roles, items: Path | None, used: TableSample, plan: Plan, cut: str) -> list[str]:
     hints = _plan_hints(plan, cut)
     if known := sources_with(used.table.frame.columns):
         hints.append(

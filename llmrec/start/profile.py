@@ -21,15 +21,15 @@ import pyarrow.parquet as pq
 
 from llmrec.data.dataset import PARTS
 from llmrec.data.read.delimited import delimited, separator_of
-from llmrec.data.read.files import PACKED, Given
-from llmrec.data.read.limits import BROKEN, Capped, no_file, reason
+from llmrec.data.read.files import PACKED, InMemoryFile
+from llmrec.data.read.limits import BROKEN, LimitedStream, no_file, reason
 from llmrec.data.read.objects import json_lines
 from llmrec.data.read.parquet import FAULTS, check_size, from_arrow
 from llmrec.data.read.table import ATOMIC, is_pattern, read_table, without_kinds
 from llmrec.data.read.tables import Table, rows_of
-from llmrec.data.read.text import Form
+from llmrec.data.read.text import TextFormat
 from llmrec.data.read.typed import DateOrder, Dates, read_dates, texts
-from llmrec.data.read.words import Named, event_rank, named
+from llmrec.data.read.words import ColumnMeaning, event_rank, named
 from llmrec.data.sets.table import SPELLED, part_of
 from llmrec.display import shortened
 from llmrec.errors import DataError, Location
@@ -190,7 +190,7 @@ class Profile:
     """
 
     name: str
-    named: Named
+    named: ColumnMeaning
     cells: pl.Series
     filled: int
     distinct: int
@@ -438,7 +438,7 @@ _JSON = (".jsonl", ".ndjson")
 
 
 @dataclass(frozen=True)
-class Peek:
+class TableSample:
     """A table, or the part of it that was read.
 
     Attributes:
@@ -454,19 +454,19 @@ class Peek:
         """Return the file and line of a row, by 0-based index, if known."""
         return self.table.where(index) if index < self.first else Location(self.table.name)
 
-    def along(self, names: Sequence[str]) -> Peek:
+    def along(self, names: Sequence[str]) -> TableSample:
         """Expand the list that contains the given columns to one row per element; see `rows_of`."""
         table = rows_of(self.table, names)
         if table is self.table or table.rows is None:
-            return self if table is self.table else Peek(table, self.whole, table.frame.height)
-        return Peek(table, self.whole, bisect_left(table.rows, self.first))
+            return self if table is self.table else TableSample(table, self.whole, table.frame.height)
+        return TableSample(table, self.whole, bisect_left(table.rows, self.first))
 
     def where(self, index: int) -> str:
         """Describe the location of a row, by 0-based index."""
         return str(self.location(index)) if index < self.first else f"{self.table.name}, a row further down"
 
 
-def peek(path: Path, *, whole: bool = False, limit: int = WHOLE_BYTES, part: int = PART_BYTES) -> Peek:
+def peek(path: Path, *, whole: bool = False, limit: int = WHOLE_BYTES, part: int = PART_BYTES) -> TableSample:
     """Read a table, or parts of it if it is larger than ``limit`` bytes.
 
     Args:
@@ -497,19 +497,19 @@ def peek(path: Path, *, whole: bool = False, limit: int = WHOLE_BYTES, part: int
     return _all(path)
 
 
-def _all(path: Path) -> Peek:
+def _all(path: Path) -> TableSample:
     table = read_table(path)
-    return Peek(table, True, table.frame.height)
+    return TableSample(table, True, table.frame.height)
 
 
-def _packed(path: Path, kind: str, limit: int, part: int) -> Peek | None:
+def _packed(path: Path, kind: str, limit: int, part: int) -> TableSample | None:
     """Read the beginning of a gzipped file; None if the file is small enough to be read completely."""
     with gzip.open(path) as stream:
-        raw = Capped(str(path), stream, path.stat().st_size).read(limit + 1)  # type: ignore[arg-type]
+        raw = LimitedStream(str(path), stream, path.stat().st_size).read(limit + 1)  # type: ignore[arg-type]
     return None if len(raw) <= limit else _part(path, kind, _complete(raw[:part]), b"")
 
 
-def _blocks(path: Path, kind: str, size: int, part: int) -> Peek:
+def _blocks(path: Path, kind: str, size: int, part: int) -> TableSample:
     with path.open("rb") as stream:
         head = stream.read(part // _BLOCKS)
         if not _utf8(head):
@@ -542,7 +542,7 @@ def _complete(raw: bytes) -> bytes:
     return raw[: end + 1]
 
 
-def _part(path: Path, kind: str, head: bytes, rest: bytes) -> Peek:
+def _part(path: Path, kind: str, head: bytes, rest: bytes) -> TableSample:
     name = str(path)
     if not head.strip():
         raise DataError.at(name, "empty", ": the beginning of the file has no complete row; write the table again")
@@ -550,10 +550,12 @@ def _part(path: Path, kind: str, head: bytes, rest: bytes) -> Peek:
     lines = rest.decode("utf-8", errors="replace").replace("\0", " ").encode().split(b"\n")
     if kind in _JSON:
         known = sum(bool(line.strip()) for line in head.split(b"\n"))
-        return Peek(json_lines(Given(name, b"\n".join([head.rstrip(b"\n"), *filter(_is_object, lines)]))), False, known)
+        return TableSample(
+            json_lines(InMemoryFile(name, b"\n".join([head.rstrip(b"\n"), *filter(_is_object, lines)]))), False, known
+        )
     separator = "," if kind == ".csv" else "\t"
-    form = Form(kind="delimited", separator=separator, quoted=True)
-    first = delimited(Given(name, head), form)
+    form = TextFormat(kind="delimited", separator=separator, quoted=True)
+    first = delimited(InMemoryFile(name, head), form)
     first = without_kinds(first) if kind in ATOMIC else first
     known = first.frame.height
     header = head[: head.find(b"\n")]
@@ -561,9 +563,9 @@ def _part(path: Path, kind: str, head: bytes, rest: bytes) -> Peek:
     names = first.frame.columns
     kept = [line for line in lines if line.count(mark.encode()) == len(names) - 1 and b'"' not in line]
     below = form.model_copy(update={"separator": mark, "columns": tuple(names)})
-    more = delimited(Given(name, b"\n".join(kept)), below).frame if kept else first.frame.clear()
+    more = delimited(InMemoryFile(name, b"\n".join(kept)), below).frame if kept else first.frame.clear()
     frame = pl.concat([first.frame, more], how="diagonal").with_columns(pl.all().fill_null(""))
-    return Peek(Table(name, frame, "", first.lines if more.is_empty() else None, first.header), False, known)
+    return TableSample(Table(name, frame, "", first.lines if more.is_empty() else None, first.header), False, known)
 
 
 def _is_object(line: bytes) -> bool:
@@ -573,7 +575,7 @@ def _is_object(line: bytes) -> bool:
         return False
 
 
-def _row_groups(path: Path) -> Peek | None:
+def _row_groups(path: Path) -> TableSample | None:
     """Read some row groups of a Parquet file; None if the whole file is small enough."""
     file = pq.ParquetFile(path)
     check_size(str(path), file, path.stat().st_size)
@@ -591,4 +593,4 @@ def _row_groups(path: Path) -> Peek | None:
             if taken >= need:
                 break
     table = from_arrow(str(path), pa.Table.from_batches(batches))
-    return Peek(table, False, min(need, table.frame.height))
+    return TableSample(table, False, min(need, table.frame.height))

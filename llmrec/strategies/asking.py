@@ -144,7 +144,7 @@ def strategy_of(name: str, asker: Prompting, **options: object) -> Strategy:
 
 
 @runtime_checkable
-class AsksFirst(Protocol):
+class MultiPromptStrategy(Protocol):
     """A strategy with several prompts per request; reports show the first one."""
 
     def first_prompt(self, request: Request) -> Prompt:

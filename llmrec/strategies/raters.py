@@ -143,7 +143,7 @@ class ParsedYesNoJudge(Asking):
 
 
 @dataclass(frozen=True, slots=True)
-class Curve:
+class CalibrationCurve:
     """A calibration curve ``p -> 1 / (1 + exp(-(scale * log(p / (1 - p)) + bias)))``.
 
     The scale is above 0, so that the order of answers, and thus the AUC, is unchanged.
@@ -194,7 +194,7 @@ class Calibrated:
         ]
 
 
-def fit_curve(probabilities: Sequence[float], truth: Sequence[float]) -> Curve:
+def fit_curve(probabilities: Sequence[float], truth: Sequence[float]) -> CalibrationCurve:
     """Fit a calibration curve to probabilities and labels by log loss.
 
     Args:
@@ -213,7 +213,7 @@ def fit_curve(probabilities: Sequence[float], truth: Sequence[float]) -> Curve:
     from scipy.optimize import minimize
 
     result = minimize(loss, np.zeros(2), method="L-BFGS-B", bounds=[(-12, 12), (-20, 20)])
-    return Curve(scale=math.exp(result.x[0]), bias=float(result.x[1]))
+    return CalibrationCurve(scale=math.exp(result.x[0]), bias=float(result.x[1]))
 
 
 def _odds(value: float) -> float:
@@ -221,7 +221,7 @@ def _odds(value: float) -> float:
     return math.log(inside / (1 - inside))
 
 
-class Writer(Asking):
+class TextGenerator(Asking):
     """Generates one text per request by greedy decoding, of at most ``max_tokens`` tokens."""
 
     name = "text"

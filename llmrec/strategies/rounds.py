@@ -26,7 +26,7 @@ from llmrec.types import Answer, Cost, Prompt, Ranking, Request, Scores, Segment
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class ChoiceQuestion:
     """Asks which of several items is best.
 
     Attributes:
@@ -42,11 +42,11 @@ ItemScores = Mapping[str, float]
 """Item -> log-probability of its label, in nats, for each queried item in the order shown."""
 Order = Sequence[tuple[str, float]]
 """Items with scores, best first."""
-Steps = Generator[list[Question], list[ItemScores], Order]
+Steps = Generator[list[ChoiceQuestion], list[ItemScores], Order]
 
 
 @dataclass(frozen=True, slots=True)
-class _Posed:
+class _RenderedQuestion:
     """A question with its prompt."""
 
     prompt: Prompt
@@ -55,12 +55,12 @@ class _Posed:
 
 
 @dataclass(slots=True)
-class _Game:
+class _RankingState:
     """The state of the ranking of one request."""
 
     request: Request
     steps: Steps
-    waiting: list[Question] = field(default_factory=list)
+    waiting: list[ChoiceQuestion] = field(default_factory=list)
     order: Order | None = None
     cost: Cost = field(default_factory=Cost)
     hashes: list[str] = field(default_factory=list)
@@ -112,7 +112,7 @@ class Rounds:
         answers: list[Answer] = []
         for start in range(0, len(requests), self.asker.batch):
             part = requests[start : start + self.asker.batch]
-            games = [_Game(request, self._steps(request)) for request in part]
+            games = [_RankingState(request, self._steps(request)) for request in part]
             for game in games:
                 game.go()
             while open_games := [game for game in games if game.order is None]:
@@ -124,9 +124,9 @@ class Rounds:
     def first_prompt(self, request: Request) -> Prompt:
         """Return the first prompt for a request, for reports."""
         questions = next(self._steps(request), None)
-        return self._pose(request, questions[0] if questions else Question(candidates_of(request))).prompt
+        return self._pose(request, questions[0] if questions else ChoiceQuestion(candidates_of(request))).prompt
 
-    def _round(self, games: Sequence[_Game]) -> None:
+    def _round(self, games: Sequence[_RankingState]) -> None:
         """Score the pending prompts of all requests in one batch, and continue each request with its result."""
         pending = [
             (game, question, self._orders(game.request, question)) for game in games for question in game.waiting
@@ -150,30 +150,30 @@ class Rounds:
         for game in games:
             game.go(replies[id(game)])
 
-    def _orders(self, request: Request, question: Question) -> list[Question]:
+    def _orders(self, request: Request, question: ChoiceQuestion) -> list[ChoiceQuestion]:
         """Return a question with its items in several orders."""
         orders = [question]
         for number in range(1, self._permutations):
             shown = list(question.shown)
             keyed("permutation", 0, request.id, str(number), *_stored_positions(request, shown)).shuffle(shown)
-            orders.append(Question(tuple(shown), question.given))
+            orders.append(ChoiceQuestion(tuple(shown), question.given))
         return orders
 
-    def _pose(self, request: Request, question: Question) -> _Posed:
+    def _pose(self, request: Request, question: ChoiceQuestion) -> _RenderedQuestion:
         shown = replace(request, candidates=question.shown)
         asker, task = self.asker, self.asker.task
         prompt = task.prompt(shown, template=asker.template, shots=asker.shots, want=self._want)
         labels = dict(zip(question.shown, task.continuations(shown, template=asker.template), strict=True))
         items = _left(question)
         if not question.given:
-            return _Posed(prompt, items, tuple(labels[item] for item in items))
+            return _RenderedQuestion(prompt, items, tuple(labels[item] for item in items))
         # The comma ends the given part and the space begins the next label, with the same tokens as in a list. So
         # a longer given part extends the tokens of a shorter one, whose states are cached.
         written = ", ".join(labels[item] for item in question.given) + ","
         longer = replace(prompt, answer_prefix=(*prompt.answer_prefix, Segment("text", written)))
-        return _Posed(longer, items, tuple(f" {labels[item]}" for item in items))
+        return _RenderedQuestion(longer, items, tuple(f" {labels[item]}" for item in items))
 
-    def _score(self, posed: Sequence[_Posed]) -> list[Scores]:
+    def _score(self, posed: Sequence[_RenderedQuestion]) -> list[Scores]:
         texts = [item.texts for item in posed]
         closed = any(is_nested(labels) for labels in set(texts))
         return score_in_chunks(self.asker.backend, [item.prompt for item in posed], texts, closed=closed)
@@ -195,7 +195,7 @@ class Rounds:
                     kind="too-few",
                     column="eval.debias",
                 )
-            posed = [self._pose(request, Question((request.candidates or ())[:size])) for request in usable]
+            posed = [self._pose(request, ChoiceQuestion((request.candidates or ())[:size])) for request in usable]
             result = self._score(posed)
             logs = np.array([scores.logprobs for scores in result], dtype=np.float64)
             logs -= np.logaddexp.reduce(logs, axis=1, keepdims=True)
@@ -205,7 +205,7 @@ class Rounds:
                 self._unbooked += cost_of(scores)
         return self._bias[size]
 
-    def _ranking(self, game: _Game) -> Ranking:
+    def _ranking(self, game: _RankingState) -> Ranking:
         order = game.order or ()
         # The cost of training prompts is assigned to the first request, so that the sum is complete.
         cost, self._unbooked = game.cost + self._unbooked, Cost()
@@ -253,7 +253,7 @@ def joint_hash(hashes: Sequence[str]) -> str | None:
     return hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
 
 
-def _left(question: Question) -> tuple[str, ...]:
+def _left(question: ChoiceQuestion) -> tuple[str, ...]:
     return tuple(item for item in question.shown if item not in question.given)
 
 
@@ -296,7 +296,7 @@ def label_ranker(asker: Prompting, *, permutations: int = 1, training: Sequence[
 
 
 def _at_once(request: Request) -> Steps:
-    (scores,) = yield [Question(candidates_of(request))]
+    (scores,) = yield [ChoiceQuestion(candidates_of(request))]
     return by_score(scores)
 
 
@@ -323,7 +323,7 @@ def _one_by_one(request: Request, *, depth: int) -> Steps:
     chosen: tuple[str, ...] = ()
     scores: ItemScores = dict.fromkeys(pool, 0.0)
     for _ in range(min(depth, len(pool) - 1)):
-        (scores,) = yield [Question(pool, chosen)]
+        (scores,) = yield [ChoiceQuestion(pool, chosen)]
         chosen = (*chosen, max(scores, key=lambda item: scores[item]))
     return _behind(chosen, by_score({item: value for item, value in scores.items() if item not in chosen}))
 
@@ -378,7 +378,7 @@ def window_ranker(
 def _slide(request: Request, *, window: int, step: int) -> Steps:
     items = list(candidates_of(request))
     for begin, end in window_bounds(len(items), window, step):
-        (scores,) = yield [Question(mixed(request, items[begin:end]))]
+        (scores,) = yield [ChoiceQuestion(mixed(request, items[begin:end]))]
         items[begin:end] = sorted(items[begin:end], key=lambda item: -scores[item])
     return by_position(items)
 
@@ -418,13 +418,13 @@ def _compare(request: Request, *, all_pairs: int, depth: int) -> Steps:
         return by_position(items)
     if len(items) <= all_pairs:
         pairs = list(arrangements(items, 2))
-        scores = yield [Question(pair) for pair in pairs]
+        scores = yield [ChoiceQuestion(pair) for pair in pairs]
         return by_score(_wins(items, dict(zip(pairs, scores, strict=True))))
     passes = min(depth, len(items) - 1)
     for front in range(passes):
         for position in range(len(items) - 1, front, -1):
             ahead, behind = items[position - 1], items[position]
-            one, other = yield [Question((ahead, behind)), Question((behind, ahead))]
+            one, other = yield [ChoiceQuestion((ahead, behind)), ChoiceQuestion((behind, ahead))]
             if _lead(behind, ahead, one, other) > 0:
                 items[position - 1], items[position] = behind, ahead
     decided = len(items) if passes == len(items) - 1 else passes
@@ -485,10 +485,10 @@ def _heap(request: Request, *, children: int, depth: int) -> Steps:
 
 def _sift(
     request: Request, heap: list[str], node: int, children: int
-) -> Generator[list[Question], list[ItemScores], None]:
+) -> Generator[list[ChoiceQuestion], list[ItemScores], None]:
     """Move an item down the heap until it is the best of its set; on ties the upper item stays."""
     while below := range(node * children + 1, min((node + 1) * children + 1, len(heap))):
-        (scores,) = yield [Question(mixed(request, [heap[index] for index in (node, *below)]))]
+        (scores,) = yield [ChoiceQuestion(mixed(request, [heap[index] for index in (node, *below)]))]
         best = max((node, *below), key=lambda index: scores[heap[index]])
         if best == node:
             return

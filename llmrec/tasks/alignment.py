@@ -20,7 +20,7 @@ from llmrec.tasks.base import (
     solved_examples,
 )
 from llmrec.tasks.family import Family
-from llmrec.tasks.fewshot import Drawn, Window
+from llmrec.tasks.fewshot import FewShotDraw, Window
 from llmrec.tasks.held_items import hold_out, request_name
 from llmrec.tasks.rows import chat_example, solved_chat, with_shots
 from llmrec.tasks.sequential import items_by_text, read_item
@@ -122,14 +122,14 @@ class AlignmentTask(Task):
         turns = [self._solved(chosen, item) for item in shown]
         return Prompt(messages=with_shots(chosen.turns(self._question(chosen, self._item(request))), turns))
 
-    def draw_shots(self, request: Request, shots: int) -> Drawn:
+    def draw_shots(self, request: Request, shots: int) -> FewShotDraw:
         """Draw training items for few-shot examples, as interactions without a user.
 
         Raises:
             DataError: If there are too few.
         """
         if shots == 0:
-            return Drawn((), ())
+            return FewShotDraw((), ())
         # One more than needed, since the item of the request may be among them.
         rng = keyed("alignment shots", self._seed, request.id)
         sample = rng.sample(self._trained, min(shots + 1, len(self._trained)))
@@ -141,7 +141,7 @@ class AlignmentTask(Task):
                 kind="too-few",
                 column="eval.shots.k",
             )
-        return Drawn(tuple(Window(NO_USER, (Event(item_id=item),)) for item in drawn), ())
+        return FewShotDraw(tuple(Window(NO_USER, (Event(item_id=item),)) for item in drawn), ())
 
     def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
         """Return the titles or codes of the candidates, in stored order."""

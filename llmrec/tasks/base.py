@@ -14,7 +14,7 @@ from llmrec.data.hashing import hash_one
 from llmrec.data.knowledge import FIELD
 from llmrec.data.requests import USER_FIELDS
 from llmrec.data.split import SplitDataset
-from llmrec.data.stats import Tallies
+from llmrec.data.stats import RatingSummaries
 from llmrec.errors import DataError
 from llmrec.guard import TEXT_LIMIT, TITLE_LIMIT
 from llmrec.prompts.template import Template, clean
@@ -54,7 +54,7 @@ class View:
         self.data = data
         self.index = index
         self._items: dict[str, Fields] = {}
-        self._tallies = Tallies(data)
+        self._tallies = RatingSummaries(data)
 
     def item(self, item_id: str) -> Fields:
         """Return the title and fields of an item, and its code if there is an index.
@@ -176,7 +176,7 @@ class View:
 
 
 @dataclass(frozen=True, slots=True)
-class Draw:
+class ExampleDraw:
     """A training example before it is rendered as text.
 
     Attributes:
@@ -235,7 +235,7 @@ def only_rated(_: str, events: tuple[Event, ...]) -> tuple[Event, ...]:
     return rated(events)
 
 
-class Pasts(Mapping[str, tuple[Event, ...]]):
+class UserHistories(Mapping[str, tuple[Event, ...]]):
     """Training interactions of a task by user, read from the split on access.
 
     Args:

@@ -19,7 +19,7 @@ from llmrec.tasks.base import (
     NO,
     USER_STATS,
     YES,
-    Pasts,
+    UserHistories,
     Values,
     View,
     passes,
@@ -30,7 +30,7 @@ from llmrec.tasks.base import (
 )
 from llmrec.tasks.cases import Cases, held_out
 from llmrec.tasks.family import Family
-from llmrec.tasks.fewshot import Drawn
+from llmrec.tasks.fewshot import FewShotDraw
 from llmrec.tasks.rows import (
     chat_example,
     list_prompt,
@@ -79,7 +79,7 @@ class CtrTask(Task):
     def __init__(self, section: CtrSection, inputs: TaskInputs) -> None:
         data, templates = inputs.data, inputs.templates
         self._data, self._section, self._seed = data, section, inputs.seed
-        self._events = Pasts(data, rated=True)
+        self._events = UserHistories(data, rated=True)
         if inputs.learns and not self._events:
             raise DataError(
                 f"tasks.ctr: {data.dataset.name} has no ratings, from which likes are derived; set "
@@ -179,7 +179,7 @@ class CtrTask(Task):
         listed = steps(values, drawn.history, self._answered(chosen))
         return list_prompt(chosen, values, listed, self._view.pair(request.user_id, item), turns)
 
-    def draw_shots(self, request: Request, shots: int) -> Drawn:
+    def draw_shots(self, request: Request, shots: int) -> FewShotDraw:
         """Draw training interactions for few-shot examples; also return the remaining history of the question."""
         item = requested_item(request, self.family)
         past = others(rated(request.history), item)

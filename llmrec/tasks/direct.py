@@ -19,7 +19,7 @@ from llmrec.registry import BASELINES, STRATEGIES, answering, is_plugin, lookup
 from llmrec.tasks.base import (
     ABOUT_USER,
     USER_STATS,
-    Pasts,
+    UserHistories,
     Values,
     View,
     keyed,
@@ -30,9 +30,9 @@ from llmrec.tasks.base import (
 from llmrec.tasks.cases import Cases, held_out, ranking_cases
 from llmrec.tasks.ctr import read_choice
 from llmrec.tasks.family import RANKING_CONTROLS, Family
-from llmrec.tasks.fewshot import Drawn
+from llmrec.tasks.fewshot import FewShotDraw
 from llmrec.tasks.parsing import read_ranking
-from llmrec.tasks.pool import Negatives, Rejecting, shuffled
+from llmrec.tasks.pool import Negatives, RejectedItemSampler, shuffled
 from llmrec.tasks.rating import find_scale
 from llmrec.tasks.rows import Listwise, chat_example, solved_chat, with_shots
 from llmrec.tasks.sequential import items_by_text, read_item
@@ -263,7 +263,7 @@ class DirectTask(Task):
         check_loss(self._chosen.train, section.loss)
         self._asks_yes: set[str] = set()
         self._rating = find_scale(data).label if data.train["rating"].null_count() < len(data.train) else None
-        self._events = Pasts(data)
+        self._events = UserHistories(data)
         self._negatives = Negatives(data, candidates.kind if candidates else "uniform")
         self._count = candidates.count if candidates else _COUNT
         loss = None if section.loss == "answer" else Listwise(section.loss, self._count, section.temperature)
@@ -271,7 +271,7 @@ class DirectTask(Task):
         if (preference := inputs.preference) is not None:
             check_rejected(preference, self._count, retrieved=inputs.lists is not None)
             if preference.rejected == "ratings":
-                self._rejecting = Rejecting(self.family, self._events, preference, self._negatives)
+                self._rejecting = RejectedItemSampler(self.family, self._events, preference, self._negatives)
         self._lists = inputs.lists
         self._past = inputs.past(section, self._chosen.asking)
         self._shots = inputs.shots(self.family, self._events)
@@ -404,7 +404,7 @@ class DirectTask(Task):
         """Return the cheapest strategy that supports the answers of a template."""
         return reader_of(template)
 
-    def draw_shots(self, request: Request, shots: int) -> Drawn:
+    def draw_shots(self, request: Request, shots: int) -> FewShotDraw:
         """Draw training interactions for few-shot examples; also return the remaining history of the question."""
         past, about = request.history, listed(request, self.family)
         return self._shots.draw(request, past, shots, self._section.history, self._past.show(past, about))

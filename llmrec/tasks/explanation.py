@@ -22,7 +22,7 @@ from llmrec.tasks.base import (
     ABOUT_ITEM,
     ABOUT_USER,
     USER_STATS,
-    Pasts,
+    UserHistories,
     Values,
     View,
     passes,
@@ -32,7 +32,7 @@ from llmrec.tasks.base import (
 )
 from llmrec.tasks.cases import Cases, held_out
 from llmrec.tasks.family import Family
-from llmrec.tasks.fewshot import Drawn
+from llmrec.tasks.fewshot import FewShotDraw
 from llmrec.tasks.pool import with_other_texts
 from llmrec.tasks.rows import chat_example, preferred, solved_chat, with_shots
 from llmrec.tasks.task import Task, TaskInputs, Want, only_one
@@ -60,7 +60,7 @@ class ExplanationTask(Task):
             # evaluation does not ask for the rating
             shown = variables - {"rating"} if _rates(template) else variables
             template.check(turns=shown, lead=(), target=variables | {"text"})
-        self._events = Pasts(data, lambda _, events: _with_text(events))
+        self._events = UserHistories(data, lambda _, events: _with_text(events))
         if inputs.learns and not self._events:
             raise DataError(
                 f"tasks.explanation: {data.dataset.name} has no interaction texts to train on; set data.columns.text, "
@@ -138,7 +138,7 @@ class ExplanationTask(Task):
         values = self._values(request.user_id, drawn.history, requested_item(request, self.family), context)
         return Prompt(messages=with_shots(chosen.turns(values), turns))
 
-    def draw_shots(self, request: Request, shots: int) -> Drawn:
+    def draw_shots(self, request: Request, shots: int) -> FewShotDraw:
         """Draw training interactions for few-shot examples; also return the remaining history of the question."""
         past, about = _with_text(request.history), [requested_item(request, self.family)]
         return self._shots.draw(

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from llmrec.data.hashing import hash64
 from llmrec.errors import DataError, RecipeError, did_you_mean
 from llmrec.recipe.schema import ShotChoice
-from llmrec.tasks.base import Pasts, keyed
-from llmrec.tasks.history import ItemVectors, Shown
+from llmrec.tasks.base import UserHistories, keyed
+from llmrec.tasks.history import ItemVectors, ShownHistory
 from llmrec.types import Event, Request
 
 _CHOICES = get_args(ShotChoice)
@@ -35,7 +35,7 @@ class Window:
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
+class FewShotDraw:
     """The few-shot examples for a request, and the remaining history of the question."""
 
     windows: tuple[Window, ...]
@@ -44,7 +44,7 @@ class Drawn:
 
     def context(self, given: Mapping[str, str]) -> Mapping[str, str]:
         """Return the context of a request; if there is no profile, a summary of the history replaces it."""
-        return Shown(self.history, self.summary).context(given)
+        return ShownHistory(self.history, self.summary).context(given)
 
 
 class ShotPool:
@@ -100,7 +100,9 @@ class ShotPool:
         self._seed = seed
         self._choice = choice
         self._least = least
-        sizes = events.sizes() if isinstance(events, Pasts) else {user: len(past) for user, past in events.items()}
+        sizes = (
+            events.sizes() if isinstance(events, UserHistories) else {user: len(past) for user, past in events.items()}
+        )
         self._users = sorted(user for user, size in sizes.items() if size >= least)
         self._mean_vectors: dict[int, NDArray[np.float32]] = {}
 
@@ -110,8 +112,8 @@ class ShotPool:
         past: Sequence[Event],
         shots: int,
         history: int,
-        shown: Shown | None = None,
-    ) -> Drawn:
+        shown: ShownHistory | None = None,
+    ) -> FewShotDraw:
         """Draw ``shots`` examples for a request.
 
         An example shows at most half as much history as the question: many short examples teach more than few long
@@ -127,9 +129,9 @@ class ShotPool:
         Raises:
             DataError: If there are fewer other users than requested examples.
         """
-        shown = shown or Shown(tuple(past[-history:]))
+        shown = shown or ShownHistory(tuple(past[-history:]))
         if shots == 0:
-            return Drawn((), shown.events, shown.summary)
+            return FewShotDraw((), shown.events, shown.summary)
         length = max(1, history // 2)
         windows: list[Window] = []
         latest, summary = shown.events, shown.summary
@@ -150,7 +152,7 @@ class ShotPool:
                 for user, first in zip(users, least, strict=True)
             ]
         drawn = [Window(user, self._events[user][max(0, end - length - 1) : end]) for user, end in ends]
-        return Drawn((*drawn, *windows), latest, summary)
+        return FewShotDraw((*drawn, *windows), latest, summary)
 
     def _from_history(
         self, user: str, past: Sequence[Event], shots: int, length: int, history: int

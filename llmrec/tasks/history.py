@@ -51,7 +51,7 @@ class ItemVectors:
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
+class ShownHistory:
     """The part of a history that is shown in a prompt.
 
     Attributes:
@@ -101,7 +101,7 @@ class HistorySelector:
                     column="past",
                 )
 
-    def show(self, events: Sequence[Event], about: Sequence[str] = ()) -> Shown:
+    def show(self, events: Sequence[Event], about: Sequence[str] = ()) -> ShownHistory:
         """Return the part of a history to show.
 
         Args:
@@ -109,10 +109,10 @@ class HistorySelector:
             about: The items of the question. Without any, interactions similar to the latest one are relevant.
         """
         if len(events) <= self.history or self._rule == "latest":
-            return Shown(tuple(events[-self.history :]))
+            return ShownHistory(tuple(events[-self.history :]))
         if self._rule == "summary":
-            return Shown(tuple(events[-self.history :]), self._summary(events[: -self.history]))
-        return Shown(self._relevant(events, about))
+            return ShownHistory(tuple(events[-self.history :]), self._summary(events[: -self.history]))
+        return ShownHistory(self._relevant(events, about))
 
     def _relevant(self, events: Sequence[Event], about: Sequence[str]) -> tuple[Event, ...]:
         """Select the latest interaction and the interactions most similar to an item of the question."""

@@ -22,7 +22,7 @@ _PATIENCE = 2000
 
 
 @runtime_checkable
-class Classed(Protocol):
+class BalancedTask(Protocol):
     """A task whose examples have classes that are balanced in a small training set."""
 
     kinds: tuple[str, ...]
@@ -36,13 +36,13 @@ def pool(task: Task, count: int) -> tuple[Example, ...]:
     """Return the first ``count`` different examples of a task's training stream.
 
     Two examples are equal if they show the same interactions of the same user with the same last one, in any template.
-    The classes of a `Classed` task have equal numbers of examples; another class compensates for one with too few. A
+    The classes of a `BalancedTask` have equal numbers of examples; another class compensates for one with too few. A
     smaller pool is a subset of a larger one as long as no class is exhausted.
 
     Raises:
         RecipeError: If there are fewer different examples.
     """
-    kinds = task.kinds if isinstance(task, Classed) else ()
+    kinds = task.kinds if isinstance(task, BalancedTask) else ()
     room = {kind: count // len(kinds) + (index < count % len(kinds)) for index, kind in enumerate(kinds)}
     taken: Counter[str] = Counter()
     chosen: dict[int, Example] = {}
@@ -57,7 +57,7 @@ def pool(task: Task, count: int) -> tuple[Example, ...]:
         if key in seen:
             continue
         seen.add(key)
-        kind = task.kind(example) if isinstance(task, Classed) else ""
+        kind = task.kind(example) if isinstance(task, BalancedTask) else ""
         if kinds and taken[kind] >= room[kind]:
             # An example of a full class may be replaced later by one of a class with too few.
             spare[index] = example
@@ -156,7 +156,7 @@ class Negatives:
 
 
 @dataclass(frozen=True)
-class Rejecting:
+class RejectedItemSampler:
     """Draws rejected items for training interactions (``train.preference.rejected``), from training data only.
 
     Attributes:

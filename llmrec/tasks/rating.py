@@ -17,7 +17,7 @@ from llmrec.tasks.base import (
     ABOUT_ITEM,
     ABOUT_USER,
     USER_STATS,
-    Pasts,
+    UserHistories,
     Values,
     View,
     keyed,
@@ -29,7 +29,7 @@ from llmrec.tasks.base import (
 )
 from llmrec.tasks.cases import Cases, at_most, held_out
 from llmrec.tasks.family import NO_RATINGS, RATING_CONTROLS, Family
-from llmrec.tasks.fewshot import Drawn
+from llmrec.tasks.fewshot import FewShotDraw
 from llmrec.tasks.parsing import read_number
 from llmrec.tasks.rows import (
     chat_example,
@@ -41,14 +41,14 @@ from llmrec.tasks.rows import (
     steps,
     with_shots,
 )
-from llmrec.tasks.task import Branching, TaskInputs, Want, only_one
+from llmrec.tasks.task import BranchingTask, TaskInputs, Want, only_one
 from llmrec.tasks.templates import choose
 from llmrec.types import Answer, Case, Event, Example, Interaction, Message, Prompt, Rating, Request, SplitName
 
 _MOST_LABELS = 101
 
 
-class RatingTask(Branching):
+class RatingTask(BranchingTask):
     """The rating prediction task.
 
     A list template has one user's ratings in order; the history is part of the answer, so that one training example
@@ -86,7 +86,7 @@ class RatingTask(Branching):
                 kind="contradiction",
                 column="tasks.rating.templates",
             )
-        self._events = Pasts(data, rated=True)
+        self._events = UserHistories(data, rated=True)
         self._past = inputs.past(section, self._chosen.asking)
         self._shots = inputs.shots(self.family, self._events, label=lambda event: self.scale.label(event.rating or 0.0))
 
@@ -143,7 +143,7 @@ class RatingTask(Branching):
         values = self._about(request.user_id, context)
         return list_prompt(chosen, values, steps(values, drawn.history, self._answered), item, turns)
 
-    def draw_shots(self, request: Request, shots: int) -> Drawn:
+    def draw_shots(self, request: Request, shots: int) -> FewShotDraw:
         """Draw training interactions for few-shot examples; also return the remaining history of the question."""
         past, about = rated(request.history), [requested_item(request, self.family)]
         return self._shots.draw(request, past, shots, self._section.history, self._past.show(past, about))

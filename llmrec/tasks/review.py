@@ -22,7 +22,7 @@ from llmrec.tasks.base import (
     ABOUT_ITEM,
     ABOUT_USER,
     USER_STATS,
-    Pasts,
+    UserHistories,
     Values,
     View,
     counted_rows,
@@ -35,7 +35,7 @@ from llmrec.tasks.base import (
 from llmrec.tasks.cases import Cases, held_out
 from llmrec.tasks.explanation import shared_words
 from llmrec.tasks.family import NO_RATINGS, RATING_CONTROLS, Family
-from llmrec.tasks.fewshot import Drawn
+from llmrec.tasks.fewshot import FewShotDraw
 from llmrec.tasks.parsing import read_number
 from llmrec.tasks.pool import with_other_texts
 from llmrec.tasks.rating import Scale, find_scale
@@ -84,7 +84,7 @@ class ReviewTask(Task):
         for template in templates.values():
             template.check(turns=variables, lead=(), target=variables | {self.target})
         self._listwise = inputs.listwise
-        self._events = Pasts(data, self._usable)
+        self._events = UserHistories(data, self._usable)
         if inputs.learns and not self._events:
             raise DataError(
                 f"tasks.{self.family}: no training interaction of {data.dataset.name} has a review and a "
@@ -165,7 +165,7 @@ class ReviewTask(Task):
         values = self._values(request.user_id, item, request.context["review"], request.context)
         return Prompt(messages=with_shots(chosen.turns(values), turns))
 
-    def draw_shots(self, request: Request, shots: int) -> Drawn:
+    def draw_shots(self, request: Request, shots: int) -> FewShotDraw:
         """Draw training interactions for few-shot examples."""
         past = self._usable(request.user_id, request.history)
         return self._shots.draw(request, past, shots, self._section.history)

@@ -16,8 +16,8 @@ from llmrec.registry import BASELINES, STRATEGIES, answering
 from llmrec.tasks.base import (
     ABOUT_USER,
     USER_STATS,
-    Draw,
-    Pasts,
+    ExampleDraw,
+    UserHistories,
     Values,
     View,
     passes,
@@ -26,9 +26,9 @@ from llmrec.tasks.base import (
 )
 from llmrec.tasks.cases import Cases, held_out, ranking_cases
 from llmrec.tasks.family import RANKING_CONTROLS, Family
-from llmrec.tasks.fewshot import Drawn
+from llmrec.tasks.fewshot import FewShotDraw
 from llmrec.tasks.parsing import read_line
-from llmrec.tasks.pool import Negatives, Rejecting
+from llmrec.tasks.pool import Negatives, RejectedItemSampler
 from llmrec.tasks.rating import find_scale
 from llmrec.tasks.rows import (
     chat_example,
@@ -39,7 +39,7 @@ from llmrec.tasks.rows import (
     steps,
     with_shots,
 )
-from llmrec.tasks.task import Branching, TaskInputs, Want
+from llmrec.tasks.task import BranchingTask, TaskInputs, Want
 from llmrec.tasks.templates import choose
 from llmrec.types import (
     Answer,
@@ -55,7 +55,7 @@ from llmrec.types import (
 )
 
 
-class SequentialTask(Branching):
+class SequentialTask(BranchingTask):
     """The sequential recommendation task.
 
     A list template is a list to continue; the history is part of the answer, so that one training example teaches the
@@ -86,14 +86,14 @@ class SequentialTask(Branching):
                 kind="bad-value",
                 column="tasks.sequential.window",
             )
-        self._events = Pasts(data, least=least)
+        self._events = UserHistories(data, least=least)
         self._keys: dict[str, Mapping[str, tuple[str, ...]]] = {}
         self._past = inputs.past(section, self._chosen.asking)
         self._shots = inputs.shots(self.family, self._events, least=2)
         self._listwise, self._rejecting = inputs.listwise, None
         if (preference := inputs.preference) is not None:
             drawn = Negatives(data, preference.rejected, key="train.preference.negatives")
-            self._rejecting = Rejecting(self.family, self._events, preference, drawn, inputs.hard)
+            self._rejecting = RejectedItemSampler(self.family, self._events, preference, drawn, inputs.hard)
 
     @cached_property
     def catalogue(self) -> tuple[str, ...]:
@@ -116,7 +116,7 @@ class SequentialTask(Branching):
         for draw in self.draws(limit):
             yield self.example(draw)
 
-    def _preferences(self, rejecting: Rejecting, limit: int | None) -> Iterator[Example]:
+    def _preferences(self, rejecting: RejectedItemSampler, limit: int | None) -> Iterator[Example]:
         """Yield examples whose only target is the last item, with rejected items for preference training."""
         for row, user, rng in passes(self.family, rejecting.users, self._seed, limit):
             template, events = rng.choice(self._chosen.train), self._events[user]
@@ -129,14 +129,14 @@ class SequentialTask(Branching):
             others = (template.answer(values | {"item": self._view.item(item)}) for item in rejected)
             yield replace(example, negatives=rejected, rejected=tuple(text + template.tail for text in others))
 
-    def draws(self, limit: int | None = None) -> Iterator[Draw]:
+    def draws(self, limit: int | None = None) -> Iterator[ExampleDraw]:
         """Yield training examples before rendering, in the order of ``examples("train")``."""
         for row, user, rng in passes(self.family, list(self._events), self._seed, limit):
             template = rng.choice(self._chosen.train)
             events = self._train_events(template, user, rng)
-            yield Draw(row, user, template, events, self._warm_up)
+            yield ExampleDraw(row, user, template, events, self._warm_up)
 
-    def example(self, draw: Draw) -> Example:
+    def example(self, draw: ExampleDraw) -> Example:
         """Render a sampled training example as text."""
         return self._example(draw.template, draw.id, draw.user_id, draw.events, first_target=draw.first_target)
 
@@ -173,7 +173,7 @@ class SequentialTask(Branching):
             return Prompt(messages=with_shots(question, turns))
         return list_prompt(chosen, values, steps(values, drawn.history, self._answered), {}, turns)
 
-    def draw_shots(self, request: Request, shots: int) -> Drawn:
+    def draw_shots(self, request: Request, shots: int) -> FewShotDraw:
         """Draw training interactions for few-shot examples; also return the remaining history of the question."""
         past = request.history
         return self._shots.draw(request, past, shots, self._section.history, self._past.show(past))

@@ -16,12 +16,12 @@ from llmrec.errors import RecipeError
 from llmrec.prompts.template import Template
 from llmrec.prompts.words import Words, english
 from llmrec.recipe.schema import PreferenceSection, RatingSection, SequentialSection, TaskSection
-from llmrec.tasks.base import Pasts, counted_rows, keyed, ranking_reward, shows_events, window
-from llmrec.tasks.fewshot import Drawn, ShotPool
+from llmrec.tasks.base import UserHistories, counted_rows, keyed, ranking_reward, shows_events, window
+from llmrec.tasks.fewshot import FewShotDraw, ShotPool
 from llmrec.tasks.held_items import HeldItems
 from llmrec.tasks.history import HistorySelector, ItemVectors
 from llmrec.tasks.rows import Listwise
-from llmrec.tasks.templates import Chosen
+from llmrec.tasks.templates import TemplateSelection
 from llmrec.types import Answer, Case, Event, Example, ItemCodes, Prompt, Request, SplitName
 
 Want = Literal["one", "ranking", "yes"]
@@ -107,7 +107,7 @@ class Task(Protocol):
     _data: SplitDataset
     # The column of interactions that examples need; None: every interaction can be an example.
     _column: str | None = None
-    _chosen: Chosen
+    _chosen: TemplateSelection
     _past: HistorySelector
     _listwise: Listwise | None = None
 
@@ -137,7 +137,7 @@ class Task(Protocol):
         """
         ...
 
-    def draw_shots(self, request: Request, shots: int) -> Drawn:
+    def draw_shots(self, request: Request, shots: int) -> FewShotDraw:
         """Draw training interactions for few-shot examples; also return the remaining history of the question."""
         ...
 
@@ -270,11 +270,11 @@ class Task(Protocol):
         return RecipeError(f"tasks.{self.family} {what}", kind="unsupported", column=f"tasks.{self.family}")
 
 
-class Branching(Task):
+class BranchingTask(Task):
     """A task that can draw an example of a user with the same history as other tasks."""
 
     _section: RatingSection | SequentialSection
-    _events: Pasts
+    _events: UserHistories
     _seed: int
     _warm_up = 0
 

@@ -13,7 +13,7 @@ from llmrec.types import ItemCodes
 
 
 @dataclass(frozen=True)
-class Chosen:
+class TemplateSelection:
     """The selected templates of a task.
 
     Attributes:
@@ -121,7 +121,7 @@ def choose(
     index: ItemCodes | None = None,
     *,
     reviews: bool = False,
-) -> Chosen:
+) -> TemplateSelection:
     """Select the templates of a recipe section; by default, with an item index, templates with item codes.
 
     Of these, templates that also show titles are used only if named or without alternatives. A list of bare codes is
@@ -131,7 +131,7 @@ def choose(
         RecipeError: If a name is unknown, a template for evaluation is used for training, one uses codes without an
             index, one needs reviews and there are none, or none is left.
     """
-    everything = Chosen(templates, (), (), index is not None, reviews)
+    everything = TemplateSelection(templates, (), (), index is not None, reviews)
     named = [template for name in section.templates for template in everything.training(name)]
     for template in named:
         if template.use == "unseen":
@@ -157,4 +157,4 @@ def choose(
     evaluate = tuple(everything.get(name).name for name in section.eval_templates) or (train[0].name,)
     evaluate += tuple(everything.get(name).name for name in section.untuned_templates)
     evaluate = tuple(dict.fromkeys(evaluate))
-    return Chosen(templates, train, evaluate, index is not None, reviews)
+    return TemplateSelection(templates, train, evaluate, index is not None, reviews)

@@ -18,7 +18,7 @@ from llmrec.errors import RecipeError
 from llmrec.models.traits import is_paired
 from llmrec.tasks.parsing import read_number
 from llmrec.tasks.rating import Scale
-from llmrec.train.packing import Bin, bins, one_bin
+from llmrec.train.packing import PackedRows, bins, one_bin
 from llmrec.train.steps import RowTable, Step, Steps
 from llmrec.types import Example
 
@@ -100,7 +100,7 @@ def plan(
     planned = Steps(table)
     while len(planned) < steps:
         buffer: list[TokenRow] = []
-        packed: list[Bin] = []
+        packed: list[PackedRows] = []
         first, tokens = len(table), 0
         while tokens < _BUFFER_STEPS * batch_tokens and len(group := list(islice(rows, lists or 1))) == (lists or 1):
             buffer += group
@@ -133,7 +133,7 @@ def _cut(rows: Sequence[TokenRow], batch_tokens: int, behind: int) -> list[Step]
     return [Step(tuple(rows[start:end])) for start, end in _spans(lengths, batch_tokens)]
 
 
-def _cut_packed(packed: Sequence[Bin], batch_tokens: int) -> list[Step]:
+def _cut_packed(packed: Sequence[PackedRows], batch_tokens: int) -> list[Step]:
     groups = [packed[start:end] for start, end in _spans([item.columns for item in packed], batch_tokens)]
     return [Step(tuple(row for item in group for row in item.rows), tuple(group)) for group in groups]
 

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from llmrec.backends.encode import TokenRow
 from llmrec.durable import loads, refuse_link, replacing, write_text
 from llmrec.errors import LlmrecError
-from llmrec.progress import Bar, note
+from llmrec.progress import Progress, note
 from llmrec.recipe.schema import TrainSection
 from llmrec.train.batches import laid_out
 from llmrec.train.checkpoint import steps_of
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 # Early stopping: keeps the adapter with the best validation metric so far.
 
 
-class Best:
+class BestAdapter:
     """Keeps the adapter with the best validation result so far.
 
     A validation that is repeated after a kill may give a different value, since sums on a GPU are not deterministic. So
@@ -144,7 +144,7 @@ class Follow(TrainerCallback):  # type: ignore[misc]
         pad: int,
         quiet: bool,
         by: StateLoss | None = None,
-        best: Best | None = None,
+        best: BestAdapter | None = None,
         world: World,
     ) -> None:
         self._world = world
@@ -165,7 +165,7 @@ class Follow(TrainerCallback):  # type: ignore[misc]
         self._tokens_timed = 0.0
         self._step_start = 0.0
         self._quiet = quiet or not world.first
-        self._bar = Bar("train", steps, unit="steps", quiet=self._quiet)
+        self._bar = Progress("train", steps, unit="steps", quiet=self._quiet)
 
     def open(self, *, resumed: bool) -> None:
         """Start a new log, or read the log of a resumed run."""
@@ -282,11 +282,11 @@ class Follow(TrainerCallback):  # type: ignore[misc]
         if not (self._world.first or self.everybody):
             return dict(self._unlooked())
         when = f"at step {step}" if step else "before step 1"
-        with Bar(f"validation {when}", sum(map(len, self._valid.values())), unit="rows", quiet=self._quiet) as bar:
+        with Progress(f"validation {when}", sum(map(len, self._valid.values())), unit="rows", quiet=self._quiet) as bar:
             result: dict[str, object] = {"valid_loss": self._losses(model, bar)}
         if self._best is not None:
             training = model.training
-            with Bar(f"validation {when}: NDCG@10", None, quiet=self._quiet):
+            with Progress(f"validation {when}: NDCG@10", None, quiet=self._quiet):
                 result["valid_ndcg"] = self._best.look(step, model)
             model.train(training)
         return result
@@ -294,7 +294,7 @@ class Follow(TrainerCallback):  # type: ignore[misc]
     def _unlooked(self) -> dict[str, None]:
         return {"valid_loss": None} | ({} if self._best is None else {"valid_ndcg": None})
 
-    def _losses(self, model: torch.nn.Module, bar: Bar) -> dict[str, float] | None:
+    def _losses(self, model: torch.nn.Module, bar: Progress) -> dict[str, float] | None:
         """Return the mean validation loss by task: in nats per target token, or the loss of the rating head."""
         if not any(self._valid.values()):
             return None

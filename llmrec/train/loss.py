@@ -248,7 +248,7 @@ def _takes_weights(by: StateLoss | None) -> bool:
 
 
 @dataclass(frozen=True)
-class Legal:
+class AllowedTokens:
     """The tokens allowed at each target of packed sequences, given the token tree of a catalogue.
 
     Attributes:
@@ -260,7 +260,7 @@ class Legal:
     which: Any
 
     @staticmethod
-    def of(catalogue: Catalogue, items: Sequence[int], device: Any) -> Legal:
+    def of(catalogue: Catalogue, items: Sequence[int], device: Any) -> AllowedTokens:
         """Return the allowed tokens along the token paths of items, in the order of their rows."""
         numbers: dict[tuple[int, ...], int] = {}
         sets, which = [], []  # type: list[Any], list[int]
@@ -272,7 +272,7 @@ class Legal:
                     sets.append(torch.from_numpy(legal).to(device))
                 which.append(numbers[path])
                 path = (*path, token)
-        return Legal(sets, torch.tensor(which, device=device))
+        return AllowedTokens(sets, torch.tensor(which, device=device))
 
     def masked(self, logits: torch.Tensor, which: Any) -> torch.Tensor:
         """Set the logits of tokens that are not allowed to -inf, shape (n, vocabulary)."""
@@ -284,7 +284,7 @@ class Legal:
 
 
 def target_losses(
-    model: torch.nn.Module, packed: Mapping[str, Any], *, temperature: float = 1.0, legal: Legal | None = None
+    model: torch.nn.Module, packed: Mapping[str, Any], *, temperature: float = 1.0, legal: AllowedTokens | None = None
 ) -> torch.Tensor:
     """Return the cross-entropy of every target of packed sequences, float32, shape (targets,).
 

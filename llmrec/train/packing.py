@@ -24,7 +24,7 @@ Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
-class Bin:
+class PackedRows:
     """The rows of a packed sequence, and its number of columns."""
 
     rows: tuple[TokenRow, ...]
@@ -111,7 +111,7 @@ def stack(packed: Sequence[Packed], pad: int) -> Stacked:
     return Stacked(ids, positions, ends, after, targets, weights, owners)
 
 
-def bins(rows: Sequence[TokenRow], width: int) -> list[Bin]:
+def bins(rows: Sequence[TokenRow], width: int) -> list[PackedRows]:
     """Distribute rows over packed sequences of at most ``width`` columns (first-fit decreasing).
 
     Rows that share at least half of the shorter one stay together as far as ``width`` allows. A row longer than
@@ -135,7 +135,7 @@ def bins(rows: Sequence[TokenRow], width: int) -> list[Bin]:
     return [_bin([body for group in groups for body in group.bodies]) for groups in filled]
 
 
-def one_bin(rows: Sequence[TokenRow]) -> Bin:
+def one_bin(rows: Sequence[TokenRow]) -> PackedRows:
     """Put all rows in one packed sequence, regardless of its width."""
     return _bin(_sorted_bodies(rows))
 
@@ -194,7 +194,7 @@ def _groups(rows: Sequence[TokenRow], width: int) -> list[_Group]:
     return groups
 
 
-def _bin(bodies: Sequence[_Body]) -> Bin:
+def _bin(bodies: Sequence[_Body]) -> PackedRows:
     ordered = sorted(bodies, key=_order)
     shared = sum(common_prefix(one.ids, two.ids) for one, two in pairwise(ordered))
-    return Bin(tuple(body.row for body in ordered), sum(len(body.ids) for body in ordered) - shared)
+    return PackedRows(tuple(body.row for body in ordered), sum(len(body.ids) for body in ordered) - shared)

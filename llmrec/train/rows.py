@@ -22,9 +22,9 @@ from llmrec.backends.encode import IGNORED, Encoder, TokenRow, marked_pieces
 from llmrec.errors import BackendError, DataError, RecipeError
 from llmrec.prompts.template import Template
 from llmrec.recipe.schema import TrainSection
-from llmrec.tasks.base import Draw, keyed
+from llmrec.tasks.base import ExampleDraw, keyed
 from llmrec.tasks.rows import Listwise, against, as_context
-from llmrec.tasks.task import Branching, Task
+from llmrec.tasks.task import BranchingTask, Task
 from llmrec.train.batches import fit_row, target_rows
 from llmrec.types import Event, Example
 
@@ -45,7 +45,7 @@ def _fitted(example: Example, encoder: Encoder, limit: int, *, texts: bool) -> T
 
 
 def branching_rows(
-    tasks: Mapping[str, Branching],
+    tasks: Mapping[str, BranchingTask],
     weights: Mapping[str, float],
     users: Sequence[str],
     encoder: Encoder,
@@ -174,14 +174,14 @@ _ONE_IN, _LEAST_CHECKED = 128, 8
 
 
 @runtime_checkable
-class Drawing(Protocol):
+class DrawableTask(Protocol):
     """A task whose training examples can be drawn before they are rendered as text."""
 
-    def draws(self, limit: int | None = None) -> Iterator[Draw]:
+    def draws(self, limit: int | None = None) -> Iterator[ExampleDraw]:
         """Yield drawn examples in the order of ``examples("train")``."""
         ...
 
-    def example(self, draw: Draw) -> Example:
+    def example(self, draw: ExampleDraw) -> Example:
         """Render a drawn example."""
         ...
 
@@ -193,7 +193,7 @@ def takes_pieces(template: Template) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Gathered:
+class ConcatenatedExamples:
     """Concatenated tokenised examples.
 
     Attributes:
@@ -224,7 +224,7 @@ class LineTable:
     context and as a target.
     """
 
-    def __init__(self, task: Drawing, template: Template, encoder: Encoder) -> None:
+    def __init__(self, task: DrawableTask, template: Template, encoder: Encoder) -> None:
         self._task, self._template, self._encoder = task, template, encoder
         self._ids, self._labels = array("i"), array("i")
         self._ends = array("q", [0])
@@ -233,7 +233,7 @@ class LineTable:
         self._one_question = template.names("system", "user") <= {"noun"}
         self._arrays: tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int64]] | None = None
 
-    def gather(self, draws: Sequence[Draw]) -> Gathered:
+    def gather(self, draws: Sequence[ExampleDraw]) -> ConcatenatedExamples:
         """Assemble tokenised examples from the table.
 
         Raises:
@@ -258,9 +258,9 @@ class LineTable:
         # The table index of every token of the examples.
         source = np.arange(int(ends[-1]))
         source += np.repeat(starts - ends + lengths, lengths)
-        return Gathered(ids.take(source), labels.take(source), np.concatenate([[0], ends[bounds[1:] - 1]]))
+        return ConcatenatedExamples(ids.take(source), labels.take(source), np.concatenate([[0], ends[bounds[1:] - 1]]))
 
-    def _numbers(self, draws: Sequence[Draw]) -> Iterator[int]:
+    def _numbers(self, draws: Sequence[ExampleDraw]) -> Iterator[int]:
         """Yield the table entries of all examples.
 
         Raises:
@@ -274,7 +274,7 @@ class LineTable:
             ]
         )
 
-    def _learn(self, draws: Sequence[Draw]) -> None:
+    def _learn(self, draws: Sequence[ExampleDraw]) -> None:
         """Tokenise new questions and lines, after rendering each as an example of the task."""
         for draw in draws:
             user = None if self._one_question else draw.user_id
@@ -294,7 +294,7 @@ class LineTable:
         return number
 
     def _words(self, user: str, *events: Event) -> Example:
-        return self._task.example(Draw("", user, self._template, events, 0))
+        return self._task.example(ExampleDraw("", user, self._template, events, 0))
 
     def _add(self, ids: Sequence[int], labels: Sequence[int]) -> int:
         self._ids.extend(ids)
@@ -321,7 +321,7 @@ class RowStream:
         encoded: The number of rows encoded from their text, without those encoded for comparison.
     """
 
-    def __init__(self, task: Drawing, encoder: Encoder, *, limit: int, seed: int) -> None:
+    def __init__(self, task: DrawableTask, encoder: Encoder, *, limit: int, seed: int) -> None:
         self._task, self._encoder, self._limit, self._seed = task, encoder, limit, seed
         self._tables: dict[str, LineTable | None] = {}
         self.gathered = self.encoded = 0
@@ -332,7 +332,7 @@ class RowStream:
             yield from self.encode(chunk, number)
             size, number = min(2 * size, _LARGEST_CHUNK), number + 1
 
-    def encode(self, draws: Sequence[Draw], number: int = 0) -> Iterator[TokenRow | None]:
+    def encode(self, draws: Sequence[ExampleDraw], number: int = 0) -> Iterator[TokenRow | None]:
         """Yield the tokenised examples of a chunk; ``number`` seeds the choice of examples to verify."""
         result: dict[int, TokenRow | None] = {}
         for template in {draw.template.id: draw.template for draw in draws}.values():
@@ -345,10 +345,10 @@ class RowStream:
         for n, draw in enumerate(draws):
             yield result[n] if n in result else self._plain(draw)
 
-    def _plain(self, draw: Draw) -> TokenRow | None:
+    def _plain(self, draw: ExampleDraw) -> TokenRow | None:
         return fit_row(self._task.example(draw), self._encoder, self._limit)
 
-    def _gather(self, template: Template, draws: Sequence[Draw], number: int) -> list[TokenRow | None] | None:
+    def _gather(self, template: Template, draws: Sequence[ExampleDraw], number: int) -> list[TokenRow | None] | None:
         """Return assembled examples if a sample matches the tokenised text; None otherwise."""
         if template.id not in self._tables:
             fits = takes_pieces(template)
@@ -413,7 +413,7 @@ def streams(
             kind="contradiction",
             column="train.packing",
         )
-    tasks = {family: task for family in shares if isinstance(task := sources.tasks[family], Branching)}
+    tasks = {family: task for family in shares if isinstance(task := sources.tasks[family], BranchingTask)}
     tasks = {family: task for family, task in tasks.items() if packing and task.branches}
     # The fixed examples are selected per task, before it is known which of them could share a history.
     together = len(tasks) > 1 and section.examples is None
@@ -440,7 +440,7 @@ def _task_rows(sources: Sources, family: str, encoder: Encoder, texts: bool) -> 
         groups = (target_rows(example, encoder, limit) for example in sources.examples(family))
         return (row for rows in groups for row in (*rows, *([] if rows else [None])))
     # Fixed examples contain only text.
-    if isinstance(task, Drawing) and section.examples is None and not texts:
+    if isinstance(task, DrawableTask) and section.examples is None and not texts:
         return iter(RowStream(task, encoder, limit=limit, seed=sources.seed))
     return (_fitted(example, encoder, limit, texts=texts) for example in sources.examples(family))
 

@@ -32,7 +32,7 @@ from llmrec.tasks.rows import Listwise
 from llmrec.train import pruning as magnitude
 from llmrec.train.batches import laid_out, micro_steps, padded
 from llmrec.train.checkpoint import OF_FSDP, OnSave, keep_newest, newest
-from llmrec.train.follow import Best, Follow
+from llmrec.train.follow import BestAdapter, Follow
 from llmrec.train.heads import detach, measure, restore, state_loss
 from llmrec.train.kernels import faster_layers, recompute, unpaged
 from llmrec.train.loss import StateLoss, TaughtLoss, label_loss, list_loss, packed_loss, rows_loss, weight_of
@@ -287,7 +287,7 @@ def train(
     patience = section.judge.patience if section.judge else None
     best = None
     if judge is not None and world.first:
-        best = Best(folder / "best", patience, judge, write, folder / "checkpoints")
+        best = BestAdapter(folder / "best", patience, judge, write, folder / "checkpoints")
     after = [] if best is None else [best.saved]
     saving = OnSave(
         [*kept, seal, partial(keep_newest, section.keep_checkpoints), *after],

@@ -18,7 +18,7 @@ import numpy as np
 
 from llmrec.backends.encode import IGNORED, TokenRow
 from llmrec.durable import checksum
-from llmrec.train.packing import Bin
+from llmrec.train.packing import PackedRows
 from llmrec.types import Case
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Step:
     """The examples of an optimiser step and, with ``bins``, how they are packed into sequences."""
 
     rows: tuple[TokenRow, ...]
-    bins: tuple[Bin, ...] = ()
+    bins: tuple[PackedRows, ...] = ()
 
     @property
     def padded_tokens(self) -> int:
@@ -185,7 +185,7 @@ class Steps(Sequence[Step]):
         span = slice(self._bin_ends[n], self._bin_ends[n + 1])
         ends = list(accumulate(self._sizes[span], initial=0))
         bins = zip(pairwise(ends), self._columns[span], strict=True)
-        return Step(rows, tuple(Bin(rows[start:end], columns) for (start, end), columns in bins))
+        return Step(rows, tuple(PackedRows(rows[start:end], columns) for (start, end), columns in bins))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import pytest
 
 from llmrec.answer.rank import run
 from llmrec.answer.rank.run import rank_file
-from llmrec.answer.rationales import TOKENS, Reasoner, rationale_template
+from llmrec.answer.rationales import TOKENS, Explainer, rationale_template
 from llmrec.answer.recommender import Reasons
 from llmrec.answer.strategy import Asking
 from llmrec.backends.encode import Encoder
@@ -60,7 +60,7 @@ def written(
         )
         for request in requests
     ]
-    reasoner = Reasoner(plain, way, rationale_template(), encoder, first=1, batch=2)
+    reasoner = Explainer(plain, way, rationale_template(), encoder, first=1, batch=2)
     return reasoner.write(requests, answers, None, FakeBackend(complete)), prompts
 
 
@@ -114,7 +114,7 @@ def test_too_long_prompt_gives_empty_rationale(plain: bundle.Bundle, encoder: En
 
 def test_failed_requests_have_no_rationale(plain: bundle.Bundle, encoder: Encoder) -> None:
     request = read_request({"candidates": ["Alien", "Jaws"]}, 1, None)
-    reasoner = Reasoner(plain, LABEL, rationale_template(), encoder, first=2, batch=2)
+    reasoner = Explainer(plain, LABEL, rationale_template(), encoder, first=2, batch=2)
     results = reasoner.write([request], [Unparsed(request_id="1", reason="no")], None, FakeBackend())
     assert results == [Reasons()]
 

@@ -29,7 +29,7 @@ from llmrec.pipeline import run as pipeline
 from llmrec.pipeline.audit import audit
 from llmrec.pipeline.row_specs import protocol_of
 from llmrec.pipeline.study import build_study
-from llmrec.pipeline.weighing import Weighing
+from llmrec.pipeline.weighing import EnsembleUsers
 from llmrec.recipe.load import load_recipe
 from llmrec.records import Shard
 from llmrec.types import Ranking
@@ -183,7 +183,7 @@ def test_ensemble_explains_by_members(
 
 def test_choice_uses_separate_validation_users(run: pipeline.Run) -> None:
     study = build_study(load_recipe(run.folder / "recipe.yaml"))
-    cases = Weighing(study).cases("sequential")
+    cases = EnsembleUsers(study).cases("sequential")
     weighers = {one.user_id for one in halves(study.data, study.recipe.eval.fusion.reserved)[1].holdouts("valid")}
     assert {case.request.user_id for case in cases} <= weighers
     choice, protocol = run.results["choice"], protocol_of(study, "sequential")

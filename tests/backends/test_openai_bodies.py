@@ -16,7 +16,7 @@ import pytest
 
 from llmrec.backends.cache import AnswerStore
 from llmrec.backends.server import client, probe
-from llmrec.backends.server.client import Spending, Wire, completion_body, likelihood_body, usage
+from llmrec.backends.server.client import ServerClient, ServerUsage, completion_body, likelihood_body, usage
 from llmrec.errors import BackendError
 from llmrec.types import Cost
 from tests.facts import Facts, raises
@@ -52,7 +52,7 @@ def ask(respond: Callable[[Any], Any], parse: Callable[[Any], Any] = lambda valu
     server = section("http://127.0.0.1:9/v1", **{"attempts": 2, **changes})
 
     async def send() -> Any:
-        wire = Wire(server, Spending(server, None))
+        wire = ServerClient(server, ServerUsage(server, None))
         headers = wire._client.headers
         await wire.close()
         wire._client = httpx.AsyncClient(transport=httpx.MockTransport(respond), headers=headers)

@@ -18,7 +18,7 @@ from llmrec.answer.options import RecommenderOptions
 from llmrec.backends.cache import AnswerStore
 from llmrec.backends.encode import Encoder
 from llmrec.backends.server.backend import OpenAIBackend
-from llmrec.backends.server.client import FIRST_REST, Fleet
+from llmrec.backends.server.client import FIRST_REST, ServerPool
 from llmrec.errors import BackendError
 from llmrec.recipe.schema import ServerSection
 from tests.conftest import make_tokenizer
@@ -49,7 +49,7 @@ class Clock:
 
 def test_round_robin_and_pauses_of_a_dead_server() -> None:
     clock = Clock()
-    fleet = Fleet(URLS, longest=3.0, clock=clock)
+    fleet = ServerPool(URLS, longest=3.0, clock=clock)
     assert [fleet.take().url for _ in range(4)] == [*URLS, URLS[0]]
     dead = fleet.take()
     fleet.failed(dead, "no connection: refused")
@@ -75,7 +75,7 @@ def test_round_robin_and_pauses_of_a_dead_server() -> None:
 
 def test_retry_after_of_a_server_is_kept() -> None:
     clock = Clock()
-    fleet = Fleet(URLS, longest=60.0, clock=clock)
+    fleet = ServerPool(URLS, longest=60.0, clock=clock)
     busy = fleet.take()
     fleet.failed(busy, "status 429", wait=7.0)
     fleet.answered(busy)  # an earlier request
@@ -87,7 +87,7 @@ def test_retry_after_of_a_server_is_kept() -> None:
 
 
 def test_single_faults_do_not_pause_a_server() -> None:
-    fleet = Fleet(URLS, longest=60.0, clock=Clock())
+    fleet = ServerPool(URLS, longest=60.0, clock=Clock())
     shaky = fleet.take()
     for _ in range(2):
         fleet.failed(shaky, "status 500")
@@ -98,13 +98,13 @@ def test_single_faults_do_not_pause_a_server() -> None:
 
 def test_if_all_servers_pause_the_first_to_return_is_used() -> None:
     clock = Clock()
-    fleet = Fleet(URLS[:2], longest=60.0, clock=clock)
+    fleet = ServerPool(URLS[:2], longest=60.0, clock=clock)
     first, second = fleet.take(), fleet.take()
     fleet.failed(first, "no connection")
     clock.now = 0.5
     fleet.failed(second, "no connection")
     assert not fleet.another(first) and fleet.take(second) is first
-    alone = Fleet(URLS[:1], longest=60.0, clock=clock)
+    alone = ServerPool(URLS[:1], longest=60.0, clock=clock)
     for _ in range(9):
         alone.failed(alone.take(), "no connection")
     assert alone.take().until == 0.0 and not alone.another(alone.take())

@@ -7,12 +7,12 @@ from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
 
-from llmrec.backends.server.client import Loop
+from llmrec.backends.server.client import EventLoopThread
 
 
 @pytest.fixture
-def loop() -> Iterator[Loop]:
-    loop = Loop()
+def loop() -> Iterator[EventLoopThread]:
+    loop = EventLoopThread()
     yield loop
     loop.close()
     loop.close()
@@ -46,21 +46,21 @@ class Work:
         return run
 
 
-def test_results_in_order_of_completion(loop: Loop) -> None:
+def test_results_in_order_of_completion(loop: EventLoopThread) -> None:
     work = Work()
     results = list(loop.each([work.job(n, 0.05 * (4 - n)) for n in range(5)], 5))
     assert results == [(4, 16), (3, 9), (2, 4), (1, 1), (0, 0)]
     assert list(loop.each([], 5)) == []
 
 
-def test_concurrency_limit(loop: Loop) -> None:
+def test_concurrency_limit(loop: EventLoopThread) -> None:
     work = Work()
     results = list(loop.each([work.job(n, 0.002) for n in range(50)], 7))
     assert work.most == 7
     assert sorted(results) == [(n, n * n) for n in range(50)]
 
 
-def test_new_jobs_start_when_results_are_taken(loop: Loop) -> None:
+def test_new_jobs_start_when_results_are_taken(loop: EventLoopThread) -> None:
     work = Work()
     results = loop.each([work.job(n, 0.0) for n in range(20)], 4)
     for taken in range(1, 6):
@@ -71,7 +71,7 @@ def test_new_jobs_start_when_results_are_taken(loop: Loop) -> None:
     results.close()  # type: ignore[attr-defined]
 
 
-def test_failure_finishes_running_jobs_and_starts_none(loop: Loop) -> None:
+def test_failure_finishes_running_jobs_and_starts_none(loop: EventLoopThread) -> None:
     work = Work()
     jobs = [
         work.job(0, 0.05),
@@ -86,7 +86,7 @@ def test_failure_finishes_running_jobs_and_starts_none(loop: Loop) -> None:
     assert sorted(results) == [0, 2] and sorted(work.begun) == [0, 1, 2] and work.cancelled == []
 
 
-def test_closing_cancels_running_jobs(loop: Loop) -> None:
+def test_closing_cancels_running_jobs(loop: EventLoopThread) -> None:
     work = Work()
     results = loop.each([work.job(0, 0.0), work.job(1, 60.0), work.job(2, 60.0)], 3)
     assert next(results) == (0, 0)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from llmrec.backends.vllm.adapters import admitted_rank, live_rank
-from llmrec.backends.vllm.backend import Ask, VLLMBackend, parameters, plan
+from llmrec.backends.vllm.backend import EngineRequest, VLLMBackend, parameters, plan
 from llmrec.models.load import load_tokenizer
 from llmrec.recipe.schema import ModelSection
 from tests.contracts.test_backends import load_hf
@@ -144,9 +144,9 @@ def test_plan_covers_a_tree_by_disjoint_paths() -> None:
     starts, ids = [0, 2, 4, 5, 7, 8, 9], [1, 4, 2, 5, 3, 8, 9, 6, 7]
     requests, entries = plan(nodes, starts, ids, chains=True, limit=9)
     assert requests == [
-        Ask((), (1, 2, 3), ((1, 4), (2, 5), (3,), (8, 9))),
-        Ask((4,), (), ((6,),)),
-        Ask((1, 5), (), ((7,),)),
+        EngineRequest((), (1, 2, 3), ((1, 4), (2, 5), (3,), (8, 9))),
+        EngineRequest((4,), (), ((6,),)),
+        EngineRequest((1, 5), (), ((7,),)),
     ]
     assert entries == list(range(9))
     # A request has a limit of ids; wider nodes are split.
@@ -162,7 +162,7 @@ def test_plan_covers_a_tree_by_disjoint_paths() -> None:
 def test_parameters_are_valid_for_vllm() -> None:
     vllm = pytest.importorskip("vllm", reason="vLLM is not installed")
     model = SimpleNamespace(max_model_len=64, max_logprobs=128, get_vocab_size=lambda: 100)
-    ask = Ask((1, 2, 3), (4, 5), ((4, 6), (5,), (7, 8, 9)))
+    ask = EngineRequest((1, 2, 3), (4, 5), ((4, 6), (5,), (7, 8, 9)))
     options = parameters(vllm, ask, prefill=True)
     options._validate_logprobs(model)
     # Text and forced tokens form the prompt: rows for its tokens 3 and 4, as vLLM's input processor counts.

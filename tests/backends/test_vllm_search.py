@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.backends.hf.backend import HFBackend
-from llmrec.backends.vllm.backend import Answers, Ask, VLLMBackend, VLLMTree, answered
+from llmrec.backends.vllm.backend import EngineAnswers, EngineRequest, VLLMBackend, VLLMTree, answered
 from llmrec.decode.beam import Fed, Targets, beam
 from llmrec.decode.token_tree import Catalogue
 from llmrec.errors import BackendError
@@ -39,9 +39,9 @@ class RequestEngine:
 
     def __init__(self, limit: int, *, forces: bool) -> None:
         self.limit, self.forces = limit, forces
-        self.rounds: list[list[Ask]] = []
+        self.rounds: list[list[EngineRequest]] = []
 
-    def read(self, requests: Sequence[Ask]) -> Answers:
+    def read(self, requests: Sequence[EngineRequest]) -> EngineAnswers:
         pairs_requested: list[tuple[tuple[int, ...], int]] = []
         values = []
         for ask in requests:
@@ -53,7 +53,7 @@ class RequestEngine:
             pairs_requested += pairs
         assert len(set(pairs_requested)) == len(pairs_requested), "a value was requested twice"
         self.rounds.append(list(requests))
-        return Answers(values, sum(len(ask.text) for ask in requests), len(requests))
+        return EngineAnswers(values, sum(len(ask.text) for ask in requests), len(requests))
 
 
 @given(PATHS, PROMPTS, st.integers(1, 6), st.integers(1, 4), st.booleans(), st.sets(st.integers(0, 39), max_size=5))
@@ -101,10 +101,10 @@ def test_forced_chain_is_one_request(chains: bool) -> None:
     requests = fake.rounds[1]
     if chains:
         assert requests == [
-            Ask((5, 1), (3,), ((3,), (4,))),
-            Ask((5, 1, 3, 4), (), ((0, 1, 2, 3),)),
-            Ask((5, 1, 3, 4), (), ((4,),)),
-            Ask((5, 2), (6,), ((6,), (7,))),
+            EngineRequest((5, 1), (3,), ((3,), (4,))),
+            EngineRequest((5, 1, 3, 4), (), ((0, 1, 2, 3),)),
+            EngineRequest((5, 1, 3, 4), (), ((4,),)),
+            EngineRequest((5, 2), (6,), ((6,), (7,))),
         ]
     else:
         assert len(requests) == 6 and {ask.text for ask in requests} == set(texts[1:])
@@ -127,9 +127,9 @@ def test_engine_that_ignores_forced_tokens_is_an_error() -> None:
     class Output:
         outputs = (type("Text", (), {"token_ids": [4, 9], "logprobs": [{4: Step()}, {9: Step(), 8: Step()}]})(),)
 
-    assert answered(Output(), Ask((1, 2, 3), (4,), ((4,), (8,))), prefill=False) == [-1.0, -1.0]
+    assert answered(Output(), EngineRequest((1, 2, 3), (4,), ((4,), (8,))), prefill=False) == [-1.0, -1.0]
     with raises(BackendError, Facts("defect", column="eval.scorer", says="eval.scorer=hf")):
-        answered(Output(), Ask((1, 2, 3), (5,), ((4,), (8,))), prefill=False)
+        answered(Output(), EngineRequest((1, 2, 3), (5,), ((4,), (8,))), prefill=False)
 
 
 FIRST, SECOND = 300, 4

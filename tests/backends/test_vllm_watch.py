@@ -23,22 +23,22 @@ from hypothesis import strategies as st
 
 from llmrec.backends.vllm import guard as vllm_guard
 from llmrec.backends.vllm import supervise
-from llmrec.backends.vllm.supervise import EngineLost, Limits, Progress, Seen, Vigil, Watch
+from llmrec.backends.vllm.supervise import EngineLost, EngineProcesses, HealthCheck, Limits, ProcessState, StepCounter
 from llmrec.errors import BackendError
 from tests.facts import Facts, raises
 
 LIMITS = Limits()
-NO_TROUBLE = [Seen(pid=1, name="core", state="sleeping", cpu=0.0)]
+NO_TROUBLE = [ProcessState(pid=1, name="core", state="sleeping", cpu=0.0)]
 
 
-def core(cpu: float, state: str = "sleeping", *, vital: bool = True, pid: int = 1) -> Seen:
-    return Seen(pid=pid, name="VLLM::EngineCore", state=state, cpu=cpu, vital=vital)
+def core(cpu: float, state: str = "sleeping", *, vital: bool = True, pid: int = 1) -> ProcessState:
+    return ProcessState(pid=pid, name="VLLM::EngineCore", state=state, cpu=cpu, vital=vital)
 
 
-def judged(looks: list[tuple[list[Seen], int]], limits: Limits = LIMITS) -> list[str | None]:
+def judged(looks: list[tuple[list[ProcessState], int]], limits: Limits = LIMITS) -> list[str | None]:
     """Judge one observation per second."""
-    vigil = Vigil(limits, 0.0)
-    return [vigil.judge(float(second), seen, steps) for second, (seen, steps) in enumerate(looks)]
+    health = HealthCheck(limits, 0.0)
+    return [health.judge(float(second), seen, steps) for second, (seen, steps) in enumerate(looks)]
 
 
 def test_dead_vital_process_is_reported_at_once() -> None:
@@ -99,12 +99,12 @@ def test_busy_engine_without_steps_is_reported_after_the_long_limit() -> None:
 
 
 def test_pauses_of_the_watch_are_ignored() -> None:
-    vigil = Vigil(LIMITS, 0.0)
-    assert vigil.judge(1.0, [core(0.0, "stopped")], 0) is None
+    health = HealthCheck(LIMITS, 0.0)
+    assert health.judge(1.0, [core(0.0, "stopped")], 0) is None
     # Ctrl-Z and fg, an hour later.
     for second in range(3600, 3619):
-        assert vigil.judge(float(second), [core(0.0, "stopped")], 0) is None
-    assert vigil.judge(3621.0, [core(0.0, "stopped")], 0) is not None
+        assert health.judge(float(second), [core(0.0, "stopped")], 0) is None
+    assert health.judge(3621.0, [core(0.0, "stopped")], 0) is not None
 
 
 QUICK = Limits(poll=0.1, quiet=1.5, step=3.0)
@@ -134,15 +134,15 @@ def engine_of(*children: Child) -> Any:
     return SimpleNamespace(llm_engine=SimpleNamespace(engine_core=core))
 
 
-def opened(code: str, limits: Limits = QUICK) -> tuple[Watch, Child]:
-    watch = Watch(limits)
+def opened(code: str, limits: Limits = QUICK) -> tuple[EngineProcesses, Child]:
+    watch = EngineProcesses(limits)
     engine = watch.start(lambda: engine_of(Child(code)))
     (child,) = engine.llm_engine.engine_core.resources.engine_manager.processes
     return watch, child
 
 
 @pytest.fixture
-def sleeper() -> Iterator[tuple[Watch, Child]]:
+def sleeper() -> Iterator[tuple[EngineProcesses, Child]]:
     watch, child = opened(SLEEP)
     yield watch, child
     # Otherwise closing waits for the thread that is still in the call.
@@ -155,11 +155,11 @@ def sleeper() -> Iterator[tuple[Watch, Child]]:
 OVER = threading.Event()
 
 
-def for_ever(progress: Progress) -> None:
+def for_ever(progress: StepCounter) -> None:
     OVER.wait(600)
 
 
-def test_run_returns_the_value_or_raises_the_error(sleeper: tuple[Watch, Child]) -> None:
+def test_run_returns_the_value_or_raises_the_error(sleeper: tuple[EngineProcesses, Child]) -> None:
     watch, child = sleeper
     assert watch.run(lambda progress: 7) == 7
     with pytest.raises(ValueError, match="prompt too long"):
@@ -169,7 +169,7 @@ def test_run_returns_the_value_or_raises_the_error(sleeper: tuple[Watch, Child])
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_killed_process_is_detected(sleeper: tuple[Watch, Child], number: int) -> None:
+def test_killed_process_is_detected(sleeper: tuple[EngineProcesses, Child], number: int) -> None:
     watch, child = sleeper
     threading.Timer(0.2, os.kill, (child.pid, number)).start()
     with pytest.raises(EngineLost, match=f"died: .*process {child.pid}") as caught:
@@ -177,7 +177,7 @@ def test_killed_process_is_detected(sleeper: tuple[Watch, Child], number: int) -
     assert ("memory" in str(caught.value)) == (number == signal.SIGKILL)
 
 
-def test_stopped_process_is_detected_and_killed(sleeper: tuple[Watch, Child]) -> None:
+def test_stopped_process_is_detected_and_killed(sleeper: tuple[EngineProcesses, Child]) -> None:
     watch, child = sleeper
     os.kill(child.pid, signal.SIGSTOP)
     with pytest.raises(EngineLost, match=r"hangs: .* stopped"):
@@ -195,30 +195,32 @@ def test_busy_engine_is_killed_at_the_long_limit() -> None:
     watch.close(lambda: None, lambda: None)
 
 
-def test_idle_engine_with_steps_is_kept(sleeper: tuple[Watch, Child], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_idle_engine_with_steps_is_kept(
+    sleeper: tuple[EngineProcesses, Child], monkeypatch: pytest.MonkeyPatch
+) -> None:
     watch, child = sleeper
-    judge, begin = Vigil.judge, time.monotonic()
-    started: Future[Progress] = Future()
+    judge, begin = HealthCheck.judge, time.monotonic()
+    started: Future[StepCounter] = Future()
     observed = threading.Event()
 
-    def step_after_judging(self: Vigil, now: float, seen: list[Seen], steps: int) -> str | None:
+    def step_after_judging(self: HealthCheck, now: float, seen: list[ProcessState], steps: int) -> str | None:
         trouble = judge(self, now, seen, steps)
         started.result().step()
         if now - begin > 2 * QUICK.quiet:
             observed.set()
         return trouble
 
-    def work(progress: Progress) -> str:
+    def work(progress: StepCounter) -> str:
         started.set_result(progress)
         observed.wait()
         return "done"
 
-    monkeypatch.setattr(Vigil, "judge", step_after_judging)
+    monkeypatch.setattr(HealthCheck, "judge", step_after_judging)
     assert watch.run(work) == "done"
     assert child.exitcode is None
 
 
-def test_ctrl_c_reaches_the_caller_and_kills_the_engine(sleeper: tuple[Watch, Child]) -> None:
+def test_ctrl_c_reaches_the_caller_and_kills_the_engine(sleeper: tuple[EngineProcesses, Child]) -> None:
     watch, child = sleeper
     # Processes of a background shell ignore the signal.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -239,7 +241,7 @@ def test_processes_of_a_failed_start_are_killed() -> None:
         raise RuntimeError("Engine core initialization failed")
 
     with pytest.raises(RuntimeError, match="initialization failed"):
-        Watch(QUICK).start(build)
+        EngineProcesses(QUICK).start(build)
     assert children[0].exitcode == -signal.SIGKILL
 
 
@@ -253,7 +255,7 @@ def test_stopped_start_is_killed() -> None:
         raise RuntimeError("Engine core initialization failed")
 
     with pytest.raises(EngineLost, match="was stopped"):
-        Watch(QUICK).start(build)
+        EngineProcesses(QUICK).start(build)
 
 
 @pytest.mark.parametrize("state", ["healthy", "stopped"])
@@ -272,7 +274,7 @@ def test_close_does_not_wait_for_vllm(monkeypatch: pytest.MonkeyPatch, state: st
     assert guard.poll() is not None
 
 
-def backend_over(watch: Watch, engine: Any) -> Any:
+def backend_over(watch: EngineProcesses, engine: Any) -> Any:
     from llmrec.backends.vllm.backend import VLLMBackend, _Process
 
     backend = VLLMBackend.__new__(VLLMBackend)
@@ -281,9 +283,9 @@ def backend_over(watch: Watch, engine: Any) -> Any:
 
 
 def test_backend_reports_an_idle_engine_and_is_closed() -> None:
-    watch = Watch(QUICK)
+    watch = EngineProcesses(QUICK)
     engine = watch.start(lambda: engine_of(Child(SLEEP)))
-    engine.enqueue = lambda *_, **__: for_ever(Progress())
+    engine.enqueue = lambda *_, **__: for_ever(StepCounter())
     backend = backend_over(watch, engine)
     (child,) = engine.llm_engine.engine_core.resources.engine_manager.processes
     with raises(BackendError, Facts("failed", says=("is idle", "run the same command again to continue"))):
@@ -295,7 +297,7 @@ def test_backend_reports_an_idle_engine_and_is_closed() -> None:
 
 
 def test_vllm_error_is_one_line_and_closes_the_backend() -> None:
-    watch = Watch(QUICK)
+    watch = EngineProcesses(QUICK)
     engine = watch.start(lambda: engine_of(Child(SLEEP)))
 
     def enqueue(*_: Any, **__: Any) -> None:
@@ -312,7 +314,7 @@ def test_vllm_error_is_one_line_and_closes_the_backend() -> None:
 OWNER = '''
 import subprocess, sys, time
 from types import SimpleNamespace
-from llmrec.backends.vllm.supervise import Watch
+from llmrec.backends.vllm.supervise import EngineProcesses
 sleep = "import time; time.sleep(600)"
 code = f"""
 import subprocess, sys, time
@@ -324,7 +326,7 @@ children = []
 def build():
     children.append(subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, text=True))
     return SimpleNamespace()
-watch = Watch()
+watch = EngineProcesses()
 watch.start(build)
 print(children[0].pid, watch._guard.pid, flush=True)
 # Only now does the child start a process.

@@ -72,8 +72,8 @@ def test_training_features_exclude_the_row_itself() -> None:
     for each in (data, other):
         known = ratings(each, "logistic")
         # Share and mean of all ratings form the prior, which depends on every rating, so they are fixed here.
-        counts = replace(liked.Counts.of(known, None), share=0.5, mean=3.0)
-        past = liked._Past.of(each, known, counts)
+        counts = replace(liked.RatingCounts.of(known, None), share=0.5, mean=3.0)
+        past = liked._RatingHistory.of(each, known, counts)
         tables.append((known, np.column_stack([liked._others(known, counts, past), liked._before(past, 0.7)])))
     (known, before), (_, after) = tables
     user, item = data.train["user_id"][5], data.train["item_id"][5]
@@ -129,8 +129,8 @@ def test_features_of_a_request_by_hand() -> None:
 def test_training_features_equal_those_of_requests() -> None:
     data = _data(users=20)
     known = ratings(data, "logistic")
-    counts = liked.Counts.of(known, None)
-    decayed = liked._before(liked._Past.of(data, known, counts), 0.6)
+    counts = liked.RatingCounts.of(known, None)
+    decayed = liked._before(liked._RatingHistory.of(data, known, counts), 0.6)
     model = Logistic(Logistic.Config(features="recent", decay=0.6))
     model.fit(data)
     for user in ("u003", "u011"):
@@ -146,7 +146,7 @@ def test_known_history_counts_in_training_and_requests() -> None:
     early = data.train.with_row_index().filter(pl.col("index").is_in(range(0, data.train.height, 3))).drop("index")
     late = data.train.join(early, on=["user_id", "item_id"], how="anti")
     cut = replace(data, train=late.select(data.train.columns), known=early.select(data.train.columns))
-    counted, known, rows = liked.Counted.of(cut, "logistic", None, 0.7)
+    counted, known, rows = liked.RequestFeatures.of(cut, "logistic", None, 0.7)
     plain = rows * counted.scale + counted.mean
     sizes = {user: len(cut.known_events(user)) + cut.train_counts()[user] for user in known.user_index}
     for user, index in known.user_index.items():

@@ -22,7 +22,7 @@ from llmrec.baselines.popular import Popularity, Random, RecentPopularity
 from llmrec.data.split import SplitDataset, request_of
 from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.predictor import evaluate
-from llmrec.metrics.ranking import Standing, standing
+from llmrec.metrics.ranking import TargetRank, standing
 from llmrec.pipeline.study import load_split
 from llmrec.recipe.schema import DataSection
 from llmrec.registry import BASELINES, lookup
@@ -127,7 +127,7 @@ def test_random_over_a_catalogue_is_exact_with_a_cut_list() -> None:
     for answer in answers:
         assert len(set(answer.items)) == TOP and not set(answer.items) & set(catalogue[:50])
         for target in ("i050", "i399"):
-            assert standing(answer, target, 400) == Standing(greater=0, tied=350, missing=False)
+            assert standing(answer, target, 400) == TargetRank(greater=0, tied=350, missing=False)
     # The items of a list are random: each of 350 is in 200 * 100 / 350 = 57 lists on average, deviation 6.4.
     counts = Counter(item for answer in answers for item in answer.items)
     assert len(counts) == 350 and min(counts.values()) > 30 and max(counts.values()) < 85

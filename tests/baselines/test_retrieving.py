@@ -13,7 +13,7 @@ import polars as pl
 import pytest
 
 from llmrec.baselines.knn import ItemKNN
-from llmrec.baselines.retrieve import Lists, ceiling, retrieve
+from llmrec.baselines.retrieve import RetrievedCandidates, ceiling, retrieve
 from llmrec.data.candidates import CandidateSets
 from llmrec.data.split import SplitDataset, request_id
 from llmrec.ensembles.rankers import CatalogueEnsemble
@@ -38,8 +38,8 @@ def sets() -> CandidateSets:
 
 
 @pytest.fixture(scope="module")
-def lists() -> Lists:
-    return Lists(DATA, SECTION, 0)
+def lists() -> RetrievedCandidates:
+    return RetrievedCandidates(DATA, SECTION, 0)
 
 
 def test_retrieves_the_best_items_without_the_history(sets: CandidateSets) -> None:
@@ -86,7 +86,7 @@ def test_training_lists_come_from_a_retriever_without_the_user(monkeypatch: pyte
 
     monkeypatch.setattr(ItemKNN, "fit", fit)
     monkeypatch.setattr(ItemKNN, "scores", scores)
-    lists = Lists(DATA, SECTION, 0)
+    lists = RetrievedCandidates(DATA, SECTION, 0)
     training_lists = {user: lists.of(user) for user in DATA.users()}
     assert len(learned) == 5 and sum(map(len, training_lists.values())) > 0
     for user, user_lists in training_lists.items():
@@ -95,7 +95,7 @@ def test_training_lists_come_from_a_retriever_without_the_user(monkeypatch: pyte
             assert len(set(items)) == 8 and events[at].item_id in items
             assert not {event.item_id for event in events[:at]} & set(items)
     monkeypatch.undo()
-    other = Lists(redrawn(redrawn(DATA, "valid", 1), "test", 2), SECTION, 0)
+    other = RetrievedCandidates(redrawn(redrawn(DATA, "valid", 1), "test", 2), SECTION, 0)
     assert training_lists == {user: other.of(user) for user in DATA.users()}
     assert all(len(items) == 8 for items in lists.held().values()) and lists.held()
 
@@ -104,10 +104,12 @@ def test_rejects_training_lists_of_a_retriever_with_early_stopping() -> None:
     unsupported = Facts("unsupported", column="eval.candidates.retriever", says="choose another retriever")
     for name in ("sasrec", "gru4rec", "transitions-tuned", "state-tower"):
         with raises(RecipeError, unsupported):
-            Lists(DATA, CandidateSection(kind="retrieved", retriever=name, count=8), 0).of(next(iter(DATA.users())))
+            RetrievedCandidates(DATA, CandidateSection(kind="retrieved", retriever=name, count=8), 0).of(
+                next(iter(DATA.users()))
+            )
 
 
-def test_validation_rows_have_retrieved_candidates(lists: Lists) -> None:
+def test_validation_rows_have_retrieved_candidates(lists: RetrievedCandidates) -> None:
     held = lists.held()
     rows = list(make_task("direct", DATA, lists=lists).examples("valid"))
     assert 0 < len(rows) == len(held) < len(DATA.holdouts("valid"))
@@ -116,7 +118,7 @@ def test_validation_rows_have_retrieved_candidates(lists: Lists) -> None:
         assert {item, *row.negatives} == set(held[row.id.removeprefix("direct/valid/")])
 
 
-def test_training_rows_have_retrieved_candidates(lists: Lists) -> None:
+def test_training_rows_have_retrieved_candidates(lists: RetrievedCandidates) -> None:
     task = make_task("direct", DATA, lists=lists)
     rows = list(islice(task.examples("train"), 60))
     answers = set()
@@ -199,8 +201,8 @@ def test_validation_users_do_not_weight_their_fusion() -> None:
 
 
 def test_training_lists_of_a_fusion_ignore_held_out_data() -> None:
-    original = Lists(MANY, FUSED_SECTION, 0, FUSION)
-    other = Lists(redrawn(redrawn(MANY, "valid", 1), "test", 2), FUSED_SECTION, 0, FUSION)
+    original = RetrievedCandidates(MANY, FUSED_SECTION, 0, FUSION)
+    other = RetrievedCandidates(redrawn(redrawn(MANY, "valid", 1), "test", 2), FUSED_SECTION, 0, FUSION)
     lists = {user: original.of(user) for user in MANY.users()}
     assert any(lists.values())
     assert lists == {user: other.of(user) for user in MANY.users()}
@@ -215,7 +217,7 @@ def test_training_lists_of_a_fusion_ignore_held_out_data() -> None:
 def test_rejects_fusion_with_too_few_users() -> None:
     facts = Facts("too-few", column="eval.candidates.retriever", says="a single retriever")
     with raises(DataError, facts):
-        Lists(DATA, FUSED_SECTION, 0, FUSION).of(next(iter(DATA.users())))
+        RetrievedCandidates(DATA, FUSED_SECTION, 0, FUSION).of(next(iter(DATA.users())))
     with raises(DataError, facts):
         FUSION.fitted(replace(MANY, valid=MANY.valid.clear()), "test")
     with raises(DataError, facts):

@@ -11,10 +11,10 @@ import numpy as np
 import polars as pl
 import pytest
 
-from llmrec.bench.engine import Ran, compared
+from llmrec.bench.engine import FinishedBenchmark, compared
 from llmrec.bench.leaderboard import rewrite
 from llmrec.bench.pages import benchmark_pages
-from llmrec.bench.recipes import Line, _add, combined, points, recipe_of
+from llmrec.bench.recipes import VariantRow, _add, combined, points, recipe_of
 from llmrec.bench.records import BenchmarkResult, BenchmarkRow, BenchmarkTable, RowFigures
 from llmrec.bench.run import check_page, run_benchmark
 from llmrec.errors import RecipeError
@@ -62,7 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ran(folder: Path) -> tuple[list[str], Ran]:
+def ran(folder: Path) -> tuple[list[str], FinishedBenchmark]:
     """The messages and the result of a benchmark with three runs."""
     messages: list[str] = []
     page = load_benchmark(write(folder, RUNS, PAIRS))
@@ -83,7 +83,7 @@ def test_grid_has_every_combination_and_seed(tmp_path: Path) -> None:
     assert len({point.folder for point in found}) == len(found)
 
 
-def test_table_has_every_run_with_its_cost(folder: Path, ran: tuple[list[str], Ran]) -> None:
+def test_table_has_every_run_with_its_cost(folder: Path, ran: tuple[list[str], FinishedBenchmark]) -> None:
     messages, files = ran[0], ran[1].files
     results = json.loads(files["results"].read_text(encoding="utf-8"))
     assert len(messages) == 3 and {table["task"] for table in results["tables"]} == {"direct", "rating"}
@@ -122,7 +122,7 @@ def test_table_has_every_run_with_its_cost(folder: Path, ran: tuple[list[str], R
     assert results["missing"] == 0 and "runs are missing" not in text
 
 
-def test_second_call_reuses_every_run(folder: Path, ran: tuple[list[str], Ran], tmp_path: Path) -> None:
+def test_second_call_reuses_every_run(folder: Path, ran: tuple[list[str], FinishedBenchmark], tmp_path: Path) -> None:
     rows = sorted((folder / "runs" / "zero-shot" / "rows").iterdir())
     times = [row.stat().st_mtime_ns for row in rows]
     # No table contains both models of this pair.
@@ -134,7 +134,9 @@ def test_second_call_reuses_every_run(folder: Path, ran: tuple[list[str], Ran], 
     assert results["missing"] == 0 and results["rows"] == json.loads(ran[1].files["results"].read_text())["rows"]
 
 
-def test_runs_of_different_cases_do_not_share_a_table(folder: Path, ran: tuple[list[str], Ran], tmp_path: Path) -> None:
+def test_runs_of_different_cases_do_not_share_a_table(
+    folder: Path, ran: tuple[list[str], FinishedBenchmark], tmp_path: Path
+) -> None:
     page = load_benchmark(write(folder, "  - {name: zero-shot}\n  - {name: few, overrides: [eval.users=10]}\n"))
     with raises(RecipeError, Facts("mismatch", says="eval.users")):
         run_benchmark(page, out=folder / "runs", results=tmp_path)
@@ -176,7 +178,7 @@ def figures(value: float, n: int = 2) -> Row:
 
 
 def test_seeds_are_averaged_before_rows_are_compared() -> None:
-    line = Line(
+    line = VariantRow(
         ("direct", "NDCG@10", "", None), "label", "tuned", "tuned", [figures(0.2), figures(0.4)],
         [{"NDCG@10": [0.0, 0.4]}, {"NDCG@10": [0.2, 0.6]}], ["a", "b"], ["a", "b"],
     )  # fmt: skip
@@ -230,17 +232,20 @@ def test_undefined_value_is_in_the_table(tmp_path: Path) -> None:
 
 
 def test_rejects_seeds_with_different_requests() -> None:
-    lines: dict[Any, Line] = {}
-    _add(lines, Line(("rating", "RMSE", "", None), "a", "a", users=["u", "u"], requests=["u|1", "u|2"]))
+    lines: dict[Any, VariantRow] = {}
+    _add(lines, VariantRow(("rating", "RMSE", "", None), "a", "a", users=["u", "u"], requests=["u|1", "u|2"]))
     with raises(RecipeError, Facts("mismatch", says="eval.users")):
-        _add(lines, Line(("rating", "RMSE", "", None), "a", "a", users=["u", "u"], requests=["u|2", "u|3"]))
+        _add(lines, VariantRow(("rating", "RMSE", "", None), "a", "a", users=["u", "u"], requests=["u|2", "u|3"]))
 
 
 def test_baselines_with_different_answers_are_separate_rows() -> None:
-    lines: dict[Any, Line] = {}
+    lines: dict[Any, VariantRow] = {}
     for run, value in (("a", 1.0), ("b", 1.0 + 1e-9), ("c", 2.0), ("c", 2.0)):
         values = [{"RMSE": np.array([value])}]
-        _add(lines, Line(("rating", "RMSE", "", None), "fusion", "", run, values=values, users=["u"], requests=["u|1"]))
+        _add(
+            lines,
+            VariantRow(("rating", "RMSE", "", None), "fusion", "", run, values=values, users=["u"], requests=["u|1"]),
+        )
     assert [name for _, name in lines] == ["fusion", "fusion · c"]
     assert [len(line.values) for line in lines.values()] == [1, 1]
 
@@ -250,7 +255,7 @@ def test_comparisons_of_missing_runs_count_in_the_family(tmp_path: Path) -> None
     rng = np.random.default_rng(0)
     better = [{"NDCG@10": rng.random(40)} for _ in range(2)]
     lines = [
-        Line(("direct", "NDCG@10", "", None), name, name, "", [figures(0.5, 40)], [values], users, users)
+        VariantRow(("direct", "NDCG@10", "", None), name, name, "", [figures(0.5, 40)], [values], users, users)
         for name, values in zip("ab", better, strict=True)
     ]
     page = load_benchmark(write(tmp_path, "  - {name: a}\n", 'pairs: [["a", "b"], ["a", "c"], ["b", "c"]]\n'))

@@ -16,7 +16,7 @@ import pytest
 from llmrec.answer.opening import open_classics
 from llmrec.backends.fake import FakeBackend
 from llmrec.bench import conversations
-from llmrec.bench.conversations import TABLE, Talk, finished_row, tables_of
+from llmrec.bench.conversations import TABLE, ConversationData, finished_row, tables_of
 from llmrec.bench.engine import Finished, compared
 from llmrec.bench.leaderboard import rewrite
 from llmrec.bench.run import run_benchmark
@@ -123,8 +123,10 @@ def test_lists_graded_by_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "tools are chosen by" not in page
 
 
-def talk(seed: int, user: str, hit: int | None, turns: int) -> Talk:
-    return Talk(seed=seed, user=user, hit=hit, turns=turns, seconds=0.5, tokens=10, calls={"show": turns, "rank": 1})
+def talk(seed: int, user: str, hit: int | None, turns: int) -> ConversationData:
+    return ConversationData(
+        seed=seed, user=user, hit=hit, turns=turns, seconds=0.5, tokens=10, calls={"show": turns, "rank": 1}
+    )
 
 
 def test_metrics_by_hand() -> None:

@@ -16,7 +16,7 @@ from llmrec.baselines.knn import ItemKNN
 from llmrec.baselines.markov import Markov
 from llmrec.baselines.tune import tune
 from llmrec.bench import suite as suites
-from llmrec.bench.engine import Ran
+from llmrec.bench.engine import FinishedBenchmark
 from llmrec.bench.models import Models
 from llmrec.bench.references import reference
 from llmrec.bench.run import run_benchmark
@@ -57,16 +57,16 @@ PAGE: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ran]:
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, FinishedBenchmark]:
     folder = tmp_path_factory.mktemp("suite")
     return folder, run_benchmark(Suite(**PAGE), out=folder / "out", results=folder / "eval" / "results")
 
 
-def _again(folder: Path, **changed: Any) -> Ran:
+def _again(folder: Path, **changed: Any) -> FinishedBenchmark:
     return run_benchmark(Suite(**PAGE | changed), out=folder / "out", results=folder / "eval" / "results")
 
 
-def test_rows_have_both_tables_seeds_and_tie_rules(ran: tuple[Path, Ran]) -> None:
+def test_rows_have_both_tables_seeds_and_tie_rules(ran: tuple[Path, FinishedBenchmark]) -> None:
     rows = {row["name"]: row for row in ran[1].results.as_json()["rows"]}
     assert list(rows) == [row["baseline"] for row in PAGE["rows"]]
     for name, row in rows.items():
@@ -109,7 +109,7 @@ def test_limit_of_users_with_several_held_out_interactions() -> None:
     assert [case.request.id for case in few] == [case.request.id for case in every if case.request.user_id in users]
 
 
-def test_grid_is_tuned_on_validation(ran: tuple[Path, Ran]) -> None:
+def test_grid_is_tuned_on_validation(ran: tuple[Path, FinishedBenchmark]) -> None:
     rows = {row["name"]: row for row in ran[1].results.as_json()["rows"]}
     data = load_split(Suite(**PAGE).data, 0)
     grid = ItemKNN.GRID | {"history": (10,)}
@@ -274,7 +274,7 @@ def test_fusion_names_earlier_rows() -> None:
         Suite(**PAGE | {"rows": [{"baseline": "ease"}, {"baseline": "popularity", "name": "ease"}]})
 
 
-def test_best_row_is_compared_with_all_others(ran: tuple[Path, Ran]) -> None:
+def test_best_row_is_compared_with_all_others(ran: tuple[Path, FinishedBenchmark]) -> None:
     results = ran[1].results.as_json()
     best = max(results["rows"], key=lambda row: row["tables"]["excluded"]["metrics"]["NDCG@10"]["value"])["name"]
     result = [line for line in results["comparisons"] if line["table"] == "excluded"]
@@ -375,7 +375,7 @@ def test_list_metrics_and_diversity(tmp_path: Path) -> None:
 
 
 def test_only_changed_rows_are_computed_again(
-    ran: tuple[Path, Ran], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ran: tuple[Path, FinishedBenchmark], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder, first = ran
     added: list[str] = []

@@ -12,7 +12,7 @@ import pytest
 
 from llmrec.chat.calls import COUNTS, Call, Show, ends, legal, read_call, written
 from llmrec.chat.managers import ModelManager
-from llmrec.chat.state import ITEM, Line, State, Wish
+from llmrec.chat.state import ITEM, ChatMessage, State, UserPreference
 from llmrec.decode.beam import Fed, Floats, Targets, beam
 from llmrec.decode.token_tree import Catalogue
 from llmrec.errors import DataError
@@ -33,10 +33,12 @@ def states() -> list[State]:
     """Return conversation states with and without a list, likes and constraints."""
     result = []
     for number, text in enumerate(LINES):
-        likes = (Wish(field=ITEM, op="is", value="f05", hard=False),) if number % 2 else ()
-        bans = (Wish(field="genres", op="not", value="Horror"),) if number % 3 else ()
+        likes = (UserPreference(field=ITEM, op="is", value="f05", hard=False),) if number % 2 else ()
+        bans = (UserPreference(field="genres", op="not", value="Horror"),) if number % 3 else ()
         shown = ("f01", "f03", "f06", "f09", "f11")[: 5 * (number > 1)]
-        result.append(State(turn=number, profile=likes + bans, shown=shown, lines=(Line(role="user", text=text),)))
+        result.append(
+            State(turn=number, profile=likes + bans, shown=shown, lines=(ChatMessage(role="user", text=text),))
+        )
     return result
 
 
@@ -150,7 +152,7 @@ def test_injections_add_no_tool_and_leak_nothing(backend: Any) -> None:
         elif number % 3 == 1:
             known[name] = replace(known[name], fields={**known[name].fields, "review": text})
         talk = conversation(known=known)
-        state = State(shown=("f00", name), profile=(Wish(field=ITEM, op="is", value=name, hard=False),))
+        state = State(shown=("f00", name), profile=(UserPreference(field=ITEM, op="is", value=name, hard=False),))
         reply = talk.answer(state, text if number % 3 == 2 else "something like these, but not a musical")
         assert not any(line in reply.text for line in secret)
         assert set(reply.items) <= set(known)

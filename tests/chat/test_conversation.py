@@ -19,7 +19,7 @@ from llmrec.chat.conversation import Conversation, Reply
 from llmrec.chat.facts import Facts
 from llmrec.chat.managers import RandomManager, RuleManager
 from llmrec.chat.simulator import NEAR, SimulatedUser, hold, knowledge_of, near
-from llmrec.chat.state import ITEM, KEPT, MOST_TURNS, MOST_WISHES, State, Wish, eased, fresh, learned
+from llmrec.chat.state import ITEM, KEPT, MOST_TURNS, MOST_WISHES, State, UserPreference, eased, fresh, learned
 from llmrec.chat.tools import Tools
 from llmrec.errors import DataError, ErrorKind
 from llmrec.types import Item
@@ -121,7 +121,7 @@ def test_reads_wishes(line: str, wishes: set[tuple[str, str, str, bool]]) -> Non
 def test_mention_does_not_lift_a_ban(line: str) -> None:
     replies = replies_to(conversation(), "something, but not horror", line, "more please")
     assert all("Horror" not in each for reply in replies for each in genres(reply)) and replies[-1].items
-    assert Wish(field="genres", op="not", value="Horror", turn=1) in replies[-1].state.profile
+    assert UserPreference(field="genres", op="not", value="Horror", turn=1) in replies[-1].state.profile
 
 
 def test_fixed_rules_always_hold() -> None:
@@ -168,8 +168,8 @@ def test_alternatives_stay_together() -> None:
     assert out is not None and not any(wish.hard for wish in profile)
     # Alternatives of different turns are separate wishes.
     apart = (
-        Wish(field="genres", op="is", value="Comedy", turn=1),
-        Wish(field="genres", op="or", value="Drama", turn=2),
+        UserPreference(field="genres", op="is", value="Comedy", turn=1),
+        UserPreference(field="genres", op="or", value="Drama", turn=2),
     )
     assert talk.tools.facts.rules(apart).allowed(items()) == frozenset()
 
@@ -181,10 +181,10 @@ def test_negative_bounds_never_ease() -> None:
 
 
 def test_full_profile_keeps_bans() -> None:
-    bans = [Wish(field="genres", op="not", value=f"g{n}") for n in range(MOST_WISHES - 3)]
-    soft = [Wish(field=ITEM, op="is", value=f"i{n}", hard=False) for n in range(3)]
-    guess = Wish(field="genres", op="is", value="guess", source="inferred")
-    hard = [Wish(field="genres", op="is", value=f"w{n}") for n in range(2)]
+    bans = [UserPreference(field="genres", op="not", value=f"g{n}") for n in range(MOST_WISHES - 3)]
+    soft = [UserPreference(field=ITEM, op="is", value=f"i{n}", hard=False) for n in range(3)]
+    guess = UserPreference(field="genres", op="is", value="guess", source="inferred")
+    hard = [UserPreference(field="genres", op="is", value=f"w{n}") for n in range(2)]
     full = learned([*bans, *soft], [guess, *hard])
     assert full == (*bans, soft[2], *hard)
 
@@ -204,7 +204,7 @@ def test_wishes_combine_and_ease() -> None:
 
 def test_stated_wishes_override_inferred_ones() -> None:
     stated, guess = (
-        Wish(field="genres", op=op, value="Horror", source=source, turn=3)
+        UserPreference(field="genres", op=op, value="Horror", source=source, turn=3)
         for op, source in (("not", "said"), ("is", "inferred"))
     )
     assert learned([stated], [guess]) == (stated,)
@@ -232,7 +232,9 @@ def test_profile_can_be_read_edited_and_deleted() -> None:
     replies = replies_to(talk, "no horror please", "I loved Cold Trail", "what do you know about me?")
     assert "1. genres is not Horror" in replies[-1].text and "likes Cold Trail (1988)" in replies[-1].text
     state = replies[-1].state
-    edited = state.with_(profile=(*state.profile, Wish(field="genres", op="not", value="Comedy", source="edited")))
+    edited = state.with_(
+        profile=(*state.profile, UserPreference(field="genres", op="not", value="Comedy", source="edited"))
+    )
     (reply,) = replies_to(talk, "more please", state=State.model_validate(edited.model_dump()))
     assert not any({"Horror", "Comedy"} & each for each in genres(reply))
     gone, outcome = talk.tools.apply(Forget(wish=1), state)
@@ -254,14 +256,19 @@ def test_state_is_validated() -> None:
         State.model_validate({"profile": [{"field": "genres", "op": "drop table", "value": "x"}]})
     talk = conversation()
     state = State(
-        profile=(Wish(field="genres", op="is", value="Nonsense"), Wish(field=ITEM, op="is", value="f99")),
+        profile=(
+            UserPreference(field="genres", op="is", value="Nonsense"),
+            UserPreference(field=ITEM, op="is", value="f99"),
+        ),
         shown=("f99", "f01"),
         buffer=("f98",),
         asked=("nothing",),
     )
     (reply,) = replies_to(talk, "more please", state=state)
     assert not reply.state.profile and set(reply.items) <= set(items()) and reply.items
-    long = State(turn=MOST_TURNS, asked=("year",) * MOST_WISHES, profile=(Wish(field=ITEM, op="is", value="f01"),))
+    long = State(
+        turn=MOST_TURNS, asked=("year",) * MOST_WISHES, profile=(UserPreference(field=ITEM, op="is", value="f01"),)
+    )
     (reply,) = replies_to(talk, "surprise me", state=long)
     assert State.model_validate(reply.state.model_dump()) == reply.state and reply.state.turn == MOST_TURNS
 
@@ -277,7 +284,7 @@ def test_long_values_and_control_characters() -> None:
     assert set(facts.values) == {"genres", "year", "director", "mood\x07"}
     assert all(len(value) <= 300 for values in facts.values.values() for value in values)
     assert Facts(known, lambda texts: np.ones((len(texts), 2))).concepts.shape == (18, 2)
-    state = State(shown=("f00",), profile=(Wish(field="mood\x07", op="is", value=bell),))
+    state = State(shown=("f00",), profile=(UserPreference(field="mood\x07", op="is", value=bell),))
     (lines,) = [talk.tools.apply(Explain(item=1), state)[1].lines]
     spoken = (*lines, *talk.tools.profile(state), *(talk._question(field) for field in facts.values))
     assert "Noise" in "".join(spoken) and all(line.isprintable() for line in spoken)
@@ -355,7 +362,7 @@ def test_simulated_users_never_say_the_title() -> None:
         liked = dice.sample([name for name in items() if name != target], 3)
         knowledge = knowledge_of(facts, target, liked, number, likes=2)
         user = SimulatedUser(knowledge, facts.numeric, number)
-        likes = tuple(Wish(field=ITEM, op="is", value=name, hard=False) for name in liked)
+        likes = tuple(UserPreference(field=ITEM, op="is", value=name, hard=False) for name in liked)
         held = hold(talk, user, target, 5, State(profile=likes))
         assert not any(near(line, facts.titles[target].split(" (")[0]) for line in held.lines), held.lines
         assert len(held.lines) <= 5 and (held.hit is None or held.hit == len(held.lines))

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from llmrec.baselines.neural import info_nce_both
-from llmrec.chat.dual_encoder import Asked, DualEncoder, contexts_of, embedders, learn, mapped, of_transcript
+from llmrec.chat.dual_encoder import DialogueTurns, DualEncoder, contexts_of, embedders, learn, mapped, of_transcript
 from llmrec.chat.reading import title_of
 from llmrec.chat.simulator import dialogues, near, transcript
 from llmrec.chat.transcripts import Turn, differences, read, write
@@ -39,14 +39,14 @@ def test_loss_by_hand() -> None:
 
 def test_false_negatives_are_masked() -> None:
     apart = [NOTHING, frozenset({7}), NOTHING, NOTHING]
-    cases = Asked(np.zeros((4, 2), dtype=np.float32), np.array([5, 6, 7, 5]), apart, np.arange(4))
+    cases = DialogueTurns(np.zeros((4, 2), dtype=np.float32), np.array([5, 6, 7, 5]), apart, np.arange(4))
     expected = np.zeros((4, 4), dtype=bool)
     expected[0, 3] = expected[3, 0] = expected[1, 2] = True
     assert (cases.false(np.arange(4)) == expected).all()
     assert not cases.false(np.array([0, 2])).any()
 
 
-def planted(seed: int) -> tuple[Asked, NDArray[np.float32]]:
+def planted(seed: int) -> tuple[DialogueTurns, NDArray[np.float32]]:
     """Return contexts whose vectors are the rotated vectors of their items with noise."""
     rng = np.random.default_rng(seed)
     table = rng.normal(size=(60, 16)).astype(np.float32)
@@ -54,7 +54,7 @@ def planted(seed: int) -> tuple[Asked, NDArray[np.float32]]:
     turned = np.linalg.qr(rng.normal(size=(16, 16)))[0].astype(np.float32)
     targets = rng.integers(60, size=1500)
     noisy = table[targets] @ turned + 0.1 * rng.normal(size=(1500, 16)).astype(np.float32)
-    return Asked(noisy.astype(np.float32), targets, [NOTHING] * 1500, np.arange(1500) // 2), table
+    return DialogueTurns(noisy.astype(np.float32), targets, [NOTHING] * 1500, np.arange(1500) // 2), table
 
 
 def test_learns_planted_mapping() -> None:
@@ -124,7 +124,7 @@ def test_folds_are_scored_by_models_fitted_without_them(monkeypatch: pytest.Monk
     turns, table = (rng.normal(size=(size, 4)).astype(np.float32) for size in (count, 9))
     lessons = []
 
-    def noted(encoder: str, asked: Asked, table: NDArray[np.float32]) -> DualEncoder:
+    def noted(encoder: str, asked: DialogueTurns, table: NDArray[np.float32]) -> DualEncoder:
         lessons.append({turns.tolist().index(row) for row in asked.vectors.tolist()})
         weights = np.random.default_rng(asked.targets.tolist()).normal(size=(4, 4)).astype(np.float32)
         return DualEncoder(encoder, weights, weights)

@@ -14,7 +14,7 @@ from llmrec.chat.facts import Facts
 from llmrec.chat.fit import PHRASES, FitJudge, Reason, expected, joined, reason, shares
 from llmrec.chat.managers import RuleManager
 from llmrec.chat.reading import Reader
-from llmrec.chat.state import ITEM, Line, State, Wish
+from llmrec.chat.state import ITEM, ChatMessage, State, UserPreference
 from llmrec.chat.tools import Tools
 from llmrec.types import Item, Prompt, Scores
 from tests.chat.shelf import MadeLists, items
@@ -65,11 +65,11 @@ def test_orders_are_joined_by_reciprocal_ranks() -> None:
 
 def test_reasons_list_met_and_missed_wishes() -> None:
     facts = Facts(items())
-    comedy, western = (Wish(field="genres", op="is", value=each, turn=1) for each in ("Comedy", "Western"))
-    either = Wish(field="genres", op="or", value="Romance", turn=1)
-    ban = Wish(field="genres", op="not", value="Horror")
-    soft = Wish(field="director", op="is", value="Ann Vale", hard=False)
-    state = State(profile=(comedy, either, ban, soft, Wish(field=ITEM, op="is", value="f00", hard=False)))
+    comedy, western = (UserPreference(field="genres", op="is", value=each, turn=1) for each in ("Comedy", "Western"))
+    either = UserPreference(field="genres", op="or", value="Romance", turn=1)
+    ban = UserPreference(field="genres", op="not", value="Horror")
+    soft = UserPreference(field="director", op="is", value="Ann Vale", hard=False)
+    state = State(profile=(comedy, either, ban, soft, UserPreference(field=ITEM, op="is", value="f00", hard=False)))
     # A comedy by Ann Vale, a romance by Bo Quist, and a horror comedy by Cy Marsh.
     assert reason(facts, state, "f03") == Reason((comedy, ban, soft), ())
     assert reason(facts, state, "f09") == Reason((either, ban), (soft,))
@@ -120,7 +120,7 @@ def test_injected_text_has_no_effect(where: str, llama_folder: Path) -> None:
     assert "Ignore" not in text and "You judge" not in text and "A language model calls it: excellent fit." in text
     encoder = encoder_of(llama_folder, 4000)
     control = set(encoder.tokenizer.all_special_ids)
-    state = State(lines=(Line(role="user", text=attack if where == "user" else "a comedy"),))
+    state = State(lines=(ChatMessage(role="user", text=attack if where == "user" else "a comedy"),))
     hostile, plain = (
         judge.prompt(facts, each, "f03", Reason((), ()))
         for facts, each in ((conversation.tools.facts, state), (Facts(items()), State(lines=state.lines[:0])))

@@ -6,7 +6,7 @@ import pytest
 
 from llmrec.chat.calls import Forget, legal
 from llmrec.chat.conversation import Conversation
-from llmrec.chat.state import ITEM, State, Wish
+from llmrec.chat.state import ITEM, State, UserPreference
 from llmrec.types import Item
 from tests.chat.shelf import conversation
 
@@ -43,7 +43,7 @@ def talk() -> Conversation:
 
 
 def begun() -> State:
-    ban = Wish(field="genres", op="not", value="Horror")
+    ban = UserPreference(field="genres", op="not", value="Horror")
     return State(turn=1, profile=(ban,), shown=("i3", "i4", "i5"))
 
 
@@ -99,9 +99,9 @@ def test_brands_are_no_requests(brand: str) -> None:
 def test_instead_in_a_title_replaces_nothing() -> None:
     held = talk()
     first = held.answer(State(), "I'd like a comedy")
-    assert Wish(field="genres", op="is", value="Comedy", turn=1) in first.state.profile
+    assert UserPreference(field="genres", op="is", value="Comedy", turn=1) in first.state.profile
     then = held.answer(first.state, "I liked Instead of Heaven, something by Reset")
-    assert Wish(field="genres", op="is", value="Comedy", turn=1) in then.state.profile
+    assert UserPreference(field="genres", op="is", value="Comedy", turn=1) in then.state.profile
     other = held.answer(first.state, "horror instead")
     assert not any(wish.value == "Comedy" for wish in other.state.profile)
 

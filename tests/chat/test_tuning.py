@@ -16,7 +16,17 @@ from llmrec.chat.conversation import Conversation
 from llmrec.chat.managers import ModelManager, model_input
 from llmrec.chat.simulator import OTHER, USUAL, dialogues, transcript
 from llmrec.chat.transcripts import Turn
-from llmrec.chat.tuning import Agreement, UsualManager, agreement, example, known, leading, parted, refuse, taught
+from llmrec.chat.tuning import (
+    Agreement,
+    MostFrequentManager,
+    agreement,
+    example,
+    known,
+    leading,
+    parted,
+    refuse,
+    taught,
+)
 from llmrec.errors import DataError, RecipeError
 from llmrec.index.titles import title_key
 from llmrec.prompts.template import load_templates
@@ -93,7 +103,7 @@ def test_conversations_are_held_out_completely() -> None:
 
 def test_agreement_by_hand() -> None:
     moments = taught(conversation(), talks())
-    usual = UsualManager.of(moments)
+    usual = MostFrequentManager.of(moments)
     assert usual.counts[()] == Counter({Rank(): 1, Explain(item=2): 1, Say(what="hello"): 1})
     # The first call is always rank, which is correct in one of three cases; later calls follow the counts.
     assert agreement(usual, moments) == Agreement(5, 3 / 5, 3 / 5)

@@ -16,13 +16,13 @@ import typer
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from llmrec.answer.options import About
+from llmrec.answer.options import OptionHelp
 from llmrec.cli import console
 from llmrec.cli import main as cli
 from llmrec.cli.audit import AuditOptions, audit
 from llmrec.cli.main import app_of
 from llmrec.pipeline import run as pipeline
-from llmrec.progress import QUIET, Bar
+from llmrec.progress import QUIET, Progress
 from llmrec.recipe.load import load_recipe
 from llmrec.types import Cost
 from tests.test_cli import HEADER, rows, write
@@ -71,7 +71,7 @@ def test_every_command_has_the_common_options_once() -> None:
 
 @dataclass(frozen=True)
 class Word:
-    word: Annotated[str, About(help="Anything.")] = ""
+    word: Annotated[str, OptionHelp(help="Anything.")] = ""
 
 
 @pytest.fixture
@@ -106,9 +106,9 @@ def test_common_options_before_and_after_the_command(levels: typer.Typer, line: 
 
 def test_environment_variable_hides_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(QUIET, raising=False)
-    assert Bar("work", 2)._ticks and not Bar("work", 2, quiet=True)._ticks
+    assert Progress("work", 2)._ticks and not Progress("work", 2, quiet=True)._ticks
     monkeypatch.setenv(QUIET, "1")
-    assert not Bar("work", 2)._ticks
+    assert not Progress("work", 2)._ticks
 
 
 def test_json_of_check_and_data(

@@ -125,11 +125,11 @@ import sys, time
 from llmrec.cli import main as cli
 from pathlib import Path
 from llmrec import terminal
-from llmrec.progress import Bar
+from llmrec.progress import Progress
 from llmrec.recipe import load
 def wait(*_):
     terminal.works_in(Path({folder!r}))
-    with Bar("train", 90, unit="steps") as bar:
+    with Progress("train", 90, unit="steps") as bar:
         bar.reach(37)
         terminal.err().write("ready\\n")
         time.sleep(60)

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from llmrec.cli import estimate
-from llmrec.cli.estimate import Seen, Speed, eval_work, measured
+from llmrec.cli.estimate import ReadPrefixes, Speed, eval_work, measured
 from llmrec.cli.main import app
 from llmrec.models import bottleneck
 from llmrec.models.load import load_config, load_model
@@ -88,7 +88,7 @@ def test_counts_weights_of_soft_prompts_and_bottlenecks(llama_folder: Path, meth
 
 
 def test_shared_prefix_of_prompts_is_read_once() -> None:
-    seen, first = Seen(), list(range(40))
+    seen, first = ReadPrefixes(), list(range(40))
     assert (seen.new(first), seen.new(first)) == (40, 8)
     assert seen.new([*first[:16], *range(100, 124)]) == 24
     assert seen.new([1]) == 1

@@ -104,7 +104,7 @@ COMMAND = '''
 from dataclasses import dataclass
 from typing import Annotated
 
-from llmrec.answer.options import About
+from llmrec.answer.options import OptionHelp
 from llmrec.cli.console import say, store_facts
 
 
@@ -112,8 +112,8 @@ from llmrec.cli.console import say, store_facts
 class GreetOptions:
     """A name."""
 
-    name: Annotated[str, About(argument=True, metavar="NAME", help="Whose.")]
-    loud: Annotated[bool, About(help="In capitals.")] = False
+    name: Annotated[str, OptionHelp(argument=True, metavar="NAME", help="Whose.")]
+    loud: Annotated[bool, OptionHelp(help="In capitals.")] = False
 
 
 def greet(options: GreetOptions) -> None:

@@ -29,7 +29,7 @@ from llmrec.cli.main import app
 from llmrec.cluster import actors, jobs
 from llmrec.cluster.actors import allocate, cluster, knock, rank_on
 from llmrec.cluster.evaluation import merge_run
-from llmrec.cluster.jobs import JOB, Advanced, Job, Worked, Worker, count_of, facts_of, published, work_all
+from llmrec.cluster.jobs import JOB, Job, ShardProgress, ShardResult, Worker, count_of, facts_of, published, work_all
 from llmrec.data.features import FeatureStore
 from llmrec.durable import sha256_of
 from llmrec.errors import LlmrecError, MissingExtra, RecipeError
@@ -55,14 +55,14 @@ def job_in(folder: Path) -> Job:
     return Job("rank", folder / "out.jsonl", options(folder, folder / "in.jsonl", folder / "out.jsonl"))
 
 
-def worked(number: int, process: int = 1, **more: Any) -> Worked:
-    return Worked(number, "node", process, 1.0, **more)
+def worked(number: int, process: int = 1, **more: Any) -> ShardResult:
+    return ShardResult(number, "node", process, 1.0, **more)
 
 
 def test_lost_shards_are_processed_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     passes: list[list[int]] = []
 
-    def spread(numbers: Sequence[int]) -> Iterator[Worked]:
+    def spread(numbers: Sequence[int]) -> Iterator[ShardResult]:
         passes.append(list(numbers))
         # Out of order, and the second pass loses all of its shards.
         keep = [[4, 1], [], [2, 5], [3]][len(passes) - 1]
@@ -78,8 +78,15 @@ def test_lost_shards_are_processed_again(tmp_path: Path, caplog: pytest.LogCaptu
 def test_progress_of_all_shards(tmp_path: Path) -> None:
     seen: list[str] = []
 
-    def spread(numbers: Sequence[int]) -> Iterator[Worked | Advanced]:
-        for entry in (Advanced(1, 0.6), Advanced(2, 0.5), Advanced(2, 0.9), worked(1), worked(2), Advanced(3, 0.7)):
+    def spread(numbers: Sequence[int]) -> Iterator[ShardResult | ShardProgress]:
+        for entry in (
+            ShardProgress(1, 0.6),
+            ShardProgress(2, 0.5),
+            ShardProgress(2, 0.9),
+            worked(1),
+            worked(2),
+            ShardProgress(3, 0.7),
+        ):
             yield entry
             seen.append(under_way()[-1].reached())
         yield from (worked(number) for number in numbers if number > 2)
@@ -91,7 +98,7 @@ def test_progress_of_all_shards(tmp_path: Path) -> None:
 def test_repeatedly_lost_shards_end_the_job(tmp_path: Path) -> None:
     passes = []
 
-    def spread(numbers: Sequence[int]) -> Iterator[Worked]:
+    def spread(numbers: Sequence[int]) -> Iterator[ShardResult]:
         passes.append(numbers)
         yield from (worked(number) for number in numbers if number != 2)
 
@@ -101,7 +108,7 @@ def test_repeatedly_lost_shards_end_the_job(tmp_path: Path) -> None:
 
 
 def test_failed_shard_ends_the_job_at_once(tmp_path: Path) -> None:
-    def spread(numbers: Sequence[int]) -> Iterator[Worked]:
+    def spread(numbers: Sequence[int]) -> Iterator[ShardResult]:
         yield worked(1)
         yield worked(2, error="items.csv, row 3 has no title")
         raise AssertionError("the job went on")
@@ -142,7 +149,7 @@ def test_error_of_a_node_without_the_folder(tmp_path: Path, monkeypatch: pytest.
     job = job_in(tmp_path)
     with published(job):
         assert "all nodes share" in Worker(shards_of(job.target), "of another job", 2, "node 7", 1).work(1).error
-    assert Worked.parse(result.as_json()) == result
+    assert ShardResult.parse(result.as_json()) == result
 
 
 def test_worker_waits_for_a_locked_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +241,7 @@ def test_restart_drops_old_results_once(llama_folder: Path, tmp_path: Path, monk
         assert all(folder.exists() for folder in old)
         yield SimpleNamespace(nodes=lambda: [{"Alive": True, "Resources": {"CPU": 4}}])
 
-    def work_all(job: Job, count: int, _: object) -> list[Worked]:
+    def work_all(job: Job, count: int, _: object) -> list[ShardResult]:
         assert not any(folder.exists() for folder in old)
         assert isinstance(job.options, RankOptions) and not job.options.restart
         for number in range(1, count + 1):

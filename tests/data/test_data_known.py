@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from llmrec.data.dataset import Dataset
 from llmrec.data.read.files import Member, plain_name
 from llmrec.data.read.table import blocks
-from llmrec.data.read.text import Form
+from llmrec.data.read.text import TextFormat
 from llmrec.data.sets import pages as sets
 from llmrec.data.sets.locate import captured
 from llmrec.data.sets.pages import Counts
@@ -500,7 +500,7 @@ def test_written_rows_are_read_back(
     head = "a,b\n" if kind == "csv" else ""
     path = tmp_path_factory.mktemp("blocks") / "x"
     path.write_bytes((head + ("\n\n" if gaps else "\n").join(write(row) for row in values)).encode())
-    form = Form(kind={"csv": "delimited", "python": "dicts"}.get(kind, kind), quoted=True)  # type: ignore[arg-type]
+    form = TextFormat(kind={"csv": "delimited", "python": "dicts"}.get(kind, kind), quoted=True)  # type: ignore[arg-type]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("llmrec.data.read.text.BLOCK", size)
         results = list(blocks(Member("x", path), form, {"b": "text", "a": "text"}))

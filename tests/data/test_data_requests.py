@@ -23,7 +23,7 @@ from llmrec.data import ranked
 from llmrec.data.assemble import digest_items, read_items
 from llmrec.data.ranked import Ranked, read_part, write_part, write_records
 from llmrec.data.read.files import read_bytes
-from llmrec.data.request_file import Raw, open_requests
+from llmrec.data.request_file import RequestRow, open_requests
 from llmrec.data.requests import RankRequest, identity, read_request
 from llmrec.errors import DataError
 from llmrec.types import Item
@@ -207,7 +207,7 @@ def test_table_of_items(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------- files
 
 
-def rows_of(path: Path) -> list[Raw]:
+def rows_of(path: Path) -> list[RequestRow]:
     requests = open_requests(path)
     rows = list(requests)
     assert len(rows) == requests.rows

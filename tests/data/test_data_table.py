@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 
 from llmrec.backends.encode import Encoder
 from llmrec.data.read.delimited import Delimited, delimited
-from llmrec.data.read.files import Given
+from llmrec.data.read.files import InMemoryFile
 from llmrec.data.read.table import read_table
-from llmrec.data.read.text import Form
+from llmrec.data.read.text import TextFormat
 from llmrec.data.sets.table import load
 from llmrec.data.split import scale_of, split
 from llmrec.data.stats import statistics
@@ -107,7 +107,7 @@ def test_line_breaks_in_texts(tmp_path: Path) -> None:
     assert data.interactions["text"].to_list() == ["one\r\ntwo", None, "three"]
 
 
-CSV = Form(kind="delimited", quoted=True)
+CSV = TextFormat(kind="delimited", quoted=True)
 field = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=6)
 
 
@@ -115,16 +115,16 @@ field = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0
 def test_quoted_fields(rows: list[tuple[str, str, str]]) -> None:
     frame = pl.DataFrame(rows, schema={"a": pl.String, "b": pl.String, "c": pl.String}, orient="row")
     raw = frame.write_csv(quote_style="always").encode()
-    assert delimited(Given("x", raw), CSV).frame.equals(frame)
+    assert delimited(InMemoryFile("x", raw), CSV).frame.equals(frame)
 
 
 @given(st.lists(st.tuples(*[st.text("ab é映;", max_size=4)] * 3), min_size=1, max_size=5))
 def test_fast_reader_equals_careful_reader(rows: list[tuple[str, str, str]]) -> None:
     plain = "\n".join(["h,i,j", *[",".join(row) for row in rows]]) + "\n"
-    one = delimited(Given("x", plain.encode()), CSV)
+    one = delimited(InMemoryFile("x", plain.encode()), CSV)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Delimited, "_fast", lambda *_: None)
-        other = delimited(Given("x", plain.encode()), CSV)
+        other = delimited(InMemoryFile("x", plain.encode()), CSV)
     assert one.lines is None and other.lines is not None
     assert one.frame.equals(other.frame)
     assert [one.where(n) for n in range(len(rows))] == [other.where(n) for n in range(len(rows))]

@@ -14,7 +14,7 @@ import pytest
 
 from llmrec.data.read import table as reader
 from llmrec.data.read.codes import Names, coded, codes, different, in_codes_of, pairs, stacked
-from llmrec.data.read.columns import Kind, Unusual
+from llmrec.data.read.columns import Kind, NeedsExactReader
 from llmrec.data.read.delimited import Delimited
 from llmrec.data.read.table import read_table
 from llmrec.data.read.typed import ids, numbers, one_per_item, texts
@@ -145,7 +145,7 @@ Change = Callable[[bytes], bytes]
 
 
 def careful(*_: object) -> None:
-    raise Unusual
+    raise NeedsExactReader
 
 
 def _outcome(section: DataSection) -> str:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.special import expit, logit
 
 from llmrec.ensembles.blend import Blend
-from llmrec.ensembles.weights import Tried
+from llmrec.ensembles.weights import EnsembleTrial
 from llmrec.errors import LlmrecError
 from llmrec.types import Answer, Case, Probability, Rating, Request, Unparsed
 from tests.facts import Facts, raises
@@ -122,7 +122,7 @@ def test_base_is_evaluated_on_other_users(judges: bool) -> None:
     cases = _cases(truth)
     base = _blend({name: parts[name] for name in "012345"}, judges=judges)
     base.name = "base"
-    base.fit(cases, only=Tried("logit" if judges else "ridge", "penalty 0.0001", 0.0))
+    base.fit(cases, only=EnsembleTrial("logit" if judges else "ridge", "penalty 0.0001", 0.0))
     (alone,) = base.tried
     joined = _blend(parts, judges=judges)
     joined.fit(cases, onto=[base])

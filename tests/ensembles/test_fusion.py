@@ -18,7 +18,7 @@ from llmrec.baselines.validation import ranking_cases
 from llmrec.data.split import halves
 from llmrec.ensembles.cells import Cells, Kind
 from llmrec.ensembles.rankers import CatalogueEnsemble, Member
-from llmrec.ensembles.weights import Tried, Weights, limits, logit, pool
+from llmrec.ensembles.weights import EnsembleTrial, Weights, limits, logit, pool
 from llmrec.errors import LlmrecError
 from llmrec.evaluate.catalogue import rank_catalogue
 from llmrec.metrics.ranking import ndcg
@@ -139,7 +139,7 @@ def test_chosen_form_is_fitted_alone() -> None:
     chosen = fusion.fitted
     fusion.fit(cases, only=best)
     assert fusion.tried == (best,) and fusion.fitted == chosen
-    for each in (Tried("pool", "pool", 0.0), Tried("alone", "other", 0.0)):
+    for each in (EnsembleTrial("pool", "pool", 0.0), EnsembleTrial("alone", "other", 0.0)):
         fusion.fit(cases, only=each)
         assert fusion.fitted.form == each.form and fusion.tried == (each,)
     assert fusion.fitted.parts == (0.0, 1.0)

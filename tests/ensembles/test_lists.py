@@ -15,7 +15,7 @@ from llmrec.ensembles.base import _Base
 from llmrec.ensembles.cells import Cells, Kind
 from llmrec.ensembles.rankers import ListEnsemble, ListMember
 from llmrec.ensembles.trees import Setting
-from llmrec.ensembles.weights import Form, Tried, Weights, onto, preferred, ranker
+from llmrec.ensembles.weights import EnsembleTrial, Form, Weights, onto, preferred, ranker
 from llmrec.errors import LlmrecError
 from llmrec.types import Answer, Case, Event, Ranking, Request, Unparsed
 from tests.facts import Facts, raises
@@ -137,7 +137,7 @@ def test_base_is_evaluated_on_other_users() -> None:
     users = [case.request.user_id for case in cases]
     known, _ = base.known(cases)
     base._fits_without.clear()
-    base._choose(known, users, repeats=False, dissect=False, only=Tried("logit", "logit", 0.0))
+    base._choose(known, users, repeats=False, dissect=False, only=EnsembleTrial("logit", "logit", 0.0))
     joined = ListEnsemble("joined", members)
     joined.fit(cases, onto=[base])
     results = {each.name: each.value for each in joined.tried}

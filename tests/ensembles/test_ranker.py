@@ -237,8 +237,8 @@ def test_members_are_added_to_a_ranker() -> None:
 
 def test_setting_is_restored_from_its_name() -> None:
     setting = Setting("lambdarank", 40)
-    assert setting_of(forms.Tried("ranker", setting.name, 0.1)) == setting
-    assert setting_of(forms.Tried("logit", "logit", 0.1)) is None
+    assert setting_of(forms.EnsembleTrial("ranker", setting.name, 0.1)) == setting
+    assert setting_of(forms.EnsembleTrial("logit", "logit", 0.1)) is None
 
 
 def test_features_do_not_depend_on_held_out_data() -> None:

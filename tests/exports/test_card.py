@@ -18,12 +18,12 @@ from markdown_it import MarkdownIt
 
 from llmrec.exports.card import (
     Agreement,
-    Asked,
     BaseFacts,
     Card,
     DataFacts,
     Example,
     FamilyAgreement,
+    TaskSettings,
     body_of,
     literal,
     metadata,
@@ -95,8 +95,12 @@ def make_card(**changes: Any) -> Card:
             ),
         ),
         asked=(
-            Asked(family="rating", strategies=("expected",), template="rating/list-ratings", version=1, weight=5.0),
-            Asked(family="direct", strategies=("label",), template="direct/after-history", version=2, weight=0.5),
+            TaskSettings(
+                family="rating", strategies=("expected",), template="rating/list-ratings", version=1, weight=5.0
+            ),
+            TaskSettings(
+                family="direct", strategies=("label",), template="direct/after-history", version=2, weight=0.5
+            ),
         ),
         example=EXAMPLE,
         results=None,
@@ -239,7 +243,7 @@ def _all_hostile(results: Results, texts: list[str]) -> Card:
         name=one, description=two, noun=three, results=results, licence=four[:70], measured_dtype=one, notes=(two,),
         base=BaseFacts(name=one, hub=two, revision=three, licence=four, note=""),
         data=(DataFacts(name=one, source=two, split=three, filters=four, licence=one, fingerprint=two),),
-        asked=(Asked(family="rating", strategies=(one, two), template=three, version=1, weight=1.0),),
+        asked=(TaskSettings(family="rating", strategies=(one, two), template=three, version=1, weight=1.0),),
         training={**TRAINING, "adapter_sha256": four, "rows": {one: 3}},
         lora={two: three},
         example=replace(EXAMPLE, messages=(("user", one + "\n```\n" + two),)),

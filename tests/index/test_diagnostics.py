@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.errors import DataError
-from llmrec.index.diagnostics import Depth, Spread, diagnose, examples, nearest, neighbours
+from llmrec.index.diagnostics import Depth, RangeSummary, diagnose, examples, nearest, neighbours
 from llmrec.index.table import ItemIndex, item_token, token
 from tests.facts import Facts, raises
 
@@ -54,14 +54,14 @@ def test_prefixes_by_hand() -> None:
         Depth(length=1, prefixes=2, fan_out=2.0, most_fan_out=3, items=2.0, most_items=3),
     )
     assert (result.bucket, result.duplicates, result.begun, result.collisions) == (3, 0, 0, 0.5)
-    assert result.pieces == Spread(least=2, mean=2.0, most=2)
+    assert result.pieces == RangeSummary(least=2, mean=2.0, most=2)
     assert result.characters is None and result.first_words is None and not result.hybrid
 
 
 def test_codes_of_several_lengths_by_hand() -> None:
     result = diagnose(index_of((0,), (0, 1), (1, 0, 0), (1, 0, 1), (2,)))
     assert result.begun == 1
-    assert result.pieces == Spread(least=1, mean=2.0, most=3)
+    assert result.pieces == RangeSummary(least=1, mean=2.0, most=3)
     assert [(d.prefixes, d.items, d.most_fan_out) for d in result.depths] == [(1, 5.0, 3), (2, 1.5, 1), (1, 2.0, 2)]
     assert result.bucket == 2
 
@@ -86,7 +86,7 @@ def test_text_codes_have_characters_and_first_words() -> None:
     codes = {"i0": ("The Rock",), "i1": ("The Rocks",), "i2": ("Heat",), "i3": ("A Rock",)}
     result = diagnose(ItemIndex("title", codes, figures={"collisions": 0.25}))
     assert (result.levels, result.depths, result.pieces, result.bucket, result.tokens) == ((), (), None, None, 0)
-    assert result.characters == Spread(least=4, mean=6.75, most=9)
+    assert result.characters == RangeSummary(least=4, mean=6.75, most=9)
     first = result.first_words
     assert first is not None and (first.different, first.common, first.items) == (3, "The", 2)
     assert result.begun == 1

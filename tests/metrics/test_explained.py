@@ -20,7 +20,7 @@ from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.predictor import background_of, evaluate
 from llmrec.metrics import explained
 from llmrec.metrics.explained import (
-    Background,
+    ExplanationReference,
     Words,
     _common,
     background,
@@ -105,7 +105,7 @@ TRAIN = (
 USERS, ITEMS, TEXTS = ([row[0] for row in TRAIN], [row[1] for row in TRAIN], [row[2] for row in TRAIN])
 
 
-def known() -> Background:
+def known() -> ExplanationReference:
     features = {(user, item): feature for user, item, _, feature in TRAIN if feature}
     return background(USERS, ITEMS, TEXTS, features | {("u", "c"): "sound", ("w", "a"): "comfort"})
 
@@ -223,7 +223,7 @@ CASES = [
 ]
 
 
-def measured(texts: Sequence[str | None], training: Background | None) -> dict[str, dict[str, object]]:
+def measured(texts: Sequence[str | None], training: ExplanationReference | None) -> dict[str, dict[str, object]]:
     pytest.importorskip("rouge_score", reason="the text extra is not installed")
     result = evaluate(
         Written(texts),
@@ -265,7 +265,7 @@ def test_metrics_without_their_background_are_omitted() -> None:
     texts = ["good sound", "the price is low", "nothing to say", None]
     alone = measured(texts, None)
     assert "USR" in alone and not {"CopyRate", "FMR", "FCR", "DIV", "Hallucination"} & alone.keys()
-    with_texts = measured(texts, Background(known().texts))
+    with_texts = measured(texts, ExplanationReference(known().texts))
     assert {"USR", "CopyRate"} <= with_texts.keys() and "FMR" not in with_texts
     assert all(alone[name] == with_texts[name] for name in alone if name != "rates")
 

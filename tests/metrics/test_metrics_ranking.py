@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from llmrec.errors import LlmrecError
 from llmrec.metrics.ranking import (
-    Standing,
+    TargetRank,
     auc,
     average_precision,
     expected_rank,
@@ -31,7 +31,7 @@ def _ranking(scores: dict[str, float]) -> Ranking:
     return Ranking(request_id="r", items=tuple(scores), scores=tuple(scores.values()))
 
 
-def _one(metric: Callable[..., NDArray[np.float64]], at: Standing, *k: int) -> float:
+def _one(metric: Callable[..., NDArray[np.float64]], at: TargetRank, *k: int) -> float:
     return float(metric(np.array([at.greater]), np.array([at.tied]), *k)[0])
 
 
@@ -40,7 +40,7 @@ def _one(metric: Callable[..., NDArray[np.float64]], at: Standing, *k: int) -> f
 
 def test_third_place_without_ties() -> None:
     at = standing(_ranking({"a": 5.0, "b": 4.0, "target": 3.0, "c": 1.0}), "target", pool=4)
-    assert at == Standing(greater=2, tied=1, missing=False)
+    assert at == TargetRank(greater=2, tied=1, missing=False)
     assert _one(hit_rate, at, 2) == 0.0
     assert _one(hit_rate, at, 3) == 1.0
     assert _one(ndcg, at, 10) == pytest.approx(0.5)  # 1 / log2(4)
@@ -50,16 +50,16 @@ def test_third_place_without_ties() -> None:
 
 def test_list_cut_inside_a_tied_block() -> None:
     cut = Ranking(request_id="r", items=("a", "b", "c"), scores=(2.0, 1.0, 1.0), unlisted=4)
-    assert standing(cut, "a", pool=9) == Standing(greater=0, tied=1, missing=False)
+    assert standing(cut, "a", pool=9) == TargetRank(greater=0, tied=1, missing=False)
     for target in ("b", "c", "elsewhere"):
-        assert standing(cut, target, pool=9) == Standing(greater=1, tied=6, missing=False)
+        assert standing(cut, target, pool=9) == TargetRank(greater=1, tied=6, missing=False)
     with pytest.raises(ValueError, match="7 items are ranked, but there are only 6 candidates"):
         standing(cut, "a", pool=6)
 
 
 def test_tied_block_of_three() -> None:
     at = standing(_ranking({"a": 9.0, "b": 2.0, "target": 2.0, "c": 2.0, "d": 0.0}), "target", pool=5)
-    assert at == Standing(greater=1, tied=3, missing=False)  # ranks 2, 3 and 4
+    assert at == TargetRank(greater=1, tied=3, missing=False)  # ranks 2, 3 and 4
     assert _one(hit_rate, at, 1) == 0.0
     assert _one(hit_rate, at, 3) == pytest.approx(2 / 3)
     assert _one(ndcg, at, 3) == pytest.approx((1 / math.log2(3) + 1 / math.log2(4)) / 3)
@@ -70,7 +70,7 @@ def test_tied_block_of_three() -> None:
 
 def test_missing_target_counts_zero() -> None:
     at = standing(_ranking({"a": 1.0, "b": 0.5}), "target", pool=20)
-    assert at == Standing(greater=20, tied=0, missing=True)
+    assert at == TargetRank(greater=20, tied=0, missing=True)
     for k in (20, 1000):
         assert _one(hit_rate, at, k) == 0.0
         assert _one(ndcg, at, k) == 0.0
@@ -79,7 +79,7 @@ def test_missing_target_counts_zero() -> None:
 
 
 def test_infinite_scores_are_ranked() -> None:
-    assert standing(_ranking({"a": -math.inf, "t": -math.inf, "b": 0.0}), "t", pool=3) == Standing(1, 2, False)
+    assert standing(_ranking({"a": -math.inf, "t": -math.inf, "b": 0.0}), "t", pool=3) == TargetRank(1, 2, False)
 
 
 def test_precision_average_precision_and_auc() -> None:
@@ -90,7 +90,7 @@ def test_precision_average_precision_and_auc() -> None:
     assert _one(auc, at, 5) == pytest.approx((0 + 0.5 + 0.5 + 1) / 4)
     missing = standing(_ranking({"a": 1.0}), "target", pool=5)
     assert _one(auc, missing, 5) == 0.0
-    assert _one(auc, Standing(0, 1, False), 1) == 0.5
+    assert _one(auc, TargetRank(0, 1, False), 1) == 0.5
     with pytest.raises(ValueError, match="more items"):
         _one(auc, at, 3)
 
@@ -155,7 +155,7 @@ def test_expectation_equals_mean_over_orders_of_ties(scores: list[int], k: int) 
 @given(scores=st.permutations([3.0, 3.0, 3.0, 1.0, 2.0]))
 def test_standing_does_not_depend_on_candidate_order(scores: list[float]) -> None:
     names = {3.0: iter(["target", "x", "y"]), 1.0: iter(["z"]), 2.0: iter(["w"])}
-    assert standing(_ranking({next(names[score]): score for score in scores}), "target", 5) == Standing(0, 3, False)
+    assert standing(_ranking({next(names[score]): score for score in scores}), "target", 5) == TargetRank(0, 3, False)
 
 
 def test_large_catalogues_keep_their_precision() -> None:

@@ -29,7 +29,7 @@ from llmrec.prompts.template import Template
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Split
 from llmrec.report.results import read
-from llmrec.tasks.fewshot import Drawn, Window
+from llmrec.tasks.fewshot import FewShotDraw, Window
 from llmrec.tasks.pool import Negatives
 from llmrec.tasks.sequential import SequentialTask
 from llmrec.types import Case, Event, Example, Item, Message, Prompt, Request, Segment
@@ -249,8 +249,8 @@ def test_repeated_sentence_is_no_secret(last: str, secret: bool) -> None:
 def test_few_shot_example_has_held_out_pair(study: Study) -> None:
     user, item = held(study)
 
-    def draw_shots(request: Request, k: int) -> Drawn:
-        return Drawn((Window(user, (Event(item_id=item),)),), request.history)
+    def draw_shots(request: Request, k: int) -> FewShotDraw:
+        return FewShotDraw((Window(user, (Event(item_id=item),)),), request.history)
 
     assert leaks_at("few-shot examples of rating", with_task(study, "rating", draw_shots=draw_shots))
 

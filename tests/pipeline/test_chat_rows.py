@@ -15,7 +15,7 @@ from llmrec.backends.encode import Encoder
 from llmrec.cli.main import app
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.models.load import load_tokenizer
-from llmrec.pipeline.conversations import Written, write
+from llmrec.pipeline.conversations import WrittenConversations, write
 from llmrec.pipeline.study import build_study, encoder_of
 from llmrec.pipeline.training import plan_training
 from llmrec.recipe.load import load_recipe
@@ -27,7 +27,7 @@ RECIPE = "recipes/movielens-100k/four-tasks.yaml"
 STEPS = ["data={source: made-reviews, noun: products}", "reviews=null", "train.steps=12", "train.batch_tokens=768"]
 
 
-Rows = tuple[Written, list[Any], Plan, Encoder]
+Rows = tuple[WrittenConversations, list[Any], Plan, Encoder]
 
 
 def written(folder: Path, file: Path, *changes: str) -> Rows:

@@ -28,7 +28,7 @@ from llmrec.tasks.base import ABOUT_ITEM, ABOUT_USER, NO, USER_STATS, YES, View,
 from llmrec.tasks.cases import held_out
 from llmrec.tasks.ctr import read_choice
 from llmrec.tasks.family import Family
-from llmrec.tasks.fewshot import Drawn
+from llmrec.tasks.fewshot import FewShotDraw
 from llmrec.tasks.rows import chat_example
 from llmrec.tasks.task import Task, TaskInputs, Want
 from llmrec.tasks.templates import choose
@@ -91,8 +91,8 @@ class FameTask(Task):
         values = self._view.user(request.user_id) | self._view.pair(request.user_id, str(request.item))
         return Prompt(messages=self._chosen.get(template).turns(values))
 
-    def draw_shots(self, request: Request, shots: int) -> Drawn:
-        return Drawn((), ())
+    def draw_shots(self, request: Request, shots: int) -> FewShotDraw:
+        return FewShotDraw((), ())
 
     def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
         return YES, NO

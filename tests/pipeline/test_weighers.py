@@ -14,7 +14,7 @@ from llmrec.errors import LlmrecError
 from llmrec.pipeline.evaluation import Evaluation
 from llmrec.pipeline.resume import Budget
 from llmrec.pipeline.study import build_study
-from llmrec.pipeline.weighing import Weighing
+from llmrec.pipeline.weighing import EnsembleUsers
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe
 from llmrec.resources import resource
@@ -32,7 +32,7 @@ def _recipe(*more: str) -> Recipe:
 
 def test_tuning_and_weights_use_different_validation_users() -> None:
     study = build_study(_recipe("eval.split=valid"))
-    weigh = {case.request.user_id for case in Weighing(build_study(_recipe())).cases("sequential")}
+    weigh = {case.request.user_id for case in EnsembleUsers(build_study(_recipe())).cases("sequential")}
     chosen = {case.request.user_id for case in study.cases("sequential")}
     assert weigh and chosen and not weigh & chosen
     assert chosen <= set(halves(study.data, study.recipe.eval.fusion.reserved)[0].valid["user_id"])
@@ -54,7 +54,7 @@ def test_users_of_early_stopping_do_not_weigh(tmp_path: Path, monkeypatch: pytes
     users = rows(tmp_path / "run")
     assert users["gru4rec"] == choose and not users["item-knn"] and "fusion" in users
     # Without users for its weights, the ensemble is left out.
-    monkeypatch.setattr(Weighing, "choosing", lambda self, name, data: data)
+    monkeypatch.setattr(EnsembleUsers, "choosing", lambda self, name, data: data)
     users = rows(tmp_path / "other")
     assert users["gru4rec"] == choose | weigh and "item-knn" in users and "fusion" not in users
 

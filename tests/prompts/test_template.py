@@ -14,7 +14,7 @@ from jinja2 import TemplateError
 from llmrec.errors import RecipeError
 from llmrec.guard import TEXT_LIMIT, TITLE_LIMIT, without_item_tokens
 from llmrec.prompts.template import Template, clean, compiled, load_templates, neutralise
-from llmrec.prompts.values import OUTPUT_LIMIT, Fields, Ledger
+from llmrec.prompts.values import OUTPUT_LIMIT, Fields, Placeholders
 from llmrec.types import Code, Segment
 from tests.facts import Facts, raises
 
@@ -327,7 +327,7 @@ def test_shipped_templates(family: str) -> None:
 )  # fmt: skip
 def test_fast_rendering_equals_jinja(source: str, values: dict[str, Any]) -> None:
     def made(pieces: Callable[[dict[str, object]], Iterator[str]]) -> object:
-        ledger = Ledger()
+        ledger = Placeholders()
         try:
             return ledger.segments("".join(pieces({name: ledger.wrap(value) for name, value in values.items()})))
         except (TemplateError, RecipeError, TypeError, ValueError) as error:

@@ -21,15 +21,17 @@ from llmrec.report.plots import by_position
 from llmrec.report.render import markdown_page
 from llmrec.report.results import results_of
 from llmrec.report.wording import label
-from llmrec.results import AtPosition, PositionBias, Row
+from llmrec.results import PositionBias, PositionResult, Row
 
 
-def _row(*entries: AtPosition) -> Row:
+def _row(*entries: PositionResult) -> Row:
     return Row(id="r", task="direct", arm="tuned", predictor="label", engine="hf", n=1, metrics={}, by_position=entries)
 
 
-def _at(position: int, n: int, hit: float | None = 0.5, rank: float | None = 3.0, sd: float | None = 1.0) -> AtPosition:
-    return AtPosition(position=position, n=n, hit=hit, rank=rank, rank_sd=sd)
+def _at(
+    position: int, n: int, hit: float | None = 0.5, rank: float | None = 3.0, sd: float | None = 1.0
+) -> PositionResult:
+    return PositionResult(position=position, n=n, hit=hit, rank=rank, rank_sd=sd)
 
 
 # --------------------------------------------------------------------------- bands

@@ -25,7 +25,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from llmrec.answer.known import Histories, Known
+from llmrec.answer.known import Histories, KnownEntities
 from llmrec.answer.opening import Models
 from llmrec.answer.options import RecommenderOptions
 from llmrec.answer.recommender import Answered, Kind, Question, Recommender
@@ -162,7 +162,7 @@ class Faked:
 def faking(folder: Path, patch: pytest.MonkeyPatch, *, auth: Auth | None = None, **settings: Any) -> Iterator[Faked]:
     """Serve a fake engine over HTTP, and wait until it is ready."""
     fake_engines(patch)
-    known = Known(ITEMS, PAST)
+    known = KnownEntities(ITEMS, PAST)
     patch.setattr("llmrec.serve.service.known_of", lambda *_: known)
     options = Settings(options=configure(folder), **settings)
     store = ServiceStore.open(str(folder / "store.sqlite"), serving.WAITS * options.patience)

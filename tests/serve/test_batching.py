@@ -17,7 +17,7 @@ pytest.importorskip("fastapi", reason="the serve extra is not installed")
 from llmrec.answer.recommender import Answered, Question
 from llmrec.data.requests import RankRequest
 from llmrec.errors import DataError, LlmrecError
-from llmrec.serve.batching import Batcher, Full, TooLate
+from llmrec.serve.batching import AnswerTimeout, Batcher, Full
 from llmrec.serve.engine import EngineLost, Reply
 from llmrec.types import Unparsed
 
@@ -256,7 +256,7 @@ def test_late_questions_time_out(engine: FakeEngine) -> None:
             pending = [asyncio.ensure_future(batcher.ask(RANK, request(n))) for n in range(3)]
             results = await asyncio.gather(*pending, return_exceptions=True)
             assert outcomes(results) == ["TooLate"] * 3
-            assert all(isinstance(each, TooLate) and each.kind == "exhausted" for each in results)
+            assert all(isinstance(each, AnswerTimeout) and each.kind == "exhausted" for each in results)
             assert batcher.load.late == 3 and batcher.load.waiting == 0
             engine.free.set()
             batcher._patience = _LONG
@@ -275,7 +275,7 @@ def test_hanging_engine_is_ended(engine: FakeEngine) -> None:
 
         async with running(engine, window=0.0, patience=0.2, hangs=end) as batcher:
             engine.free.clear()
-            with pytest.raises(TooLate):
+            with pytest.raises(AnswerTimeout):
                 await batcher.ask(RANK, request("hangs"))
             await until(lambda: engine.fault is not None)
             engine.fault = None

@@ -22,12 +22,12 @@ pytest.importorskip("fastapi", reason="the serve extra is not installed")
 pytest.importorskip("uvicorn", reason="the serve extra is not installed")
 pytest.importorskip("prometheus_client", reason="the serve extra is not installed")
 
-from llmrec.answer.known import Histories, Known
+from llmrec.answer.known import Histories, KnownEntities
 from llmrec.answer.language_model import LanguageModel
 from llmrec.errors import LlmrecError
 from llmrec.serve import engine
 from llmrec.serve.app import make_app
-from llmrec.serve.batching import Full, TooLate
+from llmrec.serve.batching import AnswerTimeout, Full
 from llmrec.serve.engine import EngineLost
 from llmrec.serve.gates import Auth
 from llmrec.serve.service import Service, Settings
@@ -64,7 +64,7 @@ def working(faked: Faked) -> None:
 
 def make(folder: Path, options: Any) -> Service:
     store = ServiceStore.open(str(folder / "store.sqlite"))
-    return Service(Settings(options=options), Known(ITEMS, Histories.none()), store)
+    return Service(Settings(options=options), KnownEntities(ITEMS, Histories.none()), store)
 
 
 def listed(answer: httpx.Response) -> list[str]:
@@ -435,7 +435,7 @@ def test_errors_can_be_pickled() -> None:
             yield from kinds(each)
 
     results = {kind for kind in kinds(LlmrecError) if kind.__module__.startswith("llmrec.")}
-    assert {EngineLost, Full, TooLate} < results
+    assert {EngineLost, Full, AnswerTimeout} < results
     for kind in results:
         error = kind("failed", kind="failed", at="file.csv", column="k")
         back = pickle.loads(pickle.dumps(error))

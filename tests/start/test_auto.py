@@ -28,17 +28,17 @@ from llmrec.recipe.load import dump, load_recipe
 from llmrec.recipe.schema import Recipe
 from llmrec.results import FusionWeights, PartWeight
 from llmrec.start import auto as autos
-from llmrec.start.auto import Part, Plan, data_page, has_texts, judged, parts_for, plan, with_model
+from llmrec.start.auto import CandidateMember, Plan, data_page, has_texts, judged, parts_for, plan, with_model
 from llmrec.start.auto_trial import Done, TrialJob, search
 from llmrec.start.options import AutoOptions, budget_seconds
 
 # Grids that are searched completely in a short time, so that no test depends on a budget.
 PLAIN: dict[str, Json] = {"weighting": "none", "shrinkage": 0.0, "asymmetry": 0.5}
 FEW = [
-    Part("popularity", "popularity"),
-    Part("markov", "markov", {"order": 2}),
-    Part("item-knn", "item-knn", {**PLAIN, "decay": 0.5}),
-    Part("item-knn, whole history", "item-knn", {**PLAIN, "history": 200, "decay": 1.0}),
+    CandidateMember("popularity", "popularity"),
+    CandidateMember("markov", "markov", {"order": 2}),
+    CandidateMember("item-knn", "item-knn", {**PLAIN, "decay": 0.5}),
+    CandidateMember("item-knn, whole history", "item-knn", {**PLAIN, "history": 200, "decay": 1.0}),
 ]
 ENDLESS = 1e9
 """A budget in seconds that is never used up."""
@@ -201,7 +201,9 @@ def test_serves_the_best_trial_for_few_users(tmp_path: Path, few: None, in_proce
         assert rec.models[0] == result.served
 
 
-def search_of(table: Path, tmp_path: Path, parts: list[Part], seconds: float, lines: list[str]) -> autos._Search:
+def search_of(
+    table: Path, tmp_path: Path, parts: list[CandidateMember], seconds: float, lines: list[str]
+) -> autos._Search:
     """Return a search over a table's recommenders that has not started."""
     recipe = data_page(AutoOptions(table=str(table)), "walks-auto", tmp_path, lambda line: None)
     folder = tmp_path / "auto"
@@ -233,13 +235,13 @@ def test_interrupt_keeps_the_results_so_far(
 @pytest.mark.slow
 def test_failed_or_slow_recommender_keeps_the_others(table: Path, tmp_path: Path, few: None) -> None:
     lines: list[str] = []
-    parts = [Part("broken", "item-knn", {"history": -1}), *FEW]
+    parts = [CandidateMember("broken", "item-knn", {"history": -1}), *FEW]
     state = search_of(table, tmp_path, parts, ENDLESS, lines)
     state.first()
     assert [len(tried.trials) for tried in state.tried.values()] == [0, 1, 1, 1, 1]
     assert "failed" in state.tried["broken"].note and "history" in (tmp_path / "auto/trials/log.txt").read_text()
     state.budget = 0.0  # no first trial may take any time
-    state.parts = [Part("ease", "ease"), *FEW]
+    state.parts = [CandidateMember("ease", "ease"), *FEW]
     state.first()
     assert state.tried["ease"].note == "its time limit was reached"
     names = [each.name for each in state.chosen(10).tasks.present()["sequential"].baselines]
@@ -250,7 +252,7 @@ def test_failed_or_slow_recommender_keeps_the_others(table: Path, tmp_path: Path
 def test_skips_a_network_with_slow_epochs(table: Path, tmp_path: Path, few: None) -> None:
     pytest.importorskip("torch")
     lines: list[str] = []
-    state = search_of(table, tmp_path, [Part("sasrec", "sasrec", {"quiet": True, "dim": 8})], ENDLESS, lines)
+    state = search_of(table, tmp_path, [CandidateMember("sasrec", "sasrec", {"quiet": True, "dim": 8})], ENDLESS, lines)
     slow = tmp_path / "auto" / "trials" / "sasrec.epoch.json"
     slow.parent.mkdir()
     slow.write_text(json.dumps({"key": state._key(state.parts[0]), "seconds": ENDLESS}), encoding="utf-8")
@@ -263,7 +265,7 @@ def test_skips_a_network_with_slow_epochs(table: Path, tmp_path: Path, few: None
 
 
 def test_trials_decide_on_the_time() -> None:
-    good, weak, nothing = (autos.Tried(Part(name, "markov")) for name in ("good", "weak", "nothing"))
+    good, weak, nothing = (autos.Tried(CandidateMember(name, "markov")) for name in ("good", "weak", "nothing"))
     good.trials, weak.trials = [Done({}, 0.08, 1.0)], [Done({}, 0.01, 1.0), Done({}, 0.04, 1.0)]
     recipe = load_recipe("recipes/movielens-100k/four-tasks.yaml")
     state = autos._Search(recipe, "", Path(), [], 290.0, 1.0, print, clock=lambda: 100.0)
@@ -280,7 +282,7 @@ def test_reserves_time_for_learned_rankers(monkeypatch: pytest.MonkeyPatch) -> N
     left = {}
     for cases in (0, 199, 5000):
         state = autos._Search(recipe, "", Path(), [], 290.0, 1.0, print, clock=lambda: 100.0, cases=cases)
-        state.tried = {name: autos.Tried(Part(name, "markov"), [Done({}, 0.1, 20.0)]) for name in "abcd"}
+        state.tried = {name: autos.Tried(CandidateMember(name, "markov"), [Done({}, 0.1, 20.0)]) for name in "abcd"}
         left[cases] = state._left()
     # With too few cases for a ranker, only the four members remain to be fitted, twice each.
     assert left[0] == left[199] == pytest.approx(190.0 - 2 * 4 * 20)

@@ -14,7 +14,7 @@ from llmrec.backends.fake import FakeBackend
 from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.predictor import evaluate
 from llmrec.strategies.asking import Prompting
-from llmrec.strategies.raters import ParsedRater, Writer
+from llmrec.strategies.raters import ParsedRater, TextGenerator
 from llmrec.tasks.family import family_of
 from llmrec.tasks.parsing import read_ranking
 from llmrec.types import Case, Completion, Ranking, Request, Unparsed
@@ -104,7 +104,7 @@ def test_malformed_ratings_and_texts_count_as_failures(family: str) -> None:
         for n in range(COUNT)
     ]
     asker = Prompting(backend=scripted(family), task=task, template=task.eval_templates[0], batch=64)
-    predictor: Any = ParsedRater(asker) if rated else Writer(asker)
+    predictor: Any = ParsedRater(asker) if rated else TextGenerator(asker)
     kind = family_of(family).answer
     result = evaluate(predictor, requests, name=family, kind=kind, protocol=PROTOCOL, fallback=lambda request: 3.0)
     assert result.figures.n == COUNT and len(result.records) == COUNT

@@ -15,7 +15,7 @@ from llmrec.errors import RecipeError
 from llmrec.strategies.asking import Prompting, prompt_hash
 from llmrec.strategies.pointwise import LikelihoodRanker
 from llmrec.strategies.profiled import TwoStepRanker
-from llmrec.strategies.raters import ExpectedRater, ParsedRater, Writer
+from llmrec.strategies.raters import ExpectedRater, ParsedRater, TextGenerator
 from llmrec.strategies.rounds import ListRanker, label_ranker, list_room
 from llmrec.tasks.direct import candidate_labels
 from llmrec.types import Answer, Message, Prompt, Ranking, Rating, Request, Segment, Text, Unparsed
@@ -108,7 +108,7 @@ def test_parsed_rating_and_text_limit() -> None:
     texts = iter(["4 stars", "none"])
     answers = ParsedRater(asker(FakeBackend(complete=lambda text: next(texts)))).answer(requests(2))
     assert [type(a).__name__ for a in answers] == ["Rating", "Unparsed"]
-    (text,) = Writer(asker(FakeBackend(complete=lambda text: "it is quiet")), max_tokens=2).answer(requests(1))
+    (text,) = TextGenerator(asker(FakeBackend(complete=lambda text: "it is quiet")), max_tokens=2).answer(requests(1))
     assert isinstance(text, Text)
     assert text.text == "it is"
 

@@ -20,7 +20,7 @@ from llmrec.models.load import load_model
 from llmrec.recipe.schema import ModelSection, Split
 from llmrec.systems.m6 import segments
 from llmrec.systems.m6.late import CANDIDATE, LateInteraction
-from llmrec.systems.m6.segments import Lower, Part
+from llmrec.systems.m6.segments import LowerLayers, PromptPart
 from llmrec.types import Item, Probability, Request, Unparsed
 from tests.conftest import make_model, make_tokenizer
 from tests.contracts.test_predictors import _split
@@ -68,7 +68,7 @@ def requests(data: SplitDataset, count: int = 12) -> list[Request]:
 
 def test_states_of_a_segment_do_not_depend_on_others(folder: Path) -> None:
     section = ModelSection(name=str(folder), dtype="float32")
-    lower, full = Lower(str(folder), section, joint=1), load_model(str(folder), section)
+    lower, full = LowerLayers(str(folder), section, joint=1), load_model(str(folder), section)
     together = lower.states(TEXTS)
     with torch.no_grad():
         for text, states in zip(TEXTS, together, strict=True):
@@ -127,7 +127,7 @@ def test_joint_layers_keep_their_kind(name: str, layered: dict[str, Path]) -> No
     section = ModelSection(name=str(layered[name]), dtype="float32")
     full, text = load_model(str(layered[name]), section), " ".join(TEXTS)
     for joint in (1, 3):
-        lower = Lower(str(layered[name]), section, joint=joint)
+        lower = LowerLayers(str(layered[name]), section, joint=joint)
         with torch.no_grad():
             (states,) = lower.states([text])
             result = lower.joint(inputs_embeds=states[None]).last_hidden_state
@@ -139,13 +139,13 @@ def test_rejects_models_that_cannot_be_cut(layered: dict[str, Path], monkeypatch
     # The last layer has no experts, which depends on its index.
     section = ModelSection(name=str(layered["Qwen3Moe"]), dtype="float32")
     with raises(ModelError, Facts("unsupported", column="joint", says="qwen3_moe")):
-        Lower(str(layered["Qwen3Moe"]), section, joint=1)
+        LowerLayers(str(layered["Qwen3Moe"]), section, joint=1)
     # Layers in another order compute something else.
     upper = segments._upper
     monkeypatch.setattr(segments, "_upper", lambda body, layers, *rest: upper(body, layers[::-1], *rest))
     section = ModelSection(name=str(layered["SmolLM3"]), dtype="float32")
     with raises(ModelError, Facts("unsupported", column="joint", says="smollm3")):
-        Lower(str(layered["SmolLM3"]), section, joint=2)
+        LowerLayers(str(layered["SmolLM3"]), section, joint=2)
 
 
 def test_cached_equals_uncached_beyond_a_sliding_window(layered: dict[str, Path], data: SplitDataset) -> None:
@@ -157,7 +157,7 @@ def test_cached_equals_uncached_beyond_a_sliding_window(layered: dict[str, Path]
     assert torch.allclose(cached, uncached, atol=1e-4) and cached.std() > 1e-4
 
 
-def parts(model: Any, data: SplitDataset) -> tuple[list[Part], list[Part]]:
+def parts(model: Any, data: SplitDataset) -> tuple[list[PromptPart], list[PromptPart]]:
     """Return the parts of a history and of its candidates."""
     questions = requests(data)
     return model.user(questions[0].history), [model.candidate(str(request.item)) for request in questions]
@@ -191,7 +191,7 @@ def test_states_are_stored_by_weights_and_layer(folder: Path, data: SplitDataset
 
 def test_damaged_or_busy_store_is_no_error(folder: Path, tmp_path: Path) -> None:
     def kept(text: str) -> tuple[int, int]:
-        lower = Lower(str(folder), ModelSection(name=str(folder), dtype="float32"), joint=2)
+        lower = LowerLayers(str(folder), ModelSection(name=str(folder), dtype="float32"), joint=2)
         return lower.keep([text]), lower.read
 
     assert [kept(TEXTS[0])[0], kept(TEXTS[1])[0]] == [0, 0]
@@ -252,7 +252,7 @@ def test_earlier_ratings_of_the_item_are_hidden(folder: Path) -> None:
 def test_only_the_joint_part_learns(folder: Path, data: SplitDataset) -> None:
     section = ModelSection(name=str(folder), dtype="float32")
     model = fitted(folder, data, epochs=8)
-    untouched, lower = Lower(str(folder), section, joint=2), model._fitted.lower
+    untouched, lower = LowerLayers(str(folder), section, joint=2), model._fitted.lower
     same = zip(lower._body.parameters(), untouched._body.parameters(), strict=True)
     assert all(torch.equal(one, other) for one, other in same)
     assert not torch.equal(lower.joint.layers[0].mlp.up_proj.weight, untouched.joint.layers[0].mlp.up_proj.weight)
@@ -297,7 +297,7 @@ def test_rejects_too_many_joint_layers(folder: Path, data: SplitDataset) -> None
     for wrong in ({"joint": LAYERS + 1}, {"joint": 3, "layers": 2}):
         with raises(RecipeError, Facts("bad-value", column="joint", says=f"has {LAYERS}")):
             fitted(folder, data, **wrong)
-    assert Part("x", CANDIDATE).kind == 3
+    assert PromptPart("x", CANDIDATE).kind == 3
 
 
 def test_restored_fit_gives_same_answers(model: LateInteraction, folder: Path, data: SplitDataset) -> None:

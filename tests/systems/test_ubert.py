@@ -20,7 +20,7 @@ from llmrec.recipe.schema import Split
 from llmrec.systems.ctr.networks import DeepFM
 from llmrec.systems.ubert.baseline import UBert, _epoch
 from llmrec.systems.ubert.network import Reviewed, attended, encoded, matched, network_of
-from llmrec.systems.ubert.pretrain import Hidden, last_of_pairs, lexicon
+from llmrec.systems.ubert.pretrain import MaskedTexts, last_of_pairs, lexicon
 from llmrec.systems.ubert.reviews import Frozen, Reviews, Tokens
 from llmrec.types import Item, Rating, Request
 from tests.encoders import tiny_encoder
@@ -180,7 +180,7 @@ def test_only_words_of_the_lexicon_are_masked(encoder: str) -> None:
     assert frozen.mask is not None
     words = ("awful", "dull", "fine", "great")
     for share in (0.3, 1.0):
-        hidden = Hidden.of(texts, plain, spans, words, mask=frozen.mask, share=share, rng=np.random.default_rng(0))
+        hidden = MaskedTexts.of(texts, plain, spans, words, mask=frozen.mask, share=share, rng=np.random.default_rng(0))
         for row, text in enumerate(texts):
             rows = hidden.texts == row
             changed = [n for n, (a, b) in enumerate(zip(plain[row], hidden.encoded[row], strict=True)) if a != b]

@@ -13,7 +13,7 @@ import pytest
 from task_data import FAMILIES, example_text, load_templates, make_dataset, make_split, make_task, prompt_text, targets
 
 from llmrec.data.split import SplitDataset
-from llmrec.data.stats import Tallies, Tally
+from llmrec.data.stats import RatingSummaries, RatingSummary
 from llmrec.errors import RecipeError
 from llmrec.prompts.template import Template
 from llmrec.recipe.schema import RatingSection
@@ -168,7 +168,7 @@ def test_tallies_with_repeats_and_missing_ratings() -> None:
     frame = pl.DataFrame(rows, schema=["user_id", "item_id", "rating"], orient="row").with_columns(
         timestamp=pl.lit(None, dtype=pl.Float64), text=pl.lit(None, dtype=pl.String)
     )
-    tallies = Tallies(replace(DATA, train=frame))
+    tallies = RatingSummaries(replace(DATA, train=frame))
     assert tallies.item("x", "c").shown == {"count": 3, "mean": "3.0"}
     assert tallies.item("x", "a").shown == {"count": 2, "mean": "5.0"}
     assert tallies.item("y", "b").shown is None
@@ -177,8 +177,8 @@ def test_tallies_with_repeats_and_missing_ratings() -> None:
     assert tallies.user("a", ["x"]).shown is None
     assert tallies.user("b", ["y"]).shown == {"count": 1, "mean": None}
     assert tallies.user("a", []).shown == {"count": 2, "mean": "3.0"}
-    assert Tally(3, 3, 11.0).shown == {"count": 3, "mean": "3.5"}
-    assert Tally(7, 7, 3.7 * 7).shown == {"count": 7, "mean": "3.5"}
+    assert RatingSummary(3, 3, 11.0).shown == {"count": 3, "mean": "3.5"}
+    assert RatingSummary(7, 7, 3.7 * 7).shown == {"count": 7, "mean": "3.5"}
 
 
 def test_yes_and_no_examples_leave_out_the_same() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from task_data import make_dataset, make_split, make_task, targets
 
-from llmrec.baselines.retrieve import Lists, Single
+from llmrec.baselines.retrieve import RetrievedCandidates, SingleRetriever
 from llmrec.data.hashing import hash_one
 from llmrec.errors import DataError, RecipeError
 from llmrec.pipeline import rejecting
@@ -48,7 +48,9 @@ def task_of(family: str, rejected: str, negatives: int, data: Any = DATA) -> Any
     hard = None
     if rejected == "item-knn":
         drawn = CandidateSection(kind="retrieved", retriever="item-knn", count=10)
-        hard = Lists(data, drawn, 0, Single("item-knn", 0, "train.preference.rejected"), others=True)
+        hard = RetrievedCandidates(
+            data, drawn, 0, SingleRetriever("item-knn", 0, "train.preference.rejected"), others=True
+        )
     return make_task(family, data, preference=section, hard=hard)
 
 
@@ -92,7 +94,7 @@ def test_hard_negatives_come_from_a_model_fitted_without_the_user() -> None:
     parts = {user: hash_one("retrieved lists", 0, user) % 5 for user in DATA.users()}
     assert any(hard.of(user) for user in parts)
     for part in sorted(set(parts.values())):
-        model = Single("item-knn", 0).apart(DATA, parts, part)
+        model = SingleRetriever("item-knn", 0).apart(DATA, parts, part)
         for user in (user for user in parts if parts[user] == part):
             events = DATA.train_events(user)
             had = {event.item_id for event in events}
@@ -103,16 +105,18 @@ def test_hard_negatives_come_from_a_model_fitted_without_the_user() -> None:
                 assert len(set(items)) == 10 and [left[item] for item in items] == best
     with raises(RecipeError, Facts("unsupported", column="train.preference.rejected", says="choose another")):
         drawn = CandidateSection(kind="retrieved", retriever="sasrec", count=10)
-        Lists(DATA, drawn, 0, Single("sasrec", 0, "train.preference.rejected"), others=True).of(DATA.users()[0])
+        RetrievedCandidates(DATA, drawn, 0, SingleRetriever("sasrec", 0, "train.preference.rejected"), others=True).of(
+            DATA.users()[0]
+        )
 
 
 def test_users_with_few_remaining_items() -> None:
     """Lists of users with few remaining items are shorter, but at least as long as a row needs."""
     drawn = CandidateSection(kind="retrieved", retriever="item-knn", count=len(DATA.dataset.items))
-    finder = Single("item-knn", 0, "train.preference.rejected")
+    finder = SingleRetriever("item-knn", 0, "train.preference.rejected")
     user = next(user for user in DATA.users() if len(DATA.train_events(user)) > 1)
-    assert not Lists(DATA, drawn, 0, finder, others=True).of(user)
-    lists = Lists(DATA, drawn, 0, finder, others=True, least=3).of(user)
+    assert not RetrievedCandidates(DATA, drawn, 0, finder, others=True).of(user)
+    lists = RetrievedCandidates(DATA, drawn, 0, finder, others=True, least=3).of(user)
     assert lists and all(3 <= len(items) < drawn.count for _, items in lists)
 
 

@@ -21,12 +21,12 @@ from llmrec.pipeline.study import Study, build_study
 from llmrec.pipeline.training import plan_training
 from llmrec.prompts.template import Template, load_templates
 from llmrec.recipe.load import load_recipe
-from llmrec.tasks.base import Draw
+from llmrec.tasks.base import ExampleDraw
 from llmrec.tasks.sequential import SequentialTask
-from llmrec.tasks.task import Branching
+from llmrec.tasks.task import BranchingTask
 from llmrec.train import rows as line_rows
 from llmrec.train.batches import fit_row
-from llmrec.train.rows import Gathered, LineTable, RowStream, branching_rows, takes_pieces
+from llmrec.train.rows import ConcatenatedExamples, LineTable, RowStream, branching_rows, takes_pieces
 from llmrec.types import Example
 from tests.conftest import make_tokenizer
 from tests.facts import Facts, raises
@@ -162,7 +162,7 @@ def test_rejected_line_is_an_error_at_its_row() -> None:
 def test_each_line_is_tokenised_once(encoder: Encoder) -> None:
     task, read = make_task("sequential", templates=("continue-list",)), list[str]()
 
-    def example(draw: Draw) -> Example:
+    def example(draw: ExampleDraw) -> Example:
         read.extend(event.item_id for event in draw.events)
         return task.example(draw)
 
@@ -185,7 +185,7 @@ def test_rows_are_truncated_like_fit_row(learned: Sequence[Sequence[bool]], limi
         cut = slice(start, min(end, start + limit))
         row = TokenRow(tuple(ids[cut].tolist()), tuple(labels[cut].tolist()))
         expected.append(row if row.targets else None)
-    assert Gathered(ids, labels, ends).rows(limit) == expected
+    assert ConcatenatedExamples(ids, labels, ends).rows(limit) == expected
 
 
 def planned(study: Study, encoder: Encoder) -> Any:
@@ -250,7 +250,7 @@ def test_rows_contain_only_training_pairs() -> None:
     known = set(data.train.select("user_id", "item_id").iter_rows())
     for family in ("sequential", "rating"):
         task = make_task(family, data, **ONE)
-        assert isinstance(task, Branching)
+        assert isinstance(task, BranchingTask)
         assert task.branches
         rows = [row for number in range(5) for user in data.users() if (row := task.branch(number, user))]
         assert len({row.id for row in rows}) == len(rows) > 150

@@ -18,7 +18,7 @@ from llmrec.backends.encode import IGNORED, Encoder, TokenRow
 from llmrec.tasks.mixture import interleave
 from llmrec.train.batches import fit_row, laid_out, padded, plan
 from llmrec.train.loss import label_loss, packed_loss
-from llmrec.train.packing import Bin
+from llmrec.train.packing import PackedRows
 from llmrec.train.steps import RowTable, Step, Steps, weighted
 from llmrec.types import Example, Prompt, Segment
 from tests.conftest import encoder_of, opened
@@ -120,7 +120,10 @@ def test_steps_round_trip() -> None:
     for row in (one, two, three):
         table.add(row)
     numbers = {id(row): n for n, row in enumerate((one, two, three))}
-    expected = [Step((three, one), (Bin((three,), 2), Bin((one,), 2))), Step((two,), (Bin((two,), 2),))]
+    expected = [
+        Step((three, one), (PackedRows((three,), 2), PackedRows((one,), 2))),
+        Step((two,), (PackedRows((two,), 2),)),
+    ]
     steps = Steps(table)
     for step in expected:
         steps.add(step, numbers)

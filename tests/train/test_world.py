@@ -27,7 +27,7 @@ from llmrec.pipeline import run as pipeline
 from llmrec.recipe.schema import JudgeSection, LoraSection, ModelSection, TrainSection
 from llmrec.train import lora, sft
 from llmrec.train.batches import plan
-from llmrec.train.packing import Bin
+from llmrec.train.packing import PackedRows
 from llmrec.train.steps import Step
 from llmrec.train.world import here, joined, refuse_different, refuse_other, requested_kind
 from tests.conftest import encoder_of
@@ -202,7 +202,7 @@ def test_rejects_other_kinds_of_processes(tmp_path: Path, monkeypatch: pytest.Mo
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=12), st.integers(1, 5), st.booleans())
 def test_steps_are_divided_by_tokens(lengths: list[int], count: int, packed: bool) -> None:
     rows = tuple(TokenRow((n,) * length, (n,) * length) for n, length in enumerate(lengths))
-    step = Step(rows, tuple(Bin((row,), len(row.ids)) for row in rows) if packed else ())
+    step = Step(rows, tuple(PackedRows((row,), len(row.ids)) for row in rows) if packed else ())
     parts = step.split(count)
     assert len(parts) == count
     assert sorted(row.ids for part in parts for row in part.rows) == sorted(row.ids for row in rows)

@@ -14,7 +14,7 @@ from eval.benchmarks.gpu import __main__ as gpu_check
 from llmrec.bench import leaderboard
 from llmrec.bench.pages import benchmark_pages, read_results
 from llmrec.bench.references import all_references
-from llmrec.data.sets.pages import Known, Layout, published
+from llmrec.data.sets.pages import KnownFormat, Layout, published
 from llmrec.registry import METRICS, SOURCES
 from llmrec.report.table import grid
 
@@ -71,7 +71,7 @@ def generated_pages(root: Path) -> dict[str, str]:
     return files
 
 
-def data_sets(known: Sequence[Known]) -> str:
+def data_sets(known: Sequence[KnownFormat]) -> str:
     """Return the table of published data sets, and a list of their terms.
 
     Args:
@@ -85,7 +85,7 @@ def data_sets(known: Sequence[Known]) -> str:
     return "\n".join([grid(head, [_data_set(each) for each in known], numeric_from=len(head)), "", *listed])
 
 
-def _data_set(known: Known) -> list[str]:
+def _data_set(known: KnownFormat) -> list[str]:
     layouts = known.layouts
     fields = dict.fromkeys(each.name for one in layouts if one.items for each in one.items.attributes)
     people = dict.fromkeys(each.name for one in layouts if one.people for each in one.people.attributes)
@@ -109,7 +109,7 @@ def _some(layouts: Sequence[Layout], column: str) -> str:
     return "–" if match == {False} else "yes" if match == {True} else "some files"
 
 
-def _counts(known: Known) -> str:
+def _counts(known: KnownFormat) -> str:
     """Return the published size of the only file, or of the largest one with the number of files."""
     files = known.counts.files if known.counts else {}
     if not files:

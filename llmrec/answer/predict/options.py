@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from llmrec.answer.options import About, BatchSize, ModelOptions, Template
+from llmrec.answer.options import BatchSize, ModelOptions, OptionHelp, Template
 from llmrec.recipe.shared import BATCH
 
 
@@ -15,12 +15,12 @@ class PredictOptions(ModelOptions):
     """Input file, output file and model of `llmrec predict`."""
 
     requests: Annotated[
-        Path, About(names=("--in",), help="Input file (.jsonl, .csv, .tsv or .parquet), with one item per row.")
+        Path, OptionHelp(names=("--in",), help="Input file (.jsonl, .csv, .tsv or .parquet), with one item per row.")
     ]
-    out: Annotated[Path | None, About(help="Output file, in any of the input formats.")] = None
+    out: Annotated[Path | None, OptionHelp(help="Output file, in any of the input formats.")] = None
     to: Annotated[
         str | None,
-        About(
+        OptionHelp(
             metavar="URL",
             help="Database for the table predictions, instead of --out: .db, sqlite:///FILE, duckdb:///FILE or "
             "postgresql://...",
@@ -28,15 +28,17 @@ class PredictOptions(ModelOptions):
     ] = None
     family: Annotated[
         str,
-        About(
+        OptionHelp(
             metavar="NAME",
             help="Task: rating, ctr, explanation, review or stars. Default: the trained task, if there is only one.",
         ),
     ] = "auto"
     template: Template = None
-    strategy: Annotated[str, About(metavar="auto|NAME", help="Prediction method, see docs/ranking-methods.md.")] = (
-        "auto"
-    )
+    strategy: Annotated[
+        str, OptionHelp(metavar="auto|NAME", help="Prediction method, see docs/ranking-methods.md.")
+    ] = "auto"
     batch: BatchSize = BATCH
-    limit: Annotated[int | None, About(least=1, help="Process only the first N rows.")] = None
-    restart: Annotated[bool, About(help="Overwrite an output file that was changed, or an existing table.")] = False
+    limit: Annotated[int | None, OptionHelp(least=1, help="Process only the first N rows.")] = None
+    restart: Annotated[bool, OptionHelp(help="Overwrite an output file that was changed, or an existing table.")] = (
+        False
+    )

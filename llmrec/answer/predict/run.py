@@ -15,10 +15,10 @@ from llmrec.answer.language_model import LanguageModel
 from llmrec.answer.predict.options import PredictOptions
 from llmrec.answer.prompting import CONTEXT, value_of
 from llmrec.answer.rank.outputs import check_out, into_table, write_summary
-from llmrec.answer.rank.run import RankBar
+from llmrec.answer.rank.run import RankProgress
 from llmrec.answer.strategy import about_families, way_about
 from llmrec.data.ranked import PREDICTIONS, Predicted, write_records
-from llmrec.data.request_file import Raw, kind_of, open_requests
+from llmrec.data.request_file import RequestRow, kind_of, open_requests
 from llmrec.data.requests import RankRequest, identity
 from llmrec.errors import DataError, RecipeError
 from llmrec.types import Answer, Text, Unparsed
@@ -73,7 +73,7 @@ def _predict(options: PredictOptions, out: Path) -> tuple[Mapping[str, str | int
     total = source.rows if options.limit is None else min(source.rows, options.limit)
     with (
         LanguageModel.open(decided(model_options), store=_store(out), ranks=False) as recommender,
-        RankBar(total) as bar,
+        RankProgress(total) as bar,
     ):
         family = _family(recommender, options.family)
         way = way_about(recommender.bundle, family, template=options.template, strategy=options.strategy)
@@ -118,7 +118,7 @@ def _family(recommender: LanguageModel, requested: str) -> str:
     return known[0]
 
 
-def _read(raw: Raw, number: int, recommender: LanguageModel) -> RankRequest | Unparsed:
+def _read(raw: RequestRow, number: int, recommender: LanguageModel) -> RankRequest | Unparsed:
     """Parse a question; the history of a known user is added from the data of the run."""
     request_id = identity(raw.record, number)[0] or ""
     if raw.error or raw.record is None:
@@ -140,7 +140,7 @@ def _read(raw: Raw, number: int, recommender: LanguageModel) -> RankRequest | Un
     return replace(request, context={**request.context, **context})
 
 
-def _record(raw: Raw, number: int, request: RankRequest | Unparsed, answer: Answer) -> Predicted:
+def _record(raw: RequestRow, number: int, request: RankRequest | Unparsed, answer: Answer) -> Predicted:
     request_id, user_id = identity(raw.record, number)
     value = value_of(answer)
     return Predicted(

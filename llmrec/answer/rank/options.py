@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, get_args
 
-from llmrec.answer.options import PLAIN, TUNED, About, RecommenderOptions
+from llmrec.answer.options import PLAIN, TUNED, OptionHelp, RecommenderOptions
 from llmrec.answer.rank.outputs import summary_path
 from llmrec.errors import RecipeError
 from llmrec.recipe.shared import Form
@@ -16,36 +16,42 @@ from llmrec.recipe.shared import Form
 class RankOptions(RecommenderOptions):
     """Options of `llmrec rank`: the file of requests, the file of rankings, and the model."""
 
-    model: Annotated[str, About(help="Run folder, exported folder, model folder or Hugging Face model name.")] = ""
+    model: Annotated[str, OptionHelp(help="Run folder, exported folder, model folder or Hugging Face model name.")] = ""
     baseline: Annotated[
         str | None,
-        About(metavar="NAME", help="Rank with this baseline instead of --model, see docs/baselines-and-ensembles.md."),
+        OptionHelp(
+            metavar="NAME", help="Rank with this baseline instead of --model, see docs/baselines-and-ensembles.md."
+        ),
     ] = None
     recipe: Annotated[
         str | None,
-        About(metavar="FILE", help="With --baseline: recipe or run folder with the training data and the parameters."),
+        OptionHelp(
+            metavar="FILE", help="With --baseline: recipe or run folder with the training data and the parameters."
+        ),
     ] = None
     requests: Annotated[
         Path | None,
-        About(
+        OptionHelp(
             names=("--in",),
             help="Requests: .jsonl, .csv, .tsv (also with .gz) or .parquet, see docs/batch-inference-and-export.md.",
         ),
     ] = None
-    out: Annotated[Path | None, About(help="Output file, in any of the formats of --in; - for standard output.")] = None
+    out: Annotated[
+        Path | None, OptionHelp(help="Output file, in any of the formats of --in; - for standard output.")
+    ] = None
     form: Annotated[
         str,
-        About(
+        OptionHelp(
             choices=("auto", *get_args(Form)),
             help="Output format. records: one record per request; long: one row per ranked item; trec: a TREC run; "
             "recbole: an .inter file; rectools: one row per ranked item, with RecTools columns; auto: from the file "
             "name of --out.",
         ),
     ] = "auto"
-    all_users: Annotated[bool, About(help="Rank the whole catalogue for every user of the run's data.")] = False
+    all_users: Annotated[bool, OptionHelp(help="Rank the whole catalogue for every user of the run's data.")] = False
     to: Annotated[
         str | None,
-        About(
+        OptionHelp(
             metavar="FILE|URL",
             help="Database for the table recommendations, instead of --out: .db, sqlite:///FILE, duckdb:///FILE or "
             "postgresql://...; with --all-users also a file: .parquet, .csv, .jsonl, .run or .inter.",
@@ -53,38 +59,38 @@ class RankOptions(RecommenderOptions):
     ] = None
     by: Annotated[
         str | None,
-        About(
+        OptionHelp(
             metavar="NAME", help="Model in the run folder: tuned, untuned, a baseline, or another model in the report."
         ),
     ] = None
-    limit: Annotated[int | None, About(least=1, help="Rank only the first N requests.")] = None
+    limit: Annotated[int | None, OptionHelp(least=1, help="Rank only the first N requests.")] = None
     shard: Annotated[
-        str | None, About(metavar="I/N", help="Rank only shard I of N; combine the shards with llmrec merge.")
+        str | None, OptionHelp(metavar="I/N", help="Rank only shard I of N; combine the shards with llmrec merge.")
     ] = None
     ray: Annotated[
         str | None,
-        About(metavar="local|HOST:PORT", help="Rank all shards on a Ray cluster, then merge them."),
+        OptionHelp(metavar="local|HOST:PORT", help="Rank all shards on a Ray cluster, then merge them."),
     ] = None
     actors: Annotated[
         int | None,
-        About(
+        OptionHelp(
             least=1,
             help="With --ray: number of processes, each with its own copy of the model. Default: as many as fit.",
         ),
     ] = None
-    cpus: Annotated[float, About(help="With --ray: logical CPUs per process.")] = 1.0
-    gpus: Annotated[float | None, About(help="With --ray: GPUs per process. Default: 1 if the cluster has GPUs.")] = (
-        None
-    )
+    cpus: Annotated[float, OptionHelp(help="With --ray: logical CPUs per process.")] = 1.0
+    gpus: Annotated[
+        float | None, OptionHelp(help="With --ray: GPUs per process. Default: 1 if the cluster has GPUs.")
+    ] = None
     shards: Annotated[
         int | None,
-        About(
+        OptionHelp(
             least=1, help="With --ray: number of shards. Default: as many as exist already, otherwise four per process."
         ),
     ] = None
     restart: Annotated[
         bool,
-        About(
+        OptionHelp(
             help="Discard partial results of an earlier run, and overwrite an output file that was changed or an "
             "existing table."
         ),

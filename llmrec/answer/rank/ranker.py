@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 
 from llmrec.answer.checks import decided
-from llmrec.answer.known import Histories, Known
+from llmrec.answer.known import Histories, KnownEntities
 from llmrec.answer.language_model import LanguageModel
 from llmrec.answer.listing import ListSpec
 from llmrec.answer.loaded import Loaded
@@ -90,7 +90,7 @@ def open_loaded(options: RankOptions) -> Loaded:
     if options.baseline is not None:
         models = _open_classic(options)
         assert models.data is not None
-        known = Known(models.items, Histories.of(models.data.dataset, models.data.seed))
+        known = KnownEntities(models.items, Histories.of(models.data.dataset, models.data.seed))
         return Loaded(RecommenderOptions(model=str(options.recipe)), models, known)
     _check_named(options)
     given = RecommenderOptions(**{option.name: getattr(options, option.name) for option in fields(RecommenderOptions)})

@@ -34,14 +34,14 @@ from llmrec.data.ranked import (
     write_lists,
     write_part,
 )
-from llmrec.data.request_file import Raw, RequestFile, open_requests
+from llmrec.data.request_file import RequestFile, RequestRow, open_requests
 from llmrec.data.requests import RankRequest, identity
 from llmrec.durable import sha256_of, write_checked, write_text
 from llmrec.errors import DataError, LlmrecError, Location, RecipeError
 from llmrec.fingerprint import digest_of
 from llmrec.machine import machine, versions
 from llmrec.pipeline.resume import LOCK, Budget, locked, read_stage
-from llmrec.progress import Bar
+from llmrec.progress import Progress
 from llmrec.recipe.shared import Form
 from llmrec.records import Shard
 from llmrec.types import Cost, Ranking, Unparsed
@@ -60,17 +60,17 @@ _LONGEST = 160
 
 
 @dataclass(frozen=True)
-class Row:
+class InputRow:
     """A row of the input file with its id, and whether an earlier row has the same id."""
 
-    raw: Raw
+    raw: RequestRow
     number: int
     request_id: str | None
     user_id: str | None
     error: str
 
     @classmethod
-    def of(cls, raw: Raw, number: int, earlier: dict[bytes, int]) -> Row:
+    def of(cls, raw: RequestRow, number: int, earlier: dict[bytes, int]) -> InputRow:
         """Return a row with its request id; a row whose id occurs in ``earlier`` rows gets an error."""
         request_id, user_id = identity(raw.record, number)
         error = raw.error
@@ -273,7 +273,7 @@ def rank_parts(
     recommender: Ranker,
     folder: Path,
     key: str,
-    tally: Tally,
+    tally: RankTotals,
     shard: Shard | None = None,
 ) -> Iterator[list[Ranked]]:
     """Rank the requests part by part; existing parts are not ranked again.
@@ -293,10 +293,10 @@ def rank_parts(
     parts = (shard or Shard(1, 1)).chunks(total, size)
     rows = islice(source, total)
     mine = max(0, min(total, parts.stop * size) - parts.start * size)
-    with budget.stage("reading"), RankBar(mine) as bar:
+    with budget.stage("reading"), RankProgress(mine) as bar:
         for number in range(parts.stop if parts else 0):
             raws = list(islice(rows, size))
-            lines = [Row.of(raw, number * size + n, earlier) for n, raw in enumerate(raws, start=1)]
+            lines = [InputRow.of(raw, number * size + n, earlier) for n, raw in enumerate(raws, start=1)]
             if number not in parts:
                 continue
             path = folder / part_name(number)
@@ -322,7 +322,7 @@ def part_sizes(options: RankOptions, source: RequestFile) -> tuple[int, int]:
 
 
 def _work(options: RankOptions, source: RequestFile, recommender: Ranker, key: str) -> Mapping[str, Any]:
-    budget, tally, form = recommender.budget, Tally(), options.layout
+    budget, tally, form = recommender.budget, RankTotals(), options.layout
     owners: dict[str, int] = {}
     paths: list[Path] = []
     for records in rank_parts(options, source, recommender, options.parts, key, tally):
@@ -365,7 +365,7 @@ def stored(paths: Iterable[Path]) -> Iterator[Ranked]:
 
 
 @dataclass(frozen=True)
-class Part:
+class PartCost:
     """The cost of ranking a part, without engine start, retrieval and explanations."""
 
     lines: int
@@ -373,7 +373,7 @@ class Part:
 
 
 @dataclass
-class Tally:
+class RankTotals:
     """Counts over all records, and the costs of this call."""
 
     lines: int = 0
@@ -388,7 +388,7 @@ class Tally:
     fresh: int = 0
     fresh_ranked: int = 0
     fresh_tokens: int = 0
-    parts: list[Part] = field(default_factory=list)
+    parts: list[PartCost] = field(default_factory=list)
 
     def add(self, records: Sequence[Ranked], *, seconds: float | None = None) -> None:
         """Count the records of a part.
@@ -404,7 +404,7 @@ class Tally:
                 self.fresh_ranked += record.error is None
                 self.fresh_tokens += record.prompt_tokens + record.completion_tokens
         if seconds is not None:
-            self.parts.append(Part(len(records), seconds))
+            self.parts.append(PartCost(len(records), seconds))
 
     def _add(self, record: Ranked) -> None:
         self.lines += 1
@@ -430,7 +430,7 @@ class Tally:
                 self.notes.append({"line": record.line, "request_id": record.request_id, "notes": list(record.notes)})
 
 
-class RankBar(Bar):
+class RankProgress(Progress):
     """The progress of a ranking, with the speed of this call."""
 
     def __init__(self, total: int) -> None:
@@ -528,7 +528,7 @@ def inputs_of(options: RankOptions, source: RequestFile, recommender: Ranker, ke
     return Inputs(str(options.source), options.target, options.layout, source.blank, recommender.described, key)
 
 
-def summary_of(inputs: Inputs, tally: Tally, seconds: Mapping[str, float]) -> dict[str, Any]:
+def summary_of(inputs: Inputs, tally: RankTotals, seconds: Mapping[str, float]) -> dict[str, Any]:
     """Return the summary for the terminal and the JSON file.
 
     Args:
@@ -566,13 +566,13 @@ def summary_of(inputs: Inputs, tally: Tally, seconds: Mapping[str, float]) -> di
     }
 
 
-def _costs(tally: Tally, cost: Cost) -> dict[str, Any]:
+def _costs(tally: RankTotals, cost: Cost) -> dict[str, Any]:
     """Return the totals of a cost, and the means per ranked request if there are any."""
     sums, ranked = asdict(cost), tally.lines - tally.failed
     return {**sums, "per_request": {name: round(sum_ / ranked, 2) for name, sum_ in sums.items()} if ranked else None}
 
 
-def _seconds(tally: Tally) -> dict[str, float] | None:
+def _seconds(tally: RankTotals) -> dict[str, float] | None:
     """Return the seconds per request of this call: mean, fastest part and slowest part."""
     if not tally.parts:
         return None

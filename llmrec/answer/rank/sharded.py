@@ -16,8 +16,8 @@ from llmrec.answer.rank.ranker import Ranker, resolved
 from llmrec.answer.rank.run import (
     STDOUT,
     Inputs,
-    Part,
-    Tally,
+    PartCost,
+    RankTotals,
     check_owners,
     check_titled,
     empty,
@@ -89,7 +89,7 @@ def rank_shard(options: RankOptions, shard: Shard, *, ranker: Ranker | None = No
                 if done is not None and done.facts["form"] == options.layout:
                     log.warning("shard %s is already complete; use --restart to rank it again", shard)
                 else:
-                    tally = Tally()
+                    tally = RankTotals()
                     deque(rank_parts(options, source, recommender, folder, key, tally, shard), maxlen=0)
                     names = [part_name(number) for number in shard.chunks(*part_sizes(options, source))]
                     seconds = {name: spent - before.get(name, 0.0) for name, spent in budget.stages.items()}
@@ -143,7 +143,7 @@ def merge_rank(target: Path, folders: Sequence[Path] = ()) -> Mapping[str, Any]:
 
 def _merged(shards: Sequence[Finished], inputs: Inputs) -> Mapping[str, Any]:
     paths = [item.folder / name for item in shards for name in item.files]
-    tally = Tally()
+    tally = RankTotals()
     owners: dict[str, int] = {}
     for path in paths:
         records = list(stored([path]))
@@ -154,7 +154,7 @@ def _merged(shards: Sequence[Finished], inputs: Inputs) -> Mapping[str, Any]:
     seconds: Counter[str] = Counter()
     for shard in shards:
         seconds.update(shard.facts["seconds"])
-        tally.parts += [Part(**part) for part in shard.facts["parts"]]
+        tally.parts += [PartCost(**part) for part in shard.facts["parts"]]
         for name in _FRESH:
             setattr(tally, name, getattr(tally, name) + shard.facts[name])
     summary = summary_of(inputs, tally, seconds)
@@ -166,7 +166,9 @@ def _merged(shards: Sequence[Finished], inputs: Inputs) -> Mapping[str, Any]:
     return summary
 
 
-def _summary(inputs: Inputs, options: RankOptions, tally: Tally, seconds: Mapping[str, float]) -> Mapping[str, Any]:
+def _summary(
+    inputs: Inputs, options: RankOptions, tally: RankTotals, seconds: Mapping[str, float]
+) -> Mapping[str, Any]:
     """Return the values of a shard that the summary of all shards needs."""
     return {
         "requests": inputs.requests,

@@ -21,7 +21,7 @@ from llmrec.answer.options import RecommenderOptions
 from llmrec.answer.rank.options import RankOptions
 from llmrec.answer.rank.outputs import check_out, write_summary
 from llmrec.answer.rank.ranker import open_loaded
-from llmrec.answer.rank.run import RankBar
+from llmrec.answer.rank.run import RankProgress
 from llmrec.data.cells import write_rows
 from llmrec.data.database_output import ADDRESSES, DATABASES, Database, without_password
 from llmrec.data.ranked import ENDINGS, LISTED_BY, LISTS, TABLE, Ranked, write_lists
@@ -110,7 +110,7 @@ def _refuse_others(options: RankOptions) -> None:
 
 def _ranked(rec: Loaded, users: Sequence[str], folder: Path, key: str, k: int, strategy: str) -> Iterator[Path]:
     """Rank the users in parts and yield the file of each part; existing parts are not ranked again."""
-    with RankBar(len(users)) as bar:
+    with RankProgress(len(users)) as bar:
         for start in range(0, len(users), _PART):
             part = users[start : start + _PART]
             path = folder / f"part-{start // _PART:06d}-{key[:16]}.parquet"

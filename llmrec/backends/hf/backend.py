@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 # Streaming of generated text, and progress within a batch.
 
 
-class Listening:
+class TokenListener:
     """Receives the tokens for one prompt as transformers generates them (``BaseStreamer``).
 
     Args:
@@ -70,7 +70,7 @@ class Listening:
         """Receive the end of the text."""
 
 
-class Counting:
+class TokenCounter:
     """Tracks the progress of a batch, for which transformers passes one token per prompt at a time."""
 
     def __init__(self, prompts: int, max_tokens: int) -> None:
@@ -331,9 +331,9 @@ class HFBackend:
         torch, tokenizer = self._torch, self.encoder.tokenizer
         rows, mask = self._padded(prompts)
         options: dict[str, Any] = {} if stop is None else {"stop_strings": [stop], "tokenizer": tokenizer}
-        streamer: Counting | Listening = Counting(len(prompts), max_tokens)
+        streamer: TokenCounter | TokenListener = TokenCounter(len(prompts), max_tokens)
         if self.listener is not None and len(prompts) == 1 and not self._paired:
-            streamer = Listening(self.encoder, stop, self.listener)
+            streamer = TokenListener(self.encoder, stop, self.listener)
         with torch.inference_mode():
             output = self.model.generate(
                 input_ids=rows,

@@ -446,7 +446,7 @@ _KEPT = 768 << 20
 
 
 @dataclass(slots=True)
-class _Read:
+class _CachedPrompt:
     """A cached prompt with its keys and values."""
 
     ids: list[int]
@@ -463,7 +463,7 @@ class PrefixReader:
     def __init__(self, model: torch.nn.Module) -> None:
         self._torch, self._model = require("torch", "train"), model
         self._room = max(1, _KEPT // cache_bytes(model.config, model.dtype.itemsize))
-        self._known: list[_Read] = []
+        self._known: list[_CachedPrompt] = []
         self.read = 0
 
     def last(self, ids: Sequence[int]) -> Any:
@@ -524,7 +524,7 @@ class PrefixReader:
             self._known.pop(0)
         return states[0]
 
-    def _like(self, ids: list[int]) -> tuple[_Read, int]:
+    def _like(self, ids: list[int]) -> tuple[_CachedPrompt, int]:
         """Take the cached prefix of a prompt, and return its length.
 
         A cached prompt is consumed by the one that continues from it. One that shares less than half stays: it belongs
@@ -535,7 +535,7 @@ class PrefixReader:
         shared = [min(most, _same(ids, item.ids) // BLOCK) for item in self._known]
         best = max(range(len(shared)), key=lambda i: (shared[i], i), default=None)
         if best is None or 2 * shared[best] * BLOCK < len(ids):
-            return _Read([], None), 0
+            return _CachedPrompt([], None), 0
         return self._known.pop(best), shared[best] * BLOCK
 
 

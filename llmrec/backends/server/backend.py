@@ -24,8 +24,16 @@ from llmrec.backends.cache import StoredLedger
 from llmrec.backends.encode import Encoder
 from llmrec.backends.search import Labels, single_token_labels
 from llmrec.backends.server import probe
-from llmrec.backends.server.client import Loop, Spending, Wire, chat_body, completion_body, likelihood_body, usage
-from llmrec.backends.server.probe import MARGIN, Labelled, Offers, probe_all
+from llmrec.backends.server.client import (
+    EventLoopThread,
+    ServerClient,
+    ServerUsage,
+    chat_body,
+    completion_body,
+    likelihood_body,
+    usage,
+)
+from llmrec.backends.server.probe import MARGIN, LabelLogProbabilities, ServerCapabilities, probe_all
 from llmrec.durable import Json
 from llmrec.errors import BackendError
 from llmrec.guard import clean
@@ -65,12 +73,12 @@ class OpenAIBackend(Backend):
         self, section: ServerSection, encoder: Encoder | None = None, *, ledger: StoredLedger | None = None
     ) -> None:
         self._section, self._encoder = section, encoder
-        self.spending = Spending(section, ledger)
-        self.wire = Wire(section, self.spending)
-        self._loop = Loop()
+        self.spending = ServerUsage(section, ledger)
+        self.wire = ServerClient(section, self.spending)
+        self._loop = EventLoopThread()
         self._floored = False
         try:
-            self.offers: Offers = self._loop.run(probe_all(self.wire, section, encoder))
+            self.offers: ServerCapabilities = self._loop.run(probe_all(self.wire, section, encoder))
         except BaseException:
             self.close()
             raise
@@ -218,7 +226,7 @@ class OpenAIBackend(Backend):
             )
         body = self._chat(query.prompt, 1, logprobs=True, top_logprobs=self.offers.top)
 
-        def read(value: Any) -> tuple[Labelled, int]:
+        def read(value: Any) -> tuple[LabelLogProbabilities, int]:
             return probe.chat_labels(value, labels), (usage(value) or Cost()).prompt_tokens
 
         async def ask() -> Scores:
@@ -232,7 +240,7 @@ class OpenAIBackend(Backend):
         control = self._encoder.control if self._encoder is not None else ()
         return chat_body(self._section, prompt, room=room, control=control, continues=self.offers.continues, **keys)
 
-    def _note(self, labelled: Labelled) -> None:
+    def _note(self, labelled: LabelLogProbabilities) -> None:
         """Log once that some labels got the minimum score."""
         if labelled.floored and not self._floored:
             self._floored = True

@@ -45,7 +45,7 @@ _MILLION = 1_000_000
 _MOST = 2**32
 
 
-class Spending:
+class ServerUsage:
     """The usage of a server by this process and earlier ones.
 
     Requests in progress when a cap is reached are finished and kept, so usage can exceed a cap by their cost.
@@ -154,7 +154,7 @@ class Server:
     tried: bool = False
 
 
-class Fleet:
+class ServerPool:
     """Selects a server for each attempt, in turn.
 
     A skipped server returns with one trial request, and fully once it answers. A single server is never skipped.
@@ -244,7 +244,7 @@ _MENDS: Mapping[int, str] = {
 }
 
 
-class Refused(BackendError):
+class FinalServerError(BackendError):
     """Raised for a final error of a server, which is not retried."""
 
     # Has only a message, like every `LlmrecError`, so that it can be pickled.
@@ -256,7 +256,7 @@ class Refused(BackendError):
         return self.status in _NO_ROUTE
 
 
-class _Again(Exception):
+class _RetryableError(Exception):
     """A failure to be retried; ``wait`` is the server's Retry-After in seconds."""
 
     def __init__(self, kind: str, wait: float | None = None) -> None:
@@ -264,7 +264,7 @@ class _Again(Exception):
         self.kind, self.wait = kind, wait
 
 
-class Wire:
+class ServerClient:
     """A client of one server, or of several servers with the same model.
 
     Raises:
@@ -272,10 +272,10 @@ class Wire:
         MissingExtra: If httpx is not installed.
     """
 
-    def __init__(self, section: ServerSection, spending: Spending) -> None:
+    def __init__(self, section: ServerSection, spending: ServerUsage) -> None:
         httpx = require("httpx", "openai")
         self._httpx, self._section, self._spending = httpx, section, spending
-        self._fleet = Fleet(section.urls, section.longest_wait)
+        self._fleet = ServerPool(section.urls, section.longest_wait)
         self._key = key_of(section)
         # shared by the copies for single servers, like all counters
         self._warned: set[str] = set()
@@ -323,7 +323,7 @@ class Wire:
             server = self._fleet.take(server)
             try:
                 result = await self._once(server.url, path, body, read, what)
-            except _Again as fault:
+            except _RetryableError as fault:
                 faults.append(fault.kind)
                 self.attempts[fault.kind.partition(":")[0]] += 1
                 self._fleet.failed(server, fault.kind, fault.wait)
@@ -338,7 +338,7 @@ class Wire:
                         column="eval.server.longest_wait",
                     ) from None
                 continue
-            except Refused:
+            except FinalServerError:
                 self._fleet.answered(server)
                 raise
             self._fleet.answered(server)
@@ -352,12 +352,12 @@ class Wire:
             at=f"{self.where}{path}",
         )
 
-    def each(self) -> list[Wire]:
+    def each(self) -> list[ServerClient]:
         """Return a client for each server, with the same connections and counters."""
         results = []
         for url in self._section.urls:
             one = copy.copy(self)
-            one._fleet, one.where = Fleet([url], self._section.longest_wait), url
+            one._fleet, one.where = ServerPool([url], self._section.longest_wait), url
             results.append(one)
         return results
 
@@ -375,18 +375,18 @@ class Wire:
                 async with stream as response:
                     content = await unpacked(response)
         except (TimeoutError, self._httpx.TimeoutException):
-            raise _Again("time-out") from None
+            raise _RetryableError("time-out") from None
         except (self._httpx.RemoteProtocolError, self._httpx.ReadError, self._httpx.DecodingError):
-            raise _Again("answer cut off") from None
+            raise _RetryableError("answer cut off") from None
         except self._httpx.TransportError as error:
-            raise _Again(f"no connection: {self._words(str(error)) or type(error).__name__}") from None
+            raise _RetryableError(f"no connection: {self._words(str(error)) or type(error).__name__}") from None
         status = int(response.status_code)
         if status in _TRANSIENT or (status >= 500 and status != 501):
-            raise _Again(f"status {status}", retry_after(response.headers.get("retry-after"), time.time()))
+            raise _RetryableError(f"status {status}", retry_after(response.headers.get("retry-after"), time.time()))
         if status != 200:
             fix = _MENDS.get(status, "see eval.server in the recipe")
             text = self._words(_message(content.decode("utf-8", "replace")))
-            refusal = Refused(
+            refusal = FinalServerError(
                 f"{url}{path} refused {what()} with status {status}: {text}; {fix}",
                 kind="failed",
                 at=f"{url}{path}",
@@ -396,12 +396,12 @@ class Wire:
         try:
             value = self._masked(json.loads(content))
         except (ValueError, RecursionError):
-            raise _Again("no JSON") from None
+            raise _RetryableError("no JSON") from None
         self._count(value, body)
         try:
             return read(value)
         except MALFORMED as error:
-            raise _Again(f"malformed answer: {self._words(str(error))}") from None
+            raise _RetryableError(f"malformed answer: {self._words(str(error))}") from None
 
     def _count(self, value: Any, body: Mapping[str, Any] | None) -> None:
         """Add the usage reported in an answer.
@@ -451,7 +451,7 @@ async def unpacked(response: Any) -> bytes:
     """
     packing = response.headers.get("content-encoding", "identity").strip().lower()
     if packing not in ("", "identity", "gzip", "x-gzip", "deflate"):
-        raise _Again(f"packed as {clean(packing, 20)}")
+        raise _RetryableError(f"packed as {clean(packing, 20)}")
     unpacker = None if packing in ("", "identity") else zlib.decompressobj(wbits=47 if "gzip" in packing else 15)
     parts, size, sent = [], 0, 0
     async for chunk in response.aiter_raw():
@@ -460,13 +460,13 @@ async def unpacked(response: Any) -> bytes:
             try:
                 chunk = unpacker.decompress(chunk, LARGEST - size + 1)
             except zlib.error:
-                raise _Again("answer cut off") from None
+                raise _RetryableError("answer cut off") from None
         parts.append(chunk)
         size += len(chunk)
         if max(size, sent) > LARGEST:
-            raise _Again(f"the answer is larger than {LARGEST // 2**20} MiB")
+            raise _RetryableError(f"the answer is larger than {LARGEST // 2**20} MiB")
     if unpacker is not None and sent and not unpacker.eof:
-        raise _Again("answer cut off")
+        raise _RetryableError("answer cut off")
     return b"".join(parts)
 
 
@@ -536,7 +536,7 @@ def key_of(section: ServerSection) -> str | None:
 _END_SECONDS = 10.0
 
 
-class Loop:
+class EventLoopThread:
     """An event loop in a thread."""
 
     def __init__(self) -> None:
@@ -554,7 +554,7 @@ class Loop:
         A result counts as in progress until the next one is taken. After a failure no further job starts; those in
         progress are finished and yielded, then the first failure is raised. Closing the iterator cancels all jobs.
         """
-        done: SimpleQueue[_Done[T] | None] = SimpleQueue()
+        done: SimpleQueue[_Received[T] | None] = SimpleQueue()
         work = asyncio.run_coroutine_threadsafe(_all(jobs, together, done), self._loop)
         try:
             while (result := done.get()) is not None:
@@ -575,7 +575,7 @@ class Loop:
 
 
 @dataclass(frozen=True)
-class _Done(Generic[T]):
+class _Received(Generic[T]):
     """A result, and a signal that it was received."""
 
     index: int
@@ -584,7 +584,7 @@ class _Done(Generic[T]):
 
 
 async def _all(
-    jobs: Sequence[Callable[[], Awaitable[T]]], together: int, done: SimpleQueue[_Done[T] | None]
+    jobs: Sequence[Callable[[], Awaitable[T]]], together: int, done: SimpleQueue[_Received[T] | None]
 ) -> Exception | None:
     waiting = iter(enumerate(jobs))
     failures: list[Exception] = []
@@ -592,7 +592,7 @@ async def _all(
     async def work() -> None:
         for index, job in waiting:
             try:
-                result = _Done(index, await job(), asyncio.Event())
+                result = _Received(index, await job(), asyncio.Event())
             except Exception as failure:
                 failures.append(failure)
                 return

@@ -17,7 +17,15 @@ from operator import itemgetter
 from typing import Any, TypeVar
 
 from llmrec.backends.encode import Encoder
-from llmrec.backends.server.client import MALFORMED, Refused, Wire, chat_body, completion_body, likelihood_body, usage
+from llmrec.backends.server.client import (
+    MALFORMED,
+    FinalServerError,
+    ServerClient,
+    chat_body,
+    completion_body,
+    likelihood_body,
+    usage,
+)
 from llmrec.durable import Json
 from llmrec.errors import BackendError
 from llmrec.recipe.schema import ServerSection
@@ -36,7 +44,7 @@ _THINKING = re.compile(r"<think(?:ing)?>")
 
 
 @dataclass(frozen=True, slots=True)
-class Labelled:
+class LabelLogProbabilities:
     """Log-probabilities of labels in nats, and how many labels got the minimum because they were not returned."""
 
     logprobs: tuple[float, ...]
@@ -116,7 +124,7 @@ def named_labels(value: Any, ids: Sequence[int]) -> tuple[float, ...]:
     return tuple(_nats(result[f"token_id:{i}"]) for i in ids)
 
 
-def top_labels(value: Any, spellings: Sequence[Sequence[str]]) -> Labelled:
+def top_labels(value: Any, spellings: Sequence[Sequence[str]]) -> LabelLogProbabilities:
     """Parse the log-probabilities of labels among the most likely first tokens of a completion.
 
     The spellings are how servers may write each label's token, the most reliable first.
@@ -125,7 +133,7 @@ def top_labels(value: Any, spellings: Sequence[Sequence[str]]) -> Labelled:
     return by_name(result, [next((name for name in names if name in result), names[0]) for names in spellings])
 
 
-def chat_labels(value: Any, texts: Sequence[str]) -> Labelled:
+def chat_labels(value: Any, texts: Sequence[str]) -> LabelLogProbabilities:
     """Parse the log-probabilities of labels among the most likely first tokens of a chat answer.
 
     White space around a token is not part of its label: an answer may begin with either form, so both are summed.
@@ -142,7 +150,7 @@ def chat_first(value: Any) -> dict[str, float]:
     return {name: _log_sum(values) for name, values in result.items()}
 
 
-def by_name(returned: Mapping[str, float], names: Sequence[str]) -> Labelled:
+def by_name(returned: Mapping[str, float], names: Sequence[str]) -> LabelLogProbabilities:
     """Return the log-probability of each label; missing labels get a value below the smallest returned one.
 
     Raises:
@@ -152,7 +160,7 @@ def by_name(returned: Mapping[str, float], names: Sequence[str]) -> Labelled:
         raise ValueError("no log-probability was returned")
     values = {name: _nats(value) for name, value in returned.items()}
     floor = min(values.values()) - MARGIN
-    return Labelled(
+    return LabelLogProbabilities(
         tuple(values.get(name, floor) for name in names),
         sum(name not in values for name in names),
     )
@@ -202,7 +210,7 @@ _ALIKE, _LIKELY = 0.5, -3.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Offers:
+class ServerCapabilities:
     """The capabilities of a server.
 
     Attributes:
@@ -220,7 +228,7 @@ class Offers:
     continues: bool = False
 
 
-async def probe_all(wire: Wire, section: ServerSection, encoder: Encoder | None) -> Offers:
+async def probe_all(wire: ServerClient, section: ServerSection, encoder: Encoder | None) -> ServerCapabilities:
     """Detect the capabilities of several servers, which must be equal.
 
     Raises:
@@ -229,7 +237,7 @@ async def probe_all(wire: Wire, section: ServerSection, encoder: Encoder | None)
     """
     wires = wire.each()
     result = await asyncio.gather(*(probe(one, section, encoder) for one in wires), return_exceptions=True)
-    offers = [item for item in result if isinstance(item, Offers)]
+    offers = [item for item in result if isinstance(item, ServerCapabilities)]
     for item in result:
         if isinstance(item, BaseException):
             raise item
@@ -252,14 +260,16 @@ async def probe_all(wire: Wire, section: ServerSection, encoder: Encoder | None)
 
 
 @dataclass(frozen=True, slots=True)
-class _Reported:
+class _ModelReport:
     """What a server reports about its model: whether it lists the model, and the most likely first tokens."""
 
     listed: bool | None
     tokens: dict[str, float]
 
 
-async def _report_of(wire: Wire, section: ServerSection, encoder: Encoder | None, offers: Offers) -> _Reported:
+async def _report_of(
+    wire: ServerClient, section: ServerSection, encoder: Encoder | None, offers: ServerCapabilities
+) -> _ModelReport:
     """Request a server's list of models, and log-probabilities after a prompt if it returns any."""
 
     def listed(value: Any) -> bool:
@@ -270,16 +280,16 @@ async def _report_of(wire: Wire, section: ServerSection, encoder: Encoder | None
     except BackendError:
         known = None
     if not offers.top:
-        return _Reported(known, {})
+        return _ModelReport(known, {})
     if offers.exact and encoder is not None:
         body = completion_body(section, list(encoder.piece(_TEXT)), room=1, logprobs=offers.top)
-        return _Reported(known, await _try(wire, "/completions", body, first))
+        return _ModelReport(known, await _try(wire, "/completions", body, first))
     keys = {"logprobs": True, "top_logprobs": offers.top}
     body = chat_body(section, _PROMPT, room=_ROOM, control=(), continues=False) | keys
-    return _Reported(known, await _try(wire, "/chat/completions", body, chat_first))
+    return _ModelReport(known, await _try(wire, "/chat/completions", body, chat_first))
 
 
-def _different(one: Offers, other: Offers) -> str:
+def _different(one: ServerCapabilities, other: ServerCapabilities) -> str:
     """Return how the capabilities of two servers differ; empty if they are equal."""
     names = [
         name
@@ -289,7 +299,7 @@ def _different(one: Offers, other: Offers) -> str:
     return ", ".join(f"{name} is {getattr(one, name)} and {getattr(other, name)}" for name in names)
 
 
-def _contradicts(one: _Reported, other: _Reported) -> str:
+def _contradicts(one: _ModelReport, other: _ModelReport) -> str:
     """Return the evidence that two servers have different models; empty if there is none."""
     if None not in (one.listed, other.listed) and one.listed != other.listed:
         return "only one of the two servers lists the model"
@@ -300,7 +310,7 @@ def _contradicts(one: _Reported, other: _Reported) -> str:
     return ""
 
 
-async def probe(wire: Wire, section: ServerSection, encoder: Encoder | None) -> Offers:
+async def probe(wire: ServerClient, section: ServerSection, encoder: Encoder | None) -> ServerCapabilities:
     """Detect the capabilities of a server.
 
     Raises:
@@ -308,7 +318,7 @@ async def probe(wire: Wire, section: ServerSection, encoder: Encoder | None) -> 
     """
     if section.chat != "chat":
         result = await _completions(wire, section, encoder) if encoder is not None else "there is no tokenizer"
-        if isinstance(result, Offers):
+        if isinstance(result, ServerCapabilities):
             return result
         if section.chat == "completions":
             raise BackendError(
@@ -319,17 +329,17 @@ async def probe(wire: Wire, section: ServerSection, encoder: Encoder | None) -> 
                 column="eval.server.chat",
             )
         log.info("%s uses the chat endpoint: %s", wire.where, result)
-    return Offers(exact=False, top=await _chat_top(wire, section), continues=await _continues(wire))
+    return ServerCapabilities(exact=False, top=await _chat_top(wire, section), continues=await _continues(wire))
 
 
-async def _completions(wire: Wire, section: ServerSection, encoder: Encoder) -> Offers | str:
+async def _completions(wire: ServerClient, section: ServerSection, encoder: Encoder) -> ServerCapabilities | str:
     """Return the capabilities for completions, or why token ids cannot be continued."""
     ids = list(encoder.piece(_TEXT))
     # Some servers add a token before the text.
     for text, lengths in ((_TEXT, (len(ids), len(ids) + 1)), (ids, (len(ids),))):
         try:
             read = await _try(wire, "/completions", completion_body(section, text, room=1), _read_tokens)
-        except Refused as refusal:
+        except FinalServerError as refusal:
             if refusal.status in (401, 402, 403):
                 raise
             return "it has no completions API" if refusal.no_route else str(refusal)
@@ -339,10 +349,10 @@ async def _completions(wire: Wire, section: ServerSection, encoder: Encoder) -> 
             return f"the tokenizer of model.name splits a text into {len(ids)} tokens, the server into {read}"
     top, named = await _labels(wire, section, ids)
     rows = [ids, ids[:_ROOM]]
-    return Offers(exact=True, top=top, named=named, likelihood=await _echoes(wire, section, rows))
+    return ServerCapabilities(exact=True, top=top, named=named, likelihood=await _echoes(wire, section, rows))
 
 
-async def _labels(wire: Wire, section: ServerSection, ids: list[int]) -> tuple[int, bool]:
+async def _labels(wire: ServerClient, section: ServerSection, ids: list[int]) -> tuple[int, bool]:
     """Return how many of the most likely tokens a completion can return, and whether it accepts token ids."""
     for top in _TOPS:
         body = completion_body(section, ids, room=1, logprobs=top)
@@ -355,13 +365,13 @@ async def _labels(wire: Wire, section: ServerSection, ids: list[int]) -> tuple[i
     return 0, False
 
 
-async def _echoes(wire: Wire, section: ServerSection, rows: list[list[int]]) -> bool:
+async def _echoes(wire: ServerClient, section: ServerSection, rows: list[list[int]]) -> bool:
     # The first token of a text has no log-probability.
     read = partial(tail_sums, start=1, tails=[row[1:] for row in rows])
     return await _offered(wire, "/completions", likelihood_body(section, rows), read, count=len(rows))
 
 
-async def _chat_top(wire: Wire, section: ServerSection) -> int:
+async def _chat_top(wire: ServerClient, section: ServerSection) -> int:
     """Return how many most likely first tokens a chat answer returns; 0 if the model writes reasoning first."""
     body = chat_body(section, _PROMPT, room=_ROOM, control=(), continues=False)
     # Any answer proves that URL, key and model are valid: later errors mean that a capability is missing.
@@ -375,7 +385,7 @@ async def _chat_top(wire: Wire, section: ServerSection) -> int:
     return 0
 
 
-async def _continues(wire: Wire) -> bool:
+async def _continues(wire: ServerClient) -> bool:
     """Whether the server is vLLM, which can continue an assistant message."""
 
     def read(value: Any) -> bool:
@@ -387,7 +397,9 @@ async def _continues(wire: Wire) -> bool:
         return False
 
 
-async def _offered(wire: Wire, path: str, body: dict[str, Json], read: Callable[[Any], Any], *, count: int = 1) -> bool:
+async def _offered(
+    wire: ServerClient, path: str, body: dict[str, Json], read: Callable[[Any], Any], *, count: int = 1
+) -> bool:
     """Whether a server accepts a request and returns the requested result.
 
     An answer without choices is a fault, which shows nothing about capabilities.
@@ -403,11 +415,11 @@ async def _offered(wire: Wire, path: str, body: dict[str, Json], read: Callable[
 
     try:
         return await _try(wire, path, body, kept)
-    except Refused:
+    except FinalServerError:
         return False
 
 
-async def _try(wire: Wire, path: str, body: dict[str, Json], read: Callable[[Any], T]) -> T:
+async def _try(wire: ServerClient, path: str, body: dict[str, Json], read: Callable[[Any], T]) -> T:
     return await wire.ask(path, body, read, what=lambda: "a test request")
 
 

@@ -26,7 +26,7 @@ from llmrec import terminal
 from llmrec.backends.encode import Encoder
 from llmrec.backends.search import search, single_token_labels
 from llmrec.backends.vllm.adapters import LINEAR, Adapter, admitted_rank
-from llmrec.backends.vllm.supervise import ORDERLY_SECONDS, EngineLost, Limits, Progress, Watch
+from llmrec.backends.vllm.supervise import ORDERLY_SECONDS, EngineLost, EngineProcesses, Limits, StepCounter
 from llmrec.decode.beam import Fed, Floats, Targets
 from llmrec.errors import BackendError, EngineFailure, require
 from llmrec.machine import Node, node_memory
@@ -92,7 +92,7 @@ class Workload:
 # are read; so no warm-up is needed.
 
 
-class Ask(NamedTuple):
+class EngineRequest(NamedTuple):
     """A request: a path of tokens after a text.
 
     Attributes:
@@ -106,7 +106,7 @@ class Ask(NamedTuple):
     targets: tuple[tuple[int, ...], ...]
 
 
-class Answers(NamedTuple):
+class EngineAnswers(NamedTuple):
     """The answers of an engine: values of each request, and numbers of computed tokens and requests."""
 
     values: Sequence[Sequence[float]]
@@ -114,12 +114,12 @@ class Answers(NamedTuple):
     requests: int
 
 
-Reader = Callable[[Sequence[Ask]], Answers]
+Reader = Callable[[Sequence[EngineRequest]], EngineAnswers]
 
 
 def plan(
     texts: Sequence[tuple[int, ...]], starts: Sequence[int], ids: Sequence[int], *, chains: bool, limit: int
-) -> tuple[list[Ask], list[int]]:
+) -> tuple[list[EngineRequest], list[int]]:
     """Return the requests that compute the needed log-probabilities of token trees.
 
     A path starts at a node that no other path passes. So the prefix that a path shares with earlier ones ends before
@@ -133,7 +133,7 @@ def plan(
         limit: The maximum number of different ids per request.
     """
     follow = _links(texts, starts, ids, limit) if chains else {}
-    asks: list[Ask] = []
+    asks: list[EngineRequest] = []
     entries: list[int] = []
     for head in sorted(set(range(len(texts))) - set(follow.values())):
         at: int | None = head
@@ -151,9 +151,9 @@ def plan(
                 entries.extend(group[:limit])
                 wide += [(at, group[n : n + limit]) for n in range(limit, len(group), limit)]
                 last, at = at, follow.get(at)
-            asks.append(Ask(text, texts[last][len(text) :], tuple(rows)))
+            asks.append(EngineRequest(text, texts[last][len(text) :], tuple(rows)))
             for node, rest in wide:
-                asks.append(Ask(texts[node], (), (tuple(ids[n] for n in rest),)))
+                asks.append(EngineRequest(texts[node], (), (tuple(ids[n] for n in rest),)))
                 entries.extend(rest)
     return asks, entries
 
@@ -229,7 +229,7 @@ class VLLMTree:
         return result[inverse]
 
 
-def parameters(vllm: Any, ask: Ask, *, prefill: bool) -> Any:
+def parameters(vllm: Any, ask: EngineRequest, *, prefill: bool) -> Any:
     """Return the sampling parameters of a request.
 
     With ``prefill``, the forced tokens belong to the prompt; otherwise they are generated.
@@ -254,7 +254,7 @@ def parameters(vllm: Any, ask: Ask, *, prefill: bool) -> Any:
     )
 
 
-def answered(output: Any, ask: Ask, *, prefill: bool) -> list[float] | None:
+def answered(output: Any, ask: EngineRequest, *, prefill: bool) -> list[float] | None:
     """Parse the output of an engine; None if vLLM omitted values of cached tokens.
 
     Raises:
@@ -277,7 +277,7 @@ def answered(output: Any, ask: Ask, *, prefill: bool) -> list[float] | None:
     return [value for values in steps for value in values]
 
 
-def _rows(steps: Sequence[Any], ask: Ask, prefill: bool) -> Iterator[tuple[Any, tuple[int, ...]]]:
+def _rows(steps: Sequence[Any], ask: EngineRequest, prefill: bool) -> Iterator[tuple[Any, tuple[int, ...]]]:
     """Yield the generated steps with the tokens requested for each."""
     return zip(steps, ask.targets[-1:] if prefill else ask.targets, strict=False)
 
@@ -329,7 +329,7 @@ class _Options(TypedDict, total=False):
 class _Process:
     """A started engine, which several backends may share; ``llm`` is None after it was closed."""
 
-    watch: Watch
+    watch: EngineProcesses
     llm: Any
 
 
@@ -417,7 +417,7 @@ class VLLMBackend(Backend):
         if on_cpu and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
             self._process = _Process(*_fitted(folder, build, options, encoder.max_length, workload or _UNKNOWN))
         else:
-            watch = Watch()
+            watch = EngineProcesses()
             try:
                 self._process = _Process(watch, watch.start(build))
             except Exception as error:
@@ -494,7 +494,7 @@ class VLLMBackend(Backend):
         self, prompts: Sequence[tuple[int, ...]], tails: Sequence[Sequence[tuple[int, ...]]]
     ) -> list[list[float]]:
         """Return the log-probability of each continuation after its prompt."""
-        asks: list[Ask] = []
+        asks: list[EngineRequest] = []
         pairs: list[list[tuple[tuple[int, ...], int]]] = []
         for ids, group in zip(prompts, tails, strict=True):
             children: dict[tuple[int, ...], dict[int, None]] = {}
@@ -582,10 +582,10 @@ class VLLMBackend(Backend):
             self.close()
             raise
 
-    def _read(self, asks: Sequence[Ask], prompts: int = 0) -> Answers:
+    def _read(self, asks: Sequence[EngineRequest], prompts: int = 0) -> EngineAnswers:
         """Answer requests; values that vLLM dropped are requested again, one node at a time."""
         if not asks:
-            return Answers([], 0, 0)
+            return EngineAnswers([], 0, 0)
         prefill = self.route == "prefill"
         texts = [ask.text + ask.forced if prefill else ask.text for ask in asks]
         outputs = self._run(texts, [parameters(self._vllm, ask, prefill=prefill) for ask in asks], prompts)
@@ -597,9 +597,11 @@ class VLLMBackend(Backend):
         )
         dropped = [n for n, value in enumerate(values) if value is None]
         if not dropped:
-            return Answers([value for value in values if value is not None], tokens, len(asks))
+            return EngineAnswers([value for value in values if value is not None], tokens, len(asks))
         nodes = [
-            Ask(asks[n].text + asks[n].forced[:k], (), (row,)) for n in dropped for k, row in enumerate(asks[n].targets)
+            EngineRequest(asks[n].text + asks[n].forced[:k], (), (row,))
+            for n in dropped
+            for k, row in enumerate(asks[n].targets)
         ]
         again = self._read(nodes)
         rows = iter(again.values)
@@ -607,7 +609,7 @@ class VLLMBackend(Backend):
             [number for _ in ask.targets for number in next(rows)] if value is None else value
             for value, ask in zip(values, asks, strict=True)
         ]
-        return Answers(filled, tokens + again.tokens, len(asks) + again.requests)
+        return EngineAnswers(filled, tokens + again.tokens, len(asks) + again.requests)
 
     def _room(self) -> int:
         """Return how many tokens can be searched together without evicting the previous round from the cache."""
@@ -625,7 +627,7 @@ def _answers(
     requests: Sequence[dict[str, list[int]]],
     parameters: Sequence[Any],
     adapter: Any,
-    progress: Progress,
+    progress: StepCounter,
     share: float,
 ) -> list[Any]:
     """Run requests step by step like ``LLM.generate``, so that the watchdog sees finished steps.
@@ -669,7 +671,7 @@ def _cause(error: BaseException) -> str:
 
 def _fitted(
     folder: str, build: Callable[[], Any], options: _Options, longest: int, workload: Workload
-) -> tuple[Watch, Any]:
+) -> tuple[EngineProcesses, Any]:
     """Start a CPU engine with the largest KV cache that the memory of its NUMA node allows.
 
     vLLM reports only in its log why an engine did not start. So a start that may have lacked memory is retried with
@@ -685,7 +687,7 @@ def _fitted(
     failed: list[Exception] = []
     for size in workload.sizes(longest, node.free):
         options["kv_cache_memory_bytes"] = size
-        watch = Watch()
+        watch = EngineProcesses()
         try:
             return watch, watch.start(build)
         except Exception as error:

@@ -7,7 +7,7 @@ from typing import Any
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
 
-class _Force:
+class _ForcedPath:
     def __init__(self, ids: list[int]) -> None:
         self.ids = ids
 
@@ -27,4 +27,4 @@ class ForcedTokens(AdapterLogitsProcessor):  # type: ignore[misc]
     def new_req_logits_processor(self, params: Any) -> Any:
         """Return the processor for a request, or None if the request forces no tokens."""
         ids = (params.extra_args or {}).get("llmrec_forced")
-        return _Force(ids) if ids else None
+        return _ForcedPath(ids) if ids else None

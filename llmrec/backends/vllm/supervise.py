@@ -1,8 +1,8 @@
 """Detects a vLLM engine that died or hangs, and ends all of its processes.
 
 ``LLM.generate`` waits forever for an engine process that was killed or stopped. Here a thread waits, and the caller
-checks the state of the engine's processes once per second. `Vigil` distinguishes a dead or hanging engine from a slow
-one, and reads no clock itself.
+checks the state of the engine's processes once per second. `HealthCheck` distinguishes a dead or hanging engine from a
+slow one, and reads no clock itself.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ T = TypeVar("T")
 _MAIN = ("init_main_from_name", "init_main_from_path")
 
 
-class _Here(threading.local):
+class _ThreadState(threading.local):
     """Whether this thread starts processes without ``__main__``."""
 
     hidden = False
 
 
-_here = _Here()
+_here = _ThreadState()
 _lock = threading.Lock()
 
 
@@ -101,7 +101,7 @@ class Limits:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seen:
+class ProcessState:
     """The state of a process at one check."""
 
     pid: int
@@ -118,7 +118,7 @@ class _Sample:
     waiting: bool
 
 
-class Vigil:
+class HealthCheck:
     """Decides from a series of checks whether an engine is lost; independent of vLLM and clocks."""
 
     def __init__(self, limits: Limits, now: float) -> None:
@@ -128,7 +128,7 @@ class Vigil:
         self._stopped: dict[int, float] = {}
         self._samples: deque[_Sample] = deque()
 
-    def judge(self, now: float, seen: Sequence[Seen], steps: int) -> str | None:
+    def judge(self, now: float, seen: Sequence[ProcessState], steps: int) -> str | None:
         """Return the problem with an engine, or None if there is none.
 
         Args:
@@ -151,17 +151,17 @@ class Vigil:
         self._stopped.clear()
         self._samples.clear()
 
-    def _ended(self, seen: Iterable[Seen]) -> str | None:
+    def _ended(self, seen: Iterable[ProcessState]) -> str | None:
         ended = [s for s in seen if s.vital and s.state in ENDED]
         return f"died: {named(ended)} ended" if ended else None
 
-    def _halted(self, now: float, seen: Iterable[Seen]) -> str | None:
+    def _halted(self, now: float, seen: Iterable[ProcessState]) -> str | None:
         halted = [s for s in seen if s.vital and s.state == psutil.STATUS_STOPPED]
         self._stopped = {s.pid: self._stopped.get(s.pid, now) for s in halted}
         long = [s for s in halted if now - self._stopped[s.pid] >= self._limits.quiet]
         return f"hangs: {named(long)} has been stopped for {self._limits.quiet:.0f} s" if long else None
 
-    def _quiet(self, now: float, seen: Iterable[Seen]) -> str | None:
+    def _quiet(self, now: float, seen: Iterable[ProcessState]) -> str | None:
         samples, limit = self._samples, self._limits.quiet
         while len(samples) > 1 and samples[1].at <= now - limit:
             samples.popleft()
@@ -179,7 +179,7 @@ class Vigil:
         return f"hangs: it is busy, but has not finished a step for {self._limits.step / 60:.0f} minutes"
 
 
-def named(seen: Iterable[Seen]) -> str:
+def named(seen: Iterable[ProcessState]) -> str:
     """Return a description of processes for an error message."""
     return ", ".join(f"{s.name} (process {s.pid})" for s in seen) or "the engine"
 
@@ -193,7 +193,7 @@ class EngineLost(Exception):
     """Raised if an engine died or hangs; the message describes what was observed."""
 
 
-class Progress:
+class StepCounter:
     """Counts the steps of an engine; written by one thread and read by another."""
 
     steps = 0
@@ -203,7 +203,7 @@ class Progress:
         self.steps += 1
 
 
-class Watch:
+class EngineProcesses:
     """Starts, watches and ends the processes of an engine."""
 
     def __init__(self, limits: Limits | None = None) -> None:
@@ -239,33 +239,33 @@ class Watch:
         self._adopt(engine)
         return engine
 
-    def run(self, work: Callable[[Progress], T]) -> T:
+    def run(self, work: Callable[[StepCounter], T]) -> T:
         """Run a function on the engine in a thread, while this thread watches the engine.
 
         Raises:
             EngineLost: If the engine died or hangs, after its processes are killed.
             Exception: Whatever ``work`` raises.
         """
-        progress = Progress()
+        progress = StepCounter()
         if not self._vital:
             return work(progress)
         # Not an executor, whose threads Python waits for at exit.
         outcome: Future[T] = Future()
         self._thread = threading.Thread(target=_work, args=(work, progress, outcome), daemon=True, name="llmrec-vllm")
         self._thread.start()
-        vigil = Vigil(self.limits, time.monotonic())
+        health = HealthCheck(self.limits, time.monotonic())
         try:
             while not wait([outcome], self.limits.poll).done:
-                if trouble := vigil.judge(time.monotonic(), self.look(), progress.steps):
+                if trouble := health.judge(time.monotonic(), self.look(), progress.steps):
                     self._lost(trouble)
         except BaseException:
             self.kill()
             raise
-        if (error := outcome.exception()) and (trouble := vigil.judge(time.monotonic(), self.look(), progress.steps)):
+        if (error := outcome.exception()) and (trouble := health.judge(time.monotonic(), self.look(), progress.steps)):
             self._lost(trouble, error)
         return outcome.result()
 
-    def look(self) -> list[Seen]:
+    def look(self) -> list[ProcessState]:
         """Return the current state of the engine processes and of the waiting thread."""
         for core in self._cores:
             if core.pid in self._members:
@@ -367,19 +367,19 @@ class Watch:
         titled = {pid for pid in self._members if self._seen(pid).name.startswith(title)}
         self._vital = roots | titled
 
-    def _caller(self) -> list[Seen]:
+    def _caller(self) -> list[ProcessState]:
         """Return the state of the waiting thread, which also prepares requests and reads answers."""
         if self._thread is None or self._thread.native_id is None:
             return []
         for thread in psutil.Process().threads():
             if thread.id == self._thread.native_id:
-                return [Seen(pid=0, name="", state="", cpu=thread.user_time + thread.system_time, vital=False)]
+                return [ProcessState(pid=0, name="", state="", cpu=thread.user_time + thread.system_time, vital=False)]
         return []
 
     def _alive(self) -> list[int]:
         return [pid for pid in self._members if self._seen(pid).state not in ENDED]
 
-    def _seen(self, pid: int) -> Seen:
+    def _seen(self, pid: int) -> ProcessState:
         process, vital = self._members[pid], pid in self._vital
         try:
             with process.oneshot():
@@ -387,12 +387,12 @@ class Watch:
                     raise psutil.NoSuchProcess(pid)
                 name, state, times = process.name(), process.status(), process.cpu_times()
         except psutil.Error:
-            return Seen(pid=pid, name=self._names.get(pid, "process"), state="gone", cpu=0.0, vital=vital)
+            return ProcessState(pid=pid, name=self._names.get(pid, "process"), state="gone", cpu=0.0, vital=vital)
         if state not in ENDED:
             # vLLM sets process titles only when they run; of a dead process, only the first letters are left.
             self._names[pid] = name
         name = self._names.get(pid, name)
-        return Seen(pid=pid, name=name, state=state, cpu=times.user + times.system, vital=vital)
+        return ProcessState(pid=pid, name=name, state=state, cpu=times.user + times.system, vital=vital)
 
     def _lost(self, trouble: str, cause: BaseException | None = None) -> None:
         trouble += self._reason() if trouble.startswith("died") else ""
@@ -427,7 +427,7 @@ class Watch:
             guard.wait(1)
 
 
-def _work(work: Callable[[Progress], T], progress: Progress, outcome: Future[T]) -> None:
+def _work(work: Callable[[StepCounter], T], progress: StepCounter, outcome: Future[T]) -> None:
     try:
         outcome.set_result(work(progress))
     except BaseException as error:

@@ -24,11 +24,11 @@ Kind = Literal["id", "number", "text", "maybe"]
 _TEXTS = (pl.String, pl.Categorical, pl.Enum)
 
 
-class Unusual(Exception):
+class NeedsExactReader(Exception):
     """Raised when a fast reader finds values that only the slower, exact reader handles."""
 
 
-class NoNumbers(Exception):
+class NotNumeric(Exception):
     """Raised for a column that should be numeric but contains other values, such as dates."""
 
     def __init__(self, name: str) -> None:
@@ -58,7 +58,7 @@ class Column:
         elif self.kind == "number" and (values.dtype.is_float() or values.dtype == pl.String):
             values = floats(values)
             if values.null_count() or not values.is_finite().all():
-                raise NoNumbers(self.name)
+                raise NotNumeric(self.name)
             self._blocks.append(values.to_numpy())
         else:
             self._blocks.append(values)
@@ -77,12 +77,12 @@ class Column:
         """
         blocks, self._blocks = self._blocks, []
         if not blocks:
-            raise Unusual
+            raise NeedsExactReader
         arrays = [block for block in blocks if isinstance(block, np.ndarray)]
         if len(arrays) < len(blocks):
             series = [block for block in blocks if isinstance(block, pl.Series)]
             if arrays or len({block.dtype for block in series}) > 1:
-                raise Unusual
+                raise NeedsExactReader
             return pl.concat(series, rechunk=True).alias(self.name)
         if self.kind == "number":
             return pl.Series(self.name, np.concatenate(arrays))
@@ -119,7 +119,7 @@ def table_of(
     read = {column.name: column.series() for column in columns}
     rows = len(next(iter(read.values()), ()))
     if not rows:
-        raise Unusual
+        raise NeedsExactReader
     nothing = pl.repeat(None, rows, dtype=pl.Null, eager=True)
     frame = pl.DataFrame([read[column] if column in read else nothing.alias(column) for column in names])
     locations = numbered(name, lines)

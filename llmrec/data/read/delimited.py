@@ -19,11 +19,20 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 
-from llmrec.data.read.columns import Column, Kind, NoNumbers, table_of
+from llmrec.data.read.columns import Column, Kind, NotNumeric, table_of
 from llmrec.data.read.files import Source
 from llmrec.data.read.limits import enumerated, reason, shown
 from llmrec.data.read.tables import Table, check_columns, column_names
-from llmrec.data.read.text import LONGEST, Form, Piece, Pieces, decoded, first_encoding, in_arrow, numbered_lines
+from llmrec.data.read.text import (
+    LONGEST,
+    LineBlock,
+    LineBlocks,
+    TextFormat,
+    decoded,
+    first_encoding,
+    in_arrow,
+    numbered_lines,
+)
 from llmrec.display import shortened
 from llmrec.errors import DataError, Location
 from llmrec.terminal import logger
@@ -103,7 +112,7 @@ def fields(
 # --------------------------------------------------------------------------- tables
 
 
-def delimited(source: Source, form: Form, wanted: Mapping[str, Kind] | None = None) -> Table:
+def delimited(source: Source, form: TextFormat, wanted: Mapping[str, Kind] | None = None) -> Table:
     """Read a table provided by the user.
 
     Args:
@@ -118,7 +127,7 @@ def delimited(source: Source, form: Form, wanted: Mapping[str, Kind] | None = No
     while True:
         try:
             return _gathered(file, source.name, kinds)
-        except NoNumbers as odd:
+        except NotNumeric as odd:
             kinds[odd.name] = "text"  # such as dates, which remain texts until they are parsed
 
 
@@ -145,7 +154,7 @@ class Delimited:
         names: Its columns, after the header was read.
     """
 
-    def __init__(self, source: Source, form: Form) -> None:
+    def __init__(self, source: Source, form: TextFormat) -> None:
         """Prepare to read a file; a user's file may have titles or notes above its header, or another separator."""
         self.names: tuple[str, ...] = ()
         self._source, self._form, self._warned = source, form, False
@@ -158,7 +167,7 @@ class Delimited:
             DataError: If the file is missing, damaged or empty.
         """
         with self._open() as stream:
-            pieces = Pieces(self._source, stream, quoted=self._form.quoted)
+            pieces = LineBlocks(self._source, stream, quoted=self._form.quoted)
             for piece in pieces:
                 if self._begin(piece, pieces) is not None:
                     return self.names
@@ -177,7 +186,7 @@ class Delimited:
         """
         row = 0
         with self._open() as stream:
-            pieces = Pieces(self._source, stream, quoted=self._form.quoted)
+            pieces = LineBlocks(self._source, stream, quoted=self._form.quoted)
             for piece in pieces:
                 begun = bool(self.names)
                 body = piece if begun else self._begin(piece, pieces)
@@ -212,7 +221,7 @@ class Delimited:
 
     # ---------------------------------------------------------------------- the header
 
-    def _begin(self, piece: Piece, pieces: Pieces) -> Piece | None:
+    def _begin(self, piece: LineBlock, pieces: LineBlocks) -> LineBlock | None:
         """Read the header from the first non-blank lines, and return the lines after it."""
         name, form = self._source.name, self._form
         self._separator, self._quoted = form.separator, form.quoted and len(form.separator) == 1
@@ -225,7 +234,7 @@ class Delimited:
         if len(head) > _HEAD:
             head = head[: head.rfind(b"\n", 0, _HEAD) + 1 or head.find(b"\n") + 1 or len(head)]
         row = None if self._source.published else 1
-        text = decoded(Piece(self._source, head, piece.line), self._encoding, header=row)
+        text = decoded(LineBlock(self._source, head, piece.line), self._encoding, header=row)
         above = "" if self._source.published else self._above(text)
         line = piece.line + above.count("\n") + 1
         try:
@@ -238,7 +247,7 @@ class Delimited:
         fix = "download the file again" if self._source.published else "rename one"
         self.names = tuple(column_names(name, cells, fix))
         body = len(text[: len(above) + end].encode(self._encoding))
-        return Piece(self._source, piece.raw[body:], piece.line + piece.raw.count(b"\n", 0, body))
+        return LineBlock(self._source, piece.raw[body:], piece.line + piece.raw.count(b"\n", 0, body))
 
     def _above(self, text: str) -> str:
         """Return the lines above the header, and set the separator that the header uses."""
@@ -275,7 +284,7 @@ class Delimited:
 
     # ---------------------------------------------------------------------- the rows
 
-    def _fast(self, piece: Piece, chosen: Sequence[str], floats: Collection[str], row: int) -> Table | None:
+    def _fast(self, piece: LineBlock, chosen: Sequence[str], floats: Collection[str], row: int) -> Table | None:
         """Parse lines to a table; None if they must be read row by row."""
         raw, height = piece.raw, piece.height
         if (self._quoted and b'"' in raw) or b"\0" in raw:
@@ -298,7 +307,7 @@ class Delimited:
         lines = range(piece.line + 1, piece.line + 1 + height)
         return Table(self._source.name, pl.DataFrame(pl.from_arrow(table)), lines=lines, rows=range(row, row + height))
 
-    def _row_by_row(self, piece: Piece, pieces: Pieces, chosen: Sequence[str], row: int) -> Table:
+    def _row_by_row(self, piece: LineBlock, pieces: LineBlocks, chosen: Sequence[str], row: int) -> Table:
         """Read lines row by row; an incomplete row is kept for the next piece."""
         name, published = self._source.name, self._source.published
         header = None if published else 0 if self._form.columns else 1

@@ -20,7 +20,7 @@ import pyarrow as pa
 from llmrec.data.read import limits
 from llmrec.data.read.limits import (
     BROKEN,
-    Capped,
+    LimitedStream,
     archived,
     enumerated,
     no_file,
@@ -112,7 +112,7 @@ def near(path: Path) -> str:
 # --------------------------------------------------------------------------- user files
 
 
-class Stored:
+class HashedFile:
     """A user's file, decompressed and hashed while it is read.
 
     Attributes:
@@ -154,7 +154,7 @@ class Stored:
                     raise DataError.at(self.name, "empty", " is empty; write the table again")
                 if packing:
                     with STREAMS[packing](hashed) as stream:
-                        yield Capped(self.name, stream, size, self._limit)
+                        yield LimitedStream(self.name, stream, size, self._limit)
                 else:
                     yield hashed
                 while hashed.read(_HEAD):
@@ -167,7 +167,7 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Given:
+class InMemoryFile:
     """Bytes in memory instead of a file."""
 
     name: str
@@ -213,7 +213,7 @@ def read_bytes(path: Path, *, text: bool = True) -> tuple[bytes, str]:
     """
     check_path(path)
     packing = path.suffix.lower() if path.suffix.lower() in STREAMS else ""
-    stored = Stored(path, packing, limit=limits.MAX_BYTES)
+    stored = HashedFile(path, packing, limit=limits.MAX_BYTES)
     with stored.open() as stream:
         head = stream.read(_HEAD)
         if text and not packing and (problem := stranger(head)):
@@ -261,7 +261,8 @@ def only_member(path: Path, stored: bytes, endings: tuple[str, ...]) -> tuple[st
                 )
             (entry,) = tables
             with archive.open(entry) as stream:
-                capped = Capped(f"{path}/{printable(entry.filename)}", stream, entry.compress_size, limits.MAX_BYTES)  # type: ignore[arg-type]
+                name = f"{path}/{printable(entry.filename)}"
+                capped = LimitedStream(name, stream, entry.compress_size, limits.MAX_BYTES)  # type: ignore[arg-type]
                 return entry.filename, _all_of(capped)
     except (*BROKEN, ValueError) as error:
         raise DataError.at(
@@ -327,7 +328,7 @@ class Member:
         return self._capped(gzip.GzipFile(fileobj=stream), stored)
 
     def _capped(self, stream: Any, stored: int) -> BinaryIO:
-        return cast(BinaryIO, Capped(self.name, stream, stored))
+        return cast(BinaryIO, LimitedStream(self.name, stream, stored))
 
     @property
     def sha256(self) -> str:

@@ -152,7 +152,7 @@ def check_head(location: Location, head: bytes) -> None:
 # --------------------------------------------------------------------------- sizes
 
 
-class Capped:
+class LimitedStream:
     """Stream that raises an error after more bytes than a file may contain."""
 
     def __init__(self, name: str, stream: BinaryIO, stored: int, limit: int | None = None) -> None:

@@ -102,7 +102,7 @@ def describe(kind: Any) -> str:
 
 
 @dataclass
-class Opened:
+class FlattenedColumns:
     """The columns of a file after its objects are flattened.
 
     Attributes:
@@ -144,9 +144,9 @@ class Opened:
             self.columns[name] = column
 
 
-def opened(file: str, columns: Mapping[str, Any]) -> Opened:
-    """Flatten the Arrow columns of a file; see `Opened`."""
-    result = Opened(file)
+def opened(file: str, columns: Mapping[str, Any]) -> FlattenedColumns:
+    """Flatten the Arrow columns of a file; see `FlattenedColumns`."""
+    result = FlattenedColumns(file)
     for name, column in columns.items():
         result.add(name, column)
     return result

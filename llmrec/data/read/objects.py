@@ -17,15 +17,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.json as pa_json
 
-from llmrec.data.read.columns import Column, Kind, NoNumbers, Unusual, table_of
+from llmrec.data.read.columns import Column, Kind, NeedsExactReader, NotNumeric, table_of
 from llmrec.data.read.files import Source
 from llmrec.data.read.limits import WHOLE, is_no_text, reason, shown
-from llmrec.data.read.nested import DEEPEST, LISTS, MOST_KEYS, Opened, in_polars, is_path
+from llmrec.data.read.nested import DEEPEST, LISTS, MOST_KEYS, FlattenedColumns, in_polars, is_path
 from llmrec.data.read.tables import MAX_COLUMNS, Table, check_columns, column_names
 from llmrec.data.read.text import (
-    Form,
-    Piece,
-    Pieces,
+    LineBlock,
+    LineBlocks,
+    TextFormat,
     decode,
     decoded,
     in_any_encoding,
@@ -58,7 +58,7 @@ def json_lines(source: Source, wanted: Mapping[str, Kind] | None = None) -> Tabl
     if wanted is not None:
         try:
             return _gathered(source, wanted)
-        except (Unusual, NoNumbers, LlmrecError, pa.ArrowException):
+        except (NeedsExactReader, NotNumeric, LlmrecError, pa.ArrowException):
             pass  # reading row by row parses the line or reports the error
     return in_any_encoding(source, _lines_row_by_row)
 
@@ -175,7 +175,7 @@ def _of_objects(name: str, records: Iterable[tuple[Location, Mapping[str, object
         for at in integral[key]:
             rows[at][key] = str(int(float(rows[at][key])))
     columns: list[pl.Series] = []
-    result = Opened(name)
+    result = FlattenedColumns(name)
     for key in names:
         if key not in locations:
             columns.append(pl.Series(key, [row.get(key, "") for row in rows], pl.String))
@@ -355,7 +355,7 @@ def _text(location: Location, what: str, column: str, value: object) -> str:
 # --------------------------------------------------------------------------- plain objects, by block
 
 
-def _fast(piece: Piece, schema: pa.Schema) -> pa.Table | None:
+def _fast(piece: LineBlock, schema: pa.Schema) -> pa.Table | None:
     """Parse lines to columns; None if a line is not JSON, or a value has an unexpected type."""
     try:
         table = pa_json.read_json(
@@ -379,7 +379,7 @@ def _gathered(source: Source, wanted: Mapping[str, Kind]) -> Table:
     columns: dict[tuple[str, ...], Column] = {}
     schema, absent = pa.schema([]), [b""]
     with source.open() as stream:
-        for piece in Pieces(source, stream):
+        for piece in LineBlocks(source, stream):
             if not names:
                 names, columns, schema = _first_object(piece.raw, wanted)
                 # A key that first occurs in a later line means that rows have different keys.
@@ -387,7 +387,7 @@ def _gathered(source: Source, wanted: Mapping[str, Kind]) -> Table:
                 absent = [json.dumps(name, ensure_ascii=plain).encode() for name in lacking for plain in (True, False)]
             table = None if any(key in piece.raw for key in absent) else _fast(piece, schema)
             if table is None:
-                raise Unusual
+                raise NeedsExactReader
             for (first, *inner), column in columns.items():
                 values = table.column(first)
                 for key in inner:
@@ -404,16 +404,16 @@ def _first_object(
     try:
         record = json.loads(piece[: piece.find(b"\n") + 1 or len(piece)])
     except (ValueError, RecursionError):
-        raise Unusual from None
+        raise NeedsExactReader from None
     if not isinstance(record, dict):
-        raise Unusual
+        raise NeedsExactReader
     plain = dict(_plain_values(record))
     names = {".".join(keys): keys for keys in plain}
     if not 0 < len(names) == len(plain) <= MAX_COLUMNS:
-        raise Unusual
+        raise NeedsExactReader
     # Lists, and objects that are empty in the first line, must be read row by row.
     if any(name not in names and (name in record or is_path(name)) for name in wanted):
-        raise Unusual
+        raise NeedsExactReader
     columns: dict[tuple[str, ...], Column] = {}
     types: dict[str, Any] = {}
     for name, keys in names.items():
@@ -426,7 +426,7 @@ def _first_object(
                 within = within.setdefault(key, {})
             within[last] = kind
     if not columns:
-        raise Unusual
+        raise NeedsExactReader
     return list(names), columns, pa.schema(_typed(types))
 
 
@@ -449,7 +449,7 @@ def _type_of(value: object, kind: Kind) -> pa.DataType:
         return pa.string()
     if number and isinstance(value, int) and kind == "id":
         return pa.int64()
-    raise Unusual
+    raise NeedsExactReader
 
 
 def _typed(types: Mapping[str, Any]) -> list[tuple[str, pa.DataType]]:
@@ -460,7 +460,7 @@ def _typed(types: Mapping[str, Any]) -> list[tuple[str, pa.DataType]]:
 # --------------------------------------------------------------------------- objects of published data sets
 
 
-def object_blocks(source: Source, form: Form, wanted: Mapping[str, Kind]) -> Iterator[Table]:
+def object_blocks(source: Source, form: TextFormat, wanted: Mapping[str, Kind]) -> Iterator[Table]:
     """Read columns of a published file of JSON objects in blocks, with null for missing values.
 
     Raises:
@@ -469,10 +469,10 @@ def object_blocks(source: Source, form: Form, wanted: Mapping[str, Kind]) -> Ite
     schema = pa.schema([(name, pa.float64() if kind == "number" else pa.string()) for name, kind in wanted.items()])
     row = 0
     with source.open() as stream:
-        for piece in Pieces(source, stream):
+        for piece in LineBlocks(source, stream):
             if not piece.line:
                 head = piece.raw[: piece.raw.find(b"\n") + 1 or len(piece.raw)]
-                first = next((record for _, record in _objects(Piece(source, head, 0), form, 0)), {})
+                first = next((record for _, record in _objects(LineBlock(source, head, 0), form, 0)), {})
                 must = [name for name, kind in wanted.items() if kind != "maybe"]
                 check_columns(source.name, list(first), must if first else ())
             table = _fast(piece, schema)
@@ -495,7 +495,7 @@ def object_blocks(source: Source, form: Form, wanted: Mapping[str, Kind]) -> Ite
         raise _no_rows(source)
 
 
-def object_records(source: Source, form: Form) -> Iterator[tuple[Location, Mapping[str, object]]]:
+def object_records(source: Source, form: TextFormat) -> Iterator[tuple[Location, Mapping[str, object]]]:
     """Read a published file of JSON objects one by one.
 
     Raises:
@@ -503,7 +503,7 @@ def object_records(source: Source, form: Form) -> Iterator[tuple[Location, Mappi
     """
     row = 0
     with source.open() as stream:
-        for piece in Pieces(source, stream):
+        for piece in LineBlocks(source, stream):
             for location, record in _objects(piece, form, row):
                 row += 1
                 yield location, record
@@ -515,7 +515,7 @@ def _no_rows(source: Source) -> DataError:
     return DataError.at(source.name, "empty", " has no rows; download it again")
 
 
-def _objects(piece: Piece, form: Form, row: int) -> Iterator[tuple[Location, Mapping[str, object]]]:
+def _objects(piece: LineBlock, form: TextFormat, row: int) -> Iterator[tuple[Location, Mapping[str, object]]]:
     """Yield the objects of lines with their location in the file, skipping blank lines."""
     for line, text in numbered_lines(decoded(piece)):
         if text.strip():
@@ -548,7 +548,7 @@ def value_text(location: Location, column: str, value: object) -> str:
     return text
 
 
-def _object(location: Location, text: str, form: Form) -> Mapping[str, object]:
+def _object(location: Location, text: str, form: TextFormat) -> Mapping[str, object]:
     try:
         value = json.loads(text, parse_float=as_written)
     except (ValueError, RecursionError) as error:

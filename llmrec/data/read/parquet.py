@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from llmrec.data.read import limits
-from llmrec.data.read.columns import Column, Kind, NoNumbers, Unusual, table_of
+from llmrec.data.read.columns import Column, Kind, NeedsExactReader, NotNumeric, table_of
 from llmrec.data.read.limits import reason, shown
 from llmrec.data.read.nested import describe, head, in_polars, is_path, is_plain, is_read, is_text, opened
 from llmrec.data.read.tables import Table, column_names
@@ -161,7 +161,7 @@ def columns_of(path: Path, wanted: Mapping[str, Kind]) -> Table | None:
                 return None
         plain = [field.name for field in schema if is_plain(field.type)]
         return table_of(str(path), plain, columns, digest, unusable=unread(schema, is_plain))
-    except (Unusual, NoNumbers, LlmrecError, *FAULTS):
+    except (NeedsExactReader, NotNumeric, LlmrecError, *FAULTS):
         return None
 
 

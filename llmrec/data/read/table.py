@@ -14,13 +14,13 @@ from llmrec.data.read import limits
 from llmrec.data.read.columns import Kind
 from llmrec.data.read.databases import database_at
 from llmrec.data.read.delimited import Delimited, delimited
-from llmrec.data.read.files import PACKED, Given, Source, Stored, check_path, only_member, read_bytes
+from llmrec.data.read.files import PACKED, HashedFile, InMemoryFile, Source, check_path, only_member, read_bytes
 from llmrec.data.read.limits import printable
 from llmrec.data.read.objects import json_file, json_lines, object_blocks, object_records
 from llmrec.data.read.parquet import columns_of, parquet
 from llmrec.data.read.sheets import SHEETS, sheet_of, split_sheet
 from llmrec.data.read.tables import Table, joined
-from llmrec.data.read.text import Form, in_any_encoding
+from llmrec.data.read.text import TextFormat, in_any_encoding
 from llmrec.errors import DataError, Location
 
 ATOMIC = (".inter", ".item", ".user")
@@ -62,7 +62,7 @@ def read_table(path: Path, wanted: Mapping[str, Kind] | None = None) -> Table:
         kind, member = Path(inner).suffix.lower(), f"{name}/{printable(inner)}"
         if kind in _PARQUET:
             return parquet(member, raw, sha256)
-        return replace(_text(Given(member, raw), kind, wanted), sha256=sha256)
+        return replace(_text(InMemoryFile(member, raw), kind, wanted), sha256=sha256)
     if kind not in _TABLES and (url := database_at(path)) is not None:
         raise DataError.at(
             name, "wrong-format", f": this is a database; set data.path={url}, and data.query to a SELECT", "data.path"
@@ -81,7 +81,7 @@ def read_table(path: Path, wanted: Mapping[str, Kind] | None = None) -> Table:
         return parquet(name, raw, sha256)
     if wanted is not None and not packing and kind != ".json":
         check_memory(path)
-    source = Stored(path, packing, limit=limits.MAX_BYTES if wanted is None or kind == ".json" else None)
+    source = HashedFile(path, packing, limit=limits.MAX_BYTES if wanted is None or kind == ".json" else None)
     table = _text(source, kind, wanted)
     return replace(table, sha256=source.sha256)
 
@@ -92,7 +92,7 @@ def _text(source: Source, kind: str, wanted: Mapping[str, Kind] | None) -> Table
         return json_file(source)
     if kind in _JSON:
         return json_lines(source, wanted)
-    form = Form(kind="delimited", separator=SEPARATORS[kind], quoted=True)
+    form = TextFormat(kind="delimited", separator=SEPARATORS[kind], quoted=True)
     if kind in ATOMIC and wanted is not None:
         wanted = {f"{name}{ending}": values for name, values in wanted.items() for ending in ("", *_ATOMIC_KINDS)}
     table = in_any_encoding(source, lambda source: delimited(source, form, wanted))
@@ -102,7 +102,7 @@ def _text(source: Source, kind: str, wanted: Mapping[str, Kind] | None) -> Table
 # --------------------------------------------------------------------------- files of published data sets
 
 
-def blocks(source: Source, form: Form, wanted: Mapping[str, Kind]) -> Iterator[Table]:
+def blocks(source: Source, form: TextFormat, wanted: Mapping[str, Kind]) -> Iterator[Table]:
     """Read columns of a published file, in blocks of rows.
 
     Args:
@@ -119,7 +119,7 @@ def blocks(source: Source, form: Form, wanted: Mapping[str, Kind]) -> Iterator[T
         yield from object_blocks(source, form, wanted)
 
 
-def header(source: Source, form: Form) -> tuple[str, ...]:
+def header(source: Source, form: TextFormat) -> tuple[str, ...]:
     """Return the column names of a published delimited file.
 
     Raises:
@@ -128,7 +128,9 @@ def header(source: Source, form: Form) -> tuple[str, ...]:
     return form.columns or Delimited(source, form).read_header()
 
 
-def records(source: Source, form: Form, columns: Sequence[str]) -> Iterator[tuple[Location, Mapping[str, object]]]:
+def records(
+    source: Source, form: TextFormat, columns: Sequence[str]
+) -> Iterator[tuple[Location, Mapping[str, object]]]:
     """Yield the rows of a published file, each with its location and its values by column.
 
     Raises:

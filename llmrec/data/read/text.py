@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import pyarrow as pa
 from pydantic import Field, field_validator
 
-from llmrec.data.read.files import Given, Source
+from llmrec.data.read.files import InMemoryFile, Source
 from llmrec.data.read.limits import check_head, shown
 from llmrec.errors import DataError, Location
 from llmrec.recipe.schema import Section
@@ -30,7 +30,7 @@ _LINE = re.compile(r"[^\n]+")
 _MARK = re.compile(b"(?m)^(?:%b)+" % codecs.BOM_UTF8)
 
 
-class Form(Section):
+class TextFormat(Section):
     """The text format of a file.
 
     Attributes:
@@ -62,7 +62,7 @@ class Form(Section):
 
 
 @dataclass(frozen=True)
-class Piece:
+class LineBlock:
     """Consecutive whole lines of a file.
 
     Attributes:
@@ -81,11 +81,11 @@ class Piece:
         return self.raw.count(b"\n") + (not self.raw.endswith(b"\n"))
 
 
-class TooLong(DataError):
+class LineTooLong(DataError):
     """Raised if a line, or a row with an unclosed quote, is longer than `LONGEST` bytes."""
 
 
-class Pieces:
+class LineBlocks:
     """Iterates over an open file in blocks of whole lines, each several megabytes.
 
     Attributes:
@@ -119,10 +119,10 @@ class Pieces:
         self._rest = b""
         self._in_long = False
 
-    def __iter__(self) -> Iterator[Piece]:
+    def __iter__(self) -> Iterator[LineBlock]:
         return self
 
-    def __next__(self) -> Piece:
+    def __next__(self) -> LineBlock:
         """Return the next block of lines, without byte order marks.
 
         Raises:
@@ -136,7 +136,7 @@ class Pieces:
             raw = _MARK.sub(b"", raw)
         if not self.line:
             check_head(self._head, raw)
-        piece = Piece(self._source, raw, self.line)
+        piece = LineBlock(self._source, raw, self.line)
         self.line += piece.height
         return piece if raw else next(self)
 
@@ -169,10 +169,10 @@ class Pieces:
         self._rest = raw + self._rest
         self.line -= raw.count(b"\n")
 
-    def too_long(self) -> TooLong:
+    def too_long(self) -> LineTooLong:
         """Return the error for a line or row that is too long."""
         published = self._source.published
-        return TooLong.at(
+        return LineTooLong.at(
             self._source.name,
             "too-large",
             f" has a line{' or a quoted field' if self._quoted else ''} of more than {LONGEST} bytes, so the file is "
@@ -204,7 +204,7 @@ def in_arrow(raw: bytes) -> pa.BufferReader:
 # --------------------------------------------------------------------------- encodings
 
 
-def decoded(piece: Piece, encoding: str = "utf-8", *, header: int | None = None) -> str:
+def decoded(piece: LineBlock, encoding: str = "utf-8", *, header: int | None = None) -> str:
     """Decode lines to text.
 
     Args:
@@ -244,7 +244,9 @@ def decode(name: str, raw: bytes) -> str:
         DataError: If it is not text, or a byte is not UTF-8 or NUL.
     """
     check_head(Location(name, 1, 1), raw)
-    return decoded(Piece(Given(name, raw), raw := _MARK.sub(b"", raw) if codecs.BOM_UTF8 in raw else raw, 0), header=0)
+    return decoded(
+        LineBlock(InMemoryFile(name, raw), raw := _MARK.sub(b"", raw) if codecs.BOM_UTF8 in raw else raw, 0), header=0
+    )
 
 
 def first_encoding(source: Source, encodings: tuple[str, ...]) -> str:
@@ -264,7 +266,7 @@ def first_encoding(source: Source, encodings: tuple[str, ...]) -> str:
 
 def read_all(source: Source) -> bytes:
     """Return all bytes of a file."""
-    if isinstance(source, Given):
+    if isinstance(source, InMemoryFile):
         return source.raw
     with source.open() as stream:
         return b"".join(iter(lambda: stream.read(BLOCK), b""))
@@ -295,7 +297,7 @@ def in_any_encoding(source: Source, read: Callable[[Source], Read]) -> Read:
         "file as UTF-8",
         *(source.name, encoding, sum(odd.values()), ", ".join(shown(mark) for mark, _ in odd.most_common(5)) or "none"),
     )
-    return read(Given(source.name, text.encode()))
+    return read(InMemoryFile(source.name, text.encode()))
 
 
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)

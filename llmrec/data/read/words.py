@@ -114,7 +114,7 @@ _MEANING = _table()
 
 
 @dataclass(frozen=True)
-class Named:
+class ColumnMeaning:
     """What the name of a column means.
 
     Attributes:
@@ -158,7 +158,7 @@ def _one(part: str) -> str:
     return name[:-1] if part != name and name.endswith("s") and _plain(name[:-1]) in _MEANING else name
 
 
-def named(name: str) -> Named:
+def named(name: str) -> ColumnMeaning:
     """Return what a column name means. The noun comes last: ``product_rating`` is a rating."""
     words = _words(_main_part(name) if is_path(name) else name)
     roles: dict[str, float] = {}
@@ -170,7 +170,7 @@ def named(name: str) -> Named:
     unknown = any(word not in _MEANING and word not in _FILLERS and not word.isdigit() for word in words)
     both = {word for word in words if {"item", "field"} <= _MEANING.get(word, {}).keys()}
     if words[:1] in (["num"], ["number"], ["no"]) and len(words) > 1:
-        return Named({"count": 1.0}, False)
+        return ColumnMeaning({"count": 1.0}, False)
     is_id = roles.pop("id", 0.0) > 0
     settled = _settled(roles, is_id)
     if both and "field" in settled and not any("item" in _MEANING.get(word, {}) for word in set(words) - both):
@@ -178,7 +178,7 @@ def named(name: str) -> Named:
     if unknown and not is_id:
         # the city of a customer is not a customer
         settled = {r: 0.6 * weight if r in ("user", "item") else weight for r, weight in settled.items()}
-    return Named(settled, is_id)
+    return ColumnMeaning(settled, is_id)
 
 
 def _settled(roles: dict[str, float], is_id: bool) -> dict[str, float]:

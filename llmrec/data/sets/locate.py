@@ -17,13 +17,13 @@ from urllib.parse import urlsplit
 
 from llmrec.data.read.files import Member, listing, near, user_path
 from llmrec.data.read.limits import reason, require_file
-from llmrec.data.sets.pages import Known, Layout
+from llmrec.data.sets.pages import KnownFormat, Layout
 from llmrec.errors import DataError
 from llmrec.resources import cache_dir
 
 
 @dataclass(frozen=True)
-class Located:
+class LocatedFiles:
     """The files of a data set in one of its published variants.
 
     ``category`` is the text that ``*`` matches in the pattern of the file of interactions.
@@ -38,7 +38,7 @@ class Located:
     renames: Member | None
 
 
-def locate(known: Known, path: str | None, items: str | None) -> Located:
+def locate(known: KnownFormat, path: str | None, items: str | None) -> LocatedFiles:
     """Find the files of a data set, and download them if necessary and possible.
 
     Args:
@@ -79,14 +79,14 @@ def locate(known: Known, path: str | None, items: str | None) -> Located:
     )
 
 
-def _ways(known: Known) -> str:
+def _ways(known: KnownFormat) -> str:
     return (
         f"download {known.fetch} from {known.page} (terms: {known.licence}) and set data.path to the folder, "
         "the zip or the file"
     )
 
 
-def _cached(known: Known) -> Path:
+def _cached(known: KnownFormat) -> Path:
     if (folder := _wheel_folder(known)) is not None and _fitting(known, listing(folder)):
         return folder
     home = cache_dir() / "data"
@@ -112,7 +112,7 @@ def _cached(known: Known) -> Path:
     return archive
 
 
-def _wheel_folder(known: Known) -> Path | None:
+def _wheel_folder(known: KnownFormat) -> Path | None:
     """Return the data folder of an installed package without importing it; None if it is not installed."""
     package, _, folder = (known.wheel or "").partition("/")
     try:
@@ -138,7 +138,7 @@ def fits(layout: Layout, name: str) -> str | None:
     return next((category for category in tried if category is not None), None)
 
 
-def _fitting(known: Known, members: Sequence[Member]) -> list[tuple[Layout, str, Member]]:
+def _fitting(known: KnownFormat, members: Sequence[Member]) -> list[tuple[Layout, str, Member]]:
     result: dict[tuple[str, str], tuple[Layout, str, Member]] = {}
     for layout in known.layouts:
         for member in members:
@@ -149,7 +149,7 @@ def _fitting(known: Known, members: Sequence[Member]) -> list[tuple[Layout, str,
     return list(result.values())
 
 
-def _only(known: Known, where: str, fitting: list[tuple[Layout, str, Member]]) -> tuple[Layout, str, Member]:
+def _only(known: KnownFormat, where: str, fitting: list[tuple[Layout, str, Member]]) -> tuple[Layout, str, Member]:
     if len(fitting) == 1:
         return fitting[0]
     names = ", ".join(member.name.removeprefix(f"{where}/") for _, _, member in fitting[:6])
@@ -162,7 +162,7 @@ def _only(known: Known, where: str, fitting: list[tuple[Layout, str, Member]]) -
     )
 
 
-def _layout_of(known: Known, events: Member) -> tuple[Layout, str]:
+def _layout_of(known: KnownFormat, events: Member) -> tuple[Layout, str]:
     """Return the variant of the data set to which a given file belongs, by file name or else by extension."""
     for layout in known.layouts:
         category = fits(layout, events.plain)
@@ -181,14 +181,14 @@ def _layout_of(known: Known, events: Member) -> tuple[Layout, str]:
 
 
 def _complete(
-    known: Known,
+    known: KnownFormat,
     where: str,
     layout: Layout,
     category: str,
     events: Member,
     members: Sequence[Member],
     items: str | None,
-) -> Located:
+) -> LocatedFiles:
     """Return all files of the data set to which a file of interactions belongs."""
     siblings = [member for member in members if member.folder == events.folder]
 
@@ -215,10 +215,10 @@ def _complete(
     if renames is None and layout.renames is not None and entries is not None:
         raise _missing(known, where, layout.renames.files[0], "which maps the item ids")
     people = companion(layout.people.files) if layout.people is not None else None
-    return Located(where, layout, category, events, entries, people, renames)
+    return LocatedFiles(where, layout, category, events, entries, people, renames)
 
 
-def _missing(known: Known, where: str, name: str, what: str) -> DataError:
+def _missing(known: KnownFormat, where: str, name: str, what: str) -> DataError:
     return DataError.at(where, "missing-file", f" lacks {name} (or {name}.gz), {what}; {_ways(known)}")
 
 

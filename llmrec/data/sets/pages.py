@@ -1,7 +1,7 @@
 """Descriptions of published data sets: files, formats and column names.
 
-Those of published data sets are ``llmrec/data/sets/*.yaml``. A description has the keys of `Known`, except ``name``,
-and may have a ``base``: the name of a published data set, or a description next to it.
+Those of published data sets are ``llmrec/data/sets/*.yaml``. A description has the keys of `KnownFormat`, except
+``name``, and may have a ``base``: the name of a published data set, or a description next to it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from llmrec.data.read.text import Form
+from llmrec.data.read.text import TextFormat
 from llmrec.recipe.load import load_page
 from llmrec.recipe.schema import Section
 from llmrec.registry import SETS
@@ -43,7 +43,7 @@ class Events(Section):
 
     files: tuple[str, ...]
     skip: tuple[str, ...] = ()
-    form: Form
+    form: TextFormat
     user: str
     item: Annotated[tuple[str, ...], Field(min_length=1)]
     rating: str | None = None
@@ -116,7 +116,7 @@ class Items(Section):
     """
 
     files: tuple[str, ...]
-    form: Form
+    form: TextFormat
     item: str
     titles: tuple[str, ...]
     year: str | None = None
@@ -128,20 +128,20 @@ class Items(Section):
     gaps: bool = False
 
 
-class People(Section):
+class UserFile(Section):
     """Describes a file of user profiles."""
 
     files: tuple[str, ...]
-    form: Form
+    form: TextFormat
     user: str
     attributes: tuple[Attribute, ...]
 
 
-class Renames(Section):
+class ItemIdMap(Section):
     """A file that maps item ids of interactions to ids of the item file."""
 
     files: tuple[str, ...]
-    form: Form
+    form: TextFormat
     old: str
     new: str
 
@@ -151,8 +151,8 @@ class Layout(Section):
 
     events: Events
     items: Items | None = None
-    people: People | None = None
-    renames: Renames | None = None
+    people: UserFile | None = None
+    renames: ItemIdMap | None = None
 
 
 class Published(Section):
@@ -174,7 +174,7 @@ class Published(Section):
         return Counts(*self.files[file], self.origin, self.rounded) if file in self.files else None
 
 
-class Known(Section):
+class KnownFormat(Section):
     """A data set with a known file format.
 
     Attributes:
@@ -225,12 +225,12 @@ def is_page(source: str) -> bool:
     return source.lower().endswith(PAGE)
 
 
-def published() -> list[Known]:
+def published() -> list[KnownFormat]:
     """Return the descriptions of all included data sets, sorted by name."""
     return [known(name) for name in sorted(SETS)]
 
 
-def known(source: str) -> Known:
+def known(source: str) -> KnownFormat:
     """Return the description of a data set.
 
     Args:
@@ -239,12 +239,12 @@ def known(source: str) -> Known:
     Raises:
         RecipeError: If it is missing, or has an invalid key or value; the message names file, line and key.
     """
-    return load_page(Known, Path(source), {"name": source}, SETS) if is_page(source) else _published(source)
+    return load_page(KnownFormat, Path(source), {"name": source}, SETS) if is_page(source) else _published(source)
 
 
 @cache
-def _published(name: str) -> Known:
-    return load_page(Known, SETS[name], {"name": name}, SETS)
+def _published(name: str) -> KnownFormat:
+    return load_page(KnownFormat, SETS[name], {"name": name}, SETS)
 
 
 # --------------------------------------------------------------------------- comparison with published counts

@@ -17,8 +17,8 @@ from llmrec.data.read.objects import value_text
 from llmrec.data.read.table import blocks, records
 from llmrec.data.read.tables import Table
 from llmrec.data.read.typed import Unit, dates, ids, moments, numbers, unescaped
-from llmrec.data.sets.locate import Located, locate
-from llmrec.data.sets.pages import Attribute, Counts, Events, Items, Known, People, Renames, known
+from llmrec.data.sets.locate import LocatedFiles, locate
+from llmrec.data.sets.pages import Attribute, Counts, Events, ItemIdMap, Items, KnownFormat, UserFile, known
 from llmrec.data.sets.pages import published as every_set
 from llmrec.errors import DataError, Location
 from llmrec.recipe.schema import DataSection
@@ -46,7 +46,7 @@ def published(section: DataSection, *, seed: int) -> Dataset:
 # --------------------------------------------------------------------------- loading
 
 
-def load(page: Known, section: DataSection) -> Dataset:
+def load(page: KnownFormat, section: DataSection) -> Dataset:
     """Load a published data set from its description.
 
     Args:
@@ -88,7 +88,7 @@ def load(page: Known, section: DataSection) -> Dataset:
     )
 
 
-def compared(page: Known, file: str, frame: pl.DataFrame) -> dict[str, str]:
+def compared(page: KnownFormat, file: str, frame: pl.DataFrame) -> dict[str, str]:
     """Return the provenance entries about published sizes, and warn if the sizes differ."""
     counted = page.counts.of(file) if page.counts is not None else None
     if counted is None:
@@ -103,7 +103,7 @@ def compared(page: Known, file: str, frame: pl.DataFrame) -> dict[str, str]:
     return {"published": sentence}
 
 
-def _check_widths(page: Known, frame: pl.DataFrame, file: str) -> None:
+def _check_widths(page: KnownFormat, frame: pl.DataFrame, file: str) -> None:
     """Reject columns in the order of another edition, whose values would be wrong."""
     if page.item_width is None:
         return
@@ -125,7 +125,7 @@ def _check_widths(page: Known, frame: pl.DataFrame, file: str) -> None:
         )
 
 
-def _text_column(known: Known, events: Events, section: DataSection) -> str | None:
+def _text_column(known: KnownFormat, events: Events, section: DataSection) -> str | None:
     column = section.columns.text
     if column is None:
         return events.texts[0] if events.texts else None
@@ -145,7 +145,7 @@ def _text_column(known: Known, events: Events, section: DataSection) -> str | No
 
 
 @dataclass(frozen=True)
-class Read:
+class PublishedEvents:
     """Interactions read from a file, with their rows.
 
     Attributes:
@@ -159,7 +159,7 @@ class Read:
     titles: Mapping[str, str]
 
 
-def read_events(member: Member, spec: Events, text: str | None, also: Sequence[str] = ()) -> Read:
+def read_events(member: Member, spec: Events, text: str | None, also: Sequence[str] = ()) -> PublishedEvents:
     """Read interactions.
 
     Args:
@@ -199,7 +199,7 @@ def read_events(member: Member, spec: Events, text: str | None, also: Sequence[s
         if spec.title is not None:
             named = pl.DataFrame({"item": series["item_id"], "title": unescaped(block, spec.title)}).drop_nulls()
             titles = dict(named.unique("item", keep="first", maintain_order=True).iter_rows()) | titles
-    return Read(pl.concat(frames), numbered(member.name, lines), titles)
+    return PublishedEvents(pl.concat(frames), numbered(member.name, lines), titles)
 
 
 # --------------------------------------------------------------------------- items and users
@@ -213,7 +213,7 @@ class Catalogue:
     notes: tuple[str, ...] = ()
 
 
-def catalogue_of(located: Located, item_ids: set[str], titles: Mapping[str, str]) -> Catalogue:
+def catalogue_of(located: LocatedFiles, item_ids: set[str], titles: Mapping[str, str]) -> Catalogue:
     """Return the `Item` of every item id, with the titles and fields that were read.
 
     Args:
@@ -258,7 +258,7 @@ def untitled(where: str, missing: int, total: int) -> tuple[str, ...]:
     return (note,)
 
 
-def _renamed(member: Member, spec: Renames, item_ids: set[str]) -> dict[str, str]:
+def _renamed(member: Member, spec: ItemIdMap, item_ids: set[str]) -> dict[str, str]:
     names: dict[str, str] = {}
     for block in blocks(member, spec.form, {spec.old: "text", spec.new: "text"}):
         chosen = block.frame.filter(pl.col(spec.old).is_in(item_ids))
@@ -271,7 +271,7 @@ Entries = dict[str, tuple[str | None, dict[str, str]]]
 
 
 @dataclass(frozen=True)
-class Listed:
+class PublishedItems:
     """The titles and fields read from a file of items.
 
     Attributes:
@@ -299,7 +299,7 @@ class Listed:
         return (*result, again) if self.repeated else result
 
 
-def read_items(member: Member, spec: Items, wanted: set[str]) -> Listed:
+def read_items(member: Member, spec: Items, wanted: set[str]) -> PublishedItems:
     """Read the titles and fields of items.
 
     Args:
@@ -342,7 +342,7 @@ def read_items(member: Member, spec: Items, wanted: set[str]) -> Listed:
         if spec.film and title is not None:
             title, fields[_YEAR] = movie_title(title)
         result[item] = (title, fields)
-    return Listed(result, repeated, nameless, markup)
+    return PublishedItems(result, repeated, nameless, markup)
 
 
 def _title(location: Location, spec: Items, column: str, row: Mapping[str, object]) -> str | None:
@@ -353,7 +353,7 @@ def _title(location: Location, spec: Items, column: str, row: Mapping[str, objec
     return spec.words.get(title) or (f"{title} ({year})" if year else title)
 
 
-def read_people(member: Member, spec: People) -> dict[str, dict[str, str]]:
+def read_people(member: Member, spec: UserFile) -> dict[str, dict[str, str]]:
     """Read the profiles of users.
 
     Raises:

@@ -10,7 +10,7 @@ from pathlib import Path
 from llmrec.data.read.files import Member, listing
 from llmrec.data.read.table import header
 from llmrec.data.sets.locate import captured, fits
-from llmrec.data.sets.pages import Events, Known, Layout, published
+from llmrec.data.sets.pages import Events, KnownFormat, Layout, published
 from llmrec.errors import LlmrecError
 
 # Column names that are too common to identify a data set.
@@ -94,7 +94,7 @@ def _holds_sequences(member: Member) -> bool:
     return plain and len(set(users)) == len(users) > 1 and len({len(row) for row in rows}) > 1
 
 
-def _sets(members: Sequence[Member], *, alone: bool = False) -> Iterator[Known]:
+def _sets(members: Sequence[Member], *, alone: bool = False) -> Iterator[KnownFormat]:
     """Yield the published data sets that have these files, the most likely first.
 
     Args:
@@ -152,7 +152,7 @@ def _reads(events: Events, member: Member) -> bool:
     return _names(events) <= names and not {events.user, *events.item} <= _COMMON
 
 
-def _counted(page: Known, member: Member) -> bool:
+def _counted(page: KnownFormat, member: Member) -> bool:
     """Whether a file has the published number of rows."""
     counts = page.counts.of(member.plain) if page.counts is not None else None
     if counts is None:

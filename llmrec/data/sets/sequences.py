@@ -18,7 +18,7 @@ from llmrec.data.read.files import Member, listing, user_path
 from llmrec.data.read.limits import shown
 from llmrec.data.read.table import header
 from llmrec.data.read.tables import Table
-from llmrec.data.read.text import Form, Piece, Pieces, decoded
+from llmrec.data.read.text import LineBlock, LineBlocks, TextFormat, decoded
 from llmrec.data.sets.pages import Attribute, Items
 from llmrec.data.sets.published import read_items, untitled
 from llmrec.errors import DataError, Location
@@ -57,7 +57,7 @@ def sequences(section: DataSection, *, seed: int) -> Dataset:
 def _read(main: Member) -> pl.DataFrame:
     """Return one row per interaction, with its line number."""
     with main.open() as stream:
-        frames = [_sequences_of(piece) for piece in Pieces(main, stream) if not piece.raw.isspace()]
+        frames = [_sequences_of(piece) for piece in LineBlocks(main, stream) if not piece.raw.isspace()]
     if not frames or all(frame.is_empty() for frame in frames):
         raise DataError.at(main.name, "empty", " contains no lines; write it again")
     users = pl.concat(frames)
@@ -73,7 +73,7 @@ def _read(main: Member) -> pl.DataFrame:
     return users.explode("item_id")
 
 
-def _sequences_of(piece: Piece) -> pl.DataFrame:
+def _sequences_of(piece: LineBlock) -> pl.DataFrame:
     texts = pl.Series("text", [decoded(piece)]).str.split("\n").explode().str.strip_chars()
     frame = pl.DataFrame({"text": texts}).with_row_index("line", offset=piece.line + 1).filter(pl.col("text") != "")
     words = pl.col("text").str.replace_all(r"\s+", " ").str.split(" ")
@@ -164,9 +164,9 @@ def items_member(members: Sequence[Member], section: DataSection) -> Member | No
     return _first(members, ("items.tsv", "items.csv"))
 
 
-def table_form(member: Member) -> Form:
+def table_form(member: Member) -> TextFormat:
     """Return the format of a table, by file extension."""
-    return Form(kind="delimited", separator="," if member.plain.lower().endswith(".csv") else "\t", quoted=True)
+    return TextFormat(kind="delimited", separator="," if member.plain.lower().endswith(".csv") else "\t", quoted=True)
 
 
 def items_of(

@@ -19,7 +19,7 @@ from llmrec.data.dataset import PARTS, Dataset
 from llmrec.data.knowledge import with_facts
 from llmrec.data.read.columns import Kind
 from llmrec.data.read.databases import hub_name, is_database, is_hub, read_hub, read_query
-from llmrec.data.read.files import Given, read_bytes, user_path
+from llmrec.data.read.files import InMemoryFile, read_bytes, user_path
 from llmrec.data.read.limits import shown
 from llmrec.data.read.objects import json_lines
 from llmrec.data.read.sheets import split_sheet
@@ -353,7 +353,7 @@ def explanations(section: DataSection, *, seed: int) -> Dataset:
         )
     path = user_path(section.path)
     raw, sha256 = read_bytes(path)
-    main = replace(json_lines(Given(str(path), raw)), sha256=sha256)
+    main = replace(json_lines(InMemoryFile(str(path), raw)), sha256=sha256)
     absent = [name for name in _COLUMNS if name not in main.frame.columns]
     if absent:
         raise DataError.at(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
-from llmrec.baselines.counted import Counted
+from llmrec.baselines.counted import RequestFeatures
 from llmrec.data.read.codes import codes
 from llmrec.data.split import others
 from llmrec.types import Request
@@ -134,7 +134,7 @@ class Fields:
     item_values: tuple[NDArray[np.int64], ...]
     user_attributes: tuple[Attribute, ...]
     profiles: Mapping[str, Mapping[str, str]]
-    counted: Counted
+    counted: RequestFeatures
     window: int
 
     @staticmethod
@@ -144,7 +144,7 @@ class Fields:
         Raises:
             DataError: If the training interactions carry no ratings.
         """
-        counted, known, numbers = Counted.of(data, name, liked, decay, before=True)
+        counted, known, numbers = RequestFeatures.of(data, name, liked, decay, before=True)
         items = {item: index for index, item in enumerate(sorted(data.dataset.items), start=1)}
         warm = np.zeros(len(items) + 1, dtype=np.int64)
         warm_items = np.array([items[item] for item in known.item_index])

@@ -94,7 +94,7 @@ class HostConfig(LikeRatioConfig):
 
 
 @dataclass(frozen=True)
-class Seen:
+class FeatureBatch:
     """A batch of rows as vectors.
 
     Attributes:
@@ -227,7 +227,7 @@ class Host(Baseline[H, Fitted]):
         """Build the network as a ``torch.nn.ModuleDict`` for these input sizes."""
         raise NotImplementedError
 
-    def _represent(self, body: torch.nn.Module, seen: Seen) -> tuple[Any, ...]:
+    def _represent(self, body: torch.nn.Module, seen: FeatureBatch) -> tuple[Any, ...]:
         """Return the input of the last layer, as one or more tensors of shape (b, k)."""
         raise NotImplementedError
 
@@ -377,7 +377,7 @@ class Host(Baseline[H, Fitted]):
         logits = self._output(network["body"], self._represent(network["body"], seen))
         return logits + network["numbers"](seen.numbers)[:, 0] if self._config.numbers else logits
 
-    def _see(self, network: torch.nn.Module, fields: Fields, rows: Rows, columns: Sequence[Columns]) -> Seen:
+    def _see(self, network: torch.nn.Module, fields: Fields, rows: Rows, columns: Sequence[Columns]) -> FeatureBatch:
         torch, config, kind = require("torch", "baselines"), self._config, network["item"].weight.dtype
 
         def vectors(table: Any, numbers: NDArray[np.int64]) -> Any:
@@ -401,7 +401,7 @@ class Host(Baseline[H, Fitted]):
         mask = torch.from_numpy(rows.events > 0).to(kind)
         # The item vector includes its attributes, as in the history.
         item = torch.stack(parts[: 1 + len(fields.item_values)], dim=1).sum(dim=1)
-        return Seen(
+        return FeatureBatch(
             item=item,
             fields=torch.stack(parts, dim=1),
             events=events * mask[:, :, None],
@@ -413,7 +413,7 @@ class Host(Baseline[H, Fitted]):
         )
 
 
-def pooled(seen: Seen) -> Any:
+def pooled(seen: FeatureBatch) -> Any:
     """Return the mean vectors of the liked and of the other items in the history, shape (b, 2, d)."""
     torch = require("torch", "baselines")
     means = []
@@ -423,7 +423,7 @@ def pooled(seen: Seen) -> Any:
     return torch.stack(means, dim=1)
 
 
-def all_fields(seen: Seen) -> Any:
+def all_fields(seen: FeatureBatch) -> Any:
     """Return all fields and the `pooled` history, shape (b, f, d)."""
     return require("torch", "baselines").cat([seen.fields, pooled(seen)], dim=1)
 

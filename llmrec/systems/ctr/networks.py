@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from llmrec.errors import require
 from llmrec.recipe.schema import Positive, Width
-from llmrec.systems.ctr.host import Host, HostConfig, Seen, Sizes, all_fields, layers
+from llmrec.systems.ctr.host import FeatureBatch, Host, HostConfig, Sizes, all_fields, layers
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +34,7 @@ class DIN(Host[HostConfig]):
             }
         )
 
-    def _represent(self, body: torch.nn.Module, seen: Seen) -> tuple[Any, ...]:
+    def _represent(self, body: torch.nn.Module, seen: FeatureBatch) -> tuple[Any, ...]:
         torch = require("torch", "baselines")
         interest = attended(body["weigh"], seen.item, seen.events, seen.mask)
         wide = torch.cat([seen.fields.flatten(1), interest, seen.numbers], dim=1)
@@ -73,7 +73,7 @@ class DeepFM(Host[HostConfig]):
         nn, config = require("torch", "baselines").nn, self._config
         return nn.ModuleDict({"deep": layers((sizes.wide, *config.widths), config.dropout)})
 
-    def _represent(self, body: torch.nn.Module, seen: Seen) -> tuple[Any, ...]:
+    def _represent(self, body: torch.nn.Module, seen: FeatureBatch) -> tuple[Any, ...]:
         torch, result = require("torch", "baselines"), all_fields(seen)
         fields, weights = result[:, :, :-1], result[:, :, -1]
         deep = body["deep"][:-1](torch.cat([fields.flatten(1), seen.numbers], dim=1))
@@ -112,7 +112,7 @@ class DCN(Host[DCNConfig]):
             }
         )
 
-    def _represent(self, body: torch.nn.Module, seen: Seen) -> tuple[Any, ...]:
+    def _represent(self, body: torch.nn.Module, seen: FeatureBatch) -> tuple[Any, ...]:
         torch = require("torch", "baselines")
         first = torch.cat([all_fields(seen).flatten(1), seen.numbers], dim=1)
         return (torch.cat([crossed(body["cross"], first), body["deep"](first)], dim=1),)
@@ -163,7 +163,7 @@ class AutoInt(Host[AutoIntConfig]):
             }
         )
 
-    def _represent(self, body: torch.nn.Module, seen: Seen) -> tuple[Any, ...]:
+    def _represent(self, body: torch.nn.Module, seen: FeatureBatch) -> tuple[Any, ...]:
         torch, fields = require("torch", "baselines"), all_fields(seen)
         deep = body["deep"][:-1](torch.cat([fields.flatten(1), seen.numbers], dim=1))
         for block in body["blocks"]:

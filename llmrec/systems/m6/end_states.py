@@ -22,7 +22,7 @@ from llmrec.machine import has_cuda
 from llmrec.models.first_layers import first_layers
 from llmrec.models.load import load_tokenizer, weights_stamp
 from llmrec.models.text_encoder import batches_of, find_encoder
-from llmrec.progress import Bar
+from llmrec.progress import Progress
 from llmrec.recipe.schema import ModelSection
 from llmrec.resources import cache_dir
 
@@ -134,7 +134,7 @@ class EndStates:
                 column="max_len",
             )
         result: list[Any] = [None] * len(rows)
-        with Bar("reading", len(rows), unit="texts", quiet=len(rows) < _MANY) as bar:
+        with Progress("reading", len(rows), unit="texts", quiet=len(rows) < _MANY) as bar:
             for batch in batches_of(lengths):
                 ids = torch.zeros((len(batch), max(lengths[row] for row in batch)), dtype=torch.long)
                 for index, row in enumerate(batch):

@@ -16,10 +16,10 @@ from llmrec.data.split import others, scale_of, threshold
 from llmrec.errors import DataError, require
 from llmrec.machine import cpu_has_bf16
 from llmrec.models.load import resolve
-from llmrec.progress import Bar
+from llmrec.progress import Progress
 from llmrec.recipe.schema import Depth, ModelSection, Positive
 from llmrec.results import Reads
-from llmrec.systems.m6.segments import Lower, Part
+from llmrec.systems.m6.segments import LowerLayers, PromptPart
 from llmrec.types import Answer, Event, Item, Probability, Request, Unparsed
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Late:
         depth: Number of joint layers.
     """
 
-    lower: Lower
+    lower: LowerLayers
     parts: Any
     items: Mapping[str, Item]
     liked: float
@@ -82,26 +82,26 @@ class Late:
         result = self.items.get(item)
         return result.title if result is not None else item
 
-    def user(self, events: Sequence[Event]) -> list[Part]:
+    def user(self, events: Sequence[Event]) -> list[PromptPart]:
         """Return the segments about a user: the number of likes, and each rating."""
         rated = [event for event in events if event.rating is not None][-self.history :]
         kinds = [LIKED if float(event.rating or 0) >= self.liked else DISLIKED for event in rated]
         prefixes = {LIKED: "Liked", DISLIKED: "Did not like"}
-        profile = Part(f"Liked {kinds.count(LIKED)} of {len(kinds)}.", PROFILE)
-        shown = [Part(f"{prefixes[k]}: {self.title(e.item_id)}.", k) for k, e in zip(kinds, rated, strict=True)]
+        profile = PromptPart(f"Liked {kinds.count(LIKED)} of {len(kinds)}.", PROFILE)
+        shown = [PromptPart(f"{prefixes[k]}: {self.title(e.item_id)}.", k) for k, e in zip(kinds, rated, strict=True)]
         return [profile, *shown]
 
-    def candidate(self, item: str) -> Part:
+    def candidate(self, item: str) -> PromptPart:
         """Return the segment about a candidate."""
-        return Part(f"Next: {self.title(item)}.", CANDIDATE)
+        return PromptPart(f"Next: {self.title(item)}.", CANDIDATE)
 
-    def embedded(self, segments: Sequence[Part]) -> Any:
+    def embedded(self, segments: Sequence[PromptPart]) -> Any:
         """Return the concatenated hidden states of segments, plus embeddings of their kinds, shape (tokens, d)."""
         torch, states = require("torch", "train"), self.lower.states([segment.text for segment in segments])
         kinds = self.parts["kinds"].weight
         return torch.cat([state + kinds[item.kind] for state, item in zip(states, segments, strict=True)])
 
-    def logits(self, user: Sequence[Part], candidates: Sequence[Part]) -> Any:
+    def logits(self, user: Sequence[PromptPart], candidates: Sequence[PromptPart]) -> Any:
         """Return the log-odds of a yes for several candidates of a user, shape (n,); the user is encoded once."""
         torch, before = require("torch", "train"), self.embedded(user)
         after = [self.embedded([candidate]) for candidate in candidates]
@@ -118,7 +118,7 @@ class Late:
         ).last_hidden_state
         return self._head(states[torch.arange(len(after)), lengths - 1])
 
-    def forward(self, prompts: Sequence[Sequence[Part]]) -> Any:
+    def forward(self, prompts: Sequence[Sequence[PromptPart]]) -> Any:
         """Return the log-odds of whole prompts, each with its candidate last, for training, shape (n,)."""
         torch = require("torch", "train")
         if not self.depth:
@@ -206,11 +206,11 @@ class LateInteraction(Baseline[LateConfig, Late]):
             for n, request in enumerate(requests)
         ]
 
-    def _lower(self) -> Lower:
+    def _lower(self) -> LowerLayers:
         section = ModelSection(name=self._config.model, dtype="float32")
-        return Lower(resolve(section), section, self._config.joint, self._config.layers)
+        return LowerLayers(resolve(section), section, self._config.joint, self._config.layers)
 
-    def _late(self, lower: Lower, data: SplitDataset) -> Late:
+    def _late(self, lower: LowerLayers, data: SplitDataset) -> Late:
         nn, config = require("torch", "train").nn, self._config
         parts = nn.ModuleDict(
             {
@@ -223,7 +223,7 @@ class LateInteraction(Baseline[LateConfig, Late]):
         liked = threshold(scale_of(data), config.liked)
         return Late(lower, parts, data.dataset.items, liked, config.history, config.joint)
 
-    def _prompts(self, data: SplitDataset, model: Late) -> tuple[list[list[Part]], list[float]]:
+    def _prompts(self, data: SplitDataset, model: Late) -> tuple[list[list[PromptPart]], list[float]]:
         """Return a prompt for each training rating, and the labels."""
         rng, result = np.random.default_rng(self._seed), []
         for user in data.train.get_column("user_id").unique().sort().to_list():
@@ -244,12 +244,12 @@ class LateInteraction(Baseline[LateConfig, Late]):
         prompts = [[*model.user(others(past, event.item_id)), model.candidate(event.item_id)] for past, event in rows]
         return prompts, [float(float(event.rating or 0) >= model.liked) for _, event in rows]
 
-    def _train(self, model: Late, prompts: Sequence[Sequence[Part]], truth: Sequence[float]) -> None:
+    def _train(self, model: Late, prompts: Sequence[Sequence[PromptPart]], truth: Sequence[float]) -> None:
         torch, config = require("torch", "train"), self._config
         trained = [p for part in (model.lower.joint, model.parts) for p in part.parameters() if p.requires_grad]
         optimiser = torch.optim.AdamW(trained, lr=config.learning_rate)
         rng, labels = np.random.default_rng(self._seed + 1), torch.tensor(truth)
-        with Bar(self.name, config.epochs * len(prompts), unit="rows", quiet=config.quiet, passing=True) as bar:
+        with Progress(self.name, config.epochs * len(prompts), unit="rows", quiet=config.quiet, passing=True) as bar:
             for _ in range(config.epochs):
                 order = rng.permutation(len(prompts))
                 for start in range(0, len(order), config.batch):

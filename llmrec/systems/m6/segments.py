@@ -39,14 +39,14 @@ _TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class PromptPart:
     """A segment of a prompt: its text and kind."""
 
     text: str
     kind: int
 
 
-class Lower:
+class LowerLayers:
     """The layers below the joint layers, with the cached hidden states of each text.
 
     Args:

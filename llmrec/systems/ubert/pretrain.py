@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llmrec.errors import ModelError, RecipeError, require
-from llmrec.progress import Bar
+from llmrec.progress import Progress
 from llmrec.systems.ubert.network import Reviewed, UBertConfig, batches, encoded
 from llmrec.systems.ubert.reviews import Frozen, Span
 
@@ -67,7 +67,7 @@ def lexicon(config: UBertConfig, texts: Sequence[str], ratings: NDArray[np.float
 
 
 @dataclass(frozen=True)
-class Hidden:
+class MaskedTexts:
     """Texts in which some opinion words are masked.
 
     Attributes:
@@ -92,7 +92,7 @@ class Hidden:
         mask: int,
         share: float,
         rng: np.random.Generator,
-    ) -> Hidden:
+    ) -> MaskedTexts:
         """Mask all tokens of random opinion words, at least one word in each text that has any."""
         number = {word: index for index, word in enumerate(words)}
         hidden, result = [list(ids) for ids in encoded], []
@@ -114,7 +114,7 @@ class Hidden:
                 before = sum(end > start for start, end in spans[row][: tokens[0]])
                 result.append((row, before, number[opinion.group().lower()]))
         columns = np.array(result, dtype=np.int64).reshape(-1, 3).T
-        return Hidden(hidden, columns[0], columns[1], columns[2])
+        return MaskedTexts(hidden, columns[0], columns[1], columns[2])
 
 
 def last_of_pairs(known: Ratings) -> dict[tuple[int, int], float]:
@@ -155,7 +155,7 @@ def pretrained(model: Reviewed, frozen: Frozen, seed: int) -> None:
     words = lexicon(config, reviews.texts, truth)
     rng = np.random.default_rng([seed, 1])
     plain, spans = frozen.tokens(reviews.texts)
-    hidden = Hidden.of(reviews.texts, plain, spans, words, mask=frozen.mask, share=config.masked, rng=rng)
+    hidden = MaskedTexts.of(reviews.texts, plain, spans, words, mask=frozen.mask, share=config.masked, rng=rng)
     original_tokens, model.tokens = model.tokens, frozen.states(hidden.encoded, spans)
     targets = torch.from_numpy(((truth - known.mean) / model.spread).astype(np.float32))
     of_text: dict[int, list[int]] = defaultdict(list)
@@ -166,7 +166,7 @@ def pretrained(model: Reviewed, frozen: Frozen, seed: int) -> None:
     learning = [*network["down"].parameters(), *network["user"].parameters(), *heads.parameters()]
     optimiser = torch.optim.AdamW(learning, lr=config.learning_rate, weight_decay=config.weight_decay)
     network.train()
-    with Bar("ubert: single reviews", config.pretrain, unit="epochs", quiet=config.quiet, passing=True) as bar:
+    with Progress("ubert: single reviews", config.pretrain, unit="epochs", quiet=config.quiet, passing=True) as bar:
         for epoch in range(config.pretrain):
             for part in batches(len(truth), config.batch, rng):
                 positions, mask = model.tokens.positions([part[[row]] for row in range(len(part))])

@@ -23,7 +23,7 @@ from llmrec.baselines.neural import (
     weights_of,
 )
 from llmrec.errors import RecipeError, require
-from llmrec.progress import Bar
+from llmrec.progress import Progress
 from llmrec.results import Reads
 from llmrec.systems.carried import Carried
 from llmrec.systems.unisrec.network import DropWords, UniSRecConfig, Universal, contrasted, network_of
@@ -198,7 +198,9 @@ class UniSRec(ScoredBaseline[UniSRecConfig, Universal]):
             optimiser = torch.optim.AdamW(
                 model.network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
             )
-            with Bar(f"{self.name}: contrast", config.pretrain, unit="epochs", quiet=config.quiet, passing=True) as bar:
+            with Progress(
+                f"{self.name}: contrast", config.pretrain, unit="epochs", quiet=config.quiet, passing=True
+            ) as bar:
                 for epoch in range(config.pretrain):
                     contrasted(model, pieces, text, optimiser, rng)
                     bar.reach(epoch + 1)

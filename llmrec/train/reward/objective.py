@@ -23,8 +23,8 @@ from llmrec.decode.rollouts import Group, rollouts
 from llmrec.decode.token_tree import Catalogue
 from llmrec.recipe.schema import RewardSection
 from llmrec.train.batches import parted
-from llmrec.train.loss import Legal, of_rows, target_losses
-from llmrec.train.packing import Bin, one_bin, stack, tree
+from llmrec.train.loss import AllowedTokens, of_rows, target_losses
+from llmrec.train.packing import PackedRows, one_bin, stack, tree
 from llmrec.train.precision import mixed_precision
 from llmrec.train.reward.rewards import Rewards
 from llmrec.train.steps import Steps
@@ -104,7 +104,7 @@ class _Part:
     """
 
     packed: Mapping[str, Any]
-    legal: Legal | None
+    legal: AllowedTokens | None
     weights: Any
     gains: Any
     reference: Any
@@ -112,7 +112,7 @@ class _Part:
 
 
 @dataclass(frozen=True)
-class _Drawn:
+class _SampledRollouts:
     """The rollouts of step ``number``, in parts, with the values to log."""
 
     number: int
@@ -146,7 +146,7 @@ class RewardObjective:
         self._steps, self._cases, self._section, self._rewards = steps, cases, section, rewards
         self._numbers = list(steps.numbers())
         self._pad, self._seed, self._limit = pad, seed, limit
-        self._drawn: _Drawn | None = None
+        self._drawn: _SampledRollouts | None = None
 
     def parts(self, model: torch.nn.Module, number: int) -> int:
         """Draw the rollouts of a step, and return its number of parts; dropout stays disabled."""
@@ -177,7 +177,7 @@ class RewardObjective:
         """Return the values to log about the last rollouts; see `llmrec.records.RewardLine`."""
         return dict(self._drawn.metrics) if self._drawn is not None else {}
 
-    def _draw(self, model: torch.nn.Module, number: int) -> _Drawn:
+    def _draw(self, model: torch.nn.Module, number: int) -> _SampledRollouts:
         """Draw rollouts for a step, and compute their rewards and their likelihood under the reference model."""
         section, catalogue = self._section, self._rewards.catalogue
         cases = [self._cases[row] for row in self._numbers[number]]
@@ -196,7 +196,7 @@ class RewardObjective:
             advantages(values, group.weights, normalise=section.normalise)
             for values, group in zip(rewards, groups, strict=True)
         ]
-        bins: list[Bin] = []
+        bins: list[PackedRows] = []
         # rollout indices of the packed rows
         orders: list[list[int]] = []
         for prompt, group in zip(prompts, groups, strict=True):
@@ -218,22 +218,24 @@ class RewardObjective:
         metrics = _metrics(cases, groups, rewards, self._rewards.items)
         targets = sum(len(part.packed["targets"]) for part in parts)
         metrics |= {"tokens": sum(entry.columns for entry in bins), "targets": targets}
-        return _Drawn(number, parts, metrics)
+        return _SampledRollouts(number, parts, metrics)
 
-    def _part(self, model: torch.nn.Module, bins: Sequence[Bin], items: Any, weights: Floats, gains: Floats) -> _Part:
+    def _part(
+        self, model: torch.nn.Module, bins: Sequence[PackedRows], items: Any, weights: Floats, gains: Floats
+    ) -> _Part:
         """Return rollouts that are computed together, with their likelihood under the reference model."""
         laid = asdict(stack([tree(entry.rows) for entry in bins], self._pad))
         packed = {name: torch.from_numpy(values).to(model.device) for name, values in laid.items()}
         legal = None
         if self._section.logprobs == "legal":
-            legal = Legal.of(self._rewards.catalogue, items.tolist(), model.device)
+            legal = AllowedTokens.of(self._rewards.catalogue, items.tolist(), model.device)
         with torch.no_grad(), model.disable_adapter():
             reference = self._logprobs(model, packed, legal)
         return _Part(
             packed, legal, torch.from_numpy(weights).to(reference), torch.from_numpy(gains).to(reference), reference
         )
 
-    def _logprobs(self, model: torch.nn.Module, packed: Mapping[str, Any], legal: Legal | None) -> Any:
+    def _logprobs(self, model: torch.nn.Module, packed: Mapping[str, Any], legal: AllowedTokens | None) -> Any:
         """Return the log-probability of every rollout at the temperature of the recipe, float32, shape (rollouts,)."""
         with mixed_precision(model):
             losses = target_losses(model, packed, temperature=self._section.temperature, legal=legal)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from llmrec.answer.options import About
+from llmrec.answer.options import OptionHelp
 from llmrec.cli.console import say, show
 
 
@@ -17,17 +17,17 @@ class CompressOptions:
     """Options of `llmrec compress`."""
 
     run: Annotated[
-        Path, About(argument=True, metavar="RUN", help="Folder of a finished run whose model predicts labels.")
+        Path, OptionHelp(argument=True, metavar="RUN", help="Folder of a finished run whose model predicts labels.")
     ]
     target_ms: Annotated[
-        float, About(least=0, help="Maximum latency of scoring 20 candidates on this machine, in milliseconds.")
+        float, OptionHelp(least=0, help="Maximum latency of scoring 20 candidates on this machine, in milliseconds.")
     ]
-    out: Annotated[Path, About(metavar="FOLDER", help="Output folder of the export.")]
-    users: Annotated[int, About(least=1, help="Number of validation users to evaluate on.")] = 50
+    out: Annotated[Path, OptionHelp(metavar="FOLDER", help="Output folder of the export.")]
+    users: Annotated[int, OptionHelp(least=1, help="Number of validation users to evaluate on.")] = 50
     depths: Annotated[
-        tuple[int, ...], About(names=("--depth",), least=1, help="Number of layers to keep. Repeatable.")
+        tuple[int, ...], OptionHelp(names=("--depth",), least=1, help="Number of layers to keep. Repeatable.")
     ] = ()
-    force: Annotated[bool, About(help="Overwrite an earlier export.")] = False
+    force: Annotated[bool, OptionHelp(help="Overwrite an earlier export.")] = False
 
 
 def compress(options: CompressOptions) -> None:
