@@ -57,10 +57,7 @@ def generated_pages(root: Path) -> dict[str, str]:
             record.PART: record.table(_read(results / "quickstart.json")),
         },
         "docs/install.md": {"gpu:checks": gpu_check.table(gpu_check.stored(root / gpu_check.RESULT))},
-        "docs/datasets-and-output-files.md": {
-            "datasets:published": data_sets(published()),
-            "quickstart:screen": record.screen(_read(results / "quickstart.json")),
-        },
+        "docs/datasets-and-output-files.md": {"datasets:published": data_sets(published())},
         "docs/serving.md": {"serving:endpoints": endpoints(_read(root / "docs" / "openapi.json"))},
     }
     for name, own in parts.items():
