@@ -69,7 +69,7 @@ class MetricEntry:
         kind: The kind of its input.
         about: Its description in one line.
         function: Address of its function; empty if it requires several relevant items.
-        several: Address of its function over a `llmrec.metrics.multi_target.Judged` and a cut-off, for several
+        several: Address of its function over a `llmrec.metrics.multi_target.RelevantRanks` and a cut-off, for several
             relevant items.
         lower: Whether lower is better.
         unit: The units that its figure is a mean over, requests or users; ``all`` if it is not a mean.

@@ -315,7 +315,7 @@ class TextExample(Record):
     answers: dict[str, str] = Field(default_factory=dict)
 
 
-class NearestText(Record):
+class SimilarText(Record):
     """A training item with a similar text, and the cosine similarity."""
 
     title: str
@@ -371,7 +371,7 @@ class ColdStartItem(Record):
 
     task: str
     item: Product
-    neighbours: tuple[NearestText, ...] = ()
+    neighbours: tuple[SimilarText, ...] = ()
     wanted: int = 0
     lists: dict[str, int] = Field(default_factory=dict)
     visits: dict[str, tuple[ListAppearance, ...]] = Field(default_factory=dict)

@@ -29,7 +29,7 @@ from llmrec.durable import write_json
 from llmrec.evaluate.catalogue import evaluate_catalogue
 from llmrec.evaluate.compare import Contrast, ModelValues
 from llmrec.evaluate.figures import EvalProtocol
-from llmrec.metrics.significance import attainable, enough, flip_p, holm, signflip
+from llmrec.metrics.significance import attainable, flip_p, holm, required_resamples, signflip
 from llmrec.metrics.stats import ALPHA, Difference, StatisticName, paired, verdict
 from llmrec.pipeline.study import load_split
 from llmrec.recipe.load import load_suite
@@ -225,7 +225,9 @@ def familywise(
         contrasts = draw(rng)
         size = len(contrasts)
         differences = [contrast.a.values - contrast.b.values for contrast in contrasts]
-        adjusted = holm([flip_p(values, resamples=enough(resamples, size), seed=trial) for values in differences])
+        adjusted = holm(
+            [flip_p(values, resamples=required_resamples(resamples, size), seed=trial) for values in differences]
+        )
         verdicts = {
             verdict(Difference(mean, mean, mean, p), better(contrast.metric))
             for contrast, mean, p in zip(contrasts, (float(v.mean()) for v in differences), adjusted, strict=True)

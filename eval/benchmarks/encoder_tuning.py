@@ -35,7 +35,7 @@ from llmrec.baselines.pairs import (
     TransitionsTuned,
     TransitionsTunedConfig,
 )
-from llmrec.baselines.transitions import TransitionCounts, counted, normalised
+from llmrec.baselines.transitions import TransitionCounts, count_transitions, normalised
 from llmrec.baselines.validation import mean_ndcgs, ranking_cases
 from llmrec.durable import write_json
 from llmrec.models.text_encoder import TunedEncoder, find_encoder
@@ -102,7 +102,7 @@ class Judge:
     """Evaluates item vectors on validation users."""
 
     def __init__(self, data: SplitDataset, parameters: Mapping[str, Any]) -> None:
-        self._data, self._steps = data, counted(data)
+        self._data, self._steps = data, count_transitions(data)
         self._parameters = parameters
         cases = ranking_cases(data)
         self._chosen, self._others = cases[:CHOOSING], cases[CHOOSING:]
@@ -171,7 +171,7 @@ class Trainer(PairEpoch):
 def curve(variant: Variant, data: SplitDataset, parameters: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Fine-tune, and yield the evaluation of the pretrained and of the fine-tuned vectors every 120 steps."""
     torch.manual_seed(0)
-    judge, steps, config = Judge(data, parameters), counted(data), TransitionsTunedConfig(**parameters)
+    judge, steps, config = Judge(data, parameters), count_transitions(data), TransitionsTunedConfig(**parameters)
     texts = texts_of([data.dataset.items[item] for item in steps.catalogue.ids])
     begin = time.monotonic()
     if variant.encoder in (LSA, NONE):

@@ -27,7 +27,7 @@ from llmrec.durable import write_json
 from llmrec.ensembles.context import Context
 from llmrec.ensembles.members import weights_of
 from llmrec.ensembles.rankers import CatalogueEnsemble, Member
-from llmrec.ensembles.stored import Fused, FusedPart
+from llmrec.ensembles.stored import StoredEnsemble, StoredMember
 from llmrec.ensembles.weights import EnsembleTrial
 from llmrec.pipeline.study import load_split
 from llmrec.recipe.load import load_suite
@@ -57,7 +57,7 @@ def measured(count: int) -> dict[str, Any]:
     data = load_split(suite.data, suite.split_seeds[0])
     choose, weigh = halves(data, suite.reserved)
     parts = [
-        FusedPart(name=name, baseline=rows[name].baseline, parameters=chosen[name]) for name in rows[ENSEMBLE].fuse
+        StoredMember(name=name, baseline=rows[name].baseline, parameters=chosen[name]) for name in rows[ENSEMBLE].fuse
     ]
     members = [
         Member(part.name, fitted(str(part.baseline), part.parameters, choose, seed=0), part.kind) for part in parts
@@ -66,7 +66,7 @@ def measured(count: int) -> dict[str, Any]:
     learned.fit(ranking_cases(weigh, FITTING), only=EnsembleTrial("ranker", form, 0.0))
     weights = weights_of(learned)
     assert weights is not None
-    fused = Fused(
+    fused = StoredEnsemble(
         id=f"sequential/baseline/{ENSEMBLE}",
         family="sequential",
         arm="baseline",

@@ -26,7 +26,7 @@ from llmrec.baselines.validation import ranking_cases
 from llmrec.data.split import SplitDataset, halves, request_of
 from llmrec.durable import write_json
 from llmrec.ensembles.base import Ensemble
-from llmrec.ensembles.cells import TOP, Cells, best, gathered, joined
+from llmrec.ensembles.cells import TOP, CandidateScores, best, gathered, joined
 from llmrec.ensembles.context import Context
 from llmrec.ensembles.rankers import Member
 from llmrec.ensembles.weights import EnsembleTrial, feature_names, matrix
@@ -79,10 +79,12 @@ class SecondStage(Ensemble):
     def names(self) -> tuple[str, ...]:
         return self.members
 
-    def measured(self, train: Cells, users: Sequence[str], test: Cells, only: EnsembleTrial | None = None) -> Measured:
+    def measured(
+        self, train: CandidateScores, users: Sequence[str], test: CandidateScores, only: EnsembleTrial | None = None
+    ) -> Measured:
         """Fit and evaluate the second stage; a target that is not a candidate ranks below all candidates."""
         begin = time.process_time()
-        self._choose(train, users, repeats=False, dissect=False, only=only)
+        self._choose(train, users, repeats=False, ablate=False, only=only)
         fitted_at = time.process_time()
         values = test.ndcg(self.fitted.scores(test))
         return Measured(values, fitted_at - begin, time.process_time() - fitted_at)
@@ -121,7 +123,7 @@ def candidates(
     context: Context,
     folder: Path,
     which: str,
-) -> tuple[Cells, dict[str, NDArray[np.float64]]]:
+) -> tuple[CandidateScores, dict[str, NDArray[np.float64]]]:
     """Write the members' top items with scores, and llmrec's features of their union.
 
     Returns:
@@ -132,7 +134,7 @@ def candidates(
     codes, names, kinds = context.codes(items), [member.name for member in members], [m.kind for m in members]
     lists: list[list[list[NDArray[Any]]]] = [[[], [], []] for _ in members]
     pairs: list[tuple[NDArray[Any], NDArray[Any]]] = []
-    cells: list[Cells] = []
+    cells: list[CandidateScores] = []
     values: list[list[NDArray[np.float64]]] = [[] for _ in members]
     for start in range(0, len(cases), BLOCK):
         part = cases[start : start + BLOCK]
@@ -253,7 +255,7 @@ def measured(name: str, python: str, folder: Path) -> dict[str, Any]:
         "seconds": {"fit_of_members": fit, "their_answers_and_features": seconds},
         "candidates": {
             "of_each": TOP,
-            "mean": len(there.had) / len(test),
+            "mean": len(there.in_history) / len(test),
             "targets_among_them": len(there.hits) / len(test),
         },
         "rows": [

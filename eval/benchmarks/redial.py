@@ -59,10 +59,10 @@ from llmrec.chat.facts import Facts
 from llmrec.data.hashing import hash64
 from llmrec.data.knowledge import BM25
 from llmrec.durable import write_json
-from llmrec.ensembles.cells import Cells, Kind
+from llmrec.ensembles.cells import CandidateScores, Kind
 from llmrec.ensembles.weights import FOLDS, Weights, folds_of, logit
 from llmrec.metrics.ranking import hit_rate
-from llmrec.metrics.significance import decide, enough
+from llmrec.metrics.significance import holm_adjusted, required_resamples
 from llmrec.metrics.stats import by_user, interval, paired_of
 from llmrec.models.text_encoder import text_embedder
 from llmrec.types import Item
@@ -308,14 +308,14 @@ def mixed(
 
 def _known(
     cases: Cases, chosen: NDArray[np.int64], scores: Mapping[str, Floats], parts: Sequence[str], out: NDArray[np.bool_]
-) -> tuple[Cells, NDArray[np.bool_]]:
+) -> tuple[CandidateScores, NDArray[np.bool_]]:
     """Return the candidates of cases with the members' scores, and their mask, shape (n, items)."""
     kinds, able = {**KINDS, **LEARNED}, ~out[chosen]
     starts = np.concatenate([[0], np.cumsum(able.sum(axis=1))])
     raw = np.stack([scores[part][cases.rows[chosen]][able].astype(np.float32) for part in parts])
     truth = starts[:-1] + np.cumsum(able, axis=1)[np.arange(len(chosen)), cases.targets[chosen]] - 1
     had = np.zeros(raw.shape[1], dtype=bool)
-    return Cells(tuple(parts), tuple(kinds[part] for part in parts), starts, raw, had, truth), able
+    return CandidateScores(tuple(parts), tuple(kinds[part] for part in parts), starts, raw, had, truth), able
 
 
 # --------------------------------------------------------------------------- main
@@ -348,13 +348,13 @@ def differences(
             paired_of(
                 lambda rows, sums=sums, sizes=sizes: sums[rows].sum(axis=1) / sizes[rows].sum(axis=1),  # type: ignore[misc]
                 len(sums),
-                resamples=enough(2000, len(gains)),
+                resamples=required_resamples(2000, len(gains)),
                 seed=0,
             )
         )
     return [
         {"metric": metric, "a": one, "b": other, **{key: round(value, 5) for key, value in asdict(difference).items()}}
-        for (one, other, _, _), difference in zip(gains, decide(sampled), strict=True)
+        for (one, other, _, _), difference in zip(gains, holm_adjusted(sampled), strict=True)
     ]
 
 

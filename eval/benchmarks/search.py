@@ -39,7 +39,7 @@ from eval.benchmarks.timing import alternated, faster, measured, seconds_now, su
 from llmrec.backends.hf.backend import HFBackend
 from llmrec.backends.hf.tree import MaskedTree
 from llmrec.decode.beam import beam
-from llmrec.decode.token_tree import Catalogue
+from llmrec.decode.token_tree import TokenTrie
 from llmrec.machine import cpu_has_bf16
 from llmrec.models.load import quiet_libraries
 from llmrec.types import SearchResult
@@ -77,7 +77,7 @@ def prompts(count: int, length: int, seed: int = 0) -> list[list[int]]:
 def measure_beam(model: Any, precise: Any) -> dict[str, Any]:
     """Search of a batch, compared with ``generate``."""
     codes, batch = build_codes(), prompts(USERS, PROMPT)
-    tree, trie = Catalogue.of(codes), peers.Trie(codes)
+    tree, trie = TokenTrie.of(codes), peers.Trie(codes)
     engine = MaskedTree(model, 0)
     beam(engine, tree, batch, k=WIDTH, width=WIDTH)
     ways: dict[str, Callable[[], Any]] = {
@@ -108,7 +108,7 @@ def measure_beam(model: Any, precise: Any) -> dict[str, Any]:
 def measure_limit(model: Any) -> dict[str, Any]:
     """The same search, compared with the minimum tokens and logit rows of an exact search."""
     codes, batch = build_codes(), prompts(USERS, PROMPT)
-    tree, engine = Catalogue.of(codes), MaskedTree(model, 0)
+    tree, engine = TokenTrie.of(codes), MaskedTree(model, 0)
     beam(engine, tree, batch, k=WIDTH, width=WIDTH)
     behind = sum(min(WIDTH, end - start) for start, end in itertools.pairwise(tree.starts[1:-1]))
     assert engine.tokens == USERS * (PROMPT + behind), "no more tokens than the limit"
@@ -225,7 +225,7 @@ def measure_warm(model: Any, precise: Any) -> dict[str, Any]:
 
 def warm_and_cold(model: Any, length: int) -> list[tuple[SearchResult, float]]:
     """Search after a prompt with and without a cached prefix; return both lists with seconds."""
-    tree, kept = Catalogue.of(build_codes()), MaskedTree(model, 0, warm=True)
+    tree, kept = TokenTrie.of(build_codes()), MaskedTree(model, 0, warm=True)
     (grown,) = prompts(1, length + EVENT, seed=length)
     beam(kept, tree, [grown[:length]], k=FEW, width=FEW)
     results = []

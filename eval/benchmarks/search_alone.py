@@ -11,8 +11,8 @@ import numpy as np
 
 from eval.benchmarks.search_peers import Trie
 from eval.benchmarks.timing import Summary, alternated, at_most, faster, summary, within
-from llmrec.decode.beam import Fed, Floats, Targets, beam
-from llmrec.decode.token_tree import Catalogue
+from llmrec.decode.beam import Floats, LogprobQueries, TreeTokens, beam
+from llmrec.decode.token_tree import TokenTrie
 
 FIRST, LEVEL = 32_000, 256
 ROUNDS, USERS, WIDTH = 3, 8, 20
@@ -41,8 +41,8 @@ def measure_catalogue() -> dict[str, Any]:
     codes = random_codes(MILLION)
     listed = codes.tolist()
     ways: dict[str, Callable[[], Any]] = {
-        "llmrec": lambda: Catalogue.of(codes),
-        "llmrec, of lists": lambda: Catalogue.of(listed),
+        "llmrec": lambda: TokenTrie.of(codes),
+        "llmrec, of lists": lambda: TokenTrie.of(listed),
         "dict trie": lambda: Trie(listed),
     }
     seconds, results = alternated(ROUNDS, ways)
@@ -73,17 +73,17 @@ class Instant:
         self.steps: list[tuple[int, int, float]] = []
         self._count, self._since = 0, 0.0
 
-    def open(self, prompts: Sequence[Sequence[int]], targets: Targets) -> Floats:
+    def open(self, prompts: Sequence[Sequence[int]], targets: LogprobQueries) -> Floats:
         self._count = 0
         return self._answers(targets)
 
-    def feed(self, fed: Fed, targets: Targets) -> Floats:
+    def feed(self, fed: TreeTokens, targets: LogprobQueries) -> Floats:
         return self._answers(targets)
 
     def close(self) -> None:
         pass
 
-    def _answers(self, targets: Targets) -> Floats:
+    def _answers(self, targets: LogprobQueries) -> Floats:
         count = len(targets.tokens)
         if self._count:
             self.steps.append((self._count, count, time.perf_counter() - self._since))
@@ -97,7 +97,7 @@ def measure_steps() -> Summary:
     """One step between two model calls, with the same number of branches for every catalogue size."""
     ten = np.arange(10, dtype=np.int32)
     trees = {
-        f"{10**depth:,} items": Catalogue.of(np.stack(np.meshgrid(*[ten] * depth), axis=-1).reshape(-1, depth))
+        f"{10**depth:,} items": TokenTrie.of(np.stack(np.meshgrid(*[ten] * depth), axis=-1).reshape(-1, depth))
         for depth in (4, 6)
     }
     engines = {name: Instant() for name in trees}

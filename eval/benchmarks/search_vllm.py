@@ -34,7 +34,7 @@ from eval.benchmarks.search import build_model
 from eval.benchmarks.timing import faster, summary, within
 from llmrec.backends.vllm.backend import VLLMBackend, VLLMTree, prepare_environment
 from llmrec.decode.beam import beam
-from llmrec.decode.token_tree import Catalogue
+from llmrec.decode.token_tree import TokenTrie
 from llmrec.durable import write_json
 from llmrec.machine import cpu_has_bf16
 from llmrec.models.load import quiet_libraries
@@ -62,7 +62,7 @@ class TokenEncoder:
     max_length = 1024
 
     def __init__(self, codes: Sequence[Sequence[int]]) -> None:
-        self._catalogue = Catalogue.of(codes)
+        self._catalogue = TokenTrie.of(codes)
 
     def prompt(self, prompt: TokenPrompt) -> list[int]:
         return list(prompt.ids)
@@ -70,7 +70,7 @@ class TokenEncoder:
     def continuations(self, prompt: TokenPrompt, ids: Any, texts: Sequence[tuple[int, ...]], *, closed: bool) -> Any:
         return list(texts)
 
-    def catalogue(self, texts: Any, stop: None) -> Catalogue:
+    def catalogue(self, texts: Any, stop: None) -> TokenTrie:
         return self._catalogue
 
 

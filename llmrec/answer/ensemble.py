@@ -25,9 +25,9 @@ from llmrec.data.assemble import digest_items
 from llmrec.data.requests import RankRequest
 from llmrec.data.split import SplitDataset
 from llmrec.ensembles.context import Context
-from llmrec.ensembles.members import Recalled, choosing
+from llmrec.ensembles.members import PrecomputedMember, choosing
 from llmrec.ensembles.rankers import CatalogueEnsemble, ListEnsemble, ListMember, Member
-from llmrec.ensembles.stored import Fused, FusedPart, read
+from llmrec.ensembles.stored import StoredEnsemble, StoredMember, read
 from llmrec.errors import RecipeError
 from llmrec.fingerprint import digest_of
 from llmrec.pipeline.bundle import Bundle
@@ -37,7 +37,7 @@ from llmrec.types import Answer, CatalogueScorer, Cost, Item, Predictor, Ranking
 _NAMED = 4
 
 
-def fusion_of(bundle: Bundle, way: Asking, joined: str) -> Fused:
+def fusion_of(bundle: Bundle, way: Asking, joined: str) -> StoredEnsemble:
     """Return the ensemble that a run fitted for a task, template and strategy.
 
     Args:
@@ -84,7 +84,7 @@ class Ensemble:
 
     def __init__(
         self,
-        fused: Fused,
+        fused: StoredEnsemble,
         data: SplitDataset,
         items: Mapping[str, Item],
         name: str = "",
@@ -228,9 +228,9 @@ class Ensemble:
         fusion = ListEnsemble(self._fused.id, parts, self._weights, self._context)
         return fusion, [replace(request, id=str(n)) for n, request in enumerate(translated)]
 
-    def _predictor(self, part: FusedPart, answers: dict[str, Answer]) -> Predictor:
+    def _predictor(self, part: StoredMember, answers: dict[str, Answer]) -> Predictor:
         if part.baseline is None:
-            return Recalled(part.name, "language model", part.kind, answers)
+            return PrecomputedMember(part.name, "language model", part.kind, answers)
         if part.name not in self._baselines:
             data = choosing(part.baseline, self._data, self._fused.reserved)
             self._baselines[part.name] = fitted(part.baseline, part.parameters, data, seed=self._fused.seed)

@@ -38,7 +38,7 @@ from llmrec.data.split import SplitDataset
 from llmrec.display import Displayed, Summary
 from llmrec.ensembles import stored
 from llmrec.ensembles.carried import FILE as INTERACTIONS
-from llmrec.ensembles.members import FUSIONS, choosing
+from llmrec.ensembles.members import ENSEMBLE_NAMES, choosing
 from llmrec.errors import DataError, LlmrecError, RecipeError, did_you_mean
 from llmrec.models.load import resolve, weights_stamp
 from llmrec.pipeline import bundle as bundles
@@ -249,7 +249,7 @@ def open_models(options: RecommenderOptions, names: Sequence[str] = ()) -> Model
 
 
 def _open_languages(
-    options: RecommenderOptions, bundle: Bundle, names: Sequence[str], fusions: Mapping[str, stored.Fused]
+    options: RecommenderOptions, bundle: Bundle, names: Sequence[str], fusions: Mapping[str, stored.StoredEnsemble]
 ) -> dict[str, LanguageModel]:
     """Return the language model of a folder and other requested models by name, if possible on one GPU engine."""
     base_name, runs = language_model_name(bundle), _other_runs(options, names)
@@ -323,7 +323,7 @@ def _run_name(name: str) -> str | None:
 
 
 def _reserved_names() -> set[str]:
-    return {TUNED, UNTUNED, PLAIN, *FUSIONS.values(), *BASELINES}
+    return {TUNED, UNTUNED, PLAIN, *ENSEMBLE_NAMES.values(), *BASELINES}
 
 
 def _check_equal(what: str, values: Mapping[str, object]) -> None:
@@ -401,7 +401,7 @@ def language_model_name(bundle: Bundle) -> str:
     return "" if not bundle.weights else TUNED if bundle.tuned else PLAIN
 
 
-def _fusions(bundle: Bundle) -> dict[str, stored.Fused]:
+def _fusions(bundle: Bundle) -> dict[str, stored.StoredEnsemble]:
     """Return the ensembles that can answer requests, by name."""
     if not _learns(bundle):
         return {}
@@ -414,7 +414,7 @@ def _opened(
     options: RecommenderOptions,
     models: Models,
     bundle: Bundle,
-    fusions: Mapping[str, stored.Fused],
+    fusions: Mapping[str, stored.StoredEnsemble],
     base: LanguageModel | None,
     finder: Recommender | None,
 ) -> Recommender:
@@ -560,7 +560,7 @@ def open_fitted(section: BaselineSection, data: SplitDataset, *, seed: int, mode
     return Models(opened={opened.name: opened}, items=items, data=data, scale=scale, blank=data)
 
 
-def _finder(models: Models, fusions: Mapping[str, stored.Fused]) -> Recommender | None:
+def _finder(models: Models, fusions: Mapping[str, stored.StoredEnsemble]) -> Recommender | None:
     """Return the retriever for language models without beam search: an ensemble of baselines, or item-kNN."""
     if models.data is None:
         return None

@@ -18,7 +18,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from llmrec import __version__
-from llmrec.decode.token_tree import Catalogue
+from llmrec.decode.token_tree import TokenTrie
 from llmrec.errors import BackendError, DataError, ModelError
 from llmrec.guard import clean, control_tokens, neutralise
 from llmrec.resources import cache_dir
@@ -72,7 +72,7 @@ class Encoder:
         self.control = control_tokens(tokenizer.all_special_tokens, tokenizer.added_tokens_decoder.values())
         self._control_ids = frozenset(tokenizer.convert_tokens_to_ids(list(self.control))) - self._unknown()
         self._pieces: dict[str, tuple[int, ...]] = {}
-        self._catalogues: dict[tuple[str | None, str], Catalogue] = {}
+        self._catalogues: dict[tuple[str | None, str], TokenTrie] = {}
         self._scaffold: dict[tuple[str, ...], tuple[int, ...]] = {}
         self._last: tuple[tuple[Message, ...] | None, tuple[int, ...]] = (None, ())
         self.end_id = self._find_end()
@@ -147,7 +147,7 @@ class Encoder:
     def _loses_end(self, text: str) -> bool:
         return self._ends_lines and text.endswith("\n")
 
-    def catalogue(self, texts: Sequence[str], stop: str | None) -> Catalogue:
+    def catalogue(self, texts: Sequence[str], stop: str | None) -> TokenTrie:
         """Return the token tree of all answers to prompts with the given stop text.
 
         The last few trees are kept in memory, and those of large catalogues in the cache folder: tokenising a million
@@ -165,23 +165,23 @@ class Encoder:
             self._catalogues.pop(next(iter(self._catalogues)))
         return known
 
-    def _kept_tree(self, texts: Sequence[str], stop: str | None, digest: str) -> Catalogue:
+    def _kept_tree(self, texts: Sequence[str], stop: str | None, digest: str) -> TokenTrie:
         """Return the token tree from the cache folder, or build and cache it."""
         name = hashlib.sha256(f"{__version__}\0{self.digest}\0{stop!r}\0{digest}".encode()).hexdigest()[:32]
         file = cache_dir() / "catalogues" / f"{name}.safetensors"
         if file.is_file():
             try:
-                return Catalogue.load(file)
+                return TokenTrie.load(file)
             except DataError as error:
                 log.warning("%s", error)
         tree = self._tree(texts, stop)
         tree.save(file)
         return tree
 
-    def _tree(self, texts: Sequence[str], stop: str | None) -> Catalogue:
+    def _tree(self, texts: Sequence[str], stop: str | None) -> TokenTrie:
         prompt = Prompt(messages=(), stop=stop)
         try:
-            return Catalogue.of([self.continuation(prompt, text, closed=True) for text in texts])
+            return TokenTrie.of([self.continuation(prompt, text, closed=True) for text in texts])
         except DataError as error:
             raise error.reworded(
                 f"{error} (items are numbered from 0 in the order of their texts; an index such as index: "

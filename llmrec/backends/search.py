@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from llmrec.backends.encode import Encoder
 from llmrec.decode.beam import TreeEngine, beam
-from llmrec.decode.token_tree import Catalogue
+from llmrec.decode.token_tree import TokenTrie
 from llmrec.errors import BackendError
 from llmrec.progress import count_answers
 from llmrec.types import Prompt, SearchResult
@@ -59,7 +59,7 @@ def search(
 
 
 def _batches(
-    chosen: Sequence[int], encoded: Sequence[Sequence[int]], catalogue: Catalogue, width: int, limit: int
+    chosen: Sequence[int], encoded: Sequence[Sequence[int]], catalogue: TokenTrie, width: int, limit: int
 ) -> list[list[int]]:
     """Group requests of similar length, longest first, into batches of at most ``limit`` tokens."""
     behind = min(width, len(catalogue)) * catalogue.depth

@@ -45,7 +45,7 @@ DECAYS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 1.0)
 """Decay factors of a history that tuning tries: from almost only the last interaction to equal weights."""
 
 Decay = Annotated[float, Field(gt=0, le=1)]
-AboveZero = Annotated[float, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
 
 
 @runtime_checkable
@@ -152,7 +152,7 @@ class Baseline(Generic[C, M]):
     Attributes:
         name: Name in recipes and tables.
         stochastic: Whether results depend on the seed.
-        GRID: Values by parameter that `tuning.tune` tries: numbers ascending, including the default.
+        GRID: Values by parameter that `llmrec.baselines.tune.tune` tries: numbers ascending, including the default.
         READS: How items are represented: by interactions alone; also by texts, through an encoder that is not trained
             on these data or through word counts; or by a language model whose pretrained weights it fine-tunes.
         SCORES: The scale of a ranker's scores in an ensemble: ``counts``, at least 0, compared by ratio; or ``logits``,
@@ -431,7 +431,7 @@ def filled(scores: NDArray[np.float64], popular: NDArray[np.float64]) -> NDArray
 
 
 @dataclass(frozen=True)
-class Warm:
+class WarmItems:
     """The items with training interactions; embeddings and weights can be learned only for these.
 
     Attributes:
@@ -447,13 +447,15 @@ class Warm:
     popular: NDArray[np.float64]
 
     @staticmethod
-    def of(log: Log, catalogue: Catalogue) -> Warm:
+    def of(log: Log, catalogue: Catalogue) -> WarmItems:
         """Return the items that have training interactions."""
         freq = counts(log, catalogue)
         indices = np.flatnonzero(freq)
         column = np.full(len(catalogue.ids), -1, dtype=np.int64)
         column[indices] = np.arange(len(indices))
-        return Warm(catalogue=catalogue, indices=indices, column=column, popular=freq[indices] / freq.max(initial=1.0))
+        return WarmItems(
+            catalogue=catalogue, indices=indices, column=column, popular=freq[indices] / freq.max(initial=1.0)
+        )
 
     def log(self, log: Log) -> Log:
         """Return the same interactions with indices of warm items."""
@@ -482,11 +484,13 @@ class Warm:
         return result
 
 
-def fading(histories: Sequence[NDArray[np.int64]], columns: int, decay: float, dtype: type = np.float64) -> Any:
+def recency_weights(
+    histories: Sequence[NDArray[np.int64]], columns: int, decay: float, dtype: type = np.float64
+) -> Any:
     """Weight the items of each history by ``decay**age``; a repeated item counts at its last position.
 
     Args:
-        histories: The result of `Warm.histories`.
+        histories: The result of `WarmItems.histories`.
         columns: Number of items.
         decay: Factor from one item to the previous one; 1: equal weights.
         dtype: The type of the weights.
@@ -504,7 +508,7 @@ def fading(histories: Sequence[NDArray[np.int64]], columns: int, decay: float, d
     )
 
 
-def recent(requests: Sequence[Request], catalogue: Catalogue, window: int, decay: float) -> Any:
+def windowed_recency_weights(requests: Sequence[Request], catalogue: Catalogue, window: int, decay: float) -> Any:
     """Weight the last interactions of each history: the latest by 1, the previous one by ``decay``, and so on.
 
     Args:

@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from pydantic import Field
 
-from llmrec.baselines.base import DECAYS, LSA, Auto, Catalogue, Decay, Log, ScoredBaseline, counts, filled, recent
+from llmrec.baselines.base import (
+    DECAYS,
+    LSA,
+    Auto,
+    Catalogue,
+    Decay,
+    Log,
+    ScoredBaseline,
+    counts,
+    filled,
+    windowed_recency_weights,
+)
 from llmrec.baselines.item_texts import (
     WHITENINGS,
     PrincipalAxes,
@@ -111,7 +122,7 @@ class Content(ScoredBaseline[ContentConfig, _Texts]):
         """Return the text similarities of all items for every request, shape (n, items)."""
         model, config = self._fitted, self._config
         vectors = model.vectors.whitened(config.whitening)
-        weights = recent(requests, model.catalogue, config.history, config.decay)
+        weights = windowed_recency_weights(requests, model.catalogue, config.history, config.decay)
         similarity = (weights @ vectors + model.synthetic_vectors(requests, config)) @ vectors.T
         # Shifted to at least 1, so that the popularity term for ties and empty histories has the same size everywhere.
         return filled(1 + similarity - similarity.min(axis=1, keepdims=True, initial=0.0), model.popular)

@@ -10,7 +10,17 @@ import numpy as np
 from pydantic import Field
 from scipy.linalg import lapack
 
-from llmrec.baselines.base import DECAYS, AboveZero, Auto, Catalogue, Decay, Log, ScoredBaseline, Warm, fading
+from llmrec.baselines.base import (
+    DECAYS,
+    Auto,
+    Catalogue,
+    Decay,
+    Log,
+    PositiveFloat,
+    ScoredBaseline,
+    WarmItems,
+    recency_weights,
+)
 from llmrec.recipe.schema import Section
 
 if TYPE_CHECKING:
@@ -29,14 +39,14 @@ class _Linear:
     """Weights of the warm items: entry (i, j) is the contribution of history item i to the score of item j."""
 
     catalogue: Catalogue
-    warm: Warm
+    warm: WarmItems
     weights: NDArray[np.floating[Any]]
 
 
 class EASEConfig(Section):
     """Parameters of `EASE`."""
 
-    penalty: AboveZero = Field(250.0, description="Ridge penalty.")
+    penalty: PositiveFloat = Field(250.0, description="Ridge penalty.")
     decay: Decay = Field(
         0.9, description="Decay of older interactions: weight relative to the next newer one. 1: equal weights."
     )
@@ -74,7 +84,7 @@ class EASE(ScoredBaseline[EASEConfig, _Linear]):
         """
         catalogue = Catalogue.of(data)
         log = Log.of(data, catalogue)
-        warm = Warm.of(log, catalogue)
+        warm = WarmItems.of(log, catalogue)
         binary = warm.log(log).binary(len(warm.indices)).astype(self._config.dtype)
         gram: NDArray[np.floating[Any]] = (binary.T @ binary).toarray()
         gram[np.diag_indices_from(gram)] += self._config.penalty
@@ -90,13 +100,13 @@ class EASE(ScoredBaseline[EASEConfig, _Linear]):
     def restore(self, data: SplitDataset, state: Mapping[str, NDArray[Any]]) -> None:
         """Restore the fitted weights from `state`."""
         catalogue = Catalogue.of(data)
-        self._model = _Linear(catalogue, Warm.of(Log.of(data, catalogue), catalogue), state["weights"])
+        self._model = _Linear(catalogue, WarmItems.of(Log.of(data, catalogue), catalogue), state["weights"])
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
         """Return the scores for every request and item, shape (n, items)."""
         model = self._fitted
         histories = model.warm.histories(requests)
-        weights = fading(histories, len(model.warm.indices), self._config.decay, model.weights.dtype.type)
+        weights = recency_weights(histories, len(model.warm.indices), self._config.decay, model.weights.dtype.type)
         return model.warm.spread(weights @ model.weights, histories)
 
 

@@ -10,13 +10,24 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 from pydantic import Field
 from scipy import sparse
 
-from llmrec.baselines.base import DECAYS, AboveZero, Auto, Catalogue, Decay, Log, ScoredBaseline, Warm, fading, recent
+from llmrec.baselines.base import (
+    DECAYS,
+    Auto,
+    Catalogue,
+    Decay,
+    Log,
+    PositiveFloat,
+    ScoredBaseline,
+    WarmItems,
+    recency_weights,
+    windowed_recency_weights,
+)
 from llmrec.errors import require
 from llmrec.recipe.schema import Positive, Section
 
@@ -34,7 +45,7 @@ class _Vectors:
     """Vectors of the warm items, shape (warm, factors), and the fitted model of ``implicit``."""
 
     catalogue: Catalogue
-    warm: Warm
+    warm: WarmItems
     vectors: NDArray[np.float32]
     library: Any
 
@@ -43,12 +54,41 @@ class _Vectors:
         return {self.catalogue.ids[index]: self.vectors[row] for row, index in enumerate(self.warm.indices.tolist())}
 
 
+C = TypeVar("C", bound=Section)
+
+
+class _Factorisation(ScoredBaseline[C, _Vectors]):
+    """Base class of matrix factorisations, whose fitted state is one vector per item."""
+
+    stochastic = True
+    SCORES = "logits"
+    FITS_ON = "train"
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Return the vectors of the warm items, shape (warm, factors)."""
+        return {"vectors": self._fitted.vectors}
+
+    def restore(self, data: SplitDataset, state: Mapping[str, NDArray[Any]]) -> None:
+        """Restore the fitted vectors from `state`."""
+        catalogue = Catalogue.of(data)
+        warm = WarmItems.of(Log.of(data, catalogue), catalogue)
+        self._model = _Vectors(catalogue, warm, state["vectors"], self._solver(state["vectors"]))
+
+    def item_vectors(self) -> dict[str, NDArray[np.float32]]:
+        """Return the vector of each item with training interactions, by item id, shape (factors,)."""
+        return self._fitted.by_item()
+
+    def _solver(self, vectors: NDArray[np.float32]) -> Any:
+        """Return the model of ``implicit`` that computes user vectors; None if it is not needed."""
+        return None
+
+
 class ALSConfig(Section):
     """Parameters of `ALS`."""
 
     factors: Positive = Field(128, description="Number of dimensions.")
     regularization: float = Field(1.0, ge=0, description="L2 penalty.")
-    alpha: AboveZero = Field(
+    alpha: PositiveFloat = Field(
         10.0, description="Confidence of an observed interaction. Unobserved items have confidence 1."
     )
     iterations: Positive = Field(15, description="Number of iterations.")
@@ -61,7 +101,7 @@ class ALSConfig(Section):
     threads: int = Field(1, ge=0, description="Number of threads. 0: all cores. Does not change the result.")
 
 
-class ALS(ScoredBaseline[ALSConfig, _Vectors]):
+class ALS(_Factorisation[ALSConfig]):
     """ALS: factorises the binary user-item matrix by weighted least squares (Hu et al., ICDM 2008).
 
     A training interaction has confidence ``alpha``, everything else 1. With ``user=solve`` a user's vector is the least
@@ -71,10 +111,8 @@ class ALS(ScoredBaseline[ALSConfig, _Vectors]):
     """
 
     name = "als"
-    stochastic = True
     Config = ALSConfig
     AUTO = (Auto(14), Auto(15, "whole history", {"decay": 1.0}))
-    SCORES = "logits"
     GRID: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "factors": (4, 8, 16, 32, 64, 128, 256, 512),
         "alpha": (1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 80.0),
@@ -83,7 +121,6 @@ class ALS(ScoredBaseline[ALSConfig, _Vectors]):
         "decay": DECAYS,
     }
     AT_ANSWER: ClassVar[frozenset[str]] = frozenset({"user", "decay"})
-    FITS_ON = "train"
 
     def learn(self, data: SplitDataset) -> None:
         """Fit user and item vectors by alternating least squares.
@@ -107,25 +144,16 @@ class ALS(ScoredBaseline[ALSConfig, _Vectors]):
             random_state=self._seed,
         )
 
-    def state(self) -> dict[str, NDArray[Any]]:
-        """Return the vectors of the warm items, shape (warm, factors)."""
-        return {"vectors": self._fitted.vectors}
-
-    def restore(self, data: SplitDataset, state: Mapping[str, NDArray[Any]]) -> None:
-        """Restore the fitted vectors from `state`."""
-        warm, library = _warm(data), self._library()
-        library.item_factors = state["vectors"]
-        self._model = _Vectors(warm.catalogue, warm, state["vectors"], library)
-
-    def item_vectors(self) -> dict[str, NDArray[np.float32]]:
-        """Return the vector of each item with training interactions, by item id, shape (factors,)."""
-        return self._fitted.by_item()
+    def _solver(self, vectors: NDArray[np.float32]) -> Any:
+        library = self._library()
+        library.item_factors = vectors
+        return library
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
         """Return the dot products of user and item vectors, shape (n, items)."""
         model = self._fitted
         histories = model.warm.histories(requests)
-        weights = fading(histories, len(model.vectors), self._config.decay, np.float32)
+        weights = recency_weights(histories, len(model.vectors), self._config.decay, np.float32)
         if self._config.user == "mean":
             users = _means(weights, model.vectors)
         else:
@@ -138,7 +166,7 @@ class BPRConfig(Section):
     """Parameters of `BPR`."""
 
     factors: Positive = Field(64, description="Number of dimensions.")
-    learning_rate: AboveZero = Field(0.05, description="Learning rate of SGD.")
+    learning_rate: PositiveFloat = Field(0.05, description="Learning rate of SGD.")
     regularization: float = Field(0.001, ge=0, description="L2 penalty.")
     iterations: Positive = Field(100, description="Number of epochs.")
     decay: Decay = Field(0.8, description="Decay of older interactions: weight relative to the next newer one.")
@@ -149,7 +177,7 @@ class BPRConfig(Section):
     )
 
 
-class BPR(ScoredBaseline[BPRConfig, _Vectors]):
+class BPR(_Factorisation[BPRConfig]):
     """BPR: matrix factorisation with a pairwise ranking loss (Rendle et al., UAI 2009).
 
     The paper does not define a user vector for a history. Here it is the weighted mean of the history's item vectors,
@@ -158,16 +186,13 @@ class BPR(ScoredBaseline[BPRConfig, _Vectors]):
     """
 
     name = "bpr"
-    stochastic = True
     Config = BPRConfig
     AUTO = (Auto(16),)
-    SCORES = "logits"
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
         "regularization": (0.0, 0.000001, 0.000003, 0.00001, 0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01),
         "decay": DECAYS,
     }
     AT_ANSWER: ClassVar[frozenset[str]] = frozenset({"decay"})
-    FITS_ON = "train"
 
     def learn(self, data: SplitDataset) -> None:
         """Train on sampled pairs by stochastic gradient descent.
@@ -189,23 +214,12 @@ class BPR(ScoredBaseline[BPRConfig, _Vectors]):
         # The package stores the bias in the last column.
         self._model = _Vectors(warm.catalogue, warm, np.ascontiguousarray(library.item_factors[:, :-1]), None)
 
-    def state(self) -> dict[str, NDArray[Any]]:
-        """Return the vectors of the warm items, shape (warm, factors)."""
-        return {"vectors": self._fitted.vectors}
-
-    def restore(self, data: SplitDataset, state: Mapping[str, NDArray[Any]]) -> None:
-        """Restore the fitted vectors from `state`."""
-        warm = _warm(data)
-        self._model = _Vectors(warm.catalogue, warm, state["vectors"], None)
-
-    def item_vectors(self) -> dict[str, NDArray[np.float32]]:
-        """Return the vector of each item with training interactions, by item id, shape (factors,)."""
-        return self._fitted.by_item()
-
     def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
         """Return the dot products of mean history vectors and item vectors, shape (n, items)."""
         model = self._fitted
-        weights = recent(requests, model.warm.catalogue, _WINDOW, self._config.decay)[:, model.warm.indices]
+        weights = windowed_recency_weights(requests, model.warm.catalogue, _WINDOW, self._config.decay)[
+            :, model.warm.indices
+        ]
         users = _means(weights, model.vectors)
         return model.warm.spread(users @ model.vectors.T, model.warm.histories(requests))
 
@@ -217,15 +231,10 @@ def _means(weights: Any, vectors: NDArray[np.float32]) -> NDArray[np.floating[An
     return means
 
 
-def _warm(data: SplitDataset) -> Warm:
-    catalogue = Catalogue.of(data)
-    return Warm.of(Log.of(data, catalogue), catalogue)
-
-
-def _training(data: SplitDataset) -> tuple[Warm, Any]:
+def _training(data: SplitDataset) -> tuple[WarmItems, Any]:
     catalogue = Catalogue.of(data)
     log = Log.of(data, catalogue)
-    warm = Warm.of(log, catalogue)
+    warm = WarmItems.of(log, catalogue)
     return warm, sparse.csr_matrix(warm.log(log).binary(len(warm.indices)).astype(np.float32))
 
 

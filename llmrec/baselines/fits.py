@@ -25,10 +25,10 @@ from llmrec.progress import Progress
 from llmrec.resources import cache_dir
 
 if TYPE_CHECKING:
-    import torch
     from numpy.typing import NDArray
 
     from llmrec.data.split import SplitDataset
+    from llmrec.recipe.schema import Section
 
     State = Mapping[str, NDArray[Any]]
 
@@ -55,6 +55,11 @@ class Storable(Protocol):
     AT_ANSWER: frozenset[str]
     FITS_ON: str
 
+    @property
+    def config(self) -> Section:
+        """The parameters of the fit."""
+        ...
+
     def state(self) -> State:
         """Return the fitted state as arrays, without user ids and values that can be computed from the data."""
         ...
@@ -64,9 +69,9 @@ class Storable(Protocol):
         ...
 
 
-def fit_key(model: torch.nn.Module, data: SplitDataset, seed: int) -> str:
+def fit_key(model: Storable, data: SplitDataset, seed: int) -> str:
     """Return the fingerprint of a fit."""
-    config = model.config.model_dump(mode="json", exclude=model.AT_ANSWER | _SHOWN)
+    config = model.config.model_dump(mode="json", exclude={*model.AT_ANSWER, *_SHOWN})
     return fingerprint(
         "fit",
         modules=(type(model).__module__,),
@@ -83,12 +88,12 @@ def fit_key(model: torch.nn.Module, data: SplitDataset, seed: int) -> str:
     )
 
 
-def keeps() -> bool:
+def caching_enabled() -> bool:
     """Whether fits are cached."""
     return _limit() > 0
 
 
-def recall(model: Storable, key: str, data: SplitDataset) -> float | None:
+def restore_fit(model: Storable, key: str, data: SplitDataset) -> float | None:
     """Restore a cached fit, and return its original duration in seconds; None if it is not cached."""
     path = _path(model, key)
     if not path.is_file():
@@ -111,7 +116,7 @@ def recall(model: Storable, key: str, data: SplitDataset) -> float | None:
     return seconds
 
 
-def keep(model: Storable, key: str, seconds: float) -> None:
+def store_fit(model: Storable, key: str, seconds: float) -> None:
     """Cache a fit that took long enough and is not too large; write errors only cause a warning."""
     limit = _limit()
     state = model.state() if seconds >= LEAST else {}
@@ -228,13 +233,13 @@ def fit_stored(model: Any, data: SplitDataset, *, seed: int) -> Any:
         data: The split.
         seed: The seed of the baseline.
     """
-    key = fit_key(model, data, seed) if isinstance(model, Storable) and keeps() else None
-    if key is not None and (seconds := recall(model, key, data)) is not None:
+    key = fit_key(model, data, seed) if isinstance(model, Storable) and caching_enabled() else None
+    if key is not None and (seconds := restore_fit(model, key, data)) is not None:
         model.recalled = seconds
         return model
     begin = time.monotonic()
     with Progress(f"fitting {model.name}", None, quiet=bool(getattr(getattr(model, "config", None), "quiet", False))):
         model.fit(data)
     if key is not None:
-        keep(model, key, time.monotonic() - begin)
+        store_fit(model, key, time.monotonic() - begin)
     return model

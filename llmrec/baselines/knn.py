@@ -10,7 +10,17 @@ import numpy as np
 from pydantic import Field
 from scipy import sparse
 
-from llmrec.baselines.base import DECAYS, Auto, Catalogue, Decay, Log, ScoredBaseline, counts, filled, recent
+from llmrec.baselines.base import (
+    DECAYS,
+    Auto,
+    Catalogue,
+    Decay,
+    Log,
+    ScoredBaseline,
+    counts,
+    filled,
+    windowed_recency_weights,
+)
 from llmrec.recipe.schema import Positive, Section
 
 if TYPE_CHECKING:
@@ -208,7 +218,7 @@ class ItemKNN(ScoredBaseline[ItemKNNConfig, _UserItems]):
         def similar(both: NDArray[np.float64], source: NDArray[np.int64], item: NDArray[np.int64]) -> Any:
             return both / (norms[0][item] * norms[1][source] + config.shrinkage)
 
-        weights = recent(requests, model.catalogue, config.history, config.decay)
+        weights = windowed_recency_weights(requests, model.catalogue, config.history, config.decay)
         key = config.asymmetry, config.shrinkage
         votes = _votes(weights, model, matrix, similar, matrix_key=config.weighting, key=key)
         return filled(votes, model.popular)
@@ -271,7 +281,7 @@ class RP3Beta(ScoredBaseline[RP3BetaConfig, _UserItems]):
         def similar(both: NDArray[np.float64], source: NDArray[np.int64], item: NDArray[np.int64]) -> Any:
             return both * source_weight[source] * target_weight[item]
 
-        weights = recent(requests, model.catalogue, config.history, config.decay)
+        weights = windowed_recency_weights(requests, model.catalogue, config.history, config.decay)
         votes = _votes(weights, model, matrix, similar, matrix_key=config.alpha, key=config.beta)
         return filled(votes, model.popular)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from llmrec.baselines.base import AboveZero
+from llmrec.baselines.base import PositiveFloat
 from llmrec.baselines.text_network import TextNetwork, TextNetworkConfig
 from llmrec.errors import require
 from llmrec.models.first_layers import first_layers
@@ -34,7 +34,7 @@ class LLMSequenceConfig(TextNetworkConfig):
         description="Precision of the layers, and of the matrix products with the item vectors in the loss. `auto`: "
         "bfloat16 where the processor supports it.",
     )
-    layer_learning_rate: AboveZero = Field(1e-5, description="Learning rate of the layers of the language model.")
+    layer_learning_rate: PositiveFloat = Field(1e-5, description="Learning rate of the layers of the language model.")
     epochs: Positive = Field(30, description="Maximum number of epochs.")
     patience: Positive | None = Field(
         3,
@@ -105,7 +105,7 @@ class LLMSequence(TextNetwork[LLMSequenceConfig]):
             state = network["layers"](inputs_embeds=inputs, use_cache=False).last_hidden_state[:, 1:]
         return network["out"](functional.dropout(state.float(), share, network.training))
 
-    def _rates(self, network: torch.nn.Module) -> Sequence[Mapping[str, Any]]:
+    def _param_groups(self, network: torch.nn.Module) -> Sequence[Mapping[str, Any]]:
         layers = network["layers"]
         others = [weight for part in network.children() if part is not layers for weight in part.parameters()]
         return [{"params": others}, {"params": list(layers.parameters()), "lr": self._config.layer_learning_rate}]

@@ -20,7 +20,7 @@ from llmrec.baselines.base import (
     ScoredBaseline,
     counts,
     filled,
-    recent,
+    windowed_recency_weights,
 )
 from llmrec.recipe.schema import Positive, Section
 
@@ -151,8 +151,12 @@ class MarkovCooccurrence(ScoredBaseline[MarkovCooccurrenceConfig, _Counted]):
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
         """Return the sum of transitions and co-occurrences for every request, shape (n, items)."""
         model = self._fitted
-        last = self._config.transition * (recent(requests, model.catalogue, 1, 1.0) @ model.after)
-        total = recent(requests, model.catalogue, self._config.history, self._config.decay) @ model.together + last
+        last = self._config.transition * (windowed_recency_weights(requests, model.catalogue, 1, 1.0) @ model.after)
+        total = (
+            windowed_recency_weights(requests, model.catalogue, self._config.history, self._config.decay)
+            @ model.together
+            + last
+        )
         return filled(total.toarray(), model.popular)
 
 
@@ -163,7 +167,7 @@ def _chain(data: SplitDataset, order: int, decay: float) -> _Transitions:
 
 
 def _voted(model: _Transitions, requests: Sequence[Request], order: int, decay: float) -> NDArray[np.float64]:
-    votes = recent(requests, model.catalogue, order, decay) @ model.after
+    votes = windowed_recency_weights(requests, model.catalogue, order, decay) @ model.after
     return filled(votes.toarray(), model.popular)
 
 

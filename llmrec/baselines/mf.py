@@ -15,13 +15,13 @@ import numpy as np
 from pydantic import Field
 from scipy import sparse
 
-from llmrec.baselines.base import DECAYS, AboveZero, Baseline
+from llmrec.baselines.base import DECAYS, Baseline, PositiveFloat
 from llmrec.baselines.rated import (
     RECENCIES,
     Ratings,
     RecencyConfig,
-    bias_of_history,
-    rate_lately,
+    fold_in_user_bias,
+    rate_with_recency,
     ratings,
     ridge_biases,
 )
@@ -55,7 +55,7 @@ class _Factors:
         def of_user(request: Request) -> OfItems:
             row = known.user_index.get(request.user_id)
             if row is None:
-                bias = bias_of_history(request, known.mean, of_item, user_penalty)
+                bias = fold_in_user_bias(request, known.mean, of_item, user_penalty)
                 level, vector = known.mean + bias, np.zeros(self.items.shape[1])
             else:
                 level, vector = known.mean + float(self.user_bias[row]), self.users[row]
@@ -67,16 +67,16 @@ class _Factors:
 
             return of_items
 
-        return rate_lately(requests, known.scale, of_user, config)
+        return rate_with_recency(requests, known.scale, of_user, config)
 
 
 class MFConfig(RecencyConfig):
     """Parameters of `MF`."""
 
     factors: Positive = Field(10, description="Number of dimensions.")
-    penalty: AboveZero = Field(0.1, description="L2 penalty of user and item vectors, per rating.")
-    user_penalty: AboveZero = Field(5.0, description="L2 penalty of user biases.")
-    item_penalty: AboveZero = Field(3.0, description="L2 penalty of item biases.")
+    penalty: PositiveFloat = Field(0.1, description="L2 penalty of user and item vectors, per rating.")
+    user_penalty: PositiveFloat = Field(5.0, description="L2 penalty of user biases.")
+    item_penalty: PositiveFloat = Field(3.0, description="L2 penalty of item biases.")
     rounds: Positive = Field(20, description="Number of alternating iterations.")
 
 
@@ -127,11 +127,11 @@ class SVDConfig(RecencyConfig):
     """Parameters of `SVD`."""
 
     factors: Positive = Field(50, description="Number of dimensions.")
-    penalty: AboveZero = Field(0.1, description="L2 penalty of biases and vectors.")
-    learning_rate: AboveZero = Field(0.01, description="Learning rate.")
+    penalty: PositiveFloat = Field(0.1, description="L2 penalty of biases and vectors.")
+    learning_rate: PositiveFloat = Field(0.01, description="Learning rate.")
     epochs: Positive = Field(40, description="Number of epochs.")
     batch: Positive = Field(500, description="Ratings per step.")
-    user_penalty: AboveZero = Field(5.0, description="L2 penalty of the bias of users without training ratings.")
+    user_penalty: PositiveFloat = Field(5.0, description="L2 penalty of the bias of users without training ratings.")
 
 
 class SVD(Baseline[SVDConfig, _Factors]):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 import numpy as np
 from pydantic import Field
 
-from llmrec.baselines.base import AboveZero, Catalogue, Log, ScoredBaseline, Warm
+from llmrec.baselines.base import Catalogue, Log, PositiveFloat, ScoredBaseline, WarmItems
 from llmrec.baselines.profiles import Profiles
 from llmrec.baselines.validation import mean_ndcgs, ranking_cases
 from llmrec.errors import RecipeError, require
@@ -68,7 +68,7 @@ class Epochs(Protocol):
         ...
 
 
-def until_least(
+def train_with_early_stopping(
     network: torch.nn.Module,
     judge: Callable[[], float] | None,
     config: Epochs,
@@ -77,7 +77,7 @@ def until_least(
     name: str,
     measure: str,
     sign: int = 1,
-    rates: Sequence[Mapping[str, Any]] | None = None,
+    param_groups: Sequence[Mapping[str, Any]] | None = None,
     learned: bool = False,
 ) -> int:
     """Train until the validation value has not improved for ``patience`` epochs, and keep the best weights.
@@ -91,7 +91,7 @@ def until_least(
         name: The name in the progress display.
         measure: The name of the validation metric.
         sign: The factor for displaying it.
-        rates: Groups of parameters with separate learning rates; None: one rate for all.
+        param_groups: Groups of parameters with separate learning rates; None: one rate for all.
         learned: Whether the network is already trained; it is kept unchanged if no epoch is better.
 
     Returns:
@@ -99,7 +99,7 @@ def until_least(
     """
     torch = require("torch", "baselines")
     optimiser = torch.optim.AdamW(
-        rates or network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+        param_groups or network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
     )
     best, kept, since = math.inf, None, 0
     early = config.patience is not None
@@ -134,7 +134,7 @@ class Batch:
     targets: NDArray[np.int64]
 
 
-def pieces_of(events: Log, max_len: int, leads: NDArray[np.int64] | None = None) -> list[NDArray[np.int64]]:
+def training_segments(events: Log, max_len: int, leads: NDArray[np.int64] | None = None) -> list[NDArray[np.int64]]:
     """Split the items of every user into segments of at most ``max_len + 1``, from the end.
 
     Adjacent segments share an item, an input in one and a target in the other. With ``leads`` every item of a segment
@@ -155,7 +155,7 @@ def pieces_of(events: Log, max_len: int, leads: NDArray[np.int64] | None = None)
     return pieces
 
 
-def batches_of(sequences: Sequence[NDArray[np.int64]], size: int, rng: np.random.Generator) -> Iterator[Batch]:
+def training_batches(sequences: Sequence[NDArray[np.int64]], size: int, rng: np.random.Generator) -> Iterator[Batch]:
     """Yield batches of about ``size`` targets from sequences of similar length, in random order."""
     mixed = rng.permutation(len(sequences))
     lengths = np.array([len(sequences[index]) - 1 for index in mixed])
@@ -180,7 +180,7 @@ def _padded(rows: Sequence[NDArray[np.int64]]) -> Batch:
     return Batch(items, targets)
 
 
-def of_one_length(histories: Sequence[NDArray[np.int64]], most: int) -> Iterator[NDArray[np.int64]]:
+def equal_length_batches(histories: Sequence[NDArray[np.int64]], most: int) -> Iterator[NDArray[np.int64]]:
     """Yield the indices of non-empty histories of equal length, at most ``most`` at a time."""
     lengths = np.array([len(history) for history in histories], dtype=np.int64)
     for length in np.unique(lengths[lengths > 0]).tolist():
@@ -213,7 +213,7 @@ class NeuralConfig(Section):
         "the processor supports it. All other computations use float32.",
     )
     batch: Positive = Field(512, description="Approximate number of targets per optimiser step.")
-    learning_rate: AboveZero = Field(1e-3, description="Learning rate of Adam.")
+    learning_rate: PositiveFloat = Field(1e-3, description="Learning rate of Adam.")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay (AdamW).")
     epochs: Positive = Field(100, description="Maximum number of epochs.")
     patience: Positive | None = Field(
@@ -294,7 +294,7 @@ class Trained:
     """
 
     model: SequenceNetwork[Any]
-    warm: Warm
+    warm: WarmItems
     network: Any
     epochs: int = 0
     table: Any = None
@@ -325,7 +325,7 @@ class Trained:
         self.network.eval()
         with torch.no_grad():
             table = model._item_vectors(self.network) if self.table is None else self.table
-            for rows in of_one_length(histories, _ROWS):
+            for rows in equal_length_batches(histories, _ROWS):
                 items = torch.from_numpy(np.stack([histories[row] for row in rows])).to(table.device)
                 result[rows] = (model._encode(self.network, items)[:, -1] @ table.T).cpu().numpy()
         return self.warm.spread(result, histories)
@@ -361,26 +361,28 @@ class SequenceNetwork(ScoredBaseline[N, Trained]):
         torch, config, seed = require("torch", "baselines"), self._config, self._seed
         catalogue = Catalogue.of(data)
         events = Log.of(data, catalogue)
-        warm = Warm.of(events, catalogue)
+        warm = WarmItems.of(events, catalogue)
         self._open(data, warm)
         count = len(warm.indices)
         leads = None if self._profiles is None else self._profiles.numbers(list(data.train_counts()), count)
-        sequences = pieces_of(warm.log(events), config.max_len, leads)
-        cases = stop_cases(data, config, _STOP_CASES)
+        sequences = training_segments(warm.log(events), config.max_len, leads)
+        cases = early_stopping_cases(data, config, _STOP_CASES)
         # Seeds torch only for this fit; the random state of the caller is unchanged.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = self._built(count).to(config.torch_device)
             model = Trained(self, warm, network)
-            full_loss = partial(over_all, half=config.half)
+            full_loss = partial(full_softmax_loss, half=config.half)
             loss = full_loss if config.negatives is None else _Sampled(warm, config.negatives, seed)
             rng = np.random.default_rng(seed)
 
             def learn(optimiser: Optimizer) -> float:
-                return self._epoch(network, batches_of(sequences, config.batch, rng), optimiser, loss)
+                return self._epoch(network, training_batches(sequences, config.batch, rng), optimiser, loss)
 
-            epochs = until_best(model, cases, config, learn, rates=self._rates(network))
-        self._model, self.looked_at = model.finished(epochs), stopped_by(cases)
+            epochs = train_ranker_with_early_stopping(
+                model, cases, config, learn, param_groups=self._param_groups(network)
+            )
+        self._model, self.looked_at = model.finished(epochs), case_users(cases)
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
         """Return the logits of all items after each history, shape (n, items)."""
@@ -388,20 +390,20 @@ class SequenceNetwork(ScoredBaseline[N, Trained]):
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Return the network weights and the best epoch as arrays."""
-        return {"epochs": np.array([self._fitted.epochs]), **weights_of(self._fitted.network)}
+        return {"epochs": np.array([self._fitted.epochs]), **network_state(self._fitted.network)}
 
     def restore(self, data: SplitDataset, state: Mapping[str, NDArray[Any]]) -> None:
         """Restore the fitted network from `state`."""
         catalogue = Catalogue.of(data)
-        warm = Warm.of(Log.of(data, catalogue), catalogue)
+        warm = WarmItems.of(Log.of(data, catalogue), catalogue)
         self._open(data, warm)
         with require("torch", "baselines").random.fork_rng(devices=[]):
             network = self._built(len(warm.indices))
-        put_back(network, state)
+        load_network_state(network, state)
         self._model = Trained(self, warm, network.to(self._config.torch_device)).finished(int(state["epochs"][0]))
-        self.looked_at = stopped_by(stop_cases(data, self._config, _STOP_CASES))
+        self.looked_at = case_users(early_stopping_cases(data, self._config, _STOP_CASES))
 
-    def _open(self, data: SplitDataset, warm: Warm) -> None:
+    def _open(self, data: SplitDataset, warm: WarmItems) -> None:
         """Read the inputs other than interactions."""
         config = self._config
         self._profiles = None
@@ -426,7 +428,7 @@ class SequenceNetwork(ScoredBaseline[N, Trained]):
         """Return the vectors of all items with training interactions, shape (items, dim)."""
         return network["table"].weight
 
-    def _rates(self, network: torch.nn.Module) -> Sequence[Mapping[str, Any]] | None:
+    def _param_groups(self, network: torch.nn.Module) -> Sequence[Mapping[str, Any]] | None:
         """Return groups of parameters with separate learning rates; None: one rate for all."""
         return None
 
@@ -454,22 +456,22 @@ class SequenceNetwork(ScoredBaseline[N, Trained]):
         return total / max(1, count)
 
 
-def stop_cases(data: SplitDataset, config: Epochs, most: int) -> Sequence[Case]:
+def early_stopping_cases(data: SplitDataset, config: Epochs, most: int) -> Sequence[Case]:
     """Return the validation cases for early stopping; empty without early stopping."""
     return [] if config.patience is None else ranking_cases(data, most)
 
 
-def stopped_by(cases: Sequence[Case]) -> frozenset[str]:
+def case_users(cases: Sequence[Case]) -> frozenset[str]:
     """Return the users of the validation cases."""
     return frozenset(case.request.user_id for case in cases)
 
 
-def weights_of(network: torch.nn.Module) -> dict[str, NDArray[Any]]:
+def network_state(network: torch.nn.Module) -> dict[str, NDArray[Any]]:
     """Return the weights of a network as arrays."""
     return {f"network.{name}": tensor.detach().cpu().numpy() for name, tensor in network.state_dict().items()}
 
 
-def put_back(network: torch.nn.Module, state: Mapping[str, NDArray[Any]]) -> None:
+def load_network_state(network: torch.nn.Module, state: Mapping[str, NDArray[Any]]) -> None:
     """Load weights into a network and set it to evaluation mode."""
     torch = require("torch", "baselines")
     weights = {name.removeprefix("network."): array for name, array in state.items() if name.startswith("network.")}
@@ -486,23 +488,23 @@ class Scorer(CatalogueScorer, Protocol):
         ...
 
 
-def until_best(
+def train_ranker_with_early_stopping(
     model: Scorer,
     cases: Sequence[Case],
     config: Epochs,
     learn: Callable[[Any], float],
     *,
-    rates: Sequence[Mapping[str, Any]] | None = None,
+    param_groups: Sequence[Mapping[str, Any]] | None = None,
     learned: bool = False,
 ) -> int:
-    """Train with early stopping by validation NDCG@10; see `until_least`.
+    """Train with early stopping by validation NDCG@10; see `train_with_early_stopping`.
 
     Args:
         model: Scores with the current network.
         cases: Validation cases for early stopping; without any, all epochs are trained and the last one is kept.
         config: The training parameters.
         learn: Trains for one epoch with an optimiser, and returns the mean loss.
-        rates: Groups of parameters with separate learning rates; None: one rate for all.
+        param_groups: Groups of parameters with separate learning rates; None: one rate for all.
         learned: Whether the network is already trained; it is kept unchanged if no epoch is better.
 
     Returns:
@@ -512,7 +514,7 @@ def until_best(
     def missing() -> float:
         return -mean_ndcgs(model, cases)["excluded"]
 
-    return until_least(
+    return train_with_early_stopping(
         model.network,
         missing if cases else None,
         config,
@@ -520,7 +522,7 @@ def until_best(
         name=model.name,
         measure="NDCG@10",
         sign=-1,
-        rates=rates,
+        param_groups=param_groups,
         learned=learned,
     )
 
@@ -528,7 +530,7 @@ def until_best(
 # --------------------------------------------------------------------------- losses
 
 
-def over_all(vectors: Any, table: Any, targets: torch.Tensor, *, half: bool = False) -> tuple[float, Any, Any]:
+def full_softmax_loss(vectors: Any, table: Any, targets: torch.Tensor, *, half: bool = False) -> tuple[float, Any, Any]:
     """Return the mean cross-entropy over all items, with its gradients.
 
     Each block of logits is converted in place to its gradient, (softmax - one-hot) / n, and then freed, so memory does
@@ -576,7 +578,7 @@ def info_nce_both(logits: torch.Tensor, hidden: torch.Tensor) -> Any:
 
 
 class _Sampled:
-    """The loss of `over_all`, with the sum over items estimated from a sample (Bengio and Senecal, 2008).
+    """The loss of `full_softmax_loss`, with the sum over items estimated from a sample (Bengio and Senecal, 2008).
 
     ``negatives`` items are sampled for each step, with replacement, in proportion to their training interactions. A
     sampled item j represents ``1 / (negatives * q(j))`` items: ``log(negatives * q(j))`` is subtracted from its logit.
@@ -584,7 +586,7 @@ class _Sampled:
     unbiased.
     """
 
-    def __init__(self, warm: Warm, negatives: int, seed: int) -> None:
+    def __init__(self, warm: WarmItems, negatives: int, seed: int) -> None:
         self._probability = warm.popular / warm.popular.sum()
         self._negatives = negatives
         self._rng = np.random.default_rng([seed, 1])

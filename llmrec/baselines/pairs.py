@@ -10,15 +10,15 @@ import numpy as np
 from pydantic import Field
 from scipy import sparse
 
-from llmrec.baselines.base import AboveZero, Auto, recent
+from llmrec.baselines.base import Auto, PositiveFloat, windowed_recency_weights
 from llmrec.baselines.item_texts import refuse_unpretrained, texts_of
-from llmrec.baselines.neural import info_nce, stop_cases, stopped_by, until_least
+from llmrec.baselines.neural import case_users, early_stopping_cases, info_nce, train_with_early_stopping
 from llmrec.baselines.transitions import (
     NEIGHBOURS,
     TransitionCounts,
     TransitionsText,
     TransitionsTextConfig,
-    counted,
+    count_transitions,
     nearest,
 )
 from llmrec.baselines.validation import mean_ndcgs
@@ -61,7 +61,7 @@ class TransitionsTunedConfig(TransitionsTextConfig):
         le=1,
         description="Decay with distance: weight of a pair relative to a pair that is one position closer.",
     )
-    temperature: AboveZero = Field(0.05, description="Temperature of the contrastive loss.")
+    temperature: PositiveFloat = Field(0.05, description="Temperature of the contrastive loss.")
     batch: Positive = Field(256, description="Pairs per optimiser step, with in-batch negatives.")
     steps: Positive = Field(80, description="Optimiser steps per epoch.")
     epochs: Positive = Field(3, description="Maximum number of epochs; the learning rate decays to 0.")
@@ -69,7 +69,7 @@ class TransitionsTunedConfig(TransitionsTextConfig):
         2,
         description="Early stopping: epochs without a better validation NDCG@10. `null`: run all epochs.",
     )
-    learning_rate: AboveZero = Field(1e-4, description="Learning rate of AdamW, after a warm-up of 20 steps.")
+    learning_rate: PositiveFloat = Field(1e-4, description="Learning rate of AdamW, after a warm-up of 20 steps.")
     weight_decay: float = Field(0.01, ge=0, description="Decoupled weight decay (AdamW).")
     quiet: bool = Field(False, description="Hide the progress bar.")
 
@@ -129,7 +129,7 @@ class SimilarToLatest:
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
         """Return similarities, shape (n, items)."""
-        latest = recent(requests, self.steps.catalogue, _LATEST, _DECAY).astype(np.float32)
+        latest = windowed_recency_weights(requests, self.steps.catalogue, _LATEST, _DECAY).astype(np.float32)
         return np.asarray((latest @ self.vectors) @ self.vectors.T)
 
 
@@ -159,12 +159,12 @@ class TransitionsTuned(TransitionsText):
             ModelError: If the encoder is missing or has fewer layers.
             MissingExtra: If torch or transformers is not installed.
         """
-        steps = counted(data)
+        steps = count_transitions(data)
         self._put(steps, self._tuned(data, steps).every().numpy())
 
     def tuned(self, data: SplitDataset) -> TunedEncoder:
         """Fine-tune the text encoder, and return it after its best epoch; raises the same errors as `learn`."""
-        return self._tuned(data, counted(data))
+        return self._tuned(data, count_transitions(data))
 
     def _tuned(self, data: SplitDataset, steps: TransitionCounts) -> TunedEncoder:
         torch, config = require("torch", "train"), self._config
@@ -173,8 +173,8 @@ class TransitionsTuned(TransitionsText):
         texts = texts_of([data.dataset.items[item] for item in steps.catalogue.ids])
         texts = [texts[index] for index in config.order(len(texts))]
         encoder = TunedEncoder(find_encoder(config.encoder)[0], texts, blocks=config.blocks)
-        cases = stop_cases(data, config, _STOP_CASES)
-        self.looked_at = stopped_by(cases)
+        cases = early_stopping_cases(data, config, _STOP_CASES)
+        self.looked_at = case_users(cases)
         pairs = Pairs.of(steps, config.apart, config.nearby)
         if not len(pairs.first):
             return encoder
@@ -185,7 +185,7 @@ class TransitionsTuned(TransitionsText):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
             learn = PairEpoch(encoder, pairs, config, np.random.default_rng(self._seed))
-            until_least(
+            train_with_early_stopping(
                 torch.nn.ModuleDict({"encoder": encoder.blocks}),
                 evaluate if cases else None,
                 config,
@@ -204,8 +204,8 @@ class TransitionsTuned(TransitionsText):
 
     def restore(self, data: SplitDataset, state: Mapping[str, NDArray[Any]]) -> None:
         """Restore the fitted vectors from `state`."""
-        self._put(counted(data), state["vectors"])
-        self.looked_at = stopped_by(stop_cases(data, self._config, _STOP_CASES))
+        self._put(count_transitions(data), state["vectors"])
+        self.looked_at = case_users(early_stopping_cases(data, self._config, _STOP_CASES))
 
     def _put(self, steps: TransitionCounts, vectors: NDArray[Any]) -> None:
         self._model = TransitionCounts(

@@ -64,15 +64,15 @@ def hashes_of(name: str, parameters: Mapping[str, Any]) -> Hashes:
     if type(config).__module__.startswith("llmrec."):
         values = config.model_dump(mode="json")
         start, lexicon = Path(values.get("start") or "") / MANIFEST, Path(values.get("lexicon") or "")
-        result["encoder"] = weights_of(values.get("encoder"))
-        result["align"] = weights_of((values.get("align") or {}).get("encoder"))
-        result["model"] = weights_of(values.get("model"))
+        result["encoder"] = weights_hash(values.get("encoder"))
+        result["align"] = weights_hash((values.get("align") or {}).get("encoder"))
+        result["model"] = weights_hash(values.get("model"))
         result["start"] = sha256_of(start) if start.is_file() and values.get("start") else None
         result["lexicon"] = sha256_of(lexicon) if lexicon.is_file() else None
     return {key: value for key, value in result.items() if value}
 
 
-def weights_of(name: str | None) -> str | None:
+def weights_hash(name: str | None) -> str | None:
     """Return a hash of the weights of a language model or text encoder; None if they are not in a folder."""
     if not name or name in (LSA, CHANCE) or name.startswith(STORE):
         return None

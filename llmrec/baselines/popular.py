@@ -11,12 +11,12 @@ from pydantic import Field
 
 from llmrec.baselines.base import (
     TOP,
-    AboveZero,
     Auto,
     C,
     Catalogue,
     Log,
     NoParameters,
+    PositiveFloat,
     ScoredBaseline,
     counts,
     filled,
@@ -97,7 +97,7 @@ class Popularity(_ConstantScores[NoParameters]):
 class RecentPopularityConfig(Section):
     """Parameters of `RecentPopularity`."""
 
-    half_life: AboveZero = Field(
+    half_life: PositiveFloat = Field(
         0.1, description="Half-life of interaction weights, as a share of all training interactions."
     )
 

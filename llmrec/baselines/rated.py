@@ -123,7 +123,7 @@ def rate(
     return answers
 
 
-def rate_lately(
+def rate_with_recency(
     requests: Sequence[Request],
     scale: tuple[float, float],
     model: Callable[[Request], OfItems],
@@ -155,7 +155,7 @@ def rate_lately(
     return rate(requests, scale, predict)
 
 
-def bias_of_history(request: Request, mean: float, of_item: Callable[[str], float], user_penalty: float) -> float:
+def fold_in_user_bias(request: Request, mean: float, of_item: Callable[[str], float], user_penalty: float) -> float:
     """Estimate the bias of an unknown user from the ratings in the history; 0 without ratings."""
     residuals = [event.rating - mean - of_item(event.item_id) for event in request.history if event.rating is not None]
     return sum(residuals) / (len(residuals) + user_penalty)

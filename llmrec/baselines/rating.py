@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from pydantic import Field
 
-from llmrec.baselines.base import DECAYS, AboveZero, Baseline, NoParameters
+from llmrec.baselines.base import DECAYS, Baseline, NoParameters, PositiveFloat
 from llmrec.baselines.rated import (
     RECENCIES,
     Ratings,
     RecencyConfig,
-    bias_of_history,
+    fold_in_user_bias,
     rate,
-    rate_lately,
+    rate_with_recency,
     ratings,
     ridge_biases,
 )
@@ -98,8 +98,8 @@ class ItemMean(_Means):
 class UserItemBiasConfig(RecencyConfig):
     """Parameters of `UserItemBias`."""
 
-    user_penalty: AboveZero = Field(5.0, description="L2 penalty of user biases.")
-    item_penalty: AboveZero = Field(3.0, description="L2 penalty of item biases.")
+    user_penalty: PositiveFloat = Field(5.0, description="L2 penalty of user biases.")
+    item_penalty: PositiveFloat = Field(3.0, description="L2 penalty of item biases.")
 
 
 class UserItemBias(Baseline[UserItemBiasConfig, _Levels]):
@@ -145,11 +145,11 @@ class UserItemBias(Baseline[UserItemBiasConfig, _Levels]):
         def of_user(request: Request) -> OfItems:
             bias = model.by_user.get(request.user_id)
             if bias is None:
-                bias = bias_of_history(request, model.mean, of_item, self._config.user_penalty)
+                bias = fold_in_user_bias(request, model.mean, of_item, self._config.user_penalty)
             level = model.mean + bias
             return lambda items: np.array([level + of_item(item) for item in items])
 
-        return rate_lately(requests, model.scale, of_user, self._config)
+        return rate_with_recency(requests, model.scale, of_user, self._config)
 
 
 def _means(known: Ratings) -> _Levels:

@@ -38,7 +38,7 @@ FUSED = "fusion"
 """The retriever that is an ensemble of the family's baselines."""
 
 
-class Finder(Protocol):
+class RetrieverFactory(Protocol):
     """Fits recommenders that retrieve candidates."""
 
     @property
@@ -74,11 +74,11 @@ class SingleRetriever:
     key: str = "eval.candidates.retriever"
 
     def fitted(self, data: SplitDataset, split: SplitName) -> Sequence[tuple[CatalogueScorer, frozenset[str] | None]]:
-        """Return the baseline, fitted on training interactions; see `Finder`."""
+        """Return the baseline, fitted on training interactions; see `RetrieverFactory`."""
         return [(fitted(self.name, {}, data, seed=self.seed), None)]
 
     def apart(self, data: SplitDataset, parts: Mapping[str, int], part: int) -> CatalogueScorer:
-        """Return the baseline, fitted on the interactions of the other folds; see `Finder`."""
+        """Return the baseline, fitted on the interactions of the other folds; see `RetrieverFactory`."""
         if stops_early(self.name):
             raise RecipeError(
                 f"{self.key}: {self.name} uses the validation split for early stopping, so its candidates cannot be "
@@ -110,7 +110,7 @@ def retrieve(
     section: CandidateSection,
     *,
     seed: int,
-    finder: Finder | None = None,
+    finder: RetrieverFactory | None = None,
     users: frozenset[str] | None = None,
 ) -> CandidateSets:
     """Retrieve candidates for held-out interactions; their order does not reveal the scores.
@@ -152,7 +152,7 @@ def retrieve(
     log.info(
         "%s: %.1f %% of the held-out items are among its %d candidates",
         finder.name,
-        100 * ceiling(result, {request_id(one.user_id, one.item_id): one.item_id for one in held}),
+        100 * candidate_recall(result, {request_id(one.user_id, one.item_id): one.item_id for one in held}),
         section.count,
     )
     return result
@@ -181,7 +181,7 @@ class RetrievedCandidates:
     data: SplitDataset
     section: CandidateSection
     seed: int
-    finder: Finder | None = None
+    finder: RetrieverFactory | None = None
     others: bool = False
     least: int | None = None
 
@@ -291,7 +291,7 @@ def shuffled(items: Sequence[str], request: str, seed: int) -> tuple[str, ...]:
     return tuple(results)
 
 
-def ceiling(sets: CandidateSets, targets: Mapping[str, str]) -> float:
+def candidate_recall(sets: CandidateSets, targets: Mapping[str, str]) -> float:
     """Return the share of requests whose candidates contain the target, an upper bound of the hit rate.
 
     Args:

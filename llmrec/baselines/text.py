@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import Field
 from scipy import sparse
 
-from llmrec.baselines.base import AboveZero, Baseline, NoParameters
+from llmrec.baselines.base import Baseline, NoParameters, PositiveFloat
 from llmrec.baselines.rated import rate, ratings
 from llmrec.errors import DataError
 from llmrec.recipe.schema import Positive, Section
@@ -192,7 +192,7 @@ def first_sentence(text: str) -> str:
 class TextRidgeConfig(Section):
     """Parameters of `TextRidge`."""
 
-    penalty: AboveZero = Field(1.0, description="Ridge penalty.")
+    penalty: PositiveFloat = Field(1.0, description="Ridge penalty.")
     words: Positive = Field(2, description="Maximum n-gram length.")
     least: Positive = Field(2, description="Minimum number of training reviews with an n-gram.")
 

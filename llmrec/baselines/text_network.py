@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from llmrec.baselines.base import Warm
+    from llmrec.baselines.base import WarmItems
     from llmrec.data.split import SplitDataset
 
 # Initial standard deviation of embeddings, and of the map of text vectors, which have length 1. With a smaller one the
@@ -45,7 +45,7 @@ class TextNetwork(SequenceNetwork[C]):
 
     _texts: NDArray[np.float32]
 
-    def _open(self, data: SplitDataset, warm: Warm) -> None:
+    def _open(self, data: SplitDataset, warm: WarmItems) -> None:
         """Read the texts."""
         super()._open(data, warm)
         axes = PrincipalAxes.of(text_vectors(data, warm.catalogue.ids, self._config))

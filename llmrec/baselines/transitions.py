@@ -10,7 +10,17 @@ import numpy as np
 from pydantic import Field
 from scipy import sparse
 
-from llmrec.baselines.base import DECAYS, Auto, Catalogue, Decay, Log, ScoredBaseline, counts, filled, recent
+from llmrec.baselines.base import (
+    DECAYS,
+    Auto,
+    Catalogue,
+    Decay,
+    Log,
+    ScoredBaseline,
+    counts,
+    filled,
+    windowed_recency_weights,
+)
 from llmrec.baselines.item_texts import TextsConfig, text_vectors
 from llmrec.baselines.knn import MatrixCache
 from llmrec.recipe.schema import Positive, Section
@@ -103,12 +113,14 @@ class Transitions(ScoredBaseline[TransitionsConfig, TransitionCounts]):
 
     def learn(self, data: SplitDataset) -> None:
         """Count transitions for each distance."""
-        self._model = counted(data)
+        self._model = count_transitions(data)
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
         """Return the weighted transitions for every request, shape (n, items)."""
         model, config = self._fitted, self._config
-        votes = recent(requests, model.catalogue, config.history, config.decay) @ normalised(model, config)
+        votes = windowed_recency_weights(requests, model.catalogue, config.history, config.decay) @ normalised(
+            model, config
+        )
         return filled(votes.toarray(), model.popular)
 
 
@@ -155,7 +167,7 @@ class TransitionsText(ScoredBaseline[TransitionsTextConfig, TransitionCounts]):
             DataError: If no item has a text.
             ModelError: If the encoder is missing.
         """
-        steps = counted(data)
+        steps = count_transitions(data)
         vectors = text_vectors(data, steps.catalogue.ids, self._config)
         self._model = TransitionCounts(steps.catalogue, steps.gaps, steps.popular, nearest(vectors, NEIGHBOURS))
 
@@ -164,8 +176,8 @@ class TransitionsText(ScoredBaseline[TransitionsTextConfig, TransitionCounts]):
         model, config = self._fitted, self._config
         steps = normalised(model, config)
         similarity = model.cache("similarity", config.sharpness, lambda: _shares(model.near, config.sharpness))
-        votes = recent(requests, model.catalogue, config.history, config.decay) @ steps
-        last = recent(requests, model.catalogue, config.text_history, config.text_decay)
+        votes = windowed_recency_weights(requests, model.catalogue, config.history, config.decay) @ steps
+        last = windowed_recency_weights(requests, model.catalogue, config.text_history, config.text_decay)
         # One product for both text terms, with the weights of these requests only, because the product A T is large.
         text_votes = (config.onward * votes + config.text * last) @ similarity
         return filled(votes.toarray() + text_votes.toarray(), model.popular)
@@ -190,7 +202,7 @@ def nearest(vectors: NDArray[np.floating[Any]], count: int) -> Any:
     return result if result.shape[0] == items else sparse.csr_array((items, items))
 
 
-def counted(data: SplitDataset) -> TransitionCounts:
+def count_transitions(data: SplitDataset) -> TransitionCounts:
     """Return the training transition counts for each distance."""
     catalogue = Catalogue.of(data)
     log, size = Log.of(data, catalogue), len(catalogue.ids)

@@ -57,7 +57,7 @@ def points(grid: Grid) -> list[Point]:
     return [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
 
 
-def explore(
+def search_grid(
     grid: Grid, start: Mapping[str, Any], tables: Sequence[str], judge: Judge, *, most: int | None = None
 ) -> None:
     """Evaluate hyperparameter settings until the best one for each table is found.
@@ -80,12 +80,12 @@ def explore(
             return
     if every:
         return
-    ladders = {name: ladder(values, start[name]) for name, values in grid.items()}
+    ladders = {name: search_values(values, start[name]) for name, values in grid.items()}
     for table in tables:
         _climb(ladders, {name: start[name] for name in grid}, table, judge)
 
 
-def ladder(values: Sequence[Any], start: Any) -> tuple[Any, ...]:
+def search_values(values: Sequence[Any], start: Any) -> tuple[Any, ...]:
     """Return the values of a parameter in ascending order, including the start value of the search."""
     if start in values:
         return tuple(values)
@@ -93,7 +93,7 @@ def ladder(values: Sequence[Any], start: Any) -> tuple[Any, ...]:
     return tuple(sorted(result)) if _ordered(result) else result
 
 
-def borders(config: type[Section], grid: Grid, point: Mapping[str, Any]) -> tuple[str, ...]:
+def parameters_at_grid_edge(config: type[Section], grid: Grid, point: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the parameters at an end of their grid, where a larger grid may give a better value.
 
     Ends at a bound of the config, such as a count of 1, are excluded.
@@ -167,7 +167,7 @@ def _ways(values: Sequence[Any], current: Any) -> list[Sequence[Any]]:
 
 log = logging.getLogger(__name__)
 
-RANKED, RATED, JUDGED = "NDCG@10", "RMSE", "LogLoss"
+RANKING_METRIC, RATING_METRIC, CTR_METRIC = "NDCG@10", "RMSE", "LogLoss"
 
 # Maximum number of scores, and of validation requests, per setting.
 _SCORES, _CASES = 30_000_000, 10_000
@@ -189,7 +189,7 @@ class Choice:
 
     Attributes:
         parameters: The best setting, by parameter name.
-        border: The parameters whose value is at an end of the grid; see `llmrec.baselines.tune.borders`.
+        border: The parameters whose value is at an end of the grid; see `parameters_at_grid_edge`.
         model: The fitted model of the best setting with this seed; None if nothing was fitted.
     """
 
@@ -235,7 +235,7 @@ def tune(
 
     Models are fitted on training interactions and evaluated on validation interactions; the test split is not used.
     Each fitted setting is evaluated for every table; of equal settings, the first is kept.
-    `llmrec.baselines.tune.explore` describes the search, which ends after ``FITS`` fits if the class sets a limit.
+    `llmrec.baselines.tune.search_grid` describes the search, which ends after ``FITS`` fits if the class sets a limit.
 
     Args:
         name: The name of the baseline.
@@ -262,14 +262,16 @@ def tune(
     single = {key: values[0] for key, values in declared.items() if len(values) == 1}
     defaults = config_of(name, single, f"grid of {name}").model_dump()
     search = _Search(name, data, seed, metric, measure, kept, baseline_class.FITS, list(known))
-    explore(declared, defaults, tables, search.judge, most=baseline_class.FITS)
+    search_grid(declared, defaults, tables, search.judge, most=baseline_class.FITS)
     choices = {}
     for table in tables:
         best = search.best(table)
         model = search.model(best)
         if model is not None and len(search.trials) > 1:
             model.looked_at |= frozenset(data.valid["user_id"].to_list())
-        choices[table] = Choice(best.parameters, borders(baseline_class.Config, declared, best.parameters), model)
+        choices[table] = Choice(
+            best.parameters, parameters_at_grid_edge(baseline_class.Config, declared, best.parameters), model
+        )
     return Tuned(choices=choices, trials=tuple(search.trials), metric=metric, recalled=search.recalled)
 
 
@@ -321,7 +323,7 @@ class _Search:
         return trial
 
     def _sign(self) -> int:
-        return 1 if self.metric == RANKED else -1
+        return 1 if self.metric == RANKING_METRIC else -1
 
     def _fits(self) -> set[str]:
         return {self._fit_of(trial.parameters) for trial in self.trials}
@@ -354,10 +356,10 @@ def _measured(
         )
     (only, *_) = tables
     if rates:
-        return RATED, lambda model, parameters: {only: root_mean_squared_error(model, cases)}
+        return RATING_METRIC, lambda model, parameters: {only: root_mean_squared_error(model, cases)}
     if judges:
         scale = scale_of(data)
-        return JUDGED, lambda model, parameters: {
+        return CTR_METRIC, lambda model, parameters: {
             only: mean_log_loss(model, cases, threshold(scale, parameters.get("liked")))
         }
-    return RANKED, lambda model, parameters: mean_ndcgs(model, cases, tables)
+    return RANKING_METRIC, lambda model, parameters: mean_ndcgs(model, cases, tables)

@@ -10,19 +10,19 @@ from typing import Any
 
 from llmrec.backends.cache import AnswerStore
 from llmrec.baselines.fits import fitted
-from llmrec.baselines.parameters import Hashes, hashes_of, weights_of
-from llmrec.baselines.tune import JUDGED, RANKED, RATED, Choice, Trial, Tuned
+from llmrec.baselines.parameters import Hashes, hashes_of, weights_hash
+from llmrec.baselines.tune import CTR_METRIC, RANKING_METRIC, RATING_METRIC, Choice, Trial, Tuned
 from llmrec.baselines.validation import ranking_cases, rating_cases
 from llmrec.data.split import SplitDataset, halves, scale_of, threshold
 from llmrec.durable import sha256_of
-from llmrec.ensembles.blend import Blend
+from llmrec.ensembles.blend import PredictionEnsemble
 from llmrec.ensembles.cells import Kind
 from llmrec.ensembles.context import Context
-from llmrec.ensembles.members import kind_of, reads_of, widest
+from llmrec.ensembles.members import combined_reads, kind_of, reads_of
 from llmrec.ensembles.rankers import CatalogueEnsemble, Member
 from llmrec.ensembles.weights import EnsembleTrial
 from llmrec.errors import RecipeError
-from llmrec.evaluate.lists import Background
+from llmrec.evaluate.lists import ListMetricData
 from llmrec.index.semantic import item_fields, item_vectors
 from llmrec.models.text_encoder import text_embedder
 from llmrec.pipeline.engines import Engines
@@ -53,8 +53,8 @@ def _read_by(recipe: Recipe) -> Mapping[str, Any]:
     return {
         "recipe": recipe.model_dump(mode="json"),
         "templates": {name: sorted(entry.sha for entry in entries.values()) for name, entries in templates.items()},
-        "model": weights_of(recipe.model.name) if recipe.model.shape is None else None,
-        "encoders": [weights_of(recipe.encoder), weights_of(index.semantic.encoder) if index is not None else None],
+        "model": weights_hash(recipe.model.name) if recipe.model.shape is None else None,
+        "encoders": [weights_hash(recipe.encoder), weights_hash(index.semantic.encoder) if index is not None else None],
         "index": sha256_of(path) if path is not None and path.is_file() else None,
         **stamps([(TASKS, written(name)) for name in families]),
     }
@@ -87,7 +87,7 @@ class Models:
     chosen: dict[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
     earlier: float = 0.0
     _fitted: dict[tuple[str, str, int], list[Any]] = field(default_factory=dict)
-    _backgrounds: dict[str, Background] = field(default_factory=dict)
+    _backgrounds: dict[str, ListMetricData] = field(default_factory=dict)
     _split: dict[str, tuple[SplitDataset, SplitDataset]] = field(default_factory=dict)
 
     def fit(self, row: SuiteRow, data: SplitDataset, seed: int, table: str, parameters: Mapping[str, Any]) -> Any:
@@ -145,7 +145,7 @@ class Models:
     def reads(self, row: SuiteRow) -> Reads:
         """Return which item data a model (or any member of an ensemble) reads."""
         if row.fuse:
-            return widest([self.reads(self._row(label)) for label in row.fuse])
+            return combined_reads([self.reads(self._row(label)) for label in row.fuse])
         if row.baseline is not None:
             return reads_of(row.baseline, row.parameters)
         recipe = self._recipe(row)[0]
@@ -172,7 +172,7 @@ class Models:
             self._split[data.fingerprint] = halves(data, self.suite.reserved)
         return self._split[data.fingerprint]
 
-    def background(self, data: SplitDataset) -> Background:
+    def background(self, data: SplitDataset) -> ListMetricData:
         """Return the training data from which list metrics are computed, for one split.
 
         Raises:
@@ -180,7 +180,7 @@ class Models:
         """
         if data.fingerprint not in self._backgrounds:
             diversity = self.suite.diversity
-            result = Background.of(data, field=diversity.field if diversity else None)
+            result = ListMetricData.of(data, field=diversity.field if diversity else None)
             if diversity is not None and diversity.encoder is not None:
                 items = [data.dataset.items[item] for item in result.items]
                 vectors = item_vectors(items, item_fields(items, SemanticIndex()), text_embedder(diversity.encoder))
@@ -196,9 +196,9 @@ class Models:
     def _weighed(self, row: SuiteRow, data: SplitDataset, tables: Sequence[str]) -> Tuned:
         """Fit all types of ensemble for each table of results."""
         choices, trials = {}, []
-        metric = {Ranking: RANKED, Rating: RATED, Probability: JUDGED}[family(self.suite).answer]
+        metric = {Ranking: RANKING_METRIC, Rating: RATING_METRIC, Probability: CTR_METRIC}[family(self.suite).answer]
         for table in tables:
-            model = self._fused(row, data, self.suite.seeds[0], table, dissect=table == tables[0])
+            model = self._fused(row, data, self.suite.seeds[0], table, ablate=table == tables[0])
             trials += [Trial(_form(entry), {table: abs(entry.value)}) for entry in model.tried]
             choices[table] = Choice(_form(model.chosen), model=model)
         return Tuned(choices=choices, trials=tuple(trials), metric=metric)
@@ -210,9 +210,9 @@ class Models:
         seed: int,
         table: str,
         *,
-        dissect: bool = False,
+        ablate: bool = False,
         only: EnsembleTrial | None = None,
-    ) -> CatalogueEnsemble | Blend:
+    ) -> CatalogueEnsemble | PredictionEnsemble:
         """Return a fitted ensemble of models.
 
         Where items of the history can be ranked, the ensemble weighs them itself. So its members have the parameters
@@ -223,7 +223,7 @@ class Models:
             data: The split.
             seed: Seed of its members.
             table: Its table.
-            dissect: See `CatalogueEnsemble.fit`.
+            ablate: See `CatalogueEnsemble.fit`.
             only: The chosen form; None to choose it.
 
         Raises:
@@ -246,13 +246,15 @@ class Models:
         weighing = self._halves(data)[1]
         if family(self.suite).answer is Ranking:
             parts = [Member(label, model, self._kind(label)) for label, model in models.items()]
-            result: CatalogueEnsemble | Blend = CatalogueEnsemble(
+            result: CatalogueEnsemble | PredictionEnsemble = CatalogueEnsemble(
                 row.label, parts, filtered=table == "excluded", context=Context(data), learns=row.ranker
             )
-            result.fit(ranking_cases(weighing, _WEIGHING), dissect=dissect, only=only)
+            result.fit(ranking_cases(weighing, _WEIGHING), ablate=ablate, only=only)
         else:
-            result = Blend(row.label, list(models.items()), judges=family(self.suite).answer is Probability)
-            result.fit(self._rated(weighing), dissect=dissect, only=only)
+            result = PredictionEnsemble(
+                row.label, list(models.items()), predicts_probability=family(self.suite).answer is Probability
+            )
+            result.fit(self._rated(weighing), ablate=ablate, only=only)
         log.info("%s, %s: %s", row.label, table, result.fitted)
         return result
 

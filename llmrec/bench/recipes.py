@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from llmrec.bench.engine import Finished, FinishedRow, Sample
 from llmrec.bench.records import BenchmarkRow, BenchmarkTable, RowFigures, sort_key
-from llmrec.ensembles.members import FUSIONS
+from llmrec.ensembles.members import ENSEMBLE_NAMES
 from llmrec.errors import RecipeError, did_you_mean
-from llmrec.evaluate.compare import over_runs
+from llmrec.evaluate.compare import average_over_seeds
 from llmrec.pipeline import run as pipeline
 from llmrec.pipeline.study import BY_TEXT
 from llmrec.prompts.template import load_templates
@@ -157,12 +157,12 @@ def planned_runs(benchmark: Benchmark, out: Path) -> list[tuple[RunVariant, Reci
 def _possible(point: RunVariant, recipe: Recipe) -> Iterator[str]:
     """Yield the names that models of a run can have; the data determine which of them occur."""
     for family, section in recipe.tasks.present().items():
-        for name in (*(baseline.label for baseline in section.baselines), BY_TEXT, *FUSIONS.values()):
+        for name in (*(baseline.label for baseline in section.baselines), BY_TEXT, *ENSEMBLE_NAMES.values()):
             yield from (name, f"{name} · {point.label}")
         chosen = section.eval_templates or section.templates
         named = {name.rpartition("/")[2] for name in (*chosen, *section.untuned_templates)}
         templates = named if chosen else load_templates(family, family_of(family).prompts, *recipe.prompts)
-        methods = (*section.strategies, FUSIONS["language model"])
+        methods = (*section.strategies, ENSEMBLE_NAMES["language model"])
         for parts in itertools.product(methods, templates, recipe.eval.arms):
             yield _model_name(*parts, point.label, several=_several(recipe))
 
@@ -345,7 +345,7 @@ def _row(line: VariantRow) -> BenchmarkRow:
 def _figures(line: VariantRow, resamples: int) -> RowFigures:
     first = line.figures[0]
     metrics = {
-        name: over_runs(
+        name: average_over_seeds(
             [_bare(row.metrics[name]) for row in line.figures],
             [values[name] for values in line.values if name in values],
             metric=name,

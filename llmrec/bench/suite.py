@@ -33,7 +33,7 @@ from llmrec.ensembles.members import weights_of
 from llmrec.entries import Kind
 from llmrec.errors import RecipeError, did_you_mean
 from llmrec.evaluate.catalogue import conventions, evaluate_catalogue
-from llmrec.evaluate.compare import over_runs
+from llmrec.evaluate.compare import average_over_seeds
 from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.lists import cold_figures
 from llmrec.evaluate.predictor import Evaluated, evaluate
@@ -449,7 +449,7 @@ def _figures(runs: Sequence[SeedResult], splits: Sequence[SeedResult], resamples
     first = runs[0].evaluated.figures
     users = [record.user_id for record in runs[0].evaluated.records]
     metrics = {
-        name: over_runs(
+        name: average_over_seeds(
             [run.evaluated.figures.metrics[name] for run in runs],
             [run.evaluated.values[name] for run in runs if name in run.evaluated.values],
             metric=name,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmrec.baselines.neural import info_nce_both, until_least
+from llmrec.baselines.neural import info_nce_both, train_with_early_stopping
 from llmrec.durable import read_json, replacing, write_json
 from llmrec.errors import DataError, require
 from llmrec.models.text_encoder import text_embedder
@@ -223,7 +223,9 @@ def learn(encoder: str, data: DialogueTurns, items: NDArray[np.float32], seed: i
 
         # Advance the random generator as in the first epoch, which does not train.
         rng.permutation(rows)
-        until_least(network, judge, _Epochs(), learn_once, name="dual encoder", measure="loss", learned=True)
+        train_with_early_stopping(
+            network, judge, _Epochs(), learn_once, name="dual encoder", measure="loss", learned=True
+        )
     kept = network.state_dict()
     eye = np.eye(items.shape[1], dtype=np.float32)
     return DualEncoder(encoder, *(eye + kept[f"{name}.weight"].numpy() for name in ("context", "item")))

@@ -20,7 +20,7 @@ from typing import Any, Protocol, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from llmrec.decode.token_tree import ROOT, Catalogue, Index
+from llmrec.decode.token_tree import ROOT, Index, TokenTrie
 from llmrec.types import SearchResult
 
 WIDEST = 4096
@@ -30,7 +30,7 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Fed:
+class TreeTokens:
     """Tokens to be read, each after a previous token.
 
     Attributes:
@@ -46,7 +46,7 @@ class Fed:
 
 
 @dataclass(frozen=True)
-class Targets:
+class LogprobQueries:
     """Which log-probabilities to compute.
 
     Attributes:
@@ -61,11 +61,11 @@ class Targets:
 class TreeEngine(Protocol):
     """Reads trees of tokens after prompts, and returns log-probabilities of next tokens under the full softmax."""
 
-    def open(self, prompts: Sequence[Sequence[int]], wanted: Targets) -> Floats:
+    def open(self, prompts: Sequence[Sequence[int]], wanted: LogprobQueries) -> Floats:
         """Read prompts, and return the log-probabilities of given next tokens, shape (m,)."""
         ...
 
-    def feed(self, fed: Fed, wanted: Targets) -> Floats:
+    def feed(self, fed: TreeTokens, wanted: LogprobQueries) -> Floats:
         """Read tokens, and return the log-probabilities of given next tokens, shape (m,)."""
         ...
 
@@ -113,7 +113,7 @@ _Kind = TypeVar("_Kind", bound=Beams)
 class _Search:
     """The state of a search: catalogue, excluded items, bounds of pruned branches, and token counts."""
 
-    catalogue: Catalogue
+    catalogue: TokenTrie
     width: int
     barred: Index
     bounds: Floats
@@ -124,7 +124,7 @@ class _Search:
 
 def beam(
     engine: TreeEngine,
-    catalogue: Catalogue,
+    catalogue: TokenTrie,
     prompts: Sequence[Sequence[int]],
     *,
     k: int,
@@ -169,7 +169,7 @@ def _none() -> Index:
 
 def _run(
     engine: TreeEngine,
-    catalogue: Catalogue,
+    catalogue: TokenTrie,
     prompts: Sequence[Sequence[int]],
     barred: Sequence[Index],
     k: int,
@@ -200,7 +200,7 @@ def start(users: Index, size: int) -> Beams:
 
 def descend(
     engine: TreeEngine,
-    catalogue: Catalogue,
+    catalogue: TokenTrie,
     prompts: Sequence[Sequence[int]],
     beams: _Kind,
     keep: Callable[[_Kind, Branches, Floats], _Kind],
@@ -229,7 +229,7 @@ def _descended(
     try:
         # Score the first tokens before anything is fed; all paths may share a first token.
         branches = _branches(search, beams)
-        logprobs = search.engine.open(prompts, Targets(beams.handles[branches.parents], branches.tokens))
+        logprobs = search.engine.open(prompts, LogprobQueries(beams.handles[branches.parents], branches.tokens))
         while True:
             beams = keep(beams, branches, logprobs)
             beams, branches, logprobs = _onward(search, beams)
@@ -308,7 +308,7 @@ def _onward(search: _Search, beams: _Kind) -> tuple[_Kind, Branches, Floats]:
     """
     catalogue = search.catalogue
     rows = np.flatnonzero(~beams.complete)
-    fed: list[Fed] = []
+    fed: list[TreeTokens] = []
     forced_rows: list[Index] = []
     forced_tokens: list[tuple[Index, Index]] = []
     nodes, handles = beams.nodes.copy(), beams.handles.copy()
@@ -321,7 +321,7 @@ def _onward(search: _Search, beams: _Kind) -> tuple[_Kind, Branches, Floats]:
         complete[going[leaf]] = True
         going, first, count = going[~leaf], first[~leaf], count[~leaf]
         numbers = handle + np.arange(len(going))
-        fed.append(Fed(beams.users[going], handles[going], catalogue.tokens(nodes[going])))
+        fed.append(TreeTokens(beams.users[going], handles[going], catalogue.tokens(nodes[going])))
         handles[going] = numbers
         handle += len(going)
         forced = count == 1
@@ -341,7 +341,7 @@ def _scored(
     search: _Search,
     beams: _Kind,
     branches: Branches,
-    fed: Sequence[Fed],
+    fed: Sequence[TreeTokens],
     forced_tokens: Sequence[tuple[Index, Index]],
     forced_rows: Sequence[Index],
 ) -> tuple[_Kind, Branches, Floats]:
@@ -349,11 +349,11 @@ def _scored(
     after = np.concatenate([*(pair[0] for pair in forced_tokens), beams.handles[branches.parents]])
     tokens = np.concatenate([*(pair[1] for pair in forced_tokens), branches.tokens])
     order = np.argsort(after, kind="stable")
-    everything = Fed(
+    everything = TreeTokens(
         *(np.concatenate([getattr(item, name) for item in fed]) for name in ("users", "parents", "tokens"))
     )
     search.fed += np.bincount(everything.users, minlength=len(search.fed))
-    answered = search.engine.feed(everything, Targets(after[order], tokens[order]))
+    answered = search.engine.feed(everything, LogprobQueries(after[order], tokens[order]))
     logprobs = np.empty(len(after))
     logprobs[order] = answered
     forced = np.concatenate([_none(), *forced_rows])

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmrec.decode.beam import Beams, Branches, Floats, TreeEngine, beam, descend, opened, ranked, start
-from llmrec.decode.token_tree import Catalogue, Index
+from llmrec.decode.token_tree import Index, TokenTrie
 
 Way = Literal["beam", "sampled", "without-replacement"]
 
@@ -46,7 +46,7 @@ class Group:
 
 def rollouts(
     engine: TreeEngine,
-    catalogue: Catalogue,
+    catalogue: TokenTrie,
     prompts: Sequence[Sequence[int]],
     *,
     way: Way,
@@ -168,11 +168,11 @@ def _below(parents: Floats, free: Floats, highest: Floats) -> Floats:
     return bounded
 
 
-def _counted(catalogue: Catalogue, drawn: _SampledPrefixes, _: int) -> Group:
+def _counted(catalogue: TokenTrie, drawn: _SampledPrefixes, _: int) -> Group:
     return _group(catalogue.order[drawn.lows].astype(np.int64), drawn.marks, drawn.scores)
 
 
-def _weighed(catalogue: Catalogue, drawn: _SampledPrefixes, count: int) -> Group:
+def _weighed(catalogue: TokenTrie, drawn: _SampledPrefixes, count: int) -> Group:
     """Weight each item by its probability divided by its inclusion probability."""
     order = np.argsort(-drawn.marks, kind="stable")
     kept = drawn.take(order[:count])

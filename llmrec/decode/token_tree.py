@@ -29,7 +29,7 @@ ROOT = 0
 
 
 @dataclass(frozen=True)
-class Catalogue:
+class TokenTrie:
     """Token paths of a set of items; nodes are ordered by depth, then by path.
 
     Attributes:
@@ -52,7 +52,7 @@ class Catalogue:
     order: Ints
 
     @staticmethod
-    def of(paths: Sequence[Sequence[int]] | NDArray[np.integer[Any]]) -> Catalogue:
+    def of(paths: Sequence[Sequence[int]] | NDArray[np.integer[Any]]) -> TokenTrie:
         """Build the tree from token paths.
 
         Args:
@@ -146,7 +146,7 @@ class Catalogue:
             require("safetensors.numpy", "train").save_file({**arrays, **numbers}, draft)
 
     @staticmethod
-    def load(file: Path) -> Catalogue:
+    def load(file: Path) -> TokenTrie:
         """Load a catalogue written by `save`.
 
         Raises:
@@ -156,7 +156,7 @@ class Catalogue:
         try:
             result = tensors.load_file(file)
             starts, lowest = (result.pop(name) for name in ("starts", "lowest"))
-            return Catalogue(starts=tuple(int(start) for start in starts), lowest=int(lowest), **result)
+            return TokenTrie(starts=tuple(int(start) for start in starts), lowest=int(lowest), **result)
         except Exception as error:
             raise DataError(
                 f"the catalogue {file} cannot be read ({error}); rebuild it", kind="damaged", at=file
@@ -216,7 +216,7 @@ def _sorted(table: Ints) -> NDArray[np.int64]:
     return order
 
 
-def _tree(table: Ints, lengths: Ints, order: NDArray[np.int64]) -> Catalogue:
+def _tree(table: Ints, lengths: Ints, order: NDArray[np.int64]) -> TokenTrie:
     """Build the nodes from sorted rows."""
     # A node begins where a path differs from the previous one, in the same or an earlier token.
     fresh = np.zeros(len(table), dtype=bool)
@@ -232,7 +232,7 @@ def _tree(table: Ints, lengths: Ints, order: NDArray[np.int64]) -> Catalogue:
     _refuse_ambiguous(table, lengths, order, fresh)
     starts = np.cumsum([0, *(len(low) for low in lows)])
     firsts = [starts[at + 1] + np.searchsorted(after, before) for at, (before, after) in enumerate(pairwise(lows))]
-    return Catalogue(
+    return TokenTrie(
         marks=np.concatenate(marks),
         lowest=lowest,
         firsts=np.concatenate([*firsts, starts[-1:]]).astype(np.int32),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmrec.ensembles.cells import Cells
+from llmrec.ensembles.cells import CandidateScores
 from llmrec.ensembles.trees import Setting
 from llmrec.ensembles.weights import (
     EnsembleTrial,
@@ -19,12 +19,12 @@ from llmrec.ensembles.weights import (
     Weights,
     alone,
     crossed,
+    extend_base,
     folds_of,
     learned,
     left_out,
     limits,
     logit,
-    onto,
     pool,
     preferred,
     ranker,
@@ -48,7 +48,7 @@ class Ensemble:
         weights: None before ``fit``.
         tried: Forms with their cross-fitted results.
         chosen: The form of the fitted weights.
-        without: The contribution of each member, if ``dissect`` was set and the best form has several members.
+        without: The contribution of each member, if ``ablate`` was set and the best form has several members.
         crossed: The cross-fitted result of the best form for each case, shape (n,); None if no form was chosen.
     """
 
@@ -115,23 +115,26 @@ class Ensemble:
 
     def _choose(
         self,
-        cells: Cells,
+        cells: CandidateScores,
         users: Sequence[str],
         *,
         repeats: bool,
-        dissect: bool,
+        ablate: bool,
         only: EnsembleTrial | None = None,
-        onto: Sequence[Ensemble] = (),
+        base_ensembles: Sequence[Ensemble] = (),
     ) -> None:
         """Fit all types of ensemble on all cases, and keep the one with the best cross-fitted NDCG@10; see `preferred`.
 
-        The forms include the ensembles ``onto``, unchanged and with the members that they lack, but not the single
-        members of these, since an ensemble may have been chosen on more users.
+        The forms include the ensembles ``base_ensembles``, unchanged and with the members that they lack, but not the
+        single members of these, since an ensemble may have been chosen on more users.
         """
         folds, every = folds_of(self.name, users), np.arange(len(users))
         values: dict[tuple[Form, str], NDArray[np.float64]] = {}
         if only is None:
-            options = {option.key: option for option in self._options(cells, users, repeats=repeats, onto=onto)}
+            options = {
+                option.key: option
+                for option in self._options(cells, users, repeats=repeats, base_ensembles=base_ensembles)
+            }
             trees: tuple[Form, str] | None = None
             if self._learns and (result := learned(cells, folds)) is not None:
                 option = _trees(result[0], len(self.names))
@@ -147,7 +150,7 @@ class Ensemble:
         else:
             self.tried, self.chosen = (only,), only
             setting = setting_of(only)
-            available = self._options(cells, users, repeats=repeats, onto=onto)
+            available = self._options(cells, users, repeats=repeats, base_ensembles=base_ensembles)
             best = (
                 _trees(setting, len(self.names))
                 if setting
@@ -159,8 +162,8 @@ class Ensemble:
         if self.weights.form == "logit" and len(best.members) == len(self.names):
             self.weights = limits(cells, self.weights, users, repeats=repeats)
         self._fitted_to, self._fits_without = (tuple(users), fit), {frozenset(): self.weights}
-        if dissect and best.members:
-            sample = cells.of(every[: max(_LEAST, _DISSECTED * len(users) // max(1, len(cells.had)))])
+        if ablate and best.members:
+            sample = cells.of(every[: max(_LEAST, _DISSECTED * len(users) // max(1, len(cells.in_history)))])
             count = len(sample.starts) - 1
             first, *reduced = (
                 crossed(sample, best.on(sample, off), self.weights, folds[:count]) for off in (None, *best.members)
@@ -171,16 +174,16 @@ class Ensemble:
             )
 
     def _options(
-        self, cells: Cells, users: Sequence[str], *, repeats: bool, onto: Sequence[Ensemble]
+        self, cells: CandidateScores, users: Sequence[str], *, repeats: bool, base_ensembles: Sequence[Ensemble]
     ) -> Iterator[_Option]:
         """Yield every type of ensemble except gradient-boosted trees."""
         every = range(len(self.names))
         yield _Option("logit", "logit", partial(_bound, logit, repeats=repeats), tuple(every))
         yield _Option("pool", "pool", partial(_bound, pool, repeats=repeats), tuple(every))
         for member, name in enumerate(self.names):
-            if ("alone", name) not in settled(onto):
+            if ("alone", name) not in settled(base_ensembles):
                 yield _Option("alone", name, partial(_bound, alone, member=member, repeats=repeats))
-        for base in (_Base(ensemble, self.names, users) for ensemble in onto):
+        for base in (_Base(ensemble, self.names, users) for ensemble in base_ensembles):
             others = " and ".join(self.names[index] for index in base.free)
             form, name = base.ensemble.fitted.form, base.ensemble.name
             yield _Option(form, name, base.unchanged)
@@ -201,7 +204,7 @@ class _Option:
 
     form: Form
     name: str
-    on: Callable[[Cells, int | None], Fit]
+    on: Callable[[CandidateScores, int | None], Fit]
     members: tuple[int, ...] = ()
 
     @property
@@ -210,7 +213,7 @@ class _Option:
         return self.form, self.name
 
 
-def _bound(fit: Callable[..., Weights], cells: Cells, without: int | None, **settings: Any) -> Fit:
+def _bound(fit: Callable[..., Weights], cells: CandidateScores, without: int | None, **settings: Any) -> Fit:
     """Return a function that fits one type of ensemble on a subset of the cases."""
     more = settings if without is None else {**settings, "off": without}
     return lambda rows, start: fit(cells.of(rows), start, **more)
@@ -226,7 +229,7 @@ def settled(bases: Sequence[Ensemble]) -> set[tuple[Form, str]]:
     return {("alone", name) for base in bases for name in base.names}
 
 
-def free_of(base: Ensemble, names: Sequence[str]) -> tuple[int, ...]:
+def missing_members(base: Ensemble, names: Sequence[str]) -> tuple[int, ...]:
     """Return the indices of the members that an ensemble does not contain."""
     return tuple(index for index, name in enumerate(names) if name not in base.names)
 
@@ -240,7 +243,7 @@ class _Base:
     """
 
     def __init__(self, ensemble: Ensemble, names: Sequence[str], users: Sequence[str]) -> None:
-        self.ensemble, self.free = ensemble, free_of(ensemble, names)
+        self.ensemble, self.free = ensemble, missing_members(ensemble, names)
         self._names, self._users = names, users
 
     def as_is(self, rows: NDArray[np.int64], start: Weights | None = None) -> Weights:
@@ -250,13 +253,13 @@ class _Base:
         known = dict(zip(self.ensemble.names, result.parts, strict=True))
         return replace(result, parts=tuple(known.get(name, 0.0) for name in self._names), low=(), high=())
 
-    def unchanged(self, cells: Cells, without: int | None) -> Fit:
+    def unchanged(self, cells: CandidateScores, without: int | None) -> Fit:
         """Return the function that fits the smaller ensemble, for any arguments."""
         return self.as_is
 
-    def extended(self, cells: Cells, without: int | None) -> Fit:
+    def extended(self, cells: CandidateScores, without: int | None) -> Fit:
         """Return a function that adds the missing members to the smaller ensemble."""
         free = [member for member in self.free if member != without]
         if not free:
             return self.as_is
-        return lambda rows, start: onto(cells.of(rows), self.as_is(rows), free)
+        return lambda rows, start: extend_base(cells.of(rows), self.as_is(rows), free)

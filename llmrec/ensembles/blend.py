@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.special import expit, logit
 
-from llmrec.ensembles.base import Ensemble, free_of, settled
+from llmrec.ensembles.base import Ensemble, missing_members, settled
 from llmrec.ensembles.weights import FOLDS, EnsembleTrial, Form, Weights, folds_of, left_out, limits_of
 from llmrec.errors import LlmrecError
 from llmrec.metrics.stats import StatisticName
@@ -44,16 +44,16 @@ _Fit = Callable[["NDArray[np.int64]", "NDArray[np.float64]"], _Line]
 """Fits a form to some of the cases, given by their row indices, and to all features."""
 
 
-class Blend(Ensemble):
+class PredictionEnsemble(Ensemble):
     """An ensemble of rating models or CTR models."""
 
-    def __init__(self, name: str, parts: Sequence[tuple[str, Predictor]], *, judges: bool) -> None:
+    def __init__(self, name: str, parts: Sequence[tuple[str, Predictor]], *, predicts_probability: bool) -> None:
         """Create the ensemble.
 
         Args:
             name: Name in tables.
             parts: The members by name: fitted predictors of ratings, or of probabilities.
-            judges: Whether they predict probabilities.
+            predicts_probability: Whether they predict probabilities.
 
         Raises:
             LlmrecError: If there are fewer than two members.
@@ -61,7 +61,7 @@ class Blend(Ensemble):
         if len(parts) < 2:
             raise LlmrecError(f"{name}: an ensemble needs at least two members", kind="mismatch")
         super().__init__(name)
-        self.parts, self._judges = tuple(parts), judges
+        self.parts, self._predicts_probability = tuple(parts), predicts_probability
         self._line: _Line | None = None
         self._bounds = (-np.inf, np.inf)
         self._mean_answers: NDArray[np.float64] = np.zeros(len(parts))
@@ -75,18 +75,18 @@ class Blend(Ensemble):
         self,
         cases: Sequence[Case],
         *,
-        dissect: bool = False,
+        ablate: bool = False,
         only: EnsembleTrial | None = None,
-        onto: Sequence[Ensemble] = (),
+        base_ensembles: Sequence[Ensemble] = (),
     ) -> None:
         """Fit all types of ensemble, and keep the type with the lowest cross-fitted error.
 
         Args:
             cases: Validation cases of users who were not used to fit or choose a member, with a rating as truth, or 1
                 for yes and 0 for no.
-            dissect: Fit the best form again without each member, for the attribute ``without``.
+            ablate: Fit the best form again without each member, for the attribute ``without``.
             only: The form to fit, if it was chosen before with another seed of the members.
-            onto: Fitted blends of some of the members; the others may be added to each of them.
+            base_ensembles: Fitted blends of some of the members; the others may be added to each of them.
 
         Raises:
             LlmrecError: If there are too few users to fit weights on four fifths of them.
@@ -98,12 +98,12 @@ class Blend(Ensemble):
         self._mean_answers = np.array(
             [values[~np.isnan(values)].mean() if (~np.isnan(values)).any() else 0 for values in answers.T]
         )
-        bases = [base for base in onto if isinstance(base, Blend)]
+        bases = [base for base in base_ensembles if isinstance(base, PredictionEnsemble)]
         for base in bases:
             self._mean_answers[[self.names.index(name) for name in base.names]] = base._mean_answers
         features = self._features(answers)
         truth = np.array([float(case.truth) for case in cases])
-        self._bounds = (0.0, 1.0) if self._judges else (float(truth.min()), float(truth.max()))
+        self._bounds = (0.0, 1.0) if self._predicts_probability else (float(truth.min()), float(truth.max()))
         if bases:
             self._bounds = bases[0]._bounds
         every = np.arange(len(users))
@@ -113,7 +113,7 @@ class Blend(Ensemble):
         crossed = {item: self._crossed(fit, features, truth, folds) for item, fit in fits.items()}
         errors = {item: float(result.mean()) for item, result in crossed.items()}
         # RMSE for ratings, log loss for probabilities.
-        reported = {item: error if self._judges else error**0.5 for item, error in errors.items()}
+        reported = {item: error if self._predicts_probability else error**0.5 for item, error in errors.items()}
         self.tried = tuple(EnsembleTrial(form, name, -error) for (form, name), error in reported.items())
         best = min(errors, key=lambda key: errors[key])
         form, name = best
@@ -127,9 +127,9 @@ class Blend(Ensemble):
         if name not in reduced:
             low, high = self._limits(self._line, features, truth, users)
             self.weights = Weights(form, self.weights.parts, 0.0, low, high)
-        if dissect:
+        if ablate:
             # For ratings, these are squared errors.
-            statistic: StatisticName = "mean" if self._judges else "root_mean"
+            statistic: StatisticName = "mean" if self._predicts_probability else "root_mean"
             without = (
                 {index: self._crossed(fit, features, truth, folds) for index, fit in reduced[name].items()}
                 if name in reduced
@@ -147,8 +147,8 @@ class Blend(Ensemble):
         if self._line is None:
             raise RuntimeError(f"{self.name!r} is not fitted; call fit() first")
         values = self._line.of(self._features(self._answers(requests))) if requests else np.empty(0)
-        values = expit(values) if self._judges else np.clip(values, *self._bounds)
-        answer_type = Probability if self._judges else Rating
+        values = expit(values) if self._predicts_probability else np.clip(values, *self._bounds)
+        answer_type = Probability if self._predicts_probability else Rating
         return [answer_type(request_id=r.id, value=float(v)) for r, v in zip(requests, values, strict=True)]
 
     # ----------------------------------------------------------------------- helpers
@@ -159,7 +159,7 @@ class Blend(Ensemble):
         for _, part in self.parts:
             answers = part.answer(requests)
             values = np.array([a.value if isinstance(a, Rating | Probability) else np.nan for a in answers])
-            columns.append(logit(np.clip(values, _SURE, 1 - _SURE)) if self._judges else values)
+            columns.append(logit(np.clip(values, _SURE, 1 - _SURE)) if self._predicts_probability else values)
         return np.stack(columns, axis=1)
 
     def _features(self, answers: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -167,13 +167,13 @@ class Blend(Ensemble):
         return np.where(np.isnan(answers), self._mean_answers, answers)
 
     def _forms(
-        self, bases: Sequence[Blend], truth: NDArray[np.float64], users: Sequence[str]
+        self, bases: Sequence[PredictionEnsemble], truth: NDArray[np.float64], users: Sequence[str]
     ) -> tuple[dict[tuple[Form, str], _Fit], dict[str, dict[int, _Fit]]]:
         """Return the functions that fit each type of ensemble, and those that add all members but one to a smaller one.
 
         The latter are given by the name of the type and the index of the member that is left out.
         """
-        form: Form = "logit" if self._judges else "ridge"
+        form: Form = "logit" if self._predicts_probability else "ridge"
 
         def plain(penalty: float, rows: NDArray[np.int64], features: NDArray[np.float64]) -> _Line:
             return self._weigh(penalty, features[rows], truth[rows])
@@ -182,7 +182,7 @@ class Blend(Ensemble):
             return line
 
         def extended(
-            base: Blend,
+            base: PredictionEnsemble,
             free: Sequence[int],
             penalty: float,
             rows: NDArray[np.int64],
@@ -193,7 +193,7 @@ class Blend(Ensemble):
             weights = np.zeros(features.shape[1])
             weights[[self.names.index(name) for name in base.names]] = smaller.weights
             line = _Line(smaller.intercept, weights)
-            return self.onto(line, free, penalty, features[rows], truth[rows]) if free else line
+            return self.extend_base(line, free, penalty, features[rows], truth[rows]) if free else line
 
         fits: dict[tuple[Form, str], _Fit] = {
             (form, f"penalty {penalty:g}"): partial(plain, penalty) for penalty in _PENALTIES
@@ -204,7 +204,7 @@ class Blend(Ensemble):
             fits["alone", name] = partial(fixed, _Line(0.0, np.eye(len(self.names))[index]))
         reduced: dict[str, dict[int, _Fit]] = {}
         for base in bases:
-            free = free_of(base, self.names)
+            free = missing_members(base, self.names)
             for penalty in _PENALTIES:
                 name = f"{base.name} and {' and '.join(self.names[member] for member in free)}, penalty {penalty:g}"
                 fits[form, name] = partial(extended, base, free, penalty)
@@ -226,7 +226,7 @@ class Blend(Ensemble):
             result[outside] = self._error(line.of(features[outside]), truth[outside])
         return result
 
-    def onto(
+    def extend_base(
         self,
         line: _Line,
         free: Sequence[int],
@@ -254,7 +254,7 @@ class Blend(Ensemble):
         means, scales = features.mean(axis=0), np.maximum(features.std(axis=0), 1e-9)
         scaled = (features - means) / scales
         penalty *= len(truth)
-        if not self._judges:
+        if not self._predicts_probability:
             residuals = truth - start
             centred = residuals - residuals.mean()
             weights = np.linalg.solve(scaled.T @ scaled + penalty * np.eye(count), scaled.T @ centred) / scales
@@ -275,7 +275,7 @@ class Blend(Ensemble):
 
     def _error(self, values: NDArray[np.float64], truth: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the squared errors of ratings, or the log losses of probabilities, shape (n,)."""
-        if self._judges:
+        if self._predicts_probability:
             return np.asarray(np.logaddexp(0, values) - truth * values)
         return np.asarray((np.clip(values, *self._bounds) - truth) ** 2)
 
@@ -285,7 +285,7 @@ class Blend(Ensemble):
         """Return 95 % limits of the weights, robust and clustered by user (White, Econometrica 1982)."""
         design = np.column_stack([np.ones(len(truth)), features])
         values = line.of(features)
-        if self._judges:
+        if self._predicts_probability:
             p = expit(values)
             scores, curvature = design * (p - truth)[:, None], (design * (p * (1 - p))[:, None]).T @ design
         else:

@@ -32,7 +32,7 @@ _FLOOR = np.float32(1e-6)
 
 
 @dataclass(frozen=True)
-class Cells:
+class CandidateScores:
     """The members' scores for all (request, candidate) pairs (cells).
 
     Attributes:
@@ -40,7 +40,7 @@ class Cells:
         kinds: The scale of each member's scores.
         starts: The first cell of each request, and the number of cells, shape (n + 1,).
         raw: Scores of each member, shape (k, cells).
-        had: Whether a candidate is in the history, shape (cells,).
+        in_history: Whether a candidate is in the history, shape (cells,).
         truth: The cell of each request's target, -1 if it is no candidate, shape (n,); None outside of fitting.
         context: Further features by name, shape (cells,) each; see `llmrec.ensembles.context`.
     """
@@ -49,7 +49,7 @@ class Cells:
     kinds: tuple[Kind, ...]
     starts: NDArray[np.int64]
     raw: NDArray[np.float32]
-    had: NDArray[np.bool_]
+    in_history: NDArray[np.bool_]
     truth: NDArray[np.int64] | None = None
     context: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
@@ -64,7 +64,7 @@ class Cells:
         assert self.truth is not None
         return np.flatnonzero(self.truth >= 0)
 
-    def of(self, cases: NDArray[np.int64]) -> Cells:
+    def of(self, cases: NDArray[np.int64]) -> CandidateScores:
         """Select requests by ascending indices."""
         selected = np.zeros(len(self.starts) - 1, dtype=bool)
         selected[cases] = True
@@ -75,7 +75,9 @@ class Cells:
             targets = self.truth[cases]
             truth = np.where(targets >= 0, targets - self.starts[cases] + starts[:-1], -1)
         context = {name: values[cells] for name, values in self.context.items()}
-        return Cells(self.names, self.kinds, starts, self.raw[:, cells], self.had[cells], truth, context)
+        return CandidateScores(
+            self.names, self.kinds, starts, self.raw[:, cells], self.in_history[cells], truth, context
+        )
 
     # ------------------------------------------------------------------ reductions by request
 
@@ -187,18 +189,18 @@ def best(raw: Sequence[NDArray[np.float32]], excluded: NDArray[np.bool_] | None,
 def gathered(
     raw: Sequence[NDArray[np.float32]],
     chosen: NDArray[np.bool_],
-    had: NDArray[np.bool_],
+    in_history: NDArray[np.bool_],
     truth: NDArray[np.int64] | None,
     names: Sequence[str],
     kinds: Sequence[Kind],
     context: Mapping[str, NDArray[np.float32]],
-) -> Cells:
+) -> CandidateScores:
     """Collect the members' scores of the candidates.
 
     Args:
         raw: Scores of each member, shape (n, items).
         chosen: Which items are candidates, shape (n, items); see `best`.
-        had: Whether an item is in the history, shape (n, items).
+        in_history: Whether an item is in the history, shape (n, items).
         truth: The column of each target; None outside of fitting.
         names: The members.
         kinds: The scale of each member's scores.
@@ -210,24 +212,24 @@ def gathered(
         rows = np.arange(len(truth))
         targets = np.where(chosen[rows, truth], starts[:-1] + np.cumsum(chosen, axis=1)[rows, truth] - 1, -1)
     scores = np.stack([values[chosen] for values in raw])
-    return Cells(tuple(names), tuple(kinds), starts, scores, had[chosen], targets, context)
+    return CandidateScores(tuple(names), tuple(kinds), starts, scores, in_history[chosen], targets, context)
 
 
-def joined(blocks: Sequence[Cells]) -> Cells:
+def joined(blocks: Sequence[CandidateScores]) -> CandidateScores:
     """Concatenate several blocks of requests."""
-    sizes = np.array([len(block.had) for block in blocks])
+    sizes = np.array([len(block.in_history) for block in blocks])
     before = np.cumsum(sizes) - sizes
     starts = [block.starts[:-1] + start for block, start in zip(blocks, before, strict=True)]
     truths = []
     for block, start in zip(blocks, before, strict=True):
         assert block.truth is not None
         truths.append(np.where(block.truth >= 0, block.truth + start, -1))
-    return Cells(
+    return CandidateScores(
         blocks[0].names,
         blocks[0].kinds,
         np.concatenate([*starts, [sizes.sum()]]),
         np.concatenate([block.raw for block in blocks], axis=1),
-        np.concatenate([block.had for block in blocks]),
+        np.concatenate([block.in_history for block in blocks]),
         np.concatenate(truths),
         {name: np.concatenate([block.context[name] for block in blocks]) for name in blocks[0].context},
     )

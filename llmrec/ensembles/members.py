@@ -13,7 +13,7 @@ from llmrec.baselines.parameters import config_of, stops_early, stores_of
 from llmrec.data.split import SplitDataset, halves
 from llmrec.durable import Json
 from llmrec.ensembles.base import Ensemble
-from llmrec.ensembles.blend import Blend
+from llmrec.ensembles.blend import PredictionEnsemble
 from llmrec.ensembles.cells import Kind
 from llmrec.ensembles.context import Context
 from llmrec.ensembles.rankers import CatalogueEnsemble, ListEnsemble, ListMember
@@ -25,14 +25,14 @@ from llmrec.registry import BASELINES, lookup
 from llmrec.results import FeatureGain, FusionWeights, PartWeight, Prediction, Reads, StoredTrees
 from llmrec.types import Answer, Case, Probability, Ranking, Rating, Request, Unparsed
 
-FUSIONS: Mapping[Reads, str] = {
+ENSEMBLE_NAMES: Mapping[Reads, str] = {
     "events": "fusion",
     "texts": "fusion with texts",
     "language model": "fusion with models",
 }
 """Names of ensembles in tables, by the input modality of their members."""
 
-NOTHING = "random"
+RANDOM_BASELINE = "random"
 """The random baseline, which is never a member of an ensemble."""
 
 
@@ -42,7 +42,7 @@ def choosing(name: str, data: SplitDataset, reserved: float) -> SplitDataset:
 
 
 @dataclass
-class Recalled:
+class PrecomputedMember:
     """A member of an ensemble that returns stored answers.
 
     Attributes:
@@ -81,14 +81,14 @@ def _answer(request: str, stored: Any) -> Answer:
 
 def join(
     name: str,
-    parts: Sequence[Recalled],
+    parts: Sequence[PrecomputedMember],
     cases: Sequence[Case],
     answer: type[Answer],
     *,
-    onto: Sequence[Ensemble] = (),
-    dissect: bool = True,
+    base_ensembles: Sequence[Ensemble] = (),
+    ablate: bool = True,
     context: Context | None = None,
-) -> ListEnsemble | Blend:
+) -> ListEnsemble | PredictionEnsemble:
     """Fit an ensemble of members to cases, and return it.
 
     Args:
@@ -96,22 +96,25 @@ def join(
         parts: Two or more members, each with answers to all cases.
         cases: Validation cases; for yes/no answers with 1 or 0 as truth.
         answer: The answer type of the family.
-        onto: Ensembles of some of the members, perhaps fitted to more cases; the other members may be added to them.
-        dissect: Measure the loss without each member.
+        base_ensembles: Ensembles of some of the members, perhaps fitted to more cases; the other members may be added
+            to them.
+        ablate: Measure the loss without each member.
         context: Further features for a ranker.
     """
-    result: ListEnsemble | Blend
+    result: ListEnsemble | PredictionEnsemble
     if answer is Ranking:
         result = ListEnsemble(name, [ListMember(part.name, part, part.kind) for part in parts], context=context)
     else:
-        result = Blend(name, [(part.name, part) for part in parts], judges=answer is Probability)
-    result.fit(cases, dissect=dissect, onto=onto)
+        result = PredictionEnsemble(
+            name, [(part.name, part) for part in parts], predicts_probability=answer is Probability
+        )
+    result.fit(cases, ablate=ablate, base_ensembles=base_ensembles)
     return result
 
 
 def weights_of(model: Any) -> FusionWeights | None:
     """Return the weights of an ensemble for results; None for other models."""
-    if not isinstance(model, CatalogueEnsemble | ListEnsemble | Blend):
+    if not isinstance(model, CatalogueEnsemble | ListEnsemble | PredictionEnsemble):
         return None
     return record_of(model.fitted, model.names, model.without)
 
@@ -164,7 +167,7 @@ def restored(record: FusionWeights) -> Weights:
     return Weights(form, parts, record.repeat or 0.0, trees=trees, base=base, scale=record.scale or 0.0)
 
 
-def widest(reads: Sequence[Reads | None]) -> Reads:
+def combined_reads(reads: Sequence[Reads | None]) -> Reads:
     """Return which item data an ensemble reads: the most that any member reads."""
     order = get_args(Reads)
     return max((read or order[0] for read in reads), key=order.index)
@@ -180,7 +183,7 @@ def reads_of(baseline: str, parameters: Mapping[str, Any]) -> Reads:
     baseline_type = lookup(BASELINES, baseline, "baseline")
     reads = baseline_type.reads(config_of(baseline, parameters, "parameters"))
     # Feature stores count as text with a frozen encoder, even if a language model wrote the texts.
-    result = widest(["texts", reads]) if stores_of(baseline, parameters) else reads
+    result = combined_reads(["texts", reads]) if stores_of(baseline, parameters) else reads
     encoder = baseline_type.text_encoder(parameters)
     return "language model" if result == "texts" and encoder is not None and learned_from(encoder) else result
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llmrec.ensembles.base import Ensemble
-from llmrec.ensembles.cells import TOP, Cells, Kind, best, gathered, joined
+from llmrec.ensembles.cells import TOP, CandidateScores, Kind, best, gathered, joined
 from llmrec.ensembles.context import Context
 from llmrec.ensembles.weights import EnsembleTrial, Weights
 from llmrec.errors import LlmrecError
@@ -94,12 +94,12 @@ class CatalogueEnsemble(Ensemble):
         """Names of the members."""
         return tuple(part.name for part in self.parts)
 
-    def fit(self, cases: Sequence[Case], *, dissect: bool = False, only: EnsembleTrial | None = None) -> None:
+    def fit(self, cases: Sequence[Case], *, ablate: bool = False, only: EnsembleTrial | None = None) -> None:
         """Fit all types of ensemble, and keep the preferred type by cross-fitted NDCG@10.
 
         Args:
             cases: Validation cases of users who were not used to fit or choose a member.
-            dissect: Fit the best form again without each member, for the attribute ``without``.
+            ablate: Fit the best form again without each member, for the attribute ``without``.
             only: The form to fit, if it was chosen before with another seed of the members.
 
         Raises:
@@ -114,7 +114,7 @@ class CatalogueEnsemble(Ensemble):
             for start in range(0, len(requests), block)
         ]
         users = [case.request.user_id for case in cases]
-        self._choose(joined(blocks), users, repeats=not self.filtered, dissect=dissect, only=only)
+        self._choose(joined(blocks), users, repeats=not self.filtered, ablate=ablate, only=only)
 
     def scores(self, requests: Sequence[Request], barred: NDArray[np.bool_] | None = None) -> NDArray[np.float64]:
         """Return the scores of all items, shape (n, items); see `CatalogueScorer.scores`.
@@ -151,7 +151,7 @@ class CatalogueEnsemble(Ensemble):
         requests: Sequence[Request],
         truth: NDArray[np.int64] | None = None,
         barred: NDArray[np.bool_] | None = None,
-    ) -> tuple[Cells, NDArray[np.bool_], list[NDArray[np.float32]]]:
+    ) -> tuple[CandidateScores, NDArray[np.bool_], list[NDArray[np.float32]]]:
         """Return the candidates of requests, a mask of shape (n, items), and the members' scores.
 
         Args:
@@ -160,24 +160,26 @@ class CatalogueEnsemble(Ensemble):
             barred: See `scores`.
         """
         raw = [np.asarray(part.scorer.scores(requests), dtype=np.float32) for part in self.parts]
-        had = self._history(requests)
-        out = had.copy() if self.filtered else None
+        in_history = self._history(requests)
+        out = in_history.copy() if self.filtered else None
         if out is not None and truth is not None:
             out[np.arange(len(requests)), truth] = False
         if barred is not None:
             out = barred if out is None else out | barred
         chosen = best(raw, out, TOP)
-        seen = np.zeros_like(had) if self.filtered else had
+        seen = np.zeros_like(in_history) if self.filtered else in_history
         context = _context(self.context, requests, chosen, self._codes)
         kinds = [part.kind for part in self.parts]
         return gathered(raw, chosen, seen, truth, self.names, kinds, context), chosen, raw
 
     def _history(self, requests: Sequence[Request]) -> NDArray[np.bool_]:
         """Return whether each item is in the history, shape (n, items)."""
-        had = np.zeros((len(requests), len(self.items)), dtype=bool)
+        in_history = np.zeros((len(requests), len(self.items)), dtype=bool)
         for row, request in enumerate(requests):
-            had[row, [self._column[event.item_id] for event in request.history if event.item_id in self._column]] = True
-        return had
+            in_history[
+                row, [self._column[event.item_id] for event in request.history if event.item_id in self._column]
+            ] = True
+        return in_history
 
 
 def _context(
@@ -258,7 +260,7 @@ class _Pool:
 
     items: Sequence[str]
     unknown: Sequence[str]
-    cells: Cells
+    cells: CandidateScores
     chosen: NDArray[np.bool_]
     raw: list[NDArray[np.float32]]
 
@@ -304,14 +306,14 @@ class ListEnsemble(Ensemble):
         """Names of the members."""
         return tuple(part.name for part in self.parts)
 
-    def fit(self, cases: Sequence[Case], *, dissect: bool = False, onto: Sequence[Ensemble] = ()) -> None:
+    def fit(self, cases: Sequence[Case], *, ablate: bool = False, base_ensembles: Sequence[Ensemble] = ()) -> None:
         """Fit all types of ensemble, and keep the best type by cross-fitted NDCG@10.
 
         Args:
             cases: Validation cases of users who were not used to fit or choose a member. Cases whose target is not a
                 candidate are left out.
-            dissect: Fit the best form again without each member, for the attribute ``without``.
-            onto: Fitted ensembles of some of the members; the others may be added to each of them.
+            ablate: Fit the best form again without each member, for the attribute ``without``.
+            base_ensembles: Fitted ensembles of some of the members; the others may be added to each of them.
 
         Raises:
             LlmrecError: If there are too few users to fit weights on four fifths of them.
@@ -319,7 +321,7 @@ class ListEnsemble(Ensemble):
         self._refuse([(part.name, part.predictor) for part in self.parts], cases)
         cells, usable = self.known(cases)
         users = [cases[index].request.user_id for index in usable]
-        self._choose(cells, users, repeats=bool(cells.had.any()), dissect=dissect, onto=onto)
+        self._choose(cells, users, repeats=bool(cells.in_history.any()), ablate=ablate, base_ensembles=base_ensembles)
         assert self.crossed is not None
         result = zip((cases[index].request.id for index in usable), self.crossed.tolist(), strict=True)
         self.validation = {**dict.fromkeys((case.request.id for case in cases), 0.0), **dict(result)}
@@ -377,7 +379,7 @@ class ListEnsemble(Ensemble):
             answers = [item[index] for item in by_member]
             yield _Pool(known, unknown, *self._cells(request, known, answers, unscored=unscored[:, ~last], top=top))
 
-    def known(self, cases: Sequence[Case]) -> tuple[Cells, list[int]]:
+    def known(self, cases: Sequence[Case]) -> tuple[CandidateScores, list[int]]:
         """Return the members' scores for the cases whose target is a candidate, and the indices of these cases."""
         requests = [case.request for case in cases]
         answers = [part.predictor.answer(requests) for part in self.parts]
@@ -407,7 +409,7 @@ class ListEnsemble(Ensemble):
         truth: int | None = None,
         unscored: NDArray[np.bool_] | None = None,
         top: int = TOP,
-    ) -> tuple[Cells, NDArray[np.bool_], list[NDArray[np.float32]]]:
+    ) -> tuple[CandidateScores, NDArray[np.bool_], list[NDArray[np.float32]]]:
         """Return the members' scores for given candidates; see `CatalogueEnsemble._cells`.
 
         Args:
@@ -423,11 +425,11 @@ class ListEnsemble(Ensemble):
             known = zip(scores, unscored, self.fitted.parts, strict=True)
             scores = [_with_least(values, new, weight) for values, new, weight in known]
         raw = [values[None].astype(np.float32) for values in scores]
-        chosen, had = best(raw, None, top), _had(request, candidates)[None]
+        chosen, in_history = best(raw, None, top), _in_history(request, candidates)[None]
         codes = np.empty(0, dtype=np.int64) if self.context is None else self.context.codes(candidates)
         context = _context(self.context, [request], chosen, codes)
         kinds, target = [part.kind for part in self.parts], None if truth is None else np.array([truth])
-        return gathered(raw, chosen, had, target, self.names, kinds, context), chosen, raw
+        return gathered(raw, chosen, in_history, target, self.names, kinds, context), chosen, raw
 
 
 def _sets(requests: Sequence[Request], answers: Sequence[Sequence[Answer]]) -> list[Sequence[str]]:
@@ -450,7 +452,7 @@ def _with_least(scores: NDArray[np.float64], unscored: NDArray[np.bool_], weight
     return np.where(unscored, known.min() if weight >= 0 else known.max(), scores)
 
 
-def _had(request: Request, candidates: Sequence[str]) -> NDArray[np.bool_]:
+def _in_history(request: Request, candidates: Sequence[str]) -> NDArray[np.bool_]:
     seen = {event.item_id for event in request.history}
     return np.array([item in seen for item in candidates], dtype=bool)
 
@@ -463,6 +465,7 @@ def _scores(answer: Answer, candidates: Sequence[str], kind: Kind) -> NDArray[np
         known = dict(zip(answer.items, answer.scores, strict=True))
     else:
         known = {item: -float(np.log(index)) for index, item in enumerate(answer.items, start=1)}
-    # Items that a ranking lacks come after its last item; `Cells.scores` handles items that a beam search lacks.
+    # Items that a ranking lacks come after its last item; `CandidateScores.scores` handles those that a beam search
+    # lacks.
     least = min(known.values(), default=0.0) * {"logits": 1.0, "counts": 0.5, "beams": 0.0}[kind]
     return np.array([known.get(item, least) for item in candidates], dtype=np.float64)

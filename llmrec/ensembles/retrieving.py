@@ -13,7 +13,7 @@ from llmrec.baselines.parameters import stops_early
 from llmrec.baselines.retrieve import FUSED
 from llmrec.data.split import SplitDataset, halves, request_of
 from llmrec.ensembles.context import Context
-from llmrec.ensembles.members import NOTHING
+from llmrec.ensembles.members import RANDOM_BASELINE
 from llmrec.ensembles.rankers import CatalogueEnsemble, Member
 from llmrec.ensembles.weights import FOLDS
 from llmrec.errors import DataError, RecipeError
@@ -27,7 +27,7 @@ MOST = 5000
 
 
 @dataclass(frozen=True)
-class FusedFinder:
+class EnsembleRetriever:
     """Retrieves candidates with an ensemble of baselines.
 
     The random baseline, and baselines with early stopping on the validation split or with an encoder fine-tuned on the
@@ -78,7 +78,7 @@ class FusedFinder:
         for section in self.baselines:
             baseline_type = lookup(BASELINES, section.name, "baseline")
             encoder = str(section.parameters.get("encoder", LSA))
-            if section.name == NOTHING or stops_early(section.name):
+            if section.name == RANDOM_BASELINE or stops_early(section.name):
                 continue
             if encoder != LSA and learned_from(encoder):
                 continue

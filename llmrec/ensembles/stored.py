@@ -15,7 +15,7 @@ from llmrec.ensembles.cells import CUT, Kind
 from llmrec.ensembles.members import answers_of, kind_of, restored
 from llmrec.ensembles.weights import Weights
 from llmrec.errors import ModelError
-from llmrec.metrics.ranking import ndcg, standing
+from llmrec.metrics.ranking import ndcg, target_rank
 from llmrec.recipe.schema import BaselineSection
 from llmrec.records import Record
 from llmrec.results import Arm, Choice, FusionWeights, Row
@@ -29,7 +29,7 @@ FORMAT = 3
 """Format version; increased whenever the same weights give different lists."""
 
 
-class FusedPart(Record):
+class StoredMember(Record):
     """A stored member: a baseline with its parameters, or a scoring method of the language model."""
 
     name: str
@@ -42,7 +42,7 @@ class FusedPart(Record):
         return "logits" if self.baseline is None else kind_of(self.baseline)
 
 
-class Fused(Record):
+class StoredEnsemble(Record):
     """A stored ensemble of ranking models.
 
     Attributes:
@@ -60,7 +60,7 @@ class Fused(Record):
     family: str
     arm: Arm
     template: str | None = None
-    parts: tuple[FusedPart, ...]
+    parts: tuple[StoredMember, ...]
     fitted: FusionWeights
     seed: int
     reserved: float
@@ -70,7 +70,7 @@ class Fused(Record):
         return restored(self.fitted)
 
 
-def fused_of(row: Row, baselines: Sequence[BaselineSection], *, seed: int, reserved: float) -> Fused:
+def stored_ensemble_of(row: Row, baselines: Sequence[BaselineSection], *, seed: int, reserved: float) -> StoredEnsemble:
     """Return the stored form of an evaluated ensemble.
 
     Args:
@@ -82,12 +82,12 @@ def fused_of(row: Row, baselines: Sequence[BaselineSection], *, seed: int, reser
     assert row.fusion is not None
     known = {baseline.label: baseline for baseline in baselines}
     parts = [
-        FusedPart(name=part.name, baseline=known[part.name].name, parameters=known[part.name].parameters)
+        StoredMember(name=part.name, baseline=known[part.name].name, parameters=known[part.name].parameters)
         if part.name in known
-        else FusedPart(name=part.name)
+        else StoredMember(name=part.name)
         for part in row.fusion.parts
     ]
-    return Fused(
+    return StoredEnsemble(
         id=row.id,
         family=row.task,
         arm=row.arm,
@@ -108,7 +108,7 @@ class Stored:
         choice: The model that is served by default; None: the language model, if there is one.
     """
 
-    fusions: Sequence[Fused] = ()
+    fusions: Sequence[StoredEnsemble] = ()
     choice: Choice | None = None
 
 
@@ -137,7 +137,7 @@ def read(folder: Path) -> Stored:
         result = checked(path.read_bytes())
         if result["format"] == FORMAT:
             chosen = result.get("choice")
-            fusions = [Fused.model_validate(item) for item in result["fusions"]]
+            fusions = [StoredEnsemble.model_validate(item) for item in result["fusions"]]
             for fused in fusions:
                 fused.weights()
             return Stored(fusions, None if chosen is None else Choice.model_validate(chosen))
@@ -154,7 +154,7 @@ def read(folder: Path) -> Stored:
     )
 
 
-def named(fusions: Sequence[Fused], families: Sequence[str], arm: str) -> dict[str, Fused]:
+def named(fusions: Sequence[StoredEnsemble], families: Sequence[str], arm: str) -> dict[str, StoredEnsemble]:
     """Return the available ensembles by their names in the report.
 
     If several families have an ensemble of the same name, the first one gets the name, and the others use their ids.
@@ -164,7 +164,7 @@ def named(fusions: Sequence[Fused], families: Sequence[str], arm: str) -> dict[s
         families: The families that rank, in order.
         arm: The variant of the available language model; ensembles with another one are left out.
     """
-    result: dict[str, Fused] = {}
+    result: dict[str, StoredEnsemble] = {}
     for family in families:
         for fusion in fusions:
             if fusion.family == family and fusion.arm in ("baseline", arm):
@@ -175,7 +175,7 @@ def named(fusions: Sequence[Fused], families: Sequence[str], arm: str) -> dict[s
     return result
 
 
-def name_of(choice: Choice, fusions: Mapping[str, Fused], model: str) -> str:
+def name_of(choice: Choice, fusions: Mapping[str, StoredEnsemble], model: str) -> str:
     """Return the name under which the chosen model is served.
 
     Args:
@@ -261,7 +261,7 @@ def validated(row: Answered, cases: Sequence[Case]) -> Mapping[str, float]:
         answer = answers[case.request.id]
         items = answer.items if isinstance(answer, Ranking) else ()
         ranking = answer if isinstance(answer, Ranking) else Ranking(request_id=case.request.id, items=(), scores=())
-        results.append(standing(ranking, str(case.truth), max(len(items), len(case.request.candidates or ()))))
+        results.append(target_rank(ranking, str(case.truth), max(len(items), len(case.request.candidates or ()))))
     greater, tied = (
         np.array([getattr(item, name) for item in results], dtype=np.int64) for name in ("greater", "tied")
     )

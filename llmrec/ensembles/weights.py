@@ -11,7 +11,7 @@ import numpy as np
 
 from llmrec.data.hashing import hash64
 from llmrec.ensembles import trees
-from llmrec.ensembles.cells import Cells
+from llmrec.ensembles.cells import CandidateScores
 from llmrec.ensembles.trees import Setting, Trees
 from llmrec.errors import LlmrecError, installed
 from llmrec.metrics.stats import StatisticName, paired
@@ -55,27 +55,27 @@ class Weights:
     base: Weights | None = None
     scale: float = 0.0
 
-    def scores(self, cells: Cells) -> NDArray[np.float64]:
+    def scores(self, cells: CandidateScores) -> NDArray[np.float64]:
         """Return the score of each candidate, higher is better, shape (candidates,)."""
         if self.trees is not None:
             return self.trees.scores(matrix(cells, self.trees.names))
-        total = np.zeros(len(cells.had))
+        total = np.zeros(len(cells.in_history))
         if self.base is not None:
             total = self.scale * self.base.scores(cells)
         for _, votes in self._votes(cells):
             total = total + votes
         if self.form == "pool":
             total = np.log(np.maximum(total, 1e-300))
-        return total + self.repeat * cells.had if self.repeat else total
+        return total + self.repeat * cells.in_history if self.repeat else total
 
-    def contributions(self, cells: Cells) -> dict[str, NDArray[np.float64]]:
+    def contributions(self, cells: CandidateScores) -> dict[str, NDArray[np.float64]]:
         """Return the contribution of each member and feature to the scores of candidates, shape (candidates,) each.
 
         They sum to the score minus its mean over the candidates of the request; for a pool, whose score is a logarithm,
         to the exponential of the score minus its mean. For a ranker they are SHAP values, summed over the features of a
         member; for weights the products, which are the SHAP values of a linear model.
         """
-        parts: dict[str, NDArray[np.float64]] = defaultdict(lambda: np.zeros(len(cells.had)))
+        parts: dict[str, NDArray[np.float64]] = defaultdict(lambda: np.zeros(len(cells.in_history)))
         if self.trees is not None:
             values = self.trees.contributions(matrix(cells, self.trees.names))
             for name, column in zip(self.trees.names, values.T, strict=True):
@@ -85,13 +85,13 @@ class Weights:
                 for name, column in self.base.contributions(cells).items():
                     parts[name] += self.scale * column
             for name, votes in self._votes(cells):
-                parts[name] += votes * np.exp(self.repeat * cells.had) if self.form == "pool" else votes
+                parts[name] += votes * np.exp(self.repeat * cells.in_history) if self.form == "pool" else votes
             if self.repeat and self.form != "pool":
-                parts[_SEEN] += self.repeat * cells.had
+                parts[_SEEN] += self.repeat * cells.in_history
         sizes = np.maximum(np.diff(cells.starts), 1)
         return {name: values - (cells.total(values) / sizes)[cells.rows] for name, values in parts.items()}
 
-    def _votes(self, cells: Cells) -> Iterator[tuple[str, NDArray[Any]]]:
+    def _votes(self, cells: CandidateScores) -> Iterator[tuple[str, NDArray[Any]]]:
         """Yield the weighted scores of each member that has a weight, shape (candidates,)."""
         for member, (name, weight) in enumerate(zip(cells.names, self.parts, strict=True)):
             if weight and self.form == "alone":
@@ -197,18 +197,18 @@ def preferred(values: Mapping[Any, NDArray[np.float64]], learned: Any | None, us
 
 _SEEN = "in history"
 
-_OF_MEMBER: Mapping[str, Callable[[Cells, int], NDArray[np.float32]]] = {
-    "score": Cells.scores,
-    "rank": Cells.ranks,
-    "relative score": Cells.relative,
+_OF_MEMBER: Mapping[str, Callable[[CandidateScores, int], NDArray[np.float32]]] = {
+    "score": CandidateScores.scores,
+    "rank": CandidateScores.ranks,
+    "relative score": CandidateScores.relative,
 }
 
 
-def feature_names(cells: Cells, off: int | None = None) -> tuple[str, ...]:
+def feature_names(cells: CandidateScores, off: int | None = None) -> tuple[str, ...]:
     """Return the feature names for trees: three per member except ``off``, and features of history and context."""
     members = [name for index, name in enumerate(cells.names) if index != off]
     features = [f"{name}: {kind}" for name in members for kind in _OF_MEMBER]
-    return (*features, *([_SEEN] if cells.had.any() else []), *cells.context)
+    return (*features, *([_SEEN] if cells.in_history.any() else []), *cells.context)
 
 
 def member_of(feature: str) -> str | None:
@@ -217,24 +217,24 @@ def member_of(feature: str) -> str | None:
     return member if kind in _OF_MEMBER and member else None
 
 
-def matrix(cells: Cells, names: Sequence[str]) -> NDArray[np.float32]:
+def matrix(cells: CandidateScores, names: Sequence[str]) -> NDArray[np.float32]:
     """Return the features for trees, shape (candidates, features); NaN for missing values."""
-    result = np.full((len(cells.had), len(names)), np.nan, dtype=np.float32)
+    result = np.full((len(cells.in_history), len(names)), np.nan, dtype=np.float32)
     for column, name in enumerate(names):
         member, _, kind = name.rpartition(": ")
         if kind in _OF_MEMBER and member in cells.names:
             result[:, column] = _OF_MEMBER[kind](cells, cells.names.index(member))
         elif name == _SEEN:
-            result[:, column] = cells.had
+            result[:, column] = cells.in_history
         elif name in cells.context:
             result[:, column] = cells.context[name]
     return result
 
 
-def _logs(cells: Cells, *, repeats: bool) -> NDArray[np.float32]:
+def _logs(cells: CandidateScores, *, repeats: bool) -> NDArray[np.float32]:
     """Return the members' log-scale scores and, optionally, whether items are in the history, (k, candidates)."""
     rows = [cells.scores(member) for member in range(len(cells.names))]
-    return np.stack([*rows, cells.had.astype(np.float32)] if repeats else rows)
+    return np.stack([*rows, cells.in_history.astype(np.float32)] if repeats else rows)
 
 
 # --------------------------------------------------------------------------- fitting
@@ -248,7 +248,7 @@ LEAST_CASES = 200
 
 
 def _likelihood(
-    weights: NDArray[np.float64], logs: NDArray[np.float32], cells: Cells
+    weights: NDArray[np.float64], logs: NDArray[np.float32], cells: CandidateScores
 ) -> tuple[float, NDArray[np.float64], NDArray[np.float64]]:
     """Return the negative log-likelihood, its gradient, shape (k,), and the probability of each candidate.
 
@@ -267,7 +267,7 @@ def _likelihood(
 
 def _maximised(
     logs: NDArray[np.float32],
-    cells: Cells,
+    cells: CandidateScores,
     centre: NDArray[np.float64],
     begin: NDArray[np.float64] | None = None,
     bounds: Sequence[tuple[float | None, float | None]] | None = None,
@@ -290,7 +290,7 @@ def _maximised(
     return np.asarray(minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options).x / scales)
 
 
-def logit(cells: Cells, start: Weights | None = None, *, repeats: bool, off: int | None = None) -> Weights:
+def logit(cells: CandidateScores, start: Weights | None = None, *, repeats: bool, off: int | None = None) -> Weights:
     """Fit a conditional logit by maximum likelihood with a small ridge penalty, and return the weights.
 
     Args:
@@ -311,7 +311,7 @@ def logit(cells: Cells, start: Weights | None = None, *, repeats: bool, off: int
     return Weights("logit", tuple(result[:parts].tolist()), float(result[-1]) if repeats else 0.0)
 
 
-def limits(cells: Cells, weights: Weights, users: Sequence[str], *, repeats: bool) -> Weights:
+def limits(cells: CandidateScores, weights: Weights, users: Sequence[str], *, repeats: bool) -> Weights:
     """Return the weights of a logit with 95 % limits."""
     if not len(cells.hits):
         return weights
@@ -327,7 +327,7 @@ def limits(cells: Cells, weights: Weights, users: Sequence[str], *, repeats: boo
     return replace(weights, low=low, high=high)
 
 
-def pool(cells: Cells, start: Weights | None = None, *, repeats: bool, off: int | None = None) -> Weights:
+def pool(cells: CandidateScores, start: Weights | None = None, *, repeats: bool, off: int | None = None) -> Weights:
     """Fit a linear pool of probabilities, with a weight for history items, by maximum likelihood.
 
     Args:
@@ -338,31 +338,36 @@ def pool(cells: Cells, start: Weights | None = None, *, repeats: bool, off: int 
     """
     known = cells.of(cells.hits)
     used = [index for index in range(len(cells.names)) if index != off]
-    truth, seen, had = _shares(known)
-    shares, repeat = _mixed(truth[:, used], seen[:, used], had, repeats=repeats)
+    truth, seen, in_history = _shares(known)
+    shares, repeat = _mixed(truth[:, used], seen[:, used], in_history, repeats=repeats)
     result = np.zeros(len(cells.names))
     result[used] = shares
     return Weights("pool", tuple(result.tolist()), repeat)
 
 
-def _shares(known: Cells) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
+def _shares(known: CandidateScores) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
     """Return each member's probabilities of the target and of all history items, shape (n, k)."""
     assert known.truth is not None
     shares = [known.shares(member) for member in range(len(known.names))]
     truth = np.stack([values[known.truth] for values in shares], axis=1)
-    seen = np.stack([known.total(values * known.had) for values in shares], axis=1)
-    return truth, seen, known.had[known.truth]
+    seen = np.stack([known.total(values * known.in_history) for values in shares], axis=1)
+    return truth, seen, known.in_history[known.truth]
 
 
 def _mixed(
-    truth: NDArray[np.float64], seen: NDArray[np.float64], had: NDArray[np.bool_], *, repeats: bool, repeat: float = 0.0
+    truth: NDArray[np.float64],
+    seen: NDArray[np.float64],
+    in_history: NDArray[np.bool_],
+    *,
+    repeats: bool,
+    repeat: float = 0.0,
 ) -> tuple[NDArray[np.float64], float]:
     """Fit the mixture weights of members, and the log weight of history items."""
 
     def loss(free: NDArray[np.float64]) -> float:
         shares = _softmax(free[: truth.shape[1]])
         factor = np.exp(free[-1] if repeats else repeat)
-        mixed = truth @ shares * np.where(had, factor, 1.0) / (1 + (factor - 1) * (seen @ shares))
+        mixed = truth @ shares * np.where(in_history, factor, 1.0) / (1 + (factor - 1) * (seen @ shares))
         return float(-np.log(np.maximum(mixed, 1e-300)).sum())
 
     from scipy.optimize import minimize
@@ -372,7 +377,7 @@ def _mixed(
     return _softmax(result[: truth.shape[1]]), float(result[-1]) if repeats else repeat
 
 
-def onto(cells: Cells, base: Weights, free: Sequence[int]) -> Weights:
+def extend_base(cells: CandidateScores, base: Weights, free: Sequence[int]) -> Weights:
     """Add members to an ensemble: fit the weight of the ensemble and of each new member.
 
     In a logit the ridge penalty shrinks these to 1 and 0; in a pool the ensemble is a member like the others. So a few
@@ -385,9 +390,9 @@ def onto(cells: Cells, base: Weights, free: Sequence[int]) -> Weights:
     """
     known, columns = cells.of(cells.hits), list(free)
     if base.form == "pool":
-        truth, seen, had = _shares(known)
+        truth, seen, in_history = _shares(known)
         joined = [np.column_stack([item @ np.array(base.parts), item[:, columns]]) for item in (truth, seen)]
-        shares, _ = _mixed(joined[0], joined[1], had, repeats=False, repeat=base.repeat)
+        shares, _ = _mixed(joined[0], joined[1], in_history, repeats=False, repeat=base.repeat)
         parts = shares[0] * np.array(base.parts)
         parts[columns] = shares[1:]
         return Weights("pool", tuple(parts.tolist()), base.repeat)
@@ -403,14 +408,16 @@ def onto(cells: Cells, base: Weights, free: Sequence[int]) -> Weights:
     return Weights("logit", tuple(parts.tolist()), scale * base.repeat, base=base.base, scale=scale * base.scale)
 
 
-def alone(cells: Cells, start: Weights | None = None, *, member: int, repeats: bool) -> Weights:
+def alone(cells: CandidateScores, start: Weights | None = None, *, member: int, repeats: bool) -> Weights:
     """Return the weights of a single member, with or without history items."""
     parts = tuple(float(member == index) for index in range(len(cells.names)))
     options = [Weights("alone", parts, repeat) for repeat in ((0.0, _NEVER) if repeats else (0.0,))]
     return max(options, key=lambda weights: (cells.ndcg(weights.scores(cells)).mean(), weights.repeat))
 
 
-def ranker(cells: Cells, start: Weights | None = None, *, setting: Setting, off: int | None = None) -> Weights:
+def ranker(
+    cells: CandidateScores, start: Weights | None = None, *, setting: Setting, off: int | None = None
+) -> Weights:
     """Fit gradient-boosted trees, and report the importance of each member."""
     known = cells.of(cells.hits)
     names = feature_names(cells, off)
@@ -424,13 +431,13 @@ def ranker(cells: Cells, start: Weights | None = None, *, setting: Setting, off:
     return Weights("ranker", tuple(shares.values()), trees=model)
 
 
-def _labels(known: Cells) -> NDArray[np.int8]:
-    labels = np.zeros(len(known.had), dtype=np.int8)
+def _labels(known: CandidateScores) -> NDArray[np.int8]:
+    labels = np.zeros(len(known.in_history), dtype=np.int8)
     labels[known.truth] = 1
     return labels
 
 
-def learned(cells: Cells, folds: NDArray[np.int64]) -> tuple[Setting, NDArray[np.float64]] | None:
+def learned(cells: CandidateScores, folds: NDArray[np.int64]) -> tuple[Setting, NDArray[np.float64]] | None:
     """Select the best hyperparameters of the trees, and return the cross-fitted NDCG@10 of each case, shape (n,).
 
     Returns:
@@ -456,7 +463,7 @@ def setting_of(form: EnsembleTrial | None) -> Setting | None:
     return Setting(objective, int(rounds.removesuffix(" trees")))  # type: ignore[arg-type]
 
 
-def crossed(cells: Cells, fit: Fit, start: Weights, folds: NDArray[np.int64]) -> NDArray[np.float64]:
+def crossed(cells: CandidateScores, fit: Fit, start: Weights, folds: NDArray[np.int64]) -> NDArray[np.float64]:
     """Return NDCG@10 of each case with weights fitted on the other folds, shape (n,).
 
     Args:

@@ -25,7 +25,7 @@ from llmrec.types import Ranking
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from llmrec.evaluate.lists import Background
+    from llmrec.evaluate.lists import ListMetricData
     from llmrec.types import Case, CatalogueScorer
 
 Seen = Literal["excluded", "included"]
@@ -128,7 +128,7 @@ def evaluate_catalogue(
     protocol: EvalProtocol,
     *,
     seen: Sequence[Seen] = BOTH,
-    background: Background | None = None,
+    background: ListMetricData | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Evaluated]:
     """Evaluate a model by ranking the whole catalogue; returns results like `evaluate`.
@@ -296,7 +296,7 @@ def _evaluated(
     seen: str,
     standings: CatalogueRanks,
     seconds: float,
-    background: Background | None,
+    background: ListMetricData | None,
 ) -> Evaluated:
     users = [case.request.user_id for case in cases]
     inputs = {"greater": standings.greater, "tied": standings.tied, "pool": standings.pool}

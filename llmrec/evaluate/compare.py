@@ -12,19 +12,19 @@ from numpy.typing import NDArray
 from llmrec.errors import LlmrecError
 from llmrec.evaluate.figures import mean_interval, statistic_of, taken
 from llmrec.metrics.significance import (
-    decide,
     detectable,
     detectable_from,
     detectable_line,
-    enough,
+    holm_adjusted,
     over_users_and_seeds,
+    required_resamples,
     signflip,
 )
 from llmrec.metrics.stats import (
+    BootstrapDifference,
     Difference,
     Interval,
     MetricValues,
-    Sampled,
     at_all,
     interval_of,
     mean_of,
@@ -66,11 +66,11 @@ class Contrast:
     b: ModelValues
     users: Sequence[str]
 
-    def sampled(self, *, resamples: int, seed: int) -> Sampled:
+    def sampled(self, *, resamples: int, seed: int) -> BootstrapDifference:
         """Return the difference between the models, with its bootstrap resamples."""
         return sampled(self.metric, self.a.values, self.b.values, self.users, resamples=resamples, seed=seed)
 
-    def detectable(self, difference: Sampled, comparisons: int) -> float | None:
+    def detectable(self, difference: BootstrapDifference, comparisons: int) -> float | None:
         """Return the minimum detectable effect at a power of 80 %.
 
         Args:
@@ -133,7 +133,7 @@ def planned(contrasts: Sequence[Contrast], *, resamples: int, seed: int = 0, mor
     """Test the planned comparisons of all tables as one family.
 
     p-values and confidence intervals are Holm-adjusted over all of them: an interval excludes 0 exactly if the adjusted
-    p is at most .05; see `llmrec.metrics.significance.decide`.
+    p is at most .05; see `llmrec.metrics.significance.holm_adjusted`.
 
     Args:
         contrasts: All planned comparisons of a file.
@@ -142,7 +142,7 @@ def planned(contrasts: Sequence[Contrast], *, resamples: int, seed: int = 0, mor
         more: Number of planned comparisons that were not run.
     """
     size = len(contrasts) + more
-    results = [contrast.sampled(resamples=enough(resamples, size), seed=seed) for contrast in contrasts]
+    results = [contrast.sampled(resamples=required_resamples(resamples, size), seed=seed) for contrast in contrasts]
     return [
         Pair(
             a=contrast.a.name,
@@ -158,7 +158,7 @@ def planned(contrasts: Sequence[Contrast], *, resamples: int, seed: int = 0, mor
             ),
             detectable=contrast.detectable(drawn, size),
         )
-        for contrast, drawn, decision in zip(contrasts, results, decide(results, more=more), strict=True)
+        for contrast, drawn, decision in zip(contrasts, results, holm_adjusted(results, more=more), strict=True)
     ]
 
 
@@ -215,7 +215,7 @@ def sampled(
     *,
     resamples: int,
     seed: int,
-) -> Sampled:
+) -> BootstrapDifference:
     """Return the paired difference a − b of two models on the same requests of ``users``.
 
     Means are compared by a sign-flip test over users, see `significance`: RMSE as a root mean of squared errors, GAUC
@@ -319,7 +319,7 @@ def _truth(metric: str, *rows: NDArray[np.float64]) -> NDArray[np.bool_]:
     return truth
 
 
-def over_runs(
+def average_over_seeds(
     figures: Sequence[Figure],
     values: Sequence[NDArray[np.float64]] = (),
     *,

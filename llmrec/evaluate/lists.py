@@ -23,7 +23,7 @@ _USUAL = 10
 
 
 @dataclass(frozen=True, slots=True)
-class Background:
+class ListMetricData:
     """Training data and item fields from which metrics of lists are computed.
 
     Attributes:
@@ -45,7 +45,7 @@ class Background:
     encoder: str | None = None
 
     @staticmethod
-    def of(data: SplitDataset, *, field: str | None = None) -> Background:
+    def of(data: SplitDataset, *, field: str | None = None) -> ListMetricData:
         """Compute the inputs of list metrics from a data set.
 
         Args:
@@ -69,7 +69,7 @@ class Background:
                     kind="unknown-name",
                     at=data.dataset.name,
                 )
-        return Background(items, counts, int(data.train["user_id"].n_unique()), words, field)
+        return ListMetricData(items, counts, int(data.train["user_id"].n_unique()), words, field)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,9 @@ class Lists:
     seen: str
 
 
-def list_figures(lists: Lists, cases: Sequence[Case], protocol: EvalProtocol, background: Background) -> Measurements:
+def list_figures(
+    lists: Lists, cases: Sequence[Case], protocol: EvalProtocol, background: ListMetricData
+) -> Measurements:
     """Return the list metrics of a model at cut-off 10, or at the largest cut-off.
 
     Coverage, Gini and ColdItems are computed over all lists together; they have no interval, since a resample has fewer
@@ -121,7 +123,7 @@ def list_figures(lists: Lists, cases: Sequence[Case], protocol: EvalProtocol, ba
 
 
 def cold_figures(
-    cases: Sequence[Case], background: Background, values: Mapping[str, NDArray[np.float64]], names: Sequence[str]
+    cases: Sequence[Case], background: ListMetricData, values: Mapping[str, NDArray[np.float64]], names: Sequence[str]
 ) -> dict[str, float]:
     """Return the metrics for requests with a cold-start target, and their number as ``n``.
 
@@ -149,7 +151,7 @@ def _indices(items: Sequence[str], index: Mapping[str, int]) -> NDArray[np.int64
 
 
 def _popular(
-    background: Background, hidden: Sequence[NDArray[np.int64]], targets: NDArray[np.int64], k: int
+    background: ListMetricData, hidden: Sequence[NDArray[np.int64]], targets: NDArray[np.int64], k: int
 ) -> NDArray[np.int64]:
     """Return the k most popular items that can be ranked for each request, shape (n, k)."""
     order = np.argsort(-background.counts, kind="stable")

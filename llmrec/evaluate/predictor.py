@@ -52,7 +52,7 @@ def _rankings(
     for case, answer in zip(cases, answers, strict=True):
         size = len(case.request.candidates) if case.request.candidates is not None else protocol.catalogue
         result = answer if isinstance(answer, Ranking) else Ranking(request_id=answer.request_id, items=(), scores=())
-        standings.append(rank_metrics.standing(result, str(case.truth), size))
+        standings.append(rank_metrics.target_rank(result, str(case.truth), size))
         sizes.append(size)
     greater = np.array([s.greater for s in standings], dtype=np.int64)
     tied = np.array([s.tied for s in standings], dtype=np.int64)

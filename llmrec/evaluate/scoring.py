@@ -20,7 +20,7 @@ from llmrec.errors import DataError, RecipeError, did_you_mean
 from llmrec.evaluate.compare import Contrast, ModelValues, exploratory, planned
 from llmrec.evaluate.figures import mean_figure
 from llmrec.metrics.functions import matched
-from llmrec.metrics.multi_target import Judged
+from llmrec.metrics.multi_target import RelevantRanks
 from llmrec.metrics.signature import signature
 from llmrec.recipe.shared import CUTOFFS, RESAMPLES
 from llmrec.records import Record
@@ -249,7 +249,9 @@ def score_lists(lists: Sequence[Lists], truth: Truth, how: ListEvaluation) -> Sc
     )
 
 
-def _judged(lists: Lists, truth: Truth, keys: pl.Series, how: ListEvaluation) -> tuple[Judged, dict[str, int | float]]:
+def _judged(
+    lists: Lists, truth: Truth, keys: pl.Series, how: ListEvaluation
+) -> tuple[RelevantRanks, dict[str, int | float]]:
     """Match ranked lists with relevant items, and count lists and items without a match."""
     known = set(keys.to_list())
     listed = set(lists.frame["key"].unique().to_list())
@@ -282,7 +284,7 @@ def _several(how: ListEvaluation) -> list[tuple[str, MetricEntry, int | None]]:
     return [*cut, *uncut]
 
 
-def _values(judged: Judged, how: ListEvaluation) -> dict[str, NDArray[np.float64]]:
+def _values(judged: RelevantRanks, how: ListEvaluation) -> dict[str, NDArray[np.float64]]:
     return {name: attribute(entry.several)(judged, k) for name, entry, k in _several(how)}
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from llmrec.data.split import SplitDataset
 
 # Soft hyphens, joiners, direction marks, variation selectors and tags.
-UNSEEN = re.compile(
+INVISIBLE_CHARACTERS = re.compile(
     "[\u00ad\u061c\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff\U000e0000-\U000e01ef]"
 )
 # The text that distinguishes items must fit next to a title and not replace it.
@@ -51,7 +51,7 @@ def title_key(title: str) -> str:
 
     Invisible characters, such as a joiner inside a Persian word or the variation selector of an emoji, are ignored.
     """
-    folded = UNSEEN.sub("", unicodedata.normalize("NFKC", title).casefold())
+    folded = INVISIBLE_CHARACTERS.sub("", unicodedata.normalize("NFKC", title).casefold())
     kept = "".join(c if c.isalnum() or unicodedata.category(c).startswith("M") else " " for c in folded)
     return " ".join(kept.split()) or " ".join(folded.split())
 

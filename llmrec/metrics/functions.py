@@ -11,7 +11,7 @@ import polars as pl
 
 from llmrec.data.lists import Lists, Truth, read_lists, read_truth
 from llmrec.errors import RecipeError
-from llmrec.metrics.multi_target import Judged, Pairs, judge
+from llmrec.metrics.multi_target import Pairs, RelevantRanks, match_relevant
 from llmrec.registry import METRICS, attribute
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Metric:
         return f"{self.name}: {METRICS[self.name].about}"
 
 
-def matched(lists: Lists, truth: Truth, keys: pl.Series, *, graded: bool = False) -> Judged:
+def matched(lists: Lists, truth: Truth, keys: pl.Series, *, graded: bool = False) -> RelevantRanks:
     """Match ranked lists with relevant items.
 
     Args:
@@ -79,7 +79,9 @@ def matched(lists: Lists, truth: Truth, keys: pl.Series, *, graded: bool = False
     items = pl.concat([frame["item"], relevant["item"]]).unique().sort()
     gains = relevant["gain"].to_numpy() if graded else np.ones(relevant.height)
     ranked = Pairs(_numbers(frame["key"], keys), _numbers(frame["item"], items), frame["score"].to_numpy())
-    return judge(ranked, Pairs(_numbers(relevant["key"], keys), _numbers(relevant["item"], items), gains), len(keys))
+    return match_relevant(
+        ranked, Pairs(_numbers(relevant["key"], keys), _numbers(relevant["item"], items), gains), len(keys)
+    )
 
 
 def _numbers(names: pl.Series, known: pl.Series) -> NDArray[np.int64]:

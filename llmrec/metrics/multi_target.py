@@ -6,7 +6,7 @@ Without ties the values equal those of trec_eval: in particular precision divide
 by the number of relevant items, even if k is smaller.
 
 Relevant items missing from the ranking count as misses. All functions take the result of
-`llmrec.metrics.multi_target.judge`.
+`llmrec.metrics.multi_target.match_relevant`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Pairs:
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class RelevantRanks:
     """The ranks of the relevant items of n requests, grouped by equal scores.
 
     Attributes:
@@ -76,7 +76,7 @@ class Judged:
     gains: NDArray[np.float64]
 
 
-def judge(ranked: Pairs, relevant: Pairs, n: int) -> Judged:
+def match_relevant(ranked: Pairs, relevant: Pairs, n: int) -> RelevantRanks:
     """Match ranked items with the relevant items.
 
     Args:
@@ -101,7 +101,7 @@ def judge(ranked: Pairs, relevant: Pairs, n: int) -> Judged:
     owner = request[starts[hit_blocks]]
     per_request = np.bincount(owner, counts, minlength=n).astype(np.int64)
     running = np.cumsum(counts) - counts
-    return Judged(
+    return RelevantRanks(
         request=owner,
         greater=starts[hit_blocks] - begins[owner],
         tied=sizes[hit_blocks],
@@ -214,7 +214,7 @@ def _gains(
     return np.asarray(gain[order][np.searchsorted(goals[order], request[hits] * width + item[hits])])
 
 
-def hit_rate(judged: Judged, k: int) -> NDArray[np.float64]:
+def hit_rate(judged: RelevantRanks, k: int) -> NDArray[np.float64]:
     """Compute HR@k (success at k): the probability that at least one relevant item is among the first k.
 
     If rank k is within a block, ``m`` of its ``tied`` items are among the first k; none of these is relevant with the
@@ -238,7 +238,7 @@ def hit_rate(judged: Judged, k: int) -> NDArray[np.float64]:
     return np.clip(1.0 - values, 0.0, 1.0)
 
 
-def recall(judged: Judged, k: int) -> NDArray[np.float64]:
+def recall(judged: RelevantRanks, k: int) -> NDArray[np.float64]:
     """Compute Recall@k: expected number of relevant items among the first k, over all relevant items.
 
     Returns:
@@ -247,7 +247,7 @@ def recall(judged: Judged, k: int) -> NDArray[np.float64]:
     return _of_all(_expected_hits(judged, k), judged)
 
 
-def precision(judged: Judged, k: int) -> NDArray[np.float64]:
+def precision(judged: RelevantRanks, k: int) -> NDArray[np.float64]:
     """Compute Precision@k: expected number of relevant items among the first k, divided by k.
 
     Returns:
@@ -256,7 +256,7 @@ def precision(judged: Judged, k: int) -> NDArray[np.float64]:
     return np.clip(_expected_hits(judged, k) / k, 0.0, 1.0)
 
 
-def ndcg(judged: Judged, k: int) -> NDArray[np.float64]:
+def ndcg(judged: RelevantRanks, k: int) -> NDArray[np.float64]:
     """Compute NDCG@k with binary or graded gains (Järvelin and Kekäläinen, TOIS 2002).
 
     ``DCG = sum of gain / log2(rank + 1)`` over ranks up to k, linear in the gain as in trec_eval; use gains
@@ -281,7 +281,7 @@ def ndcg(judged: Judged, k: int) -> NDArray[np.float64]:
     return np.clip(values, 0.0, 1.0)
 
 
-def average_precision(judged: Judged, k: int | None = None) -> NDArray[np.float64]:
+def average_precision(judged: RelevantRanks, k: int | None = None) -> NDArray[np.float64]:
     """Compute average precision (its mean is MAP): the mean of the precision at each relevant item's rank.
 
     For rank ``greater + i`` of a block with ``before`` relevant items above it, an item is relevant with probability
@@ -289,7 +289,7 @@ def average_precision(judged: Judged, k: int | None = None) -> NDArray[np.float6
     it (McSherry and Najork 2008). Summed over i this is a difference of harmonic numbers.
 
     Args:
-        judged: See `judge`.
+        judged: See `match_relevant`.
         k: Cut-off; None: none. The denominator is the number of relevant items in both cases.
 
     Returns:
@@ -306,14 +306,14 @@ def average_precision(judged: Judged, k: int | None = None) -> NDArray[np.float6
     return _of_all(_sum(judged, at, relevant / tied * inner), judged)
 
 
-def reciprocal_rank(judged: Judged, k: int | None = None) -> NDArray[np.float64]:
+def reciprocal_rank(judged: RelevantRanks, k: int | None = None) -> NDArray[np.float64]:
     """Compute the reciprocal rank of the first relevant item; its mean is MRR.
 
     The first relevant item is in the best block that contains one. Its position j in that block has the probability
     ``C(tied - j, relevant - 1) / C(tied, relevant)``; the sum over j is computed once for each kind of block.
 
     Args:
-        judged: See `judge`.
+        judged: See `match_relevant`.
         k: Cut-off; None: none.
 
     Returns:
@@ -343,24 +343,24 @@ def _positive(k: int) -> int:
     return k
 
 
-def _within(judged: Judged, k: int) -> NDArray[np.int64]:
+def _within(judged: RelevantRanks, k: int) -> NDArray[np.int64]:
     """Return the blocks of equal scores that start within the first k ranks."""
     return np.flatnonzero(judged.greater < _positive(k))
 
 
-def _expected_hits(judged: Judged, k: int) -> NDArray[np.float64]:
+def _expected_hits(judged: RelevantRanks, k: int) -> NDArray[np.float64]:
     """Return the expected number of relevant items among the first k, shape (n,)."""
     at = _within(judged, k)
     tied = judged.tied[at]
     return _sum(judged, at, judged.relevant[at] * (np.minimum(k - judged.greater[at], tied) / tied))
 
 
-def _sum(judged: Judged, at: NDArray[np.int64], of_block: NDArray[np.float64]) -> NDArray[np.float64]:
+def _sum(judged: RelevantRanks, at: NDArray[np.int64], of_block: NDArray[np.float64]) -> NDArray[np.float64]:
     """Sum values over the given blocks of each request, shape (n,)."""
     return np.bincount(judged.request[at], of_block, minlength=len(judged.total)).astype(np.float64)
 
 
-def _of_all(sums: NDArray[np.float64], judged: Judged) -> NDArray[np.float64]:
+def _of_all(sums: NDArray[np.float64], judged: RelevantRanks) -> NDArray[np.float64]:
     """Divide by the number of relevant items; 0 if there are none."""
     share: NDArray[np.float64] = np.clip(sums / np.maximum(judged.total, 1), 0.0, 1.0)
     return share

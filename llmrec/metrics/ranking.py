@@ -43,7 +43,7 @@ class TargetRank:
     missing: bool
 
 
-def standing(ranking: Ranking, target: str, pool: int) -> TargetRank:
+def target_rank(ranking: Ranking, target: str, pool: int) -> TargetRank:
     """Return the rank of the target by score, independently of the order of ``ranking.items``.
 
     Args:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.special import gammaln, stdtrit
 
-from llmrec.metrics.stats import ALPHA, Sampled, StatisticName, arms, root_or_not, tail_p
+from llmrec.metrics.stats import ALPHA, BootstrapDifference, StatisticName, arms, root_or_not, tail_p
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -42,7 +42,7 @@ def signflip(
     seed: int,
     statistic: StatisticName = "mean",
     users: Sequence[str] | None = None,
-) -> Sampled:
+) -> BootstrapDifference:
     """Compare two systems on the same requests by a sign-flip test: difference a − b and p-value.
 
     Args:
@@ -61,10 +61,12 @@ def signflip(
     if statistic == "mean":
         value = float((left - right).sum() / sizes.sum())
     draws = _halves(left, right, sizes, statistic, resamples, seed)
-    return Sampled(value, flip_p(left - right, resamples=resamples, seed=seed), draws)
+    return BootstrapDifference(value, flip_p(left - right, resamples=resamples, seed=seed), draws)
 
 
-def over_users_and_seeds(difference: Sampled, a: ArrayLike, b: ArrayLike, *, seed: int) -> Sampled:
+def over_users_and_seeds(
+    difference: BootstrapDifference, a: ArrayLike, b: ArrayLike, *, seed: int
+) -> BootstrapDifference:
     """Add the variance over training seeds to a difference that was resampled over users.
 
     Users and seeds are crossed random effects: with the same users, another set of seeds gives another difference
@@ -88,7 +90,7 @@ def over_users_and_seeds(difference: Sampled, a: ArrayLike, b: ArrayLike, *, see
     freedom = min(group.size for group in drawn) - 1
     noise = np.random.default_rng([seed, 1]).standard_t(freedom, size=len(difference.draws))
     draws = difference.draws + error * noise
-    return Sampled(difference.value, max(difference.p, tail_p(draws)), draws)
+    return BootstrapDifference(difference.value, max(difference.p, tail_p(draws)), draws)
 
 
 def flip_p(differences: ArrayLike, *, resamples: int, seed: int) -> float:
@@ -368,7 +370,7 @@ def holm_levels(p_values: Sequence[float]) -> list[float]:
     return [float(value) for value in levels]
 
 
-def enough(resamples: int, comparisons: int) -> int:
+def required_resamples(resamples: int, comparisons: int) -> int:
     """Return the number of resamples needed for the confidence intervals.
 
     Args:
@@ -378,7 +380,7 @@ def enough(resamples: int, comparisons: int) -> int:
     return max(resamples, math.ceil(2 * _BEYOND * comparisons / ALPHA))
 
 
-def decide(differences: Sequence[Sampled], *, more: int = 0) -> list[Decision]:
+def holm_adjusted(differences: Sequence[BootstrapDifference], *, more: int = 0) -> list[Decision]:
     """Correct p-values for multiple tests, and adjust the confidence intervals to agree with them.
 
     The interval comes from resamples, p from an exact count or other draws, so they can disagree at the border. Then p
@@ -386,7 +388,7 @@ def decide(differences: Sequence[Sampled], *, more: int = 0) -> list[Decision]:
     difference nearest to 0 on its side.
 
     Args:
-        differences: The differences; see `enough` for the required resamples.
+        differences: The differences; see `required_resamples` for the required resamples.
         more: Number of differences of the family that are not yet known; they count as p = 1.
     """
     p_values = [*(item.p for item in differences), *[1.0] * more]
@@ -398,7 +400,7 @@ def decide(differences: Sequence[Sampled], *, more: int = 0) -> list[Decision]:
     return decisions
 
 
-def _agreeing(low: float, high: float, difference: Sampled, *, differs: bool) -> tuple[float, float]:
+def _agreeing(low: float, high: float, difference: BootstrapDifference, *, differs: bool) -> tuple[float, float]:
     """Adjust an interval so that 0 is outside exactly if the difference is significant."""
     if not differs:
         return min(low, 0.0), max(high, 0.0)

@@ -76,7 +76,7 @@ class Difference:
 
 
 @dataclass(frozen=True, slots=True)
-class Sampled:
+class BootstrapDifference:
     """A difference with its resamples, from which intervals of any level can be computed.
 
     Attributes:
@@ -200,10 +200,10 @@ def paired(
     return Difference(value, *_bounds(draws, value, left_out, method, _tails()), tail_p(draws))
 
 
-def paired_of(difference: Statistic, n: int, *, resamples: int, seed: int) -> Sampled:
+def paired_of(difference: Statistic, n: int, *, resamples: int, seed: int) -> BootstrapDifference:
     """Bootstrap a difference between metrics that are not means, such as two corpus BLEU scores."""
     draws = _resample(difference, n, resamples, seed)
-    return Sampled(at_all(difference, n), tail_p(draws), draws)
+    return BootstrapDifference(at_all(difference, n), tail_p(draws), draws)
 
 
 def verdict(difference: Difference, better: Better = "higher") -> Verdict:

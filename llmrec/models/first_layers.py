@@ -8,7 +8,7 @@ from typing import Any
 from llmrec.errors import ModelError, require
 from llmrec.models.exits import check
 from llmrec.models.load import BUNDLE, load_model, resolve
-from llmrec.models.text_encoder import TUNED
+from llmrec.models.text_encoder import TUNING_RECORD_FILE
 from llmrec.models.traits import is_paired
 from llmrec.recipe.schema import ModelSection
 
@@ -30,7 +30,7 @@ def first_layers(name: str, count: int | None, *, column: str) -> tuple[Any, str
     torch = require("torch", "train")
     section = ModelSection(name=name, dtype="float32")
     folder = resolve(section)
-    if any((Path(folder) / record).is_file() for record in (BUNDLE, TUNED)):
+    if any((Path(folder) / record).is_file() for record in (BUNDLE, TUNING_RECORD_FILE)):
         raise ModelError(
             f"{name} was fine-tuned by llmrec on interactions that may be held out here; use the base model of {name}",
             kind="leak",

@@ -20,7 +20,7 @@ from llmrec.guard import control_tokens
 from llmrec.index.table import ItemIndex
 from llmrec.models.load import dtype, load_model, load_tokenizer
 from llmrec.models.tensors import named_tables
-from llmrec.models.whole_words import attach, kinds_of, save_words, words_of
+from llmrec.models.whole_words import attach, kinds_of, save_words, whole_word_embeddings
 from llmrec.recipe.schema import ModelSection
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def grow(model: torch.nn.Module, size: int) -> None:
 
 def _update_whole_words(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
     """Update the whole-word embeddings of a model for a tokenizer with new tokens."""
-    embeddings = words_of(model)
+    embeddings = whole_word_embeddings(model)
     if embeddings is not None:
         control = control_tokens(tokenizer.all_special_tokens, tokenizer.added_tokens_decoder.values())
         size = model.get_input_embeddings().weight.shape[0]

@@ -195,7 +195,7 @@ log = logging.getLogger(__name__)
 
 CHANCE = "chance"
 """An encoder without information: the baseline for the contribution of text to codes."""
-TUNED = "llmrec-encoder.json"
+TUNING_RECORD_FILE = "llmrec-encoder.json"
 """The file in a fine-tuned encoder's folder that records its training data."""
 
 
@@ -235,7 +235,7 @@ def learned_from(name: str) -> str | None:
     # A feature store is not an encoder; it records from which interactions its texts were generated.
     if name == CHANCE or name.startswith("store:"):
         return None
-    file = Path(find_encoder(name)[0]) / TUNED
+    file = Path(find_encoder(name)[0]) / TUNING_RECORD_FILE
     return str(json.loads(file.read_text(encoding="utf-8"))["train"]) if file.is_file() else None
 
 

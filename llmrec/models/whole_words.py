@@ -157,7 +157,7 @@ def new_table(model: torch.nn.Module, size: int, *, seed: int) -> Any:
     return torch.randn((size, width), generator=torch.Generator().manual_seed(seed)) * spread
 
 
-def words_of(model: torch.nn.Module) -> Any:
+def whole_word_embeddings(model: torch.nn.Module) -> Any:
     """Return the whole-word embeddings of a model as ``torch.nn.Embedding``; None if it has none."""
     base = base_of(model)
     return getattr(base.get_encoder(), _NAME, None) if is_paired(base.config) else None
@@ -165,7 +165,7 @@ def words_of(model: torch.nn.Module) -> Any:
 
 def save_words(model: torch.nn.Module, folder: Path) -> None:
     """Save the whole-word embeddings of a model to a folder, if it has any."""
-    words = words_of(model)
+    words = whole_word_embeddings(model)
     if words is None:
         return
     torch, safetensors = require("torch", "train"), require("safetensors.torch", "train")

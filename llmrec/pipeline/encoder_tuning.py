@@ -10,7 +10,7 @@ from llmrec.baselines.pairs import TransitionsTuned, TransitionsTunedConfig
 from llmrec.data.hashing import digest_frame
 from llmrec.data.split import halves
 from llmrec.durable import Json, replacing, write_json
-from llmrec.models.text_encoder import TUNED, find_encoder
+from llmrec.models.text_encoder import TUNING_RECORD_FILE, find_encoder
 from llmrec.pipeline.resume import refuse_foreign
 from llmrec.pipeline.study import load_split
 from llmrec.recipe.schema import Recipe
@@ -34,8 +34,12 @@ def tune_encoder(recipe: Recipe, out: Path, config: TransitionsTunedConfig) -> d
         DataError: If no item has a text, or the encoder was fine-tuned on another split.
         ModelError: If the encoder is missing.
     """
-    written = json.loads((out / TUNED).read_text(encoding="utf-8")).get("files", []) if (out / TUNED).is_file() else []
-    refuse_foreign(out, lambda name: name == TUNED or name in written)
+    written = (
+        json.loads((out / TUNING_RECORD_FILE).read_text(encoding="utf-8")).get("files", [])
+        if (out / TUNING_RECORD_FILE).is_file()
+        else []
+    )
+    refuse_foreign(out, lambda name: name == TUNING_RECORD_FILE or name in written)
     _, stamp = find_encoder(config.encoder)
     data = load_split(recipe.data, recipe.seed)
     choosing, _ = halves(data, recipe.eval.fusion.reserved)
@@ -54,5 +58,5 @@ def tune_encoder(recipe: Recipe, out: Path, config: TransitionsTunedConfig) -> d
         draft.mkdir()
         encoder.save(draft)
         record["files"] = sorted(entry.name for entry in draft.iterdir())
-        write_json(draft / TUNED, record)
+        write_json(draft / TUNING_RECORD_FILE, record)
     return record

@@ -20,17 +20,17 @@ from llmrec.display import Displayed, Summary
 from llmrec.durable import Json, write_checked
 from llmrec.ensembles.context import Context
 from llmrec.ensembles.members import (
-    FUSIONS,
-    NOTHING,
-    Recalled,
+    ENSEMBLE_NAMES,
+    RANDOM_BASELINE,
+    PrecomputedMember,
     answers_of,
+    combined_reads,
     join,
     kind_of,
     reads_of,
     remembered,
     weighed_by,
     weights_of,
-    widest,
 )
 from llmrec.ensembles.rankers import ListEnsemble
 from llmrec.ensembles.stored import chosen
@@ -131,8 +131,8 @@ class Evaluation:
                 baselines = [self._baseline(family, baseline) for baseline in self._study.baselines(family)]
                 rows += baselines
                 for kind in fusible(self._study, family):
-                    parts = [row for row in baselines if widest([row.figures.reads, kind]) == kind]
-                    rows += self._joined(RowSpec(baselines[0].figures.task, "baseline", FUSIONS[kind]), parts)
+                    parts = [row for row in baselines if combined_reads([row.figures.reads, kind]) == kind]
+                    rows += self._joined(RowSpec(baselines[0].figures.task, "baseline", ENSEMBLE_NAMES[kind]), parts)
         return rows
 
     def _baseline(self, family: str, baseline: BaselineSection) -> ResultRow:
@@ -316,9 +316,16 @@ class Evaluation:
             return [stored]
         try:
             answers = [part_of(row) for row in able]
-            onto = bases_of(self._study, spec.family, answers, self._weighing.cases(spec.family))
+            base_ensembles = bases_of(self._study, spec.family, answers, self._weighing.cases(spec.family))
             context = Context(self._study.data)
-            model = join(spec.predictor, answers, cases, family_of(spec.family).answer, onto=onto, context=context)
+            model = join(
+                spec.predictor,
+                answers,
+                cases,
+                family_of(spec.family).answer,
+                base_ensembles=base_ensembles,
+                context=context,
+            )
             result = evaluate(model, self._cases[spec.family], **self._measuring(spec.family))
         except LlmrecError as error:
             if error.kind not in ("too-few", "leak"):
@@ -331,7 +338,7 @@ class Evaluation:
             key,
             result,
             "numpy",
-            widest([row.figures.reads for row in able]),
+            combined_reads([row.figures.reads for row in able]),
             inputs=weighed_by(able, cases),
             fusion=weights_of(model),
             validation=validation,
@@ -458,7 +465,11 @@ class Evaluation:
         """Return the validation cases for ensemble weights, if the model is a member of an ensemble."""
         if spec.template is not None and not joins_model(self._study, spec.family, spec.arm, spec.predictor):
             return []
-        return self._weighing.cases(spec.family, model=spec.template is not None) if spec.predictor != NOTHING else []
+        return (
+            self._weighing.cases(spec.family, model=spec.template is not None)
+            if spec.predictor != RANDOM_BASELINE
+            else []
+        )
 
     def _weighing_answers(self, spec: RowSpec, predictor: Predictor) -> dict[str, Json]:
         """Return a model's answers for the validation users reserved for ensemble weights, by request id."""
@@ -587,12 +598,12 @@ def row_of(stored: Mapping[str, Any]) -> ResultRow:
     )
 
 
-def part_of(row: ResultRow) -> Recalled:
+def part_of(row: ResultRow) -> PrecomputedMember:
     """Return an evaluated model as a member of an ensemble."""
     name = row.figures.predictor
     kind = kind_of(name.partition("(")[0]) if row.figures.template is None else "logits"
     answers = answers_of(row.weighing, row.records)
-    return Recalled(name, row.figures.reads or "events", kind, answers, row.looked_at)
+    return PrecomputedMember(name, row.figures.reads or "events", kind, answers, row.looked_at)
 
 
 def _title(item: str, family: str, study: Study) -> str:

@@ -24,10 +24,10 @@ from llmrec.records import (
     ExampleUser,
     GeneratedText,
     ListAppearance,
-    NearestText,
     Product,
     PromptContents,
     Sample,
+    SimilarText,
     TextExample,
     User,
 )
@@ -336,9 +336,9 @@ def _visit(study: Study, family: str, case: Case, rank: int, item: str) -> ListA
     )
 
 
-def _neighbours(study: Study, family: str, items: Sequence[str]) -> dict[str, tuple[NearestText, ...]]:
+def _neighbours(study: Study, family: str, items: Sequence[str]) -> dict[str, tuple[SimilarText, ...]]:
     """Return, for each item, the training items with the most similar texts; empty without a text encoder."""
-    data, result = study.task_data(family), dict[str, tuple[NearestText, ...]]()
+    data, result = study.task_data(family), dict[str, tuple[SimilarText, ...]]()
     warm = sorted(data.train["item_id"].unique().cast(pl.String).to_list())
     shown = {item: data.dataset.items[item] for item in (*items, *warm)}
     try:
@@ -351,7 +351,7 @@ def _neighbours(study: Study, family: str, items: Sequence[str]) -> dict[str, tu
     for item, row in zip(items, similarity, strict=True):
         best = np.argsort(-row, kind="stable")[:_NEAR]
         result[item] = tuple(
-            NearestText(title=clean(data.dataset.items[warm[index]].title), cosine=float(row[index]))
+            SimilarText(title=clean(data.dataset.items[warm[index]].title), cosine=float(row[index]))
             for index in best.tolist()
         )
     return result

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 from llmrec.ensembles.context import Context
-from llmrec.ensembles.members import FUSIONS, Recalled, join, weighed_by, weights_of, widest
+from llmrec.ensembles.members import ENSEMBLE_NAMES, PrecomputedMember, combined_reads, join, weighed_by, weights_of
 from llmrec.errors import DataError
 from llmrec.evaluate.predictor import evaluate
 from llmrec.pipeline.evaluation import ResultRow, part_of
@@ -63,7 +63,7 @@ def fuse_runs(runs: Sequence[Path], out: Path) -> WrittenResults:
         return write_results(study, [*rows, *joined], None, model, budget, out)
 
 
-def _named(rows: Sequence[ResultRow]) -> list[Recalled]:
+def _named(rows: Sequence[ResultRow]) -> list[PrecomputedMember]:
     """Return models as ensemble members with unique names, since several templates can share a predictor."""
     many = Counter(row.figures.predictor for row in rows)
     parts = [(row, part_of(row)) for row in rows]
@@ -124,9 +124,9 @@ def _distinct(runs: Sequence[tuple[str, Sequence[ResultRow]]]) -> list[ResultRow
 def _fusions(study: Study, weighing: EnsembleUsers, family: str, rows: Sequence[ResultRow]) -> Iterator[ResultRow]:
     able = [row for row in rows if row.weighing]
     for kind in get_args(Reads):
-        parts = [row for row in able if widest([row.figures.reads, kind]) == kind]
+        parts = [row for row in able if combined_reads([row.figures.reads, kind]) == kind]
         cases = [case for case in weighing.cases(family) if all(case.request.id in row.weighing for row in parts)]
-        if cases and len(parts) >= 2 and widest([row.figures.reads for row in parts]) == kind:
+        if cases and len(parts) >= 2 and combined_reads([row.figures.reads for row in parts]) == kind:
             yield _fused(study, weighing, family, kind, parts, cases)
 
 
@@ -136,16 +136,16 @@ def _fused(
     task, members = family_of(family), _named(parts)
     baselines = [row for row in parts if row.figures.arm == "baseline"]
     every = [case for case in weighing.cases(family) if all(case.request.id in row.weighing for row in baselines)]
-    onto, context = bases_of(study, family, members, every), Context(study.data)
-    model = join(FUSIONS[kind], members, cases, task.answer, onto=onto, context=context)
+    base_ensembles, context = bases_of(study, family, members, every), Context(study.data)
+    model = join(ENSEMBLE_NAMES[kind], members, cases, task.answer, base_ensembles=base_ensembles, context=context)
     result = evaluate(model, study.cases(family), name=family, kind=task.answer, protocol=protocol_of(study, family))
     arms = [row.figures.arm for row in parts if row.figures.arm != "baseline"]
     arm = "baseline" if not arms else "tuned" if "tuned" in arms else arms[0]
     figures = Row(
-        id=f"{family}/{arm}/{FUSIONS[kind]}",
+        id=f"{family}/{arm}/{ENSEMBLE_NAMES[kind]}",
         task=family,
         arm=arm,
-        predictor=FUSIONS[kind],
+        predictor=ENSEMBLE_NAMES[kind],
         engine="numpy",
         inputs=weighed_by(parts, cases),
         candidates=parts[0].figures.candidates,

@@ -25,9 +25,9 @@ from llmrec.data.candidates import interacted_items
 from llmrec.data.described import NAMED
 from llmrec.data.features import FeatureStore, Pair
 from llmrec.data.split import SplitDataset, earlier, request_id
-from llmrec.ensembles.cells import Cells
+from llmrec.ensembles.cells import CandidateScores
 from llmrec.ensembles.context import Context
-from llmrec.ensembles.members import Recalled, answers_of, kind_of, restored
+from llmrec.ensembles.members import PrecomputedMember, answers_of, kind_of, restored
 from llmrec.ensembles.rankers import ListEnsemble, ListMember
 from llmrec.guard import clean, without_item_tokens
 from llmrec.index.table import ItemIndex
@@ -336,7 +336,7 @@ def rankers(study: Study, rows: Sequence[Mapping[str, Any]], predictions: pl.Dat
     return verdict("held-out items in the features of ensemble rankers", f"{len(learned)} rankers", wrong)
 
 
-def changed_features(cells: Cells, again: Cells) -> list[str]:
+def changed_features(cells: CandidateScores, again: CandidateScores) -> list[str]:
     """Return the features that change if the held-out interactions change."""
     return [
         name
@@ -361,7 +361,9 @@ def _members(row: Row, rows: Sequence[Row], predictions: pl.DataFrame) -> list[L
         stored = predictions.filter(pl.col("row_id") == member.id)
         texts = dict(stored.select("request_id", "parsed").iter_rows())
         answers = answers_of({request: json.loads(text) if text else None for request, text in texts.items()}, ())
-        result.append(ListMember(part.name, Recalled(part.name, member.reads or "events", kind, answers), kind))
+        result.append(
+            ListMember(part.name, PrecomputedMember(part.name, member.reads or "events", kind, answers), kind)
+        )
     return result
 
 

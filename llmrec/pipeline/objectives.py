@@ -14,7 +14,15 @@ from llmrec.baselines.fits import fitted
 from llmrec.baselines.parameters import stops_early
 from llmrec.data.split import halves
 from llmrec.ensembles.context import Context
-from llmrec.ensembles.members import FUSIONS, NOTHING, Recalled, join, kind_of, reads_of, widest
+from llmrec.ensembles.members import (
+    ENSEMBLE_NAMES,
+    RANDOM_BASELINE,
+    PrecomputedMember,
+    combined_reads,
+    join,
+    kind_of,
+    reads_of,
+)
 from llmrec.errors import DataError, RecipeError
 from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.predictor import evaluate
@@ -40,7 +48,7 @@ from llmrec.types import Case, CatalogueScorer, Predictor, Probability, Ranking,
 if TYPE_CHECKING:
     import torch
 
-    from llmrec.decode.token_tree import Catalogue
+    from llmrec.decode.token_tree import TokenTrie
     from llmrec.train.reward.objective import RewardObjective
 
 
@@ -247,7 +255,7 @@ def _section(study: Study) -> RewardSection:
     return section
 
 
-def _catalogue(study: Study, encoder: Encoder, family: str) -> Catalogue:
+def _catalogue(study: Study, encoder: Encoder, family: str) -> TokenTrie:
     """Return the token sequences of all items, as written by the first evaluation template."""
     task = study.training_tasks[family]
     template = task.eval_templates[0]
@@ -354,17 +362,24 @@ class Judge:
             used = weighing.choosing(section.name, data)
             predictor = fitted(section.name, section.parameters, used, seed=self.study.recipe.seed)
             result[section.label] = self.figure(predictor)
-            if section.name != NOTHING:
+            if section.name != RANDOM_BASELINE:
                 requests = [case.request for case in (*weighers, *self.cases)]
                 answers = dict(zip([request.id for request in requests], predictor.answer(requests), strict=True))
                 reads = reads_of(section.name, section.parameters)
                 seen = frozenset(getattr(predictor, "looked_at", ()))
-                parts.append(Recalled(section.label, reads, kind_of(section.name), answers, seen))
+                parts.append(PrecomputedMember(section.label, reads, kind_of(section.name), answers, seen))
         for kind in fusible(self.study, self.family) if weighers else ():
-            able = [part for part in parts if widest([part.reads, kind]) == kind]
-            onto = bases_of(self.study, self.family, able, weighers)
-            joined = join(FUSIONS[kind], able, weighers, Ranking, onto=onto, context=Context(self.study.data))
-            result[FUSIONS[kind]] = self.figure(joined)
+            able = [part for part in parts if combined_reads([part.reads, kind]) == kind]
+            base_ensembles = bases_of(self.study, self.family, able, weighers)
+            joined = join(
+                ENSEMBLE_NAMES[kind],
+                able,
+                weighers,
+                Ranking,
+                base_ensembles=base_ensembles,
+                context=Context(self.study.data),
+            )
+            result[ENSEMBLE_NAMES[kind]] = self.figure(joined)
         return result
 
     @cached_property

@@ -14,7 +14,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from llmrec import __version__
-from llmrec.baselines.retrieve import ceiling
+from llmrec.baselines.retrieve import candidate_recall
 from llmrec.data.split import SplitDataset
 from llmrec.data.stats import baskets, wide_cutoffs
 from llmrec.durable import checked, loads, replacing, sha256_of, write_checked
@@ -265,7 +265,7 @@ def _ceilings(study: Study) -> dict[str, float]:
         return {}
     cases_by_family = {family: study.cases(family) for family in ranking_families() if family in study.tasks}
     return {
-        family: ceiling(study.candidates, {case.request.id: str(case.truth) for case in cases})
+        family: candidate_recall(study.candidates, {case.request.id: str(case.truth) for case in cases})
         for family, cases in cases_by_family.items()
     }
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from llmrec.baselines.parameters import Hashes, hashes_of
 from llmrec.durable import Json
-from llmrec.ensembles.members import FUSIONS
+from llmrec.ensembles.members import ENSEMBLE_NAMES
 from llmrec.evaluate.figures import EvalProtocol
 from llmrec.models.text_encoder import text_embedder
 from llmrec.pipeline.study import Study
@@ -44,7 +44,7 @@ class RowSpec:
     @property
     def joins(self) -> bool:
         """Whether the model is an ensemble of others."""
-        return self.predictor in FUSIONS.values()
+        return self.predictor in ENSEMBLE_NAMES.values()
 
     @property
     def fields(self) -> Mapping[str, Any]:
@@ -74,7 +74,7 @@ def specs_of(study: Study, arm: Arm) -> Iterator[RowSpec]:
         section = study.section(family)
         if arm == "baseline":
             yield from (RowSpec(task.family, arm, baseline.label) for baseline in study.baselines(family))
-            yield from (RowSpec(task.family, arm, FUSIONS[kind]) for kind in fusible(study, family))
+            yield from (RowSpec(task.family, arm, ENSEMBLE_NAMES[kind]) for kind in fusible(study, family))
             continue
         if not asks(study.recipe, family, arm):
             continue
@@ -83,7 +83,7 @@ def specs_of(study: Study, arm: Arm) -> Iterator[RowSpec]:
                 shots = study.recipe.eval.shots.k if arm == "few-shot" else 0
                 yield RowSpec(task.family, arm, strategy, template, shots)
                 if joins_model(study, family, arm, strategy):
-                    yield RowSpec(task.family, arm, FUSIONS["language model"], template, shots)
+                    yield RowSpec(task.family, arm, ENSEMBLE_NAMES["language model"], template, shots)
 
 
 def files_of(spec: RowSpec, study: Study) -> Hashes:

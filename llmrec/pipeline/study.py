@@ -44,7 +44,7 @@ from llmrec.tasks.templates import choose
 from llmrec.types import Case, Example, Item, Probability, Rating, SplitName
 
 if TYPE_CHECKING:
-    from llmrec.ensembles.retrieving import FusedFinder
+    from llmrec.ensembles.retrieving import EnsembleRetriever
 
 BY_TEXT = "content"
 """A baseline that ranks by item texts only, in seconds and without a download."""
@@ -343,15 +343,15 @@ def draw_sets(
     return draw(data, split, section, seed=recipe.seed, users=users)
 
 
-def fused_finder(recipe: Recipe) -> FusedFinder | None:
+def fused_finder(recipe: Recipe) -> EnsembleRetriever | None:
     """Return the ensemble of baselines that retrieves candidates; None if a single baseline does."""
     if recipe.eval.candidates.retriever != FUSED:
         return None
-    from llmrec.ensembles.retrieving import FusedFinder
+    from llmrec.ensembles.retrieving import EnsembleRetriever
 
     family = next(name for name in recipe.tasks.present() if family_of(name).ranks_for_users)
     baselines = recipe.tasks.present()[family].baselines
-    return FusedFinder(baselines, recipe.eval.fusion.reserved, recipe.seed)
+    return EnsembleRetriever(baselines, recipe.eval.fusion.reserved, recipe.seed)
 
 
 def _tasks(study: Study, seed: int) -> dict[str, Task]:

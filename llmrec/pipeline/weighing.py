@@ -8,12 +8,20 @@ from dataclasses import replace
 from typing import get_args
 
 from llmrec.data.split import SplitDataset, halves
-from llmrec.ensembles.blend import Blend
+from llmrec.ensembles.blend import PredictionEnsemble
 from llmrec.ensembles.context import Context
-from llmrec.ensembles.members import FUSIONS, NOTHING, Recalled, choosing, join, reads_of, widest
+from llmrec.ensembles.members import (
+    ENSEMBLE_NAMES,
+    RANDOM_BASELINE,
+    PrecomputedMember,
+    choosing,
+    combined_reads,
+    join,
+    reads_of,
+)
 from llmrec.ensembles.rankers import ListEnsemble
 from llmrec.ensembles.retrieving import MOST
-from llmrec.ensembles.stored import Fused, fused_of
+from llmrec.ensembles.stored import StoredEnsemble, stored_ensemble_of
 from llmrec.ensembles.weights import FOLDS
 from llmrec.errors import DataError
 from llmrec.pipeline.study import Study, build_task, draw_sets
@@ -35,10 +43,14 @@ def fusible(study: Study, family: str) -> tuple[Reads, ...]:
     if not able or not section.fusion.controls or section.split != "test":
         return ()
     reads = [
-        reads_of(baseline.name, baseline.parameters) for baseline in study.baselines(family) if baseline.name != NOTHING
+        reads_of(baseline.name, baseline.parameters)
+        for baseline in study.baselines(family)
+        if baseline.name != RANDOM_BASELINE
     ]
     return tuple(
-        kind for kind in get_args(Reads) if kind in reads and sum(widest([read, kind]) == kind for read in reads) > 1
+        kind
+        for kind in get_args(Reads)
+        if kind in reads and sum(combined_reads([read, kind]) == kind for read in reads) > 1
     )
 
 
@@ -109,22 +121,26 @@ class EnsembleUsers:
         return cases
 
 
-def bases_of(study: Study, family: str, parts: Sequence[Recalled], cases: Sequence[Case]) -> list[ListEnsemble | Blend]:
+def bases_of(
+    study: Study, family: str, parts: Sequence[PrecomputedMember], cases: Sequence[Case]
+) -> list[ListEnsemble | PredictionEnsemble]:
     """Return ensembles of some of the members, on which larger ensembles can build.
 
     ``parts`` are baselines with answers to all cases, followed by other members.
     """
-    results: list[ListEnsemble | Blend] = []
+    results: list[ListEnsemble | PredictionEnsemble] = []
     answer, context = family_of(family).answer, Context(study.data)
     for kind in fusible(study, family) if cases else ():
-        able = [part for part in parts if widest([part.reads, kind]) == kind]
+        able = [part for part in parts if combined_reads([part.reads, kind]) == kind]
         if len(able) < len(parts):
-            results.append(join(FUSIONS[kind], able, cases, answer, onto=results, dissect=False, context=context))
+            results.append(
+                join(ENSEMBLE_NAMES[kind], able, cases, answer, base_ensembles=results, ablate=False, context=context)
+            )
     return results
 
 
-def fusions_of(study: Study, rows: Sequence[Row]) -> list[Fused]:
+def fusions_of(study: Study, rows: Sequence[Row]) -> list[StoredEnsemble]:
     """Return the ranking ensembles of a run in their stored form."""
     ranks = [row for row in rows if family_of(row.task).ranks_for_users and row.fusion is not None]
     section, seed = study.recipe.eval.fusion, study.recipe.seed
-    return [fused_of(row, study.baselines(row.task), seed=seed, reserved=section.reserved) for row in ranks]
+    return [stored_ensemble_of(row, study.baselines(row.task), seed=seed, reserved=section.reserved) for row in ranks]

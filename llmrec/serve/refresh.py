@@ -236,7 +236,7 @@ def _is_store(events: str) -> bool:
         return False
 
 
-def _choose(fusions: Sequence[stored.Fused]) -> bool:
+def _choose(fusions: Sequence[stored.StoredEnsemble]) -> bool:
     """Whether a member of an ensemble uses early stopping on validation interactions."""
     named = [part.baseline for fused in fusions for part in fused.parts if part.baseline is not None]
     return any(stops_early(name) for name in named)

@@ -154,7 +154,7 @@ class CalibrationCurve:
 
     def of(self, value: float) -> float:
         """Return the calibrated probability."""
-        score = self.scale * _odds(value) + self.bias
+        score = self.scale * _log_odds(value) + self.bias
         return 1 / (1 + math.exp(-score)) if score >= 0 else math.exp(score) / (1 + math.exp(score))
 
 
@@ -201,7 +201,7 @@ def fit_curve(probabilities: Sequence[float], truth: Sequence[float]) -> Calibra
         probabilities: P(yes), shape (n,).
         truth: 1 for yes and 0 for no, shape (n,).
     """
-    odds, labels = np.array([_odds(value) for value in probabilities]), np.array(truth)
+    odds, labels = np.array([_log_odds(value) for value in probabilities]), np.array(truth)
     yes, no = labels.sum(), (1 - labels).sum()
     targets = np.where(labels == 1, (yes + 1) / (yes + 2), 1 / (no + 2))
 
@@ -216,7 +216,7 @@ def fit_curve(probabilities: Sequence[float], truth: Sequence[float]) -> Calibra
     return CalibrationCurve(scale=math.exp(result.x[0]), bias=float(result.x[1]))
 
 
-def _odds(value: float) -> float:
+def _log_odds(value: float) -> float:
     inside = min(max(value, _CERTAIN), 1 - _CERTAIN)
     return math.log(inside / (1 - inside))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmrec.baselines.item_texts import TextsConfig
-from llmrec.baselines.neural import put_back, weights_of
+from llmrec.baselines.neural import load_network_state, network_state
 from llmrec.data.hashing import digest_frame
 from llmrec.durable import Json, read_json, replacing, seal, verifies, write_json
 from llmrec.errors import DataError, ModelError, require
@@ -55,7 +55,7 @@ class Carried:
         }
         with replacing(folder) as draft:
             draft.mkdir()
-            arrays = {item: array for item, array in weights_of(self.network).items() if self.domain_key not in item}
+            arrays = {item: array for item, array in network_state(self.network).items() if self.domain_key not in item}
             require("safetensors.numpy", "train").save_file(arrays, draft / f"{self.name}.safetensors")
             write_json(draft / f"{self.name}.json", fields)
             seal(draft)
@@ -92,5 +92,5 @@ class Carried:
                 column="start",
             )
         arrays = require("safetensors.numpy", "train").load_file(path / f"{self.name}.safetensors")
-        kept = {item: array for item, array in weights_of(self.network).items() if self.domain_key in item}
-        put_back(self.network, {**arrays, **kept})
+        kept = {item: array for item, array in network_state(self.network).items() if self.domain_key in item}
+        load_network_state(self.network, {**arrays, **kept})

@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from difflib import SequenceMatcher
 
-from llmrec.index.titles import UNSEEN, title_key
+from llmrec.index.titles import INVISIBLE_CHARACTERS, title_key
 from llmrec.prompts.words import Words, english
 
 _LONGEST = 20_000
@@ -128,7 +128,7 @@ class _Reader:
 
     def line(self, line: str) -> list[int]:
         """Return the indices of the candidates that a line mentions, in order."""
-        line = UNSEEN.sub("", unicodedata.normalize("NFKC", line))
+        line = INVISIBLE_CHARACTERS.sub("", unicodedata.normalize("NFKC", line))
         key = title_key(line)
         if key in self._titles:
             return [self._titles[key]]

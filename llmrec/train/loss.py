@@ -16,7 +16,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from llmrec.backends.encode import IGNORED
-from llmrec.decode.token_tree import Catalogue
+from llmrec.decode.token_tree import TokenTrie
 from llmrec.models import exits
 from llmrec.models.tensors import base_of
 from llmrec.models.traits import is_paired, plain_head
@@ -260,7 +260,7 @@ class AllowedTokens:
     which: Any
 
     @staticmethod
-    def of(catalogue: Catalogue, items: Sequence[int], device: Any) -> AllowedTokens:
+    def of(catalogue: TokenTrie, items: Sequence[int], device: Any) -> AllowedTokens:
         """Return the allowed tokens along the token paths of items, in the order of their rows."""
         numbers: dict[tuple[int, ...], int] = {}
         sets, which = [], []  # type: list[Any], list[int]

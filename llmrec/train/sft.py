@@ -26,7 +26,7 @@ from llmrec.models.load import weights_sha256
 from llmrec.models.rating_head import RatingHead, save_head
 from llmrec.models.soft_prompt import SoftPrompt
 from llmrec.models.traits import is_paired, takes_block_mask
-from llmrec.models.whole_words import save_words, words_of
+from llmrec.models.whole_words import save_words, whole_word_embeddings
 from llmrec.recipe.schema import TrainSection
 from llmrec.tasks.rows import Listwise
 from llmrec.train import pruning as magnitude
@@ -316,7 +316,7 @@ def train(
     kind = trainer.accelerator.distributed_type.value
     refuse_other(requested_kind(device), kind)
     if kind == SHARDED:
-        plain = head is None and words_of(model) is None
+        plain = head is None and whole_word_embeddings(model) is None
         refuse_sharding(trainer.accelerator.state.fsdp_plugin, section, plain=plain, scaled=scaled)
     follow.everybody = kind == SHARDED
     announce(world, kind)

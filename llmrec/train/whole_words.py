@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from llmrec.backends.encode import Encoder
-from llmrec.models.whole_words import WEIGHTS, attach, kinds_of, new_table, words_of
+from llmrec.models.whole_words import WEIGHTS, attach, kinds_of, new_table, whole_word_embeddings
 
 
 def put_on(model: torch.nn.Module, encoder: Encoder, *, size: int, seed: int) -> None:
@@ -17,7 +17,7 @@ def put_on(model: torch.nn.Module, encoder: Encoder, *, size: int, seed: int) ->
     Raises:
         RecipeError: If the model is not an encoder-decoder.
     """
-    known = words_of(model)
+    known = whole_word_embeddings(model)
     rows = model.get_input_embeddings().weight.shape[0]
     table = new_table(model, size, seed=seed) if known is None else known.weight.detach()
     attach(model, table, kinds_of(encoder.tokenizer, encoder.control, rows))
@@ -25,7 +25,7 @@ def put_on(model: torch.nn.Module, encoder: Encoder, *, size: int, seed: int) ->
 
 def restore_words(model: torch.nn.Module, checkpoint: Path) -> None:
     """Load the whole-word embeddings of a checkpoint, if the model has any."""
-    words = words_of(model)
+    words = whole_word_embeddings(model)
     if words is not None:
         with torch.no_grad():
             words.weight.copy_(load_file(checkpoint / WEIGHTS)["table"])

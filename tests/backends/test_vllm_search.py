@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from llmrec.backends.hf.backend import HFBackend
 from llmrec.backends.vllm.backend import EngineAnswers, EngineRequest, VLLMBackend, VLLMTree, answered
-from llmrec.decode.beam import Fed, Targets, beam
-from llmrec.decode.token_tree import Catalogue
+from llmrec.decode.beam import LogprobQueries, TreeTokens, beam
+from llmrec.decode.token_tree import TokenTrie
 from llmrec.errors import BackendError
 from llmrec.index.table import ItemIndex, token
 from llmrec.models.item_tokens import extended
@@ -60,7 +60,7 @@ class RequestEngine:
 def test_search_equals_a_plain_engine(
     paths: list[tuple[int, ...]], prompts: list[list[int]], width: int, limit: int, chains: bool, barred: set[int]
 ) -> None:
-    fake, catalogue = RequestEngine(limit, forces=chains), Catalogue.of(paths)
+    fake, catalogue = RequestEngine(limit, forces=chains), TokenTrie.of(paths)
     out = [[item for item in barred if item < len(paths)]] * len(prompts)
     tree = VLLMTree(fake.read, chains=chains, limit=limit)
     results = beam(tree, catalogue, prompts, k=2, width=width, excluded=out)
@@ -80,7 +80,7 @@ def test_wide_nodes_are_split_and_equal_texts_requested_once() -> None:
     tree = VLLMTree(fake.read, chains=False, limit=4)
     after = np.repeat([0, 1, 2], [10, 3, 10])
     tokens = np.array([*range(10), 3, 2, 1, *range(9, -1, -1)])
-    values = tree.open([(5,), (6,), (5,)], Targets(after, tokens))
+    values = tree.open([(5,), (6,), (5,)], LogprobQueries(after, tokens))
     assert [ask.text for ask in fake.rounds[0]] == [(5,), (5,), (5,), (6,)]
     assert [len(ask.targets[0]) for ask in fake.rounds[0]] == [4, 4, 2, 3]
     assert values[:10].tolist() == values[13:][::-1].tolist()
@@ -91,10 +91,10 @@ def test_wide_nodes_are_split_and_equal_texts_requested_once() -> None:
 def test_forced_chain_is_one_request(chains: bool) -> None:
     fake = RequestEngine(4, forces=True)
     tree = VLLMTree(fake.read, chains=chains, limit=4)
-    tree.open([(5,)], Targets(np.array([0, 0]), np.array([1, 2])))
+    tree.open([(5,)], LogprobQueries(np.array([0, 0]), np.array([1, 2])))
     # After 1: 3, 4, and then a choice of five. After 2: the forced end 6, 7.
-    fed = Fed(np.zeros(5, dtype=int), np.array([0, 0, 1, 2, 3]), np.array([1, 2, 3, 6, 4]))
-    targets = Targets(np.array([1, 2, 3, 4, 5, 5, 5, 5, 5]), np.array([3, 6, 4, 7, 0, 1, 2, 3, 4]))
+    fed = TreeTokens(np.zeros(5, dtype=int), np.array([0, 0, 1, 2, 3]), np.array([1, 2, 3, 6, 4]))
+    targets = LogprobQueries(np.array([1, 2, 3, 4, 5, 5, 5, 5, 5]), np.array([3, 6, 4, 7, 0, 1, 2, 3, 4]))
     values = tree.feed(fed, targets)
     texts = [(5,), (5, 1), (5, 2), (5, 1, 3), (5, 2, 6), (5, 1, 3, 4)]
     assert values.tolist() == [logprob(texts[a], t) for a, t in zip(targets.after, targets.tokens, strict=True)]
@@ -115,7 +115,7 @@ def test_forced_chain_is_one_request(chains: bool) -> None:
 def test_no_targets_no_requests() -> None:
     fake = RequestEngine(4, forces=False)
     (result,) = beam(
-        VLLMTree(fake.read, chains=False, limit=4), Catalogue.of([(1,), (2,)]), [[3]], k=1, width=2, excluded=[[0, 1]]
+        VLLMTree(fake.read, chains=False, limit=4), TokenTrie.of([(1,), (2,)]), [[3]], k=1, width=2, excluded=[[0, 1]]
     )
     assert result.items == () and not fake.rounds
 

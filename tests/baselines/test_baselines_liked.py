@@ -7,11 +7,11 @@ import polars as pl
 import pytest
 from scipy.special import expit
 
-from llmrec.baselines import counted as liked
-from llmrec.baselines import yes_no
+from llmrec.baselines import ctr
+from llmrec.baselines import rating_features as liked
+from llmrec.baselines.ctr import LikeRatio, Logistic
 from llmrec.baselines.rated import ratings
 from llmrec.baselines.tune import tune
-from llmrec.baselines.yes_no import LikeRatio, Logistic
 from llmrec.data.split import SplitDataset, split, threshold
 from llmrec.metrics.probability import auc, log_loss
 from llmrec.recipe.schema import Split
@@ -99,13 +99,13 @@ def test_weights_minimize_the_penalized_loss() -> None:
         margins = (2 * truth - 1) * (features @ weights[:-1] + weights[-1])
         return float(np.logaddexp(0, -margins).mean() + penalty / 800 * (weights[:-1] ** 2).sum())
 
-    free = yes_no._weights(features, truth, np.full(3, 1e-6))
+    free = ctr._weights(features, truth, np.full(3, 1e-6))
     assert free == pytest.approx([1.0, -2.0, 0.0, 0.5], abs=0.45)
     for penalty in (1e-6, 1.0, 50.0):
-        weights_ = yes_no._weights(features, truth, np.full(3, penalty))
+        weights_ = ctr._weights(features, truth, np.full(3, penalty))
         for step in rng.normal(0, 0.01, size=(20, 4)):
             assert loss(weights_ + step, penalty) > loss(weights_, penalty) - 1e-12
-    assert np.abs(yes_no._weights(features, truth, np.full(3, 1e6))[:-1]).max() < 0.01
+    assert np.abs(ctr._weights(features, truth, np.full(3, 1e6))[:-1]).max() < 0.01
 
 
 def test_features_of_a_request_by_hand() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.baselines import neural
-from llmrec.baselines.base import Catalogue, Log, Warm
+from llmrec.baselines.base import Catalogue, Log, WarmItems
 from llmrec.baselines.gru4rec import GRU4Rec
 from llmrec.baselines.sasrec import SASRec
 from llmrec.data.split import SplitDataset, split
@@ -116,10 +116,10 @@ def test_each_step_is_a_target_once(lengths: list[int], longest: int, size: int)
     users = np.repeat(np.arange(len(lengths)), lengths)
     # Each event has a different item, which identifies its position.
     events = Log(users=users, items=np.arange(len(users)), times=users * 0.0, user_count=len(lengths))
-    sequences = neural.pieces_of(events, longest)
+    sequences = neural.training_segments(events, longest)
     assert all(2 <= len(items) <= longest + 1 for items in sequences)
     seen = []
-    for batch in neural.batches_of(sequences, size, np.random.default_rng(0)):
+    for batch in neural.training_batches(sequences, size, np.random.default_rng(0)):
         assert batch.items.shape == batch.targets.shape
         kept = batch.targets >= 0
         assert kept[:, 0].all() and (kept.sum() <= size or len(kept) == 1)
@@ -133,7 +133,7 @@ def test_each_step_is_a_target_once(lengths: list[int], longest: int, size: int)
 def test_batches_are_shuffled_with_little_padding() -> None:
     rng = np.random.default_rng(1)
     sequences = [np.arange(n) for n in rng.integers(2, 40, 2000)]
-    first, second = (list(neural.batches_of(sequences, 256, np.random.default_rng(seed))) for seed in (0, 1))
+    first, second = (list(neural.training_batches(sequences, 256, np.random.default_rng(seed))) for seed in (0, 1))
     assert [b.items.shape for b in first] != [b.items.shape for b in second]
     padded = sum(batch.targets.size for batch in first)
     assert sum(len(items) - 1 for items in sequences) > 0.97 * padded
@@ -149,7 +149,7 @@ def _vectors(n: int, items: int, dim: int = 6) -> tuple[Any, Any, Any]:
 def test_full_loss_and_gradients_equal_cross_entropy(cells: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(neural, "_CELLS", cells)
     vectors, table, targets = _vectors(11, 30)
-    loss, of_vectors, of_table = neural.over_all(vectors, table, targets)
+    loss, of_vectors, of_table = neural.full_softmax_loss(vectors, table, targets)
     vectors.requires_grad_(True)
     table.requires_grad_(True)
     expected = torch.nn.functional.cross_entropy(vectors @ table.T, targets)
@@ -161,19 +161,19 @@ def test_full_loss_and_gradients_equal_cross_entropy(cells: int, monkeypatch: py
 
 def test_bfloat16_products_change_loss_and_gradients_by_rounding_only() -> None:
     vectors, table, targets = (each.float() if each.is_floating_point() else each for each in _vectors(64, 300, dim=32))
-    loss, *gradients = neural.over_all(vectors, table, targets)
-    rough, *others = neural.over_all(vectors, table, targets, half=True)
+    loss, *gradients = neural.full_softmax_loss(vectors, table, targets)
+    rough, *others = neural.full_softmax_loss(vectors, table, targets, half=True)
     assert rough == pytest.approx(loss, rel=5e-3) and rough != loss
     for exact, rounded in zip(gradients, others, strict=True):
         assert rounded.dtype == torch.float32
         assert (rounded - exact).norm() < 0.01 * exact.norm()
 
 
-def _warm(popular: list[int]) -> Warm:
+def _warm(popular: list[int]) -> WarmItems:
     ids = tuple(f"i{n:02d}" for n in range(len(popular)))
     catalogue = Catalogue(ids=ids, index={item: index for index, item in enumerate(ids)})
     items = np.repeat(np.arange(len(popular)), popular)
-    return Warm.of(Log(users=items * 0, items=items, times=items * 0.0, user_count=1), catalogue)
+    return WarmItems.of(Log(users=items * 0, items=items, times=items * 0.0, user_count=1), catalogue)
 
 
 def test_sampled_loss_and_gradients_equal_a_sampled_softmax() -> None:

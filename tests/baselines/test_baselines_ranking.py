@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from llmrec.baselines import knn
-from llmrec.baselines.base import TOP, fading, filled
+from llmrec.baselines.base import TOP, filled, recency_weights
 from llmrec.baselines.ease import EASE
 from llmrec.baselines.knn import ItemKNN, RP3Beta
 from llmrec.baselines.markov import FirstOrder, Markov, MarkovCooccurrence
@@ -22,7 +22,7 @@ from llmrec.baselines.popular import Popularity, Random, RecentPopularity
 from llmrec.data.split import SplitDataset, request_of
 from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.predictor import evaluate
-from llmrec.metrics.ranking import TargetRank, standing
+from llmrec.metrics.ranking import TargetRank, target_rank
 from llmrec.pipeline.study import load_split
 from llmrec.recipe.schema import DataSection
 from llmrec.registry import BASELINES, lookup
@@ -127,7 +127,7 @@ def test_random_over_a_catalogue_is_exact_with_a_cut_list() -> None:
     for answer in answers:
         assert len(set(answer.items)) == TOP and not set(answer.items) & set(catalogue[:50])
         for target in ("i050", "i399"):
-            assert standing(answer, target, 400) == TargetRank(greater=0, tied=350, missing=False)
+            assert target_rank(answer, target, 400) == TargetRank(greater=0, tied=350, missing=False)
     # The items of a list are random: each of 350 is in 200 * 100 / 350 = 57 lists on average, deviation 6.4.
     counts = Counter(item for answer in answers for item in answer.items)
     assert len(counts) == 350 and min(counts.values()) > 30 and max(counts.values()) < 85
@@ -330,7 +330,7 @@ def test_ease_history_fades() -> None:
 @given(histories=st.lists(st.lists(st.integers(0, 6), max_size=12), max_size=4), decay=st.floats(0.1, 1))
 def test_fading_weights_equal_counting_by_hand(histories: list[list[int]], decay: float) -> None:
     arrays = [np.array(history, dtype=np.int64) for history in histories]
-    weights = fading(arrays, 7, decay).toarray()
+    weights = recency_weights(arrays, 7, decay).toarray()
     assert weights.shape == (len(histories), 7)
     for history, row in zip(histories, weights, strict=True):
         ages = {item: history[::-1].index(item) for item in history}

@@ -13,11 +13,11 @@ import polars as pl
 import pytest
 
 from llmrec.baselines.knn import ItemKNN
-from llmrec.baselines.retrieve import RetrievedCandidates, ceiling, retrieve
+from llmrec.baselines.retrieve import RetrievedCandidates, candidate_recall, retrieve
 from llmrec.data.candidates import CandidateSets
 from llmrec.data.split import SplitDataset, request_id
 from llmrec.ensembles.rankers import CatalogueEnsemble
-from llmrec.ensembles.retrieving import FusedFinder
+from llmrec.ensembles.retrieving import EnsembleRetriever
 from llmrec.errors import DataError, RecipeError
 from llmrec.pipeline.leaks import redrawn
 from llmrec.pipeline.run import run
@@ -153,9 +153,9 @@ def test_ceiling_counts_targets_among_their_candidates(sets: CandidateSets) -> N
     held = DATA.holdouts("test")
     inside = sum(one.item_id in sets.sets[request_id(one.user_id, one.item_id)] for one in held)
     targets = {request_id(one.user_id, one.item_id): one.item_id for one in held}
-    assert 0 < inside < len(held) and ceiling(sets, targets) == inside / len(held)
+    assert 0 < inside < len(held) and candidate_recall(sets, targets) == inside / len(held)
     (lost,) = [(name, item) for name, item in targets.items() if item not in sets.sets[name]][:1]
-    assert ceiling(sets, dict([lost])) == 0
+    assert candidate_recall(sets, dict([lost])) == 0
 
 
 def test_rejects_contradicting_options() -> None:
@@ -170,7 +170,7 @@ NAMED = tuple(
     BaselineSection(name=name) for name in ("random", "popularity", "item-knn", "markov-1", "transitions", "sasrec")
 )
 MANY = make_split(make_dataset(users=99))
-FUSION = FusedFinder(NAMED, 0.5, 0)
+FUSION = EnsembleRetriever(NAMED, 0.5, 0)
 FUSED_SECTION = CandidateSection(kind="retrieved", retriever="fusion", count=8)
 
 
@@ -238,7 +238,7 @@ def test_recipe_with_fusion_retriever(tmp_path: Path) -> None:
     assert study.candidates is not None and study.candidates.kind == "retrieved-fusion"
     row = next(study.tasks["direct"].examples("train"))
     assert len(row.negatives) == 7
-    alone = FusedFinder(NAMED[:2] + NAMED[-1:], 0.5, 0)
+    alone = EnsembleRetriever(NAMED[:2] + NAMED[-1:], 0.5, 0)
     with raises(RecipeError, Facts("contradiction", column="eval.candidates.retriever", says="at least two baselines")):
         alone.fitted(MANY, "test")
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
-from llmrec.baselines.tune import SMALL, borders, explore, ladder, points
+from llmrec.baselines.tune import SMALL, parameters_at_grid_edge, points, search_grid, search_values
 from llmrec.recipe.schema import Section
 
 LADDER = tuple(range(12))
@@ -36,7 +36,7 @@ class _Objective:
 def test_small_grid_is_searched_completely() -> None:
     grid = {"a": (1, 2, 3), "b": ("x", "y")}
     objective = _Objective(t=lambda point: 0.0)
-    explore(grid, {"a": 1, "b": "x"}, ["t"], objective)
+    search_grid(grid, {"a": 1, "b": "x"}, ["t"], objective)
     assert list(objective.seen) == [str(point) for point in points(grid)] and len(objective.seen) <= SMALL
 
 
@@ -47,7 +47,7 @@ def test_finds_the_peak_with_few_points(peak: tuple[int, int, str], start: Any) 
     objective = _Objective(
         t=lambda p: -((p["a"] - peak[0]) ** 2) - 2 * (p["b"] - peak[1]) ** 2 - 3 * (p["c"] != peak[2])
     )
-    explore(grid, begin, ["t"], objective)
+    search_grid(grid, begin, ["t"], objective)
     assert objective.best("t") == str(dict(zip("abc", peak, strict=True)))
     assert len(objective.seen) < 60  # of 432
 
@@ -57,7 +57,7 @@ def test_each_table_has_its_search() -> None:
     objective = _Objective(
         one=lambda p: -abs(p["a"] - 2) - abs(p["b"] - 9), other=lambda p: -abs(p["a"] - 10) - abs(p["b"] - 1)
     )
-    explore(grid, {"a": 5, "b": 5}, ["one", "other"], objective)
+    search_grid(grid, {"a": 5, "b": 5}, ["one", "other"], objective)
     assert objective.best("one") == str({"a": 2, "b": 9}) and objective.best("other") == str({"a": 10, "b": 1})
 
 
@@ -65,16 +65,16 @@ def test_hill_climbing() -> None:
     # One worse value does not stop the search.
     bumpy = {5: 1.0, 6: 0.9, 7: 2.0}
     objective = _Objective(t=lambda p: bumpy.get(p["a"], 0.0))
-    explore({"a": LADDER, "b": (0, 1)}, {"a": 5, "b": 0}, ["t"], objective)
+    search_grid({"a": LADDER, "b": (0, 1)}, {"a": 5, "b": 0}, ["t"], objective)
     assert "'a': 7" in objective.best("t")
     objective = _Objective(4, t=lambda p: -abs(p["a"] - 2) - abs(p["b"] - 3))
-    explore({"a": (1, 2, 3), "b": (1, 2, 3, 4)}, {"a": 2, "b": 2}, ["t"], objective, most=4)
+    search_grid({"a": (1, 2, 3), "b": (1, 2, 3, 4)}, {"a": 2, "b": 2}, ["t"], objective, most=4)
     assert objective.best("t") == str({"a": 2, "b": 3}) and len(objective.seen) <= 4
 
 
 def test_ladder_includes_the_start() -> None:
-    assert ladder((1, 3, 5), 4) == (1, 3, 4, 5) and ladder((1, 3), 3) == (1, 3)
-    assert ladder(("x", "y"), None) == ("x", "y", None)
+    assert search_values((1, 3, 5), 4) == (1, 3, 4, 5) and search_values((1, 3), 3) == (1, 3)
+    assert search_values(("x", "y"), None) == ("x", "y", None)
 
 
 class _Config(Section):
@@ -85,7 +85,7 @@ class _Config(Section):
 
 def test_ends_of_the_grid_are_borders() -> None:
     grid: dict[str, tuple[Any, ...]] = {"decay": (0.5, 0.8, 1.0), "order": (1, 3, 5), "kind": ("x", "y")}
-    assert borders(_Config, grid, {"decay": 0.5, "order": 5, "kind": "x"}) == ("decay", "order")
-    assert borders(_Config, grid, {"decay": 1.0, "order": 1, "kind": "y"}) == ()
-    assert borders(_Config, grid, {"decay": 0.8, "order": 3, "kind": "y"}) == ()
-    assert borders(_Config, {"order": (3,)}, {"order": 3}) == ()
+    assert parameters_at_grid_edge(_Config, grid, {"decay": 0.5, "order": 5, "kind": "x"}) == ("decay", "order")
+    assert parameters_at_grid_edge(_Config, grid, {"decay": 1.0, "order": 1, "kind": "y"}) == ()
+    assert parameters_at_grid_edge(_Config, grid, {"decay": 0.8, "order": 3, "kind": "y"}) == ()
+    assert parameters_at_grid_edge(_Config, {"order": (3,)}, {"order": 3}) == ()

@@ -16,7 +16,7 @@ from llmrec.data.split import SplitDataset
 from llmrec.errors import ModelError
 from llmrec.models.first_layers import first_layers
 from llmrec.models.load import BUNDLE
-from llmrec.models.text_encoder import TUNED
+from llmrec.models.text_encoder import TUNING_RECORD_FILE
 from tests.baselines.test_baselines_neural import _request, _ring, _tests
 from tests.encoders import tiny_encoder
 from tests.facts import Facts, raises
@@ -87,7 +87,7 @@ def test_first_layers_keep_their_weights(llama_folder: Path) -> None:
 
 
 def test_rejects_unusable_models(data: SplitDataset, llama_folder: Path, tmp_path: Path) -> None:
-    for record in (BUNDLE, TUNED):
+    for record in (BUNDLE, TUNING_RECORD_FILE):
         tuned = shutil.copytree(llama_folder, tmp_path / record)
         (tuned / record).write_text("{}", encoding="utf-8")
         with raises(ModelError, Facts("leak", tuned, column="model", says="base model")):

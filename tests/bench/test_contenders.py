@@ -15,7 +15,7 @@ from llmrec.bench import suite as suites
 from llmrec.bench.models import Models
 from llmrec.bench.run import run_benchmark
 from llmrec.data.split import SplitDataset
-from llmrec.evaluate.lists import Background, cold_figures
+from llmrec.evaluate.lists import ListMetricData, cold_figures
 from llmrec.metrics.significance import holm
 from llmrec.pipeline.study import load_split
 from llmrec.recipe.comparisons import Suite
@@ -138,10 +138,10 @@ def test_planned_pairs_and_cold_targets(page: dict[str, Any], ran: tuple[Path, d
 
 def test_metrics_of_cold_targets() -> None:
     cases = [Case(request=Request(id=t, user_id=t), truth=t) for t in ("a", "b", "c")]
-    background = Background(items=("a", "b", "c"), counts=np.array([0.0, 2.0, 0.0]), users=2)
+    background = ListMetricData(items=("a", "b", "c"), counts=np.array([0.0, 2.0, 0.0]), users=2)
     result = cold_figures(cases, background, {"HR@10": np.array([1.0, 1.0, 0.0])}, ["HR@10"])
     assert result == {"n": 2.0, "HR@10": 0.5}
-    warm = Background(items=("a", "b", "c"), counts=np.ones(3), users=2)
+    warm = ListMetricData(items=("a", "b", "c"), counts=np.ones(3), users=2)
     assert cold_figures(cases, warm, {"HR@10": np.ones(3)}, ["HR@10"]) == {"n": 0.0}
 
 

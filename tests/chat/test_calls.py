@@ -13,8 +13,8 @@ import pytest
 from llmrec.chat.calls import COUNTS, Call, Show, ends, legal, read_call, written
 from llmrec.chat.managers import ModelManager
 from llmrec.chat.state import ITEM, ChatMessage, State, UserPreference
-from llmrec.decode.beam import Fed, Floats, Targets, beam
-from llmrec.decode.token_tree import Catalogue
+from llmrec.decode.beam import Floats, LogprobQueries, TreeTokens, beam
+from llmrec.decode.token_tree import TokenTrie
 from llmrec.errors import DataError
 from tests.chat.shelf import conversation, items
 from tests.conftest import encoder_of, make_tokenizer, opened
@@ -48,10 +48,10 @@ class RandomEngine:
     def __init__(self, seed: int) -> None:
         self._dice = np.random.default_rng(seed)
 
-    def open(self, prompts: Any, targets: Targets) -> Floats:
+    def open(self, prompts: Any, targets: LogprobQueries) -> Floats:
         return self._drawn(len(targets.tokens))
 
-    def feed(self, fed: Fed, targets: Targets) -> Floats:
+    def feed(self, fed: TreeTokens, targets: LogprobQueries) -> Floats:
         return self._drawn(len(targets.tokens))
 
     def close(self) -> None:
@@ -70,7 +70,7 @@ def test_constrained_generations_all_parse() -> None:
         calls = legal(state, facts)
         texts = [written(call) for call in calls]
         paths = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
-        tree = Catalogue.of(paths)
+        tree = TokenTrie.of(paths)
         for result in beam(RandomEngine(100 * number), tree, [[0]] * 300, k=1, width=1):
             (index,) = result.items
             call = read_call(tokenizer.decode(paths[index][:-1]))

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.data.hashing import hash_one
-from llmrec.decode.beam import Fed, Floats, Targets, beam
-from llmrec.decode.token_tree import Catalogue
+from llmrec.decode.beam import Floats, LogprobQueries, TreeTokens, beam
+from llmrec.decode.token_tree import TokenTrie
 from llmrec.types import SearchResult
 from tests.decode.trees import branching
 
@@ -38,7 +38,7 @@ class FakeEngine:
         self.forwards = self.fed = 0
         self.is_open = False
 
-    def open(self, prompts: Sequence[Sequence[int]], targets: Targets) -> Floats:
+    def open(self, prompts: Sequence[Sequence[int]], targets: LogprobQueries) -> Floats:
         assert not self.is_open
         self.is_open = True
         self.texts = [tuple(prompt) for prompt in prompts]
@@ -47,7 +47,7 @@ class FakeEngine:
         assert (targets.after < len(prompts)).all()
         return self._answers(targets)
 
-    def feed(self, fed: Fed, targets: Targets) -> Floats:
+    def feed(self, fed: TreeTokens, targets: LogprobQueries) -> Floats:
         assert self.is_open
         before = len(self.texts)
         for user, parent, token in zip(fed.users.tolist(), fed.parents.tolist(), fed.tokens.tolist(), strict=True):
@@ -64,7 +64,7 @@ class FakeEngine:
     def close(self) -> None:
         self.is_open = False
 
-    def _answers(self, targets: Targets) -> Floats:
+    def _answers(self, targets: LogprobQueries) -> Floats:
         assert (np.diff(targets.after) >= 0).all()
         pairs = zip(targets.after.tolist(), targets.tokens.tolist(), strict=True)
         return np.array([logprobs(self.seed, self.texts[after])[token] for after, token in pairs])
@@ -117,7 +117,7 @@ PROMPTS = [(1, 2, 3), (4,), (5, 5)]
 def test_equals_a_plain_beam(paths: list[tuple[int, ...]], seed: int, width: int, barred: set[int]) -> None:
     barred_items = {item for item in barred if item < len(paths)}
     excluded = [sorted(barred_items), [], list(range(len(paths)))]
-    results = beam(FakeEngine(seed), Catalogue.of(paths), PROMPTS, k=width, width=width, excluded=excluded)
+    results = beam(FakeEngine(seed), TokenTrie.of(paths), PROMPTS, k=width, width=width, excluded=excluded)
     for prompt, result, barred_ids in zip(PROMPTS, results, excluded, strict=True):
         expected = reference(seed, prompt, paths, width, set(barred_ids))[:width]
         assert list(result.items) == [item for _, item in expected]
@@ -129,7 +129,7 @@ def test_certified_results_are_optimal(
     paths: list[tuple[int, ...]], seed: int, k: int, width: int, barred: set[int]
 ) -> None:
     out = sorted(item for item in barred if item < len(paths))
-    tree = Catalogue.of(paths)
+    tree = TokenTrie.of(paths)
     for exact in (False, True):
         (result,) = beam(FakeEngine(seed), tree, [(1, 2)], k=k, width=width, excluded=[out], exact=exact)
         best = [item for item in ranked(seed, (1, 2), paths) if item not in out]
@@ -144,7 +144,7 @@ def test_certified_results_are_optimal(
 
 @given(paths=PATHS, seed=SEEDS)
 def test_full_width_finds_the_best(paths: list[tuple[int, ...]], seed: int) -> None:
-    tree = Catalogue.of(paths)
+    tree = TokenTrie.of(paths)
     widest = max(end - start for start, end in zip(tree.starts, tree.starts[1:], strict=False))
     engine = FakeEngine(seed)
     (result,) = beam(engine, tree, [(3,)], k=5, width=max(widest, len(paths)))
@@ -153,7 +153,7 @@ def test_full_width_finds_the_best(paths: list[tuple[int, ...]], seed: int) -> N
 
 @given(paths=PATHS, seed=SEEDS, width=st.integers(1, 8))
 def test_forward_passes_are_bounded_by_branches(paths: list[tuple[int, ...]], seed: int, width: int) -> None:
-    tree, engine = Catalogue.of(paths), FakeEngine(seed)
+    tree, engine = TokenTrie.of(paths), FakeEngine(seed)
     beam(engine, tree, [(1,)], k=1, width=width)
     # A prefix shared by all paths takes one more forward pass.
     alike = len({path[0] for path in paths}) == 1
@@ -165,7 +165,7 @@ def test_forward_passes_are_bounded_by_branches(paths: list[tuple[int, ...]], se
 def test_work_for_codes_of_equal_length(width: int) -> None:
     """One pass for the prompts, and one for the kept tokens at each depth except the last."""
     codes = np.array([(a, b, c) for a in range(6) for b in range(6) for c in range(6)])
-    tree, engine = Catalogue.of(codes), FakeEngine(1)
+    tree, engine = TokenTrie.of(codes), FakeEngine(1)
     beam(engine, tree, [(1,), (2, 3)], k=1, width=width)
     assert engine.forwards == tree.depth == branching(tree)
     assert engine.fed == 2 * (min(width, 6) + min(width, 36))
@@ -173,36 +173,36 @@ def test_work_for_codes_of_equal_length(width: int) -> None:
 
 def test_one_item_and_one_token() -> None:
     for paths in ([(1,)], [(1, 2, 3)], [(1,), (2,)]):
-        (result,) = beam(FakeEngine(0), Catalogue.of(paths), [(4,)], k=3, width=1)
+        (result,) = beam(FakeEngine(0), TokenTrie.of(paths), [(4,)], k=3, width=1)
         assert len(result.items) == len(paths) and result.short and result.certified
-    (none,) = beam(FakeEngine(0), Catalogue.of([(1,), (2,)]), [(4,)], k=1, width=1, excluded=[[0, 1]])
+    (none,) = beam(FakeEngine(0), TokenTrie.of([(1,), (2,)]), [(4,)], k=1, width=1, excluded=[[0, 1]])
     assert none == SearchResult(
         items=(), scores=(), certified=True, width=1, short="only 0 of 2 items are valid results"
     )
     for k, width in ((0, 1), (1, 0)):
         with pytest.raises(ValueError, match="at least 1"):
-            beam(FakeEngine(0), Catalogue.of([(1,)]), [(4,)], k=k, width=width)
+            beam(FakeEngine(0), TokenTrie.of([(1,)]), [(4,)], k=k, width=width)
 
 
 def test_the_engine_is_closed_when_it_fails() -> None:
     class Failing(FakeEngine):
-        def feed(self, fed: Fed, targets: Targets) -> Floats:
+        def feed(self, fed: TreeTokens, targets: LogprobQueries) -> Floats:
             raise RuntimeError("out of memory")
 
     engine = Failing(0)
     with pytest.raises(RuntimeError):
-        beam(engine, Catalogue.of([(1, 2), (1, 3)]), [(4,)], k=1, width=1)
+        beam(engine, TokenTrie.of([(1, 2), (1, 3)]), [(4,)], k=1, width=1)
     assert not engine.is_open
 
 
 @pytest.mark.parametrize("broken", [math.nan, -math.inf])
 def test_exact_search_ends_with_invalid_scores(broken: float) -> None:
     class Broken(FakeEngine):
-        def feed(self, fed: Fed, targets: Targets) -> Floats:
+        def feed(self, fed: TreeTokens, targets: LogprobQueries) -> Floats:
             return np.full(len(targets.tokens), broken)
 
     paths = [(a, b, END) for a in range(5) for b in range(6)]
-    (result,) = beam(Broken(0), Catalogue.of(paths), [(4,)], k=3, width=3, exact=True)
+    (result,) = beam(Broken(0), TokenTrie.of(paths), [(4,)], k=3, width=3, exact=True)
     assert not all(map(math.isfinite, result.scores))
 
 
@@ -211,13 +211,13 @@ def test_exact_search_ends_at_the_maximal_width(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(module, "WIDEST", 4)
     paths = [(a, b, END) for a in range(8) for b in range(8)]
-    results = [beam(FakeEngine(seed), Catalogue.of(paths), [(1,)], k=3, width=3, exact=True)[0] for seed in range(8)]
+    results = [beam(FakeEngine(seed), TokenTrie.of(paths), [(1,)], k=3, width=3, exact=True)[0] for seed in range(8)]
     assert {result.width for result in results if not result.certified} == {4}
 
 
 @given(paths=PATHS, seed=SEEDS, exact=st.booleans())
 def test_tokens_do_not_depend_on_the_batch(paths: list[tuple[int, ...]], seed: int, exact: bool) -> None:
-    tree = Catalogue.of(paths)
+    tree = TokenTrie.of(paths)
     together = beam(FakeEngine(seed), tree, PROMPTS, k=2, width=2, exact=exact)
     for prompt, result in zip(PROMPTS, together, strict=True):
         engine = FakeEngine(seed)

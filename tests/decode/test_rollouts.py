@@ -10,9 +10,9 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import chisquare
 
-from llmrec.decode.beam import Fed, Floats, Targets
+from llmrec.decode.beam import Floats, LogprobQueries, TreeTokens
 from llmrec.decode.rollouts import Group, Way, rollouts
-from llmrec.decode.token_tree import Catalogue
+from llmrec.decode.token_tree import TokenTrie
 
 WAYS: tuple[Way, ...] = ("beam", "sampled", "without-replacement")
 # Six items, and branchings after none, one and two tokens; the middle of (3, 1, 2) is forced.
@@ -27,18 +27,18 @@ class Markov:
         self.table = table - np.log(np.exp(table).sum(axis=1, keepdims=True))
         self.last: list[int] = []
 
-    def open(self, prompts: object, targets: Targets) -> Floats:
+    def open(self, prompts: object, targets: LogprobQueries) -> Floats:
         self.last = [each[-1] for each in prompts]  # type: ignore[attr-defined]
         return self._read(targets)
 
-    def feed(self, fed: Fed, targets: Targets) -> Floats:
+    def feed(self, fed: TreeTokens, targets: LogprobQueries) -> Floats:
         self.last += fed.tokens.tolist()
         return self._read(targets)
 
     def close(self) -> None:
         self.last = []
 
-    def _read(self, targets: Targets) -> Floats:
+    def _read(self, targets: LogprobQueries) -> Floats:
         return np.array([self.table[self.last[n], t] for n, t in zip(targets.after, targets.tokens, strict=True)])
 
 
@@ -48,7 +48,7 @@ def engine(seed: int = 0) -> Markov:
 
 def draw(way: Way, prompts: list[list[int]], count: int, temperature: float = 1.0, first: int = 0) -> list[Group]:
     seeds = [first + n for n in range(len(prompts))]
-    tree = Catalogue.of(PATHS)
+    tree = TokenTrie.of(PATHS)
     return rollouts(engine(), tree, prompts, way=way, count=count, temperature=temperature, seeds=seeds)
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmrec.decode.token_tree import Catalogue
+from llmrec.decode.token_tree import TokenTrie
 from llmrec.errors import DataError
 from tests.facts import Facts, raises
 
@@ -19,7 +19,7 @@ PATHS = st.lists(st.lists(st.integers(0, 3), max_size=4).map(lambda path: (*path
 
 @given(PATHS)
 def test_nodes_children_and_ranges(paths: list[tuple[int, ...]]) -> None:
-    tree, ordered = Catalogue.of(paths), sorted(paths)
+    tree, ordered = TokenTrie.of(paths), sorted(paths)
     assert len(tree) == len(paths) and tree.depth == max(map(len, paths))
     assert [paths[item] for item in tree.order] == ordered
     assert [tree.path(number) for number in range(len(paths))] == ordered
@@ -46,10 +46,10 @@ def test_nodes_children_and_ranges(paths: list[tuple[int, ...]]) -> None:
 
 def test_array_of_paths() -> None:
     table = np.random.default_rng(0).integers(0, 50_000, (500, 5))
-    one, two = Catalogue.of(table), Catalogue.of([tuple(row) for row in table.tolist()])
+    one, two = TokenTrie.of(table), TokenTrie.of([tuple(row) for row in table.tolist()])
     assert (one.order == two.order).all() and (one.marks == two.marks).all()
     # Wide ids in many columns do not fit one integer, and are sorted column by column.
-    wide = Catalogue.of(np.hstack([table, table]))
+    wide = TokenTrie.of(np.hstack([table, table]))
     assert (wide.order == one.order).all()
 
 
@@ -65,24 +65,24 @@ def test_array_of_paths() -> None:
 )
 def test_rejects_ambiguous_or_empty_paths(paths: list[tuple[int, ...]], facts: Facts) -> None:
     with raises(DataError, facts):
-        Catalogue.of(paths)
+        TokenTrie.of(paths)
 
 
 def test_saved_tree_is_loaded_unchanged(tmp_path: Path) -> None:
-    tree = Catalogue.of([(1, 2, 9), (1, 9), (3, 9)])
+    tree = TokenTrie.of([(1, 2, 9), (1, 9), (3, 9)])
     tree.save(tmp_path / "catalogue.safetensors")
-    again = Catalogue.load(tmp_path / "catalogue.safetensors")
+    again = TokenTrie.load(tmp_path / "catalogue.safetensors")
     assert again.starts == tree.starts and again.lowest == 1
     assert [again.path(number) for number in range(3)] == [(1, 2, 9), (1, 9), (3, 9)]
     (tmp_path / "torn").write_bytes(b"x")
     with raises(DataError, Facts("damaged", tmp_path / "torn", says="rebuild it")):
-        Catalogue.load(tmp_path / "torn")
+        TokenTrie.load(tmp_path / "torn")
 
 
 @pytest.mark.parametrize(("spread", "bytes_a_token"), [(1, 1), (300, 2), (100_000, 4)])
 def test_memory_per_node_and_item(spread: int, bytes_a_token: int) -> None:
     codes = np.unique(np.random.default_rng(0).integers(0, 64, (20_000, 4)), axis=0) * spread + 150_000
-    tree = Catalogue.of(codes)
+    tree = TokenTrie.of(codes)
     *_, above, last, nodes = tree.starts
     assert len(tree.marks) == nodes and last - above > 0.9 * len(tree)
     assert tree.nbytes == bytes_a_token * nodes + 4 * (last + 1 + above + len(tree))

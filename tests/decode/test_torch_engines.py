@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from llmrec.backends.hf.backend import HFBackend
 from llmrec.backends.hf.tree import MaskedTree, PlainTree
-from llmrec.decode.beam import Fed, Targets, beam
-from llmrec.decode.token_tree import Catalogue
+from llmrec.decode.beam import LogprobQueries, TreeTokens, beam
+from llmrec.decode.token_tree import TokenTrie
 from llmrec.types import SearchResult
 from tests.conftest import encoder_of, opened
 from tests.decode.trees import branching
@@ -129,7 +129,7 @@ def assert_best(result: SearchResult, scores: dict[int, float], k: int) -> None:
 def test_token_tree_equals_plain_forwards(kind: type, name: str, request: pytest.FixtureRequest) -> None:
     model = request.getfixturevalue(name)
     engine, prompts = kind(model, PAD), [(5, 6, 7, 8, 9, 3, 2), (40,), tuple(range(1, 20))]
-    first = engine.open(prompts, Targets(np.array([0, 0, 1, 2]), np.array([11, 12, 13, 14])))
+    first = engine.open(prompts, LogprobQueries(np.array([0, 0, 1, 2]), np.array([11, 12, 13, 14])))
     assert first == pytest.approx(
         [
             *plain(model, prompts[0], [(11,), (12,)]),
@@ -140,11 +140,11 @@ def test_token_tree_equals_plain_forwards(kind: type, name: str, request: pytest
     )
     # Tokens 3 and 4 are a chain, 5 is a fork, 6 belongs to another user; then one token after each.
     texts = {3: (0, (11,)), 4: (0, (11, 21)), 5: (0, (12,)), 6: (2, (14,))}
-    fed = Fed(np.array([0, 0, 0, 2]), np.array([0, 3, 0, 2]), np.array([11, 21, 12, 14]))
-    answered = engine.feed(fed, Targets(np.array([3, 4, 5, 5, 6]), np.array([21, 31, 31, 32, 33])))
+    fed = TreeTokens(np.array([0, 0, 0, 2]), np.array([0, 3, 0, 2]), np.array([11, 21, 12, 14]))
+    answered = engine.feed(fed, LogprobQueries(np.array([3, 4, 5, 5, 6]), np.array([21, 31, 31, 32, 33])))
     texts |= {7: (2, (14, 50)), 8: (0, (12, 51)), 9: (0, (11, 21, 52))}
-    fed = Fed(np.array([2, 0, 0]), np.array([6, 5, 4]), np.array([50, 51, 52]))
-    later = engine.feed(fed, Targets(np.array([7, 8, 9]), np.array([60, 60, 60])))
+    fed = TreeTokens(np.array([2, 0, 0]), np.array([6, 5, 4]), np.array([50, 51, 52]))
+    later = engine.feed(fed, LogprobQueries(np.array([7, 8, 9]), np.array([60, 60, 60])))
     pairs = [(3, 21), (4, 31), (5, 31), (5, 32), (6, 33), (7, 60), (8, 60), (9, 60)]
     for (number, token), value in zip(pairs, [*answered, *later], strict=True):
         user, text = texts[number]
@@ -158,7 +158,7 @@ def test_token_tree_equals_plain_forwards(kind: type, name: str, request: pytest
 def test_search_is_optimal_for_any_paths(
     kind: type, untied: Any, paths: list[tuple[int, ...]], prompts: list[list[int]], k: int
 ) -> None:
-    results = beam(kind(untied, PAD), Catalogue.of(paths), prompts, k=k, width=25)
+    results = beam(kind(untied, PAD), TokenTrie.of(paths), prompts, k=k, width=25)
     for prompt, result in zip(prompts, results, strict=True):
         assert_best(result, ranked(untied, prompt, paths), k)
 
@@ -167,7 +167,7 @@ def test_search_is_optimal_for_any_paths(
 def test_equals_the_beam_search_of_transformers(name: str, width: int, request: pytest.FixtureRequest) -> None:
     model = request.getfixturevalue(name)
     prompts = [(5, 6, 7, 8), (40, 41), (*range(1, 13),)]
-    results = beam(MaskedTree(model, PAD), Catalogue.of(FULL), prompts, k=width, width=width)
+    results = beam(MaskedTree(model, PAD), TokenTrie.of(FULL), prompts, k=width, width=width)
     for prompt, result in zip(prompts, results, strict=True):
         reference = constrained(model, prompt, width)
         assert set(reference) == {FULL[item] for item in result.items}
@@ -204,7 +204,7 @@ def constrained(model: Any, prompt: Sequence[int], width: int) -> dict[tuple[int
 def test_each_token_is_computed_once(untied: Any, width: int) -> None:
     """Computed once: the prompts, and the beam's tokens at each depth except the last; each has one row of logits."""
     engine, prompts = MaskedTree(untied, PAD), [(5, 6, 7), (40,), (1,) * 9]
-    beam(engine, Catalogue.of(FULL), prompts, k=1, width=width)
+    beam(engine, TokenTrie.of(FULL), prompts, k=1, width=width)
     read = len(prompts) * (min(width, 6) + min(width, 30))
     assert engine.tokens == sum(map(len, prompts)) + read
     assert engine.forwards == 3
@@ -222,7 +222,7 @@ def test_prompt_reuses_the_previous_one(untied: Any, change: str) -> None:
         "shorter": (first[:20], 19),
         "other": ((first[0] + 1, *first[1:]), 0),
     }[change]
-    tree, engine = Catalogue.of(FULL), MaskedTree(untied, PAD, warm=True)
+    tree, engine = TokenTrie.of(FULL), MaskedTree(untied, PAD, warm=True)
     beam(engine, tree, [first], k=10, width=10)
     before = engine.tokens
     (warm,) = beam(engine, tree, [second], k=10, width=10)
@@ -236,7 +236,7 @@ def test_prompt_reuses_the_previous_one(untied: Any, change: str) -> None:
 def test_wider_search_reads_the_prompt_once(untied: Any) -> None:
     prompt = tuple(np.random.default_rng(2).integers(1, 90, 60).tolist())
     engine = MaskedTree(untied, PAD, warm=True)
-    (result,) = beam(engine, Catalogue.of(FULL), [prompt], k=3, width=3, exact=True)
+    (result,) = beam(engine, TokenTrie.of(FULL), [prompt], k=3, width=3, exact=True)
     assert result.certified and result.width > 3, "a prompt that needs more than three prefixes"
     runs = int(np.log2(result.width // 3)) + 1
     kept = sum(min(3 << n, 6) + min(3 << n, 30) for n in range(runs))
@@ -244,7 +244,7 @@ def test_wider_search_reads_the_prompt_once(untied: Any) -> None:
 
 
 def test_batch_drops_the_previous_prompt(untied: Any) -> None:
-    tree, engine = Catalogue.of(FULL), MaskedTree(untied, PAD, warm=True)
+    tree, engine = TokenTrie.of(FULL), MaskedTree(untied, PAD, warm=True)
     prompt = (5, 6, 7, 8)
     for prompts in ([prompt], [prompt, (9,)], [prompt]):
         before = engine.tokens

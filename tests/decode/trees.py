@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from llmrec.decode.token_tree import Catalogue
+from llmrec.decode.token_tree import TokenTrie
 
 
-def branching(tree: Catalogue) -> int:
+def branching(tree: TokenTrie) -> int:
     """Return the maximal number of nodes with several children on a path, including the root."""
     paths = [tree.path(number) for number in range(len(tree))]
     children: dict[tuple[int, ...], set[int]] = {}

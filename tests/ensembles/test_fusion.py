@@ -16,7 +16,7 @@ from llmrec.baselines.sasrec import SASRec
 from llmrec.baselines.tune import tune
 from llmrec.baselines.validation import ranking_cases
 from llmrec.data.split import halves
-from llmrec.ensembles.cells import Cells, Kind
+from llmrec.ensembles.cells import CandidateScores, Kind
 from llmrec.ensembles.rankers import CatalogueEnsemble, Member
 from llmrec.ensembles.weights import EnsembleTrial, Weights, limits, logit, pool
 from llmrec.errors import LlmrecError
@@ -74,14 +74,14 @@ def _cells(
     *,
     truth: NDArray[np.int64] | None = None,
     had: NDArray[np.bool_] | None = None,
-) -> Cells:
+) -> CandidateScores:
     """Cells of full tables of scores, shape (n, items)."""
     many, items = raw[0].shape
     starts = np.arange(many + 1) * items
     seen = np.zeros(many * items, dtype=bool) if had is None else had.ravel()
     scores = np.stack([values.ravel() for values in raw]).astype(np.float32)
     names = tuple(f"m{n}" for n in range(len(raw)))
-    return Cells(names, tuple(kinds), starts, scores, seen, None if truth is None else truth + starts[:-1])
+    return CandidateScores(names, tuple(kinds), starts, scores, seen, None if truth is None else truth + starts[:-1])
 
 
 def _value(scorer: CatalogueEnsemble, cases: Sequence[Case], seen: str) -> float:
@@ -115,7 +115,7 @@ def test_contribution_of_each_member() -> None:
     )
     fusion.fit(cases)
     assert fusion.without == ()
-    fusion.fit(cases, dissect=True)
+    fusion.fit(cases, ablate=True)
     (first, second, third) = fusion.without
     assert [each.name for each in fusion.without] == ["one", "other", "noise"]
     assert first.loss > second.loss > 0.02 and first.low > 0 and second.low > 0

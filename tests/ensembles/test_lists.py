@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from llmrec.ensembles import base as module
 from llmrec.ensembles.base import _Base
-from llmrec.ensembles.cells import Cells, Kind
+from llmrec.ensembles.cells import CandidateScores, Kind
 from llmrec.ensembles.rankers import ListEnsemble, ListMember
 from llmrec.ensembles.trees import Setting
-from llmrec.ensembles.weights import EnsembleTrial, Form, Weights, onto, preferred, ranker
+from llmrec.ensembles.weights import EnsembleTrial, Form, Weights, extend_base, preferred, ranker
 from llmrec.errors import LlmrecError
 from llmrec.types import Answer, Case, Event, Ranking, Request, Unparsed
 from tests.facts import Facts, raises
@@ -89,12 +89,12 @@ def test_member_with_few_cases_is_added_to_a_fitted_ensemble() -> None:
     for weights in (fitted, Weights("pool", (0.3, 0.7))):
         base.weights, base._fits_without = weights, {frozenset(): weights}
         joined = ListEnsemble("joined", [*base.parts, _member("new", new)])
-        joined.fit(few, dissect=True, onto=[base])
+        joined.fit(few, ablate=True, base_ensembles=[base])
         # Members of the base are not tried alone.
         assert {each.name for each in joined.tried} == {"logit", "pool", "new", "base", "base and new"}
         known, _ = joined.known(few)
         before = _Base(base, joined.names, [case.request.user_id for case in few]).as_is(np.arange(len(few)))
-        extended = onto(known, before, [2])
+        extended = extend_base(known, before, [2])
         assert extended.form == weights.form and extended.parts[2] > 0.1
         assert extended.parts[0] / extended.parts[1] == pytest.approx(weights.parts[0] / weights.parts[1])
         assert known.ndcg(extended.scores(known)).mean() > known.ndcg(before.scores(known)).mean() + 0.03
@@ -119,7 +119,7 @@ def test_only_new_trees_need_the_margin(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(module, "learned", lambda cells, folds: (setting, np.zeros(len(cells.starts) - 1)))
     monkeypatch.setattr(module, "preferred", recorded)
     joined = ListEnsemble("joined", [*base.parts, _member("new", new)])
-    joined.fit(cases, onto=[base])
+    joined.fit(cases, base_ensembles=[base])
     assert ("ranker", "base") in {(each.form, each.name) for each in joined.tried}
     assert passed == [("ranker", setting.name)]
 
@@ -137,9 +137,9 @@ def test_base_is_evaluated_on_other_users() -> None:
     users = [case.request.user_id for case in cases]
     known, _ = base.known(cases)
     base._fits_without.clear()
-    base._choose(known, users, repeats=False, dissect=False, only=EnsembleTrial("logit", "logit", 0.0))
+    base._choose(known, users, repeats=False, ablate=False, only=EnsembleTrial("logit", "logit", 0.0))
     joined = ListEnsemble("joined", members)
-    joined.fit(cases, onto=[base])
+    joined.fit(cases, base_ensembles=[base])
     results = {each.name: each.value for each in joined.tried}
     assert results["base"] == pytest.approx(alone["logit"], abs=1e-3)
     assert known.ndcg(base.fitted.scores(known)).mean() > alone["logit"] + 0.005
@@ -153,7 +153,7 @@ def test_added_noise_changes_little() -> None:
     base = ListEnsemble("base", [_member("one", one), _member("two", two)])
     base.fit(cases)
     joined = ListEnsemble("joined", [*base.parts, _member("noise", noise)])
-    joined.fit(cases[:60], dissect=True, onto=[base])
+    joined.fit(cases[:60], ablate=True, base_ensembles=[base])
     figures = {each.name: each.value for each in joined.tried}
     assert figures["base"] > figures["noise"] + 0.2
     assert abs(joined.fitted.parts[2]) < 0.15
@@ -174,7 +174,7 @@ def test_contribution_of_an_added_member() -> None:
     base = ListEnsemble("base", known)
     base.fit(cases)
     joined = ListEnsemble("joined", [*known, _member("new", new)])
-    joined.fit(cases[:60], dissect=True, onto=[base])
+    joined.fit(cases[:60], ablate=True, base_ensembles=[base])
     assert max(joined.tried, key=lambda each: each.value).name == "base and new"
     (without,) = joined.without
     assert without.name == "new" and without.low > 0
@@ -248,7 +248,7 @@ def test_missing_items_rank_below_the_last_item(kind: Kind, left_out: float) -> 
         for turn in (0, 3)
     ]
     scores = np.concatenate(lists).astype(np.float32)
-    cells = Cells(("first", "second"), (kind, kind), np.array([0, 6]), scores, np.zeros(6, dtype=bool))
+    cells = CandidateScores(("first", "second"), (kind, kind), np.array([0, 6]), scores, np.zeros(6, dtype=bool))
     expected = weights.scores(cells)
     assert isinstance(answer, Ranking)
     ranked = dict(zip(answer.items, answer.scores, strict=True))
@@ -300,7 +300,7 @@ def test_cases_without_their_target_are_ignored() -> None:
     missed = [replace(case, truth="i99") for case in _cases(np.random.default_rng(5), rows)[:20]]
     fusion = ListEnsemble("both", [_member("one", rows), _member("other", rows)])
     cells, able = fusion.known(missed)
-    assert able == [] and len(cells.hits) == len(cells.had) == 0
+    assert able == [] and len(cells.hits) == len(cells.in_history) == 0
     with raises(LlmrecError, Facts(kind="too-few")):
         fusion.fit(missed)
 

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from llmrec.ensembles import weights as forms
-from llmrec.ensembles.cells import Cells
+from llmrec.ensembles.cells import CandidateScores
 from llmrec.ensembles.context import Context
 from llmrec.ensembles.members import record_of, restored
 from llmrec.ensembles.trees import ROUNDS, Setting, Trees, chosen, fit
@@ -20,9 +20,9 @@ from llmrec.ensembles.weights import (
     Fit,
     Weights,
     alone,
+    extend_base,
     learned,
     logit,
-    onto,
     pool,
     preferred,
     ranker,
@@ -41,10 +41,12 @@ pytest.importorskip("lightgbm")
 CASES, ITEMS = 1500, 30
 
 
-def _cells(members: Sequence[NDArray[np.float64]], truth: NDArray[np.int64], **context: NDArray[np.float64]) -> Cells:
+def _cells(
+    members: Sequence[NDArray[np.float64]], truth: NDArray[np.int64], **context: NDArray[np.float64]
+) -> CandidateScores:
     many = len(truth)
     starts = np.arange(many + 1) * ITEMS
-    return Cells(
+    return CandidateScores(
         tuple(f"m{n}" for n in range(len(members))),
         ("logits",) * len(members),
         starts,
@@ -55,7 +57,7 @@ def _cells(members: Sequence[NDArray[np.float64]], truth: NDArray[np.int64], **c
     )
 
 
-def _linear(cells: Cells) -> dict[tuple[str, str], Fit]:
+def _linear(cells: CandidateScores) -> dict[tuple[str, str], Fit]:
     """All forms except trees."""
     fits = {("logit", "logit"): partial(logit, repeats=False), ("pool", "pool"): partial(pool, repeats=False)}
     fits |= {("alone", name): partial(alone, member=n, repeats=False) for n, name in enumerate(cells.names)}
@@ -66,7 +68,7 @@ def _drawn(rng: np.random.Generator, logits: NDArray[np.float64]) -> NDArray[np.
     return np.asarray((logits + rng.gumbel(size=logits.shape)).argmax(axis=1))
 
 
-def _switched(rng: np.random.Generator) -> Cells:
+def _switched(rng: np.random.Generator) -> CandidateScores:
     """One member is right for users with a short history, the other for users with a long one."""
     one, other = (rng.normal(0, 2, (CASES, ITEMS)) for _ in range(2))
     long = rng.random(CASES) < 0.5
@@ -203,7 +205,7 @@ def test_weights_are_restored_from_their_record() -> None:
 
 def test_contributions_sum_to_the_score() -> None:
     cells = _switched(np.random.default_rng(7))
-    cells = replace(cells, had=np.arange(len(cells.had)) % 7 == 0).of(np.arange(20))
+    cells = replace(cells, in_history=np.arange(len(cells.in_history)) % 7 == 0).of(np.arange(20))
     trees = ranker(_switched(np.random.default_rng(5)), setting=Setting("lambdarank", 20))
     for weights, names in (
         (trees, {"m0", "m1", "long"}),
@@ -224,13 +226,15 @@ def test_members_are_added_to_a_ranker() -> None:
     rng = np.random.default_rng(6)
     cells = _switched(rng)
     assert cells.truth is not None
-    third = np.where(np.isin(np.arange(len(cells.had)), cells.truth), 1.5, 0.0) + rng.normal(0, 1, len(cells.had))
+    third = np.where(np.isin(np.arange(len(cells.in_history)), cells.truth), 1.5, 0.0) + rng.normal(
+        0, 1, len(cells.in_history)
+    )
     more = replace(
         cells, names=("m0", "m1", "m2"), kinds=("logits",) * 3, raw=np.vstack([cells.raw, third.astype(np.float32)])
     )
     base = replace(ranker(cells, setting=Setting("lambdarank", 40)), parts=(0.5, 0.5, 0.0))
     few, rest = more.of(np.arange(100)), more.of(np.arange(100, CASES))
-    both = onto(few, base, [2])
+    both = extend_base(few, base, [2])
     assert both.base == base and both.parts[2] > 0.3 and both.scale > 0.3
     assert rest.ndcg(both.scores(rest)).mean() > rest.ndcg(base.scores(rest)).mean() + 0.03
 
@@ -258,6 +262,8 @@ def test_features_do_not_depend_on_held_out_data() -> None:
             features = context.features(requests, rows, codes)
             starts = np.arange(len(requests) + 1) * len(context.ids)
             nothing = np.zeros((1, len(rows)), dtype=np.float32)
-            cells.append(Cells(("m",), ("logits",), starts, nothing, np.zeros(len(rows), bool), None, features))
+            cells.append(
+                CandidateScores(("m",), ("logits",), starts, nothing, np.zeros(len(rows), bool), None, features)
+            )
         assert "item: popularity" in cells[0].context
         assert bool(changed_features(*cells)) is leak

@@ -22,9 +22,9 @@ from llmrec.data.split import SplitDataset, split
 from llmrec.errors import LlmrecError
 from llmrec.evaluate.catalogue import evaluate_catalogue, rank_catalogue
 from llmrec.evaluate.figures import EvalProtocol
-from llmrec.evaluate.lists import Background
+from llmrec.evaluate.lists import ListMetricData
 from llmrec.evaluate.predictor import evaluate
-from llmrec.metrics.ranking import standing
+from llmrec.metrics.ranking import target_rank
 from llmrec.metrics.signature import parse_signature
 from llmrec.recipe.schema import Split
 from llmrec.tasks.family import family_of
@@ -99,7 +99,7 @@ def test_equals_a_slow_loop(table: list[list[int]], data: st.DataObject, batch: 
         for seen, hidden in (("excluded", gone), ("included", set())):
             left = {item: float(score) for item, score in zip(items, row, strict=True) if item not in hidden}
             ranking = Ranking(request_id="r", items=tuple(left), scores=tuple(left.values()))
-            expected = standing(ranking, str(one.truth), len(left))
+            expected = target_rank(ranking, str(one.truth), len(left))
             ranked = result[seen]
             assert (ranked.greater[k], ranked.tied[k], ranked.pool[k]) == (expected.greater, expected.tied, len(left))
             shown = [items[number] for number in ranked.lists[k] if number >= 0]
@@ -258,7 +258,7 @@ def test_precision_map_and_auc_equal_other_libraries(data: SplitDataset) -> None
 def test_diversity_by_vectors(data: SplitDataset, popular: Popularity) -> None:
     size = len(data.dataset.items)
     vectors = np.random.default_rng(0).normal(size=(size, 4))
-    background = replace(Background.of(data), vectors=vectors, encoder="an encoder")
+    background = replace(ListMetricData.of(data), vectors=vectors, encoder="an encoder")
     result = evaluate_catalogue(popular, _cases(data), protocol(size, (5,)), background=background)["included"]
     figure = result.figures.metrics["ILD@5"]
     assert "how:cosine-an-encoder" in figure.signature
@@ -299,7 +299,7 @@ def test_random_baseline_is_exact(data: SplitDataset) -> None:
 
 def test_list_metrics(data: SplitDataset) -> None:
     cases, size = _cases(data), len(data.dataset.items)
-    background = Background.of(data, field="genres")
+    background = ListMetricData.of(data, field="genres")
     rows = {}
     for scorer in (Popularity(), Random(seed=0)):
         scorer.fit(data)
@@ -322,12 +322,12 @@ def test_list_metrics(data: SplitDataset) -> None:
 
 
 def test_background_counts_training_only(data: SplitDataset, popular: Popularity) -> None:
-    background = Background.of(data)
+    background = ListMetricData.of(data)
     counts = dict(data.train.group_by("item_id").len().iter_rows())
     assert background.counts.tolist() == [counts.get(item, 0) for item in sorted(data.dataset.items)]
     assert background.users == data.train["user_id"].n_unique()
     with raises(LlmrecError, Facts("unknown-name", "made", says="'colour'")):
-        Background.of(data, field="colour")
+        ListMetricData.of(data, field="colour")
     stranger = Scored("abc", {"r0": [1, 2, 3]})
     with raises(LlmrecError, Facts("mismatch")):
         evaluate_catalogue(stranger, [case(0, "a")], protocol(3), background=background)

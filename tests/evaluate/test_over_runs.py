@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from llmrec.evaluate.compare import over_runs
+from llmrec.evaluate.compare import average_over_seeds
 from llmrec.evaluate.figures import mean_interval
 from llmrec.metrics.probability import auc, gauc
 from llmrec.results import Figure
@@ -26,7 +26,7 @@ def test_random_differences_of_seeds_do_not_widen_the_interval(metric: str) -> N
     level, noise = rng.random(USERS), rng.random((SEEDS, USERS))
     values = level + 3 * noise
     each = [_figure(metric, one, users) for one in values]
-    result = over_runs(each, list(values), metric=metric, users=users, resamples=500)
+    result = average_over_seeds(each, list(values), metric=metric, users=users, resamples=500)
     assert result.value == pytest.approx(np.mean([one.value for one in each]))
     assert result.low is not None and result.high is not None and result.low < result.value < result.high
     # 3.92 standard errors of the mean over seeds; the intervals of single seeds have nearly twice that.
@@ -46,7 +46,7 @@ def test_auc_is_averaged_and_not_the_probabilities(metric: str) -> None:
     signed = [np.where(truth, one, -one) for one in probabilities]
     area = [auc(one, truth) if metric == "AUC" else np.nanmean(gauc(one, truth, users).values) for one in probabilities]
     each = [Figure(value=float(one), low=float(one) - 0.2, high=float(one) + 0.2) for one in area]
-    result = over_runs(each, signed, metric=metric, users=users, resamples=300)
+    result = average_over_seeds(each, signed, metric=metric, users=users, resamples=300)
     assert result.value == pytest.approx(np.mean(area))
     assert result.low is not None and result.high is not None and result.low < result.value < result.high
     assert result.high - result.low < 0.1
@@ -54,6 +54,6 @@ def test_auc_is_averaged_and_not_the_probabilities(metric: str) -> None:
 
 def test_metric_of_a_corpus_has_the_mean_interval() -> None:
     each = [Figure(value=0.4, low=0.3, high=0.6), Figure(value=0.6, low=0.4, high=0.7)]
-    result = over_runs(each, metric="BLEU-4", users=["a"], resamples=10)
+    result = average_over_seeds(each, metric="BLEU-4", users=["a"], resamples=10)
     assert (result.value, result.low, result.high) == pytest.approx((0.5, 0.35, 0.65))
-    assert over_runs(each[:1], [np.zeros(1)], metric="NDCG@10", users=["a"], resamples=10) is each[0]
+    assert average_over_seeds(each[:1], [np.zeros(1)], metric="NDCG@10", users=["a"], resamples=10) is each[0]

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmrec.metrics.significance import decide, enough, holm, holm_levels, signflip
-from llmrec.metrics.stats import ALPHA, Sampled, StatisticName
+from llmrec.metrics.significance import holm, holm_adjusted, holm_levels, required_resamples, signflip
+from llmrec.metrics.stats import ALPHA, BootstrapDifference, StatisticName
 
 _P = st.lists(st.sampled_from([0.0, 0.001, 0.01, 0.0125, 0.02, 0.025, 0.03, 0.05, 0.3, 1.0]), min_size=1, max_size=8)
 
@@ -33,12 +33,16 @@ def test_adjusted_p_and_level_agree(p_values: list[float]) -> None:
 
 
 def test_number_of_resamples() -> None:
-    assert enough(2000, 1) == 2000 and enough(2000, 6) == 4800 and enough(10_000, 6) == 10_000
+    assert (
+        required_resamples(2000, 1) == 2000
+        and required_resamples(2000, 6) == 4800
+        and required_resamples(10_000, 6) == 10_000
+    )
     for comparisons in (1, 7, 40):
-        assert enough(1, comparisons) * ALPHA / comparisons / 2 == pytest.approx(20)
+        assert required_resamples(1, comparisons) * ALPHA / comparisons / 2 == pytest.approx(20)
 
 
-def _family(rng: np.random.Generator) -> list[Sampled]:
+def _family(rng: np.random.Generator) -> list[BootstrapDifference]:
     """Return a family of up to seven comparisons of few or many users, with effects near the limit of significance."""
     result = []
     for _ in range(int(rng.integers(1, 8))):
@@ -65,7 +69,7 @@ def test_verdict_and_interval_agree() -> None:
     significant, moved, number = 0, 0, 0
     for _ in range(200):
         family = _family(rng)
-        for sampled, result in zip(family, decide(family), strict=True):
+        for sampled, result in zip(family, holm_adjusted(family), strict=True):
             outside = not result.low <= 0 <= result.high
             assert outside == (result.p <= ALPHA), result
             assert result.low <= result.high and (not outside or (result.low > 0) == (result.value > 0))
@@ -78,18 +82,18 @@ def test_verdict_and_interval_agree() -> None:
 def test_interval_away_from_zero_is_not_changed() -> None:
     rng = np.random.default_rng(1)
     family = [signflip(rng.normal(mean, 1, 80), np.zeros(80), resamples=3000, seed=0) for mean in (1.0, 0.9, 0.0)]
-    for sampled, result, level in zip(family, decide(family), (0.05 / 3, 0.025, 0.05), strict=True):
+    for sampled, result, level in zip(family, holm_adjusted(family), (0.05 / 3, 0.025, 0.05), strict=True):
         assert (result.low, result.high) == (sampled.at(1 - level).low, sampled.at(1 - level).high)
         assert result.level == pytest.approx(1 - level) and result.p_raw == sampled.p
 
 
 def test_interval_ends_move_to_agree_with_p() -> None:
     draws = np.array([-0.1, -0.05, 0.02, 0.3, 0.5, 0.6])
-    (result,) = decide([Sampled(0.3, 0.01, draws)])
+    (result,) = holm_adjusted([BootstrapDifference(0.3, 0.01, draws)])
     assert result.low == 0.02 and result.high > 0.3
-    (result,) = decide([Sampled(-0.3, 0.01, -draws)])
+    (result,) = holm_adjusted([BootstrapDifference(-0.3, 0.01, -draws)])
     assert result.high == -0.02
-    (result,) = decide([Sampled(0.3, 0.2, draws + 1)])
+    (result,) = holm_adjusted([BootstrapDifference(0.3, 0.2, draws + 1)])
     assert result.low == 0.0 and result.high > 1
-    (result,) = decide([Sampled(0.3, 0.01, np.array([-0.1, -0.2]))])
+    (result,) = holm_adjusted([BootstrapDifference(0.3, 0.01, np.array([-0.1, -0.2]))])
     assert 0 < result.low <= result.high == 0.3

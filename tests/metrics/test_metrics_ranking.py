@@ -20,7 +20,7 @@ from llmrec.metrics.ranking import (
     ndcg,
     precision,
     reciprocal_rank,
-    standing,
+    target_rank,
     tie_rate,
 )
 from llmrec.types import Ranking
@@ -39,7 +39,7 @@ def _one(metric: Callable[..., NDArray[np.float64]], at: TargetRank, *k: int) ->
 
 
 def test_third_place_without_ties() -> None:
-    at = standing(_ranking({"a": 5.0, "b": 4.0, "target": 3.0, "c": 1.0}), "target", pool=4)
+    at = target_rank(_ranking({"a": 5.0, "b": 4.0, "target": 3.0, "c": 1.0}), "target", pool=4)
     assert at == TargetRank(greater=2, tied=1, missing=False)
     assert _one(hit_rate, at, 2) == 0.0
     assert _one(hit_rate, at, 3) == 1.0
@@ -50,15 +50,15 @@ def test_third_place_without_ties() -> None:
 
 def test_list_cut_inside_a_tied_block() -> None:
     cut = Ranking(request_id="r", items=("a", "b", "c"), scores=(2.0, 1.0, 1.0), unlisted=4)
-    assert standing(cut, "a", pool=9) == TargetRank(greater=0, tied=1, missing=False)
+    assert target_rank(cut, "a", pool=9) == TargetRank(greater=0, tied=1, missing=False)
     for target in ("b", "c", "elsewhere"):
-        assert standing(cut, target, pool=9) == TargetRank(greater=1, tied=6, missing=False)
+        assert target_rank(cut, target, pool=9) == TargetRank(greater=1, tied=6, missing=False)
     with pytest.raises(ValueError, match="7 items are ranked, but there are only 6 candidates"):
-        standing(cut, "a", pool=6)
+        target_rank(cut, "a", pool=6)
 
 
 def test_tied_block_of_three() -> None:
-    at = standing(_ranking({"a": 9.0, "b": 2.0, "target": 2.0, "c": 2.0, "d": 0.0}), "target", pool=5)
+    at = target_rank(_ranking({"a": 9.0, "b": 2.0, "target": 2.0, "c": 2.0, "d": 0.0}), "target", pool=5)
     assert at == TargetRank(greater=1, tied=3, missing=False)  # ranks 2, 3 and 4
     assert _one(hit_rate, at, 1) == 0.0
     assert _one(hit_rate, at, 3) == pytest.approx(2 / 3)
@@ -69,7 +69,7 @@ def test_tied_block_of_three() -> None:
 
 
 def test_missing_target_counts_zero() -> None:
-    at = standing(_ranking({"a": 1.0, "b": 0.5}), "target", pool=20)
+    at = target_rank(_ranking({"a": 1.0, "b": 0.5}), "target", pool=20)
     assert at == TargetRank(greater=20, tied=0, missing=True)
     for k in (20, 1000):
         assert _one(hit_rate, at, k) == 0.0
@@ -79,16 +79,16 @@ def test_missing_target_counts_zero() -> None:
 
 
 def test_infinite_scores_are_ranked() -> None:
-    assert standing(_ranking({"a": -math.inf, "t": -math.inf, "b": 0.0}), "t", pool=3) == TargetRank(1, 2, False)
+    assert target_rank(_ranking({"a": -math.inf, "t": -math.inf, "b": 0.0}), "t", pool=3) == TargetRank(1, 2, False)
 
 
 def test_precision_average_precision_and_auc() -> None:
-    at = standing(_ranking({"a": 9.0, "b": 2.0, "target": 2.0, "c": 2.0, "d": 0.0}), "target", pool=5)
+    at = target_rank(_ranking({"a": 9.0, "b": 2.0, "target": 2.0, "c": 2.0, "d": 0.0}), "target", pool=5)
     assert _one(precision, at, 3) == pytest.approx(2 / 3 / 3)
     assert _one(average_precision, at) == _one(reciprocal_rank, at)
     # One item above, two tied and one below it.
     assert _one(auc, at, 5) == pytest.approx((0 + 0.5 + 0.5 + 1) / 4)
-    missing = standing(_ranking({"a": 1.0}), "target", pool=5)
+    missing = target_rank(_ranking({"a": 1.0}), "target", pool=5)
     assert _one(auc, missing, 5) == 0.0
     assert _one(auc, TargetRank(0, 1, False), 1) == 0.5
     with pytest.raises(ValueError, match="more items"):
@@ -104,13 +104,13 @@ def test_tie_rate_counts_targets_that_share_a_score() -> None:
 
 def test_rejects_malformed_rankings() -> None:
     with raises(LlmrecError, Facts("bad-value", says=("request 'r'", "model.dtype=float32"))):
-        standing(_ranking({"target": 1.0, "other": math.nan}), "target", pool=2)
+        target_rank(_ranking({"target": 1.0, "other": math.nan}), "target", pool=2)
     with pytest.raises(ValueError, match="duplicate item"):
-        standing(Ranking(request_id="r", items=("a", "a"), scores=(1.0, 0.0)), "a", pool=3)
+        target_rank(Ranking(request_id="r", items=("a", "a"), scores=(1.0, 0.0)), "a", pool=3)
     with pytest.raises(ValueError, match="2 items, but 1 scores"):
-        standing(Ranking(request_id="r", items=("a", "b"), scores=(1.0,)), "a", pool=3)
+        target_rank(Ranking(request_id="r", items=("a", "b"), scores=(1.0,)), "a", pool=3)
     with pytest.raises(ValueError, match="only 1 candidates"):
-        standing(_ranking({"a": 1.0, "b": 0.0}), "a", pool=1)
+        target_rank(_ranking({"a": 1.0, "b": 0.0}), "a", pool=1)
 
 
 def test_rejects_malformed_arrays() -> None:
@@ -136,7 +136,7 @@ def test_no_requests() -> None:
 
 @given(scores=st.lists(st.integers(0, 3), min_size=1, max_size=6), k=st.integers(1, 7))
 def test_expectation_equals_mean_over_orders_of_ties(scores: list[int], k: int) -> None:
-    at = standing(_ranking({f"i{n}": float(score) for n, score in enumerate(scores)}), "i0", len(scores))
+    at = target_rank(_ranking({f"i{n}": float(score) for n, score in enumerate(scores)}), "i0", len(scores))
     ranks = [
         order.index(0) + 1
         for order in itertools.permutations(range(len(scores)))
@@ -155,7 +155,9 @@ def test_expectation_equals_mean_over_orders_of_ties(scores: list[int], k: int) 
 @given(scores=st.permutations([3.0, 3.0, 3.0, 1.0, 2.0]))
 def test_standing_does_not_depend_on_candidate_order(scores: list[float]) -> None:
     names = {3.0: iter(["target", "x", "y"]), 1.0: iter(["z"]), 2.0: iter(["w"])}
-    assert standing(_ranking({next(names[score]): score for score in scores}), "target", 5) == TargetRank(0, 3, False)
+    assert target_rank(_ranking({next(names[score]): score for score in scores}), "target", 5) == TargetRank(
+        0, 3, False
+    )
 
 
 def test_large_catalogues_keep_their_precision() -> None:
@@ -175,7 +177,7 @@ def test_tie_free_runs_equal_trec_eval() -> None:
         qrels[f"q{query}"] = {"d0": 1}
         missing = size > 1 and rng.random() < 0.1
         run[f"q{query}"] = {item: score for item, score in scores.items() if not (missing and item == "d0")}
-        standings.append(standing(_ranking(run[f"q{query}"]), "d0", size))
+        standings.append(target_rank(_ranking(run[f"q{query}"]), "d0", size))
     greater, tied = np.array([s.greater for s in standings]), np.array([s.tied for s in standings])
     expected = [measures.Success @ 5, measures.R @ 10, measures.nDCG @ 10, measures.nDCG @ 3, measures.RR]
     mine = [

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from llmrec.errors import LlmrecError
 from llmrec.metrics import multi_target, ranking
-from llmrec.metrics.multi_target import Judged, Pairs, judge
+from llmrec.metrics.multi_target import Pairs, RelevantRanks, match_relevant
 from tests.facts import Facts, raises
 
 
@@ -21,10 +21,10 @@ def _pairs(rows: Sequence[tuple[int, int, float]]) -> Pairs:
     return Pairs(np.array(request, dtype=np.int64), np.array(item, dtype=np.int64), np.array(value, dtype=np.float64))
 
 
-def _one(scores: dict[int, float], gains: dict[int, float]) -> Judged:
+def _one(scores: dict[int, float], gains: dict[int, float]) -> RelevantRanks:
     """Judge one request."""
     ranked = _pairs([(0, item, score) for item, score in scores.items()])
-    return judge(ranked, _pairs([(0, item, gain) for item, gain in gains.items()]), 1)
+    return match_relevant(ranked, _pairs([(0, item, gain) for item, gain in gains.items()]), 1)
 
 
 # ------------------------------------------------------------------ worked by hand
@@ -66,7 +66,7 @@ def test_graded_gains() -> None:
 
 def test_requests_are_independent() -> None:
     ranked = _pairs([(2, 0, 1.0), (0, 1, 3.0), (0, 0, 1.0), (2, 1, 2.0)])
-    judged = judge(ranked, _pairs([(0, 0, 1.0), (2, 1, 1.0), (3, 0, 1.0)]), 4)
+    judged = match_relevant(ranked, _pairs([(0, 0, 1.0), (2, 1, 1.0), (3, 0, 1.0)]), 4)
     assert multi_target.reciprocal_rank(judged).tolist() == [0.5, 0.0, 1.0, 0.0]
     assert judged.total.tolist() == [1, 0, 1, 1]
     assert judged.ranked.tolist() == [2, 0, 2, 0]
@@ -76,7 +76,7 @@ def test_requests_are_independent() -> None:
 
 def test_nothing_ranked_and_nothing_relevant() -> None:
     for ranked, relevant in (([], [(0, 1, 1.0)]), ([(0, 1, 1.0)], []), ([], [])):
-        judged = judge(_pairs(ranked), _pairs(relevant), 2)
+        judged = match_relevant(_pairs(ranked), _pairs(relevant), 2)
         for metric in _METRICS.values():
             assert metric(judged, 5).tolist() == [0.0, 0.0]
 
@@ -87,21 +87,21 @@ def test_nothing_ranked_and_nothing_relevant() -> None:
 def test_rejects_malformed_tables() -> None:
     good = _pairs([(0, 1, 1.0)])
     with raises(LlmrecError, Facts("bad-value", says="request at index 0")):
-        judge(_pairs([(0, 1, math.nan), (0, 2, 1.0)]), good, 1)
+        match_relevant(_pairs([(0, 1, math.nan), (0, 2, 1.0)]), good, 1)
     with pytest.raises(ValueError, match="duplicate items"):
-        judge(_pairs([(0, 1, 1.0), (0, 1, 0.5)]), good, 1)
+        match_relevant(_pairs([(0, 1, 1.0), (0, 1, 0.5)]), good, 1)
     with pytest.raises(ValueError, match="duplicates"):
-        judge(good, _pairs([(0, 1, 1.0), (0, 1, 1.0)]), 1)
+        match_relevant(good, _pairs([(0, 1, 1.0), (0, 1, 1.0)]), 1)
     with pytest.raises(ValueError, match="above 0"):
-        judge(good, _pairs([(0, 1, 0.0)]), 1)
+        match_relevant(good, _pairs([(0, 1, 0.0)]), 1)
     with pytest.raises(ValueError, match="request indices"):
-        judge(_pairs([(1, 1, 1.0)]), good, 1)
+        match_relevant(_pairs([(1, 1, 1.0)]), good, 1)
     with pytest.raises(ValueError, match="request indices"):
-        judge(_pairs([(0, -1, 1.0)]), good, 1)
+        match_relevant(_pairs([(0, -1, 1.0)]), good, 1)
     with pytest.raises(ValueError, match="same shape"):
-        judge(Pairs(np.array([0]), np.array([1, 2]), np.array([1.0])), good, 1)
+        match_relevant(Pairs(np.array([0]), np.array([1, 2]), np.array([1.0])), good, 1)
     with pytest.raises(ValueError, match="at least 1"):
-        multi_target.ndcg(judge(good, good, 1), 0)
+        multi_target.ndcg(match_relevant(good, good, 1), 0)
 
 
 def test_infinite_scores_are_ranked() -> None:
@@ -111,7 +111,7 @@ def test_infinite_scores_are_ranked() -> None:
 
 # ------------------------------------------------------------------ properties
 
-Metric = Callable[[Judged, int], NDArray[np.float64]]
+Metric = Callable[[RelevantRanks, int], NDArray[np.float64]]
 _METRICS: dict[str, Metric] = {
     "hit": multi_target.hit_rate,
     "recall": multi_target.recall,
@@ -177,13 +177,13 @@ def _random(rng: np.random.Generator, n: int, *, levels: int) -> tuple[Pairs, Pa
 def test_renaming_and_reordering_change_nothing(seed: int, levels: int) -> None:
     rng = np.random.default_rng(seed)
     ranked, relevant = _random(rng, 6, levels=levels)
-    before = judge(ranked, relevant, 6)
+    before = match_relevant(ranked, relevant, 6)
     users, items = rng.permutation(6), rng.permutation(60)
     moved = []
     for table in (ranked, relevant):
         rows = rng.permutation(len(table.item))
         moved.append(Pairs(users[table.request[rows]], items[table.item[rows]], table.value[rows]))
-    after = judge(moved[0], moved[1], 6)
+    after = match_relevant(moved[0], moved[1], 6)
     for metric in _METRICS.values():
         for k in (1, 20):
             assert metric(after, k)[users] == pytest.approx(metric(before, k), abs=1e-12)
@@ -194,7 +194,7 @@ def test_one_target_equals_the_single_target_metrics() -> None:
     for levels in (0, 3):
         ranked, _ = _random(rng, 200, levels=levels)
         targets = rng.integers(0, 50, 200)
-        judged = judge(ranked, Pairs(np.arange(200), targets, np.ones(200)), 200)
+        judged = match_relevant(ranked, Pairs(np.arange(200), targets, np.ones(200)), 200)
         greater, tied = np.zeros(200, dtype=np.int64), np.zeros(200, dtype=np.int64)
         for request, target in enumerate(targets):
             scores = ranked.value[ranked.request == request]
@@ -225,7 +225,7 @@ def test_tie_free_runs_equal_trec_eval() -> None:
     measures = pytest.importorskip("ir_measures", reason="ir-measures is not installed: pip install 'llmrec[dev]'")
     pytest.importorskip("pytrec_eval", reason="pytrec-eval is not installed: pip install 'llmrec[dev]'")
     ranked, relevant = _random(np.random.default_rng(5), 500, levels=0)
-    judged = judge(ranked, relevant, 500)
+    judged = match_relevant(ranked, relevant, 500)
     run: dict[str, dict[str, float]] = {}
     qrels: dict[str, dict[str, int]] = {}
     for request, item, score in zip(ranked.request, ranked.item, ranked.value, strict=True):

@@ -19,7 +19,16 @@ from llmrec.guard import control_tokens
 from llmrec.index.table import ItemIndex
 from llmrec.models.item_tokens import add_item_tokens, extended
 from llmrec.models.load import byte_tokenizer, load_model, weights_stamp, write
-from llmrec.models.whole_words import WEIGHTS, attach, copy_words, kinds_of, load_words, numbers, save_words, words_of
+from llmrec.models.whole_words import (
+    WEIGHTS,
+    attach,
+    copy_words,
+    kinds_of,
+    load_words,
+    numbers,
+    save_words,
+    whole_word_embeddings,
+)
 from llmrec.recipe.schema import LoraSection, ModelSection, ShapeSection, TrainSection
 from llmrec.train import lora
 from llmrec.train.batches import plan, target_rows
@@ -54,7 +63,7 @@ def with_words(base: Path, *, zero: bool = False) -> Any:
     model = load_model(str(base), section(base)).eval()
     put_on(model, encoder_of(base), size=97, seed=0)
     if zero:
-        torch.nn.init.zeros_(words_of(model).weight)
+        torch.nn.init.zeros_(whole_word_embeddings(model).weight)
     return model
 
 
@@ -150,10 +159,10 @@ def test_every_engine_reads_the_embeddings_of_training(base: Path) -> None:
         "search by rows": lambda: plain.search(questions, ANSWERS, k=2, width=4),
     }
     ids = torch.tensor(encoder.prompt(prompt()))
-    words = numbers(words_of(model).kinds[ids[None]])[0]
+    words = numbers(whole_word_embeddings(model).kinds[ids[None]])[0]
     assert int(words.max()) == len(QUESTION.split()) == 8
     tokens = model.get_input_embeddings()(ids).detach()
-    expected = tokens + words_of(model).weight.detach()[words]
+    expected = tokens + whole_word_embeddings(model).weight.detach()[words]
     assert not torch.allclose(expected, tokens, atol=1e-2)
     for name, run in routes.items():
         inputs.seen.clear()
@@ -204,8 +213,8 @@ def test_table_is_saved_and_loaded(base: Path, tmp_path: Path) -> None:
     assert not any(_word(name) for name in load_file(tmp_path / "m" / "model.safetensors"))
     assert weights_stamp(str(tmp_path / "m")) != without
     again = load_model(str(tmp_path / "m"), section(base)).eval()
-    assert torch.equal(words_of(again).weight, words_of(model).weight)
-    assert torch.equal(words_of(again).kinds, words_of(model).kinds)
+    assert torch.equal(whole_word_embeddings(again).weight, whole_word_embeddings(model).weight)
+    assert torch.equal(whole_word_embeddings(again).kinds, whole_word_embeddings(model).kinds)
     scores = [HFBackend(each, encoder).score([prompt()], [ANSWERS])[0].logprobs for each in (model, again)]
     assert scores[0] == scores[1]
     half = load_model(str(tmp_path / "m"), section(base), dtype=torch.bfloat16).eval()
@@ -229,14 +238,14 @@ def test_added_tokens_are_words_of_an_existing_table(base: Path, tmp_path: Path)
         chosen = section(base).model_copy(update={"dtype": kind})
         extended(str(tmp_path / "m"), chosen, index, {}, tmp_path / "grown", words=False, seed=0)
         # The table stays in float32 in a bfloat16 model.
-        assert torch.equal(load_file(tmp_path / "grown" / WEIGHTS)["table"], words_of(known).weight)
+        assert torch.equal(load_file(tmp_path / "grown" / WEIGHTS)["table"], whole_word_embeddings(known).weight)
     encoder = encoder_of(tmp_path / "grown")
     model = load_model(str(tmp_path / "grown"), section(base)).eval()
     put_on(model, encoder, size=97, seed=1)
-    assert torch.equal(words_of(model).weight, words_of(known).weight)
+    assert torch.equal(whole_word_embeddings(model).weight, whole_word_embeddings(known).weight)
     text = "ab <user_0><item_1><item_0> c"
     ids = torch.tensor(encoder.prompt(prompt(text)))
-    words = numbers(words_of(model).kinds[ids[None]])[0]
+    words = numbers(whole_word_embeddings(model).kinds[ids[None]])[0]
     # The start of the chat, a, b, the space with the user, both items, the space with c; then control tokens.
     assert words.tolist()[:9] == [0, 1, 1, 2, 2, 3, 4, 5, 5] and not words[9:].any()
 
@@ -252,7 +261,7 @@ def test_rejects_damaged_table_and_that_of_another_model(base: Path, tmp_path: P
     save_file({"table": torch.zeros(3, 8), "kinds": torch.zeros(9, dtype=torch.int32)}, tmp_path / WEIGHTS)
     with raises(ModelError, Facts("mismatch", tmp_path, says=("9 tokens of width 8", "259 of width 16"))):
         load_words(model, tmp_path)
-    assert words_of(model) is None
+    assert whole_word_embeddings(model) is None
 
 
 def trained(base: Path, out: Path, *, steps: int = 6, words: bool = True, **settings: Any) -> tuple[Any, Any, Any]:
@@ -263,14 +272,14 @@ def trained(base: Path, out: Path, *, steps: int = 6, words: bool = True, **sett
     start = None
     if words:
         put_on(model, encoder, size=97, seed=0)
-        start = words_of(model).weight.detach().clone()
+        start = whole_word_embeddings(model).weight.detach().clone()
     planned = plan(iter(rows(encoder, 12 * steps)), steps=steps, batch_tokens=256, seed=0)
     return fit(model, encoder, planned, train, out), model, start
 
 
 def test_training_changes_rows_of_occurring_words(base: Path, tmp_path: Path) -> None:
     done, model, start = trained(base, tmp_path)
-    table = words_of(model).weight.detach()
+    table = whole_word_embeddings(model).weight.detach()
     moved = [bool((table[n] != start[n]).any()) for n in range(len(table))]
     # The question has 8 words and up to two more; index 0 is that of the chat's control tokens.
     assert moved[:11] == [True] * 11 and not any(moved[11:])
@@ -289,14 +298,14 @@ def test_adapter_is_trained_and_merged_with_its_table(base: Path, tmp_path: Path
     _, model, start = trained(base, tmp_path, method="lora", lora=LoraSection(rank=4))
     moving = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert [name for name in moving if _word(name)] and any("lora_" in name for name in moving)
-    assert not torch.equal(words_of(model).weight, start)
+    assert not torch.equal(whole_word_embeddings(model).weight, start)
     assert not any(_word(name) for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
     lora.merge(str(base), section(base), tmp_path / "adapter", tmp_path / "merged")
     copy_words(tmp_path / "adapter", tmp_path / "merged")
     after, some = load_model(str(tmp_path / "merged"), section(base)), pairs(rows(encoder_of(base)))
     with torch.no_grad():
         live, merged = (float(paired_loss(each.eval(), **some)[0]) for each in (model, after))
-        torch.nn.init.zeros_(words_of(after).weight)
+        torch.nn.init.zeros_(whole_word_embeddings(after).weight)
         assert abs(float(paired_loss(after, **some)[0]) - live) > 0.1
     assert live == pytest.approx(merged, rel=1e-4)
 
@@ -316,23 +325,23 @@ def test_training_continues_with_an_existing_table(base: Path, tmp_path: Path) -
 
 def test_no_table_without_the_setting(base: Path, tmp_path: Path) -> None:
     _, model, _ = trained(base, tmp_path, words=False)
-    assert words_of(model) is None
+    assert whole_word_embeddings(model) is None
     assert not list(tmp_path.rglob(WEIGHTS))
 
 
 def test_tables_are_seeded(base: Path) -> None:
     one, two = with_words(base), with_words(base)
-    assert torch.equal(words_of(one).weight, words_of(two).weight)
+    assert torch.equal(whole_word_embeddings(one).weight, whole_word_embeddings(two).weight)
     put_on(other := load_model(str(base), section(base)), encoder_of(base), size=97, seed=1)
-    assert not torch.equal(words_of(other).weight, words_of(one).weight)
-    assert float(words_of(one).weight.detach().std()) == pytest.approx(1.0, abs=0.1)
+    assert not torch.equal(whole_word_embeddings(other).weight, whole_word_embeddings(one).weight)
+    assert float(whole_word_embeddings(one).weight.detach().std()) == pytest.approx(1.0, abs=0.1)
 
 
 def test_rejects_decoders_and_embeddings_as_inputs(base: Path, llama_folder: Path) -> None:
     model = load_model(str(llama_folder), section(llama_folder))
     with raises(RecipeError, Facts("contradiction", column="model.whole_words", says="model.whole_words=false")):
         attach(model, torch.zeros(3, 4), [0])
-    assert words_of(model) is None
+    assert whole_word_embeddings(model) is None
     with pytest.raises(ValidationError, match=r"model\.whole_words: a decoder has no encoder"):
         ModelSection(name="new", shape=ShapeSection(), whole_words=True)
     assert ModelSection(name="new", shape=SHAPE, whole_words=True).whole_words

@@ -18,7 +18,7 @@ from llmrec.baselines.parameters import hashes_of
 from llmrec.data.split import SplitDataset
 from llmrec.ensembles.members import reads_of
 from llmrec.errors import DataError, LlmrecError
-from llmrec.models.text_encoder import TUNED, encode_texts, text_embedder
+from llmrec.models.text_encoder import TUNING_RECORD_FILE, encode_texts, text_embedder
 from llmrec.pipeline.encoder_tuning import tune_encoder
 from llmrec.pipeline.evaluation import Evaluation
 from llmrec.pipeline.resume import Budget
@@ -70,9 +70,9 @@ def _split(table: Path, seed: int = 0, **more: object) -> SplitDataset:
 
 
 def test_tuned_folder_records_its_training(table: Path, tuned: Path) -> None:
-    record = json.loads((tuned / TUNED).read_text(encoding="utf-8"))
+    record = json.loads((tuned / TUNING_RECORD_FILE).read_text(encoding="utf-8"))
     assert record["interactions"] == 240 and record["encoder"] == tiny_encoder() and record["parameters"]["blocks"] == 2
-    assert set(record["files"]) | {TUNED, ".lock"} >= {entry.name for entry in tuned.iterdir()}
+    assert set(record["files"]) | {TUNING_RECORD_FILE, ".lock"} >= {entry.name for entry in tuned.iterdir()}
     texts = ["anvil a", "feather b"]
     before, after = encode_texts(tiny_encoder(), texts), encode_texts(str(tuned), texts)
     assert before.shape == after.shape and not np.allclose(before, after, atol=1e-4)

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from llmrec.cli.main import app
 from llmrec.errors import RecipeError
 from llmrec.models.load import load_model
-from llmrec.models.whole_words import LEVEL, WEIGHTS, words_of
+from llmrec.models.whole_words import LEVEL, WEIGHTS, whole_word_embeddings
 from llmrec.pipeline.run import Run, open_session, run
 from llmrec.recipe.schema import Recipe
 from tests.conftest import make_model
@@ -95,7 +95,7 @@ def test_tuned_model_has_whole_word_embeddings(ran: Run) -> None:
     saved = load_file(ran.folder / "merged" / WEIGHTS)
     assert saved["table"].shape == (97, 16)
     model = load_model(str(ran.folder / "merged"), Recipe(**RECIPE).model)
-    assert torch.equal(words_of(model).weight, saved["table"])
+    assert torch.equal(whole_word_embeddings(model).weight, saved["table"])
     # Tokens of codes are identified by their level.
     session = open_session(Recipe(**RECIPE), ran.folder, quiet=True)
     assert session.study.index is not None

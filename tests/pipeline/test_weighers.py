@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from llmrec.data.split import halves
-from llmrec.ensembles.members import Recalled, join
+from llmrec.ensembles.members import PrecomputedMember, join
 from llmrec.errors import LlmrecError
 from llmrec.pipeline.evaluation import Evaluation
 from llmrec.pipeline.resume import Budget
@@ -64,8 +64,11 @@ def test_rejects_weights_from_users_of_early_stopping() -> None:
     answers = {
         case.request.id: Ranking(request_id=case.request.id, items=("a", "b"), scores=(1.0, 0.0)) for case in cases
     }
-    parts = [Recalled("one", "events", "logits", answers), Recalled("other", "events", "logits", answers)]
+    parts = [
+        PrecomputedMember("one", "events", "logits", answers),
+        PrecomputedMember("other", "events", "logits", answers),
+    ]
     assert join("both", parts, cases, Ranking).weights is not None
-    parts[1] = Recalled("other", "events", "logits", answers, frozenset({"u3"}))
+    parts[1] = PrecomputedMember("other", "events", "logits", answers, frozenset({"u3"}))
     with raises(LlmrecError, Facts("leak", says="1 of 40 users")):
         join("both", parts, cases, Ranking)

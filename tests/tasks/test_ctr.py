@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 from task_data import example_text, make_dataset, make_task, prompt_text, targets
 
-from llmrec.baselines.yes_no import LikeRatio
+from llmrec.baselines.ctr import LikeRatio
 from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset, split
 from llmrec.errors import DataError, RecipeError

@@ -15,7 +15,7 @@ import torch
 from llmrec.backends.hf.tree import MaskedTree
 from llmrec.data.hashing import hash_one
 from llmrec.decode.rollouts import Way, rollouts
-from llmrec.decode.token_tree import Catalogue
+from llmrec.decode.token_tree import TokenTrie
 from llmrec.models.item_tokens import extended
 from llmrec.recipe.schema import LoraSection, RewardSection, TrainSection
 from llmrec.tasks.base import ranking_reward
@@ -42,7 +42,7 @@ class Task:
 class Planted:
     """Rewards one item, whatever the question."""
 
-    catalogue: Catalogue
+    catalogue: TokenTrie
     items: Sequence[str] = ITEMS
 
     def of(self, case: Case, indices: Sequence[int]) -> list[float]:
@@ -118,7 +118,7 @@ def prompt_of(toy: Toy, number: int = 0) -> tuple[int, ...]:
 
 def rewards_of(kind: Any, *indices: int, truth: int = 1) -> list[float]:
     """Rewards of a group of four codes of two tokens: 0 and 1 share a first token, and so do 2 and 3."""
-    catalogue = Catalogue.of([(5, 1, 9), (5, 2, 9), (6, 1, 9), (6, 2, 9)])
+    catalogue = TokenTrie.of([(5, 1, 9), (5, 2, 9), (6, 1, 9), (6, 2, 9)])
     task: Any = Task()
 
     class Scorer:
@@ -150,14 +150,14 @@ def test_rewards_by_hand() -> None:
 def test_prefix_reward_if_one_code_is_a_prefix_of_another() -> None:
     task: Any = Task()
     # The third level is the same in the first two, and the break ends all.
-    catalogue = Catalogue.of([(5, 1, 7, 9), (5, 1, 9), (5, 2, 7, 9)])
+    catalogue = TokenTrie.of([(5, 1, 7, 9), (5, 1, 9), (5, 2, 7, 9)])
     rewards = Rewards({"prefix": 1.0}, task, ("a", "b", "c"), catalogue, closing_of(catalogue))
     question = Request(id="q", user_id="u")
     assert rewards.of(Case(request=question, truth="a"), (0, 1, 2)) == pytest.approx([1, 2 / 3, 1 / 3])
     assert rewards.of(Case(request=question, truth="b"), (0, 1, 2)) == pytest.approx([2 / 3, 1, 1 / 3])
     # A level that all codes share is not always their end.
-    assert closing_of(Catalogue.of([(5, 1, 7, 9), (6, 1, 7, 9), (5, 2, 7, 9)])) == 1
-    assert closing_of(Catalogue.of([(5, 1), (5, 2)])) == 0
+    assert closing_of(TokenTrie.of([(5, 1, 7, 9), (6, 1, 7, 9), (5, 2, 7, 9)])) == 1
+    assert closing_of(TokenTrie.of([(5, 1), (5, 2)])) == 0
 
 
 @pytest.mark.parametrize("normalise", [True, False])

@@ -17,7 +17,7 @@ from llmrec.answer.options import ModelOptions, RecommenderOptions
 from llmrec.answer.rank.options import RankOptions
 from llmrec.answer.recommender import Answered
 from llmrec.data.requests import RankRequest, identity
-from llmrec.ensembles.members import FUSIONS
+from llmrec.ensembles.members import ENSEMBLE_NAMES
 from llmrec.errors import DataError, LlmrecError, RecipeError
 from llmrec.pipeline import bundle as bundles
 from llmrec.pipeline.resume import Budget
@@ -138,7 +138,7 @@ def _open_classic(options: RankOptions) -> Models:
             column="--recipe",
         )
     source = Path(options.recipe)
-    if options.baseline in FUSIONS.values():
+    if options.baseline in ENSEMBLE_NAMES.values():
         if not source.is_dir():
             raise RecipeError(
                 f"--baseline {options.baseline!r} needs the ensemble weights of a run; give its folder with --recipe",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from llmrec.decode.beam import Fed, Floats, Targets, TreeEngine
+from llmrec.decode.beam import Floats, LogprobQueries, TreeEngine, TreeTokens
 from llmrec.errors import require
 from llmrec.models.traits import cache_bytes, chosen_logprobs, is_paired, plain_head
 
@@ -203,7 +203,7 @@ class MaskedTree:
         self._prompts: list[tuple[int, ...]] = []
         self.tokens = self.forwards = self.head_rows = 0
 
-    def open(self, prompts: Sequence[Sequence[int]], targets: Targets) -> Floats:
+    def open(self, prompts: Sequence[Sequence[int]], targets: LogprobQueries) -> Floats:
         """Read prompts, padded on the left; see `TreeEngine`.
 
         With ``warm`` a single prompt continues from the previous single prompt, as far as they share a prefix.
@@ -231,7 +231,7 @@ class MaskedTree:
         self.tokens += int(lengths.sum()) - known * len(prompts)
         return self._logprobs(hidden[:, -1], targets, targets.after)
 
-    def feed(self, fed: Fed, targets: Targets) -> Floats:
+    def feed(self, fed: TreeTokens, targets: LogprobQueries) -> Floats:
         """Read tokens after the prompts; see `TreeEngine`."""
         torch, count = self._torch, len(fed.tokens)
         base, before = len(self._positions), self._sees.shape[1]
@@ -272,7 +272,7 @@ class MaskedTree:
             self._cache = warm[1]
         return known
 
-    def _grow(self, fed: Fed, slots: NDArray[np.int64], wide: int) -> None:
+    def _grow(self, fed: TreeTokens, slots: NDArray[np.int64], wide: int) -> None:
         """Record position, column and ancestors of fed tokens; parents precede their children."""
         base, before = len(self._positions), self._sees.shape[1]
         sees = np.zeros((base + len(fed.tokens), before + wide), dtype=bool)
@@ -294,7 +294,7 @@ class MaskedTree:
         self.forwards += 1
         return hidden
 
-    def _logprobs(self, hidden: torch.Tensor, targets: Targets, rows: NDArray[np.int64]) -> Floats:
+    def _logprobs(self, hidden: torch.Tensor, targets: LogprobQueries, rows: NDArray[np.int64]) -> Floats:
         """Return full-softmax log-probabilities of given tokens; ``rows`` selects the preceding hidden states."""
         torch, head = self._torch, self._model.get_output_embeddings()
         result = np.empty(len(rows))
@@ -362,7 +362,7 @@ class PlainTree:
         self._encoded: Any = None
         self.tokens = self.forwards = self.head_rows = 0
 
-    def open(self, prompts: Sequence[Sequence[int]], targets: Targets) -> Floats:
+    def open(self, prompts: Sequence[Sequence[int]], targets: LogprobQueries) -> Floats:
         """Read prompts; see `TreeEngine`."""
         self._users = list(range(len(prompts)))
         if not self._paired:
@@ -376,7 +376,7 @@ class PlainTree:
         self._texts = [(int(self._model.config.decoder_start_token_id),)] * len(prompts)
         return self._answers(targets)
 
-    def feed(self, fed: Fed, targets: Targets) -> Floats:
+    def feed(self, fed: TreeTokens, targets: LogprobQueries) -> Floats:
         """Add tokens, and compute the rows whose logits are needed; see `TreeEngine`."""
         for user, parent, token in zip(fed.users.tolist(), fed.parents.tolist(), fed.tokens.tolist(), strict=True):
             self._texts.append((*self._texts[parent], token))
@@ -387,7 +387,7 @@ class PlainTree:
         """Discard all texts."""
         self._texts, self._users, self._encoded = [], [], None
 
-    def _answers(self, targets: Targets) -> Floats:
+    def _answers(self, targets: LogprobQueries) -> Floats:
         torch, result = self._torch, np.empty(len(targets.tokens))
         used, group = np.unique(targets.after, return_inverse=True)
         for start in range(0, len(used), _BLOCK):
@@ -618,12 +618,12 @@ def read_through(
     first, later = order[every[order] < len(prompts)], order[every[order] >= len(prompts)]
     result = np.empty(len(order))
     try:
-        result[first] = engine.open(prompts, Targets(every[first], targets[first]))
+        result[first] = engine.open(prompts, LogprobQueries(every[first], targets[first]))
         if len(later):
             users = np.repeat(np.arange(len(prompts)), [len(tree.tokens) for tree in trees])
             tokens = np.array([token for tree in trees for token in tree.tokens])
-            fed = Fed(users, np.concatenate(parents).astype(np.int64), tokens)
-            result[later] = engine.feed(fed, Targets(every[later], targets[later]))
+            fed = TreeTokens(users, np.concatenate(parents).astype(np.int64), tokens)
+            result[later] = engine.feed(fed, LogprobQueries(every[later], targets[later]))
     finally:
         engine.close()
     parts = np.split(result, np.cumsum([len(tree.targets) for tree in trees])[:-1])

@@ -27,7 +27,7 @@ from llmrec.backends.encode import Encoder
 from llmrec.backends.search import search, single_token_labels
 from llmrec.backends.vllm.adapters import LINEAR, Adapter, admitted_rank
 from llmrec.backends.vllm.supervise import ORDERLY_SECONDS, EngineLost, EngineProcesses, Limits, StepCounter
-from llmrec.decode.beam import Fed, Floats, Targets
+from llmrec.decode.beam import Floats, LogprobQueries, TreeTokens
 from llmrec.errors import BackendError, EngineFailure, require
 from llmrec.machine import Node, node_memory
 from llmrec.progress import count_answers
@@ -192,12 +192,12 @@ class VLLMTree:
         self._texts: list[tuple[int, ...]] = []
         self.tokens = self.requests = self.forwards = 0
 
-    def open(self, prompts: Sequence[Sequence[int]], targets: Targets) -> Floats:
+    def open(self, prompts: Sequence[Sequence[int]], targets: LogprobQueries) -> Floats:
         """Add prompts, and return log-probabilities of the next tokens; see `TreeEngine`."""
         self._texts = [tuple(prompt) for prompt in prompts]
         return self._answers(targets)
 
-    def feed(self, fed: Fed, targets: Targets) -> Floats:
+    def feed(self, fed: TreeTokens, targets: LogprobQueries) -> Floats:
         """Add tokens, and return log-probabilities of the next tokens; see `TreeEngine`."""
         for parent, token in zip(fed.parents.tolist(), fed.tokens.tolist(), strict=True):
             self._texts.append((*self._texts[parent], token))
@@ -207,7 +207,7 @@ class VLLMTree:
         """Discard the texts; the engine's cache keeps them until the space is needed."""
         self._texts = []
 
-    def _answers(self, targets: Targets) -> Floats:
+    def _answers(self, targets: LogprobQueries) -> Floats:
         """Request each distinct text and token once."""
         if not len(targets.tokens):
             return np.empty(0)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from llmrec.baselines.base import LSA, AboveZero
+from llmrec.baselines.base import LSA, PositiveFloat
 from llmrec.baselines.item_texts import STORE, TextsConfig, latent, texts_of
 from llmrec.baselines.neural import info_nce_both
 from llmrec.errors import require
@@ -60,8 +60,8 @@ class Align(TextsConfig):
     parts: Positive = Field(
         4, description="Number of sub-vectors per vector; each is matched with the most similar sub-vector of the text."
     )
-    temperature: AboveZero = Field(0.7, description="Temperature of the similarities.")
-    learning_rate: AboveZero = Field(
+    temperature: PositiveFloat = Field(0.7, description="Temperature of the similarities.")
+    learning_rate: PositiveFloat = Field(
         5e-4, description="Learning rate of AdamW, with warm-up over the first tenth of the steps."
     )
     weight_decay: float = Field(1e-5, ge=0, description="Decoupled weight decay.")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
-from llmrec.baselines.counted import RequestFeatures
+from llmrec.baselines.rating_features import RequestFeatures
 from llmrec.data.read.codes import codes
 from llmrec.data.split import others
 from llmrec.types import Request

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 import numpy as np
 from pydantic import Field, field_validator
 
-from llmrec.baselines.base import AboveZero, Baseline, Decay
-from llmrec.baselines.neural import until_least
+from llmrec.baselines.base import Baseline, Decay, PositiveFloat
+from llmrec.baselines.ctr import LikeRatioConfig
+from llmrec.baselines.neural import train_with_early_stopping
 from llmrec.baselines.profiles import Adaptor, Columns, adapt
 from llmrec.baselines.validation import rating_cases
-from llmrec.baselines.yes_no import LikeRatioConfig
 from llmrec.data.features import FeatureKind
 from llmrec.errors import DataError, require
 from llmrec.recipe.schema import Positive, Width
@@ -64,7 +64,7 @@ class HostConfig(LikeRatioConfig):
     experts: Positive = Field(3, description="Number of experts per feature store, in addition to two shared experts.")
     dropout: float = Field(0.1, ge=0, lt=1, description="Dropout rate.")
     batch: Positive = Field(1024, description="Examples per optimiser step.")
-    learning_rate: AboveZero = Field(1e-3, description="Learning rate of Adam.")
+    learning_rate: PositiveFloat = Field(1e-3, description="Learning rate of Adam.")
     weight_decay: float = Field(1e-5, ge=0, description="Decoupled weight decay (AdamW).")
     epochs: Positive = Field(20, description="Maximum number of epochs.")
     patience: Positive | None = Field(
@@ -356,7 +356,7 @@ class Host(Baseline[H, Fitted]):
             return float(np.logaddexp(0, -(2 * judged[0].truth - 1) * odds).mean())
 
         judged_by = judge if len(judged[0]) else None
-        return until_least(network, judged_by, config, learn, name=self.name, measure="log-loss")
+        return train_with_early_stopping(network, judged_by, config, learn, name=self.name, measure="log-loss")
 
     def _judge(
         self, network: torch.nn.Module, fields: Fields, rows: Rows, columns: Sequence[Columns]

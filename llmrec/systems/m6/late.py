@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from pydantic import Field
 
-from llmrec.baselines.base import AboveZero, Baseline
-from llmrec.baselines.neural import put_back, weights_of
-from llmrec.baselines.yes_no import LikeRatioConfig
+from llmrec.baselines.base import Baseline, PositiveFloat
+from llmrec.baselines.ctr import LikeRatioConfig
+from llmrec.baselines.neural import load_network_state, network_state
 from llmrec.data.split import others, scale_of, threshold
 from llmrec.errors import DataError, require
 from llmrec.machine import cpu_has_bf16
@@ -53,7 +53,7 @@ class LateConfig(LikeRatioConfig):
     rows: Positive = Field(2000, description="Number of sampled training ratings.")
     epochs: Positive = Field(2, description="Number of epochs.")
     batch: Positive = Field(16, description="Examples per optimiser step.")
-    learning_rate: AboveZero = Field(1e-4, description="Learning rate of AdamW.")
+    learning_rate: PositiveFloat = Field(1e-4, description="Learning rate of AdamW.")
     quiet: bool = Field(False, description="Hide the progress bar.")
 
 
@@ -176,12 +176,12 @@ class LateInteraction(Baseline[LateConfig, Late]):
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Return the trained weights as arrays."""
-        return weights_of(_learned(self._fitted))
+        return network_state(_learned(self._fitted))
 
     def restore(self, data: SplitDataset, state: Mapping[str, NDArray[Any]]) -> None:
         """Restore the trained weights from `state`."""
         model = self._late(self._lower(), data)
-        put_back(_learned(model), state)
+        load_network_state(_learned(model), state)
         self._model = model
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from pydantic import Field
 
-from llmrec.baselines.base import AboveZero, Catalogue, Log, ScoredBaseline, counts
+from llmrec.baselines.base import Catalogue, Log, PositiveFloat, ScoredBaseline, counts
 from llmrec.baselines.item_texts import WHITENINGS, PrincipalAxes, WhitenedConfig, refuse_unpretrained, texts_of, unit
 from llmrec.baselines.neural import (
     NeuralConfig,
+    case_users,
+    early_stopping_cases,
     info_nce,
-    pieces_of,
-    put_back,
-    stop_cases,
-    stopped_by,
-    until_best,
-    weights_of,
+    load_network_state,
+    network_state,
+    train_ranker_with_early_stopping,
+    training_segments,
 )
 from llmrec.errors import require
 from llmrec.recipe.schema import Depth, Positive, Width
@@ -44,7 +44,7 @@ class StateTowerConfig(WhitenedConfig, NeuralConfig):
 
     dim: Width = Field(128, description="Dimension of user and item vectors.")
     dropout: float = Field(0.2, ge=0, lt=1, description="Dropout rate.")
-    learning_rate: AboveZero = Field(2e-3, description="Learning rate of Adam.")
+    learning_rate: PositiveFloat = Field(2e-3, description="Learning rate of Adam.")
     weight_decay: float = Field(0.01, ge=0, description="Decoupled weight decay (AdamW).")
     epochs: Positive = Field(30, description="Maximum number of epochs.")
     patience: Positive | None = Field(
@@ -62,7 +62,7 @@ class StateTowerConfig(WhitenedConfig, NeuralConfig):
     )
     batch: Positive = Field(512, description="Targets per optimiser step, with in-batch negatives.")
     negatives: None = Field(None, description="No effect: the softmax includes only the targets in a batch.")
-    temperature: AboveZero = Field(0.07, description="Temperature of the cosine similarities.")
+    temperature: PositiveFloat = Field(0.07, description="Temperature of the cosine similarities.")
     corrected: bool = Field(
         False, description="Apply logQ correction: subtract the log frequency of an item from its logit in training."
     )
@@ -154,13 +154,15 @@ class StateTower(ScoredBaseline[StateTowerConfig, Towers]):
         texts = PrincipalAxes.of(self._vectors(data, catalogue.ids))
         vectors = torch.from_numpy(texts.whitened(config.whitening).astype(np.float32))
         events = Log.of(data, catalogue)
-        cases = stop_cases(data, config, _STOP_CASES)
+        cases = early_stopping_cases(data, config, _STOP_CASES)
         rows, rng = self._rows(events), np.random.default_rng(self._seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
             model = self._towers(catalogue, vectors, counts(events, catalogue))
-            until_best(model, cases, config, lambda optimiser: self._epoch(model, rows, optimiser, rng))
-        self.looked_at = stopped_by(cases)
+            train_ranker_with_early_stopping(
+                model, cases, config, lambda optimiser: self._epoch(model, rows, optimiser, rng)
+            )
+        self.looked_at = case_users(cases)
         self._model = model
         self._known.clear()
 
@@ -168,7 +170,7 @@ class StateTower(ScoredBaseline[StateTowerConfig, Towers]):
         """Return the fitted state as arrays."""
         centre, whitening = self._whitening
         lens = {"lens.centre": centre, "lens.whitening": whitening}
-        return {"vectors": self._fitted.vectors.detach().numpy(), **weights_of(self._fitted.network), **lens}
+        return {"vectors": self._fitted.vectors.detach().numpy(), **network_state(self._fitted.network), **lens}
 
     def restore(self, data: SplitDataset, state: Mapping[str, NDArray[Any]]) -> None:
         """Restore the fitted projections from `state`."""
@@ -179,8 +181,8 @@ class StateTower(ScoredBaseline[StateTowerConfig, Towers]):
         with torch.random.fork_rng(devices=[]):
             vectors = torch.from_numpy(state["vectors"])
             self._model = self._towers(catalogue, vectors, counts(Log.of(data, catalogue), catalogue))
-        put_back(self._model.network, state)
-        self.looked_at = stopped_by(stop_cases(data, self._config, _STOP_CASES))
+        load_network_state(self._model.network, state)
+        self.looked_at = case_users(early_stopping_cases(data, self._config, _STOP_CASES))
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
         """Return the logits of all items after each history, shape (n, items)."""
@@ -211,7 +213,7 @@ class StateTower(ScoredBaseline[StateTowerConfig, Towers]):
         ends = np.cumsum(np.bincount(events.users, minlength=events.user_count))
         for user, items in enumerate(np.split(events.items, ends[:-1])):
             user_log = Log(np.zeros(len(items), np.int32), items, np.zeros(len(items)), 1)
-            windows = pieces_of(user_log, config.max_len)[: config.windows]
+            windows = training_segments(user_log, config.max_len)[: config.windows]
             pieces.extend(windows)
             owners.extend([user] * len(windows))
         computed = self.reader.after(self._lead, self._titles_of([piece[:-1] for piece in pieces]), most=_TITLE)

@@ -12,7 +12,7 @@ import numpy as np
 
 from llmrec import __version__
 from llmrec.baselines.base import Baseline
-from llmrec.baselines.neural import put_back, stopped_by, until_least, weights_of
+from llmrec.baselines.neural import case_users, load_network_state, network_state, train_with_early_stopping
 from llmrec.baselines.rated import Ratings, rate, ratings
 from llmrec.baselines.validation import rating_cases
 from llmrec.data.features import Features, Pair, Provenance
@@ -96,8 +96,10 @@ class UBert(Baseline[UBertConfig, Reviewed]):
             def learn(optimiser: Optimizer) -> float:
                 return _epoch(model, optimiser, rng)
 
-            until_least(model.network, judge if cases else None, config, learn, name=self.name, measure="RMSE")
-        self.looked_at = stopped_by(cases)
+            train_with_early_stopping(
+                model.network, judge if cases else None, config, learn, name=self.name, measure="RMSE"
+            )
+        self.looked_at = case_users(cases)
         self._pretrained, self._model = None, _finished(model)
 
     def pretrained(self, data: SplitDataset) -> None:
@@ -156,7 +158,7 @@ class UBert(Baseline[UBertConfig, Reviewed]):
     def state(self) -> dict[str, NDArray[Any]]:
         """Return the weights and the projected tokens as arrays."""
         model = self._fitted
-        return {"read": model.tokens.values.numpy(), "starts": model.tokens.starts, **weights_of(model.network)}
+        return {"read": model.tokens.values.numpy(), "starts": model.tokens.starts, **network_state(model.network)}
 
     def restore(self, data: SplitDataset, state: Mapping[str, NDArray[Any]]) -> None:
         """Restore the fitted network from `state`."""
@@ -165,10 +167,10 @@ class UBert(Baseline[UBertConfig, Reviewed]):
         reviews = Reviews.read(data, known, self._config.order)
         with torch.random.fork_rng(devices=[]):
             model = self._untrained(known, reviews, Tokens(torch.from_numpy(state["read"]), state["starts"]), width)
-        put_back(model.network.double(), state)
+        load_network_state(model.network.double(), state)
         model.update_means()
         self._model = model
-        self.looked_at = stopped_by(self._cases(data))
+        self.looked_at = case_users(self._cases(data))
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Predict the rating of the item in each request."""

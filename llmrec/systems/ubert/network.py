@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import Field, model_validator
 
-from llmrec.baselines.base import LSA, AboveZero
+from llmrec.baselines.base import LSA, PositiveFloat
 from llmrec.baselines.item_texts import STORE, TextsConfig
 from llmrec.baselines.rated import Ratings
 from llmrec.errors import require
@@ -46,7 +46,7 @@ class UBertConfig(TextsConfig):
     beta: float = Field(1.0, ge=0, description="Pretraining: weight of the rating loss.")
     dropout: float = Field(0.2, ge=0, lt=1, description="Dropout rate.")
     batch: Positive = Field(64, description="Ratings per optimiser step.")
-    learning_rate: AboveZero = Field(1e-3, description="Learning rate of Adam.")
+    learning_rate: PositiveFloat = Field(1e-3, description="Learning rate of Adam.")
     weight_decay: float = Field(0.01, ge=0, description="Decoupled weight decay (AdamW).")
     epochs: Positive = Field(30, description="Maximum number of epochs.")
     patience: Positive | None = Field(

@@ -13,14 +13,14 @@ import numpy as np
 from llmrec.baselines.base import Catalogue, Log, ScoredBaseline, counts
 from llmrec.baselines.item_texts import STORE, text_vectors
 from llmrec.baselines.neural import (
-    batches_of,
-    over_all,
-    pieces_of,
-    put_back,
-    stop_cases,
-    stopped_by,
-    until_best,
-    weights_of,
+    case_users,
+    early_stopping_cases,
+    full_softmax_loss,
+    load_network_state,
+    network_state,
+    train_ranker_with_early_stopping,
+    training_batches,
+    training_segments,
 )
 from llmrec.errors import RecipeError, require
 from llmrec.progress import Progress
@@ -78,7 +78,7 @@ class UniSRec(ScoredBaseline[UniSRecConfig, Universal]):
             MissingExtra: If torch is not installed.
         """
         torch, config = require("torch", "baselines"), self._config
-        cases = stop_cases(data, config, _STOP_CASES)
+        cases = early_stopping_cases(data, config, _STOP_CASES)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
             model, pieces = self._initial(data)
@@ -86,14 +86,16 @@ class UniSRec(ScoredBaseline[UniSRecConfig, Universal]):
             if config.start is not None:
                 for name in ("places", "blocks", "last_norm"):
                     model.network[name].requires_grad_(False)
-            rates = [{"params": [parameter for parameter in model.network.parameters() if parameter.requires_grad]}]
+            param_groups = [
+                {"params": [parameter for parameter in model.network.parameters() if parameter.requires_grad]}
+            ]
             pretrained = config.start is not None or config.pretrain > 0
 
             def learn(optimiser: Optimizer) -> float:
                 return _epoch(model, pieces, optimiser, rng)
 
-            until_best(model, cases, config, learn, rates=rates, learned=pretrained)
-        self.looked_at = stopped_by(cases)
+            train_ranker_with_early_stopping(model, cases, config, learn, param_groups=param_groups, learned=pretrained)
+        self.looked_at = case_users(cases)
         self._model = model.finished()
 
     def pretrained(self, data: SplitDataset) -> None:
@@ -151,7 +153,7 @@ class UniSRec(ScoredBaseline[UniSRecConfig, Universal]):
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Return the weights and the text vectors as arrays."""
-        return {"vectors": self._fitted.vectors.numpy(), **weights_of(self._fitted.network)}
+        return {"vectors": self._fitted.vectors.numpy(), **network_state(self._fitted.network)}
 
     def restore(self, data: SplitDataset, state: Mapping[str, NDArray[Any]]) -> None:
         """Restore the fitted network from `state`."""
@@ -159,9 +161,9 @@ class UniSRec(ScoredBaseline[UniSRecConfig, Universal]):
         catalogue = Catalogue.of(data)
         with torch.random.fork_rng(devices=[]):
             model = self._untrained(catalogue, torch.from_numpy(state["vectors"]), Log.of(data, catalogue))
-        put_back(model.network, state)
+        load_network_state(model.network, state)
         self._model = model.finished()
-        self.looked_at = stopped_by(stop_cases(data, self._config, _STOP_CASES))
+        self.looked_at = case_users(early_stopping_cases(data, self._config, _STOP_CASES))
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
         """Return the logits of all items after each history, shape (n, items)."""
@@ -189,7 +191,7 @@ class UniSRec(ScoredBaseline[UniSRecConfig, Universal]):
         if config.start is not None:
             self._carried(model).load(config.start, data)
         numbers = model.embedding_rows[events.items].astype(np.int32)
-        pieces = pieces_of(replace(events, items=numbers), config.max_len)
+        pieces = training_segments(replace(events, items=numbers), config.max_len)
         if config.pretrain:
             rng, text = np.random.default_rng([self._seed, 1]), None
             if config.word_drop and not config.encoder.startswith(STORE):
@@ -218,7 +220,7 @@ def _epoch(
     torch, config, warm = require("torch", "baselines"), model.config, model.warm
     model.network.train()
     total, count = 0.0, 0
-    for batch in batches_of(pieces, config.batch, rng):
+    for batch in training_batches(pieces, config.batch, rng):
         optimiser.zero_grad(set_to_none=True)
         targets = torch.from_numpy(batch.targets)
         rows = targets >= 0
@@ -226,7 +228,9 @@ def _epoch(
         query = model.encoded(raw[torch.from_numpy(batch.items)])[rows] / config.temperature
         table = torch.nn.functional.normalize(raw, dim=1)
         with torch.no_grad():
-            value, of_query, of_table = over_all(query.detach(), table.detach(), targets[rows], half=config.half)
+            value, of_query, of_table = full_softmax_loss(
+                query.detach(), table.detach(), targets[rows], half=config.half
+            )
         torch.autograd.backward([query, table], [of_query, of_table])
         optimiser.step()
         total, count = total + value * len(query), count + len(query)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from llmrec.baselines.base import LSA, AboveZero, Catalogue
+from llmrec.baselines.base import LSA, Catalogue, PositiveFloat
 from llmrec.baselines.item_texts import STORE, TextsConfig
-from llmrec.baselines.neural import Batch, batches_of, info_nce, of_one_length
+from llmrec.baselines.neural import Batch, equal_length_batches, info_nce, training_batches
 from llmrec.baselines.sasrec import AttentionConfig, attended, attention_network
 from llmrec.errors import require
 from llmrec.recipe.schema import Positive
@@ -32,7 +32,7 @@ class UniSRecConfig(TextsConfig, AttentionConfig):
     """Parameters of `UniSRec`."""
 
     experts: Positive = Field(8, description="Number of mixed whitening transformations.")
-    temperature: AboveZero = Field(0.07, description="Temperature of the cosine similarities.")
+    temperature: PositiveFloat = Field(0.07, description="Temperature of the cosine similarities.")
     ids: bool = Field(False, description="Transductive setting: add a learned embedding to each training item.")
     start: str | None = Field(
         None, description="Folder of weights pretrained on another domain; only the adaptor is trained further."
@@ -136,7 +136,7 @@ class Universal:
         with torch.no_grad():
             raw = self.represented(np.arange(len(self.items))) if self.table is None else self.table
             compared = torch.nn.functional.normalize(raw, dim=1).T / self.config.temperature
-            for rows in of_one_length(histories, _ROWS):
+            for rows in equal_length_batches(histories, _ROWS):
                 items = torch.from_numpy(np.stack([histories[row] for row in rows]))
                 result[rows] = (self.encoded(raw[items])[:, -1] @ compared).numpy()
         return result
@@ -220,7 +220,7 @@ def contrasted(
     """
     torch, config, warm = require("torch", "baselines"), model.config, model.warm
     model.network.train()
-    for batch in batches_of(pieces, config.batch, rng):
+    for batch in training_batches(pieces, config.batch, rng):
         optimiser.zero_grad(set_to_none=True)
         items, targets = torch.from_numpy(batch.items), torch.from_numpy(batch.targets)
         raw = model.represented(warm)

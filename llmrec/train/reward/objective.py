@@ -20,7 +20,7 @@ from llmrec.backends.hf.tree import MaskedTree
 from llmrec.data.hashing import hash_one
 from llmrec.decode.beam import Floats
 from llmrec.decode.rollouts import Group, rollouts
-from llmrec.decode.token_tree import Catalogue
+from llmrec.decode.token_tree import TokenTrie
 from llmrec.recipe.schema import RewardSection
 from llmrec.train.batches import parted
 from llmrec.train.loss import AllowedTokens, of_rows, target_losses
@@ -247,7 +247,7 @@ def _prompt(row: TokenRow) -> tuple[int, ...]:
     return row.ids[: next(n for n, label in enumerate(row.labels) if label != IGNORED)]
 
 
-def _row(prompt: tuple[int, ...], catalogue: Catalogue, item: int) -> TokenRow:
+def _row(prompt: tuple[int, ...], catalogue: TokenTrie, item: int) -> TokenRow:
     path = catalogue.path(int(catalogue.ranks[item]))
     return TokenRow((*prompt, *path), (*[IGNORED] * len(prompt), *path))
 

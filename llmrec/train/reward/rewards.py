@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from llmrec.decode.token_tree import Catalogue
+from llmrec.decode.token_tree import TokenTrie
 from llmrec.recipe.schema import RewardKind
 from llmrec.tasks.base import pairs_of
 from llmrec.tasks.task import Task
@@ -31,7 +31,7 @@ class Rewards:
     kinds: Mapping[RewardKind, float]
     task: Task
     items: Sequence[str]
-    catalogue: Catalogue
+    catalogue: TokenTrie
     closing: int = 0
     scorer: CatalogueScorer | None = None
 
@@ -102,7 +102,7 @@ class Rewards:
         return [float(value) for value in below / max(len(scores) - 1, 1)]
 
 
-def closing_of(catalogue: Catalogue) -> int:
+def closing_of(catalogue: TokenTrie) -> int:
     """Return 1 if all token paths of a catalogue end with the same token, otherwise 0.
 
     Other shared tokens may be a level of the codes.

@@ -152,7 +152,7 @@ class RequestFeatures:
         counts, item = self.counts, request.item or ""
         (user_share, user_count), (item_share, item_count) = counts.of_history(request), counts.of_item(item)
         residuals = counts.residuals(request)
-        row = [_odds(user_share), float(np.log1p(user_count)), _odds(item_share), float(np.log1p(item_count))]
+        row = [_log_odds(user_share), float(np.log1p(user_count)), _log_odds(item_share), float(np.log1p(item_count))]
         row += [counts.level(item), float(residuals.sum() / (len(residuals) + _OF_USER))]
         if self.decay is not None:
             weights = self.decay ** np.arange(len(residuals) - 1, -1, -1, dtype=np.float64)
@@ -160,7 +160,7 @@ class RequestFeatures:
         return row
 
 
-def _odds(share: float) -> float:
+def _log_odds(share: float) -> float:
     inside = min(max(share, 1e-6), 1 - 1e-6)
     return float(np.log(inside / (1 - inside)))
 

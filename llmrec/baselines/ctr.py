@@ -14,9 +14,9 @@ import numpy as np
 from pydantic import Field
 from scipy import sparse
 
-from llmrec.baselines.base import AboveZero, Baseline, Decay
-from llmrec.baselines.counted import RatingCounts, RequestFeatures
+from llmrec.baselines.base import Baseline, Decay, PositiveFloat
 from llmrec.baselines.rated import ratings
+from llmrec.baselines.rating_features import RatingCounts, RequestFeatures
 from llmrec.recipe.schema import Section
 from llmrec.types import Answer, Probability, Request, Unparsed
 
@@ -74,7 +74,7 @@ class _Linear:
 class LogisticConfig(LikeRatioConfig):
     """Parameters of `Logistic`."""
 
-    penalty: AboveZero = Field(1.0, description="L2 penalty.")
+    penalty: PositiveFloat = Field(1.0, description="L2 penalty.")
     features: Literal["counts", "recent", "ids"] = Field(
         "recent",
         description="Additional features. `recent`: the user's latest ratings; `ids`: also a weight per user and per "
@@ -83,11 +83,11 @@ class LogisticConfig(LikeRatioConfig):
     decay: Decay = Field(
         0.8, description="`recent`: decay of older ratings, the weight relative to the next newer one."
     )
-    id_penalty: AboveZero = Field(100.0, description="`ids`: L2 penalty of user and item weights.")
+    id_penalty: PositiveFloat = Field(100.0, description="`ids`: L2 penalty of user and item weights.")
 
 
 class Logistic(Baseline[LogisticConfig, _Linear]):
-    """Logistic regression on counts of user and item; see `llmrec.baselines.counted.RequestFeatures`.
+    """Logistic regression on counts of user and item; see `llmrec.baselines.rating_features.RequestFeatures`.
 
     ``features=recent`` adds the user's recent ratings, weighted by ``decay``, and ``features=ids`` a one-hot encoding
     of training users and items. Weights minimise the mean log-loss plus
