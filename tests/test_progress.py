@@ -123,7 +123,7 @@ def test_log_file_has_lines_before_the_end(tmp_path: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path; from llmrec import progress; progress.FIRST = 0.05\n"
         "from llmrec.cli.main import _apply; _apply({})\n"
-        "log, bar = Path(sys.argv[1]), progress.Bar('train', 8, unit='steps')\n"
+        "log, bar = Path(sys.argv[1]), progress.Progress('train', 8, unit='steps')\n"
         "bar.advance(2, 'loss 1.0')\n"
         "with bar:\n"
         "    while len(log.read_text().splitlines()) < 3: time.sleep(0.01)\n"

@@ -140,7 +140,7 @@ def test_bar_on_a_terminal_vanishes_below_lines() -> None:
         "def command(options: Options) -> None: ...\n"
         "sys.argv = ['llmrec']\n"
         "try:\n    main(app_of({'command': command}))\nexcept SystemExit:\n    pass\n"
-        "with progress.Bar('baselines', None), progress.Bar('train', 8, unit='steps') as bar:\n"
+        "with progress.Progress('baselines', None), progress.Progress('train', 8, unit='steps') as bar:\n"
         "    bar.advance(2, 'loss 1.0'); progress.say('a line', terminal.err()); time.sleep(0.3)\n"
     )
     parent, child = pty.openpty()

@@ -255,7 +255,7 @@ def test_late_questions_time_out(engine: FakeEngine) -> None:
             engine.free.clear()
             pending = [asyncio.ensure_future(batcher.ask(RANK, request(n))) for n in range(3)]
             results = await asyncio.gather(*pending, return_exceptions=True)
-            assert outcomes(results) == ["TooLate"] * 3
+            assert outcomes(results) == ["AnswerTimeout"] * 3
             assert all(isinstance(each, AnswerTimeout) and each.kind == "exhausted" for each in results)
             assert batcher.load.late == 3 and batcher.load.waiting == 0
             engine.free.set()
@@ -363,7 +363,7 @@ def test_close_does_not_wait_for_a_hanging_engine(engine: FakeEngine) -> None:
         await until(lambda: bool(engine.batches))
         await batcher.close()
         results = outcomes(await asyncio.gather(*pending, return_exceptions=True))
-        assert set(results) <= {"EngineLost", "TooLate"}
+        assert set(results) <= {"EngineLost", "AnswerTimeout"}
         # The thread must end before the loop of this test.
         engine.free.set()
 
