@@ -457,6 +457,12 @@ class WarmItems:
             catalogue=catalogue, indices=indices, column=column, popular=freq[indices] / freq.max(initial=1.0)
         )
 
+    @staticmethod
+    def in_training(data: SplitDataset) -> WarmItems:
+        """Return the items of a split that have training interactions."""
+        catalogue = Catalogue.of(data)
+        return WarmItems.of(Log.of(data, catalogue), catalogue)
+
     def log(self, log: Log) -> Log:
         """Return the same interactions with indices of warm items."""
         return Log(

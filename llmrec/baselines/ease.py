@@ -99,8 +99,8 @@ class EASE(ScoredBaseline[EASEConfig, _Linear]):
 
     def restore(self, data: SplitDataset, state: Mapping[str, NDArray[Any]]) -> None:
         """Restore the fitted weights from `state`."""
-        catalogue = Catalogue.of(data)
-        self._model = _Linear(catalogue, WarmItems.of(Log.of(data, catalogue), catalogue), state["weights"])
+        warm = WarmItems.in_training(data)
+        self._model = _Linear(warm.catalogue, warm, state["weights"])
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
         """Return the scores for every request and item, shape (n, items)."""

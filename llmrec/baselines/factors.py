@@ -70,9 +70,8 @@ class _Factorisation(ScoredBaseline[C, _Vectors]):
 
     def restore(self, data: SplitDataset, state: Mapping[str, NDArray[Any]]) -> None:
         """Restore the fitted vectors from `state`."""
-        catalogue = Catalogue.of(data)
-        warm = WarmItems.of(Log.of(data, catalogue), catalogue)
-        self._model = _Vectors(catalogue, warm, state["vectors"], self._solver(state["vectors"]))
+        warm = WarmItems.in_training(data)
+        self._model = _Vectors(warm.catalogue, warm, state["vectors"], self._solver(state["vectors"]))
 
     def item_vectors(self) -> dict[str, NDArray[np.float32]]:
         """Return the vector of each item with training interactions, by item id, shape (factors,)."""

@@ -394,8 +394,7 @@ class SequenceNetwork(ScoredBaseline[N, Trained]):
 
     def restore(self, data: SplitDataset, state: Mapping[str, NDArray[Any]]) -> None:
         """Restore the fitted network from `state`."""
-        catalogue = Catalogue.of(data)
-        warm = WarmItems.of(Log.of(data, catalogue), catalogue)
+        warm = WarmItems.in_training(data)
         self._open(data, warm)
         with require("torch", "baselines").random.fork_rng(devices=[]):
             network = self._built(len(warm.indices))
