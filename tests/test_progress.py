@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from llmrec import progress
-from llmrec.pipeline.resume import Budget
+from llmrec.pipeline.resume import StageTimer
 from llmrec.progress import BatchProgress, Progress, count_answers, span
 
 
@@ -99,7 +99,7 @@ def test_short_or_quiet_work_has_no_lines(caplog: pytest.LogCaptureFixture, monk
     with Progress("short", 3) as bar:
         bar.advance()
     monkeypatch.setattr(progress, "FIRST", 0.001)
-    with Progress("quiet", 3, quiet=True), Budget(quiet=True).stage("stage"):
+    with Progress("quiet", 3, quiet=True), StageTimer(quiet=True).stage("stage"):
         time.sleep(0.02)
     assert messages(caplog) == []
 

@@ -23,7 +23,7 @@ from llmrec.data.sets.table import load
 from llmrec.data.split import SplitDataset, request_id, split
 from llmrec.durable import write_json
 from llmrec.recipe.schema import CandidateSection, DataSection, Split
-from llmrec.tasks.base import keyed
+from llmrec.tasks.base import seeded_random
 from llmrec.tasks.pool import Negatives
 
 COUNT = 20
@@ -67,7 +67,7 @@ def attacked(
     shown: dict[str, Counter[str]] = defaultdict(Counter)
     for number in range(1, max(rows) + 1):
         for user in data.train["user_id"].unique().sort():
-            rng = keyed("negatives", 0, str(number), user)
+            rng = seeded_random("negatives", 0, str(number), user)
             shown[user].update(negatives.draw(user, COUNT - 1, rng))
         if number in rows:
             values = [ndcg(sets[request_id(h.user_id, h.item_id)], h.item_id, shown[h.user_id]) for h in held]

@@ -22,7 +22,7 @@ from llmrec.answer.recommender import Question
 from llmrec.baselines.fits import fitted
 from llmrec.baselines.validation import ranking_cases
 from llmrec.data.requests import PastEvent, RankRequest
-from llmrec.data.split import halves
+from llmrec.data.split import split_validation_users
 from llmrec.durable import write_json
 from llmrec.ensembles.context import Context
 from llmrec.ensembles.members import weights_of
@@ -55,7 +55,7 @@ def measured(count: int) -> dict[str, Any]:
     chosen = {row["name"]: row["tables"]["excluded"]["parameters"] for row in result["rows"]}
     form = chosen[ENSEMBLE]["of"]
     data = load_split(suite.data, suite.split_seeds[0])
-    choose, weigh = halves(data, suite.reserved)
+    choose, weigh = split_validation_users(data, suite.reserved)
     parts = [
         StoredMember(name=name, baseline=rows[name].baseline, parameters=chosen[name]) for name in rows[ENSEMBLE].fuse
     ]

@@ -23,7 +23,7 @@ import numpy as np
 from eval.benchmarks.provenance import provenance
 from llmrec.baselines.fits import fitted
 from llmrec.baselines.validation import ranking_cases
-from llmrec.data.split import SplitDataset, halves, request_of
+from llmrec.data.split import SplitDataset, request_of, split_validation_users
 from llmrec.durable import write_json
 from llmrec.ensembles.base import Ensemble
 from llmrec.ensembles.cells import TOP, CandidateScores, best, gathered, joined
@@ -207,7 +207,7 @@ def measured(name: str, python: str, folder: Path) -> dict[str, Any]:
     source = SOURCES[name]
     suite = load_suite(f"eval/suites/{source.suite}.yaml")
     data = load_split(suite.data, suite.split_seeds[0])
-    choosing, weighing = halves(data, suite.reserved)
+    choosing, weighing = split_validation_users(data, suite.reserved)
     folder.mkdir(parents=True, exist_ok=True)
     begin = time.process_time()
     members = members_of(source, choosing, suite.seeds[0])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from llmrec.answer.checks import decided
+from llmrec.answer.checks import with_resolved_engine
 from llmrec.answer.language_model import LanguageModel
 from llmrec.answer.options import RecommenderOptions
 from llmrec.answer.rules import Rules
@@ -152,7 +152,7 @@ def named(cases: Cases, names: Sequence[str], chosen: NDArray[np.int64]) -> Floa
         # Exclude titles whose items were all mentioned before.
         before = set(cases.named[row])
         out.append(sorted({title_index[i] for i in before if before.issuperset(columns[names[i]])}))
-    options = decided(RecommenderOptions(model=MODEL, backend="hf"))
+    options = with_resolved_engine(RecommenderOptions(model=MODEL, backend="hf"))
     with LanguageModel.open(options, ranks=False) as model, model.backend("search") as backend:
         for row, (prompt, without) in enumerate(zip(prompts, out, strict=True)):
             (result,) = backend.search([prompt], titles, k=BEAMS, width=BEAMS, excluded=[without])

@@ -54,7 +54,7 @@ from llmrec.train.batches import plan
 from llmrec.train.kernels import faster_layers, recompute
 from llmrec.train.loss import label_loss, packed_loss
 from llmrec.train.packing import stack, tree
-from llmrec.train.precision import half
+from llmrec.train.precision import autocast_dtype
 from llmrec.train.rows import LineTable, RowStream
 from llmrec.train.steps import Step
 from llmrec.train.world import World
@@ -189,7 +189,7 @@ def our_trainer(model: Any, encoder: Encoder, steps: Sequence[Step], **settings:
         processing_class=encoder.tokenizer,
         data_collator=partial(sft._batch, model, steps, pad, World(), section.micro_tokens),
     )
-    trainer.autocast = half(model) is not None
+    trainer.autocast = autocast_dtype(model) is not None
     trainer.remove_callback(PrinterCallback)
     return trainer
 

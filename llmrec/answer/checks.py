@@ -151,7 +151,7 @@ def _named(error: ValidationError, prefix: str, options: Mapping[str, str]) -> R
     return RecipeError(problem, kind="bad-value", column=problem.partition(":")[0])
 
 
-def decided(options: RecommenderOptions) -> RecommenderOptions:
+def with_resolved_engine(options: RecommenderOptions) -> RecommenderOptions:
     """Replace the engine ``auto`` by ``hf`` on a CPU, so that all requests use one engine.
 
     Otherwise a model that answers several kinds of questions would switch engines.

@@ -41,7 +41,7 @@ _RETRIEVED = 50
 _FALLBACK = "popularity"
 
 
-class Naming:
+class ItemIdMapper:
     """Maps the items named in requests to item ids of a data set, and back.
 
     An item is found by its id, or by its title if that is unique.
@@ -154,7 +154,7 @@ def _warn_of_change(run: Path, data: SplitDataset) -> None:
 
 
 @dataclass(repr=False)
-class Classic(Displayed):
+class FittedBaseline(Displayed):
     """A baseline fitted on the training interactions of a run.
 
     Attributes:
@@ -174,10 +174,10 @@ class Classic(Displayed):
     fingerprint: object
     kind: Kind = "classic"
     strategies: tuple[str, ...] = ()
-    _naming: Naming = field(init=False)
+    _naming: ItemIdMapper = field(init=False)
 
     def __post_init__(self) -> None:
-        self._naming = Naming(self.data)
+        self._naming = ItemIdMapper(self.data)
 
     def _summary(self) -> Summary:
         return Summary(f"{self.name} on {self.data.dataset.name}")
@@ -216,7 +216,7 @@ class Classic(Displayed):
             unranked = [replace(translated[n], candidates=None) for n in rest]
             originals = [requests[n] for n in rest]
             scores = np.asarray(self.model.scores(unranked), dtype=np.float64)
-            mask = listable(originals, unranked, self._columns, self.items)
+            mask = recommendable_mask(originals, unranked, self._columns, self.items)
             answers.update(zip(rest, best_of(originals, self.model.items, scores, mask, question.depth), strict=True))
         return [
             answered(answers[n], request, self.items, self._naming.known(request)[1])
@@ -237,7 +237,7 @@ def columns_of(model: CatalogueScorer) -> Mapping[str, int]:
     return {name: column for column, name in enumerate(model.items)}
 
 
-def listable(
+def recommendable_mask(
     requests: Sequence[RankRequest],
     translated: Sequence[Request],
     columns: Mapping[str, int],
@@ -267,7 +267,7 @@ def best_of(
     mask: NDArray[np.bool_],
     depth: int,
 ) -> list[Ranking]:
-    """Return the ``depth`` highest-scoring `listable` items for each request.
+    """Return the ``depth`` highest-scoring `recommendable_mask` items for each request.
 
     Equal scores are in the order of the columns.
 
@@ -275,7 +275,7 @@ def best_of(
         requests: The requests.
         names: The items of the columns.
         scores: Finite scores, shape (n, columns).
-        mask: The `listable` items, shape (n, columns).
+        mask: The `recommendable_mask` items, shape (n, columns).
         depth: The maximum length of a list.
     """
     rankings = []
@@ -304,7 +304,7 @@ class Retriever:
     def __init__(self, name: str, data: SplitDataset, items: Mapping[str, Item], *, count: int, seed: int) -> None:
         self.name, self.count = name, count
         self._data, self._items, self._seed = data, items, seed
-        self._naming = Naming(data)
+        self._naming = ItemIdMapper(data)
         self._models: dict[str, CatalogueScorer] = {}
 
     @property

@@ -7,7 +7,15 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
-from llmrec.answer.classic import NOTHING_LEFT, Naming, answered, best_of, columns_of, listable, retrieved
+from llmrec.answer.classic import (
+    NOTHING_LEFT,
+    ItemIdMapper,
+    answered,
+    best_of,
+    columns_of,
+    recommendable_mask,
+    retrieved,
+)
 from llmrec.answer.recommender import (
     EXPLAIN,
     RANK,
@@ -18,7 +26,7 @@ from llmrec.answer.recommender import (
     Recommender,
     check_only_auto,
 )
-from llmrec.answer.strategy import Asking
+from llmrec.answer.strategy import TaskStrategy
 from llmrec.baselines.fits import fitted
 from llmrec.baselines.parameters import hashes_of
 from llmrec.data.assemble import digest_items
@@ -37,7 +45,7 @@ from llmrec.types import Answer, CatalogueScorer, Cost, Item, Predictor, Ranking
 _NAMED = 4
 
 
-def fusion_of(bundle: Bundle, way: Asking, joined: str) -> StoredEnsemble:
+def fusion_of(bundle: Bundle, way: TaskStrategy, joined: str) -> StoredEnsemble:
     """Return the ensemble that a run fitted for a task, template and strategy.
 
     Args:
@@ -92,7 +100,7 @@ class Ensemble:
         finder: Recommender | None = None,
     ) -> None:
         self.name, self._items, self._model, self._finder = name, items, model, finder
-        self._fused, self._data, self._naming = fused, data, Naming(data)
+        self._fused, self._data, self._naming = fused, data, ItemIdMapper(data)
         self._baselines: dict[str, Predictor] = {}
         self._weights, self._context = fused.weights(), Context(data)
 
@@ -252,7 +260,7 @@ class Ensemble:
         if not requests:
             return []
         translated = [replace(self._naming.request(request), candidates=None) for request in requests]
-        mask = listable(requests, translated, self._columns, self._items)
+        mask = recommendable_mask(requests, translated, self._columns, self._items)
         rankings = best_of(requests, self._catalogue.items, self._catalogue.scores(translated, ~mask), mask, depth)
         return [
             ranking if ranking.items else Unparsed(request_id=ranking.request_id, reason=NOTHING_LEFT)

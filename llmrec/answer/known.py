@@ -282,7 +282,7 @@ def _data_of_run(bundle: Bundle, recipe: Recipe) -> Dataset:
         ) from None
 
 
-def known_of(folder: str, items: Path | None) -> KnownEntities:
+def read_known_entities(folder: str, items: Path | None) -> KnownEntities:
     """Read the items and interactions of a run or an exported folder.
 
     Args:
@@ -431,10 +431,10 @@ def read_known(
     request = read_request(completed, row, items, whole=whole, retrieves=retrieves)
     if request.user_id is None or record.get("history") is not None:
         return request
-    return of_user(request, known=stored)
+    return with_stored_history(request, known=stored)
 
 
-def of_user(request: RankRequest, *, known: bool) -> RankRequest:
+def with_stored_history(request: RankRequest, *, known: bool) -> RankRequest:
     """Add the user's stored history to a request, with a note on the length.
 
     Args:

@@ -35,11 +35,11 @@ from llmrec.answer.rationales import TOKENS, Explainer, rationale_template
 from llmrec.answer.recommender import RANK, Answered, Kind, Question, Reasons, Recommender
 from llmrec.answer.strategy import (
     TWO_STEP,
-    Asking,
+    TaskStrategy,
     about_families,
-    choose_way,
     ranking_families_of,
-    way_about,
+    select_item_strategy,
+    select_ranking_strategy,
 )
 from llmrec.backends.cache import AnswerStore, CachedBackend
 from llmrec.backends.encode import Encoder
@@ -56,7 +56,7 @@ from llmrec.guard import TEXT_LIMIT, clean
 from llmrec.models.load import load_tokenizer, quiet_libraries, weights_stamp
 from llmrec.pipeline.bundle import Bundle, refuse_changed
 from llmrec.pipeline.engines import Engines, dtype_name, refuse_device, refuse_paired
-from llmrec.pipeline.resume import Budget
+from llmrec.pipeline.resume import StageTimer
 from llmrec.tasks.family import family_of
 from llmrec.types import Answer, Item, Ranking, Unparsed
 
@@ -82,7 +82,7 @@ class RankingSteps:
     """
 
     options: RecommenderOptions
-    asking: Asking
+    asking: TaskStrategy
     search: CatalogueRanking | None = None
     ensemble: Ensemble | None = None
     reasoner: Explainer | None = None
@@ -119,7 +119,7 @@ class LanguageModel:
     engines: Engines
     weights: str
     store: AnswerStore | None
-    budget: Budget
+    budget: StageTimer
     default: RankingSteps = field(init=False)
     name: str = ""
     finder: Recommender | None = None
@@ -134,7 +134,7 @@ class LanguageModel:
         options: RecommenderOptions,
         *,
         store: Path | None = None,
-        budget: Budget | None = None,
+        budget: StageTimer | None = None,
         bundle: Bundle | None = None,
         ranks: bool = True,
         adapters: Sequence[Adapter] = (),
@@ -159,7 +159,7 @@ class LanguageModel:
             check_retriever(options.retrieve, "--retrieve")
         prepare_environment()
         quiet_libraries()
-        budget = budget or Budget()
+        budget = budget or StageTimer()
         bundle = bundle or bundle_of(options)
         if not bundle.weights:
             raise ModelError(
@@ -203,7 +203,7 @@ class LanguageModel:
             # An engine handles one call at a time.
             model._lock = peer._lock
         only = not ranks and not ranking_families_of(bundle)
-        asking = way_about(bundle, next(iter(about_families(bundle)), "rating")) if only else None
+        asking = select_item_strategy(bundle, next(iter(about_families(bundle)), "rating")) if only else None
         model.default = model._build_way(options, asking)
         return model
 
@@ -376,7 +376,8 @@ class LanguageModel:
         """See `Recommender`."""
         if question.verb != RANK:
             return [
-                Answered(answer=item) for item in self.about(requests, way_about(self.bundle, question.verb), listener)
+                Answered(answer=item)
+                for item in self.about(requests, select_item_strategy(self.bundle, question.verb), listener)
             ]
         answers: dict[int, Answered] = {}
         for n, request in enumerate(requests):
@@ -397,7 +398,7 @@ class LanguageModel:
         return [answers[n] for n in range(len(requests))]
 
     def about(
-        self, requests: Sequence[RankRequest], way: Asking, listener: Callable[[str], None] | None = None
+        self, requests: Sequence[RankRequest], way: TaskStrategy, listener: Callable[[str], None] | None = None
     ) -> list[Answer]:
         """Answer a question about the single candidate of each request; ``listener`` streams generated text."""
         with self.backend(way.strategy) as backend:
@@ -427,7 +428,7 @@ class LanguageModel:
         """
         bundle, encoder = self.bundle, self.encoder
         if question.verb != RANK:
-            return encoder.text(prompt_about(bundle, request, way_about(bundle, question.verb)))
+            return encoder.text(prompt_about(bundle, request, select_item_strategy(bundle, question.verb)))
         way = None if request.candidates else self._searching(_LEAST_BEAMS)
         way = way or self._way(candidates="file", strategy=question.strategy)
         return encoder.text(first_prompt(bundle, request, way.asking, encoder))
@@ -464,9 +465,9 @@ class LanguageModel:
             self._ways[key] = self._build_way(options)
         return self._ways[key]
 
-    def _build_way(self, options: RecommenderOptions, asking: Asking | None = None) -> RankingSteps:
+    def _build_way(self, options: RecommenderOptions, asking: TaskStrategy | None = None) -> RankingSteps:
         bundle, encoder = self.bundle, self.encoder
-        asking = asking or choose_way(
+        asking = asking or select_ranking_strategy(
             bundle,
             task=options.task,
             template=options.template,
@@ -496,7 +497,7 @@ class LanguageModel:
         if self.options.backend == "openai":
             return False
         try:
-            choose_way(self.bundle, strategy="search")
+            select_ranking_strategy(self.bundle, strategy="search")
         except RecipeError:
             return False
         return True

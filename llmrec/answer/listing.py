@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from llmrec.answer.known import Catalogue
 from llmrec.answer.recommender import POPULAR, RANK, Answered, Question, ranking_of
-from llmrec.answer.rules import Rules, deep_enough
+from llmrec.answer.rules import Rules, required_depth
 from llmrec.data.requests import USER_FIELDS, RankRequest
 from llmrec.errors import DataError
 
@@ -82,7 +82,7 @@ def listing(
     if is_cold(request):
         question = replace(question, verb=POPULAR, strategy="auto")
     most = len(items) - len(request.barred)
-    depth = deep_enough(rules, k) or min(most, max(_DEEP, 5 * k))
+    depth = required_depth(rules, k) or min(most, max(_DEEP, 5 * k))
     while True:
         answer = yield replace(question, depth=depth), request
         ranking = ranking_of(answer)

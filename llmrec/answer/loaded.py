@@ -22,8 +22,8 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from llmrec.answer.checks import decided
-from llmrec.answer.known import Catalogue, KnownEntities, Profile, known_of, profiles_of, read_known
+from llmrec.answer.checks import with_resolved_engine
+from llmrec.answer.known import Catalogue, KnownEntities, Profile, profiles_of, read_known, read_known_entities
 from llmrec.answer.language_model import LanguageModel
 from llmrec.answer.listing import ListSpec, listing
 from llmrec.answer.opening import Models, open_models, reserved_by
@@ -114,7 +114,7 @@ def load(folder: str | Path, *, models: Sequence[str] = (), frame: Any = None, *
         chosen = RecommenderOptions(model=str(folder), **options)
     except TypeError as error:
         raise LlmrecError(f"llmrec.load: {error}", kind="unknown-key") from None
-    chosen = decided(chosen)
+    chosen = with_resolved_engine(chosen)
     return Loaded(chosen, open_models(chosen, models), frame=frame)
 
 
@@ -450,7 +450,7 @@ class Loaded(Displayed):
     @cached_property
     def known(self) -> KnownEntities:
         """The catalogue and the histories of users."""
-        return self._given or known_of(self._options.model, self._options.items)
+        return self._given or read_known_entities(self._options.model, self._options.items)
 
     @cached_property
     def _profiles(self) -> Callable[[str], Profile] | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmrec.answer.checks import bundle_of
-from llmrec.answer.classic import Classic, training_data
+from llmrec.answer.classic import FittedBaseline, training_data
 from llmrec.answer.ensemble import Ensemble
 from llmrec.answer.known import Items, catalogue_of
 from llmrec.answer.language_model import LanguageModel
@@ -24,7 +24,7 @@ from llmrec.answer.recommender import (
     Reasons,
     Recommender,
     check_verb,
-    meant,
+    match_model_name,
 )
 from llmrec.answer.strategy import data_of, ranking_families_of
 from llmrec.backends.vllm.adapters import Adapter, live_adapters
@@ -43,7 +43,7 @@ from llmrec.errors import DataError, LlmrecError, RecipeError, did_you_mean
 from llmrec.models.load import resolve, weights_stamp
 from llmrec.pipeline import bundle as bundles
 from llmrec.pipeline.bundle import Bundle
-from llmrec.pipeline.study import load_tables, with_texts
+from llmrec.pipeline.study import load_tables, with_text_baseline
 from llmrec.recipe.load import load_stored
 from llmrec.recipe.schema import BaselineSection, Recipe, TasksSection
 from llmrec.registry import BASELINES, is_plugin, lookup
@@ -85,7 +85,7 @@ class Models(Displayed):
         """Return a model by name; the default model if None."""
         if name is None:
             return next(iter(self.opened.values()))
-        known = meant(name, self.opened)
+        known = match_model_name(name, self.opened)
         if known is None:
             raise RecipeError(
                 f"there is no model {name!r}{did_you_mean(name, self.opened)}; there are {', '.join(self.opened)}",
@@ -201,7 +201,7 @@ class Models(Displayed):
             model.close()
 
     def _kept(self, name: str) -> Recommender:
-        known = meant(name, self.opened)
+        known = match_model_name(name, self.opened)
         if known is not None and name != _SIMILAR["text"]:
             return self.opened[known]
         if name not in self._similar:
@@ -242,7 +242,7 @@ def open_models(options: RecommenderOptions, names: Sequence[str] = ()) -> Model
     finder = _finder(models, fusions)
     for name, model in languages.items():
         model.items, model.name, model.finder = items, name, finder
-    for name in dict.fromkeys(names or offered(bundle, items)):
+    for name in dict.fromkeys(names or default_model_names(bundle, items)):
         opened = _opened(name, options, models, bundle, fusions, base, finder)
         models.opened[opened.name] = opened
     return models
@@ -355,7 +355,7 @@ def _adapters(tuned: Sequence[Bundle], base: Bundle) -> list[Adapter]:
     ]
 
 
-def offered(bundle: Bundle, items: Mapping[str, Item] | None = None) -> list[str]:
+def default_model_names(bundle: Bundle, items: Mapping[str, Item] | None = None) -> list[str]:
     """Return the names of the models that are opened by default, without opening them; the default model is first.
 
     Args:
@@ -376,7 +376,7 @@ def default_sentence(folder: str, names: Sequence[str] = ()) -> str:
     bundle = bundles.read(folder)
     default, choice = default_of(bundle), stored.read(_folder(bundle)).choice
     if names or default is None or choice is None or not choice.users:
-        first = (names or offered(bundle))[0]
+        first = (names or default_model_names(bundle))[0]
         return f"the default is {_run_name(first) or first}"
     return (
         f"the default is {default}, the best of {len(choice.figures)} on {choice.users:,} validation users "
@@ -439,7 +439,7 @@ def _opened(
     )
 
 
-def open_classics(recipe: Recipe, names: Sequence[str], items: Path | None = None) -> Models:
+def open_baselines(recipe: Recipe, names: Sequence[str], items: Path | None = None) -> Models:
     """Open baselines on the data of a recipe, without a run or a language model.
 
     Args:
@@ -494,20 +494,20 @@ def _cheap(bundle: Bundle, items: Mapping[str, Item]) -> list[str]:
     results: list[BaselineSection] = []
     for family in ranking_families_of(bundle):
         methods = {result.name for result in results}
-        baselines = with_texts(bundle.tasks.present()[family].baselines, items)
+        baselines = with_text_baseline(bundle.tasks.present()[family].baselines, items)
         results += [baseline for baseline in baselines if baseline.name not in methods]
     trained = {
         result.name for result in results if "epochs" in lookup(BASELINES, result.name, "baseline").Config.model_fields
     }
     cheap = [result.label for result in results if result.name != "random" and result.name not in trained]
-    return list(dict.fromkeys([meant(POPULARITY, cheap) or POPULARITY, *cheap]))
+    return list(dict.fromkeys([match_model_name(POPULARITY, cheap) or POPULARITY, *cheap]))
 
 
 def _section(tasks: TasksSection, name: str) -> BaselineSection:
     """Return a baseline by name, with the parameters of the first task that has it."""
     for section in tasks.present().values():
         labels = {baseline.label: baseline for baseline in section.baselines}
-        if (result := meant(name, labels)) is not None:
+        if (result := match_model_name(name, labels)) is not None:
             return labels[result]
     return BaselineSection(name=name)
 
@@ -520,7 +520,7 @@ def _classic(
     seed: int,
     reserved: float = 0.0,
     model: Any = None,
-) -> Classic:
+) -> FittedBaseline:
     """Return a baseline fitted as in its run, with texts of the current catalogue; ``model`` replaces a new one.
 
     The fraction ``reserved`` of validation users is not used for early stopping.
@@ -529,17 +529,17 @@ def _classic(
     # A given class need not be in the registry; it is then treated as a ranking baseline.
     known = model is None or name in BASELINES
     if name == _SIMILAR["text"]:
-        # Removed items that have interactions keep their texts; `Classic` lists only items of the catalogue.
+        # Removed items that have interactions keep their texts; `FittedBaseline` lists only items of the catalogue.
         data = replace(data, dataset=replace(data.dataset, items={**data.dataset.items, **items}))
     model = make(name, parameters, seed=seed) if model is None else model
     model = fit_stored(model, choosing(name, data, reserved) if reserved else data, seed=seed)
-    family = family_about(name) if known else None
+    family = prediction_family(name) if known else None
     read = hashes_of(name, parameters) if known else {}
     fingerprint = {"baseline": name, "parameters": dict(parameters), "seed": seed, "read": read}
-    return Classic(section.label, model, data, items, family, fingerprint)
+    return FittedBaseline(section.label, model, data, items, family, fingerprint)
 
 
-def family_about(name: str) -> str | None:
+def prediction_family(name: str) -> str | None:
     """Return the task of a baseline that predicts ratings or clicks; None if the baseline ranks."""
     about = (item for item in families().values() if not item.answers_with_items)
     return next((item.name for item in about if answers(item, BASELINES, name, silent=False)), None)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from llmrec.answer.strategy import TWO_STEP, Asking, task_of
+from llmrec.answer.strategy import TWO_STEP, TaskStrategy, task_of
 from llmrec.backends.encode import Encoder, pieces
 from llmrec.data.hashing import hash64
 from llmrec.data.requests import RankRequest
@@ -21,7 +21,7 @@ from llmrec.errors import BackendError, DataError, LlmrecError, RecipeError
 from llmrec.index.table import ItemIndex
 from llmrec.index.titles import title_key
 from llmrec.pipeline.bundle import Bundle
-from llmrec.pipeline.indexing import placed
+from llmrec.pipeline.indexing import with_items_added
 from llmrec.registry import options_of
 from llmrec.strategies.asking import Prompting, strategy_of
 from llmrec.strategies.catalogue import CatalogueRanker
@@ -68,7 +68,7 @@ class TaskRequests:
     ``positions`` maps each candidate to its position in the seeded order of its request.
     """
 
-    way: Asking
+    way: TaskStrategy
     task: Task
     originals: Sequence[RankRequest]
     requests: Sequence[Request]
@@ -76,7 +76,9 @@ class TaskRequests:
     positions: Mapping[str, int]
 
 
-def pose(bundle: Bundle, requests: Sequence[RankRequest], way: Asking, index: ItemIndex | None = None) -> TaskRequests:
+def pose(
+    bundle: Bundle, requests: Sequence[RankRequest], way: TaskStrategy, index: ItemIndex | None = None
+) -> TaskRequests:
     """Convert ranking requests to requests of a task, and assign an id to each mention of an item.
 
     ``index`` replaces the bundle's index, for an index with added items.
@@ -184,7 +186,7 @@ class CodesByMention:
 
 def _extended(index: ItemIndex, items: Mapping[str, Item]) -> ItemIndex:
     """Return an index with additional items; items that need a new token are rejected."""
-    extended = placed(index, items)
+    extended = with_items_added(index, items)
     if extended.tokens != index.tokens:
         raise DataError(
             f"the model was tuned on one token per item (index scheme {index.scheme!r}), so new items have no token; "
@@ -202,7 +204,7 @@ def rank_requests(
     bundle: Bundle,
     requests: Sequence[RankRequest],
     *,
-    way: Asking,
+    way: TaskStrategy,
     backend: Backend,
     encoder: Encoder,
     batch: int,
@@ -216,7 +218,7 @@ def rank_requests(
     Args:
         bundle: The model and its training prompts.
         requests: From `llmrec.data.requests.read_request`.
-        way: From `choose_way`.
+        way: From `select_ranking_strategy`.
         backend: An engine over the bundle's model.
         encoder: Its tokenizer and maximum prompt length.
         batch: Number of requests sent to the backend at a time.
@@ -234,7 +236,7 @@ def rank_requests(
     return answers
 
 
-def first_prompt(bundle: Bundle, request: RankRequest, way: Asking, encoder: Encoder) -> Prompt:
+def first_prompt(bundle: Bundle, request: RankRequest, way: TaskStrategy, encoder: Encoder) -> Prompt:
     """Return the prompt of a request; the longest if there are several.
 
     Raises:
@@ -247,7 +249,7 @@ def first_prompt(bundle: Bundle, request: RankRequest, way: Asking, encoder: Enc
     return prompt
 
 
-def notes_of(way: Asking, request: RankRequest, answer: Ranking | Unparsed) -> tuple[str, ...]:
+def notes_of(way: TaskStrategy, request: RankRequest, answer: Ranking | Unparsed) -> tuple[str, ...]:
     """Return notes about a ranking, in addition to the notes of its request."""
     if isinstance(answer, Unparsed):
         return ()
@@ -441,7 +443,7 @@ class CatalogueRanking:
     """
 
     def __init__(
-        self, bundle: Bundle, items: Mapping[str, Item], way: Asking, encoder: Encoder, *, beams: int, exact: bool
+        self, bundle: Bundle, items: Mapping[str, Item], way: TaskStrategy, encoder: Encoder, *, beams: int, exact: bool
     ) -> None:
         self._bundle, self._items, self._way, self._encoder = bundle, items, way, encoder
         self._beams, self._exact = beams, exact
@@ -562,14 +564,14 @@ def _named(request: RankRequest, answer: Answer) -> Ranking | Unparsed:
 
 
 def answer_about(
-    bundle: Bundle, requests: Sequence[RankRequest], *, way: Asking, backend: Backend, encoder: Encoder
+    bundle: Bundle, requests: Sequence[RankRequest], *, way: TaskStrategy, backend: Backend, encoder: Encoder
 ) -> list[Answer]:
     """Answer every request about one item, in order; a failed request does not affect the others.
 
     Args:
         bundle: The model and its training prompts.
         requests: Requests with one candidate: the item in question.
-        way: From `way_about`.
+        way: From `select_item_strategy`.
         backend: An engine over the bundle's model.
         encoder: Its tokenizer and maximum prompt length.
 
@@ -601,7 +603,7 @@ def answer_about(
     ]
 
 
-def prompt_about(bundle: Bundle, request: RankRequest, way: Asking) -> Prompt:
+def prompt_about(bundle: Bundle, request: RankRequest, way: TaskStrategy) -> Prompt:
     """Return the prompt of a request about one item."""
     posed = pose(bundle, [request], way)
     return posed.task.prompt(_of_item(posed.requests[0]), template=way.template)
@@ -620,7 +622,7 @@ def value_of(answer: Answer) -> float | str | None:
     return answer.text if isinstance(answer, Text) else None
 
 
-def _check_length(prompt: Prompt, way: Asking, options: Mapping[str, int], encoder: Encoder) -> None:
+def _check_length(prompt: Prompt, way: TaskStrategy, options: Mapping[str, int], encoder: Encoder) -> None:
     """Reject a prompt that leaves no room for the answer."""
     room = options.get("max_tokens", _VALUE)
     length = len(encoder.prompt(prompt))

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from llmrec.answer.prompting import NO_USER
 from llmrec.answer.recommender import Reasons
-from llmrec.answer.strategy import TWO_STEP, Asking, data_of
+from llmrec.answer.strategy import TWO_STEP, TaskStrategy, data_of
 from llmrec.backends.encode import Encoder
 from llmrec.data.knowledge import FIELD, cited
 from llmrec.data.requests import RankRequest
@@ -56,7 +56,7 @@ class Explainer:
     """
 
     def __init__(
-        self, bundle: Bundle, way: Asking, template: Template, encoder: Encoder, *, first: int, batch: int
+        self, bundle: Bundle, way: TaskStrategy, template: Template, encoder: Encoder, *, first: int, batch: int
     ) -> None:
         self.template, self.first = template, first
         self._bundle, self._way, self._encoder, self._batch = bundle, way, encoder, batch

@@ -168,7 +168,7 @@ def check_only_auto(model: Recommender, question: Question) -> None:
         )
 
 
-def meant(name: str, known: Iterable[str]) -> str | None:
+def match_model_name(name: str, known: Iterable[str]) -> str | None:
     """Return the known model with this name, or else the first one with the same method; None if there is none.
 
     The name of a baseline has all its parameters, such as ``item-knn(decay=0.5, history=5)``; the method

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from llmrec.errors import DataError, did_you_mean
 from llmrec.types import Item
 
-__all__ = ["MOST_VALUES", "OneOf", "Quota", "Rules", "deep_enough"]
+__all__ = ["MOST_VALUES", "OneOf", "Quota", "Rules", "required_depth"]
 
 MOST_VALUES = 50
 """Maximum number of distinct values in a list of a field that contributes to the similarity of items."""
@@ -238,7 +238,7 @@ class Rules:
         yield from ((f"quotas.{quota.field}", quota.field) for quota in self.quotas)
 
 
-def deep_enough(rules: Rules, k: int) -> int | None:
+def required_depth(rules: Rules, k: int) -> int | None:
     """Return how many top-ranked items `Rules.arrange` needs to select k items.
 
     Returns:

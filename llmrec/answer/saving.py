@@ -16,7 +16,7 @@ import polars as pl
 
 from llmrec.answer.known import ITEMS
 from llmrec.data.assemble import write_items
-from llmrec.data.split import SplitDataset, halves
+from llmrec.data.split import SplitDataset, split_validation_users
 from llmrec.durable import replacing, write_json
 from llmrec.ensembles import stored
 from llmrec.ensembles.carried import FILE
@@ -38,7 +38,7 @@ def rows_of(data: SplitDataset, reserved: float) -> pl.DataFrame:
         data: The split.
         reserved: The fraction of validation users not used for early stopping; their interactions are only history.
     """
-    choosing, weighing = halves(data, reserved)
+    choosing, weighing = split_validation_users(data, reserved)
     parts = {"train": [data.train], "valid": [choosing.valid], "held": [data.known, weighing.valid, data.test]}
     frames = [frame.with_columns(part=pl.lit(part)) for part, some in parts.items() for frame in some]
     return pl.concat([frame.select(pl.col("user_id", "item_id").cast(pl.String), *KEPT[2:]) for frame in frames])

@@ -16,7 +16,7 @@ from llmrec.pipeline.bundle import Bundle
 from llmrec.recipe.pages import value_of
 from llmrec.recipe.schema import EvalSection
 from llmrec.registry import STRATEGIES, is_plugin, keys_of, options_of
-from llmrec.tasks.direct import fits, reader_of, refuse
+from llmrec.tasks.direct import default_strategy_for, fits, refuse
 from llmrec.tasks.family import Family, family_of, ranking_families
 from llmrec.tasks.task import Task, TaskInputs
 from llmrec.types import Item, ItemCodes, Ranking
@@ -32,7 +32,7 @@ _SHOWS_PROFILE = "with-profile"
 
 
 @dataclass(frozen=True, slots=True)
-class Asking:
+class TaskStrategy:
     """A task, template and strategy, with the settings of the strategy.
 
     Attributes:
@@ -63,14 +63,14 @@ def ranking_families_of(bundle: Bundle) -> list[str]:
     return [family for family in ranking_families() if family in bundle.tasks.present()]
 
 
-def choose_way(
+def select_ranking_strategy(
     bundle: Bundle,
     *,
     task: str = "auto",
     template: str | None = None,
     strategy: str = "auto",
     settings: Sequence[str] = (),
-) -> Asking:
+) -> TaskStrategy:
     """Select a compatible task, template and strategy for a model.
 
     Of several families, sequential is preferred; the template is the one of the family's evaluation, and for two-step
@@ -104,7 +104,7 @@ def choose_way(
         if fits and (template is None or _named(template, family, templates[family])):
             name = _template(bundle, family, strategy, template)
             chosen = _strategy(bundle, family, strategy, name)
-            return Asking(family, name, chosen, settings_of(chosen, settings))
+            return TaskStrategy(family, name, chosen, settings_of(chosen, settings))
     options = [f"--task {task}", f"--strategy {strategy}", f"--template {template}" if template else ""]
     known = "; ".join(
         f"{family} with {' or '.join(_strategies(bundle, family))}, templates {', '.join(templates[family])}"
@@ -131,7 +131,7 @@ def _strategy(bundle: Bundle, family: str, requested: str, template: str) -> str
         return known.strategies[0] if requested == "auto" else requested
     words = bundle.templates[family][template]
     if requested == "auto":
-        return reader_of(words)
+        return default_strategy_for(words)
     if not fits(words, requested):
         refuse(words, requested)
     return requested
@@ -244,7 +244,9 @@ def about_families(bundle: Bundle) -> dict[str, Family]:
     return {name: family for name, family in results.items() if family.answer is not Ranking}
 
 
-def way_about(bundle: Bundle, family: str, *, template: str | None = None, strategy: str = "auto") -> Asking:
+def select_item_strategy(
+    bundle: Bundle, family: str, *, template: str | None = None, strategy: str = "auto"
+) -> TaskStrategy:
     """Select the template and strategy of a task, by default the first ones that the run evaluated.
 
     Args:
@@ -269,7 +271,7 @@ def way_about(bundle: Bundle, family: str, *, template: str | None = None, strat
     section = bundle.tasks.present()[family]
     strategies = task.asked_by(templates[name], section.strategies, tuned=bundle.tuned)
     one_of("strategy", strategy, ("auto", *known[family].strategies))
-    return Asking(family, name, strategies[0] if strategy == "auto" else strategy)
+    return TaskStrategy(family, name, strategies[0] if strategy == "auto" else strategy)
 
 
 # --------------------------------------------------------------------------- tasks

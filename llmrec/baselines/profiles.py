@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from llmrec.baselines.item_texts import PrincipalAxes
-from llmrec.data.described import refuse_seen, reshuffled
+from llmrec.data.described import cyclic_permutation, refuse_seen
 from llmrec.data.features import FeatureKind, FeatureStore, Pair
 from llmrec.errors import DataError, require
 
@@ -63,7 +63,7 @@ class Table:
         turned = PrincipalAxes.of(store.get(kind, names)[0].astype(np.float64))
         other = None
         if shuffle:
-            other = reshuffled(sorted(store.ids(kind)))
+            other = cyclic_permutation(sorted(store.ids(kind)))
         return Table(store, kind, turned.centre, turned.whitening(exponent), other)
 
     @property

@@ -19,7 +19,7 @@ from llmrec.data.split import SplitDataset, request_id, request_of
 from llmrec.errors import DataError, RecipeError, did_you_mean
 from llmrec.recipe.schema import CandidateSection
 from llmrec.registry import BASELINES, answering, is_plugin, lookup
-from llmrec.tasks.base import keyed
+from llmrec.tasks.base import seeded_random
 from llmrec.types import CatalogueScorer, Request, SplitName
 
 log = logging.getLogger(__name__)
@@ -237,7 +237,7 @@ class RetrievedCandidates:
 
     def _sampled_positions(self, user: str) -> list[int]:
         positions = range(1, len(self.data.train_events(user)))
-        rng = keyed("retrieved list", self.seed, user)
+        rng = seeded_random("retrieved list", self.seed, user)
         return sorted(rng.sample(positions, min(_EVENTS, len(positions))))
 
 
@@ -287,7 +287,7 @@ def best(model: CatalogueScorer, requests: Sequence[Request], count: int) -> lis
 def shuffled(items: Sequence[str], request: str, seed: int) -> tuple[str, ...]:
     """Order retrieved items by a seeded hash of the request id, so that their order reveals nothing."""
     results = sorted(items)
-    keyed("retrieved candidates", seed, request).shuffle(results)
+    seeded_random("retrieved candidates", seed, request).shuffle(results)
     return tuple(results)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmrec.answer.known import Catalogue
-from llmrec.answer.opening import Models, open_classics
+from llmrec.answer.opening import Models, open_baselines
 from llmrec.bench.engine import Finished, FinishedRow, Sample, cached
 from llmrec.bench.records import BenchmarkProtocol, BenchmarkRow, BenchmarkTable, Dialogues, RowFigures
 from llmrec.chat.audience import DataUser, data_users, talks
@@ -133,7 +133,7 @@ def conversation_rows(page: ChatSuite, out: Path, say: Callable[[str], None]) ->
             at=page.chat,
             column="items",
         )
-    with locked(out, SUITE), closing(open_classics(recipe, [page.recommender], items)) as models:
+    with locked(out, SUITE), closing(open_baselines(recipe, [page.recommender], items)) as models:
         works_in(out)
         setting = Setting.of(page, models)
         _check_fields(page, setting.tools.facts)

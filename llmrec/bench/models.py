@@ -13,7 +13,7 @@ from llmrec.baselines.fits import fitted
 from llmrec.baselines.parameters import Hashes, hashes_of, weights_hash
 from llmrec.baselines.tune import CTR_METRIC, RANKING_METRIC, RATING_METRIC, Choice, Trial, Tuned
 from llmrec.baselines.validation import ranking_cases, rating_cases
-from llmrec.data.split import SplitDataset, halves, scale_of, threshold
+from llmrec.data.split import SplitDataset, scale_of, split_validation_users, threshold
 from llmrec.durable import sha256_of
 from llmrec.ensembles.blend import PredictionEnsemble
 from llmrec.ensembles.cells import Kind
@@ -169,7 +169,7 @@ class Models:
     def _halves(self, data: SplitDataset) -> tuple[SplitDataset, SplitDataset]:
         """Return two splits: with the validation users for hyperparameters, and for ensemble weights."""
         if data.fingerprint not in self._split:
-            self._split[data.fingerprint] = halves(data, self.suite.reserved)
+            self._split[data.fingerprint] = split_validation_users(data, self.suite.reserved)
         return self._split[data.fingerprint]
 
     def background(self, data: SplitDataset) -> ListMetricData:

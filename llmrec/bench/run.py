@@ -14,7 +14,7 @@ from llmrec.bench.engine import Finished, FinishedBenchmark, Page, name_of, writ
 from llmrec.bench.recipes import planned_runs, recipe_rows
 from llmrec.bench.suite import check_rows, suite_rows
 from llmrec.cli.console import say, store_facts, written
-from llmrec.pipeline.results import of_another
+from llmrec.pipeline.results import overwrite_warning
 from llmrec.recipe.comparisons import Benchmark, Suite
 from llmrec.recipe.load import load_benchmark, load_chat, load_recipe, load_suite, recipe_hash
 
@@ -35,7 +35,7 @@ def run_benchmark(page: Page, *, out: Path, results: Path, say: Callable[[str], 
         DataError: If the data cannot be used.
     """
     begin, result = time.monotonic(), None
-    if note := of_another(results / f"{name_of(page)}.json", "hash", recipe_hash(page)):
+    if note := overwrite_warning(results / f"{name_of(page)}.json", "hash", recipe_hash(page)):
         say(note)
     # Intermediate results are also written, so that an interrupted benchmark of recipes has a page.
     for finished in _rows(page, out, say):

@@ -11,12 +11,12 @@ from llmrec.chat.opening import opened
 from llmrec.chat.options import ChatOptions
 from llmrec.chat.simulator import OTHER, USUAL, MessageTemplates, dialogues, transcript
 from llmrec.chat.transcripts import Turn
-from llmrec.chat.tuning import Agreement, MostFrequentManager, TrainingDecision, agreement, known, parted, taught
+from llmrec.chat.tuning import Agreement, MostFrequentManager, TrainingDecision, agreement, decisions_in, known, parted
 from llmrec.cli.console import say, store_facts
 from llmrec.models.load import resolve
 from llmrec.pipeline.study import folder_of
 from llmrec.recipe.schema import Recipe
-from llmrec.tasks.base import keyed
+from llmrec.tasks.base import seeded_random
 
 # Simulated users for training: turns per conversation, and probability of a message without a preference.
 _TURNS, _ASIDES = 8, 0.4
@@ -24,7 +24,7 @@ _TURNS, _ASIDES = 8, 0.4
 _EVALUATED = 60
 
 
-def tuned(
+def fine_tune_manager(
     conversation: Conversation, page: Recipe, past: Sequence[Turn] | None, options: ChatOptions
 ) -> Sequence[Turn]:
     """Fine-tune a language model as dialogue manager, print its agreement, and return the training turns.
@@ -37,12 +37,12 @@ def tuned(
     turns = past
     if turns is None:
         turns = _simulated(conversation, options.simulate or 0, options.seed, USUAL)
-    moments = taught(conversation, turns)
+    moments = decisions_in(conversation, turns)
     allowed = [moment for moment in moments if moment.allowed]
     trained, held = parted(allowed, page.seed)
     samples = {"held out": _drawn(held, page.seed)}
     if past is None:
-        others = taught(conversation, _simulated(conversation, max(10, len(held) // 4), options.seed + 1, OTHER))
+        others = decisions_in(conversation, _simulated(conversation, max(10, len(held) // 4), options.seed + 1, OTHER))
         samples["in other words"] = _drawn([other for other in others if other.allowed], page.seed)
     names = sorted({moment.conversation for moment in moments})
     left_out = len(moments) - len(allowed)
@@ -82,7 +82,7 @@ def _simulated(conversation: Conversation, count: int, seed: int, words: Message
 
 def _drawn(moments: Sequence[TrainingDecision], seed: int) -> list[TrainingDecision]:
     """Return a random sample of calls for the evaluation."""
-    return keyed("chat", seed, "asked").sample(list(moments), min(_EVALUATED, len(moments)))
+    return seeded_random("chat", seed, "asked").sample(list(moments), min(_EVALUATED, len(moments)))
 
 
 def _agreements(manager: Manager, samples: dict[str, list[TrainingDecision]]) -> dict[str, Agreement]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-from llmrec.answer.checks import decided
+from llmrec.answer.checks import with_resolved_engine
 from llmrec.answer.language_model import LanguageModel
 from llmrec.answer.options import RecommenderOptions
 from llmrec.chat.fit import FitJudge
 from llmrec.chat.managers import HistoryManager, Manager, ModelManager, RandomManager, RuleManager
-from llmrec.chat.tuning import leading
+from llmrec.chat.tuning import manager_weights
 from llmrec.recipe.shared import DTYPE
 from llmrec.types import Backend
 
@@ -37,7 +37,7 @@ def opened(name: str, *, k: int, dtype: str = DTYPE) -> Iterator[Callable[[int],
     if name in MANAGERS:
         yield lambda seed: MANAGERS[name](k, seed)
         return
-    weights, learned = leading(name)
+    weights, learned = manager_weights(name)
     with _backend(weights, dtype, "search") as backend:
         yield lambda seed: ModelManager(backend, tuned=learned)
 
@@ -55,5 +55,5 @@ def grader(name: str | None, *, dtype: str = DTYPE) -> Iterator[FitJudge | None]
 @contextmanager
 def _backend(name: str, dtype: str, strategy: str) -> Iterator[Backend]:
     options = RecommenderOptions(model=name, backend="hf", dtype=dtype)
-    with LanguageModel.open(decided(options), ranks=False) as model, model.backend(strategy) as backend:
+    with LanguageModel.open(with_resolved_engine(options), ranks=False) as model, model.backend(strategy) as backend:
         yield backend

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
-from llmrec.answer.checks import decided
+from llmrec.answer.checks import with_resolved_engine
 from llmrec.answer.known import Catalogue
 from llmrec.answer.opening import Models, open_models
 from llmrec.chat import transcripts
@@ -14,7 +14,7 @@ from llmrec.chat.conversation import Conversation
 from llmrec.chat.dual_encoder import ENCODER, embedders, learn, of_transcript
 from llmrec.chat.facts import Facts
 from llmrec.chat.fit import FitJudge
-from llmrec.chat.leading import tuned
+from llmrec.chat.leading import fine_tune_manager
 from llmrec.chat.managers import Manager
 from llmrec.chat.opening import CONTROLS, grader, opened
 from llmrec.chat.options import RULES, ChatOptions
@@ -44,7 +44,7 @@ def chat(options: ChatOptions) -> int:
         refuse(page)
     past = None if options.replay is None else transcripts.read(options.replay)
     turns: list[transcripts.Turn] = []
-    models = open_models(decided(options.recommender()), options.models)
+    models = open_models(with_resolved_engine(options.recommender()), options.models)
     try:
         with (
             opened(options.manager, k=options.k, dtype=options.dtype) as new_manager,
@@ -52,7 +52,7 @@ def chat(options: ChatOptions) -> int:
         ):
             conversation = talking(models, new_manager(options.seed), options.encoder, judge)
             if page is not None:
-                turns += tuned(conversation, page, past, options)
+                turns += fine_tune_manager(conversation, page, past, options)
                 return 0
             if past is not None:
                 return _replayed(conversation, past)

@@ -32,7 +32,7 @@ from llmrec.pipeline.resume import RUN, locked
 from llmrec.pipeline.training import clear_foreign
 from llmrec.prompts.template import Template, load_templates
 from llmrec.recipe.schema import ADAPTED, Recipe
-from llmrec.tasks.base import keyed
+from llmrec.tasks.base import seeded_random
 from llmrec.terminal import works_in
 from llmrec.types import Cost, Example, Prompt
 
@@ -95,7 +95,7 @@ class _Follower:
         return call, Cost()
 
 
-def taught(conversation: Conversation, turns: Sequence[Turn]) -> list[TrainingDecision]:
+def decisions_in(conversation: Conversation, turns: Sequence[Turn]) -> list[TrainingDecision]:
     """Return all decisions in a transcript with their calls, in order.
 
     Calls are those of the transcript, so manual corrections of it are learned.
@@ -129,7 +129,7 @@ def parted(moments: Sequence[TrainingDecision], seed: int) -> tuple[list[Trainin
             kind="too-few",
             column="--tune",
         )
-    keyed("chat", seed, "held out").shuffle(names)
+    seeded_random("chat", seed, "held out").shuffle(names)
     held_out = frozenset(names[: len(names) // 10])
     return (
         [moment for moment in moments if moment.conversation not in held_out],
@@ -251,7 +251,7 @@ def tune(
     Up to ``train.valid_rows`` of those held out give the validation loss.
     """
     from llmrec.train.batches import plan
-    from llmrec.train.rows import followed
+    from llmrec.train.rows import tokenise_validation_rows
 
     refuse(page)
     quiet_libraries()
@@ -266,7 +266,9 @@ def tune(
         )
     encoder = Encoder(load_tokenizer(base, page.model), max_length=page.model.max_length)
     limit = section.max_row_tokens
-    rows = followed((example(item, n, template) for n, item in enumerate(trained)), encoder, limit, paired=False)
+    rows = tokenise_validation_rows(
+        (example(item, n, template) for n, item in enumerate(trained)), encoder, limit, paired=False
+    )
     # truncated calls would be invalid
     rows = [row for row in rows if row.labels[-1] == encoder.end_id]
     if len(rows) < len(trained):
@@ -290,7 +292,9 @@ def tune(
         key = fingerprint("chat", weights=stamp(base), rows=steps.digest(), train=section.model_dump(), seed=seed)
         clear_foreign(folder, key)
         with reporting_full_memory("training", TRAINING, "train.batch_tokens"):
-            done = _trained(page, encoder, base, steps, followed(valid, encoder, limit, paired=False), folder, quiet)
+            done = _trained(
+                page, encoder, base, steps, tokenise_validation_rows(valid, encoder, limit, paired=False), folder, quiet
+            )
         _merge(page, encoder, base, folder, template)
     return done
 
@@ -299,7 +303,7 @@ def _passes(rows: Sequence[TokenRow], seed: int) -> Iterator[TokenRow]:
     """Yield examples endlessly, reshuffled in each epoch."""
     for number in count():
         order = list(rows)
-        keyed("chat rows", seed, str(number)).shuffle(order)
+        seeded_random("chat rows", seed, str(number)).shuffle(order)
         yield from order
 
 
@@ -346,7 +350,7 @@ def _merge(page: Recipe, encoder: Encoder, base: str, folder: Path, template: Te
         write_checked(draft / ABOUT, {"base": page.model.name, "template": template.id, "sha": template.sha})
 
 
-def leading(name: str) -> tuple[str, bool]:
+def manager_weights(name: str) -> tuple[str, bool]:
     """Return the weights of a dialogue manager, and whether they were fine-tuned for this purpose."""
     for folder in (Path(name) / "merged", Path(name)):
         if (folder / ABOUT).is_file():

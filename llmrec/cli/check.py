@@ -52,7 +52,7 @@ def check(options: CheckOptions) -> None:
 def _check_recipe(page: str, overrides: Sequence[str], *, dry_run: bool) -> None:
     from llmrec.data.stats import baskets
     from llmrec.pipeline.preflight import checked_study
-    from llmrec.pipeline.results import too_wide
+    from llmrec.pipeline.results import cutoff_warning
     from llmrec.pipeline.study import leak_warning, leaking_users
     from llmrec.recipe.load import load_recipe
 
@@ -73,7 +73,7 @@ def _check_recipe(page: str, overrides: Sequence[str], *, dry_run: bool) -> None
             warned.append(leak_warning(table, result))
             say(f"{warned[-1]}; create profiles from training interactions only")
             say(f"    users: {', '.join(leaking_users(result))}")
-    if wide := too_wide(study):
+    if wide := cutoff_warning(study):
         warned.append(wide)
         say(wide)
     if dry_run:

@@ -16,7 +16,7 @@ from llmrec.backends.cache import AnswerStore
 from llmrec.errors import RecipeError
 from llmrec.pipeline.resume import RUN, locked
 from llmrec.pipeline.run import ANSWERS, Run, Session, Trained, open_session, run
-from llmrec.pipeline.shards import SHARD, done_before, finish, gathered, shard_folder
+from llmrec.pipeline.shards import SHARD, finish, reusable_shard, shard_folder, verify_shards
 from llmrec.pipeline.study import folder_of
 from llmrec.recipe.load import STORED, as_recipe, load_stored
 from llmrec.recipe.schema import Recipe
@@ -61,7 +61,7 @@ def evaluate_shard(
         session = open_session(recipe, folder, quiet=quiet)
         training = session.tuned(home)
         key = _key_of(session, training, home)
-        if done_before(folder, key):
+        if reusable_shard(folder, key):
             log.warning("shard %s is already complete", shard)
         else:
             if training is not None:
@@ -99,7 +99,7 @@ def merge_run(home: Path, folders: Sequence[Path] = (), *, quiet: bool = False) 
     Raises:
         LlmrecError: If shards are missing, damaged, duplicate or of other inputs; see also `llmrec.pipeline.run.run`.
     """
-    result = gathered(home, folders)
+    result = verify_shards(home, folders)
 
     def join(session: Session) -> None:
         key = _key_of(session, session.tuned(home), home)

@@ -33,7 +33,7 @@ from llmrec.durable import read_json, write_checked
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.pipeline.augmenting import augment_shard
 from llmrec.pipeline.engines import keep_engine
-from llmrec.pipeline.resume import Budget, locked
+from llmrec.pipeline.resume import StageTimer, locked
 from llmrec.pipeline.shards import Command, read, shard_folder, shards_of
 from llmrec.progress import Progress
 from llmrec.recipe.load import as_recipe
@@ -90,7 +90,7 @@ class Job:
         options = self.options
         if isinstance(options, RankOptions):
             # Each part contains its results, so answers need not be cached.
-            return partial(rank_shard, options, ranker=open_ranker(options, store=None, budget=Budget(quiet=True)))
+            return partial(rank_shard, options, ranker=open_ranker(options, store=None, budget=StageTimer(quiet=True)))
         keep_engine()
         if self.command == "eval":
             return partial(evaluate_shard, options, self.target, quiet=True, report=report)

@@ -126,7 +126,7 @@ def profile_of(user: str, section: TextsSection) -> str:
     return store.texts("user", [user]).get(user, "").strip() if "user" in store.kinds else ""
 
 
-def reshuffled(names: Sequence[str]) -> dict[str, str]:
+def cyclic_permutation(names: Sequence[str]) -> dict[str, str]:
     """Return a random cyclic permutation of names, which maps no name to itself."""
     drawn = np.random.default_rng(0).permutation(len(names))
     return {names[one]: names[two] for one, two in zip(drawn, np.roll(drawn, 1), strict=True)}
@@ -171,7 +171,7 @@ def refuse_seen(
 
 def _texts(store: FeatureStore, kind: FeatureKind, ids: Iterable[str], *, shuffled: bool) -> dict[str, str]:
     """Return the texts stored for these ids or, if shuffled, for other ids."""
-    source = reshuffled(sorted(store.ids(kind))) if shuffled else {name: name for name in store.ids(kind)}
+    source = cyclic_permutation(sorted(store.ids(kind))) if shuffled else {name: name for name in store.ids(kind)}
     requested = [name for name in ids if name in source]
     stored = store.texts(kind, {source[name] for name in requested})
     return {name: text for name in requested if (text := stored.get(source[name], "").strip())}

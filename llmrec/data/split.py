@@ -191,7 +191,7 @@ class SplitDataset(Displayed):
         return {"valid": _in_hash_order(self.valid, self.seed), "test": _in_hash_order(self.test, self.seed)}
 
 
-def halves(data: SplitDataset, share: float) -> tuple[SplitDataset, SplitDataset]:
+def split_validation_users(data: SplitDataset, share: float) -> tuple[SplitDataset, SplitDataset]:
     """Divide the validation users into two splits: one to select hyperparameters and one to fit ensemble weights.
 
     Users that set the weights of an ensemble must not have been used to choose a member's hyperparameters or epoch.

@@ -109,7 +109,7 @@ class Ensemble:
                 raise LlmrecError(
                     f"{self.name}: {len(seen)} of {len(users)} users for the ensemble weights were also used to "
                     f"choose parameters or the epoch of {name}, which would overestimate this member; reserve other "
-                    "users (llmrec.data.split.halves)",
+                    "users (llmrec.data.split.split_validation_users)",
                     kind="leak",
                 )
 

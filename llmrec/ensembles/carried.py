@@ -10,7 +10,7 @@ import polars as pl
 from llmrec.baselines.validation import drawn
 from llmrec.data.assemble import read_items
 from llmrec.data.dataset import SCHEMA, Dataset
-from llmrec.data.split import SplitDataset, halves
+from llmrec.data.split import SplitDataset, split_validation_users
 from llmrec.ensembles import stored
 from llmrec.errors import ModelError
 
@@ -43,7 +43,7 @@ def carry(data: SplitDataset, items: Path, run: Path, draft: Path) -> None:
         raise ModelError(
             f"--with-interactions: {run} has no {what}", kind="missing-value", at=run, column="--with-interactions"
         )
-    choosing = halves(data, content.fusions[0].reserved)[0]
+    choosing = split_validation_users(data, content.fusions[0].reserved)[0]
     # Store only the ranks of the hashes, because a hash could identify a user.
     order = np.argsort(np.argsort(drawn(choosing), kind="stable"), kind="stable").astype(np.uint64)
     valid = choosing.valid.with_columns(part=pl.lit("valid"), drawn=order)

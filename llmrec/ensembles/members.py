@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from llmrec.baselines.parameters import config_of, stops_early, stores_of
-from llmrec.data.split import SplitDataset, halves
+from llmrec.data.split import SplitDataset, split_validation_users
 from llmrec.durable import Json
 from llmrec.ensembles.base import Ensemble
 from llmrec.ensembles.blend import PredictionEnsemble
@@ -38,7 +38,7 @@ RANDOM_BASELINE = "random"
 
 def choosing(name: str, data: SplitDataset, reserved: float) -> SplitDataset:
     """Return the data on which a member is fitted, without users reserved for ensemble weights if it stops early."""
-    return halves(data, reserved)[0] if stops_early(name) else data
+    return split_validation_users(data, reserved)[0] if stops_early(name) else data
 
 
 @dataclass

@@ -11,7 +11,7 @@ from llmrec.baselines.base import LSA
 from llmrec.baselines.fits import fitted
 from llmrec.baselines.parameters import stops_early
 from llmrec.baselines.retrieve import FUSED
-from llmrec.data.split import SplitDataset, halves, request_of
+from llmrec.data.split import SplitDataset, request_of, split_validation_users
 from llmrec.ensembles.context import Context
 from llmrec.ensembles.members import RANDOM_BASELINE
 from llmrec.ensembles.rankers import CatalogueEnsemble, Member
@@ -51,7 +51,9 @@ class EnsembleRetriever:
     def fitted(self, data: SplitDataset, split: SplitName) -> Sequence[tuple[CatalogueScorer, frozenset[str] | None]]:
         """Return the ensembles that retrieve candidates for held-out interactions."""
         parts = self._parts(data)
-        choosing, weighing = ({one.user_id for one in half.holdouts("valid")} for half in halves(data, self.reserved))
+        choosing, weighing = (
+            {one.user_id for one in half.holdouts("valid")} for half in split_validation_users(data, self.reserved)
+        )
         context = Context(data)
         ensemble = _ensemble_of(parts, _held_out_cases(data, weighing), context)
         if split != "valid":

@@ -49,7 +49,7 @@ from llmrec.models.traits import is_paired
 from llmrec.pipeline import bundle
 from llmrec.pipeline.resume import locked
 from llmrec.pipeline.run import Run, as_folder
-from llmrec.pipeline.runs import Source, earlier, open_run
+from llmrec.pipeline.runs import Source, open_earlier_run, open_run
 from llmrec.pipeline.study import Study
 from llmrec.pipeline.training import training_key
 from llmrec.progress import note, silent
@@ -287,7 +287,7 @@ def _base(source: Source, origin: str) -> str:
     """Return the folder of the model to which the adapter belongs."""
     if source.recipe.train.start is not None:
         run = Path(source.recipe.train.start).expanduser()
-        earlier(run)
+        open_earlier_run(run)
         return str(run / "merged")
     if not (source.folder / "base.json").is_file():
         return origin

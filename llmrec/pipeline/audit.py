@@ -33,7 +33,7 @@ from llmrec.machine import versions
 from llmrec.models.load import quiet_libraries, resolve
 from llmrec.pipeline import leaks
 from llmrec.pipeline.leaks import Check
-from llmrec.pipeline.rejecting import close, opened
+from llmrec.pipeline.rejecting import close, load_backend
 from llmrec.pipeline.resume import locked, read_stage
 from llmrec.pipeline.row_specs import asks
 from llmrec.pipeline.study import Study, build_study
@@ -43,7 +43,7 @@ from llmrec.registry import BASELINES
 from llmrec.report import page
 from llmrec.report.audit import LeakError
 from llmrec.report.results import content_of, fix_for, refuse_other_answers, results_of
-from llmrec.tasks.base import keyed
+from llmrec.tasks.base import seeded_random
 from llmrec.tasks.family import family_of
 from llmrec.types import Backend, Prompt
 
@@ -200,7 +200,7 @@ def _memory(study: Study) -> Check:
     quiet_libraries()
     section, seed = study.recipe.model, study.recipe.seed
     try:
-        backend = opened(resolve(section, seed=seed), section, study.recipe.eval.batch_tokens)
+        backend = load_backend(resolve(section, seed=seed), section, study.recipe.eval.batch_tokens)
         return memorisation(backend, study.data, seed=seed)
     finally:
         close()
@@ -383,7 +383,7 @@ def memorisation(backend: Backend, data: SplitDataset, *, seed: int) -> Check:
     halves = _halves(data)
     if len(halves) < 2 * _SOLVED:
         return Check(name, "not tested: fewer than 8 titles have at least three words")
-    rng = keyed("memorisation", seed, data.dataset.name)
+    rng = seeded_random("memorisation", seed, data.dataset.name)
     chosen = rng.sample(halves, min(_TITLES, len(halves)))
     tails = [tail for _, tail in chosen]
     mixed = tails[1:] + tails[:1]

@@ -40,8 +40,8 @@ from llmrec.fingerprint import fingerprint
 from llmrec.models.load import load_tokenizer, resolve, weights_stamp
 from llmrec.models.text_encoder import text_embedder
 from llmrec.pipeline.engines import Engines
-from llmrec.pipeline.resume import Budget, locked
-from llmrec.pipeline.shards import SHARD, Finished, done_before, finish, gathered, shard_folder
+from llmrec.pipeline.resume import StageTimer, locked
+from llmrec.pipeline.shards import SHARD, Finished, finish, reusable_shard, shard_folder, verify_shards
 from llmrec.pipeline.study import load_tables
 from llmrec.progress import Progress
 from llmrec.recipe.load import STORED, dump, load_stored
@@ -202,7 +202,7 @@ def augment(recipe: Recipe, out: Path, *, quiet: bool = False, shards: Sequence[
         cost, tables = Cost(), []
         for item in shards:
             item.refuse_other(_answers_key(recipe, planned))
-        with _asking(recipe, planned, store_folder, Budget()) as (backend, store, engines):
+        with _asking(recipe, planned, store_folder, StageTimer()) as (backend, store, engines):
             for item in shards:
                 store.join(item.folder / ANSWERS)
             interests: dict[str, str] = {}
@@ -225,12 +225,12 @@ def augment_shard(recipe: Recipe, out: Path, shard: Shard, *, quiet: bool = Fals
 
     A shard has complete batches of the texts of each kind. Returns its folder.
     """
-    section, folder, budget = _section(recipe), shard_folder(out, shard), Budget(quiet=quiet)
+    section, folder, budget = _section(recipe), shard_folder(out, shard), StageTimer(quiet=quiet)
     with locked(folder, (STORED, ANSWERS, SHARD)):
         with budget.stage("data"):
             planned = plan(recipe)
         key = _answers_key(recipe, planned)
-        if done_before(folder, key):
+        if reusable_shard(folder, key):
             log.warning("shard %s is already complete", shard)
             return folder
         cost, count = Cost(), 0
@@ -249,13 +249,13 @@ def augment_shard(recipe: Recipe, out: Path, shard: Shard, *, quiet: bool = Fals
 
 def merge_augment(out: Path, folders: Sequence[Path] = (), *, quiet: bool = False) -> Augmented:
     """Merge shards, by default those next to the store, into the store that a single process would write."""
-    result = gathered(out, folders)
+    result = verify_shards(out, folders)
     return augment(load_stored(result[0].folder), out, quiet=quiet, shards=result)
 
 
 @contextmanager
 def _asking(
-    recipe: Recipe, planned: Plan, folder: Path, budget: Budget
+    recipe: Recipe, planned: Plan, folder: Path, budget: StageTimer
 ) -> Iterator[tuple[CachedBackend, AnswerStore, Engines]]:
     """Open the backend, its answer cache, and the engines."""
     store = AnswerStore(folder / ANSWERS)
@@ -278,8 +278,10 @@ def _answers_key(recipe: Recipe, planned: Plan) -> str:
     return fingerprint("augment", recipe, made=provenances, asked=identity, batch=recipe.eval.batch)
 
 
-def _engines(recipe: Recipe, planned: Plan, budget: Budget | None = None, store: AnswerStore | None = None) -> Engines:
-    return Engines(recipe.model, recipe.eval, planned.encoder, recipe.seed, budget or Budget(), store)
+def _engines(
+    recipe: Recipe, planned: Plan, budget: StageTimer | None = None, store: AnswerStore | None = None
+) -> Engines:
+    return Engines(recipe.model, recipe.eval, planned.encoder, recipe.seed, budget or StageTimer(), store)
 
 
 def _weights(engine: str, planned: Plan) -> str:

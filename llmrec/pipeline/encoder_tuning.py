@@ -8,7 +8,7 @@ from pathlib import Path
 from llmrec import __version__
 from llmrec.baselines.pairs import TransitionsTuned, TransitionsTunedConfig
 from llmrec.data.hashing import digest_frame
-from llmrec.data.split import halves
+from llmrec.data.split import split_validation_users
 from llmrec.durable import Json, replacing, write_json
 from llmrec.models.text_encoder import TUNING_RECORD_FILE, find_encoder
 from llmrec.pipeline.resume import refuse_foreign
@@ -42,7 +42,7 @@ def tune_encoder(recipe: Recipe, out: Path, config: TransitionsTunedConfig) -> d
     refuse_foreign(out, lambda name: name == TUNING_RECORD_FILE or name in written)
     _, stamp = find_encoder(config.encoder)
     data = load_split(recipe.data, recipe.seed)
-    choosing, _ = halves(data, recipe.eval.fusion.reserved)
+    choosing, _ = split_validation_users(data, recipe.eval.fusion.reserved)
     encoder = TransitionsTuned(config, seed=recipe.seed).tuned(choosing)
     record: dict[str, Json] = {
         "llmrec": __version__,

@@ -30,7 +30,7 @@ from llmrec.models.memory import LOADING, reporting_full_memory, weights_size
 from llmrec.models.plain import is_plain_decoder
 from llmrec.models.rating_head import load_head
 from llmrec.models.traits import cache_bytes, is_paired
-from llmrec.pipeline.resume import Budget
+from llmrec.pipeline.resume import StageTimer
 from llmrec.recipe.schema import AUTO, EvalSection, ModelSection, ServerSection
 from llmrec.registry import BACKENDS, is_plugin, lookup, stamp
 from llmrec.types import Backend
@@ -38,7 +38,7 @@ from llmrec.types import Backend
 log = logging.getLogger(__name__)
 
 # Strategies that score a tree of tokens after a prompt; all others score a label or generate text.
-TREES = frozenset({"likelihood", "likelihood-prior", "search"})
+TREE_STRATEGIES = frozenset({"likelihood", "likelihood-prior", "search"})
 
 
 class _OpenEngine:
@@ -96,7 +96,7 @@ class Engines:
         section: EvalSection,
         encoder: Encoder,
         seed: int,
-        budget: Budget,
+        budget: StageTimer,
         store: AnswerStore | None,
         *,
         adapters: Sequence[Adapter] = (),
@@ -126,12 +126,12 @@ class Engines:
     def choices(self, strategy: str, folder: str) -> tuple[str, ...]:
         """Return the engines that can run a strategy, in order of preference."""
         section = self._section
-        if strategy in TREES and section.scorer != AUTO:
+        if strategy in TREE_STRATEGIES and section.scorer != AUTO:
             return (section.scorer,)
         backend = section.backend
         if backend == AUTO:
             backend = "vllm" if self._serves(folder) else "hf"
-        if strategy in TREES and backend == "vllm" and not _on_gpu(self._model):
+        if strategy in TREE_STRATEGIES and backend == "vllm" and not _on_gpu(self._model):
             return ("hf",)
         if section.backend != AUTO or backend == "hf":
             return (backend,)

@@ -38,22 +38,22 @@ from llmrec.errors import BackendError, EngineFailure, LlmrecError
 from llmrec.evaluate.predictor import Evaluated, background_of, evaluate
 from llmrec.fingerprint import fingerprint
 from llmrec.metrics.explained import ExplanationReference
-from llmrec.pipeline.engines import TREES, Engines
-from llmrec.pipeline.objectives import judges
-from llmrec.pipeline.resume import Budget, read_stage
+from llmrec.pipeline.engines import TREE_STRATEGIES, Engines
+from llmrec.pipeline.objectives import checkpoint_selection_users
+from llmrec.pipeline.resume import StageTimer, read_stage
 from llmrec.pipeline.row_specs import (
     RowSpec,
-    asking_of,
     encoder_stamp,
     files_of,
     inputs_of,
     made_by,
     protocol_of,
     specs_of,
+    strategy_settings,
     unused_settings,
 )
 from llmrec.pipeline.study import Study
-from llmrec.pipeline.weighing import EnsembleUsers, bases_of, fusible, joins_model
+from llmrec.pipeline.weighing import EnsembleUsers, ensemble_includes_model, ensemble_kinds, fit_base_ensembles
 from llmrec.progress import BatchProgress, Progress
 from llmrec.recipe.schema import BaselineSection
 from llmrec.records import Calibration, ExamplePrompt, Shard
@@ -110,7 +110,7 @@ class Evaluation:
     """Evaluates the models of a study; stored results with the same fingerprint are reused."""
 
     def __init__(
-        self, study: Study, encoder: Encoder | None, folder: Path, budget: Budget, *, quiet: bool = False
+        self, study: Study, encoder: Encoder | None, folder: Path, budget: StageTimer, *, quiet: bool = False
     ) -> None:
         self._study, self._encoder, self._folder, self._budget = study, encoder, folder, budget
         self._cases = {family: study.cases(family) for family in study.tasks}
@@ -130,7 +130,7 @@ class Evaluation:
             for family in self._study.tasks:
                 baselines = [self._baseline(family, baseline) for baseline in self._study.baselines(family)]
                 rows += baselines
-                for kind in fusible(self._study, family):
+                for kind in ensemble_kinds(self._study, family):
                     parts = [row for row in baselines if combined_reads([row.figures.reads, kind]) == kind]
                     rows += self._joined(RowSpec(baselines[0].figures.task, "baseline", ENSEMBLE_NAMES[kind]), parts)
         return rows
@@ -251,7 +251,7 @@ class Evaluation:
         engine = engines.engine_for(spec.predictor, folder)
         looked_at = self._calibrated_by(spec.family)
         if spec.arm == "tuned" and self._study.recipe.train.judge is not None:
-            looked_at |= judges(self._study)
+            looked_at |= checkpoint_selection_users(self._study)
         return self._keep(
             spec,
             self.key(spec, engine, engines.identity(engine, digest)),
@@ -272,7 +272,9 @@ class Evaluation:
             cases = sorted(self._cases[spec.family], key=lambda case: -len(case.request.history))[:_SAMPLE]
             longest = max((self._tokens(prompt(case.request)) for case in cases), default=0)
             # A search reserves an eighth of the cache for prompts, and each order of candidates is a separate prompt.
-            times = 8 if spec.predictor in TREES else section.permutations if is_positional(spec.predictor) else 1
+            times = (
+                8 if spec.predictor in TREE_STRATEGIES else section.permutations if is_positional(spec.predictor) else 1
+            )
             most = max(most, times * (longest + _ANSWER))
         return section.batch * most
 
@@ -316,7 +318,7 @@ class Evaluation:
             return [stored]
         try:
             answers = [part_of(row) for row in able]
-            base_ensembles = bases_of(self._study, spec.family, answers, self._weighing.cases(spec.family))
+            base_ensembles = fit_base_ensembles(self._study, spec.family, answers, self._weighing.cases(spec.family))
             context = Context(self._study.data)
             model = join(
                 spec.predictor,
@@ -451,7 +453,7 @@ class Evaluation:
             noun=study.task_data(spec.family).dataset.noun,
             candidates=study.sets_digest(spec.family),
             index=study.index.digest if study.index and model else None,
-            asking=asking_of(spec.predictor, recipe.eval) if model else None,
+            asking=strategy_settings(spec.predictor, recipe.eval) if model else None,
             profile=study.tasks[spec.family].profile_template.sha if spec.predictor == "two-step" else None,
             cases=[case.request.id for case in self._cases[spec.family]],
             weighing=[case.request.id for case in self._weighers(spec)],
@@ -463,7 +465,9 @@ class Evaluation:
 
     def _weighers(self, spec: RowSpec) -> list[Case]:
         """Return the validation cases for ensemble weights, if the model is a member of an ensemble."""
-        if spec.template is not None and not joins_model(self._study, spec.family, spec.arm, spec.predictor):
+        if spec.template is not None and not ensemble_includes_model(
+            self._study, spec.family, spec.arm, spec.predictor
+        ):
             return []
         return (
             self._weighing.cases(spec.family, model=spec.template is not None)

@@ -43,7 +43,7 @@ INPUT = 400
 """The maximum number of characters of an input."""
 
 
-def drawn(requests: Sequence[str], seed: int, count: int = COUNT) -> list[int]:
+def sample_indices(requests: Sequence[str], seed: int, count: int = COUNT) -> list[int]:
     """Return the indices of requests to show, in the order of a seeded hash."""
     order = np.argsort(hash64("text sample", seed, requests), kind="stable")
     return [int(index) for index in order[:count]]
@@ -120,7 +120,7 @@ def _row(family: str, metric: str, rows: Sequence[ResultRow]) -> ResultRow | Non
 def _example(study: Study, family: str, row: ResultRow) -> ExampleUser:
     cases, dataset = study.cases(family), study.task_data(family).dataset
     known = [index for index, case in enumerate(cases) if case.request.history] or list(range(len(cases)))
-    index = known[drawn([cases[n].request.id for n in known], study.recipe.seed, 1)[0]]
+    index = known[sample_indices([cases[n].request.id for n in known], study.recipe.seed, 1)[0]]
     request, truth, record = cases[index].request, str(cases[index].truth), row.records[index]
 
     def title(item: str) -> str:
@@ -149,7 +149,7 @@ EXHIBITS = 8
 _READ = 6
 
 
-def exhibits(study: Study, rows: Sequence[ResultRow]) -> Iterator[TextExample]:
+def text_feature_examples(study: Study, rows: Sequence[ResultRow]) -> Iterator[TextExample]:
     """Yield how generated features changed the answers to a few requests, the entry ``gallery`` of results.json.
 
     It shows the first baseline with features of each family, and the other rows of the same baseline.
@@ -168,7 +168,7 @@ def _exhibits(study: Study, family: str, folder: str, rows: Sequence[ResultRow])
     store, cases, data = FeatureStore.open(folder), study.cases(family), study.task_data(family).dataset
     seen = store.seen_by("user")
     indices = [index for index, case in enumerate(cases) if case.request.user_id in seen] or list(range(len(cases)))
-    for n in drawn([cases[index].request.id for index in indices], study.recipe.seed, EXHIBITS):
+    for n in sample_indices([cases[index].request.id for index in indices], study.recipe.seed, EXHIBITS):
         index, request = indices[n], cases[indices[n]].request
         user, item = request.user_id, str(request.item or cases[indices[n]].truth)
         pairs = sorted(entry for _, entry in seen.get(user, ()) if entry in data.items)
@@ -212,7 +212,7 @@ def text_samples(study: Study, rows: Sequence[ResultRow]) -> Iterator[Sample]:
     for family in (family for family in study.tasks if family_of(family).answer is Text):
         cases, family_rows = study.cases(family), [row for row in rows if row.figures.task == family]
         dataset, view = study.task_data(family).dataset, View(study.task_data(family))
-        for index in drawn([case.request.id for case in cases], study.recipe.seed):
+        for index in sample_indices([case.request.id for case in cases], study.recipe.seed):
             case = cases[index]
             yield Sample(
                 task=family,
@@ -295,7 +295,7 @@ def _newcomers(study: Study, family: str, rows: Sequence[ResultRow]) -> Iterator
     targets = sorted({str(case.truth) for case in cases} & data.cold)
     if not targets:
         return
-    chosen = [targets[n] for n in drawn(targets, study.recipe.seed, _ITEMS)]
+    chosen = [targets[n] for n in sample_indices(targets, study.recipe.seed, _ITEMS)]
     family_rows = [row for row in rows if row.figures.task == family]
     lists = {row.figures.id: [ranked(record.parsed)[:LENGTH] for record in row.records] for row in family_rows}
     near = _neighbours(study, family, chosen)

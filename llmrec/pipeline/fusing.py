@@ -14,11 +14,11 @@ from llmrec.errors import DataError
 from llmrec.evaluate.predictor import evaluate
 from llmrec.pipeline.evaluation import ResultRow, part_of
 from llmrec.pipeline.results import WrittenResults, write_results
-from llmrec.pipeline.resume import RUN, Budget, locked
+from llmrec.pipeline.resume import RUN, StageTimer, locked
 from llmrec.pipeline.row_specs import protocol_of
 from llmrec.pipeline.runs import finished, stored_row
 from llmrec.pipeline.study import Study, build_study
-from llmrec.pipeline.weighing import EnsembleUsers, bases_of
+from llmrec.pipeline.weighing import EnsembleUsers, fit_base_ensembles
 from llmrec.recipe.load import load_stored
 from llmrec.report.results import content_of
 from llmrec.results import Reads, Row
@@ -41,7 +41,7 @@ def fuse_runs(runs: Sequence[Path], out: Path) -> WrittenResults:
         DataError: If a run is not finished or has other data or cases, or no rows can be joined.
     """
     study = build_study(load_stored(runs[0]))
-    budget, weighing = Budget(), EnsembleUsers(study)
+    budget, weighing = StageTimer(), EnsembleUsers(study)
     with locked(out, RUN), budget.stage("fusing"):
         works_in(out)
         results = [_rows(run, study) for run in runs]
@@ -136,7 +136,7 @@ def _fused(
     task, members = family_of(family), _named(parts)
     baselines = [row for row in parts if row.figures.arm == "baseline"]
     every = [case for case in weighing.cases(family) if all(case.request.id in row.weighing for row in baselines)]
-    base_ensembles, context = bases_of(study, family, members, every), Context(study.data)
+    base_ensembles, context = fit_base_ensembles(study, family, members, every), Context(study.data)
     model = join(ENSEMBLE_NAMES[kind], members, cases, task.answer, base_ensembles=base_ensembles, context=context)
     result = evaluate(model, study.cases(family), name=family, kind=task.answer, protocol=protocol_of(study, family))
     arms = [row.figures.arm for row in parts if row.figures.arm != "baseline"]

@@ -121,7 +121,7 @@ def embed_of(index: ItemIndex) -> Embed | None:
     return embed
 
 
-def placed(index: ItemIndex, items: Mapping[str, Item]) -> ItemIndex:
+def with_items_added(index: ItemIndex, items: Mapping[str, Item]) -> ItemIndex:
     """Add items to an index; the text encoder is loaded only if an item is new."""
     if all(item in index.codes for item in items):
         return index

@@ -245,7 +245,7 @@ def stored_rows(rows: Sequence[Mapping[str, Any]], predictions: pl.DataFrame, st
 # --------------------------------------------------------------------------- leaks into fitted models
 
 
-def redrawn(
+def with_random_holdouts(
     data: SplitDataset, split: str, seed: int = 1, toward: Mapping[str, Sequence[str]] | None = None
 ) -> SplitDataset:
     """Replace the held-out items, ratings and texts of a split by random others.
@@ -298,7 +298,7 @@ def baselines(study: Study) -> Check:
         data = study.task_data(group[0])
         if (seen := _seen(sections[name])) or number not in others:
             # A baseline that rejects features made from held-out interactions is not a changed answer.
-            others[number] = redrawn(data, study.recipe.eval.split, toward=_unseen(data, seen))
+            others[number] = with_random_holdouts(data, study.recipe.eval.split, toward=_unseen(data, seen))
         requests = [[case.request for case in study.cases(family)[:_SCORED]] for family in group]
         # The fit of the run can be reused; another number of threads may round differently, which is not a leak.
         first = fitted(sections[name].name, sections[name].parameters, data, seed=study.recipe.seed)
@@ -330,7 +330,7 @@ def rankers(study: Study, rows: Sequence[Mapping[str, Any]], predictions: pl.Dat
         parts = _members(row, every, predictions)
         assert row.fusion is not None
         weights = restored(row.fusion)
-        other = redrawn(redrawn(data, "valid", 1), "test", 2)
+        other = with_random_holdouts(with_random_holdouts(data, "valid", 1), "test", 2)
         cells, again = (ListEnsemble(row.id, parts, weights, Context(known)).known(cases)[0] for known in (data, other))
         wrong += [f"{row.id}: {name} depends on held-out interactions" for name in changed_features(cells, again)]
     return verdict("held-out items in the features of ensemble rankers", f"{len(learned)} rankers", wrong)
@@ -426,7 +426,7 @@ def item_index(study: Study) -> Check | None:
         return Check(name, "not tested: the codes were read from a file, so their origin is unknown", "notice")
     other = study.data
     for split in ("valid", "test"):
-        other = redrawn(other, split)
+        other = with_random_holdouts(other, split)
     again = build_index(section, other, seed=study.recipe.seed)
     if again.digest != index.digest:
         # The stored index may have been built with another number of threads, which round differently.
@@ -780,7 +780,7 @@ def _again(
     def other(data: SplitDataset) -> SplitDataset:
         for split in splits:
             # The second table has other users and items.
-            data = redrawn(data, split, toward=toward if data.dataset.items is items else None)
+            data = with_random_holdouts(data, split, toward=toward if data.dataset.items is items else None)
         return data
 
     reviews = None if study.reviews is None else other(study.reviews)

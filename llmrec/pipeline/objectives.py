@@ -12,7 +12,7 @@ from llmrec.backends.encode import Encoder, TokenRow
 from llmrec.backends.hf.backend import HFBackend
 from llmrec.baselines.fits import fitted
 from llmrec.baselines.parameters import stops_early
-from llmrec.data.split import halves
+from llmrec.data.split import split_validation_users
 from llmrec.ensembles.context import Context
 from llmrec.ensembles.members import (
     ENSEMBLE_NAMES,
@@ -30,7 +30,7 @@ from llmrec.models.soft_prompt import METHODS, TIED, SoftPrompt
 from llmrec.models.tensors import base_of
 from llmrec.pipeline.row_specs import protocol_of
 from llmrec.pipeline.study import Study, build_task, draw_sets
-from llmrec.pipeline.weighing import EnsembleUsers, bases_of, fusible
+from llmrec.pipeline.weighing import EnsembleUsers, ensemble_kinds, fit_base_ensembles
 from llmrec.recipe.schema import RewardSection
 from llmrec.registry import BASELINES, lookup, options_of
 from llmrec.strategies.asking import Prompting, strategy_of
@@ -156,7 +156,7 @@ def soft_prompt_of(study: Study, labels: Labels) -> SoftPrompt:
 _PATIENCE = 2000
 
 
-def refuse_lost(consecutive: int, what: str, limit: int) -> None:
+def check_truncated_examples(consecutive: int, what: str, limit: int) -> None:
     """Reject a limit on tokens that too many consecutive examples exceed."""
     if consecutive > _PATIENCE:
         raise RecipeError(
@@ -170,7 +170,7 @@ def refuse_lost(consecutive: int, what: str, limit: int) -> None:
 # --------------------------------------------------------------------------- rewards
 
 
-def rewarded(study: Study, *, paired: bool) -> str:
+def reward_family(study: Study, *, paired: bool) -> str:
     """Return the task that is trained with reinforcement learning."""
     section = _section(study)
     (family, *others) = study.shares
@@ -220,7 +220,7 @@ def plan_questions(study: Study, encoder: Encoder, valid: Mapping[str, list[Toke
             row = encoder.row(question(task, case, template))
             if len(row.ids) > train.max_row_tokens:
                 dropped, since = dropped + 1, since + 1
-                refuse_lost(since, f"prompts of tasks.{family}", train.max_row_tokens)
+                check_truncated_examples(since, f"prompts of tasks.{family}", train.max_row_tokens)
                 continue
             since = 0
             cases.append(case)
@@ -270,22 +270,22 @@ def _catalogue(study: Study, encoder: Encoder, family: str) -> TokenTrie:
 METRIC = "NDCG@10"
 
 
-def judged(study: Study) -> list[str]:
+def trained_ranking_families(study: Study) -> list[str]:
     """Return the trained tasks that rank items for users, which can be evaluated during training."""
     return [family for family in study.tasks if family in study.shares and family_of(family).ranks_for_users]
 
 
-def judges(study: Study) -> frozenset[str]:
+def checkpoint_selection_users(study: Study) -> frozenset[str]:
     """Return the validation users on which a model is evaluated during training."""
-    section, able = study.recipe.train.judge, judged(study)
+    section, able = study.recipe.train.judge, trained_ranking_families(study)
     if section is None or not able:
         return frozenset()
-    choosing = halves(study.data, study.recipe.eval.fusion.reserved)[0].holdouts("valid")
+    choosing = split_validation_users(study.data, study.recipe.eval.fusion.reserved)[0].holdouts("valid")
     return frozenset(choosing.first_users(section.users, but=study.set_aside(able[0])))
 
 
 @dataclass(frozen=True)
-class Judge:
+class CheckpointEvaluator:
     """Evaluates a model in training on the validation cases of one task.
 
     Attributes:
@@ -303,13 +303,13 @@ class Judge:
     encoder: Encoder
 
     @staticmethod
-    def of(study: Study, encoder: Encoder) -> Judge | None:
-        """Return the `Judge` of a recipe; None if the recipe does not evaluate during training."""
+    def of(study: Study, encoder: Encoder) -> CheckpointEvaluator | None:
+        """Return the `CheckpointEvaluator` of a recipe; None if the recipe does not evaluate during training."""
         section = study.recipe.train.judge
         if section is None:
             return None
         rating = study.recipe.tasks.rating
-        able = judged(study)
+        able = trained_ranking_families(study)
         if not able or (rating is not None and rating.head is not None):
             raise RecipeError(
                 "train.judge: early stopping needs a ranking task, but none is trained; train sequential or direct, "
@@ -317,7 +317,7 @@ class Judge:
                 kind="contradiction",
                 column="train.judge",
             )
-        family, data, users = able[0], study.data, judges(study)
+        family, data, users = able[0], study.data, checkpoint_selection_users(study)
         valid_study = replace(study, candidates=draw_sets(study.recipe, data, "valid", users))
         task = build_task(valid_study, family, study.section(family), study.templates[family], study.recipe.seed)
         cases = of_first_users(task.cases("valid"), None, among=users)
@@ -329,7 +329,7 @@ class Judge:
                 at=data.dataset.name,
                 column="train.judge",
             )
-        return Judge(valid_study, family, task, cases, encoder)
+        return CheckpointEvaluator(valid_study, family, task, cases, encoder)
 
     def model(self, model: torch.nn.Module) -> float:
         """Compute NDCG@10 of the model in training with the first strategy of the task."""
@@ -368,9 +368,9 @@ class Judge:
                 reads = reads_of(section.name, section.parameters)
                 seen = frozenset(getattr(predictor, "looked_at", ()))
                 parts.append(PrecomputedMember(section.label, reads, kind_of(section.name), answers, seen))
-        for kind in fusible(self.study, self.family) if weighers else ():
+        for kind in ensemble_kinds(self.study, self.family) if weighers else ():
             able = [part for part in parts if combined_reads([part.reads, kind]) == kind]
-            base_ensembles = bases_of(self.study, self.family, able, weighers)
+            base_ensembles = fit_base_ensembles(self.study, self.family, able, weighers)
             joined = join(
                 ENSEMBLE_NAMES[kind],
                 able,

@@ -17,7 +17,7 @@ from llmrec.models.whole_words import refuse_words
 from llmrec.pipeline.augmenting import FEATURES, refuse_other_store
 from llmrec.pipeline.comparing import refuse_unknown
 from llmrec.pipeline.engines import refuse_device, refuse_paired
-from llmrec.pipeline.objectives import classes_of, labels_of, listwise_of, rewarded
+from llmrec.pipeline.objectives import classes_of, labels_of, listwise_of, reward_family
 from llmrec.pipeline.runs import refuse_runs, start_of, teacher_of
 from llmrec.pipeline.study import Study, build_study, encoder_of, folder_of
 from llmrec.recipe.paths import naming_both_folders
@@ -140,7 +140,7 @@ def checked_study(recipe: Recipe) -> Study:
         listwise_of(study, paired=paired)
         labels_of(study, encoder, paired=paired)
         if recipe.train.reward is not None:
-            rewarded(study, paired=paired)
+            reward_family(study, paired=paired)
         with naming_both_folders(recipe):
             start_of(study, encoder, base, folder_of(recipe, None))
             teacher_of(study, encoder, folder_of(recipe, None))

@@ -11,7 +11,7 @@ from llmrec.baselines.retrieve import HARD, RetrievedCandidates, SingleRetriever
 from llmrec.data.split import SplitDataset
 from llmrec.errors import DataError
 from llmrec.recipe.schema import CandidateSection, ModelSection, Recipe
-from llmrec.tasks.base import keyed
+from llmrec.tasks.base import seeded_random
 from llmrec.tasks.family import family_of
 from llmrec.tasks.task import EventLists, Task
 from llmrec.types import Ranking, Request
@@ -26,7 +26,9 @@ BEAM = "beam"
 _EVENTS = 4
 
 
-def hard_of(recipe: Recipe, family: str, data: SplitDataset, seed: int, plain: Callable[[], Task]) -> EventLists | None:
+def hard_negative_source(
+    recipe: Recipe, family: str, data: SplitDataset, seed: int, plain: Callable[[], Task]
+) -> EventLists | None:
     """Return the hard-negative source of ``train.preference.rejected``; None if negatives are drawn at random.
 
     Args:
@@ -40,7 +42,7 @@ def hard_of(recipe: Recipe, family: str, data: SplitDataset, seed: int, plain: C
     if section is None or section.rejected in _DRAWN or not family_of(family).ranks_for_users:
         return None
     if section.rejected == BEAM:
-        return Beams(recipe, data, seed, plain)
+        return BeamSearchNegatives(recipe, data, seed, plain)
     key = "train.preference.rejected"
     check_retriever(section.rejected, key, *_DRAWN, BEAM)
     best = CandidateSection(kind="retrieved", retriever=section.rejected, count=max(HARD, section.negatives))
@@ -49,7 +51,7 @@ def hard_of(recipe: Recipe, family: str, data: SplitDataset, seed: int, plain: C
     )
 
 
-class Beams:
+class BeamSearchNegatives:
     """Finds hard negatives by beam search with the model that training starts from.
 
     It searches for a few training events of a user when the user's first row is built, with the earlier events as
@@ -57,7 +59,7 @@ class Beams:
     """
 
     def __init__(self, recipe: Recipe, data: SplitDataset, seed: int, plain: Callable[[], Task]) -> None:
-        """Prepare the search; see `hard_of`."""
+        """Prepare the search; see `hard_negative_source`."""
         self._recipe, self._data, self._seed, self._plain = recipe, data, seed, plain
         self._task: Task | None = None
         self._cache: dict[str, Sequence[tuple[int, tuple[str, ...]]]] = {}
@@ -75,12 +77,14 @@ class Beams:
         recipe, events, section = self._recipe, self._data.train_events(user), self._recipe.train.preference
         assert section is not None and recipe.train.start is not None
         self._task = self._task or self._plain()
-        backend = opened(str(Path(recipe.train.start).expanduser() / "merged"), recipe.model, recipe.eval.batch_tokens)
+        backend = load_backend(
+            str(Path(recipe.train.start).expanduser() / "merged"), recipe.model, recipe.eval.batch_tokens
+        )
         asker = Prompting(backend=backend, task=self._task, template=self._task.eval_templates[0])
         had, most = frozenset(event.item_id for event in events), max(HARD, section.negatives)
         ranker = CatalogueRanker(asker, beams=most, exact=recipe.eval.exact, apart=lambda request: had)
         positions = range(1, len(events))
-        drawn = sorted(keyed("beam events", self._seed, user).sample(positions, min(_EVENTS, len(positions))))
+        drawn = sorted(seeded_random("beam events", self._seed, user).sample(positions, min(_EVENTS, len(positions))))
         requests = [Request(id=f"beam/{user}/{at}", user_id=user, history=events[:at]) for at in drawn]
         results = []
         for at, answer in zip(drawn, ranker.answer(requests), strict=True):
@@ -97,7 +101,7 @@ class Beams:
 
 
 @lru_cache(maxsize=1)
-def opened(folder: str, model: ModelSection, batch_tokens: int | None) -> Backend:
+def load_backend(folder: str, model: ModelSection, batch_tokens: int | None) -> Backend:
     """Load a model and keep it until `close` is called."""
     from llmrec.backends.encode import Encoder
     from llmrec.backends.hf.backend import HFBackend
@@ -112,8 +116,8 @@ def opened(folder: str, model: ModelSection, batch_tokens: int | None) -> Backen
 
 def close() -> None:
     """Release the model, because training needs its memory."""
-    if opened.cache_info().currsize:
+    if load_backend.cache_info().currsize:
         from llmrec.models.load import release_memory
 
-        opened.cache_clear()
+        load_backend.cache_clear()
         release_memory()

@@ -25,8 +25,8 @@ from llmrec.metrics.significance import holm
 from llmrec.metrics.stats import mean_ranks
 from llmrec.pipeline.comparing import compare_rows
 from llmrec.pipeline.evaluation import ResultRow
-from llmrec.pipeline.examples import example_user, exhibits, newcomers, text_samples
-from llmrec.pipeline.resume import Budget
+from llmrec.pipeline.examples import example_user, newcomers, text_feature_examples, text_samples
+from llmrec.pipeline.resume import StageTimer
 from llmrec.pipeline.row_specs import asks, protocol_of
 from llmrec.pipeline.study import Study, leak_warning, leaking_users
 from llmrec.recipe.load import recipe_hash
@@ -52,7 +52,7 @@ def write_results(
     rows: Sequence[ResultRow],
     training: Mapping[str, Any] | None,
     model: Mapping[str, Any],
-    budget: Budget,
+    budget: StageTimer,
     folder: Path,
     missing: Sequence[Unevaluated] = (),
     choice: Choice | None = None,
@@ -86,7 +86,7 @@ def write_results(
         tables={family: study.table_name(family) for family in study.tasks},
         candidates=_candidates(study),
         training=Training.model_validate(record) if record else None,
-        rows=tuple(detailed(study, rows, headlines)),
+        rows=tuple(rows_with_breakdowns(study, rows, headlines)),
         **({"unevaluated": tuple(missing)} if missing else {}),
         headline=headlines,
         comparisons=tuple(compared),
@@ -96,7 +96,7 @@ def write_results(
         seconds=sum(spent.values()),
         examples=tuple(example for row in rows for example in row.examples),
         texts=tuple(text_samples(study, rows)),
-        gallery=tuple(exhibits(study, rows)),
+        gallery=tuple(text_feature_examples(study, rows)),
         newcomers=tuple(newcomers(study, rows)),
         **({"example": shown} if (shown := example_user(study, rows, headlines)) else {}),
         set_aside=tuple(
@@ -112,7 +112,7 @@ def write_results(
     return WrittenResults(results, write_checked(folder / "results.json", results), predictions, rows)
 
 
-def too_wide(study: Study) -> str:
+def cutoff_warning(study: Study) -> str:
     """Return a warning if cut-offs are not smaller than the number of candidates; otherwise empty."""
     section, drawn = study.recipe.eval, study.candidates
     if drawn is None or section.candidates.kind == "retrieved" or "cutoffs" not in section.model_fields_set:
@@ -120,7 +120,7 @@ def too_wide(study: Study) -> str:
     return wide_cutoffs(section.cutoffs, drawn.count)
 
 
-def of_another(file: Path, key: str, hashed: str) -> str:
+def overwrite_warning(file: Path, key: str, hashed: str) -> str:
     """Return a warning if the file has results of another recipe, which will be overwritten; empty otherwise.
 
     ``key`` is the key of the recipe's hash in the file, and ``hashed`` its current value.
@@ -205,7 +205,7 @@ def notes(study: Study) -> list[str]:
             f"Ranking metrics are over {study.candidates.count} sampled candidates per request, not over the whole "
             "catalogue, so they are not comparable with full-ranking metrics."
         )
-        if wide := too_wide(study):
+        if wide := cutoff_warning(study):
             results.append(f"{wide}.")
     if study.recipe.eval.candidates.kind == "catalogue" and study.recipe.tasks.sequential is not None:
         results.append(
@@ -404,7 +404,7 @@ class TargetPositions:
     rank: NDArray[np.float64]
 
 
-def detailed(study: Study, rows: Sequence[ResultRow], headline: Mapping[str, str]) -> Iterator[Row]:
+def rows_with_breakdowns(study: Study, rows: Sequence[ResultRow], headline: Mapping[str, str]) -> Iterator[Row]:
     """Yield each model's entry in ``results.json`` with its results by user group, item group and position.
 
     Rows with candidates have positions, and those of language models the test for bias.
@@ -414,7 +414,7 @@ def detailed(study: Study, rows: Sequence[ResultRow], headline: Mapping[str, str
         rows: Finished rows.
         headline: The metric for the slices of a family.
     """
-    placed = [place(row, study.cases(row.figures.task)) for row in rows]
+    placed = [target_positions(row, study.cases(row.figures.task)) for row in rows]
     biases = _biases(rows, placed, resamples=study.recipe.eval.bootstrap, seed=study.recipe.seed)
     for row, at, bias in zip(rows, placed, biases, strict=True):
         users = len({record.user_id for record in row.records})
@@ -445,7 +445,7 @@ def _slices(study: Study, row: ResultRow, headline: str) -> tuple[SliceOfRow, ..
 # --------------------------------------------------------------------------- positions
 
 
-def place(row: ResultRow, cases: Sequence[Case]) -> TargetPositions | None:
+def target_positions(row: ResultRow, cases: Sequence[Case]) -> TargetPositions | None:
     """Return the position of each target among its candidates; None if requests have no candidates."""
     if not cases or any(case.request.candidates is None for case in cases):
         return None

@@ -44,7 +44,7 @@ def read_stage(path: Path, key: str, form: Callable[[Mapping[str, Any]], object]
     return stored
 
 
-class Budget:
+class StageTimer:
     """Wall-clock seconds by stage, in the order of execution.
 
     Args:

@@ -12,7 +12,7 @@ from llmrec.ensembles.members import ENSEMBLE_NAMES
 from llmrec.evaluate.figures import EvalProtocol
 from llmrec.models.text_encoder import text_embedder
 from llmrec.pipeline.study import Study
-from llmrec.pipeline.weighing import fusible, joins_model
+from llmrec.pipeline.weighing import ensemble_includes_model, ensemble_kinds
 from llmrec.prompts.template import Template
 from llmrec.recipe.schema import CandidateSection, EvalSection, Recipe
 from llmrec.registry import BASELINES, STRATEGIES, TASKS, Table, is_positional, options_of, written
@@ -74,7 +74,7 @@ def specs_of(study: Study, arm: Arm) -> Iterator[RowSpec]:
         section = study.section(family)
         if arm == "baseline":
             yield from (RowSpec(task.family, arm, baseline.label) for baseline in study.baselines(family))
-            yield from (RowSpec(task.family, arm, ENSEMBLE_NAMES[kind]) for kind in fusible(study, family))
+            yield from (RowSpec(task.family, arm, ENSEMBLE_NAMES[kind]) for kind in ensemble_kinds(study, family))
             continue
         if not asks(study.recipe, family, arm):
             continue
@@ -82,7 +82,7 @@ def specs_of(study: Study, arm: Arm) -> Iterator[RowSpec]:
             for strategy in task.asked_by(template, section.strategies, tuned=arm == "tuned"):
                 shots = study.recipe.eval.shots.k if arm == "few-shot" else 0
                 yield RowSpec(task.family, arm, strategy, template, shots)
-                if joins_model(study, family, arm, strategy):
+                if ensemble_includes_model(study, family, arm, strategy):
                     yield RowSpec(task.family, arm, ENSEMBLE_NAMES["language model"], template, shots)
 
 
@@ -121,7 +121,7 @@ def encoder_stamp(spec: RowSpec, study: Study) -> str | None:
     return text_embedder(study.recipe.encoder).stamp if near or relevant else None
 
 
-def asking_of(strategy: str, section: EvalSection) -> dict[str, Json]:
+def strategy_settings(strategy: str, section: EvalSection) -> dict[str, Json]:
     """Return the evaluation settings that a strategy reads."""
     measured = is_positional(strategy) and section.debias != "none"
     return options_of(strategy, section) | ({key: getattr(section, key) for key in DEBIAS} if measured else {})

@@ -30,12 +30,12 @@ from llmrec.pipeline.evaluation import Evaluation, ResultRow, Weights
 from llmrec.pipeline.fusing import fuse_runs
 from llmrec.pipeline.indexing import with_tokens
 from llmrec.pipeline.preflight import checked_study, refuse
-from llmrec.pipeline.results import WrittenResults, of_another, too_wide, write_results
-from llmrec.pipeline.resume import RUN, Budget, locked
+from llmrec.pipeline.results import WrittenResults, cutoff_warning, overwrite_warning, write_results
+from llmrec.pipeline.resume import RUN, StageTimer, locked
 from llmrec.pipeline.runs import start_of, teacher_of
 from llmrec.pipeline.study import Study, build_study, folder_of, leak_warning
-from llmrec.pipeline.training import train_stage, trained
-from llmrec.pipeline.weighing import fusions_of
+from llmrec.pipeline.training import reusable_training, train_stage
+from llmrec.pipeline.weighing import stored_ranking_ensembles
 from llmrec.progress import Progress, note
 from llmrec.recipe.load import Overrides, as_recipe, dump, import_stored, recipe_hash
 from llmrec.recipe.paths import naming_both_folders
@@ -119,7 +119,7 @@ def run(
     with locked(folder, RUN):
         works_in(folder)
         recipe = with_frames(recipe, folder, data, items)
-        if warning := of_another(folder / "results.json", "recipe_hash", recipe_hash(recipe)):
+        if warning := overwrite_warning(folder / "results.json", "recipe_hash", recipe_hash(recipe)):
             log.warning("%s", warning)
         if recipe.augment is not None and may_train:
             refuse_other_store(recipe, folder / FEATURES)
@@ -199,7 +199,7 @@ def check(
         study = checked_study(with_frames(as_recipe(recipe, overrides), folder, data, items))
     warnings = [leak_warning(table, result) for table in study.tables if (result := study.leaks(table))]
     warnings += [cut for table in study.tables if (cut := baskets(table))]
-    warnings += [wide] if (wide := too_wide(study)) else []
+    warnings += [wide] if (wide := cutoff_warning(study)) else []
     cases = {family: len(study.cases(family)) for family in study.tasks}
     return Checked(cases, statistics(study.data), tuple(warnings))
 
@@ -290,7 +290,7 @@ class Session:
     study: Study
     model: OpenedModel | None
     folder: Path
-    budget: Budget
+    budget: StageTimer
     quiet: bool
 
     @property
@@ -315,13 +315,13 @@ class Session:
 
     def trained(self) -> Trained | None:
         """Return the training record of this recipe in the folder; None if there is none."""
-        return trained(self.study, self.model.start, self.folder) if self.model else None
+        return reusable_training(self.study, self.model.start, self.folder) if self.model else None
 
     def tuned(self, home: Path) -> Trained | None:
         """Return the training record of this recipe in a run folder; None if no tuned model is evaluated."""
         if "tuned" not in self.study.recipe.eval.arms:
             return None
-        result = trained(self.study, self.start, home)
+        result = reusable_training(self.study, self.start, home)
         if result is None:
             raise RecipeError(
                 f"{home} has no adapter of this recipe, which evaluating the tuned model needs; run `llmrec train` "
@@ -352,7 +352,7 @@ class Session:
         choice: Choice | None,
     ) -> WrittenResults:
         """Write models, comparisons and ``results.json``, and send metrics to experiment trackers; see `run`."""
-        fusions = fusions_of(self.study, [row.figures for row in rows])
+        fusions = stored_ranking_ensembles(self.study, [row.figures for row in rows])
         stored.save(self.folder, stored.Stored(fusions, choice))
         with Progress("comparisons", None, quiet=self.quiet):
             written = write_results(
@@ -428,7 +428,7 @@ def open_session(
     prepare_environment()
     if asks:
         quiet_libraries()
-    budget = Budget(quiet=quiet)
+    budget = StageTimer(quiet=quiet)
     folder.mkdir(parents=True, exist_ok=True)
     with budget.stage("data"):
         study = build_study(recipe, data)
@@ -447,11 +447,11 @@ def open_session(
 def _read_only_session(recipe: Recipe, folder: Path, data: SplitDataset | None) -> Session:
     """Open a session in a folder that another process uses, without writing to it."""
     quiet_libraries()
-    budget, study = Budget(quiet=True), build_study(recipe, data)
+    budget, study = StageTimer(quiet=True), build_study(recipe, data)
     return Session(study, _opened(study, folder, budget), folder, budget, quiet=True)
 
 
-def _opened(study: Study, folder: Path, budget: Budget) -> OpenedModel:
+def _opened(study: Study, folder: Path, budget: StageTimer) -> OpenedModel:
     recipe = study.recipe
     with budget.stage("model"):
         with naming_both_folders(recipe):

@@ -112,7 +112,7 @@ def refuse_runs(recipe: Recipe) -> None:
     teacher = recipe.train.teacher
     for key, run in (("train.start", recipe.train.start), ("train.teacher", teacher.run if teacher else None)):
         if run is not None and "tuned" in recipe.eval.arms:
-            _nothing_seen(earlier(Path(run).expanduser(), key).recipe, recipe, Path(run), key)
+            _nothing_seen(open_earlier_run(Path(run).expanduser(), key).recipe, recipe, Path(run), key)
 
 
 def _merged(study: Study, encoder: Encoder, run: Path, folder: Path, key: str, alike: Sequence[str]) -> str:
@@ -125,7 +125,7 @@ def _merged(study: Study, encoder: Encoder, run: Path, folder: Path, key: str, a
             at=run,
             column=key,
         )
-    source = earlier(run, key)
+    source = open_earlier_run(run, key)
     _same_model(source.recipe, study.recipe, run, key, alike)
     _nothing_seen(source.recipe, study.recipe, run, key)
     merged = run / "merged"
@@ -141,7 +141,7 @@ def _merged(study: Study, encoder: Encoder, run: Path, folder: Path, key: str, a
     return str(merged)
 
 
-def earlier(run: Path, key: str = "train.start") -> Source:
+def open_earlier_run(run: Path, key: str = "train.start") -> Source:
     """Open the earlier run that a recipe names in ``key``."""
     try:
         source = open_run(run)

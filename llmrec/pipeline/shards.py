@@ -114,7 +114,7 @@ def read(folder: Path) -> Finished:
         ) from None
 
 
-def done_before(folder: Path, key: str) -> Finished | None:
+def reusable_shard(folder: Path, key: str) -> Finished | None:
     """Return the finished shard if its inputs and files are unchanged; otherwise None."""
     try:
         result = read(folder)
@@ -144,7 +144,7 @@ def folders_of(target: Path, folders: Sequence[Path] = ()) -> Sequence[Path]:
     return folders
 
 
-def gathered(target: Path, folders: Sequence[Path] = ()) -> list[Finished]:
+def verify_shards(target: Path, folders: Sequence[Path] = ()) -> list[Finished]:
     """Verify all shards of a job, by default those in `shards_of`, and return them in order."""
     results = sorted(map(read, folders_of(target, folders)), key=attrgetter("shard.index"))
     first = results[0]

@@ -18,7 +18,7 @@ from llmrec.data.candidates import CandidateSets, draw
 from llmrec.data.described import held_titles, names, with_stored_texts
 from llmrec.data.read.limits import shown
 from llmrec.data.sets.table import load
-from llmrec.data.split import SplitDataset, halves, split, with_review_part, without_test
+from llmrec.data.split import SplitDataset, split, split_validation_users, with_review_part, without_test
 from llmrec.errors import DataError, RecipeError, did_you_mean
 from llmrec.evaluate.slices import attributes_of
 from llmrec.index.semantic import item_vectors
@@ -27,7 +27,7 @@ from llmrec.models.item_tokens import add_item_tokens
 from llmrec.models.load import load_tokenizer
 from llmrec.models.text_encoder import fitting
 from llmrec.pipeline.indexing import build_index
-from llmrec.pipeline.rejecting import hard_of
+from llmrec.pipeline.rejecting import hard_negative_source
 from llmrec.prompts.template import Template, load_templates
 from llmrec.recipe.paths import naming_both_folders
 from llmrec.recipe.schema import BaselineSection, DataSection, Recipe, TaskSection, named
@@ -133,9 +133,13 @@ class Study:
         return sets.digest if sets is not None else None
 
     def baselines(self, family: str) -> tuple[BaselineSection, ...]:
-        """Return the baselines of a task; see `with_texts`."""
+        """Return the baselines of a task; see `with_text_baseline`."""
         known = self.section(family).baselines
-        return with_texts(known, self.task_data(family).dataset.items) if family_of(family).ranks_for_users else known
+        return (
+            with_text_baseline(known, self.task_data(family).dataset.items)
+            if family_of(family).ranks_for_users
+            else known
+        )
 
     def cases(self, family: str, split: SplitName | None = None) -> list[Case]:
         """Return all evaluated cases of the first ``users`` users in seeded order.
@@ -163,7 +167,7 @@ class Study:
             return list(cases[:count])
         but = self.set_aside(family)
         if split == "valid":
-            but |= weighers(self.recipe, family, self.task_data(family))
+            but |= ensemble_weight_users(self.recipe, family, self.task_data(family))
         return of_first_users(cases, count, but=but)
 
     def set_aside(self, family: str) -> frozenset[str]:
@@ -224,7 +228,7 @@ class Study:
         return bool(templates) and not any(template.writes_codes for template in templates)
 
 
-def with_texts(known: tuple[BaselineSection, ...], items: Mapping[str, Item]) -> tuple[BaselineSection, ...]:
+def with_text_baseline(known: tuple[BaselineSection, ...], items: Mapping[str, Item]) -> tuple[BaselineSection, ...]:
     """Return the baselines of a ranking task, with a text-only baseline added if items have texts.
 
     A language model that does not beat this baseline adds nothing to text similarity.
@@ -311,12 +315,12 @@ def _check_slices(study: Study) -> None:
             )
 
 
-def weighers(recipe: Recipe, family: str, data: SplitDataset) -> frozenset[str]:
+def ensemble_weight_users(recipe: Recipe, family: str, data: SplitDataset) -> frozenset[str]:
     """Return the validation users reserved to fit the ensemble weights of a task; see `EnsembleUsers`."""
     kind, section = family_of(family), recipe.eval.fusion
     if not section.controls or not (kind.ranks_for_users or kind.answer in (Rating, Probability)):
         return frozenset()
-    return frozenset(halves(data, section.reserved)[1].valid["user_id"].unique().to_list())
+    return frozenset(split_validation_users(data, section.reserved)[1].valid["user_id"].unique().to_list())
 
 
 def _asked_users(recipe: Recipe, data: SplitDataset) -> frozenset[str] | None:
@@ -326,7 +330,7 @@ def _asked_users(recipe: Recipe, data: SplitDataset) -> frozenset[str] | None:
     """
     ranking = {name: item for name, item in recipe.tasks.present().items() if family_of(name).ranks_for_users}
     most = max(section.users or recipe.eval.users for section in ranking.values())
-    apart = weighers(recipe, next(iter(ranking)), data) if recipe.eval.split == "valid" else frozenset()
+    apart = ensemble_weight_users(recipe, next(iter(ranking)), data) if recipe.eval.split == "valid" else frozenset()
     result = data.holdouts(recipe.eval.split).first_users(most + 1, but=apart | set(leaking_users(profile_leaks(data))))
     return None if len(result) <= most else frozenset(result[:most])
 
@@ -339,11 +343,11 @@ def draw_sets(
     if section.kind == "catalogue":
         return None
     if section.kind == "retrieved":
-        return retrieve(data, split, section, seed=recipe.seed, finder=fused_finder(recipe), users=users)
+        return retrieve(data, split, section, seed=recipe.seed, finder=ensemble_retriever(recipe), users=users)
     return draw(data, split, section, seed=recipe.seed, users=users)
 
 
-def fused_finder(recipe: Recipe) -> EnsembleRetriever | None:
+def ensemble_retriever(recipe: Recipe) -> EnsembleRetriever | None:
     """Return the ensemble of baselines that retrieves candidates; None if a single baseline does."""
     if recipe.eval.candidates.retriever != FUSED:
         return None
@@ -380,7 +384,7 @@ def build_task(study: Study, family: str, section: TaskSection, templates: Mappi
     kind, preference = family_of(family).task, study.recipe.train.preference
     if preference is None or family not in study.recipe.trained():
         return kind(section, inputs)
-    hard = hard_of(study.recipe, family, used, seed, lambda: kind(section, inputs))
+    hard = hard_negative_source(study.recipe, family, used, seed, lambda: kind(section, inputs))
     return kind(section, replace(inputs, preference=preference, hard=hard))
 
 
@@ -389,7 +393,7 @@ def _lists(recipe: Recipe, family: str, data: SplitDataset, seed: int) -> Retrie
     section = recipe.eval.candidates
     if not family_of(family).lists or section.kind != "retrieved":
         return None
-    return RetrievedCandidates(data, section, seed, fused_finder(recipe))
+    return RetrievedCandidates(data, section, seed, ensemble_retriever(recipe))
 
 
 def vectors_of(items: Mapping[str, Item], encoder: str, data: SplitDataset) -> ItemVectors:

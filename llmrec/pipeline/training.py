@@ -24,28 +24,28 @@ from llmrec.models.traits import is_paired
 from llmrec.models.whole_words import copy_words, refuse_words
 from llmrec.pipeline import bundle, indexing
 from llmrec.pipeline.objectives import (
-    Judge,
+    CheckpointEvaluator,
+    check_truncated_examples,
     classes_of,
-    judged,
     labels_of,
     listwise_of,
     objective_of,
     plan_questions,
-    refuse_lost,
-    rewarded,
+    reward_family,
     soft_prompt_of,
+    trained_ranking_families,
 )
 from llmrec.pipeline.rejecting import BEAM, close
-from llmrec.pipeline.resume import Budget, read_stage
-from llmrec.pipeline.row_specs import asking_of
-from llmrec.pipeline.study import Study, fused_finder
+from llmrec.pipeline.resume import StageTimer, read_stage
+from llmrec.pipeline.row_specs import strategy_settings
+from llmrec.pipeline.study import Study, ensemble_retriever
 from llmrec.recipe.schema import Recipe
 from llmrec.records import Training as TrainingRecord
 from llmrec.registry import BASELINES, TASKS, Table, stamps, written
 from llmrec.tasks.family import family_of
 from llmrec.tasks.mixture import interleave
 from llmrec.train.batches import plan
-from llmrec.train.rows import Sources, followed, streams
+from llmrec.train.rows import Sources, streams, tokenise_validation_rows
 from llmrec.train.steps import Plan, weighted
 from llmrec.train.trackers import forget
 
@@ -70,7 +70,7 @@ def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Pl
             column="train.softmax",
         )
     if section.reward is not None:
-        family = rewarded(study, paired=paired)
+        family = reward_family(study, paired=paired)
         return plan_questions(study, encoder, {family: _valid_rows(study, family, encoder, paired=paired)})
     shares = study.shares
     dropped = dict.fromkeys(shares, 0)
@@ -93,7 +93,7 @@ def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Pl
                     )
                 dropped[family] += 1
                 since += 1
-                refuse_lost(since, f"training examples of tasks.{family}", section.max_row_tokens)
+                check_truncated_examples(since, f"training examples of tasks.{family}", section.max_row_tokens)
                 continue
             since = 0
             families.append(family)
@@ -156,7 +156,7 @@ def _size(row: TokenRow | None) -> int:
 def _valid_rows(study: Study, family: str, encoder: Encoder, *, paired: bool) -> list[TokenRow]:
     section, limit = study.recipe.train, study.recipe.model.max_length
     examples = study.tasks[family].examples("valid", section.valid_rows // max(len(study.tasks), 1))
-    return followed(examples, encoder, limit, paired=paired)
+    return tokenise_validation_rows(examples, encoder, limit, paired=paired)
 
 
 def training_key(study: Study, folder: str) -> str:
@@ -219,13 +219,15 @@ def _judging(study: Study) -> dict[str, object] | None:
         return None
     evaluated = {
         family: [study.section(family).strategies[:1], [study.tasks[family].eval_templates[0]]]
-        for family in judged(study)
+        for family in trained_ranking_families(study)
     }
     return {
         "asked": evaluated,
         "candidates": recipe.eval.candidates.model_dump(mode="json"),
         "reserved": recipe.eval.fusion.reserved,
-        "options": {family: asking_of(study.section(family).strategies[0], recipe.eval) for family in evaluated},
+        "options": {
+            family: strategy_settings(study.section(family).strategies[0], recipe.eval) for family in evaluated
+        },
     }
 
 
@@ -239,7 +241,7 @@ def _beam(study: Study) -> list[object] | None:
 
 def _finding(recipe: Recipe) -> dict[str, object] | None:
     """Return the inputs of the ensemble that retrieves candidates, if there is one."""
-    finder = fused_finder(recipe)
+    finder = ensemble_retriever(recipe)
     if finder is None:
         return None
     baselines = [
@@ -249,7 +251,7 @@ def _finding(recipe: Recipe) -> dict[str, object] | None:
     return {"baselines": baselines, "reserved": finder.reserved, "seed": finder.seed}
 
 
-def trained(study: Study, base: str, folder: Path) -> dict[str, Any] | None:
+def reusable_training(study: Study, base: str, folder: Path) -> dict[str, Any] | None:
     """Return the record of a finished training with unchanged inputs and an intact merged model."""
     done = read_stage(folder / "train.json", training_key(study, base), _record_of)
     if done is None:
@@ -284,20 +286,20 @@ def train_stage(
     encoder: Encoder,
     base: str,
     folder: Path,
-    budget: Budget,
+    budget: StageTimer,
     *,
     teacher: str | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Train and merge, or reuse a finished training; returns the section ``training`` of results.json."""
-    done = trained(study, base, folder) if not processes.rank() else None
+    done = reusable_training(study, base, folder) if not processes.rank() else None
     if done is not None:
         log.info("training: reusing %s", folder / "adapter")
         if processes.size() == 1:
             return done
-    from llmrec.train.world import here, refuse_different
+    from llmrec.train.world import current_world, refuse_different
 
-    world, key = here(), training_key(study, base)
+    world, key = current_world(), training_key(study, base)
     refuse_different(world, key, "training data, model or recipe")
     if world.agree(done is not None):
         return done or _stored(folder, key)
@@ -324,7 +326,7 @@ def _adapted(
     encoder: Encoder,
     base: str,
     folder: Path,
-    budget: Budget,
+    budget: StageTimer,
     key: str,
     *,
     teacher: str | None,
@@ -335,9 +337,9 @@ def _adapted(
     Returns:
         The record; None in processes other than the first.
     """
-    from llmrec.train.world import here, refuse_different
+    from llmrec.train.world import current_world, refuse_different
 
-    world = here()
+    world = current_world()
     if world.first:
         # The record must not describe weights of an interrupted run with other inputs.
         (folder / "train.json").unlink(missing_ok=True)
@@ -350,7 +352,7 @@ def _adapted(
         close()
         refuse_different(world, planned.steps.digest(), "training rows")
     with budget.stage("train"), reporting_full_memory("training", TRAINING, "train.batch_tokens"):
-        judge = Judge.of(study, encoder) if world.first else None
+        judge = CheckpointEvaluator.of(study, encoder) if world.first else None
         if world.first:
             clear_foreign(folder, key)
         training = _train(study, encoder, base, folder, planned, teacher=teacher, judge=judge, quiet=quiet)
@@ -401,7 +403,7 @@ def _train(
     planned: Plan,
     *,
     teacher: str | None,
-    judge: Judge | None,
+    judge: CheckpointEvaluator | None,
     quiet: bool,
 ) -> Training:
     from llmrec.train import lora, sft

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import get_args
 
-from llmrec.data.split import SplitDataset, halves
+from llmrec.data.split import SplitDataset, split_validation_users
 from llmrec.ensembles.blend import PredictionEnsemble
 from llmrec.ensembles.context import Context
 from llmrec.ensembles.members import (
@@ -33,7 +33,7 @@ from llmrec.types import Case, Probability, Rating
 log = logging.getLogger(__name__)
 
 
-def fusible(study: Study, family: str) -> tuple[Reads, ...]:
+def ensemble_kinds(study: Study, family: str) -> tuple[Reads, ...]:
     """Return the kinds of ensembles that are built from a task's baselines.
 
     There is one for each kind of input, over the baselines that read at most this input, if these are two or more.
@@ -54,12 +54,12 @@ def fusible(study: Study, family: str) -> tuple[Reads, ...]:
     )
 
 
-def joins_model(study: Study, family: str, arm: str, strategy: str) -> bool:
+def ensemble_includes_model(study: Study, family: str, arm: str, strategy: str) -> bool:
     """Whether ensembles of the task's baselines also include the language model."""
     first, section = ("head", study.section(family).strategies[0]), study.recipe.eval.fusion
     if section.model_users == 0 or (section.arms is not None and arm not in section.arms):
         return False
-    return strategy in first and bool(fusible(study, family))
+    return strategy in first and bool(ensemble_kinds(study, family))
 
 
 class EnsembleUsers:
@@ -95,11 +95,11 @@ class EnsembleUsers:
 
     def _drawn(self, family: str) -> list[Case]:
         study, section, kind = self._study, self._study.recipe.eval.fusion, family_of(family)
-        if not fusible(study, family):
+        if not ensemble_kinds(study, family):
             return []
         data = study.task_data(family)
         task = study.tasks[family]
-        weighers = halves(data, section.reserved)[1].holdouts("valid")
+        weighers = split_validation_users(data, section.reserved)[1].holdouts("valid")
         aside = study.set_aside(family)
         if kind.ranks_for_users and study.candidates is not None:
             users = frozenset(weighers.first_users(MOST, but=aside))
@@ -121,7 +121,7 @@ class EnsembleUsers:
         return cases
 
 
-def bases_of(
+def fit_base_ensembles(
     study: Study, family: str, parts: Sequence[PrecomputedMember], cases: Sequence[Case]
 ) -> list[ListEnsemble | PredictionEnsemble]:
     """Return ensembles of some of the members, on which larger ensembles can build.
@@ -130,7 +130,7 @@ def bases_of(
     """
     results: list[ListEnsemble | PredictionEnsemble] = []
     answer, context = family_of(family).answer, Context(study.data)
-    for kind in fusible(study, family) if cases else ():
+    for kind in ensemble_kinds(study, family) if cases else ():
         able = [part for part in parts if combined_reads([part.reads, kind]) == kind]
         if len(able) < len(parts):
             results.append(
@@ -139,7 +139,7 @@ def bases_of(
     return results
 
 
-def fusions_of(study: Study, rows: Sequence[Row]) -> list[StoredEnsemble]:
+def stored_ranking_ensembles(study: Study, rows: Sequence[Row]) -> list[StoredEnsemble]:
     """Return the ranking ensembles of a run in their stored form."""
     ranks = [row for row in rows if family_of(row.task).ranks_for_users and row.fusion is not None]
     section, seed = study.recipe.eval.fusion, study.recipe.seed

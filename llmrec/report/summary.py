@@ -146,9 +146,11 @@ def gain(metric: str, value: float) -> float:
 def first_sentence(results: Results) -> str:
     """Return what the language model adds to the baselines; without one, which baseline is served and why."""
     if _asks(results):
-        served = [brought(results, task) for task in results.tasks if served_row(results, task) is not None]
+        served = [
+            served_model_sentences(results, task) for task in results.tasks if served_row(results, task) is not None
+        ]
         return " ".join(filter(None, (*served, added(results))))
-    return " ".join(filter(None, (brought(results, task) for task in results.tasks)))
+    return " ".join(filter(None, (served_model_sentences(results, task) for task in results.tasks)))
 
 
 def summary(results: Results) -> str:
@@ -231,7 +233,7 @@ def _asks(results: Results) -> bool:
     return any(row.arm != "baseline" for row in results.rows)
 
 
-def brought(results: Results, task: str) -> str:
+def served_model_sentences(results: Results, task: str) -> str:
     """Return which model of a task is served and why, with its test result.
 
     Without a chosen row it is about the best ensemble.

@@ -20,7 +20,16 @@ from llmrec.errors import DataError, LlmrecError
 from llmrec.metrics.stats import wilson
 from llmrec.serve import schema
 from llmrec.serve.failures import answer_failures, failure, failures
-from llmrec.serve.gates import Auth, Authenticated, BodyLimit, Measured, Metrics, Plain, SameOrigin, StrictRoute
+from llmrec.serve.gates import (
+    Auth,
+    Authenticated,
+    BodyLimit,
+    Metrics,
+    MetricsMiddleware,
+    Plain,
+    SameOrigin,
+    StrictRoute,
+)
 from llmrec.serve.service import Service
 from llmrec.serve.verbs import VERBS, Verb, answers_of, batch_of, card_of
 from llmrec.types import Event, Item
@@ -98,7 +107,7 @@ def make_app(service: Service, auth: Auth, *, body_limit: int = 1 << 20) -> Fast
     app.add_middleware(Authenticated, auth=auth)
     app.add_middleware(SameOrigin, keyed=auth.keyed)
     app.add_middleware(Plain)
-    app.add_middleware(Measured, metrics=metrics)
+    app.add_middleware(MetricsMiddleware, metrics=metrics)
     return app
 
 

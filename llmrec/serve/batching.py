@@ -28,13 +28,13 @@ log = logging.getLogger(__name__)
 _HANGS = 5.0
 
 
-class Full(LlmrecError):
+class QueueFull(LlmrecError):
     """The queue is too long to answer in time; ``after`` is the number of seconds to wait before a retry."""
 
     after: float = 1.0
 
     @classmethod
-    def for_now(cls, after: float) -> Full:
+    def for_now(cls, after: float) -> QueueFull:
         """Return the error with the number of seconds to wait before a retry."""
         error = cls(f"too many requests are queued; retry in {after:.0f} s", kind="busy")
         error.after = after
@@ -190,7 +190,7 @@ class Batcher:
         ahead = waiting * self._seconds_each
         if waiting >= self._room or ahead > self._patience:
             self.load.refused += 1
-            raise Full.for_now(max(1.0, min(ahead, self._patience)))
+            raise QueueFull.for_now(max(1.0, min(ahead, self._patience)))
 
     def late(self) -> AnswerTimeout:
         """Count a question that timed out, and return the error to raise."""

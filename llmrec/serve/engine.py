@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from llmrec import terminal
-from llmrec.answer.checks import decided
+from llmrec.answer.checks import with_resolved_engine
 from llmrec.answer.language_model import LanguageModel
 from llmrec.answer.opening import Models, open_models
 from llmrec.answer.options import RecommenderOptions
@@ -412,7 +412,7 @@ def _answer(line: Connection, options: RecommenderOptions, names: Sequence[str])
     # A lower priority leaves CPU time for rejections and health checks while a model computes.
     step_back(_NICE)
     try:
-        models = open_models(decided(options), names)
+        models = open_models(with_resolved_engine(options), names)
         line.send(None)
         line.recv()
         alone = warm(models)

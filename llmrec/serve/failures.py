@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from llmrec.errors import LlmrecError, did_you_mean
 from llmrec.serve import schema
-from llmrec.serve.batching import AnswerTimeout, Full
+from llmrec.serve.batching import AnswerTimeout, QueueFull
 from llmrec.serve.databases import StoreError
 from llmrec.serve.engine import EngineLost
 
@@ -123,7 +123,7 @@ def failure(error: LlmrecError) -> tuple[int, schema.Failure, float | None]:
         status = 404 if error.column in _THINGS else 422
     else:
         status = _STATUS.get(kind, 422)
-    after = error.after if isinstance(error, Full) else _RETRY if status in (429, 503) else None
+    after = error.after if isinstance(error, QueueFull) else _RETRY if status in (429, 503) else None
     return status, schema.Failure(kind=kind, message=message, at=error.column), after
 
 

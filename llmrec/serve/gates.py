@@ -283,7 +283,7 @@ class _Load:
         yield CounterMetricFamily("llmrec_engine_seconds", "Seconds of engine time", load.seconds)
 
 
-class Measured:
+class MetricsMiddleware:
     """Middleware that counts requests and logs one line for each, without text from the client."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:

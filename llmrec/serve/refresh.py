@@ -22,7 +22,7 @@ from llmrec.data.described import described_items
 from llmrec.data.read.table import read_table
 from llmrec.data.read.typed import ids, numbers, per_second, since_1970, times
 from llmrec.data.sets.table import load
-from llmrec.data.split import halves, split, time_order, without_test
+from llmrec.data.split import split, split_validation_users, time_order, without_test
 from llmrec.ensembles import stored
 from llmrec.ensembles.carried import carried
 from llmrec.errors import DataError, LlmrecError, did_you_mean, require
@@ -121,7 +121,7 @@ def _before(bundle: Bundle, reserved: float | None) -> _State:
         if reserved is not None:
             cut = split(data, recipe.data.split, seed=recipe.seed)
             order = time_order(data, recipe.seed, ties=recipe.data.split.ties)
-            rows = _choosing(rows[order], halves(cut, reserved)[0].valid)
+            rows = _choosing(rows[order], split_validation_users(cut, reserved)[0].valid)
         return _State(rows.select(KEPT), dict(described_items(data.items, recipe.data.texts)), data.users)
     result = carried(Path(bundle.folder), seed=bundle.seed)
     if result is None:

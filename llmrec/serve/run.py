@@ -75,7 +75,7 @@ def serve(options: ServeOptions) -> None:
 
 def make_service(options: ServeOptions) -> Any:
     """Create the service, without starting it."""
-    from llmrec.answer.known import known_of
+    from llmrec.answer.known import read_known_entities
     from llmrec.serve.service import WAITS, Service, Settings
     from llmrec.serve.store import ServiceStore
 
@@ -91,7 +91,9 @@ def make_service(options: ServeOptions) -> Any:
         room=options.room,
         patience=float(options.timeout),
     )
-    return Service(settings, known_of(options.model, options.items), ServiceStore.open(where, WAITS * options.timeout))
+    return Service(
+        settings, read_known_entities(options.model, options.items), ServiceStore.open(where, WAITS * options.timeout)
+    )
 
 
 def _default_store(model: str) -> str:

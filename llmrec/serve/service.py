@@ -15,10 +15,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llmrec.answer.known import Catalogue, KnownEntities, Profile, known_of, merged, of_user, unknown, with_history
+from llmrec.answer.known import (
+    Catalogue,
+    KnownEntities,
+    Profile,
+    merged,
+    read_known_entities,
+    unknown,
+    with_history,
+    with_stored_history,
+)
 from llmrec.answer.listing import ListSpec, listing
 from llmrec.answer.options import RecommenderOptions
-from llmrec.answer.recommender import RANK, SIMILAR, Answered, Question, meant
+from llmrec.answer.recommender import RANK, SIMILAR, Answered, Question, match_model_name
 from llmrec.answer.rules import Rules
 from llmrec.augment.stores import forget
 from llmrec.chat.calls import Call
@@ -31,7 +40,7 @@ from llmrec.data.read.limits import shown
 from llmrec.data.requests import RankRequest, read_request
 from llmrec.errors import DataError, LlmrecError, did_you_mean
 from llmrec.serve import schema
-from llmrec.serve.batching import AnswerTimeout, Batcher, Full
+from llmrec.serve.batching import AnswerTimeout, Batcher, QueueFull
 from llmrec.serve.databases import StoreError
 from llmrec.serve.engine import EngineLost, Supervisor
 from llmrec.serve.images import origins
@@ -195,7 +204,7 @@ class Service:
         async with self._reloading:
             options = self.settings.options
             try:
-                known = await asyncio.to_thread(known_of, options.model, options.items)
+                known = await asyncio.to_thread(read_known_entities, options.model, options.items)
                 await asyncio.to_thread(self.engine.replace)
             except LlmrecError as error:
                 state = (
@@ -306,7 +315,7 @@ class Service:
             record = {**record, "candidates": [_entry_of(candidate) for candidate in candidates]}
         request = read_request(record, 1, items, whole=candidates is None)
         missing = body.history is None and not stored and not body.profile
-        return of_user(request, known=False) if missing else request
+        return with_stored_history(request, known=False) if missing else request
 
     def _profile(self, user_id: str) -> Profile | None:
         return self._known.profile(user_id, self.store.erased)
@@ -332,13 +341,13 @@ class Service:
             DataError: If the model is unknown.
         """
         names = [card.name for card in self.engine.cards]
-        if name is not None and names and meant(name, names) is None:
+        if name is not None and names and match_model_name(name, names) is None:
             raise unknown("model", name, names)
 
     def check_strategy(self, model: str | None, strategy: str) -> None:
         """Reject an unknown strategy before it costs time."""
         cards = {card.name: card for card in self.engine.cards}
-        name = next(iter(cards), None) if model is None else meant(model, cards)
+        name = next(iter(cards), None) if model is None else match_model_name(model, cards)
         known = () if name is None else cards[name].strategies
         if known and strategy not in ("auto", "search", *known):
             raise DataError(
@@ -445,7 +454,7 @@ class Conversations:
         self._turns = {entry for entry in self._turns if not entry.done()}
         if len(self._turns) >= self._service.settings.room:
             self._service.batcher.load.refused += 1
-            raise Full.for_now(1.0)
+            raise QueueFull.for_now(1.0)
         running = self._threads.submit(turn)
         self._turns.add(running)
         return await asyncio.wrap_future(running)

@@ -19,7 +19,7 @@ from pydantic_core import PydanticCustomError
 
 from llmrec.answer.listing import COLD, ListSpec
 from llmrec.answer.prompting import CONTEXT
-from llmrec.answer.recommender import RANK, SIMILAR, Answered, Card, Question, Reasons, meant, ranking_of
+from llmrec.answer.recommender import RANK, SIMILAR, Answered, Card, Question, Reasons, match_model_name, ranking_of
 from llmrec.chat.state import State
 from llmrec.data.requests import read_request
 from llmrec.errors import DataError, LlmrecError
@@ -422,7 +422,7 @@ async def complete(service: Service, body: CompletionBody) -> Completion:
     return Completion(
         id=f"chatcmpl-{uuid4().hex}",
         created=created,
-        model=meant(model, names) or model,
+        model=match_model_name(model, names) or model,
         choices=[CompletionChoice(message=CompletionMessage(content=answer.text))],
         items=answer.items,
     )
@@ -474,7 +474,7 @@ async def rerank(service: Service, body: RerankBody) -> RerankAnswer:
     # Texts are not items of the catalogue, even with equal ids: titles identify them, without duplicates.
     candidates = [{"title": text} for text in dict.fromkeys(texts)]
     request = read_request({"history": history, "candidates": candidates}, 1, None)
-    model = meant(body.model or "", [card.name for card in service.engine.cards])
+    model = match_model_name(body.model or "", [card.name for card in service.engine.cards])
     answer = await service.batcher.ask(Question(model=model), request)
     assert answer.card is not None
     ranking = ranking_of(answer)

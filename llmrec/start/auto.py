@@ -18,7 +18,7 @@ from llmrec.answer.opening import default_of
 from llmrec.data.dataset import Dataset
 from llmrec.data.frames import FOLDER as FRAMES
 from llmrec.data.frames import calling_frames, write_frame
-from llmrec.data.split import SplitDataset, halves
+from llmrec.data.split import SplitDataset, split_validation_users
 from llmrec.display import Displayed, Summary
 from llmrec.durable import Json, write_json, write_text
 from llmrec.ensembles.retrieving import MOST
@@ -31,7 +31,7 @@ from llmrec.pipeline.study import load_split
 from llmrec.recipe.load import as_recipe, dump, load_recipe
 from llmrec.recipe.schema import AUTO, FusionSection, Recipe
 from llmrec.registry import BASELINES, lookup
-from llmrec.report.summary import brought
+from llmrec.report.summary import served_model_sentences
 from llmrec.report.verdicts import wrapped
 from llmrec.report.wording import duration, with_interval
 from llmrec.results import Choice, Results
@@ -130,7 +130,7 @@ def with_model(recipe: Recipe, planned: Plan) -> Recipe:
     return as_recipe(page)
 
 
-def judged(results: Results) -> FineTuningDecision:
+def fine_tuning_decision(results: Results) -> FineTuningDecision:
     """Return whether the fine-tuned model improves the ensemble of baselines, measured on validation users only."""
     joined = [row for row in results.rows if row.arm == "tuned" and row.fusion is not None]
     models = {row.predictor for row in results.rows if row.arm == "tuned" and row.fusion is None}
@@ -378,7 +378,7 @@ def build(
             began + options.seconds - planned.seconds,
             options.seconds,
             say,
-            cases=min(MOST, halves(split, _RESERVED)[1].holdouts("valid").frame["user_id"].n_unique()),
+            cases=min(MOST, split_validation_users(split, _RESERVED)[1].holdouts("valid").frame["user_id"].n_unique()),
         )
         try:
             search.first()
@@ -394,7 +394,7 @@ def build(
         say(f"fitting and evaluating {count} recommenders and their ensembles")
         result = run(chosen, folder, choice=best)
         results = Results.model_validate(result.results)
-        sentence = brought(results, "sequential")
+        sentence = served_model_sentences(results, "sequential")
         if planned.steps:
             say(f"fine-tuning a language model for {planned.steps} steps")
             try:
@@ -404,9 +404,9 @@ def build(
                 sentence += f" The fine-tuned language model is not used: {failure.reason}."
             else:
                 with_it = Results.model_validate(joined.results)
-                verdict = judged(with_it)
+                verdict = fine_tuning_decision(with_it)
                 if verdict.kept:
-                    folder, result, sentence = folder / MODEL, joined, brought(with_it, "sequential")
+                    folder, result, sentence = folder / MODEL, joined, served_model_sentences(with_it, "sequential")
                 sentence += f" {verdict.sentence}"
     default = default_of(bundles.read(str(folder)))
     assert default is not None
@@ -539,7 +539,7 @@ class _Search:
             for entry, value in zip(baselines[len(baselines) - len(result) :], result, strict=True)
         }
         row = max(figures, key=lambda name: figures[name])
-        users = {event.user_id for event in halves(data, _RESERVED)[0].holdouts("valid")}
+        users = {event.user_id for event in split_validation_users(data, _RESERVED)[0].holdouts("valid")}
         return Choice(row=row, metric="NDCG@10", value=figures[row], users=len(users), figures=figures)
 
     def _round(self, parts: Sequence[Tried], *, first: bool, allowed: Allowed) -> None:

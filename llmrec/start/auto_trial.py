@@ -84,13 +84,13 @@ def trial_key(data: str, baseline: str, fixed: dict[str, Json], reserved: float)
 
 def search(job: TrialJob) -> None:
     """Evaluate the hyperparameter settings of each recommender."""
-    from llmrec.data.split import halves
+    from llmrec.data.split import split_validation_users
     from llmrec.pipeline.study import load_split
     from llmrec.recipe.load import load_recipe
 
     recipe = load_recipe(job.recipe)
     data = load_split(recipe.data, recipe.seed)
-    choosing, _ = halves(data, job.reserved)
+    choosing, _ = split_validation_users(data, job.reserved)
     for index, part in enumerate(job.parts):
         write_json(Path(job.at), index)
         key = trial_key(data.fingerprint, part.baseline, part.fixed, job.reserved)

@@ -207,7 +207,7 @@ def _capital(text: str) -> str:
 # --------------------------------------------------------------------------- the repaired copy
 
 
-def mended(table: Table, roles: Roles, items: Table | None, item_column: str) -> tuple[pl.DataFrame, list[str]]:
+def repair_table(table: Table, roles: Roles, items: Table | None, item_column: str) -> tuple[pl.DataFrame, list[str]]:
     """Return the columns of the recipe after repair, with descriptions of the changes.
 
     Args:

@@ -10,7 +10,7 @@ from typing import Any
 
 from llmrec.answer.known import Histories, KnownEntities
 from llmrec.answer.loaded import Loaded, load
-from llmrec.answer.opening import family_about, open_fitted
+from llmrec.answer.opening import open_fitted, prediction_family
 from llmrec.answer.options import RecommenderOptions
 from llmrec.baselines.base import Trainable
 from llmrec.baselines.parameters import make
@@ -332,7 +332,7 @@ def _fit_baseline(interactions: Any, items: Any, model: Any, columns: Mapping[st
         name=model.name if registered else f"{kind.__module__}:{kind.__qualname__}",
         parameters=model.config.model_dump(mode="json", exclude_defaults=True) if hasattr(model, "config") else {},
     )
-    family = family_about(model.name) if registered else None
+    family = prediction_family(model.name) if registered else None
     # Ranking models do not read ratings, and a row without a rating is still an interaction.
     roles = {"rating": "none", **columns} if family is None else columns
     seed = model.get_params()["seed"] if hasattr(model, "get_params") else 0

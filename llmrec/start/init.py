@@ -29,7 +29,7 @@ from llmrec.errors import DataError, LlmrecError, RecipeError, did_you_mean
 from llmrec.recipe.schema import AUTO, Columns, DataSection, Recipe, Split
 from llmrec.resources import resource
 from llmrec.start.columns import ROLES, RequestedRoles, Roles, guess, in_lists
-from llmrec.start.faults import faults, mended, refusal, write_copy
+from llmrec.start.faults import faults, refusal, repair_table, write_copy
 from llmrec.start.page import SCHEMA, Page, expected, render, where_line
 from llmrec.start.plan import FAMILIES, Events, Plan, decide, events_in, events_of
 from llmrec.start.profile import Profile, TableSample, kinds_of_events, peek, shown
@@ -128,7 +128,7 @@ def init(
             raise DataError(
                 refusal(str(path or table), wrong, copy), kind=wrong[0].kind, at=wrong[0].at, column=wrong[0].column
             )
-        frame, notes = mended(read.table, roles, listed, column)
+        frame, notes = repair_table(read.table, roles, listed, column)
         write_copy(frame, mend, force=force)
         notes = [
             f"{mend} is a repaired copy of {path or table}",

@@ -96,7 +96,7 @@ class Strategy(Predictor, Protocol):
     engine: str
 
 
-class Asking:
+class BaseStrategy:
     """The state of a strategy that scores or generates answers; subclasses define ``answer``."""
 
     verb: ClassVar[Literal["score", "generate"]] = "score"

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from llmrec.strategies.asking import Asking, Prompting, Scored, cost_of, prompt_hash, score_in_chunks, scored
+from llmrec.strategies.asking import BaseStrategy, Prompting, Scored, cost_of, prompt_hash, score_in_chunks, scored
 from llmrec.strategies.rounds import by_score, candidates_of, joint_hash
 from llmrec.types import Answer, Cost, Prompt, Ranking, Request
 
@@ -16,7 +16,7 @@ _PRIORS = 64
 _NO_USER = Request(id="prior", user_id="")
 
 
-class LikelihoodRanker(Asking):
+class LikelihoodRanker(BaseStrategy):
     """Ranks candidates by log P(title | prompt), summed over tokens including the end token.
 
     The sum is a full-softmax log-probability. Renormalising at branching points only would be cheaper, but ranks
@@ -34,7 +34,7 @@ class LikelihoodRanker(Asking):
         return answers
 
 
-class PriorRanker(Asking):
+class PriorRanker(BaseStrategy):
     """Ranks candidates by log P(title | prompt) - weight * log P(title | prompt without user).
 
     The second term is the prior of a title, independent of the user. Its prompt uses the same template for a user
@@ -84,7 +84,7 @@ class PriorRanker(Asking):
         return sum(map(cost_of, scores), Cost())
 
 
-class YesRanker(Asking):
+class YesRanker(BaseStrategy):
     """Ranks candidates by log P(yes) - log P(no) to the question whether the user would choose the candidate.
 
     P is the summed probability of all spellings in the template's language, as complete answers. A prompt contains

@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from llmrec.errors import BackendError, LlmrecError
-from llmrec.strategies.asking import Asking, Prompting, cost_of, generated, prompt_hash, scored
+from llmrec.strategies.asking import BaseStrategy, Prompting, cost_of, generated, prompt_hash, scored
 from llmrec.tasks.rating import expected
 from llmrec.types import Answer, Case, Cost, HeadBackend, Predictor, Probability, Rating, Request, Text
 
 _NUMBER_TOKENS = 8
 
 
-class ExpectedRater(Asking):
+class ExpectedRater(BaseStrategy):
     """Predicts the mean rating sum_r r P(r | prompt), with P normalised over the labels of the scale."""
 
     name = "expected"
@@ -41,7 +41,7 @@ class ExpectedRater(Asking):
         return answers
 
 
-class ParsedRater(Asking):
+class ParsedRater(BaseStrategy):
     """Generates an answer and parses a number from it."""
 
     name = "parsed"
@@ -98,7 +98,7 @@ _ANSWER_TOKENS = 8
 _CERTAIN = 2.0**-53
 
 
-class YesNoJudge(Asking):
+class YesNoJudge(BaseStrategy):
     """Answers with P(yes) = exp(l_yes) / (exp(l_yes) + exp(l_no)), where l is the log-likelihood of an answer.
 
     TALLRec (Bao et al., RecSys 2023) uses the softmax over the first tokens of the two answers, whose ids depend on the
@@ -124,7 +124,7 @@ class YesNoJudge(Asking):
         return answers
 
 
-class ParsedYesNoJudge(Asking):
+class ParsedYesNoJudge(BaseStrategy):
     """Generates an answer, and parses yes as probability 1 and no as probability 0.
 
     A text without either is unparsed, and counts in every denominator as a wrong answer.
@@ -221,7 +221,7 @@ def _log_odds(value: float) -> float:
     return math.log(inside / (1 - inside))
 
 
-class TextGenerator(Asking):
+class TextGenerator(BaseStrategy):
     """Generates one text per request by greedy decoding, of at most ``max_tokens`` tokens."""
 
     name = "text"

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from llmrec.errors import LlmrecError
 from llmrec.strategies.asking import Prompting, cost_of, generated, is_nested, prompt_hash, score_in_chunks
-from llmrec.tasks.base import keyed
+from llmrec.tasks.base import seeded_random
 from llmrec.tasks.direct import candidate_labels
 from llmrec.tasks.task import Want
 from llmrec.types import Answer, Cost, Prompt, Ranking, Request, Scores, Segment
@@ -155,7 +155,7 @@ class Rounds:
         orders = [question]
         for number in range(1, self._permutations):
             shown = list(question.shown)
-            keyed("permutation", 0, request.id, str(number), *_stored_positions(request, shown)).shuffle(shown)
+            seeded_random("permutation", 0, request.id, str(number), *_stored_positions(request, shown)).shuffle(shown)
             orders.append(ChoiceQuestion(tuple(shown), question.given))
         return orders
 
@@ -226,7 +226,7 @@ def mixed(request: Request, items: Sequence[str]) -> tuple[str, ...]:
     """
     unordered = set(items)
     shown = [item for item in request.candidates or () if item in unordered]
-    keyed("shown", 0, request.id, *_stored_positions(request, shown)).shuffle(shown)
+    seeded_random("shown", 0, request.id, *_stored_positions(request, shown)).shuffle(shown)
     return tuple(shown)
 
 

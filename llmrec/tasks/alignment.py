@@ -12,11 +12,11 @@ from llmrec.registry import BASELINES, STRATEGIES, answering
 from llmrec.tasks.base import (
     Values,
     View,
-    keyed,
     listed,
     passes,
     refuse_test,
     requested_item,
+    seeded_random,
     solved_examples,
 )
 from llmrec.tasks.family import Family
@@ -131,7 +131,7 @@ class AlignmentTask(Task):
         if shots == 0:
             return FewShotDraw((), ())
         # One more than needed, since the item of the request may be among them.
-        rng = keyed("alignment shots", self._seed, request.id)
+        rng = seeded_random("alignment shots", self._seed, request.id)
         sample = rng.sample(self._trained, min(shots + 1, len(self._trained)))
         drawn = [item for item in sample if item != self._item(request)][:shots]
         if len(drawn) < shots:

@@ -210,7 +210,7 @@ def counted_rows(data: SplitDataset, column: str | None = None) -> int:
     return len(data.train) if column is None else len(data.train) - data.train[column].null_count()
 
 
-def keyed(purpose: str, seed: int, *parts: str) -> random.Random:
+def seeded_random(purpose: str, seed: int, *parts: str) -> random.Random:
     """Return a random generator seeded by its arguments."""
     return random.Random(hash_one(purpose, seed, *parts))
 
@@ -303,9 +303,9 @@ def passes(family: str, users: Sequence[str], seed: int, limit: int | None) -> I
     number = 0
     while limit is None or done < limit:
         order = sorted(users)
-        keyed(f"{family} order", seed, str(number)).shuffle(order)
+        seeded_random(f"{family} order", seed, str(number)).shuffle(order)
         for user in order[: None if limit is None else limit - done]:
-            yield f"{family}/train/{number}/{user}", user, keyed(f"{family} row", seed, str(number), user)
+            yield f"{family}/train/{number}/{user}", user, seeded_random(f"{family} row", seed, str(number), user)
         done += len(order)
         number += 1
 

@@ -35,7 +35,7 @@ from llmrec.tasks.rows import (
     chat_example,
     list_prompt,
     list_row,
-    preferred,
+    merge_rejected,
     solved_chat,
     solved_list,
     steps,
@@ -128,7 +128,7 @@ class CtrTask(Task):
             ends = [events[at]]
             if self._listwise is not None:
                 ends.append(replace(events[at], rating=self.liked - 1 if self._yes(events[at].rating) else self.liked))
-            yield preferred(self._asking(template, row, user, events[:at], end) for end in ends)
+            yield merge_rejected(self._asking(template, row, user, events[:at], end) for end in ends)
 
     def kind(self, example: Example) -> str:
         """Return the class of a training example, such as yes or no, for balancing."""

@@ -22,10 +22,10 @@ from llmrec.tasks.base import (
     UserHistories,
     Values,
     View,
-    keyed,
     listed,
     passes,
     refuse_test,
+    seeded_random,
 )
 from llmrec.tasks.cases import Cases, held_out, ranking_cases
 from llmrec.tasks.ctr import read_choice
@@ -71,7 +71,7 @@ def asks_for(template: Template) -> Asks:
     return "yes" if "answer" in names else "item" if "item" in names else "label"
 
 
-def reader_of(template: Template) -> str:
+def default_strategy_for(template: Template) -> str:
     """Return the cheapest strategy for the answers of a template."""
     return _READER[asks_for(template)]
 
@@ -124,7 +124,8 @@ def check_strategies(templates: Sequence[Template], strategies: Sequence[str]) -
         if not any(fits(template, strategy) for strategy in strategies):
             raise RecipeError(
                 f"tasks.direct.strategies: {template.id} {_WORDS[asks_for(template)]}, which {', '.join(strategies)} "
-                f"cannot evaluate; add {reader_of(template)}, or set another template in tasks.direct.eval_templates",
+                f"cannot evaluate; add {default_strategy_for(template)}, or set another template in "
+                "tasks.direct.eval_templates",
                 kind="contradiction",
                 at=template.id,
                 column="tasks.direct.strategies",
@@ -224,7 +225,7 @@ def refuse(template: Template, strategy: str) -> None:
     """
     raise RecipeError(
         f"the strategy {strategy!r} does not support the answers of template {template.id}, which "
-        f"{_WORDS[asks_for(template)]}; use {reader_of(template)!r}, or another template",
+        f"{_WORDS[asks_for(template)]}; use {default_strategy_for(template)!r}, or another template",
         kind="contradiction",
         at=template.id,
     )
@@ -289,7 +290,7 @@ class DirectTask(Task):
                 name, past = request_id(held.user_id, held.item_id), self._data.history(held.user_id, "valid")
                 stored = known.get(name)
                 if stored is None or held.item_id not in stored:
-                    rng = keyed("direct valid", self._seed, name)
+                    rng = seeded_random("direct valid", self._seed, name)
                     had = [event.item_id for event in past]
                     stored = self._pool(held.user_id, held.item_id, self._count, rng, had)
                 event = Event(item_id=held.item_id)
@@ -343,7 +344,7 @@ class DirectTask(Task):
         drawn = self.draw_shots(request, shots)
         turns = []
         for index, shot in enumerate(drawn.windows):
-            rng = keyed("direct shot candidates", self._seed, request.id, str(index))
+            rng = seeded_random("direct shot candidates", self._seed, request.id, str(index))
             if form == "yes":
                 turns.append(self._solved_yes(chosen, shot.user_id, shot.events, index, rng))
                 continue
@@ -359,11 +360,11 @@ class DirectTask(Task):
         from all items without a training interaction of the user.
         """
         users = sorted(self._training_users)
-        keyed("direct questions", self._seed, "order").shuffle(users)
+        seeded_random("direct questions", self._seed, "order").shuffle(users)
         result = []
         for number, user in enumerate(islice(cycle(users), count)):
             # Not the training examples, whose answers a fine-tuned model may have memorised.
-            rng, events = keyed("direct question", self._seed, user, str(number)), self._events[user]
+            rng, events = seeded_random("direct question", self._seed, user, str(number)), self._events[user]
             at, pool = self._question(user, rng)
             result.append(Request(id=f"direct/question/{number}", user_id=user, history=events[:at], candidates=pool))
         return result
@@ -402,7 +403,7 @@ class DirectTask(Task):
 
     def scored_by(self, template: Template) -> str:
         """Return the cheapest strategy that supports the answers of a template."""
-        return reader_of(template)
+        return default_strategy_for(template)
 
     def draw_shots(self, request: Request, shots: int) -> FewShotDraw:
         """Draw training interactions for few-shot examples; also return the remaining history of the question."""
@@ -524,14 +525,16 @@ class DirectTask(Task):
         example = chat_example(template, row, user, values, answer, past=shown.events, event=event)
         others = tuple(item for item in pool if item != event.item_id)
         count = 0 if self._listwise is None else self._listwise.size - 1
-        drawn = others if count == len(others) else keyed("direct rejected", self._seed, row).sample(others, count)
+        drawn = (
+            others if count == len(others) else seeded_random("direct rejected", self._seed, row).sample(others, count)
+        )
         answers = (self._chosen_one(template, values, pool, item) for item in lower or drawn)
         rejected = tuple(template.answer(entry) + template.tail for entry in answers)
         return replace(example, negatives=others, rejected=rejected)
 
     def _yes_example(self, template: Template, row: str, user: str, past: Sequence[Event], event: Event) -> Example:
         """Return an example with answer yes about a chosen item or, equally often, no about a negative."""
-        rng = keyed("direct yes or no", self._seed, row)
+        rng = seeded_random("direct yes or no", self._seed, row)
         yes = rng.random() < 0.5
         had = [event.item_id, *(entry.item_id for entry in past)]
         item = event.item_id if yes else self._negatives.draw(user, 1, rng, but=had)[0]

@@ -34,7 +34,7 @@ from llmrec.tasks.cases import Cases, held_out
 from llmrec.tasks.family import Family
 from llmrec.tasks.fewshot import FewShotDraw
 from llmrec.tasks.pool import with_other_texts
-from llmrec.tasks.rows import chat_example, preferred, solved_chat, with_shots
+from llmrec.tasks.rows import chat_example, merge_rejected, solved_chat, with_shots
 from llmrec.tasks.task import Task, TaskInputs, Want, only_one
 from llmrec.tasks.templates import choose, refuse_list
 from llmrec.types import Answer, Case, Event, Example, Interaction, Message, Prompt, Request, SplitName, Text
@@ -106,7 +106,7 @@ class ExplanationTask(Task):
             ends = [events[at]]
             if self._listwise is not None:
                 ends = with_other_texts(events[at], self._events, text_of, self._listwise.size, rng)
-            yield preferred(self._example(template, row, user, values, shown.events, end) for end in ends)
+            yield merge_rejected(self._example(template, row, user, values, shown.events, end) for end in ends)
 
     def cases(self, split: SplitName) -> Cases:
         """Return the held-out texts; interactions without text are left out.

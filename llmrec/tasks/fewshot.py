@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from llmrec.data.hashing import hash64
 from llmrec.errors import DataError, RecipeError, did_you_mean
 from llmrec.recipe.schema import ShotChoice
-from llmrec.tasks.base import UserHistories, keyed
+from llmrec.tasks.base import UserHistories, seeded_random
 from llmrec.tasks.history import ItemVectors, ShownHistory
 from llmrec.types import Event, Request
 
@@ -139,7 +139,7 @@ class ShotPool:
             windows, latest = self._from_history(request.user_id, past, shots, length, history)
             latest, summary = (latest, "") if windows else (shown.events, shown.summary)
         missing = shots - len(windows)
-        rng = keyed(f"{self._family} shots", self._seed, request.id)
+        rng = seeded_random(f"{self._family} shots", self._seed, request.id)
         if self._choice == "balanced":
             ends = self._balanced(request, missing)
         else:
@@ -183,7 +183,7 @@ class ShotPool:
         taken = {request.user_id, *chosen}
         rest = count - len(chosen)
         if rest:
-            rng = keyed(f"{self._family} shot users", self._seed, request.id)
+            rng = seeded_random(f"{self._family} shot users", self._seed, request.id)
             sample = rng.sample(self._users, min(rest + len(taken), len(self._users)))
             free = [user for user in sample if user not in taken][:rest]
             if len(free) < rest:
@@ -205,7 +205,7 @@ class ShotPool:
         With fewer examples than answers, the omitted answers are drawn for every request. An answer without further
         users is skipped.
         """
-        rng = keyed(f"{self._family} balanced shots", self._seed, request.id)
+        rng = seeded_random(f"{self._family} balanced shots", self._seed, request.id)
         labels = sorted(self._by_label, key=str)
         rng.shuffle(labels)
         results: list[tuple[str, int]] = []

@@ -13,7 +13,7 @@ from typing import Protocol, runtime_checkable
 from llmrec.data.split import SplitDataset
 from llmrec.errors import DataError, RecipeError
 from llmrec.recipe.schema import PreferenceSection
-from llmrec.tasks.base import keyed
+from llmrec.tasks.base import seeded_random
 from llmrec.tasks.task import EventLists, Task
 from llmrec.types import Event, Example
 
@@ -87,7 +87,7 @@ def training_examples(task: Task, count: int | None, seed: int) -> Iterator[Exam
     rows = pool(task, count)
     for number in numbers():
         order = list(rows)
-        keyed(f"{task.family} pool", seed, str(number)).shuffle(order)
+        seeded_random(f"{task.family} pool", seed, str(number)).shuffle(order)
         yield from order
 
 

@@ -20,11 +20,11 @@ from llmrec.tasks.base import (
     UserHistories,
     Values,
     View,
-    keyed,
     passes,
     rated,
     refuse_test,
     requested_item,
+    seeded_random,
     window,
 )
 from llmrec.tasks.cases import Cases, at_most, held_out
@@ -35,7 +35,7 @@ from llmrec.tasks.rows import (
     chat_example,
     list_prompt,
     list_row,
-    preferred,
+    merge_rejected,
     solved_chat,
     solved_list,
     steps,
@@ -114,7 +114,7 @@ class RatingTask(BranchingTask):
                 continue
             past, last = events[:-1], len(events) - 1
             ends = self.scale.misrated(events[-1], self._listwise.size, rng)
-            yield preferred(
+            yield merge_rejected(
                 self._example(template, row, user, (*past, end), first_target=last, context=context) for end in ends
             )
 
@@ -240,7 +240,7 @@ class RatingTask(BranchingTask):
     def _with_stars(self, row: str, values: Values, event: Event, words: Words) -> tuple[Values, Values]:
         """Return question and answer of a yes/no example about the true rating or, equally often, a wrong rating."""
         assert event.rating is not None
-        rng, true = keyed("rating stars", self._seed, row), self.scale.label(event.rating)
+        rng, true = seeded_random("rating stars", self._seed, row), self.scale.label(event.rating)
         others = [label for label in self.scale.labels if label != true]
         yes = rng.random() < 0.5 or not others
         stars = true if yes else rng.choice(others)

@@ -39,7 +39,7 @@ from llmrec.tasks.fewshot import FewShotDraw
 from llmrec.tasks.parsing import read_number
 from llmrec.tasks.pool import with_other_texts
 from llmrec.tasks.rating import Scale, find_scale
-from llmrec.tasks.rows import chat_example, preferred, solved_chat, with_shots
+from llmrec.tasks.rows import chat_example, merge_rejected, solved_chat, with_shots
 from llmrec.tasks.task import Task, TaskInputs, Want, only_one
 from llmrec.tasks.templates import choose, refuse_list
 from llmrec.types import (
@@ -127,10 +127,10 @@ class ReviewTask(Task):
                 yield self._example(template, row, user, event)
             elif self._scale is not None:
                 ends = self._scale.misrated(event, self._listwise.size, rng)
-                yield preferred(self._example(template, row, user, end) for end in ends)
+                yield merge_rejected(self._example(template, row, user, end) for end in ends)
             else:
                 ends = with_other_texts(event, self._events, text_of, self._listwise.size, rng)
-                yield preferred(self._example(template, row, user, end) for end in ends)
+                yield merge_rejected(self._example(template, row, user, end) for end in ends)
 
     def cases(self, split: SplitName) -> Cases:
         """Return the held-out reviews that have a headline or rating to predict."""

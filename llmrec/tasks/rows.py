@@ -82,12 +82,12 @@ def _example(
 
 def solved_list(template: Template, values: Values, events: Sequence[Event], answered: Answered) -> tuple[Message, ...]:
     """Return a few-shot example in list form, with every line answered."""
-    return solved(template, values, list_answer(template, steps(values, events, answered), lambda _: True))
+    return few_shot_messages(template, values, list_answer(template, steps(values, events, answered), lambda _: True))
 
 
 def solved_chat(template: Template, values: Values, answer: Values) -> tuple[Message, ...]:
     """Return a question with its answer as a few-shot example."""
-    return solved(template, values, template.step(answer)[1])
+    return few_shot_messages(template, values, template.step(answer)[1])
 
 
 def list_answer(template: Template, steps: Sequence[Values], learned: Callable[[int], bool]) -> tuple[Segment, ...]:
@@ -105,7 +105,7 @@ def as_context(segments: Sequence[Segment]) -> tuple[Segment, ...]:
     return tuple(replace(segment, kind="given") if segment.kind == "target" else segment for segment in segments)
 
 
-def solved(template: Template, values: Values, answer: Sequence[Segment]) -> tuple[Message, ...]:
+def few_shot_messages(template: Template, values: Values, answer: Sequence[Segment]) -> tuple[Message, ...]:
     """Return a few-shot example: a user message and the assistant's answer."""
     segments = list(as_context(answer))
     segments[-1] = replace(segments[-1], text=segments[-1].text.rstrip("\n"))
@@ -142,13 +142,13 @@ def chat_example(
     return _example(template, row, user_id, values, template.step(answer)[1], (*shown, event), ends_turn=True)
 
 
-def preferred(rows: Iterable[Example]) -> Example:
+def merge_rejected(rows: Iterable[Example]) -> Example:
     """Merge examples that differ only in their last target into one preferred and several rejected answers."""
     first, *others = rows
     return replace(first, rejected=tuple(row.answer[-1].text for row in others))
 
 
-def against(example: Example) -> list[Example]:
+def split_rejected(example: Example) -> list[Example]:
     """Split an example with rejected answers into examples with one answer each."""
     begin = example.answer[:-1]
     return [example, *(replace(example, answer=(*begin, Segment("target", text))) for text in example.rejected)]

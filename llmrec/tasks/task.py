@@ -16,7 +16,7 @@ from llmrec.errors import RecipeError
 from llmrec.prompts.template import Template
 from llmrec.prompts.words import Words, english
 from llmrec.recipe.schema import PreferenceSection, RatingSection, SequentialSection, TaskSection
-from llmrec.tasks.base import UserHistories, counted_rows, keyed, ranking_reward, shows_events, window
+from llmrec.tasks.base import UserHistories, counted_rows, ranking_reward, seeded_random, shows_events, window
 from llmrec.tasks.fewshot import FewShotDraw, ShotPool
 from llmrec.tasks.held_items import HeldItems
 from llmrec.tasks.history import HistorySelector, ItemVectors
@@ -294,13 +294,15 @@ class BranchingTask(Task):
         events = self._events.get(user)
         if events is None:
             return None
-        rng = keyed(f"{self.family} branch", self._seed, str(number), user)
+        rng = seeded_random(f"{self.family} branch", self._seed, str(number), user)
         template = rng.choice(self._chosen.train)
         if template.shape == "list":
             events = window(events, self._section.window, rng)
         else:
             # The same for all families with the same history.
-            at = keyed("branch point", self._seed, str(number), user).randrange(min(1, len(events) - 1), len(events))
+            at = seeded_random("branch point", self._seed, str(number), user).randrange(
+                min(1, len(events) - 1), len(events)
+            )
             events = events[max(0, at - self._section.history) : at + 1]
         row = f"{self.family}/branch/{number}/{user}"
         return self._example(template, row, user, events, first_target=self._warm_up)

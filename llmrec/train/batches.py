@@ -184,7 +184,7 @@ def padded(rows: Sequence[TokenRow], pad: int) -> tuple[list[list[int]], list[li
     return ids, labels
 
 
-def laid_out(model: torch.nn.Module, rows: Sequence[TokenRow], pad: int) -> dict[str, Any]:
+def padded_inputs(model: torch.nn.Module, rows: Sequence[TokenRow], pad: int) -> dict[str, Any]:
     """Return the inputs of `llmrec.train.loss.rows_loss` for this model, as padded lists."""
     weighted = {"weights": [row.weight for row in rows]} if any(row.weight != 1.0 for row in rows) else {}
     if is_paired(model.config):

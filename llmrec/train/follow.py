@@ -19,11 +19,11 @@ from llmrec.durable import loads, refuse_link, replacing, write_text
 from llmrec.errors import LlmrecError
 from llmrec.progress import Progress, note
 from llmrec.recipe.schema import TrainSection
-from llmrec.train.batches import laid_out
+from llmrec.train.batches import padded_inputs
 from llmrec.train.checkpoint import steps_of
 from llmrec.train.loss import StateLoss, rows_loss
 from llmrec.train.precision import mixed_precision
-from llmrec.train.world import World, through
+from llmrec.train.world import World, run_in_wrapped_forward
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -130,7 +130,7 @@ class BestAdapter:
                 shutil.rmtree(path)
 
 
-class Follow(TrainerCallback):  # type: ignore[misc]
+class TrainingMonitor(TrainerCallback):  # type: ignore[misc]
     """Shows progress, measures speed, computes validation losses, and writes one JSON line per step."""
 
     def __init__(
@@ -305,9 +305,9 @@ class Follow(TrainerCallback):  # type: ignore[misc]
             for task, rows in self._valid.items():
                 total, count = 0.0, 0.0
                 for start in range(0, len(rows), 8):
-                    laid = laid_out(model, rows[start : start + 8], self._pad)
+                    laid = padded_inputs(model, rows[start : start + 8], self._pad)
                     inputs = {name: torch.tensor(values, device=model.device) for name, values in laid.items()}
-                    loss, n = through(model, self._summed, inputs)
+                    loss, n = run_in_wrapped_forward(model, self._summed, inputs)
                     total, count = total + float(loss), count + n
                     bar.advance(len(rows[start : start + 8]))
                 if count:

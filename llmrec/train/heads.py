@@ -23,7 +23,7 @@ from llmrec.models.traits import is_paired, plain_head
 from llmrec.recipe.schema import ModelSection, TeacherSection, TrainSection
 from llmrec.tasks.rating import Scale
 from llmrec.train.batches import padded
-from llmrec.train.loss import ExitLoss, HeadlessLoss, ItemLoss, StateLoss, TaughtLoss, label_loss
+from llmrec.train.loss import DistillationLoss, ExitLoss, HeadlessLoss, ItemLoss, StateLoss, label_loss
 from llmrec.train.steps import Step
 
 _NAME = "rating_head"
@@ -195,7 +195,7 @@ def state_loss(
     section: TrainSection,
     head: RatingHead | None,
     soft: SoftPrompt | None,
-    taught: TaughtLoss | None,
+    taught: DistillationLoss | None,
     items: Sequence[int] = (),
 ) -> StateLoss | None:
     """Return the loss that replaces the loss of the language-model head; None if it is not replaced.
@@ -214,7 +214,7 @@ def state_loss(
     return classes or taught
 
 
-def open_teacher(folder: str, model: ModelSection, section: TeacherSection, vocabulary: int) -> TaughtLoss:
+def open_teacher(folder: str, model: ModelSection, section: TeacherSection, vocabulary: int) -> DistillationLoss:
     """Load a teacher's merged model, which has the student's tokenizer, and return the distillation loss.
 
     Raises:
@@ -235,7 +235,7 @@ def open_teacher(folder: str, model: ModelSection, section: TeacherSection, voca
             kind="mismatch",
             column="train.teacher",
         )
-    return TaughtLoss(teacher, section.share, section.relations)
+    return DistillationLoss(teacher, section.share, section.relations)
 
 
 def tokens_of(model: torch.nn.Module) -> int:

@@ -44,14 +44,14 @@ class ExitLoss:
 
 
 @dataclass(frozen=True, slots=True)
-class TaughtLoss:
+class DistillationLoss:
     """Distillation loss with a frozen teacher that has the same vocabulary.
 
     Attributes:
         teacher: A causal language model with a plain head over the same vocabulary.
         share: The share of the loss whose target is the teacher's distribution over tokens (Hinton et al., arXiv
             1503.02531, at temperature 1).
-        relations: Weight of the similarity-preserving loss; see `related`.
+        relations: Weight of the similarity-preserving loss; see `similarity_loss`.
     """
 
     teacher: Any
@@ -73,11 +73,11 @@ class ItemLoss:
     tokens: tuple[int, ...]
 
 
-StateLoss = HeadlessLoss | ExitLoss | TaughtLoss | ItemLoss
+StateLoss = HeadlessLoss | ExitLoss | DistillationLoss | ItemLoss
 """A loss of hidden states in place of the plain loss of the language-model head."""
 
 
-def related(states: torch.Tensor, teacher: Any) -> torch.Tensor:
+def similarity_loss(states: torch.Tensor, teacher: Any) -> torch.Tensor:
     """Return the mean squared difference between pairwise similarities of student and teacher states, from 0 to 4.
 
     Rows of the similarity matrices, normalised to length 1, are compared: similarity-preserving distillation (Tung and
@@ -244,7 +244,7 @@ def weight_of(inputs: Mapping[str, Any], by: StateLoss | None = None, *, paired:
 def _takes_weights(by: StateLoss | None) -> bool:
     """Whether targets are weighted; a loss of classes ignores weights."""
     inner = by.inner if isinstance(by, ExitLoss) else by
-    return inner is None or isinstance(inner, (TaughtLoss, ItemLoss))
+    return inner is None or isinstance(inner, (DistillationLoss, ItemLoss))
 
 
 @dataclass(frozen=True)
@@ -369,13 +369,13 @@ def _loss_at(
         return _vocabulary_loss(base, states, targets, counts), count
     if isinstance(by, ItemLoss):
         return _item_loss(base, states, targets, by, counts), count
-    if not isinstance(by, TaughtLoss):
+    if not isinstance(by, DistillationLoss):
         return by(states, targets), count
     with torch.no_grad():
         taught = pick(by.teacher.get_decoder()(**inputs, use_cache=False).last_hidden_state)
     total = _vocabulary_loss(base, states, targets, counts, taught, by.share, by.teacher.get_output_embeddings().weight)
     if by.relations and len(targets):
-        total = total + by.relations * count * related(states[:_RELATED], taught[:_RELATED])
+        total = total + by.relations * count * similarity_loss(states[:_RELATED], taught[:_RELATED])
     return total, count
 
 

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 _CASTS = "cast_input_dtype_enabled"
 
 
-def half(model: torch.nn.Module, device: str | None = None) -> torch.dtype | None:
+def autocast_dtype(model: torch.nn.Module, device: str | None = None) -> torch.dtype | None:
     """Return the dtype of matrix products under autocast; None without autocast.
 
     bfloat16 where the hardware multiplies it natively. GPUs that only emulate it (Turing) multiply float16, in which
@@ -37,12 +37,12 @@ def half(model: torch.nn.Module, device: str | None = None) -> torch.dtype | Non
 
 def mixed_precision(model: torch.nn.Module) -> Any:
     """Return an autocast context for the half precision of a model, if it has one; trained weights stay in float32."""
-    dtype = half(model)
+    dtype = autocast_dtype(model)
     return nullcontext() if dtype is None else torch.autocast(model.device.type, dtype=dtype)
 
 
 @contextmanager
-def inputs_as_they_are(model: torch.nn.Module, *, active: bool) -> Iterator[None]:
+def without_input_casting(model: torch.nn.Module, *, active: bool) -> Iterator[None]:
     """Let adapters use inputs in half precision, because float32 copies under autocast would waste memory.
 
     DoRA's layers still convert their input, since its norms are computed in the precision of the input. PEFT's
@@ -63,7 +63,7 @@ def widen(model: torch.nn.Module, device: str) -> None:
 
     Small optimiser steps would be lost in float16.
     """
-    everything = half(model, device) is None
+    everything = autocast_dtype(model, device) is None
     parameters = [p for p in model.parameters() if p.dtype == torch.float16 and (everything or p.requires_grad)]
     for parameter in parameters:
         parameter.data = parameter.data.float()
@@ -77,7 +77,7 @@ def widen(model: torch.nn.Module, device: str) -> None:
 
 
 @contextmanager
-def adapters_as_they_are(model: torch.nn.Module) -> Iterator[None]:
+def preserve_adapter_dtype(model: torch.nn.Module) -> Iterator[None]:
     """Keep adapters in float32 while the trainer is created, although TRL would convert them.
 
     In bfloat16 small optimiser steps would be lost, and gradients rounded.

@@ -22,8 +22,8 @@ from llmrec.backends.encode import IGNORED, Encoder, TokenRow, marked_pieces
 from llmrec.errors import BackendError, DataError, RecipeError
 from llmrec.prompts.template import Template
 from llmrec.recipe.schema import TrainSection
-from llmrec.tasks.base import ExampleDraw, keyed
-from llmrec.tasks.rows import Listwise, against, as_context
+from llmrec.tasks.base import ExampleDraw, seeded_random
+from llmrec.tasks.rows import Listwise, as_context, split_rejected
 from llmrec.tasks.task import BranchingTask, Task
 from llmrec.train.batches import fit_row, target_rows
 from llmrec.types import Event, Example
@@ -67,7 +67,7 @@ def branching_rows(
     number = 0
     while True:
         order = sorted(users)
-        keyed("branch order", seed, str(number)).shuffle(order)
+        seeded_random("branch order", seed, str(number)).shuffle(order)
         before = sum(served.values())
         for user in order:
             bar = math.inf
@@ -140,7 +140,7 @@ def list_rows(
         RecipeError: If an example has fewer answers.
     """
     for example in examples:
-        rows = [encoder.row(item) for item in against(example)]
+        rows = [encoder.row(item) for item in split_rejected(example)]
         if len(rows) != listwise.size:
             raise RecipeError(
                 f"train.preference.negatives: example {example.id} has {len(rows) - 1} other answers, but "
@@ -363,7 +363,7 @@ class RowStream:
             self._tables[template.id] = None
             return None
         count = min(len(draws), max(_LEAST_CHECKED, len(draws) // _ONE_IN))
-        sample = keyed("pieces", self._seed, template.id, str(number)).sample(range(len(draws)), count)
+        sample = seeded_random("pieces", self._seed, template.id, str(number)).sample(range(len(draws)), count)
         if all(rows[n] == self._plain(draws[n]) for n in sample):
             return rows
         log.warning(
@@ -445,7 +445,9 @@ def _task_rows(sources: Sources, family: str, encoder: Encoder, texts: bool) -> 
     return (_fitted(example, encoder, limit, texts=texts) for example in sources.examples(family))
 
 
-def followed(examples: Iterable[Example], encoder: Encoder, limit: int, *, paired: bool) -> list[TokenRow]:
+def tokenise_validation_rows(
+    examples: Iterable[Example], encoder: Encoder, limit: int, *, paired: bool
+) -> list[TokenRow]:
     """Tokenise held-out examples for the validation loss, and leave out examples with no target within ``limit``."""
     if paired:
         return [row for example in examples for row in target_rows(example, encoder, limit)]

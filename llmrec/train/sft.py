@@ -30,19 +30,28 @@ from llmrec.models.whole_words import save_words, whole_word_embeddings
 from llmrec.recipe.schema import TrainSection
 from llmrec.tasks.rows import Listwise
 from llmrec.train import pruning as magnitude
-from llmrec.train.batches import laid_out, micro_steps, padded
+from llmrec.train.batches import micro_steps, padded, padded_inputs
 from llmrec.train.checkpoint import OF_FSDP, OnSave, keep_newest, newest
-from llmrec.train.follow import BestAdapter, Follow
+from llmrec.train.follow import BestAdapter, TrainingMonitor
 from llmrec.train.heads import detach, measure, restore, state_loss
 from llmrec.train.kernels import faster_layers, recompute, unpaged
-from llmrec.train.loss import StateLoss, TaughtLoss, label_loss, list_loss, packed_loss, rows_loss, weight_of
+from llmrec.train.loss import DistillationLoss, StateLoss, label_loss, list_loss, packed_loss, rows_loss, weight_of
 from llmrec.train.packing import stack, tree
-from llmrec.train.precision import adapters_as_they_are, half, inputs_as_they_are, mixed_precision, widen
+from llmrec.train.precision import autocast_dtype, mixed_precision, preserve_adapter_dtype, widen, without_input_casting
 from llmrec.train.preference import compare, without_dropout
 from llmrec.train.steps import Step
 from llmrec.train.trackers import callbacks, chosen, trackio_project
 from llmrec.train.whole_words import restore_words
-from llmrec.train.world import SHARDED, World, announce, here, refuse_other, refuse_sharding, requested_kind, through
+from llmrec.train.world import (
+    SHARDED,
+    World,
+    announce,
+    current_world,
+    refuse_other,
+    refuse_sharding,
+    requested_kind,
+    run_in_wrapped_forward,
+)
 
 # Marks the batch of a process without examples, whose loss has weight 0.
 _IDLE = "idle"
@@ -153,7 +162,7 @@ class LabelRowTrainer(SFTTrainer):  # type: ignore[misc]
             count = sum(self._weight_of(model, part) for part in parts)
             self.step_divisor = self.world.total(count, self.args.device) or 1
         total, figures = 0.0, defaultdict[str, float](float)
-        with inputs_as_they_are(model, active=self.autocast):
+        with without_input_casting(model, active=self.autocast):
             for n, part in enumerate(parts, start=1):
                 with nullcontext() if n == len(parts) else self.accelerator.no_sync(model):
                     total += super().training_step(model, part, num_items_in_batch)
@@ -178,7 +187,7 @@ class LabelRowTrainer(SFTTrainer):  # type: ignore[misc]
             total, count = self.objective.loss(model, int(inputs["step"]), inputs["part"])
             return (total / count, {}) if return_outputs else total / count
         share = {name: value for name, value in inputs.items() if name != _IDLE}
-        total, count = through(model, self._summed, share)
+        total, count = run_in_wrapped_forward(model, self._summed, share)
         if _IDLE in inputs:  # a step with fewer rows than processes
             total, count = total * 0.0, 0.0
             self.figures = dict.fromkeys(self.figures, 0.0)
@@ -233,7 +242,7 @@ class LossInputs:
     soft: SoftPrompt | None = None
     listwise: Listwise | None = None
     objective: Objective | None = None
-    taught: TaughtLoss | None = None
+    taught: DistillationLoss | None = None
     items: Sequence[int] = ()
 
 
@@ -260,7 +269,7 @@ def train(
     """
     loss = loss or LossInputs()
     head, soft, listwise, objective, taught = loss.head, loss.soft, loss.listwise, loss.objective, loss.taught
-    world = here()
+    world = current_world()
     started = time.monotonic()
     device = device or ("cuda" if has_cuda() else "cpu")
     widen(model, device)
@@ -296,12 +305,14 @@ def train(
         every=objective.updates if objective else 1,
     )
     log_file = folder / "train_log.jsonl"
-    follow = Follow(len(order), tokens, valid, section, log_file, pad=pad, quiet=quiet, by=seen, best=best, world=world)
+    follow = TrainingMonitor(
+        len(order), tokens, valid, section, log_file, pad=pad, quiet=quiet, by=seen, best=best, world=world
+    )
     if objective is not None:
         follow.metrics = objective.metrics
     pruning = [] if section.prune is None else [magnitude.Prune(model, section.prune, len(order))]
-    scaled = half(model, device) == torch.float16
-    with adapters_as_they_are(model):
+    scaled = autocast_dtype(model, device) == torch.float16
+    with preserve_adapter_dtype(model):
         trainer = LabelRowTrainer(
             model=model,
             args=_config(section, folder, len(order), seed, device, scaled=scaled),
@@ -323,7 +334,7 @@ def train(
     trainer.remove_callback(PrinterCallback)
     trainer.by, trainer.listwise, trainer.objective, trainer.world = by, listwise, objective, world
     # rollouts are drawn without autocast
-    trainer.autocast = half(model, device) is not None and objective is None
+    trainer.autocast = autocast_dtype(model, device) is not None and objective is None
     # The trainer has moved the model to its device, whose attention kernels must be checked.
     if steps and steps[0].bins:
         for item in (model, *([taught.teacher] if taught else [])):
@@ -469,7 +480,7 @@ def _batch(
 
 def _laid(model: torch.nn.Module, step: Step, pad: int) -> dict[str, torch.Tensor]:
     packed = [tree(item.rows) for item in step.bins]
-    laid = asdict(stack(packed, pad)) if packed else laid_out(model, step.rows, pad)
+    laid = asdict(stack(packed, pad)) if packed else padded_inputs(model, step.rows, pad)
     return {name: torch.tensor(values) for name, values in laid.items()}
 
 

@@ -70,7 +70,7 @@ class World:
         return float(tensor)
 
 
-def here() -> World:
+def current_world() -> World:
     """Return the processes connected by `joined`, or a single process.
 
     Raises:
@@ -102,7 +102,7 @@ def joined(device: str) -> Iterator[World]:
             raise _other(f"{processes.size()} processes", f"{state.num_processes}")
         if kind != SHARDED:  # sharding begins when the trainer is created, which compares again
             refuse_other(kind, state.distributed_type.value)
-        yield here()
+        yield current_world()
         torch.distributed.destroy_process_group()
     except RuntimeError as error:
         if processes.size() > 1 and _GONE.search(f"{type(error).__name__} {error}"):
@@ -246,7 +246,9 @@ def refuse_different(world: World, digest: str, what: str) -> None:
         )
 
 
-def through(model: torch.nn.Module, compute: Callable[[Any, Mapping[str, Any]], Any], inputs: Mapping[str, Any]) -> Any:
+def run_in_wrapped_forward(
+    model: torch.nn.Module, compute: Callable[[Any, Mapping[str, Any]], Any], inputs: Mapping[str, Any]
+) -> Any:
     """Run a computation within the forward pass of the module that wraps a model.
 
     DDP prepares the sum of gradients in its forward pass, and FSDP2 gathers weights in that of the outermost module.

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmrec.answer.classic import best_of, listable
+from llmrec.answer.classic import best_of, recommendable_mask
 from llmrec.data.requests import RankRequest
 from llmrec.types import Event, Request
 
@@ -29,7 +29,7 @@ def request_pairs(draw: st.DrawFn) -> tuple[RankRequest, Request]:
 @given(pairs=st.lists(request_pairs(), min_size=1, max_size=4), items=names())
 def test_excluded_items_are_not_listed(pairs: list[tuple[RankRequest, Request]], items: frozenset[str]) -> None:
     requests, translated = zip(*pairs, strict=True)
-    for row, (request, same) in zip(listable(requests, translated, COLUMNS, items), pairs, strict=True):
+    for row, (request, same) in zip(recommendable_mask(requests, translated, COLUMNS, items), pairs, strict=True):
         seen = set() if request.keep_seen else {event.item_id for event in same.history}
         assert row.tolist() == [name in items and name not in request.barred | seen for name in NAMES]
 

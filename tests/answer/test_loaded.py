@@ -27,7 +27,7 @@ from llmrec.answer.rank.users import rank_users
 from llmrec.data.dataset import Dataset, conform
 from llmrec.data.read.databases import read_query
 from llmrec.data.requests import read_request
-from llmrec.data.split import halves
+from llmrec.data.split import split_validation_users
 from llmrec.errors import DataError, LlmrecError, RecipeError
 from llmrec.pipeline import bundle
 from llmrec.pipeline import run as pipeline
@@ -452,7 +452,7 @@ def test_refresh_keeps_validation_interactions_of_networks(tmp_path: Path) -> No
     refresh(RefreshOptions(model=str(run), events=str(events), items=items, out=tmp_path / "live"))
     rows = pl.read_parquet(tmp_path / "live" / "interactions.parquet")
     data = build_study(load_stored(run)).data
-    choosing = halves(data, load_stored(run).eval.fusion.reserved)[0].valid
+    choosing = split_validation_users(data, load_stored(run).eval.fusion.reserved)[0].valid
     kept = rows.filter(pl.col("part") == "valid").select("user_id", "item_id")
     assert set(kept.iter_rows()) == set(choosing.select("user_id", "item_id").iter_rows()) and kept.height
     # The full log plus an earlier event of a held-out pair; the event is in neither part.

@@ -22,7 +22,7 @@ from llmrec.answer.known import ITEMS, catalogue_of
 from llmrec.answer.prompting import rank_requests
 from llmrec.answer.rank import run
 from llmrec.answer.rank.run import rank_file
-from llmrec.answer.strategy import Asking, choose_way
+from llmrec.answer.strategy import TaskStrategy, select_ranking_strategy
 from llmrec.backends.encode import Encoder
 from llmrec.backends.fake import FakeBackend
 from llmrec.backends.hf.backend import HFBackend
@@ -33,7 +33,7 @@ from llmrec.index.table import ItemIndex
 from llmrec.models.load import resolve
 from llmrec.pipeline import bundle
 from llmrec.recipe.schema import ModelSection, RatingSection, TasksSection
-from llmrec.tasks.direct import reader_of
+from llmrec.tasks.direct import default_strategy_for
 from llmrec.types import Ranking, Unparsed
 from tests.answer.rank_cases import (
     TITLES,
@@ -47,9 +47,9 @@ from tests.answer.rank_cases import (
 )
 from tests.facts import Facts, raises
 
-CONTINUE = Asking("sequential", "continue-list", "likelihood")
-LABEL = Asking("direct", "after-history", "label")
-LIST = Asking("direct", "after-history", "list")
+CONTINUE = TaskStrategy("sequential", "continue-list", "likelihood")
+LABEL = TaskStrategy("direct", "after-history", "label")
+LIST = TaskStrategy("direct", "after-history", "list")
 
 
 @pytest.fixture
@@ -182,7 +182,9 @@ def test_long_prompts_fail_alone(llama_folder: Path, tmp_path: Path) -> None:
 
 
 @given(st.permutations(list(TITLES.values())[:6]), st.sampled_from([CONTINUE, LABEL]))
-def test_ties_follow_the_seed(tools: tuple[bundle.Bundle, HFBackend, Encoder], pool: list[str], way: Asking) -> None:
+def test_ties_follow_the_seed(
+    tools: tuple[bundle.Bundle, HFBackend, Encoder], pool: list[str], way: TaskStrategy
+) -> None:
     """A model that prefers the first labels, or has no preference, ranks by the hash of the request id."""
     opened, _, encoder = tools
     blind = FakeBackend(prefer=lambda text, label: -float("ABCDEF".find(label)) if len(label) == 1 else -1.0)
@@ -263,7 +265,7 @@ def test_every_template_takes_a_user_without_history(tools: tuple[bundle.Bundle,
     requests = requests_of({"candidates": ["Alien", "Jaws"], "profile": "a cook from Oslo", "user_id": "u9"})
     for family, templates in opened.templates.items():
         for name, template in templates.items():
-            way = Asking(family, name, "likelihood" if family == "sequential" else reader_of(template))
+            way = TaskStrategy(family, name, "likelihood" if family == "sequential" else default_strategy_for(template))
             (answer,) = rank_requests(opened, requests, way=way, backend=backend, encoder=encoder, batch=1)
             assert isinstance(answer, Ranking) and "None" not in texts[-1]
             assert ("Oslo" in texts[-1]) == ("profile" in template.names("system", "user"))
@@ -271,12 +273,16 @@ def test_every_template_takes_a_user_without_history(tools: tuple[bundle.Bundle,
 
 def test_choose_way(tools: tuple[bundle.Bundle, HFBackend, Encoder]) -> None:
     opened = tools[0]
-    assert choose_way(opened) == CONTINUE
-    assert choose_way(opened, strategy="label") == choose_way(opened, task="direct") == LABEL
-    assert choose_way(opened, strategy="window") == Asking("direct", "after-history", "window")
-    assert choose_way(opened, strategy="likelihood-prior").family == "sequential"
-    assert choose_way(opened, template="next-title") == Asking("sequential", "next-title", "likelihood")
-    assert choose_way(opened, template="direct/shortlist", strategy="list") == Asking("direct", "shortlist", "list")
+    assert select_ranking_strategy(opened) == CONTINUE
+    assert select_ranking_strategy(opened, strategy="label") == select_ranking_strategy(opened, task="direct") == LABEL
+    assert select_ranking_strategy(opened, strategy="window") == TaskStrategy("direct", "after-history", "window")
+    assert select_ranking_strategy(opened, strategy="likelihood-prior").family == "sequential"
+    assert select_ranking_strategy(opened, template="next-title") == TaskStrategy(
+        "sequential", "next-title", "likelihood"
+    )
+    assert select_ranking_strategy(opened, template="direct/shortlist", strategy="list") == TaskStrategy(
+        "direct", "shortlist", "list"
+    )
     for wrong, facts in (
         ({"task": "rating"}, Facts("unknown-name", column="--task", says="known: auto, sequential, direct")),
         ({"task": "sequental"}, Facts("unknown-name", column="--task", says="did you mean 'sequential'")),
@@ -287,10 +293,10 @@ def test_choose_way(tools: tuple[bundle.Bundle, HFBackend, Encoder]) -> None:
         ({"template": "sequential/shortlist"}, Facts("contradiction", says="--template sequential/shortlist")),
     ):
         with raises(RecipeError, facts):
-            choose_way(opened, **wrong)
+            select_ranking_strategy(opened, **wrong)
     rater = bundle.Bundle(**{**vars(opened), "tasks": TasksSection(rating=RatingSection())})
     with raises(RecipeError, Facts("unsupported", says=("rating", "--model"))):
-        choose_way(rater)
+        select_ranking_strategy(rater)
 
 
 def test_run_has_its_items_and_templates(tuned: Path, tmp_path: Path) -> None:
@@ -298,7 +304,7 @@ def test_run_has_its_items_and_templates(tuned: Path, tmp_path: Path) -> None:
     known = catalogue_of(opened, None)[0]
     assert known is not None
     ids = sorted(known)
-    assert choose_way(opened, task="direct").template == "shortlist"
+    assert select_ranking_strategy(opened, task="direct").template == "shortlist"
     path = jsonl(tmp_path / "in.jsonl", [{"history": ids[:3], "candidates": ids[3:8]}, {"candidates": ["no such id"]}])
     summary = rank_file(options(tuned, path, tmp_path / "out.jsonl"))
     assert (summary["ranked"], summary["failed"]) == (1, 1)

@@ -9,10 +9,10 @@ from typing import Any
 import polars as pl
 import pytest
 
-from llmrec.answer.known import known_of
+from llmrec.answer.known import read_known_entities
 from llmrec.answer.rank.run import rank_file
 from llmrec.baselines.validation import ranking_cases
-from llmrec.data.split import halves
+from llmrec.data.split import split_validation_users
 from llmrec.durable import checked
 from llmrec.ensembles.carried import NUMBERED
 from llmrec.ensembles.carried import carried as read_carried
@@ -72,12 +72,12 @@ def test_export_with_interactions_gives_same_lists(run: Path, tmp_path: Path) ->
     carried = pl.read_parquet(tmp_path / "whole" / "interactions.parquet")
     # Users are exported as numbers, although their original ids decide which users select the epoch.
     recipe = load_stored(run)
-    choosing = halves(build_study(recipe).data, recipe.eval.fusion.reserved)[0]
+    choosing = split_validation_users(build_study(recipe).data, recipe.eval.fusion.reserved)[0]
     kept = ranking_cases(choosing, 9)
     names = dict(enumerate(sorted({*choosing.train["user_id"], *choosing.valid["user_id"]})))
     there = read_carried(tmp_path / "whole", seed=recipe.seed)
     assert there is not None
-    known = known_of(str(tmp_path / "whole"), None).histories
+    known = read_known_entities(str(tmp_path / "whole"), None).histories
     assert len(known.users) == 0 and not any(known.of_user(user) for user in (carried["user_id"][0], "1", "01"))
     cases = [(names[int(case.request.user_id.removeprefix(NUMBERED))], case.truth) for case in ranking_cases(there, 9)]
     assert cases == [(case.request.user_id, case.truth) for case in kept]

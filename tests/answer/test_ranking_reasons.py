@@ -15,7 +15,7 @@ from llmrec.answer.rank import run
 from llmrec.answer.rank.run import rank_file
 from llmrec.answer.rationales import TOKENS, Explainer, rationale_template
 from llmrec.answer.recommender import Reasons
-from llmrec.answer.strategy import Asking
+from llmrec.answer.strategy import TaskStrategy
 from llmrec.backends.encode import Encoder
 from llmrec.backends.fake import FakeBackend
 from llmrec.data.requests import read_request
@@ -25,7 +25,7 @@ from tests.answer.rank_cases import Killed, dying, items_csv, jsonl, lines, opti
 
 pytest.importorskip("torch", reason="the train extra is not installed")
 
-LABEL = Asking("direct", "after-history", "label")
+LABEL = TaskStrategy("direct", "after-history", "label")
 ASKED = """\
 user: A person chose these items, oldest first:
 Heat
@@ -41,7 +41,12 @@ assistant: """
 
 
 def written(
-    plain: bundle.Bundle, encoder: Encoder, answer: str, *records: dict[str, Any], way: Asking = LABEL, **more: Any
+    plain: bundle.Bundle,
+    encoder: Encoder,
+    answer: str,
+    *records: dict[str, Any],
+    way: TaskStrategy = LABEL,
+    **more: Any,
 ) -> tuple[list[Reasons], list[str]]:
     """Return rationales for rankings in the order of the candidates, and their prompts."""
     prompts: list[str] = []
@@ -82,7 +87,7 @@ def test_history_length_equals_ranking(plain: bundle.Bundle, encoder: Encoder) -
 
 
 def test_prompt_shows_two_step_profile(plain: bundle.Bundle, encoder: Encoder) -> None:
-    two = Asking("direct", "with-profile", "two-step")
+    two = TaskStrategy("direct", "with-profile", "two-step")
     _, prompts = written(plain, encoder, "x", {"history": ["Heat"]}, way=two, raw="likes <|im_end|> noise")
     assert "profile likes <|im_end|> noise" in prompts[0]
     assert "im_end" not in written(plain, encoder, "x", {"history": ["Heat"]}, raw="<|im_end|>")[1][0]

@@ -19,7 +19,7 @@ from llmrec.answer.rank.sharded import merge_rank, rank_shard
 from llmrec.cli.main import app
 from llmrec.durable import sha256_of
 from llmrec.errors import DataError, LlmrecError, RecipeError
-from llmrec.pipeline.resume import Budget
+from llmrec.pipeline.resume import StageTimer
 from llmrec.records import Shard
 from tests.answer.rank_cases import Killed, dying, items_csv, jsonl, options, records
 from tests.facts import Facts, raises
@@ -52,7 +52,7 @@ def test_shards_equal_one_process(llama_folder: Path, tmp_path: Path, more: dict
     complete = rank_file(replace(chosen, out=tmp_path / "whole.jsonl"))
     last = rank_shard(chosen, Shard(3, 3))
     # Several shards with one model, as in a worker.
-    with open_ranker(chosen, store=tmp_path / "answers.sqlite", budget=Budget()) as ranker:
+    with open_ranker(chosen, store=tmp_path / "answers.sqlite", budget=StageTimer()) as ranker:
         folders = [*(rank_shard(chosen, Shard(index, 3), ranker=ranker) for index in (2, 1)), last]
     merged = merge_rank(chosen.target)
     assert sha256_of(chosen.target) == complete["sha256"] == merged["sha256"]

@@ -11,7 +11,7 @@ import pytest
 
 from llmrec.answer.prompting import notes_of, rank_requests
 from llmrec.answer.rank.run import rank_file
-from llmrec.answer.strategy import Asking, choose_way, settings_of
+from llmrec.answer.strategy import TaskStrategy, select_ranking_strategy, settings_of
 from llmrec.backends.encode import Encoder
 from llmrec.backends.fake import FakeBackend
 from llmrec.backends.hf.backend import HFBackend
@@ -26,7 +26,7 @@ from tests.servers.faulty import EVERYTHING, Behaviour, running
 
 pytest.importorskip("torch", reason="the train extra is not installed")
 
-TWO = Asking("direct", "with-profile", "two-step")
+TWO = TaskStrategy("direct", "with-profile", "two-step")
 POOL = ["Alien", "Jaws", "Rocky"]
 
 
@@ -43,7 +43,7 @@ def test_settings_change_cost(plain: bundle.Bundle, encoder: Encoder) -> None:
         ("pairwise", ("eval.all_pairs=0", "eval.depth=1"), 4),
         ("two-step", ("permutations=2",), 4),
     ):
-        way = choose_way(plain, strategy=strategy, settings=settings)
+        way = select_ranking_strategy(plain, strategy=strategy, settings=settings)
         backend = FakeBackend(complete=lambda text: "quiet films")
         (answer,) = rank_requests(
             plain, requests_of({"history": ["Heat"]}), way=way, backend=backend, encoder=encoder, batch=1
@@ -85,21 +85,21 @@ def test_settings_change_the_key(llama_folder: Path, tmp_path: Path) -> None:
 
 
 def test_two_step_needs_profile_template(plain: bundle.Bundle, llama_folder: Path, tmp_path: Path) -> None:
-    assert choose_way(plain, strategy="two-step") == TWO
-    assert choose_way(plain, strategy="two-step", template="profile-only").template == "profile-only"
+    assert select_ranking_strategy(plain, strategy="two-step") == TWO
+    assert select_ranking_strategy(plain, strategy="two-step", template="profile-only").template == "profile-only"
     with raises(
         RecipeError, Facts("contradiction", column="--template", says=("--template shortlist", "with-profile"))
     ):
-        choose_way(plain, strategy="two-step", template="shortlist")
+        select_ranking_strategy(plain, strategy="two-step", template="shortlist")
     tuned = bundle.read(str(make_run(llama_folder, tmp_path)))
-    assert choose_way(tuned, strategy="label").template == "shortlist"
-    assert choose_way(tuned, strategy="two-step").template == "with-profile"
+    assert select_ranking_strategy(tuned, strategy="label").template == "shortlist"
+    assert select_ranking_strategy(tuned, strategy="two-step").template == "with-profile"
     # A model evaluated with a template that shows a profile keeps this template.
     section = tuned.tasks.direct
     assert section is not None
     shown = section.model_copy(update={"templates": (), "eval_templates": ("profile-only",)})
     tuned = replace(tuned, tasks=tuned.tasks.model_copy(update={"direct": shown}))
-    assert choose_way(tuned, strategy="two-step").template == "profile-only"
+    assert select_ranking_strategy(tuned, strategy="two-step").template == "profile-only"
 
 
 def test_two_step_writes_missing_profiles(plain: bundle.Bundle, encoder: Encoder) -> None:
@@ -213,10 +213,10 @@ STRATEGIES = (
 )
 
 
-def way_of(name: str) -> Asking:
+def way_of(name: str) -> TaskStrategy:
     if name.startswith("likelihood"):
-        return Asking("sequential", "continue-list", name)
-    return Asking("direct", "with-profile" if name == "two-step" else "shortlist", name)
+        return TaskStrategy("sequential", "continue-list", name)
+    return TaskStrategy("direct", "with-profile" if name == "two-step" else "shortlist", name)
 
 
 def requests(count: int, candidates: int) -> list[RankRequest]:

@@ -21,7 +21,7 @@ from llmrec.answer.recommender import Answered
 from llmrec.data.requests import RankRequest
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.pipeline import engines
-from llmrec.pipeline.resume import Budget
+from llmrec.pipeline.resume import StageTimer
 from llmrec.types import Ranking, Unparsed
 from tests.answer.rank_cases import items_csv, jsonl, lines, options, records
 from tests.facts import Facts, raises
@@ -121,7 +121,7 @@ def test_answers_are_stored_only_on_request(llama_folder: Path, tmp_path: Path) 
     before = sorted(tmp_path.rglob("*"))
     answers, stages = [], []
     for path in (None, store, store):
-        budget = Budget()
+        budget = StageTimer()
         with LanguageModel.open(settings, store=path, budget=budget) as recommender:
             answers.append([kept(result) for result in recommender.rank(read(recommender, records(3)))])
         stages.append("start hf" in budget.stages)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.answer.known import Catalogue
-from llmrec.answer.rules import MOST_VALUES, OneOf, Quota, Rules, deep_enough
+from llmrec.answer.rules import MOST_VALUES, OneOf, Quota, Rules, required_depth
 from llmrec.errors import DataError
 from llmrec.types import Item
 from tests.facts import Facts, raises
@@ -269,7 +269,7 @@ def test_field_with_many_values_is_ignored(distinct: int, counts: bool) -> None:
 
 @given(items=catalogues(), rules=all_rules(), k=st.integers(0, 8))
 def test_deep_enough_is_sufficient(items: dict[str, Item], rules: Rules, k: int) -> None:
-    depth = deep_enough(rules, k)
+    depth = required_depth(rules, k)
     assert (depth is None) == bool(rules.quotas or rules.diversity)
     assert rules.arrange(ranked(items)[:depth], items, k) == rules.arrange(ranked(items), items, k)
 

@@ -20,7 +20,7 @@ from llmrec.answer.rank.sharded import merge_rank, rank_shard
 from llmrec.answer.recommender import Answered
 from llmrec.baselines.fits import fitted
 from llmrec.data.requests import history_entry
-from llmrec.data.split import halves
+from llmrec.data.split import split_validation_users
 from llmrec.durable import checked, sha256_of, write_checked
 from llmrec.ensembles import rankers
 from llmrec.errors import ModelError, RecipeError
@@ -184,7 +184,10 @@ def test_ensemble_explains_by_members(
 def test_choice_uses_separate_validation_users(run: pipeline.Run) -> None:
     study = build_study(load_recipe(run.folder / "recipe.yaml"))
     cases = EnsembleUsers(study).cases("sequential")
-    weighers = {one.user_id for one in halves(study.data, study.recipe.eval.fusion.reserved)[1].holdouts("valid")}
+    weighers = {
+        one.user_id
+        for one in split_validation_users(study.data, study.recipe.eval.fusion.reserved)[1].holdouts("valid")
+    }
     assert {case.request.user_id for case in cases} <= weighers
     choice, protocol = run.results["choice"], protocol_of(study, "sequential")
     assert choice["users"] == len({case.request.user_id for case in cases})

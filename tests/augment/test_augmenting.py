@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmrec.answer.known import catalogue_of, known_of, profiles_of, with_history
+from llmrec.answer.known import catalogue_of, profiles_of, read_known_entities, with_history
 from llmrec.augment import stores
 from llmrec.augment.texts import about_items, about_users, template_of
 from llmrec.backends.cache import CachedBackend
@@ -299,7 +299,7 @@ def test_answering_shows_generated_texts(llama_folder: Path, complete: Path, tmp
     stores.edit(store, "item", item, "a quiet thing")
     changes = {"data.texts.path": str(store), "augment": None, "eval.arms": [], "name": "shown"}
     run = pipeline.run(as_recipe(result.model_dump(), changes), tmp_path / "run", quiet=True).folder
-    known = known_of(str(run), None)
+    known = read_known_entities(str(run), None)
     assert known.items[item].fields["about"] == "a quiet thing" and store in known.features
     assert catalogue_of(bundles.read(str(run)), None)[0] == known.items
     profiles = profiles_of(str(run))

@@ -105,10 +105,10 @@ class Moved(Exception):
 
 
 def _engine(folder: Path, out: Path) -> None:
-    from llmrec.pipeline.resume import Budget
+    from llmrec.pipeline.resume import StageTimer
 
     encoder: Any = SimpleNamespace(digest="d", max_length=512)
-    opened = engines.Engines(AUTO, EvalSection(backend="hf"), encoder, 0, Budget(quiet=True), None)
+    opened = engines.Engines(AUTO, EvalSection(backend="hf"), encoder, 0, StageTimer(quiet=True), None)
     opened.get("hf", str(folder), "w").start()
 
 
@@ -190,12 +190,12 @@ def test_allocator_settings_of_the_user_are_kept(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(("capability", "dtype"), [((7, 5), "float16"), ((8, 9), "bfloat16")])
 def test_half_dtype_by_capability(capability: tuple[int, int], dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("trl")
-    from llmrec.train.precision import half
+    from llmrec.train.precision import autocast_dtype
 
     card(monkeypatch, capability)
     assert load.device(AUTO) == load.device(CUDA) == "cuda"
     model: Any = SimpleNamespace(device=torch.device("cuda"))
-    assert load.dtype(AUTO) == half(model) == getattr(torch, dtype)
+    assert load.dtype(AUTO) == autocast_dtype(model) == getattr(torch, dtype)
 
 
 def test_rejects_gpu_build_of_vllm_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,10 +275,12 @@ def test_parallel_options_are_passed_to_vllm(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_recipe_options_are_passed_to_vllm(monkeypatch: pytest.MonkeyPatch, llama_folder: Path) -> None:
     from llmrec.backends.vllm.backend import Workload
-    from llmrec.pipeline.resume import Budget
+    from llmrec.pipeline.resume import StageTimer
 
     def engines_of(section: EvalSection) -> engines.Engines:
-        return engines.Engines(CPU, section, SimpleNamespace(digest="d", max_length=512), 0, Budget(quiet=True), None)  # type: ignore[arg-type]
+        return engines.Engines(
+            CPU, section, SimpleNamespace(digest="d", max_length=512), 0, StageTimer(quiet=True), None
+        )  # type: ignore[arg-type]
 
     options: dict[str, Any] = {}
     monkeypatch.setattr(engines, "check_weights", lambda *_: None)

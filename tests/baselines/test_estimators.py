@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 
 import llmrec
-from llmrec.answer.opening import family_about
+from llmrec.answer.opening import prediction_family
 from llmrec.errors import DataError, RecipeError
 from llmrec.registry import BASELINES, lookup
 from llmrec.types import Request, Text
@@ -73,7 +73,7 @@ def test_baseline_is_an_estimator(name: str, parameters: dict[str, Any]) -> None
             model.fit(FRAME, **COLUMNS)
         return
     assert model.fit(FRAME, **COLUMNS) is model
-    family = family_about(name)
+    family = prediction_family(name)
     if family is None:
         lists = model.recommend(["u01", "u02"], k=3)
         assert type(lists) is pl.DataFrame and lists["rank"].to_list() == [1, 2, 3] * 2

@@ -19,7 +19,7 @@ from llmrec.data.split import SplitDataset, request_id
 from llmrec.ensembles.rankers import CatalogueEnsemble
 from llmrec.ensembles.retrieving import EnsembleRetriever
 from llmrec.errors import DataError, RecipeError
-from llmrec.pipeline.leaks import redrawn
+from llmrec.pipeline.leaks import with_random_holdouts
 from llmrec.pipeline.run import run
 from llmrec.pipeline.study import build_study
 from llmrec.recipe.load import load_recipe
@@ -95,7 +95,7 @@ def test_training_lists_come_from_a_retriever_without_the_user(monkeypatch: pyte
             assert len(set(items)) == 8 and events[at].item_id in items
             assert not {event.item_id for event in events[:at]} & set(items)
     monkeypatch.undo()
-    other = RetrievedCandidates(redrawn(redrawn(DATA, "valid", 1), "test", 2), SECTION, 0)
+    other = RetrievedCandidates(with_random_holdouts(with_random_holdouts(DATA, "valid", 1), "test", 2), SECTION, 0)
     assert training_lists == {user: other.of(user) for user in DATA.users()}
     assert all(len(items) == 8 for items in lists.held().values()) and lists.held()
 
@@ -202,7 +202,9 @@ def test_validation_users_do_not_weight_their_fusion() -> None:
 
 def test_training_lists_of_a_fusion_ignore_held_out_data() -> None:
     original = RetrievedCandidates(MANY, FUSED_SECTION, 0, FUSION)
-    other = RetrievedCandidates(redrawn(redrawn(MANY, "valid", 1), "test", 2), FUSED_SECTION, 0, FUSION)
+    other = RetrievedCandidates(
+        with_random_holdouts(with_random_holdouts(MANY, "valid", 1), "test", 2), FUSED_SECTION, 0, FUSION
+    )
     lists = {user: original.of(user) for user in MANY.users()}
     assert any(lists.values())
     assert lists == {user: other.of(user) for user in MANY.users()}

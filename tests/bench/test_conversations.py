@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from llmrec.answer.opening import open_classics
+from llmrec.answer.opening import open_baselines
 from llmrec.backends.fake import FakeBackend
 from llmrec.bench import conversations
 from llmrec.bench.conversations import TABLE, ConversationData, finished_row, tables_of
@@ -151,7 +151,7 @@ def test_metrics_by_hand() -> None:
 
 
 def test_users_do_not_know_their_held_out_item() -> None:
-    data = open_classics(load_recipe("recipes/made/classic.yaml"), ["popularity"]).data
+    data = open_baselines(load_recipe("recipes/made/classic.yaml"), ["popularity"]).data
     assert data is not None
     facts = Known(data.dataset.items)
     few, many = data_users(data, facts, 4, 0, past=3), data_users(data, facts, 20, 0, past=3)

@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 from typer.testing import CliRunner
 
-from llmrec.answer.known import known_of
+from llmrec.answer.known import read_known_entities
 from llmrec.chat import leading, transcripts
 from llmrec.chat.calls import Show
 from llmrec.chat.fit import PHRASES
@@ -143,7 +143,10 @@ def test_item_texts_cannot_control_the_terminal(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table, file = tmp_path / "items.csv", tmp_path / "talk.jsonl"
-    lines = [f'{name},Thing {name},"\x1b]0;mine\x07red\x9b2J\u2028blue"' for name in known_of(str(run), None).items]
+    lines = [
+        f'{name},Thing {name},"\x1b]0;mine\x07red\x9b2J\u2028blue"'
+        for name in read_known_entities(str(run), None).items
+    ]
     table.write_text("\n".join(["item_id,title,colour", *lines]), encoding="utf-8")
     monkeypatch.setattr("sys.stdin", io.StringIO("surprise me please\nwhy the first?\n"))
     options = ChatOptions(model=str(run), items=table, models=("popularity",), save=file, calls=True)

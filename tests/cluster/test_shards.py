@@ -20,7 +20,7 @@ from llmrec.errors import LlmrecError, RecipeError
 from llmrec.pipeline import augmenting
 from llmrec.pipeline import run as pipeline
 from llmrec.pipeline.engines import Engines
-from llmrec.pipeline.shards import done_before, finish, gathered, shard_folder
+from llmrec.pipeline.shards import finish, reusable_shard, shard_folder, verify_shards
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe
 from llmrec.records import Shard
@@ -58,8 +58,8 @@ def shard(target: Path, index: int, count: int = 3, key: str = "k", folder: Path
 def test_shards_are_sorted_by_number(tmp_path: Path) -> None:
     target = tmp_path / "out.jsonl"
     folders = [shard(target, index, folder=tmp_path / str(9 - index)) for index in (2, 3, 1)]
-    assert [each.shard for each in gathered(target, folders)] == [Shard(1, 3), Shard(2, 3), Shard(3, 3)]
-    assert done_before(folders[0], "k") is not None and done_before(folders[0], "other") is None
+    assert [each.shard for each in verify_shards(target, folders)] == [Shard(1, 3), Shard(2, 3), Shard(3, 3)]
+    assert reusable_shard(folders[0], "k") is not None and reusable_shard(folders[0], "other") is None
 
 
 def _lost(target: Path) -> None:
@@ -100,12 +100,12 @@ def test_rejects_incomplete_or_changed_jobs(tmp_path: Path, harm: Callable[[Path
     target = tmp_path / "out.jsonl"
     for index in (1, 2, 3):
         shard(target, index)
-    assert len(gathered(target)) == 3
+    assert len(verify_shards(target)) == 3
     harm(target)
     with raises(LlmrecError, facts):
-        gathered(target)
+        verify_shards(target)
     with raises(LlmrecError, Facts("missing-file", "other.jsonl.shards", says="--shard")):
-        gathered(tmp_path / "other.jsonl")
+        verify_shards(tmp_path / "other.jsonl")
 
 
 def test_joined_stores_keep_the_first_answer(tmp_path: Path) -> None:

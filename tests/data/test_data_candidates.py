@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from llmrec.data.candidates import CandidateSets, _Numbers, draw
 from llmrec.data.split import SplitDataset, request_id, split
 from llmrec.errors import DataError
-from llmrec.pipeline.leaks import redrawn
+from llmrec.pipeline.leaks import with_random_holdouts
 from llmrec.recipe.schema import CandidateSection, Split
 from tests.facts import Facts, raises
 
@@ -57,8 +57,10 @@ def test_validation_sets_do_not_depend_on_what_is_tested(seed: int) -> None:
     data = cut(random_rows(seed, items=20), seed)
     section = CandidateSection(count=5, kind="uniform")
     sets = draw(data, "valid", section, seed=seed).sets
-    assert draw(redrawn(data, "test", seed), "valid", section, seed=seed).sets == sets
-    other = redrawn(data, "test", seed, toward={name.partition("|")[0]: items for name, items in sets.items()})
+    assert draw(with_random_holdouts(data, "test", seed), "valid", section, seed=seed).sets == sets
+    other = with_random_holdouts(
+        data, "test", seed, toward={name.partition("|")[0]: items for name, items in sets.items()}
+    )
     assert draw(other, "valid", section, seed=seed).sets == sets
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from llmrec.data.described import ITEM_FIELD, USER_FIELD, names, reshuffled, with_stored_texts
+from llmrec.data.described import ITEM_FIELD, USER_FIELD, cyclic_permutation, names, with_stored_texts
 from llmrec.data.features import Features, Pair, Provenance, publish
 from llmrec.data.split import SplitDataset
 from llmrec.errors import DataError
@@ -93,7 +93,7 @@ def test_shuffled_texts_are_of_other_users(data: SplitDataset, store: Path) -> N
 @pytest.mark.parametrize("count", [2, 51])
 def test_reshuffling_has_no_fixed_point(count: int) -> None:
     names = [str(n) for n in range(count)]
-    dealt = reshuffled(names)
+    dealt = cyclic_permutation(names)
     assert sorted(dealt) == sorted(dealt.values()) == sorted(names)
     assert all(one != two for one, two in dealt.items())
 

@@ -15,7 +15,7 @@ from llmrec.baselines.popular import Popularity
 from llmrec.baselines.sasrec import SASRec
 from llmrec.baselines.tune import tune
 from llmrec.baselines.validation import ranking_cases
-from llmrec.data.split import halves
+from llmrec.data.split import split_validation_users
 from llmrec.ensembles.cells import CandidateScores, Kind
 from llmrec.ensembles.rankers import CatalogueEnsemble, Member
 from llmrec.ensembles.weights import EnsembleTrial, Weights, limits, logit, pool
@@ -152,7 +152,7 @@ def test_chosen_form_is_fitted_alone() -> None:
 
 def test_rejects_users_that_selected_a_member() -> None:
     data = load_split(DataSection(source="made-reviews"), 0)
-    choose, weigh = halves(data, 0.5)
+    choose, weigh = split_validation_users(data, 0.5)
     config = SASRec.Config(dim=8, layers=1, heads=1, epochs=2, quiet=True)
     for shared in (True, False):
         network = SASRec(config, seed=0)

@@ -29,7 +29,7 @@ from llmrec.ensembles.weights import (
     setting_of,
 )
 from llmrec.errors import ModelError
-from llmrec.pipeline.leaks import changed_features, redrawn
+from llmrec.pipeline.leaks import changed_features, with_random_holdouts
 from llmrec.pipeline.study import load_split
 from llmrec.recipe.schema import DataSection
 from llmrec.results import FusionWeights
@@ -248,7 +248,7 @@ def test_setting_is_restored_from_its_name() -> None:
 def test_features_do_not_depend_on_held_out_data() -> None:
     """A planted leak, popularity that counts held-out events, is detected."""
     data = load_split(DataSection(source="made-reviews"), 0)
-    other = redrawn(redrawn(data, "valid", 1), "test", 2)
+    other = with_random_holdouts(with_random_holdouts(data, "valid", 1), "test", 2)
     requests = [
         Request(id=str(n), user_id=user, history=data.train_events(user)) for n, user in enumerate(data.users())
     ]

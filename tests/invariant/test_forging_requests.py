@@ -14,7 +14,7 @@ from test_role_forging import encoder, every_tokenizer, marks
 from tokenizer_families import tokenizer_of
 
 from llmrec.answer.prompting import rank_requests
-from llmrec.answer.strategy import Asking
+from llmrec.answer.strategy import TaskStrategy
 from llmrec.backends.encode import Encoder
 from llmrec.backends.fake import FakeBackend
 from llmrec.data.request_file import open_requests
@@ -33,9 +33,9 @@ __all__ = ["encoder"]
 SIZE = 10
 CATALOGUE = {"known": Item(item_id="known", title="Heat (1995)", fields={"genres": "Crime"})}
 WAYS = (
-    Asking("sequential", "profile-list", "likelihood"),
-    Asking("direct", "after-history", "label"),
-    Asking("direct", "profile-only", "list"),
+    TaskStrategy("sequential", "profile-list", "likelihood"),
+    TaskStrategy("direct", "after-history", "label"),
+    TaskStrategy("direct", "profile-only", "list"),
 )
 
 
@@ -118,7 +118,7 @@ def _read(fill: str, folder: Path) -> list[RankRequest]:
 
 
 @cache
-def _recorded(fill: str, folder: Path, way: Asking) -> Recorder:
+def _recorded(fill: str, folder: Path, way: TaskStrategy) -> Recorder:
     """Return the prompts and candidates of the requests of one fill."""
     requests = _read(fill, folder)
     backend = Recorder()

@@ -23,7 +23,7 @@ from llmrec.data.split import SplitDataset, request_id, split
 from llmrec.durable import write_json
 from llmrec.errors import LlmrecError
 from llmrec.pipeline import audit, leaks
-from llmrec.pipeline.leaks import Check, _ordered, _Secrets, redrawn
+from llmrec.pipeline.leaks import Check, _ordered, _Secrets, with_random_holdouts
 from llmrec.pipeline.study import Study, _tasks, build_study
 from llmrec.prompts.template import Template
 from llmrec.recipe.load import load_recipe
@@ -550,7 +550,7 @@ def test_rejected_item_in_a_question_is_a_leak(study: Study) -> None:
 def test_redrawn_holdouts_keep_their_users(study: Study) -> None:
     data = study.data
     (user, _), item = held(study), min(data.dataset.items)
-    other = redrawn(data, "test", toward={user: [item]})
+    other = with_random_holdouts(data, "test", toward={user: [item]})
     assert other.test["user_id"].equals(data.test["user_id"]) and other.test.schema == data.test.schema
     for column in ("item_id", "rating", "text"):
         moved = (other.test[column] != data.test[column]).mean()

@@ -21,7 +21,7 @@ from llmrec.errors import RecipeError
 from llmrec.pipeline import run as pipeline
 from llmrec.pipeline.evaluation import Evaluation
 from llmrec.pipeline.leaks import training_rows
-from llmrec.pipeline.resume import Budget
+from llmrec.pipeline.resume import StageTimer
 from llmrec.pipeline.row_specs import RowSpec
 from llmrec.pipeline.study import build_study
 from llmrec.pipeline.training import plan_training, training_key
@@ -122,7 +122,7 @@ def test_calibration_changes_probabilities_but_not_their_order(
         assert one["inputs"].endswith("calibrated on the validation split")
     # Calibration and ensemble weights are fitted on different users.
     study = build_study(recipe(llama_folder, *CALIBRATED))
-    evaluation = Evaluation(study, None, calibrated.folder, Budget(quiet=True), quiet=True)
+    evaluation = Evaluation(study, None, calibrated.folder, StageTimer(quiet=True), quiet=True)
     fitted, weigh = (
         {case.request.user_id for case in cases}
         for cases in (evaluation._calibrating("ctr"), evaluation._weighing.cases("ctr"))
@@ -154,7 +154,7 @@ def test_row_key_depends_on_encoder_if_prompts_do(llama_folder: Path) -> None:
     def key(arm: str, *more: str) -> str:
         study = build_study(recipe(llama_folder, *more))
         spec = RowSpec("ctr", arm, "yes-no", study.eval_templates("ctr")[0], 2 if arm == "few-shot" else 0)
-        return Evaluation(study, None, Path("nowhere"), Budget(), quiet=True).key(spec, "hf", "")
+        return Evaluation(study, None, Path("nowhere"), StageTimer(), quiet=True).key(spec, "hf", "")
 
     for more in (["tasks.ctr.past=relevant"], ["eval.shots.choice=nearest"]):
         assert key("few-shot", *more) != key("few-shot", *more, "encoder=chance")

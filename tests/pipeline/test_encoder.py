@@ -21,7 +21,7 @@ from llmrec.errors import DataError, LlmrecError
 from llmrec.models.text_encoder import TUNING_RECORD_FILE, encode_texts, text_embedder
 from llmrec.pipeline.encoder_tuning import tune_encoder
 from llmrec.pipeline.evaluation import Evaluation
-from llmrec.pipeline.resume import Budget
+from llmrec.pipeline.resume import StageTimer
 from llmrec.pipeline.row_specs import RowSpec
 from llmrec.pipeline.study import build_study, load_split, vectors_of
 from llmrec.recipe.load import load_recipe
@@ -100,7 +100,7 @@ def test_changed_encoder_changes_row_keys(table: Path, tuned: Path, tmp_path: Pa
     labels = [each.label for each in study.baselines("sequential")]
 
     def keys() -> list[str]:
-        evaluation = Evaluation(study, None, tmp_path / "run", Budget(quiet=True), quiet=True)
+        evaluation = Evaluation(study, None, tmp_path / "run", StageTimer(quiet=True), quiet=True)
         return [evaluation.key(RowSpec("sequential", "baseline", label), "numpy", None) for label in labels]
 
     before, (weights,) = keys(), folder.glob("*.safetensors")

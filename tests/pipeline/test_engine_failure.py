@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from llmrec.answer.checks import decided
+from llmrec.answer.checks import with_resolved_engine
 from llmrec.answer.language_model import LanguageModel
 from llmrec.answer.opening import open_models
 from llmrec.answer.options import RecommenderOptions
@@ -226,14 +226,14 @@ def test_service_on_a_gpu_uses_transformers(
     monkeypatch.setattr(engines, "_on_gpu", lambda model: True)
     monkeypatch.setattr(engines, "_device", lambda model: "a card")
     chosen = RecommenderOptions(model=str(llama_folder), items=items_csv(tmp_path), dtype="float32")
-    models = open_models(decided(chosen), ())
+    models = open_models(with_resolved_engine(chosen), ())
     model = models.get(None)
     assert isinstance(model, LanguageModel)
     model.warm()
     assert (Failing.starts, model.described["engine"]) == (1, "hf")
     models.close()
     with raises(EngineFailure, Facts("exhausted", says="0.1 GiB are free")):
-        models = open_models(decided(replace(chosen, backend="vllm")), ())
+        models = open_models(with_resolved_engine(replace(chosen, backend="vllm")), ())
         model = models.get(None)
         assert isinstance(model, LanguageModel)
         model.warm()

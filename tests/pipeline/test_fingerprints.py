@@ -17,7 +17,7 @@ from llmrec.data.split import SplitDataset
 from llmrec.fingerprint import Affects, Stage, code_digest, declared, fingerprint, settings
 from llmrec.pipeline.engines import Engines
 from llmrec.pipeline.evaluation import Evaluation
-from llmrec.pipeline.resume import Budget
+from llmrec.pipeline.resume import StageTimer
 from llmrec.pipeline.row_specs import specs_of
 from llmrec.pipeline.study import build_study, load_split
 from llmrec.pipeline.training import training_key
@@ -235,11 +235,11 @@ def observed(recipe: Recipe, folder: str) -> dict[str, Any]:
     if loaded not in SPLITS:
         SPLITS[loaded] = load_split(recipe.data, recipe.seed)
     study = build_study(recipe, SPLITS[loaded])
-    evaluation = Evaluation(study, None, Path(folder), Budget(quiet=True), quiet=True)
+    evaluation = Evaluation(study, None, Path(folder), StageTimer(quiet=True), quiet=True)
     arms = ("baseline", *recipe.eval.arms)
     specs = [spec for arm in arms for spec in specs_of(study, cast("Arm", arm))]
     tokenizer: Any = SimpleNamespace(digest="t", max_length=recipe.model.max_length)
-    engines = Engines(recipe.model, recipe.eval, tokenizer, recipe.seed, Budget(quiet=True), None)
+    engines = Engines(recipe.model, recipe.eval, tokenizer, recipe.seed, StageTimer(quiet=True), None)
     chosen = [engines.engine_for(name, folder) for name in ("text", "likelihood")]
     return {
         "index": [

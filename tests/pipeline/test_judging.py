@@ -11,7 +11,7 @@ import pytest
 
 from llmrec.errors import RecipeError
 from llmrec.pipeline import run as pipeline
-from llmrec.pipeline.objectives import Judge
+from llmrec.pipeline.objectives import CheckpointEvaluator
 from llmrec.pipeline.runs import open_run
 from llmrec.pipeline.study import build_study
 from llmrec.pipeline.training import training_key
@@ -32,7 +32,7 @@ def _train(model: Path, out: Path, *more: str) -> dict[str, Any]:
 def _scripted(monkeypatch: pytest.MonkeyPatch, values: Sequence[float]) -> None:
     """Make the judge return these values in order."""
     left = iter(values)
-    monkeypatch.setattr(Judge, "model", lambda self, model: next(left))
+    monkeypatch.setattr(CheckpointEvaluator, "model", lambda self, model: next(left))
 
 
 def _judged(training: dict[str, Any]) -> list[tuple[int, float]]:

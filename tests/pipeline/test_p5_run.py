@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llmrec.answer.prompting import rank_requests
-from llmrec.answer.strategy import choose_way
+from llmrec.answer.strategy import select_ranking_strategy
 from llmrec.backends.encode import Encoder
 from llmrec.backends.hf.backend import HFBackend
 from llmrec.data.requests import read_request
@@ -113,15 +113,15 @@ def test_audit_checks_rows_and_questions_of_p5(study: Study) -> None:
 
 def test_requests_use_a_strategy_that_fits_the_template(done: pipeline.Run) -> None:
     stored = bundle.read(str(done.folder / "merged"))
-    way = choose_way(stored, task="direct")
+    way = select_ranking_strategy(stored, task="direct")
     assert (way.template, way.strategy, way.by_title) == ("name-history-among", "likelihood", False)
-    assert choose_way(stored, template="direct/user-item").strategy == "pointwise-yes"
-    assert choose_way(stored, template="direct/shortlist").strategy == "label"
-    assert choose_way(stored, task="sequential").by_title
+    assert select_ranking_strategy(stored, template="direct/user-item").strategy == "pointwise-yes"
+    assert select_ranking_strategy(stored, template="direct/shortlist").strategy == "label"
+    assert select_ranking_strategy(stored, task="sequential").by_title
     with raises(RecipeError, Facts("contradiction", "direct/user-item", says=("'label'", "use 'pointwise-yes'"))):
-        choose_way(stored, template="direct/user-item", strategy="label")
+        select_ranking_strategy(stored, template="direct/user-item", strategy="label")
     with raises(RecipeError, Facts("contradiction", "direct/shortlist", says=("'likelihood'", "use 'label'"))):
-        choose_way(stored, template="direct/shortlist", strategy="likelihood")
+        select_ranking_strategy(stored, template="direct/shortlist", strategy="likelihood")
 
 
 def test_request_is_ranked_by_codes(done: pipeline.Run) -> None:
@@ -134,7 +134,7 @@ def test_request_is_ranked_by_codes(done: pipeline.Run) -> None:
     record = {"id": "r", "user_id": "U01", "history": items[:2], "candidates": items[2:]}
     request = read_request(record, 1, None)
     for template in ("name-history-among", "user-item"):
-        way = choose_way(stored, template=f"direct/{template}")
+        way = select_ranking_strategy(stored, template=f"direct/{template}")
         (answer,) = rank_requests(stored, [request], way=way, backend=backend, encoder=encoder, batch=1)
         assert isinstance(answer, Ranking), answer
         assert sorted(answer.items) == [f"B{n:02d}" for n in range(2, 8)]

@@ -21,8 +21,8 @@ from llmrec.pipeline import run as pipeline
 from llmrec.pipeline import study
 from llmrec.pipeline.engines import Engines
 from llmrec.pipeline.evaluation import Evaluation
-from llmrec.pipeline.results import of_another
-from llmrec.pipeline.resume import Budget, locked
+from llmrec.pipeline.results import overwrite_warning
+from llmrec.pipeline.resume import StageTimer, locked
 from llmrec.pipeline.row_specs import RowSpec
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe
@@ -135,17 +135,17 @@ def test_second_run_reuses_everything(
 
 def test_warns_before_replacing_results_of_other_settings(tmp_path: Path) -> None:
     file, hashed = tmp_path / "results.json", "a" * 16
-    assert of_another(file, "recipe_hash", hashed) == ""
+    assert overwrite_warning(file, "recipe_hash", hashed) == ""
     for content, warns in (('{"recipe_hash": "' + hashed + '"}', False), ('{"recipe_hash": "b"}', True), ("{", False)):
         file.write_text(content, encoding="utf-8")
-        assert ("other settings" in of_another(file, "recipe_hash", hashed)) is warns
+        assert ("other settings" in overwrite_warning(file, "recipe_hash", hashed)) is warns
 
 
 def test_row_key_depends_on_engine_model_device_and_dtype(llama_folder: Path, encoder: Any) -> None:
     chosen = recipe(llama_folder)
     built = study.build_study(chosen)
-    evaluation = Evaluation(built, None, llama_folder, Budget(), quiet=True)
-    engines = Engines(chosen.model, chosen.eval, encoder, chosen.seed, Budget(), None)
+    evaluation = Evaluation(built, None, llama_folder, StageTimer(), quiet=True)
+    engines = Engines(chosen.model, chosen.eval, encoder, chosen.seed, StageTimer(), None)
     spec = RowSpec("sequential", "zero-shot", "likelihood", built.eval_templates("sequential")[0])
     identity = engines.identity("hf", "w")
     variants = (

@@ -11,7 +11,7 @@ import pytest
 from llmrec.errors import RecipeError
 from llmrec.pipeline import run as pipeline
 from llmrec.pipeline.leaks import rows_drawn_again, training_rows
-from llmrec.pipeline.objectives import rewarded
+from llmrec.pipeline.objectives import reward_family
 from llmrec.pipeline.study import build_study
 from llmrec.recipe.schema import Recipe
 from llmrec.report.results import read
@@ -106,9 +106,9 @@ def test_rejects_invalid_recipe(llama_folder: Path, tmp_path: Path, more: Any) -
 )
 def test_rejects_unsuitable_task_or_baseline(llama_folder: Path, tuned: Path, more: Any) -> None:
     with raises(RecipeError, Facts("contradiction", column="train.reward")):
-        rewarded(build_study(after(llama_folder, tuned, *more)), paired=False)
+        reward_family(build_study(after(llama_folder, tuned, *more)), paired=False)
 
 
 def test_rejects_encoder_decoder(llama_folder: Path, tuned: Path) -> None:
     with raises(RecipeError, Facts("contradiction", column="train.reward")):
-        rewarded(build_study(after(llama_folder, tuned)), paired=True)
+        reward_family(build_study(after(llama_folder, tuned)), paired=True)

@@ -23,7 +23,7 @@ from llmrec.models.load import load_tokenizer
 from llmrec.pipeline import bundle, engines
 from llmrec.pipeline import run as pipeline
 from llmrec.pipeline.engines import Engines
-from llmrec.pipeline.resume import Budget
+from llmrec.pipeline.resume import StageTimer
 from llmrec.pipeline.study import build_study
 from llmrec.recipe.load import dump, load_recipe, load_stored
 from llmrec.recipe.schema import EvalSection, ModelSection
@@ -291,16 +291,18 @@ def test_identity_of_shared_engine(device: Callable[[bool], None], llama_folder:
     section = ModelSection(name=str(llama_folder), dtype="float32")
     encoder = Encoder(load_tokenizer(str(llama_folder), section), max_length=512)
     adapter = Adapter(str(llama_folder), "base", tmp_path / "adapter", "tuned", 8)
-    shared = Engines(section, EvalSection(), encoder, 0, Budget(), None, adapters=[adapter])
-    plain = Engines(section, EvalSection(), encoder, 0, Budget(), None)
+    shared = Engines(section, EvalSection(), encoder, 0, StageTimer(), None, adapters=[adapter])
+    plain = Engines(section, EvalSection(), encoder, 0, StageTimer(), None)
     for weights in ("base", "tuned"):
         assert shared.identity("vllm", weights) == {**plain.identity("vllm", weights), "adapters": "live"}
         assert shared.identity("hf", weights) == plain.identity("hf", weights)
     assert shared.identity("vllm", "other") == plain.identity("vllm", "other")
-    second = Engines(section, EvalSection(), encoder, 0, Budget(), None, beside=shared)
+    second = Engines(section, EvalSection(), encoder, 0, StageTimer(), None, beside=shared)
     assert second.is_shared("vllm", "tuned") and not plain.is_shared("vllm", "tuned")
     # Another maximum length needs another engine.
-    short = Engines(section, EvalSection(), Encoder(encoder.tokenizer, max_length=64), 0, Budget(), None, beside=shared)
+    short = Engines(
+        section, EvalSection(), Encoder(encoder.tokenizer, max_length=64), 0, StageTimer(), None, beside=shared
+    )
     assert not short.is_shared("vllm", "base")
     device(False)
     assert shared.identity("vllm", "tuned") == plain.identity("vllm", "tuned")

@@ -22,7 +22,7 @@ from llmrec.backends.encode import Encoder
 from llmrec.models.load import load_tokenizer, weights_stamp
 from llmrec.pipeline import run as pipeline
 from llmrec.pipeline.engines import Engines
-from llmrec.pipeline.resume import Budget
+from llmrec.pipeline.resume import StageTimer
 from llmrec.pipeline.study import Study, build_study
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import EvalSection, ModelSection
@@ -179,7 +179,7 @@ def ask(store: AnswerStore, question: Question) -> tuple[int, int]:
     encoder = Encoder(tokenizer, max_length=1024)
     study = study_of(question.candidates)
     task, requests = study.tasks["direct"], [case.request for case in study.cases("direct")[:3]]
-    engines = Sampling(section, EvalSection(backend="hf"), encoder, question.seed, Budget(), store)
+    engines = Sampling(section, EvalSection(backend="hf"), encoder, question.seed, StageTimer(), store)
     engines.decoding = question.sampling
     backend: CachedBackend = engines.get(question.backend, str(question.folder), weights_stamp(str(question.folder)))
     try:

@@ -12,7 +12,7 @@ from llmrec.backends.encode import Encoder
 from llmrec.cli.estimate import eval_work
 from llmrec.models.load import load_tokenizer
 from llmrec.pipeline import run as pipeline
-from llmrec.pipeline.row_specs import asking_of
+from llmrec.pipeline.row_specs import strategy_settings
 from llmrec.pipeline.study import build_study
 from llmrec.prompts.template import load_templates
 from llmrec.recipe.load import load_recipe
@@ -116,5 +116,5 @@ def test_row_key_contains_settings_of_strategy(name: str) -> None:
     for key, value in CHANGES.items():
         changed = plain.model_copy(update={key: value})
         reads = key in keys_of(name) or (is_positional(name) and key == "debias_questions")
-        assert (asking_of(name, changed) != asking_of(name, plain)) == reads
-    assert (asking_of(name, EvalSection()) != asking_of(name, plain)) == is_positional(name)
+        assert (strategy_settings(name, changed) != strategy_settings(name, plain)) == reads
+    assert (strategy_settings(name, EvalSection()) != strategy_settings(name, plain)) == is_positional(name)

@@ -13,7 +13,7 @@ import yaml
 from llmrec.data.candidates import draw
 from llmrec.errors import DataError, RecipeError
 from llmrec.pipeline.evaluation import Evaluation, ResultRow
-from llmrec.pipeline.resume import Budget
+from llmrec.pipeline.resume import StageTimer
 from llmrec.pipeline.study import Study, build_study
 from llmrec.pipeline.training import plan_training
 from llmrec.recipe.load import dump, load_recipe, recipe_hash
@@ -137,7 +137,7 @@ def test_baseline_with_parameters_has_another_row_and_key(tmp_path: Path) -> Non
     )
 
     def rows(study: Study) -> dict[str, ResultRow]:
-        results = Evaluation(study, None, tmp_path, Budget(), quiet=True).baselines()
+        results = Evaluation(study, None, tmp_path, StageTimer(), quiet=True).baselines()
         return {row.figures.predictor: row for row in results}
 
     results = rows(study)

@@ -13,7 +13,7 @@ import pytest
 
 from llmrec.backends.fake import FakeBackend
 from llmrec.pipeline import run as pipeline
-from llmrec.pipeline.examples import COUNT, drawn, text_samples
+from llmrec.pipeline.examples import COUNT, sample_indices, text_samples
 from llmrec.pipeline.study import Study, build_study, encoder_of, load_split
 from llmrec.prompts.template import clean
 from llmrec.recipe.load import load_recipe
@@ -156,12 +156,12 @@ def test_report_is_reproduced_from_files(runs: dict[str, pipeline.Run]) -> None:
 
 def test_drawn_requests_depend_on_seed_but_not_on_order() -> None:
     names = [f"test/u{n}/i{n}" for n in range(300)]
-    chosen = [names[index] for index in drawn(names, 0)]
+    chosen = [names[index] for index in sample_indices(names, 0)]
     assert len(set(chosen)) == COUNT == 20
     turned = names[::-1]
-    assert [turned[index] for index in drawn(turned, 0)] == chosen
-    assert [names[index] for index in drawn(names, 1)] != chosen
-    assert sorted(drawn(names[:3], 0)) == [0, 1, 2]
+    assert [turned[index] for index in sample_indices(turned, 0)] == chosen
+    assert [names[index] for index in sample_indices(names, 1)] != chosen
+    assert sorted(sample_indices(names[:3], 0)) == [0, 1, 2]
 
 
 def test_samples_name_templates_of_profile_and_history(llama_folder: Path) -> None:

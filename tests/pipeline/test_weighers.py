@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from llmrec.data.split import halves
+from llmrec.data.split import split_validation_users
 from llmrec.ensembles.members import PrecomputedMember, join
 from llmrec.errors import LlmrecError
 from llmrec.pipeline.evaluation import Evaluation
-from llmrec.pipeline.resume import Budget
+from llmrec.pipeline.resume import StageTimer
 from llmrec.pipeline.study import build_study
 from llmrec.pipeline.weighing import EnsembleUsers
 from llmrec.recipe.load import load_recipe
@@ -35,7 +35,7 @@ def test_tuning_and_weights_use_different_validation_users() -> None:
     weigh = {case.request.user_id for case in EnsembleUsers(build_study(_recipe())).cases("sequential")}
     chosen = {case.request.user_id for case in study.cases("sequential")}
     assert weigh and chosen and not weigh & chosen
-    assert chosen <= set(halves(study.data, study.recipe.eval.fusion.reserved)[0].valid["user_id"])
+    assert chosen <= set(split_validation_users(study.data, study.recipe.eval.fusion.reserved)[0].valid["user_id"])
     # Without ensembles, all users are used for selection.
     alone = build_study(_recipe("eval.split=valid", "eval.users=9999", "eval.fusion.controls=false"))
     assert {case.request.user_id for case in alone.cases("sequential")} == set(alone.data.valid["user_id"])
@@ -43,11 +43,13 @@ def test_tuning_and_weights_use_different_validation_users() -> None:
 
 def test_users_of_early_stopping_do_not_weigh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = build_study(_recipe())
-    choose, weigh = (set(part.valid["user_id"]) for part in halves(study.data, study.recipe.eval.fusion.reserved))
+    choose, weigh = (
+        set(part.valid["user_id"]) for part in split_validation_users(study.data, study.recipe.eval.fusion.reserved)
+    )
 
     def rows(folder: Path) -> dict[str, Any]:
         """Return the stored users of early stopping, by baseline."""
-        Evaluation(study, None, folder, Budget(quiet=True), quiet=True).baselines()
+        Evaluation(study, None, folder, StageTimer(quiet=True), quiet=True).baselines()
         stored = [json.loads(file.read_text(encoding="utf-8")) for file in (folder / "rows").iterdir()]
         return {row["figures"]["predictor"].partition("(")[0]: set(row["looked_at"]) for row in stored}
 

@@ -17,7 +17,7 @@ pytest.importorskip("fastapi", reason="the serve extra is not installed")
 from llmrec.answer.recommender import Answered, Question
 from llmrec.data.requests import RankRequest
 from llmrec.errors import DataError, LlmrecError
-from llmrec.serve.batching import AnswerTimeout, Batcher, Full
+from llmrec.serve.batching import AnswerTimeout, Batcher, QueueFull
 from llmrec.serve.engine import EngineLost, Reply
 from llmrec.types import Unparsed
 
@@ -148,7 +148,7 @@ def test_full_queue_rejects_at_once(engine: FakeEngine) -> None:
             await until(lambda: bool(engine.batches))
             pending += [asyncio.ensure_future(batcher.ask(RANK, request(n))) for n in range(4, 12)]
             await until(lambda: batcher.load.waiting == 8)
-            with pytest.raises(Full) as caught:
+            with pytest.raises(QueueFull) as caught:
                 # The first step raises, without waiting.
                 batcher.ask(RATE, request("one too many")).send(None)
             assert caught.value.kind == "busy" and 1.0 <= caught.value.after <= 30.0
@@ -202,7 +202,7 @@ def test_other_calls_are_bounded(engine: FakeEngine) -> None:
             pending = asyncio.ensure_future(batcher.ask(RANK, request("first")))
             await until(lambda: bool(engine.batches))
             others = [asyncio.ensure_future(batcher.between(lambda n=n: n)) for n in range(4)]
-            with pytest.raises(Full):
+            with pytest.raises(QueueFull):
                 await others[3]
             # Stored changes reach the engine nevertheless.
             change = asyncio.ensure_future(batcher.tell(lambda: "changed"))

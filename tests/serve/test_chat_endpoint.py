@@ -21,7 +21,7 @@ from llmrec.answer.recommender import SIMILAR, Answered, Question
 from llmrec.answer.rules import Rules
 from llmrec.data.requests import RankRequest
 from llmrec.errors import DataError, LlmrecError
-from llmrec.serve.batching import AnswerTimeout, Full
+from llmrec.serve.batching import AnswerTimeout, QueueFull
 from llmrec.serve.engine import EngineLost
 from llmrec.serve.schema import ChatBody
 from llmrec.serve.service import Conversations
@@ -123,7 +123,7 @@ def says(faked: Faked, text: str, **more: Any) -> httpx.Response:
     [
         (EngineLost("lost", kind="failed"), 503),
         (AnswerTimeout("too late", kind="exhausted"), 504),
-        (Full.for_now(3), 429),
+        (QueueFull.for_now(3), 429),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )

@@ -27,7 +27,7 @@ from llmrec.answer.language_model import LanguageModel
 from llmrec.errors import LlmrecError
 from llmrec.serve import engine
 from llmrec.serve.app import make_app
-from llmrec.serve.batching import AnswerTimeout, Full
+from llmrec.serve.batching import AnswerTimeout, QueueFull
 from llmrec.serve.engine import EngineLost
 from llmrec.serve.gates import Auth
 from llmrec.serve.service import Service, Settings
@@ -435,7 +435,7 @@ def test_errors_can_be_pickled() -> None:
             yield from kinds(each)
 
     results = {kind for kind in kinds(LlmrecError) if kind.__module__.startswith("llmrec.")}
-    assert {EngineLost, Full, AnswerTimeout} < results
+    assert {EngineLost, QueueFull, AnswerTimeout} < results
     for kind in results:
         error = kind("failed", kind="failed", at="file.csv", column="k")
         back = pickle.loads(pickle.dumps(error))

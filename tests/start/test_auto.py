@@ -28,7 +28,16 @@ from llmrec.recipe.load import dump, load_recipe
 from llmrec.recipe.schema import Recipe
 from llmrec.results import FusionWeights, PartWeight
 from llmrec.start import auto as autos
-from llmrec.start.auto import CandidateMember, Plan, data_page, has_texts, judged, parts_for, plan, with_model
+from llmrec.start.auto import (
+    CandidateMember,
+    Plan,
+    data_page,
+    fine_tuning_decision,
+    has_texts,
+    parts_for,
+    plan,
+    with_model,
+)
 from llmrec.start.auto_trial import Done, TrialJob, search
 from llmrec.start.options import AutoOptions, budget_seconds
 
@@ -340,7 +349,7 @@ def test_validation_decides_whether_a_model_is_kept(loss: float | None, low: flo
     weights = FusionWeights(form="logit", parts=(PartWeight(name="markov", weight=1.0), part))
     model = SimpleNamespace(predictor="search", arm="tuned", fusion=None)
     joined = SimpleNamespace(predictor="fusion with models", arm="tuned", fusion=weights)
-    result = judged(SimpleNamespace(rows=[model, joined]))  # type: ignore[arg-type]
+    result = fine_tuning_decision(SimpleNamespace(rows=[model, joined]))  # type: ignore[arg-type]
     assert result.kept is kept and ("is used" in result.sentence) is kept
 
 

@@ -24,7 +24,7 @@ from llmrec.data.read.typed import times as read_times
 from llmrec.data.read.words import named, noun_of
 from llmrec.errors import DataError
 from llmrec.start.columns import RequestedRoles, Roles, guess, requested_roles
-from llmrec.start.faults import faults, mended
+from llmrec.start.faults import faults, repair_table
 from llmrec.start.options import InitOptions
 from llmrec.start.profile import READABLE, kinds_of_events, numbers, peek, profile, shown, times
 from tests.facts import Facts, raises
@@ -405,7 +405,7 @@ def test_unreadable_values_are_reported_and_repaired(spoiler: str, tmp_path: Pat
     wrong = faults(part, answer, None, answer.item)
     assert [fault.column for fault in wrong] == [name]
     assert output in wrong[0].text and "row " in wrong[0].text and wrong[0].mend
-    frame, done = mended(part.table, answer, None, answer.item)
+    frame, done = repair_table(part.table, answer, None, answer.item)
     frame.write_csv(tmp_path / "mended.csv")
     again = peek(tmp_path / "mended.csv")
     assert (
@@ -438,7 +438,7 @@ def test_second_table_is_joined(tmp_path: Path) -> None:
     output = [fault.text for fault in faults(part, answer, listed, "id")]
     assert "'id'" in output[0] and "'item'" in output[0]
     assert f"1 of {len(kept) + 1} items" in output[1]
-    frame, done = mended(part.table, answer, listed, "id")
+    frame, done = repair_table(part.table, answer, listed, "id")
     assert frame.columns == ["user", "id"]
     assert set(frame["id"]) == set(kept)
     assert len(done) == 1

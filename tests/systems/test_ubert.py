@@ -14,7 +14,7 @@ import pytest
 from llmrec.baselines.rated import ratings
 from llmrec.data.dataset import Dataset, Review
 from llmrec.data.features import FeatureStore, publish
-from llmrec.data.split import SplitDataset, halves, split
+from llmrec.data.split import SplitDataset, split, split_validation_users
 from llmrec.errors import DataError, ModelError, RecipeError
 from llmrec.recipe.schema import Split
 from llmrec.systems.ctr.networks import DeepFM
@@ -284,7 +284,7 @@ def test_users_of_ensemble_weights_do_not_choose_the_epoch(encoder: str) -> None
     data = _data(kind="prefix")
     model = _model(encoder, epochs=1, patience=1)
     model.features(data)
-    choose, weigh = (set(part.valid["user_id"]) for part in halves(data, 0.5))
+    choose, weigh = (set(part.valid["user_id"]) for part in split_validation_users(data, 0.5))
     assert choose and weigh and model.looked_at == choose
 
 

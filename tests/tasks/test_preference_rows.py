@@ -15,19 +15,19 @@ from llmrec.baselines.retrieve import RetrievedCandidates, SingleRetriever
 from llmrec.data.hashing import hash_one
 from llmrec.errors import DataError, RecipeError
 from llmrec.pipeline import rejecting
-from llmrec.pipeline.leaks import redrawn
+from llmrec.pipeline.leaks import with_random_holdouts
 from llmrec.pipeline.objectives import listwise_of
 from llmrec.pipeline.rejecting import close
 from llmrec.pipeline.study import build_study
 from llmrec.pipeline.training import training_key
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import CandidateSection, PreferenceSection
-from llmrec.tasks.rows import against
+from llmrec.tasks.rows import split_rejected
 from llmrec.types import Example, Request
 from tests.facts import Facts, raises
 
 DATA = make_split(make_dataset(hostile=False))
-OTHER = redrawn(redrawn(DATA, "valid", 3), "test", 103)
+OTHER = with_random_holdouts(with_random_holdouts(DATA, "valid", 3), "test", 103)
 SOURCES = [
     ("sequential", "uniform", 3),
     ("sequential", "popularity", 3),
@@ -64,10 +64,12 @@ def test_every_family_has_rejected_answers(family: str, rejected: str, negatives
     assert task.listwise.size == 1 + negatives
     rows = rows_of(task)
     for row in rows:
-        preferred, *others = (targets(each) for each in against(row))
+        preferred, *others = (targets(each) for each in split_rejected(row))
         # Only one target, which no rejected answer repeats.
         assert len(preferred) == 1 and len({*map(tuple, others), tuple(preferred)}) == 1 + negatives
-        assert all(each.messages == row.messages and each.answer[:-1] == row.answer[:-1] for each in against(row))
+        assert all(
+            each.messages == row.messages and each.answer[:-1] == row.answer[:-1] for each in split_rejected(row)
+        )
     assert rows_of(task_of(family, rejected, negatives, OTHER)) == rows
 
 
@@ -216,6 +218,6 @@ def test_start_model_is_released(monkeypatch: pytest.MonkeyPatch) -> None:
     close()
     assert not freed
     monkeypatch.setattr(rejecting, "opened", lru_cache(maxsize=1)(lambda folder: folder))
-    rejecting.opened("sft")
+    rejecting.load_backend("sft")
     close()
-    assert freed == [True] and not rejecting.opened.cache_info().currsize
+    assert freed == [True] and not rejecting.load_backend.cache_info().currsize

@@ -20,7 +20,7 @@ from llmrec.data.split import SplitDataset, split
 from llmrec.index.table import ItemIndex, token
 from llmrec.prompts.template import load_templates as read_templates
 from llmrec.recipe.schema import CandidateSection, Split
-from llmrec.tasks.direct import asks_for, reader_of
+from llmrec.tasks.direct import asks_for, default_strategy_for
 from llmrec.tasks.held_items import draw_held, hold_out
 from llmrec.tasks.rating import learned_only
 from llmrec.types import Event, Item, Message, Prompt, Request, Segment
@@ -82,7 +82,7 @@ def rendering(family: str, name: str) -> str:
     asks = asks_for(template) if family == "direct" else ""
     settings = {"held_out": 0.5} if asks_of_items else {}
     if family == "direct":
-        settings = {"eval_templates": (name,), "strategies": (reader_of(template),)}
+        settings = {"eval_templates": (name,), "strategies": (default_strategy_for(template),)}
     only_learned = family == "rating" and learned_only(template)
     if only_learned:
         settings = {"eval_templates": ("name-item",)}

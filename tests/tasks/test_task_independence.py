@@ -19,7 +19,7 @@ from llmrec.data.candidates import draw
 from llmrec.data.sets.table import load
 from llmrec.data.split import SplitDataset, request_id, split
 from llmrec.errors import DataError
-from llmrec.pipeline.leaks import redrawn
+from llmrec.pipeline.leaks import with_random_holdouts
 from llmrec.recipe.schema import CandidateSection, DataSection, Split
 from llmrec.tasks.pool import Negatives
 from llmrec.types import Example
@@ -35,7 +35,7 @@ def data_of(kind: str) -> SplitDataset:
 
 
 def other_holdouts(data: SplitDataset, seed: int) -> SplitDataset:
-    return redrawn(redrawn(data, "valid", seed), "test", seed + 100)
+    return with_random_holdouts(with_random_holdouts(data, "valid", seed), "test", seed + 100)
 
 
 def rows_of(task: Any, count: int = 300) -> list[Example]:
@@ -80,7 +80,7 @@ def test_shots_do_not_depend_on_holdouts(family: str, choice: str) -> None:
 @pytest.mark.parametrize("family", EVERY)
 def test_validation_rows_do_not_depend_on_test_interactions(family: str) -> None:
     data = data_of("last_share")
-    rows = [list(make_task(family, used).examples("valid")) for used in (data, redrawn(data, "test"))]
+    rows = [list(make_task(family, used).examples("valid")) for used in (data, with_random_holdouts(data, "test"))]
     assert rows[0] == rows[1] and rows[0]
 
 
@@ -91,7 +91,7 @@ def test_leaking_negatives_change_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     task, other = make_task("direct", data), make_task("direct", other_holdouts(data, 0))
     assert rows_of(task) != rows_of(other)
     assert task.questions(200) != other.questions(200)
-    valid = make_task("direct", redrawn(data, "test"))
+    valid = make_task("direct", with_random_holdouts(data, "test"))
     assert list(task.examples("valid")) != list(valid.examples("valid"))
 
 

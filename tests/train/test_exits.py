@@ -20,7 +20,7 @@ from llmrec.recipe.schema import LoraSection, TeacherSection, TrainSection
 from llmrec.train import lora
 from llmrec.train.batches import plan
 from llmrec.train.heads import open_teacher
-from llmrec.train.loss import ExitLoss, TaughtLoss, label_loss, related
+from llmrec.train.loss import DistillationLoss, ExitLoss, label_loss, similarity_loss
 from llmrec.types import Prompt
 from tests.conftest import encoder_of, make_model, opened, section
 from tests.facts import Facts, raises
@@ -192,7 +192,7 @@ def test_soft_targets_by_hand(wide: Path, narrow: Path) -> None:
         expected.backward()
         gradients = [each.grad.clone() for each in student.parameters()]
         student.zero_grad()
-        loss, count = label_loss(student, ids, labels, TaughtLoss(teacher, share))
+        loss, count = label_loss(student, ids, labels, DistillationLoss(teacher, share))
         loss.backward()
         assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5) and count == int(kept.sum())
         for one, other in zip(student.parameters(), gradients, strict=True):
@@ -207,17 +207,19 @@ def test_relations_by_hand(wide: Path, narrow: Path) -> None:
     for n in range(5):
         ours, theirs = (torch.tensor([float(each[n] @ other) for other in each]) for each in (states, targets))
         total += float((ours / ours.norm() - theirs / theirs.norm()).square().sum())
-    assert float(related(states, targets)) == pytest.approx(total / 5, rel=1e-5)
+    assert float(similarity_loss(states, targets)) == pytest.approx(total / 5, rel=1e-5)
     turned = torch.linalg.qr(torch.randn(4, 4))[0]
-    assert float(related(states, 3 * states @ turned)) == pytest.approx(0, abs=1e-6)
+    assert float(similarity_loss(states, 3 * states @ turned)) == pytest.approx(0, abs=1e-6)
     # They are added to the loss of targets.
     (teacher, encoder), (student, _) = opened(wide), opened(narrow)
     ids, labels = alone(encoder.row(examples()[0]))
-    plain, count = label_loss(student, ids, labels, TaughtLoss(teacher, 0.5))
-    both, _ = label_loss(student, ids, labels, TaughtLoss(teacher, 0.5, 2.0))
+    plain, count = label_loss(student, ids, labels, DistillationLoss(teacher, 0.5))
+    both, _ = label_loss(student, ids, labels, DistillationLoss(teacher, 0.5, 2.0))
     kept = labels[:, 1:] != IGNORED
     hidden = [each.get_decoder()(input_ids=ids).last_hidden_state[:, :-1][kept] for each in (student, teacher)]
-    assert float((both - plain).detach()) == pytest.approx(2 * count * float(related(*hidden).detach()), rel=1e-4)
+    assert float((both - plain).detach()) == pytest.approx(
+        2 * count * float(similarity_loss(*hidden).detach()), rel=1e-4
+    )
 
 
 def test_student_approaches_its_teacher(wide: Path, narrow: Path, tmp_path: Path) -> None:

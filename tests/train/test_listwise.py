@@ -18,7 +18,7 @@ from llmrec.pipeline.study import build_study
 from llmrec.pipeline.training import plan_training, training_key
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import LoraSection, TrainSection
-from llmrec.tasks.rows import Listwise, against
+from llmrec.tasks.rows import Listwise, split_rejected
 from llmrec.train import lora
 from llmrec.train.batches import plan
 from llmrec.train.loss import label_loss, lambda_loss, list_loss, packed_loss, softmax_loss, target_losses
@@ -40,7 +40,7 @@ eval: {{candidates: {{count: 5}}}}
 
 def planned(folder: Path, steps: int, count: int) -> tuple[Steps, list[TokenRow]]:
     encoder = encoder_of(folder)
-    rows = [encoder.row(each) for one in lists(count) for each in against(one)]
+    rows = [encoder.row(each) for one in lists(count) for each in split_rejected(one)]
     return plan(iter(rows), steps=steps, batch_tokens=400, seed=0, lists=len(FILMS)), rows
 
 
@@ -136,7 +136,7 @@ def test_recipe_plans_lists_of_its_candidates(llama_folder: Path, tmp_path: Path
     assert listwise_of(study) == Listwise("softmax", 5)
     assert all(len(each.rows) == 5 for step in plan_training(study, encoder).steps for each in step.bins)
     first = next(iter(study.training_tasks["direct"].examples("train")))
-    texts = ["".join(segment.text for segment in each.answer) for each in against(first)]
+    texts = ["".join(segment.text for segment in each.answer) for each in split_rejected(first)]
     titles = [study.data.dataset.items[item].title for item in (first.pairs[-1][1], *first.negatives)]
     assert texts == titles and len(set(texts)) == 5
     # A candidate that is too long drops its list.

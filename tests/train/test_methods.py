@@ -183,7 +183,7 @@ def test_gradients_equal_float32_reference_after_evaluation(method: str, folders
 def test_adapters_of_a_quantised_base_stay_in_float32(folders: dict[str, Path], tmp_path: Path) -> None:
     case = Case("qlora", folders)
     start = {name: p.detach().clone() for name, p in case.model.named_parameters() if p.requires_grad}
-    with precision.adapters_as_they_are(case.model):
+    with precision.preserve_adapter_dtype(case.model):
         for p in case.model.parameters():
             if p.requires_grad:
                 p.data = p.data.bfloat16()

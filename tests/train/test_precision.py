@@ -35,7 +35,7 @@ def test_half_precision_depends_on_gpu_and_recipe(monkeypatch: pytest.MonkeyPatc
         supported = partial(lambda native, including_emulation=True: native or including_emulation, native)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
         model.llmrec_float32 = float32
-        assert precision.half(model, "cuda") == expected
+        assert precision.autocast_dtype(model, "cuda") == expected
 
 
 def test_trained_weights_are_float32(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +147,7 @@ def kept(model: Any, *, cast: bool) -> tuple[int, float, list[torch.Tensor]]:
     with (
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         torch.autocast("cpu", dtype=torch.bfloat16),
-        precision.inputs_as_they_are(model, active=not cast),
+        precision.without_input_casting(model, active=not cast),
     ):
         loss, _ = label_loss(model, ids, ids)
     size = sum(bytes_ for bytes_, _ in stored.values())
@@ -182,7 +182,7 @@ def test_training_without_copies_is_equal(
 
     def casting(model: Any, *, active: bool) -> Any:
         calls.append(active)
-        return precision.inputs_as_they_are(model, active=False)
+        return precision.without_input_casting(model, active=False)
 
     monkeypatch.setattr(sft, "inputs_as_they_are", casting)
     same, two = trained(monkeypatch, llama_folder, tmp_path / "two", dtype="bfloat16", **settings)

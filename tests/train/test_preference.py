@@ -14,7 +14,7 @@ import torch
 from llmrec.backends.encode import TokenRow
 from llmrec.models.item_tokens import extended
 from llmrec.recipe.schema import LoraSection, PreferenceSection, TrainSection
-from llmrec.tasks.rows import Listwise, against
+from llmrec.tasks.rows import Listwise, split_rejected
 from llmrec.train import lora
 from llmrec.train.batches import plan
 from llmrec.train.loss import label_loss, list_scores
@@ -107,7 +107,7 @@ class Case:
         torch.manual_seed(0)
         self.model = lora.load_trainable(str(folder), model_section(folder), self.train, tokens=ids)
         size = 1 + negatives
-        rows = [self.encoder.row(each) for one in lists(count) for each in against(one)[:size]]
+        rows = [self.encoder.row(each) for one in lists(count) for each in split_rejected(one)[:size]]
         self.steps = plan(iter(rows), steps=steps, batch_tokens=200, seed=0, lists=size)
         self.listwise = Listwise("softmax", size, preference=self.loss)
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from llmrec.backends.encode import IGNORED, Encoder, TokenRow
 from llmrec.tasks.mixture import interleave
-from llmrec.train.batches import fit_row, laid_out, padded, plan
+from llmrec.train.batches import fit_row, padded, padded_inputs, plan
 from llmrec.train.loss import label_loss, packed_loss
 from llmrec.train.packing import PackedRows
 from llmrec.train.steps import RowTable, Step, Steps, weighted
@@ -209,7 +209,7 @@ def test_weights_of_rows_scale_loss_and_gradient(llama_folder: Path) -> None:
         loss.backward()
         return model.model.layers[0].self_attn.q_proj.weight.grad.clone()
 
-    ours, count = label_loss(model, **{k: torch.tensor(v) for k, v in laid_out(model, rows, 0).items()})
+    ours, count = label_loss(model, **{k: torch.tensor(v) for k, v in padded_inputs(model, rows, 0).items()})
     assert count == pytest.approx(2 * 3.0 + 0.5)
     one, other = (label_loss(model, *alone(row))[0] for row in rows)
     expected = 3.0 * one + 0.5 * other

@@ -29,7 +29,7 @@ from llmrec.train import lora, sft
 from llmrec.train.batches import plan
 from llmrec.train.packing import PackedRows
 from llmrec.train.steps import Step
-from llmrec.train.world import here, joined, refuse_different, refuse_other, requested_kind
+from llmrec.train.world import current_world, joined, refuse_different, refuse_other, requested_kind
 from tests.conftest import encoder_of
 from tests.facts import Facts, raises
 from tests.train.tiny import examples
@@ -57,7 +57,7 @@ def training(
         planned = plan(cycle(rows), steps=STEPS, batch_tokens=width or 160, seed=0, width=width)
         figures = iter((0.5, 0.4, 0.3))
         with joined("cpu"):
-            judge = (lambda _: next(figures)) if train.judge and here().first else None
+            judge = (lambda _: next(figures)) if train.judge and current_world().first else None
             options: Any = {"folder": out, "seed": 0, "quiet": True, "device": "cpu", "judge": judge}
             done = sft.train(trained, encoder, planned, {"rating": rows[:4]}, train, **options)
         return [done.processes, done.distributed, done.steps, [line["loss"] for line in done.log[1:]]]

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from llmrec.answer.checks import decided
+from llmrec.answer.checks import with_resolved_engine
 from llmrec.answer.known import read_known
 from llmrec.answer.language_model import LanguageModel
 from llmrec.answer.predict.options import PredictOptions
 from llmrec.answer.prompting import CONTEXT, value_of
 from llmrec.answer.rank.outputs import check_out, into_table, write_summary
 from llmrec.answer.rank.run import RankProgress
-from llmrec.answer.strategy import about_families, way_about
+from llmrec.answer.strategy import about_families, select_item_strategy
 from llmrec.data.ranked import PREDICTIONS, Predicted, write_records
 from llmrec.data.request_file import RequestRow, kind_of, open_requests
 from llmrec.data.requests import RankRequest, identity
@@ -72,11 +72,11 @@ def _predict(options: PredictOptions, out: Path) -> tuple[Mapping[str, str | int
     failed = 0
     total = source.rows if options.limit is None else min(source.rows, options.limit)
     with (
-        LanguageModel.open(decided(model_options), store=_store(out), ranks=False) as recommender,
+        LanguageModel.open(with_resolved_engine(model_options), store=_store(out), ranks=False) as recommender,
         RankProgress(total) as bar,
     ):
         family = _family(recommender, options.family)
-        way = way_about(recommender.bundle, family, template=options.template, strategy=options.strategy)
+        way = select_item_strategy(recommender.bundle, family, template=options.template, strategy=options.strategy)
         records: list[Predicted] = []
         rows = islice(source, total)
         while raws := list(islice(rows, options.batch)):

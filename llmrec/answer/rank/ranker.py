@@ -7,12 +7,12 @@ from dataclasses import fields, replace
 from pathlib import Path
 from types import TracebackType
 
-from llmrec.answer.checks import decided
+from llmrec.answer.checks import with_resolved_engine
 from llmrec.answer.known import Histories, KnownEntities
 from llmrec.answer.language_model import LanguageModel
 from llmrec.answer.listing import ListSpec
 from llmrec.answer.loaded import Loaded
-from llmrec.answer.opening import Models, language_model_name, offered, open_classics, open_models
+from llmrec.answer.opening import Models, default_model_names, language_model_name, open_baselines, open_models
 from llmrec.answer.options import ModelOptions, RecommenderOptions
 from llmrec.answer.rank.options import RankOptions
 from llmrec.answer.recommender import Answered
@@ -20,7 +20,7 @@ from llmrec.data.requests import RankRequest, identity
 from llmrec.ensembles.members import ENSEMBLE_NAMES
 from llmrec.errors import DataError, LlmrecError, RecipeError
 from llmrec.pipeline import bundle as bundles
-from llmrec.pipeline.resume import Budget
+from llmrec.pipeline.resume import StageTimer
 from llmrec.recipe.load import load_recipe, load_stored
 from llmrec.types import Item, Unparsed
 
@@ -51,7 +51,7 @@ def resolved(options: RankOptions) -> RankOptions:
     bundle = bundles.read(options.model)
     base = language_model_name(bundle)
     changed = _changed(options, _RANK_OPTIONS)
-    by = options.by or (base if base and (changed or options.rationale) else offered(bundle)[0])
+    by = options.by or (base if base and (changed or options.rationale) else default_model_names(bundle)[0])
     if not bundle.weights:
         changed += _changed(options, _OPEN_OPTIONS)
     if by != base and changed:
@@ -64,7 +64,7 @@ def resolved(options: RankOptions) -> RankOptions:
     return replace(options, by=by)
 
 
-def open_ranker(options: RankOptions, *, store: Path | None, budget: Budget) -> Ranker:
+def open_ranker(options: RankOptions, *, store: Path | None, budget: StageTimer) -> Ranker:
     """Open the model that ranks.
 
     Args:
@@ -94,8 +94,10 @@ def open_loaded(options: RankOptions) -> Loaded:
         return Loaded(RecommenderOptions(model=str(options.recipe)), models, known)
     _check_named(options)
     given = RecommenderOptions(**{option.name: getattr(options, option.name) for option in fields(RecommenderOptions)})
-    model_options = decided(given)
-    return Loaded(model_options, open_models(model_options, [options.by or offered(bundles.read(options.model))[0]]))
+    model_options = with_resolved_engine(given)
+    return Loaded(
+        model_options, open_models(model_options, [options.by or default_model_names(bundles.read(options.model))[0]])
+    )
 
 
 def _changed(options: RankOptions, names: Iterable[str]) -> list[str]:
@@ -148,7 +150,7 @@ def _open_classic(options: RankOptions) -> Models:
         return open_models(RecommenderOptions(model=str(source), items=options.items), [str(options.baseline)])
     read = load_stored if source.is_dir() else load_recipe
     recipe = read(source, options.settings)
-    return open_classics(recipe, [str(options.baseline)], options.items)
+    return open_baselines(recipe, [str(options.baseline)], options.items)
 
 
 class _NamedRanker:
@@ -158,7 +160,7 @@ class _NamedRanker:
     unknown, as in a service.
     """
 
-    def __init__(self, options: RankOptions, loaded: Loaded, budget: Budget) -> None:
+    def __init__(self, options: RankOptions, loaded: Loaded, budget: StageTimer) -> None:
         self.budget, self._options, self._loaded = budget, options, loaded
 
     @property

@@ -40,7 +40,7 @@ from llmrec.durable import sha256_of, write_checked, write_text
 from llmrec.errors import DataError, LlmrecError, Location, RecipeError
 from llmrec.fingerprint import digest_of
 from llmrec.machine import machine, versions
-from llmrec.pipeline.resume import LOCK, Budget, locked, read_stage
+from llmrec.pipeline.resume import LOCK, StageTimer, locked, read_stage
 from llmrec.progress import Progress
 from llmrec.recipe.shared import Form
 from llmrec.records import Shard
@@ -153,7 +153,7 @@ def _rank_into(options: RankOptions) -> Mapping[str, Any]:
     form_of(options.target, options.form)
     reads = (options.source, options.items)
     check_out(options.target, reads, option="--out", by="rank", parts=options.parts, restart=options.restart)
-    budget = Budget()
+    budget = StageTimer()
     with budget.stage("start"):
         source = open_requests(options.source, bare=options.bare)
     with locked(options.parts, is_rank_file):
@@ -169,7 +169,9 @@ def _rank_into(options: RankOptions) -> Mapping[str, Any]:
 
 
 @contextmanager
-def opening(options: RankOptions, source: RequestFile, folder: Path, budget: Budget) -> Iterator[tuple[Ranker, str]]:
+def opening(
+    options: RankOptions, source: RequestFile, folder: Path, budget: StageTimer
+) -> Iterator[tuple[Ranker, str]]:
     """Open the model, and yield it with the hash of all inputs; a new folder is removed on failure.
 
     Args:

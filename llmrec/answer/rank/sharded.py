@@ -38,8 +38,8 @@ from llmrec.data.request_file import open_requests
 from llmrec.durable import write_checked
 from llmrec.errors import RecipeError
 from llmrec.machine import machine, versions
-from llmrec.pipeline.resume import Budget, locked
-from llmrec.pipeline.shards import Finished, done_before, finish, gathered, shard_folder, shards_of
+from llmrec.pipeline.resume import StageTimer, locked
+from llmrec.pipeline.shards import Finished, finish, reusable_shard, shard_folder, shards_of, verify_shards
 from llmrec.records import Shard
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def rank_shard(options: RankOptions, shard: Shard, *, ranker: Ranker | None = No
     form_of(options.target, options.form)
     reads = (options.source, options.items)
     check_out(options.target, reads, option="--out", by="rank", parts=options.parts, restart=options.restart)
-    folder, budget = shard_folder(options.target, shard), ranker.budget if ranker else Budget()
+    folder, budget = shard_folder(options.target, shard), ranker.budget if ranker else StageTimer()
     before = dict(budget.stages)
     with budget.stage("start"):
         source = open_requests(options.source, bare=options.bare)
@@ -85,7 +85,7 @@ def rank_shard(options: RankOptions, shard: Shard, *, ranker: Ranker | None = No
             else:
                 opened = opening(options, source, folder, budget)
             with opened as (recommender, key):
-                done = done_before(folder, key)
+                done = reusable_shard(folder, key)
                 if done is not None and done.facts["form"] == options.layout:
                     log.warning("shard %s is already complete; use --restart to rank it again", shard)
                 else:
@@ -126,7 +126,7 @@ def merge_rank(target: Path, folders: Sequence[Path] = ()) -> Mapping[str, Any]:
     Raises:
         LlmrecError: If shards are missing, damaged, duplicated or from other inputs, or the file cannot be written.
     """
-    shards = gathered(target, folders)
+    shards = verify_shards(target, folders)
     first = shards[0].facts
     inputs = Inputs(first["requests"], target, first["form"], first["blank_lines"], first["told"], shards[0].key)
     form_of(target, inputs.form)

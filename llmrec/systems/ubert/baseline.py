@@ -16,7 +16,7 @@ from llmrec.baselines.neural import case_users, load_network_state, network_stat
 from llmrec.baselines.rated import Ratings, rate, ratings
 from llmrec.baselines.validation import rating_cases
 from llmrec.data.features import Features, Pair, Provenance
-from llmrec.data.split import halves
+from llmrec.data.split import split_validation_users
 from llmrec.errors import require
 from llmrec.metrics.rating import rmse
 from llmrec.models.text_encoder import find_encoder
@@ -129,7 +129,7 @@ class UBert(Baseline[UBertConfig, Reviewed]):
                 (``eval.fusion.reserved``). They are not used for early stopping, since a model with these features may
                 be a member of an ensemble.
         """
-        early, data = data.kind == "prefix", halves(data, reserved)[0]
+        early, data = data.kind == "prefix", split_validation_users(data, reserved)[0]
         self.learn(replace(data, train=data.known, known=data.known.clear()) if early else data)
         model, config = self._fitted, self._config
         source = Provenance(
