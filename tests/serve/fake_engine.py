@@ -163,7 +163,7 @@ def faking(folder: Path, patch: pytest.MonkeyPatch, *, auth: Auth | None = None,
     """Serve a fake engine over HTTP, and wait until it is ready."""
     fake_engines(patch)
     known = KnownEntities(ITEMS, PAST)
-    patch.setattr("llmrec.serve.service.known_of", lambda *_: known)
+    patch.setattr("llmrec.serve.service.read_known_entities", lambda *_: known)
     options = Settings(options=configure(folder), **settings)
     store = ServiceStore.open(str(folder / "store.sqlite"), serving.WAITS * options.patience)
     service = Service(options, known, store)

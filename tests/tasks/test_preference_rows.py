@@ -217,7 +217,7 @@ def test_start_model_is_released(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmrec.models.load.release_memory", lambda: freed.append(True))
     close()
     assert not freed
-    monkeypatch.setattr(rejecting, "opened", lru_cache(maxsize=1)(lambda folder: folder))
+    monkeypatch.setattr(rejecting, "load_backend", lru_cache(maxsize=1)(lambda folder: folder))
     rejecting.load_backend("sft")
     close()
     assert freed == [True] and not rejecting.load_backend.cache_info().currsize

@@ -61,8 +61,8 @@ def turing(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
             if self.mixed_precision == "fp16":
                 self.scaler, self.native_amp = torch.amp.GradScaler("cpu", init_scale=scale), True
 
-        monkeypatch.setattr(precision, "half", half)
-        monkeypatch.setattr(sft, "half", half)
+        monkeypatch.setattr(precision, "autocast_dtype", half)
+        monkeypatch.setattr(sft, "autocast_dtype", half)
         monkeypatch.setattr(Accelerator, "__init__", begin)
 
     return with_scale
@@ -184,7 +184,7 @@ def test_training_without_copies_is_equal(
         calls.append(active)
         return precision.without_input_casting(model, active=False)
 
-    monkeypatch.setattr(sft, "inputs_as_they_are", casting)
+    monkeypatch.setattr(sft, "without_input_casting", casting)
     same, two = trained(monkeypatch, llama_folder, tmp_path / "two", dtype="bfloat16", **settings)
     assert calls == [True, True] and same == losses
     assert_equal(one, two, 0.0)
