@@ -88,7 +88,7 @@ def test_tunes_a_manager(
     first, last = (float(each) for each in output.partition("held-out loss ")[2].splitlines()[0].split(", "))
     assert last < first - 0.2
     monkeypatch.setattr("sys.stdin", io.StringIO("something for the kitchen\n"))
-    assert chat(replace(options, manager="runs/tuned")) == 0 and leading.tuning.leading("runs/tuned")[1]
+    assert chat(replace(options, manager="runs/tuned")) == 0 and leading.tuning.manager_weights("runs/tuned")[1]
     # Tuning also accepts a transcript, but this one is too short.
     transcripts.write(file, transcripts.read(file)[:9])
     with raises(DataError, Facts("too-few", column="--tune")):

@@ -20,6 +20,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest import mock
 
 import numpy as np
 import polars as pl
@@ -128,8 +129,13 @@ def load_weights(start: dict[str, Any], models: Models) -> bool:
 def work(line: Connection, options: RecommenderOptions, names: Sequence[str], noted: Noted) -> None:
     """Run in the engine process."""
     start = json.loads(Path(options.model).read_text(encoding="utf-8"))
-    vars(engine).update(open_models=open_fake, decided=lambda options: options, warm=partial(load_weights, start))
-    engine._work(line, options, names, noted)
+    fakes = {
+        "open_models": open_fake,
+        "with_resolved_engine": lambda options: options,
+        "warm": partial(load_weights, start),
+    }
+    with mock.patch.multiple(engine, **fakes):
+        engine._work(line, options, names, noted)
 
 
 # Engines are forked from a process that has imported everything, which saves seconds.

@@ -125,14 +125,14 @@ def test_killed_process_ends_the_others_with_an_error(llama_folder: Path, tmp_pa
     def killed() -> Any:
         if processes.rank() == 1:
             count = iter(range(3))
-            before = sft.through
+            before = sft.run_in_wrapped_forward
 
-            def through(*args: Any) -> Any:
+            def run_in_wrapped_forward(*args: Any) -> Any:
                 if next(count) == 2:
                     os.kill(os.getpid(), signal.SIGKILL)
                 return before(*args)
 
-            sft.through = through  # type: ignore[assignment]
+            sft.run_in_wrapped_forward = run_in_wrapped_forward  # type: ignore[assignment]
         try:
             once()
         except LlmrecError as error:
