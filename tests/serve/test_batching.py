@@ -171,8 +171,8 @@ def test_overload_does_not_affect_accepted_questions(engine: FakeEngine) -> None
                 engine.free.set()
                 results += outcomes(await asyncio.gather(*pending, return_exceptions=True))
             answered = [n for n, name in enumerate(results) if name == str(n)]
-            assert set(results) - {"Full"} == {str(n) for n in answered}
-            assert 2 * 16 <= len(answered) <= 2 * 20 and results.count("Full") == batcher.load.refused >= 160
+            assert set(results) - {"QueueFull"} == {str(n) for n in answered}
+            assert 2 * 16 <= len(answered) <= 2 * 20 and results.count("QueueFull") == batcher.load.refused >= 160
             # Each accepted question reached the engine once, in order.
             assert [name for _, ids in engine.batches for name in ids] == [str(n) for n in answered]
 
@@ -189,8 +189,8 @@ def test_slow_queue_rejects_before_it_is_full(engine: FakeEngine) -> None:
             await until(lambda: batcher.load.refused >= 90)
             engine.free.set()
             results = outcomes(await asyncio.gather(*pending, return_exceptions=True))
-            count = len(results) - results.count("Full")
-            assert 6 <= count <= 8 and results == [*map(str, range(count)), *["Full"] * (100 - count)]
+            count = len(results) - results.count("QueueFull")
+            assert 6 <= count <= 8 and results == [*map(str, range(count)), *["QueueFull"] * (100 - count)]
 
     within(_LONG, work)
 
