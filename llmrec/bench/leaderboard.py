@@ -18,11 +18,12 @@ from pydantic import Field, ValidationError
 from llmrec.bench.pages import benchmark_pages, engine, published_results, read_results
 from llmrec.bench.records import BenchmarkResult, BenchmarkRow, BenchmarkTable, sort_key
 from llmrec.bench.references import Page, Published, Reference, all_references
+from llmrec.display import flat
 from llmrec.durable import write_text
 from llmrec.errors import DataError, RecipeError
 from llmrec.recipe.pages import parsed
 from llmrec.registry import lower
-from llmrec.report.escape import cell, flat
+from llmrec.report.escape import cell
 from llmrec.report.table import grid
 from llmrec.report.wording import DASH
 

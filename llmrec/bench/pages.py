@@ -27,10 +27,11 @@ from llmrec.bench.records import (
 )
 from llmrec.bench.references import Published, Reference
 from llmrec.chat.opening import MANAGERS
+from llmrec.display import flat
 from llmrec.errors import DataError, LlmrecError
 from llmrec.recipe.schema import settings
 from llmrec.report.breakdowns import in_words
-from llmrec.report.escape import cell, code, flat, without_surrogates
+from llmrec.report.escape import cell, code, without_surrogates
 from llmrec.report.render import markdown_engine
 from llmrec.report.table import grid
 from llmrec.report.wording import (

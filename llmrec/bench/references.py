@@ -8,9 +8,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from llmrec.display import flat
 from llmrec.errors import DataError, RecipeError
 from llmrec.recipe.pages import parsed
-from llmrec.report.escape import flat
 from llmrec.resources import resource
 
 

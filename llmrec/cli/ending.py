@@ -20,11 +20,11 @@ import typer
 
 from llmrec import __version__, processes, terminal
 from llmrec.cli.console import as_json, facts
+from llmrec.display import visible
 from llmrec.durable import WRITING
 from llmrec.errors import EngineFailure, ErrorKind, LlmrecError
 from llmrec.progress import under_way
 from llmrec.registry import COMMANDS
-from llmrec.report.escape import visible
 
 # Errors that users can fix: no space, no permission, a full or read-only file system, too many open files.
 _MENDABLE: Mapping[int, ErrorKind] = {

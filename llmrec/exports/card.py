@@ -17,10 +17,11 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from llmrec.display import flat
 from llmrec.durable import Json
 from llmrec.registry import lower
 from llmrec.report import escape
-from llmrec.report.escape import cell, flat
+from llmrec.report.escape import cell
 from llmrec.report.table import grid
 from llmrec.report.wording import (
     count,

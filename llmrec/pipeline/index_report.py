@@ -11,6 +11,7 @@ from pathlib import Path
 
 from llmrec import __version__
 from llmrec.data.split import SplitDataset
+from llmrec.display import flat, short
 from llmrec.durable import write_json
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.index.diagnostics import Diagnostics, Entry, diagnose, examples, nearest, neighbours
@@ -20,7 +21,6 @@ from llmrec.pipeline.resume import locked
 from llmrec.pipeline.study import Study, folder_of, load_tables
 from llmrec.recipe.schema import Recipe
 from llmrec.report import index_page, index_summary
-from llmrec.report.escape import flat, short
 from llmrec.report.wording import share
 
 _PAGE = "index.html"

@@ -10,10 +10,11 @@ from typing import Literal
 
 from pydantic import ValidationError
 
+from llmrec.display import flat
 from llmrec.durable import checked, sha256_of
 from llmrec.errors import DataError, LlmrecError
 from llmrec.records import Record
-from llmrec.report.escape import flat, without_surrogates
+from llmrec.report.escape import without_surrogates
 
 AUDIT = "audit.json"
 VERDICT = "This run leaks held-out data, so its report has no results."

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from llmrec.report.escape import flat
+from llmrec.display import flat
 
 # --------------------------------------------------------------------------- scales
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from llmrec.display import flat as flat
-from llmrec.display import short as short
-from llmrec.display import visible as visible
+from llmrec.display import flat, visible
 
 # Characters that start code, emphasis, strike-through, maths or a table cell; a bracket only where it may close a link.
 # The text that follows is unknown here.

@@ -9,9 +9,9 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from llmrec.display import flat
 from llmrec.errors import DataError
 from llmrec.index.diagnostics import Diagnostics, Group, Level, RangeSummary
-from llmrec.report.escape import flat
 from llmrec.report.wording import count, number, rough, share
 
 PAGE = "item-index.html"

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import Literal, TypedDict
 
+from llmrec.display import flat
 from llmrec.entries import Better
 from llmrec.records import Judged, Training
 from llmrec.registry import better, lower
 from llmrec.report import summary
 from llmrec.report.breakdowns import shown_rows
 from llmrec.report.costs import cost_by_row
-from llmrec.report.escape import flat
 from llmrec.report.marks import best_baseline
 from llmrec.report.wording import (
     duration,

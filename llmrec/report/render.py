@@ -16,6 +16,7 @@ from jinja2 import FileSystemLoader, StrictUndefined, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from markupsafe import Markup
 
+from llmrec.display import short, visible
 from llmrec.index.diagnostics import Group
 from llmrec.registry import lower
 from llmrec.report import breakdowns as slices
@@ -125,7 +126,7 @@ def environment() -> ImmutableSandboxedEnvironment:
     """Return the HTML template engine, which shows control characters as escapes."""
     result = ImmutableSandboxedEnvironment(
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True, finalize=lambda value: escape.visible(value) if type(value) is str else value,
+        lstrip_blocks=True, finalize=lambda value: visible(value) if type(value) is str else value,
     )  # fmt: skip
     return _filled(result)
 
@@ -191,7 +192,7 @@ def _filled(found: ImmutableSandboxedEnvironment) -> ImmutableSandboxedEnvironme
         text_tasks=texts.text_tasks, samples=texts.samples, answered=texts.answered, shown_in=texts.shown_in,
         about_choice=texts.about_choice, who=texts.who, open_texts=texts.OPEN, undefined_of=wording.undefined,
         contribution_of=summaries.contribution, unweighed=summaries.unweighed, rank_words=texts.rank_words,
-        kind_words=wording.KINDS, forms=wording.FORMS, short=escape.short, not_evaluated=wording.NOT_EVALUATED,
+        kind_words=wording.KINDS, forms=wording.FORMS, short=short, not_evaluated=wording.NOT_EVALUATED,
     )  # fmt: skip
     found.filters.update(_FIGURES)
     found.filters.update(

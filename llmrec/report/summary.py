@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from llmrec.display import flat, visible
 from llmrec.registry import lower
-from llmrec.report.escape import flat, visible
 from llmrec.report.wording import (
     USERS,
     TaskVerdict,

@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from llmrec.data.cells import write_rows
+from llmrec.display import flat
 from llmrec.report.costs import cost_of
-from llmrec.report.escape import flat
 from llmrec.report.marks import (
     Mark,
     best_baseline,

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator
 from rich.table import Table
 from rich.text import Text
 
+from llmrec.display import flat
 from llmrec.registry import lower
-from llmrec.report.escape import flat
 from llmrec.report.marks import SIGNS
 from llmrec.report.summary import Headline, caution, first_sentence, headline, tuning_tally
 from llmrec.report.table import table_of

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from llmrec.display import flat, visible
 from llmrec.registry import is_family, lower
-from llmrec.report.escape import flat, visible
 from llmrec.results import Comparison, Metric, Reads, Results, Row, Setting, Verdict, arm_name
 from llmrec.tasks.family import family_of
 

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmrec.report.escape import cell, code, flat
+from llmrec.display import flat
+from llmrec.report.escape import cell, code
 from tests.report.reading import blocks, parser
 
 

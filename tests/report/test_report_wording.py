@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmrec.report.escape import visible
+from llmrec.display import visible
 from llmrec.report.results import results_of
 from llmrec.report.summary import summary
 from llmrec.report.wording import (
